@@ -1,0 +1,30 @@
+"""dqtool turns a full-precision diffusion model into one that runs at 4-8 bits.
+
+Importing this package is light (no torch, no diffusers) and makes `DiffusionPipeline.from_pretrained` understand the
+directories that `dqtool export` writes: the registration waits until diffusers is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dqtool._hook import install
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["__version__", "load"]
+__version__ = "0.1.0"
+
+install()
+
+
+def load(directory: str, runtime: str = "simulate") -> nn.Module:
+    """The quantized network of an exported directory, with the original's forward signature, in eval mode.
+
+    `runtime` is one of `dqtool.runtimes.RUNTIMES`. Raises `dqtool.errors.ArtifactError` when the directory is no
+    intact export, `UsageError` for an unknown runtime.
+    """
+    from dqtool.runtimes import load as load_runtime
+
+    return load_runtime(directory, runtime)

@@ -1,0 +1,44 @@
+"""Artifacts: a safetensors file or a directory, with the manifest that says what it is. Imports no torch."""
+
+from __future__ import annotations
+
+from dqtool.artifacts.committing import commit, commit_directory, commit_report
+from dqtool.artifacts.files import sha256_file
+from dqtool.artifacts.locking import lock
+from dqtool.artifacts.manifest import FORMAT, STAGES, Manifest, dqtool_version, environment
+from dqtool.artifacts.store import (
+    DIRECTORY_MANIFEST,
+    Artifact,
+    check_writable,
+    fingerprint,
+    is_current,
+    manifest_path,
+    open_artifact,
+    read_manifest,
+)
+from dqtool.artifacts.tensorfile import check_finite, read_header
+from dqtool.artifacts.workspace import Workspace
+
+__all__ = [
+    "DIRECTORY_MANIFEST",
+    "FORMAT",
+    "STAGES",
+    "Artifact",
+    "Manifest",
+    "Workspace",
+    "check_finite",
+    "check_writable",
+    "commit",
+    "commit_directory",
+    "commit_report",
+    "dqtool_version",
+    "environment",
+    "fingerprint",
+    "is_current",
+    "lock",
+    "manifest_path",
+    "open_artifact",
+    "read_header",
+    "read_manifest",
+    "sha256_file",
+]

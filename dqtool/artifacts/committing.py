@@ -1,0 +1,91 @@
+"""Writing artifacts: all of it or nothing, the manifest last."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of, write_text
+from dqtool.artifacts.manifest import Manifest
+from dqtool.artifacts.store import DIRECTORY_MANIFEST, Artifact, check_writable, manifest_path
+from dqtool.artifacts.tensorfile import library_faults, save_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["commit", "commit_directory", "commit_report"]
+
+
+def commit(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> Artifact:
+    """Write a safetensors artifact and its manifest; `manifest.file` is filled in.
+
+    Equal tensors give byte-identical files. After a failure or interrupt what stood at `path` before still stands,
+    whole (or, in the instant after the last move, the new artifact), and no temporary file is left. Raises `EnvironmentFault` for a full, read-only or missing place, `NumericError` for a
+    NaN in the manifest.
+    """
+    check_writable(path)
+    target = target_of(path)
+    try:
+        with staging(target) as area:
+            data, note = area / "data.safetensors", area / "manifest.json"
+            note.touch()
+            save_tensors(data, tensors)
+            data.chmod(note.stat().st_mode)  # safetensors makes its files private
+            fsync_path(data)
+            manifest.file = {"name": target.name, "bytes": data.stat().st_size, "sha256": sha256_file(data)}
+            manifest.files = None
+            _write(note, manifest.to_json())
+            swap_in(area, [(data, target), (note, manifest_path(target))])
+    except OSError as error:
+        raise os_fault(error, path) from error
+    return Artifact(target, os.fspath(path), manifest)
+
+
+def commit_directory(path: str | os.PathLike[str], build: Callable[[Path], object], manifest: Manifest) -> Artifact:
+    """Let `build` fill a new directory, then put it at `path` with its manifest; `manifest.files` is filled in.
+
+    A directory that dqtool made before is replaced as a whole. Raises `EnvironmentFault`, with nothing touched, when
+    the directory at `path` holds anything else; else as `commit`.
+    """
+    check_writable(path, directory=True)
+    target = target_of(path)
+    try:
+        with staging(target) as area:
+            new = area / "new"
+            new.mkdir()
+            with library_faults(path):
+                build(new)
+            note = new / DIRECTORY_MANIFEST
+            note.touch()
+            manifest.file, manifest.files = None, {}
+            for entry in sorted(new.rglob("*")):
+                if entry.is_file() and entry != note:
+                    entry.chmod(note.stat().st_mode)
+                    fsync_path(entry)
+                    name = entry.relative_to(new).as_posix()
+                    manifest.files[name] = {"bytes": entry.stat().st_size, "sha256": sha256_file(entry)}
+            _write(note, manifest.to_json())
+            fsync_path(new)
+            swap_in(area, [(new, target)])
+    except OSError as error:
+        raise os_fault(error, path) from error
+    return Artifact(target, os.fspath(path), manifest)
+
+
+def commit_report(path: str | os.PathLike[str], report: Manifest | Mapping[str, Any]) -> None:
+    """Write a report, one JSON file, atomically. A manifest (stage eval) makes it an artifact that can be cached."""
+    check_writable(path, report=True)
+    if isinstance(report, Manifest):
+        report.file = report.files = None
+        text = report.to_json()
+    else:
+        text = json.dumps(report, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    write_text(target_of(path), text)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    fsync_path(path)

@@ -1,0 +1,135 @@
+"""What every writer needs of the file system: durable writes, staging beside the target, and faults said plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dqtool.errors import EnvironmentFault
+
+__all__ = ["fsync_path", "os_fault", "sha256_file", "staging", "swap_in", "sweep", "target_of", "write_text"]
+
+_FULL = "Free some space or write elsewhere with -o, and run again; what stood there before is untouched"
+_ELSEWHERE = "Choose another place with -o, or make this one writable"
+_FAULTS = {
+    errno.ENOSPC: ("The disk is full", _FULL),
+    errno.EDQUOT: ("The disk quota is used up", _FULL),
+    errno.EFBIG: ("The file is larger than this system allows", _FULL),
+    errno.EROFS: ("The file system is read-only", _ELSEWHERE),
+    errno.EACCES: ("There is no permission to read or write this path", _ELSEWHERE),
+    errno.EPERM: ("The system does not permit this write", _ELSEWHERE),
+    errno.ENOENT: ("There is no such file or directory", "Check the path; make a missing directory with mkdir -p"),
+    errno.ENOTDIR: ("A part of this path is a file, not a directory", "Check the path"),
+    errno.EISDIR: ("This is a directory where a file is expected", "Check the path"),
+    errno.ENAMETOOLONG: ("The name is too long for this file system", "Choose a shorter name with -o"),
+}
+
+
+def os_fault(error: OSError, path: str | os.PathLike[str]) -> EnvironmentFault:
+    """The fault that says what an operating system error on `path` means and what to do about it."""
+    number = error.errno
+    if number is None:  # safetensors raises the right class without its number
+        number = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}.get(type(error), 0)
+    what, fix = _FAULTS.get(number, (f"The system reports: {error.strerror or error}", "Check the path"))
+    return EnvironmentFault(what, where=os.fspath(path), fix=fix)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file's bytes; `EnvironmentFault` when it can't be read."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise os_fault(error, path) from error
+
+
+def target_of(path: str | os.PathLike[str]) -> Path:
+    """`path` as a place that can be written to; `EnvironmentFault` for `.`, `..` and `/`, which can't be replaced."""
+    target = Path(path)
+    if target.name in ("", ".."):
+        raise EnvironmentFault(
+            "This directory can not be replaced", where=os.fspath(path), fix="Name a new directory or file with -o"
+        )
+    return target
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's data, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that `path` is at every moment either the old file or the whole new one.
+
+    Raises `EnvironmentFault`; the old file then still stands.
+    """
+    try:
+        with staging(path) as area:
+            new = area / "new"
+            new.write_text(text, encoding="utf-8")
+            fsync_path(new)
+            os.replace(new, path)
+            fsync_path(path.parent)
+    except OSError as error:
+        raise os_fault(error, path) from error
+
+
+@contextlib.contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A private directory beside `path`, hence on the same file system, that is gone when the block is left.
+
+    All temporary files live in it, those of other libraries too, so that what a killed process leaves behind has one
+    name pattern, which `sweep` removes.
+    """
+    area = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if area.exists():  # of a dead process whose number was given out again
+        shutil.rmtree(area)
+    try:
+        area.mkdir()
+        yield area
+    finally:
+        shutil.rmtree(area, ignore_errors=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it. Only safe for the holder of the lock on `path`."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def swap_in(area: Path, moves: Sequence[tuple[Path, Path]]) -> None:
+    """Move each (new, target) of `moves` into place in order; the last one makes the whole valid.
+
+    The earlier targets are first set aside in the staging directory `area`, last one first, and are put back when
+    anything interrupts before the last move. How far it came is read off the file system, not off a variable, since
+    an interrupt may fall between a rename and the note of it.
+    """
+    aside = [area / f"aside-{number}" for number in range(len(moves))]
+    last_new = moves[-1][0]
+    try:
+        for (_, target), old in reversed(list(zip(moves, aside, strict=True))):
+            if os.path.lexists(target):
+                os.rename(target, old)
+        for new, target in moves:
+            if new is last_new:
+                fsync_path(target.parent)
+            os.replace(new, target)
+        fsync_path(moves[-1][1].parent)
+    except BaseException:
+        if os.path.lexists(last_new):
+            for (new, target), old in zip(moves, aside, strict=True):
+                if not os.path.lexists(new):
+                    target.unlink(missing_ok=True)
+                if os.path.lexists(old):
+                    os.rename(old, target)
+        raise

@@ -1,0 +1,231 @@
+"""The manifest: the JSON beside an artifact and the only place that says what the artifact is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from dqtool.errors import ArtifactError, NumericError
+
+__all__ = ["FORMAT", "STAGES", "Manifest", "canonical_json", "dqtool_version", "environment"]
+
+FORMAT = "dqtool/1"
+STAGES = ("dilate", "calibrate", "distill", "export", "eval")
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_REMAKE = "Make the artifact again, or restore the manifest that was written with it"
+
+
+def dqtool_version() -> str:
+    """The installed version of dqtool; `0+unknown` when run from a tree that was never installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("dqtool")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+@dataclass
+class Manifest:
+    """What an artifact is and how it was made.
+
+    `file` ({name, bytes, sha256}) stands for an artifact of one file, `files` ({relative path: {bytes, sha256}}) for
+    a directory; a report (stage eval) is its own manifest and has neither. Both are filled in by the commit. The JSON
+    has one more key, `checksum`, over all others, by which an edited manifest is known.
+    """
+
+    stage: str
+    fingerprint: str  # of stage, code version, parameters and inputs: see dqtool.artifacts.fingerprint
+    inputs: list[dict[str, Any]] = field(default_factory=list)  # {name, sha256, stage}; stage None for a raw model
+    model: dict[str, Any] = field(default_factory=dict)  # class, config, family, source, ...
+    pipeline: dict[str, Any] | None = None  # scheduler config, conditioning; None for a bare component
+    parameters: dict[str, Any] = field(default_factory=dict)  # every one, resolved
+    layers: list[dict[str, Any]] = field(default_factory=list)  # name, kind, shape, bits, scaling, ...
+    metrics: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # wall-clock time the stage took
+    version: str = field(default_factory=dqtool_version)
+    format: str = FORMAT
+    file: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] | None = None
+
+    def to_json(self) -> str:
+        """The manifest as text: sorted keys, indent 1, trailing newline.
+
+        Raises `NumericError` that names the key when a value is NaN or infinite, which JSON can't hold.
+        """
+        payload = {key: getattr(self, key) for key in _TYPES}
+        payload |= {key: getattr(self, key) for key in ("file", "files") if getattr(self, key) is not None}
+        _refuse_non_finite(payload, "")
+        # Through JSON once, so that the checksum sees what a reader will see (lists for tuples, text keys).
+        payload = json.loads(json.dumps(payload))
+        payload["checksum"] = _checksum(payload)
+        return json.dumps(payload, sort_keys=True, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """Parse a manifest's text; `where` is its path, for messages.
+
+        Raises `ArtifactError` that names the file and the key for whatever is malformed, of a newer format, or
+        changed since dqtool wrote it.
+        """
+        try:
+            payload = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"The manifest is no valid JSON: {error}", where=where, fix=_REMAKE) from error
+        if not isinstance(payload, dict):
+            raise ArtifactError("The manifest is no JSON object", where=where, fix=_REMAKE)
+        _check_format(payload.get("format"), where)
+        for key, problem in _problems(payload):
+            raise ArtifactError(f"The manifest is malformed: {problem}", where=f"{where}, key {key}", fix=_REMAKE)
+        checksum = payload.pop("checksum")
+        if checksum != _checksum(payload):
+            raise ArtifactError(
+                "The manifest was changed after dqtool wrote it", where=f"{where}, key checksum", fix=_REMAKE
+            )
+        return cls(**payload)
+
+
+def environment(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
+    """Versions of what computed an artifact, the platform, and the device and thread count the caller used."""
+    import platform
+    from importlib import metadata
+
+    versions = {"python": platform.python_version(), "dqtool": dqtool_version()}
+    for package in ("torch", "diffusers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "platform": platform.platform(), "device": device, "threads": threads}
+
+
+def canonical_json(value: Any) -> str:
+    """The one text of a JSON value that hashes are taken of; `ValueError` for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "format": (str,),
+    "stage": (str,),
+    "version": (str,),
+    "inputs": (list,),
+    "model": (dict,),
+    "pipeline": (dict, type(None)),
+    "parameters": (dict,),
+    "layers": (list,),
+    "metrics": (dict,),
+    "fingerprint": (str,),
+    "environment": (dict,),
+    "seconds": _NUMBER,
+}
+_WORDS = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
+
+
+def _checksum(payload: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
+
+
+def _check_format(value: object, where: str) -> None:
+    number = re.fullmatch(r"dqtool/([1-9][0-9]*)", value) if isinstance(value, str) else None
+    if number is None:
+        raise ArtifactError(
+            "This JSON is no dqtool manifest", where=f"{where}, key format", fix="Give an artifact that dqtool made"
+        )
+    if value != FORMAT:
+        raise ArtifactError(
+            f"This artifact was written by a newer dqtool (format {value}; this one reads {FORMAT})",
+            where=f"{where}, key format",
+            fix="Upgrade dqtool",
+        )
+
+
+def _problems(payload: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, what is wrong with it) for all that is wrong, in the order in which it is worth telling."""
+    found = [(key, "the key is missing") for key in (*_TYPES, "checksum") if key not in payload]
+    known = {*_TYPES, "checksum", "file", "files"}
+    found += [(key, "the key is unknown") for key in payload if key not in known]
+    for key, types in {**_TYPES, "checksum": (str,), "file": (dict,), "files": (dict,)}.items():
+        if key in payload and (not isinstance(payload[key], types) or isinstance(payload[key], bool)):
+            found.append((key, f"it must be {' or '.join(_WORDS[kind] for kind in types)}"))
+    if found:
+        return found
+    if payload["stage"] not in STAGES:
+        found.append(("stage", f"it must be one of {', '.join(STAGES)}"))
+    if not _is_sha256(payload["fingerprint"]):
+        found.append(("fingerprint", "it must be 64 hexadecimal digits"))
+    if payload["seconds"] < 0:
+        found.append(("seconds", "it must not be negative"))
+    if "file" in payload and "files" in payload:
+        found.append(("files", "an artifact is one file or a directory, not both"))
+    if "file" not in payload and "files" not in payload and payload["stage"] != "eval":
+        found.append(("file", "the key is missing"))
+    if "file" in payload:
+        found += _file_problems("file", payload["file"], named=True)
+    for path, entry in payload.get("files", {}).items():
+        if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            found.append((f"files.{path}", "the path leaves the directory"))
+        found += _file_problems(f"files.{path}", entry, named=False)
+    for number, entry in enumerate(payload["inputs"]):
+        key = f"inputs[{number}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            found.append((key, "it must be an object with a name"))
+        elif not _is_sha256(entry.get("sha256")):
+            found.append((f"{key}.sha256", "it must be 64 hexadecimal digits"))
+        elif not isinstance(entry.get("stage", 0), (str, type(None))):
+            found.append((f"{key}.stage", "it must be text or null"))
+    for number, entry in enumerate(payload["layers"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            found.append((f"layers[{number}]", "it must be an object with a name"))
+    return found
+
+
+def _file_problems(key: str, entry: object, *, named: bool) -> list[tuple[str, str]]:
+    if not isinstance(entry, dict):
+        return [(key, "it must be an object")]
+    found = []
+    if named and not isinstance(entry.get("name"), str):
+        found.append((f"{key}.name", "it must be text"))
+    size = entry.get("bytes")
+    if type(size) is not int or size < 0:
+        found.append((f"{key}.bytes", "it must be a whole number of bytes"))
+    if not _is_sha256(entry.get("sha256")):
+        found.append((f"{key}.sha256", "it must be 64 hexadecimal digits"))
+    return found
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999
+        raise ValueError(f"{text} is too large a number")
+    return value
+
+
+def _refuse_non_finite(value: object, key: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NumericError(
+            f"A value of the manifest is {value}",
+            where=f"key {key}",
+            fix="A measurement that gives NaN or infinity points to a diverged model; check the stages before",
+        )
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_non_finite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _refuse_non_finite(item, f"{key}[{number}]")

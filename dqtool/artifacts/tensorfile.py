@@ -1,0 +1,169 @@
+"""The safetensors file itself: its header without torch, and saving and loading with faults said plainly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool.artifacts.files import os_fault
+from dqtool.errors import ArtifactError, NumericError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["check_finite", "library_faults", "load_tensors", "read_header", "save_tensors"]
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape, data_offsets} of every tensor in a safetensors file, without torch.
+
+    The offsets (bytes, from the end of the header) are checked to tile the file exactly. Raises `ArtifactError` for a
+    file that is truncated or no safetensors file, `EnvironmentFault` for one that can't be read.
+    """
+    where = os.fspath(path)
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > _MAX_HEADER:
+                raise _foreign(where, "it does not start with the length of a header")
+            if 8 + length > size:
+                raise _truncated(where, 8 + length, size)
+            text = stream.read(length)
+    except IsADirectoryError as error:
+        raise ArtifactError("This is a directory, not a safetensors file", where=where) from error
+    except OSError as error:
+        raise os_fault(error, path) from error
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _foreign(where, "its header is no JSON") from error
+    if not isinstance(header, dict):
+        raise _foreign(where, "its header is no JSON object")
+    header.pop("__metadata__", None)
+    end = 0
+    for name, begin, stop in sorted(_spans(header, where), key=lambda span: span[1:]):
+        if begin != end:
+            raise _foreign(where, f"the bytes of tensor {name} overlap others or leave a gap")
+        end = stop
+    if 8 + length + end > size:
+        raise _truncated(where, 8 + length + end, size)
+    if 8 + length + end < size:
+        raise _foreign(where, f"{size - 8 - length - end} bytes follow the last tensor")
+    return header
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Save tensors so that equal ones give byte-identical files. Not atomic: write into a staging directory.
+
+    Raises `EnvironmentFault` for a full or unwritable disk.
+    """
+    from safetensors.torch import save_file
+
+    plain: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory (tied weights, views of one buffer).
+        plain[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    with library_faults(path):
+        # One metadata key only: the library writes several in no fixed order.
+        save_file(plain, path, metadata={"format": "pt"})
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file on `device`.
+
+    On the CPU they are views of the mapped file, so the file may be renamed over or removed but never written into.
+    Raises `ArtifactError` for a damaged file, `EnvironmentFault` for one that can't be read.
+    """
+    from safetensors.torch import load_file
+
+    with library_faults(path):
+        return load_file(path, device=device)
+
+
+@contextlib.contextmanager
+def library_faults(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say what the safetensors library and the system raise about `path` as `ArtifactError` or `EnvironmentFault`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        # The library wraps system errors in its own type and keeps their number in the text only.
+        number = re.search(r"os error (\d+)", str(error))
+        if number:
+            raise os_fault(OSError(int(number[1]), os.strerror(int(number[1]))), path) from error
+        raise ArtifactError(
+            f"The safetensors file can not be used: {error}", where=os.fspath(path), fix="Make or download it again"
+        ) from error
+    except OSError as error:
+        raise os_fault(error, path) from error
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise `NumericError` that names the first tensor which holds a NaN or an infinity, and how many."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        # The 8-bit floats have no isfinite of their own.
+        values = tensor.float() if tensor.element_size() == 1 else tensor
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            raise NumericError(
+                f"Tensor {name} holds NaN or infinite values ({bad} of {tensor.numel()})",
+                where=where,
+                fix="Use a model whose weights are all finite; such values usually come from a diverged training or a "
+                "conversion to half precision",
+            )
+
+
+def _spans(header: dict[str, Any], where: str) -> list[tuple[str, int, int]]:
+    spans = []
+    for name, entry in header.items():
+        try:
+            dtype, shape = entry["dtype"], entry["shape"]
+            begin, stop = entry["data_offsets"]
+            bits = _BITS[dtype]
+            for number in (begin, stop, *shape):
+                if type(number) is not int or number < 0:
+                    raise ValueError(number)
+            for length in shape:
+                bits *= length
+        except (KeyError, TypeError, ValueError) as error:
+            raise _foreign(where, f"its header entry {name} is malformed") from error
+        if (stop - begin) * 8 != bits:
+            raise _foreign(where, f"the shape and the bytes of tensor {name} disagree")
+        spans.append((name, begin, stop))
+    return spans
+
+
+def _foreign(where: str, why: str) -> ArtifactError:
+    return ArtifactError(f"This is no valid safetensors file: {why}", where=where, fix="Give a .safetensors file")
+
+
+def _truncated(where: str, expected: int, size: int) -> ArtifactError:
+    return ArtifactError(
+        f"The safetensors file is truncated: {size} bytes of {expected}", where=where, fix="Make or download it again"
+    )

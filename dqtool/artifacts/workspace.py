@@ -1,0 +1,96 @@
+"""What a long stage keeps while it runs, so that an interrupted run goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, target_of, write_text
+from dqtool.artifacts.tensorfile import load_tensors, save_tensors
+from dqtool.errors import DqtoolError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """Finished pieces of the output `path`, in `.NAME.partial/` beside it, each saved atomically under a key.
+
+    Pieces of another fingerprint belong to another run and are discarded when the workspace is opened. The directory
+    is made by the first `save` and removed by `clear`, after the commit. Only the holder of the lock on `path` may
+    use it. Every method raises `EnvironmentFault` when the disk is in the way.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
+        target = target_of(path)
+        self.directory = target.with_name(f".{target.name}.partial")
+        self.fingerprint = fingerprint
+        self._index = self.directory / "index.json"
+        self._pieces: dict[str, dict[str, Any]] = {}
+        if os.path.lexists(self.directory):
+            pieces = self._read_index()
+            if pieces is None:
+                self.clear()
+            else:
+                self._pieces = pieces
+
+    def keys(self) -> list[str]:
+        """The saved keys in the order in which they were first saved."""
+        return list(self._pieces)
+
+    def load(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors saved under `key`; None when there are none or their file is damaged, so that they are remade."""
+        piece = self._pieces.get(key)
+        if piece is None:
+            return None
+        file = self._file(key)
+        try:
+            if sha256_file(file) != piece["sha256"]:
+                return None
+            return load_tensors(file)
+        except DqtoolError:
+            return None
+
+    def save(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep `tensors` under `key`. An interrupt leaves the key as it was, or makes `load` answer None."""
+        try:
+            self.directory.mkdir(exist_ok=True)
+            new = self.directory / "new.safetensors"
+            save_tensors(new, tensors)
+            fsync_path(new)
+            digest = sha256_file(new)
+            os.replace(new, self._file(key))
+            self._pieces[key] = {"sha256": digest}
+            index = {"fingerprint": self.fingerprint, "pieces": self._pieces}
+            write_text(self._index, json.dumps(index, indent=1) + "\n")
+        except OSError as error:
+            raise os_fault(error, self.directory) from error
+
+    def clear(self) -> None:
+        """Remove the workspace."""
+        self._pieces = {}
+        try:
+            shutil.rmtree(self.directory)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise os_fault(error, self.directory) from error
+
+    def _file(self, key: str) -> Path:
+        return self.directory / f"{quote(key, safe='')}.tensors"
+
+    def _read_index(self) -> dict[str, dict[str, Any]] | None:
+        try:
+            index = json.loads(self._index.read_bytes())
+            if index["fingerprint"] != self.fingerprint:
+                return None
+            return {str(key): {"sha256": piece["sha256"]} for key, piece in index["pieces"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None

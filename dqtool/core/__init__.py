@@ -1,0 +1,1 @@
+"""Numerics on tensors alone: no files, no modules."""

@@ -1,0 +1,187 @@
+"""The uniform affine quantizer (Eq. 1-4 of arXiv 2409.14307): ranges, codes, gradients, and how its range is chosen.
+
+Everything here works on *centred* codes `c = clip(round(x * m), low - z, Q - z)`, the stored code minus its zero
+point, because that is what integer kernels multiply: `y = scale * c`. `m = 1 / (divisor * scale)` is computed once in
+float32 and multiplied with, never divided by, so that every implementation rounds alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FakeQuantize",
+    "affine_parameters",
+    "centred_codes",
+    "fake_quantize",
+    "levels",
+    "lowest_code",
+    "search_histogram",
+    "search_weight",
+]
+
+SYMMETRIC_BITS = 8
+"""Width at which weights and attention operands use a symmetric grid: `z = 128`, codes 1..255."""
+
+
+def levels(bits: int) -> int:
+    """Largest code `Q = 2^bits - 1`."""
+    return 2**bits - 1
+
+
+def lowest_code(bits: int, symmetric: bool) -> int:
+    """Smallest code in use: 1 on the symmetric grid (so that it is centred), else 0."""
+    return 1 if symmetric and bits == SYMMETRIC_BITS else 0
+
+
+def affine_parameters(lo: Tensor, hi: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid that covers `[lo, hi]` and zero (section 1).
+
+    `lo`, `hi` have any common shape; so have the results (zero points are integers held in float32). A degenerate
+    range gives scale 1 and zero point 0 (`2^(bits-1)` on the symmetric grid), never 0, NaN or Inf.
+    """
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    if symmetric:
+        centre = 2 ** (bits - 1)
+        scale = torch.maximum(-lo, hi) / (centre - 1)
+        scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+        return scale, torch.full_like(scale, centre)
+    scale = (hi - lo) / levels(bits)
+    valid = scale > torch.finfo(scale.dtype).tiny
+    scale = torch.where(valid, scale, torch.ones_like(scale))
+    zero_point = torch.where(valid, (-lo / scale).round().clamp(0, levels(bits)), torch.zeros_like(scale))
+    return scale, zero_point
+
+
+def centred_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int = 0, divisor: Tensor | None = None
+) -> Tensor:
+    """Centred integer codes of `x`, held in `x`'s dtype. `scale`, `zero_point`, `divisor` broadcast against `x`."""
+    return _codes(x * _multiplier(scale, divisor), zero_point, bits, low)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int = 0, divisor: Tensor | None = None
+) -> Tensor:
+    """`scale * centred_codes(x)`: what an integer kernel computes with, in float. Differentiable in `x`, `scale`, `zero_point`.
+
+    With a `divisor` s (Weight Dilation) the result is the quantized `x / s`; the division costs nothing because it is
+    part of the multiplier. The gradient is straight-through for `round`, exact in `scale` through it (LSQ), and
+    `zero_point` is a float rounded with a straight-through gradient.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+        return FakeQuantize.apply(x, scale, zero_point, bits, low, divisor)
+    codes = x * _multiplier(scale, divisor)
+    return _codes(codes, zero_point, bits, low).mul_(scale)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """The gradients of `fake_quantize`, fused: few passes over memory, two saved tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int, divisor: Tensor | None
+    ) -> Tensor:
+        scaled = x * _multiplier(scale, divisor)
+        codes = _codes(scaled.clone(), zero_point, bits, low)
+        ctx.save_for_backward(scaled, codes, scale, zero_point, divisor)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        (grad,) = grads
+        scaled, codes, scale, _zero_point, divisor = ctx.saved_tensors
+        error = scaled - codes
+        inside = grad * (error.abs_() <= 0.5)
+        grad_x = grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            # d/d scale = code - x/(divisor*scale) inside the range, the clipped code outside.
+            grad_scale = _dot_to(grad, codes, scale.shape) - _dot_to(inside, scaled, scale.shape)
+        if ctx.needs_input_grad[2]:
+            grad_zero = (_sum_to(inside, scale.shape) - _sum_to(grad, scale.shape)) * scale
+        if ctx.needs_input_grad[0]:
+            grad_x = inside if divisor is None else inside / divisor
+        return grad_x, grad_scale, grad_zero, None, None, None
+
+
+def search_weight(
+    weight: Tensor, bits: int, symmetric: bool, candidates: int = 80, smallest: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Per-out-channel scale and zero point with the least squared error over shrink factors of the range.
+
+    `weight` is `[C_out, ...]`; returns two `[C_out]` tensors. The factors run from 1 down to `smallest`.
+    """
+    rows = weight.detach().flatten(1)
+    lo, hi = rows.amin(1), rows.amax(1)
+    low = lowest_code(bits, symmetric)
+    best = torch.full_like(lo, torch.inf)
+    scale, zero_point = affine_parameters(lo, hi, bits, symmetric)
+    for factor in torch.linspace(1.0, smallest, candidates).tolist():
+        s, z = affine_parameters(lo * factor, hi * factor, bits, symmetric)
+        error = (fake_quantize(rows, s[:, None], z[:, None], bits, low) - rows).square().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
+    return scale, zero_point
+
+
+def search_histogram(
+    histogram: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool = False, candidates: int = 60
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with the least squared error on histogrammed activations.
+
+    `histogram` is `[R, B]`: counts of `B` equal bins over `[lo, hi]` for each of `R` independent quantizers (steps, or
+    steps x heads); `lo`, `hi` are `[R]`. Both ends of the range shrink independently (a coarse grid) and then together
+    (a fine one), since activations after SiLU have one short and one long tail. Returns two `[R]` tensors.
+    """
+    bins = histogram.shape[1]
+    width = (hi - lo) / bins
+    centres = lo[:, None] + (torch.arange(bins) + 0.5) * width[:, None]  # [R, B]
+    counts = histogram.to(centres.dtype)
+    low = lowest_code(bits, symmetric)
+    best = torch.full_like(lo, torch.inf)
+    scale, zero_point = affine_parameters(lo, hi, bits, symmetric)
+
+    def consider(below: Tensor, above: Tensor) -> None:
+        nonlocal best, scale, zero_point, best_below, best_above
+        s, z = affine_parameters(lo * below, hi * above, bits, symmetric)
+        error = (fake_quantize(centres, s[:, None], z[:, None], bits, low) - centres).square_().mul_(counts).sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
+        best_below, best_above = torch.where(better, below, best_below), torch.where(better, above, best_above)
+
+    best_below, best_above = torch.ones_like(lo), torch.ones_like(lo)
+    coarse = torch.linspace(1.0, 0.1, max(2, int(candidates**0.5) + 2)).tolist()
+    for a in coarse:
+        for b in coarse if not symmetric else [a]:
+            consider(torch.full_like(lo, b), torch.full_like(lo, a))
+    below, above = best_below.clone(), best_above.clone()
+    for factor in torch.linspace(1.15, 0.85, candidates).tolist():
+        consider((below * factor).clamp(max=1), (above * factor).clamp(max=1))
+    return scale, zero_point
+
+
+def _multiplier(scale: Tensor, divisor: Tensor | None) -> Tensor:
+    return (scale if divisor is None else scale * divisor).reciprocal()
+
+
+def _codes(scaled: Tensor, zero_point: Tensor, bits: int, low: int) -> Tensor:
+    """Round and clip `scaled` in place."""
+    zero = zero_point.round()
+    return torch.clamp(scaled.round_(), min=low - zero, max=levels(bits) - zero, out=scaled)
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    return x.sum_to_size(shape)
+
+
+def _dot_to(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """`(a * b).sum_to_size(shape)` without the product in memory where `shape` keeps only leading dimensions."""
+    kept = next((i for i, n in enumerate(shape) if n == 1), len(shape))
+    if all(n == 1 for n in shape[kept:]) and tuple(shape[:kept]) == tuple(a.shape[:kept]) and kept < a.dim():
+        return torch.linalg.vecdot(a.flatten(kept), b.flatten(kept)).view(shape)
+    return (a * b).sum_to_size(shape)

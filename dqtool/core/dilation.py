@@ -1,0 +1,122 @@
+"""Weight Dilation: the largest scale per in-channel that leaves every out-channel's range alone.
+
+Eq. 17-21 and Algorithm 1 of arXiv 2409.14307, with ranges that include zero (as the quantizer's do), so that one-signed
+rows need no special case. Everything is float32 and exact: ranges before and after are equal bitwise.
+
+Weights are `[C_out, C_in / groups, *kernel]`; `s` is `[C_in]`, and its entry `g * C_in / groups + k` belongs to
+column `k` of the out-channels of group `g`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dqtool.errors import NumericError, UsageError
+
+__all__ = ["CAP", "dilate_weight", "in_channels", "report", "spread", "weight_dilation", "weight_ranges"]
+
+CAP = 64.0
+
+
+def weight_ranges(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`lo = min(0, min W)` and `hi = max(0, max W)` per out-channel, each `[C_out]`.
+
+    Raises `NumericError` if the weight holds NaN or Inf.
+    """
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise NumericError(
+            f"A weight of shape {tuple(weight.shape)} holds {bad} values that are NaN or infinite.",
+            fix="Repair the model: nothing can be scaled or quantized by such a range.",
+        )
+    rows = weight.flatten(1)
+    return rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
+
+
+def weight_dilation(weights: Tensor | Sequence[Tensor], groups: int = 1, cap: float = CAP) -> Tensor:
+    """The dilation `s [C_in]` (float32, in [1, cap]) of one weight, or of several that read the same input (Eq. 20-21).
+
+    Weights that share an input (q, k, v) get the minimum over them. Channels that hold some out-channel's bound, and
+    channels no weight of which is non-zero, get exactly 1.
+
+    Raises `UsageError` for shapes that don't fit together or a cap below 1, `NumericError` for NaN or Inf.
+    """
+    weights = [weights] if isinstance(weights, Tensor) else list(weights)
+    if not weights or len({in_channels(weight, groups) for weight in weights}) != 1:
+        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights) or "none"
+        raise UsageError(f"Weights that share one dilation must have the same in-channels, got {shapes}.")
+    if not cap >= 1 or math.isinf(cap):
+        raise UsageError(f"The cap of the dilation must be finite and at least 1, got {cap}.", where="--cap")
+    s = torch.stack([_slack(weight.detach().float(), groups) for weight in weights]).amin(dim=0)
+    # A channel without weights has no bound to reach: stretching its activations would change nothing but their range.
+    return torch.where(torch.isinf(s), torch.ones_like(s), s).clamp(1, cap)
+
+
+def dilate_weight(weight: Tensor, s: Tensor, groups: int = 1) -> Tensor:
+    """`W' = clip(s_k · W, lo_j, hi_j)` in float32, of the weight's shape (Eq. 19).
+
+    `s` must come from `weight_dilation`. The clip undoes rounding only: a product may land one ulp past the bound (or
+    one short of it, which is harmless). Other scaling methods change ranges and go through `scaling.scale_weight`.
+    """
+    weight = weight.detach().float()
+    lo, hi = (_rows(bound, weight) for bound in weight_ranges(weight))
+    return (weight * spread(s, weight, groups)).clamp(lo, hi)
+
+
+def report(weight: Tensor, s: Tensor, groups: int = 1, cap: float = CAP) -> dict[str, float | int]:
+    """What a dilation does to one weight, for the manifest.
+
+    `unsaturated_share`: share of in-channels with `s > 1` · `capped`: how many reached `cap` · `mean_scale`,
+    `max_scale` · `weight_gain`: mean |W'| over mean |W|, how much finer the unchanged grid has become for the weights.
+    """
+    before = weight.detach().float().abs().double().mean().item()
+    after = dilate_weight(weight, s, groups).abs().double().mean().item()
+    return {
+        "in_channels": s.numel(),
+        "unsaturated_share": (s > 1).double().mean().item(),
+        "capped": int((s >= cap).sum()),
+        "mean_scale": s.double().mean().item(),
+        "max_scale": s.max().item(),
+        "weight_gain": after / before if before else 1.0,
+    }
+
+
+def in_channels(weight: Tensor, groups: int) -> int:
+    """In-channels of a linear or convolution weight; raises `UsageError` if it can't belong to `groups` groups."""
+    if weight.ndim < 2 or weight.numel() == 0 or groups < 1 or weight.shape[0] % groups:
+        raise UsageError(
+            f"A weight must be [C_out, C_in / groups, ...] with C_out divisible by groups, got {tuple(weight.shape)} "
+            f"and {groups} groups."
+        )
+    return weight.shape[1] * groups
+
+
+def spread(s: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """`s [C_in]` laid out to multiply `weight`: `[C_out, C_in / groups, 1, ...]`. Raises `UsageError` on a misfit."""
+    if s.shape != (in_channels(weight, groups),):
+        raise UsageError(
+            f"A scale of shape {tuple(s.shape)} doesn't fit a weight {tuple(weight.shape)}, groups {groups}."
+        )
+    per_row = s.to(weight.dtype).view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+    return per_row.view(*per_row.shape, *[1] * (weight.ndim - 2))
+
+
+def _rows(bound: Tensor, weight: Tensor) -> Tensor:
+    return bound.view(-1, *[1] * (weight.ndim - 1))
+
+
+def _slack(weight: Tensor, groups: int) -> Tensor:
+    """`min r[j,k,u]` per in-channel `[C_in]`: how far a channel can grow; +inf where all its weights are zero."""
+    in_channels(weight, groups)
+    lo, hi = (_rows(bound, weight) for bound in weight_ranges(weight))
+    # The bound of a weight's own sign, divided by the weight: x / x is exactly 1, so saturated channels are exact.
+    ratio = torch.where(weight > 0, hi, lo) / weight
+    # Zero weights (0 / 0 or lo / 0) don't restrain. A ratio that overflows over a denormal is made finite before that,
+    # because such a channel isn't dead: its answer is the cap.
+    ratio = torch.where(weight == 0, torch.full_like(ratio, math.inf), ratio.clamp(max=torch.finfo(ratio.dtype).max))
+    per_row = ratio.reshape(*ratio.shape[:2], -1).amin(dim=2)  # [C_out, C_in / groups]
+    return per_row.view(groups, -1, per_row.shape[1]).amin(dim=1).flatten()

@@ -1,0 +1,1 @@
+"""What is measured on images and tensors, one measure per file."""

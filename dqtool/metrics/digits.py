@@ -1,0 +1,138 @@
+"""A small digit classifier and the scores built on it: `fd.digits`, `is.digits`, and which digit an image reads as.
+
+Its features take the place of InceptionV3's for the embedded models. The numbers are reported under their own names,
+never as FID or IS, together with the extractor they were made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.metrics.frechet import frechet_distance, statistics
+from dqtool.metrics.inception_score import inception_score
+
+__all__ = ["CONFIDENT", "WEIGHTS", "DigitClassifier", "classify", "describe", "evaluate_digits", "features", "load"]
+
+WEIGHTS = Path(__file__).parent / "weights" / "digits-classifier.safetensors"
+CONFIDENT = 0.9  # softmax maximum above which an image counts as read with confidence
+FEATURES = 32
+
+
+class DigitClassifier(nn.Module):
+    """A convolutional network for `[N, 1, 16, 16]` in [-1, 1]: 54 K parameters, no normalisation, no dropout.
+
+    Buffers `reference_mean [32]` and `reference_cov [32, 32]` (float64) are the features' statistics over the real
+    training digits, the fixed side of `fd.digits`.
+    """
+
+    reference_mean: Tensor
+    reference_cov: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 48, 3, padding=1)
+        self.conv4 = nn.Conv2d(48, 64, 3, padding=1)
+        self.hidden = nn.Linear(64 * 2 * 2, FEATURES)
+        self.head = nn.Linear(FEATURES, 10)
+        self.register_buffer("reference_mean", torch.zeros(FEATURES, dtype=torch.float64))
+        self.register_buffer("reference_cov", torch.zeros(FEATURES, FEATURES, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Penultimate features `[N, 32]` (after the GELU: a ReLU left a quarter of them dead) and logits `[N, 10]`."""
+        x = F.relu(self.conv1(x))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 32, 8, 8]
+        x = F.max_pool2d(F.relu(self.conv3(x)), 2)  # [N, 48, 4, 4]
+        x = F.max_pool2d(F.relu(self.conv4(x)), 2)  # [N, 64, 2, 2]
+        hidden = F.gelu(self.hidden(x.flatten(1)))
+        return hidden, self.head(hidden)
+
+
+@lru_cache(maxsize=1)
+def load() -> DigitClassifier:
+    """The packaged classifier on the CPU, frozen; loaded once per process, so don't modify it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        state = from_bytes(WEIGHTS.read_bytes())
+        model = DigitClassifier()
+        model.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise EnvironmentFault(
+            "The weights of the digit classifier are missing.", where=str(WEIGHTS), fix="Reinstall dqtool."
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ArtifactError(
+            "The weights of the digit classifier are damaged.", where=str(WEIGHTS), fix="Reinstall dqtool."
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def describe() -> dict[str, Any]:
+    """The extractor as reports name it: `{"name", "sha256", "features"}`, the hash being that of the weights' file."""
+    return {
+        "name": "digits-classifier",
+        "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
+        "features": FEATURES,
+    }
+
+
+@torch.no_grad()
+def features(images: Tensor, *, batch_size: int = 512, model: DigitClassifier | None = None) -> tuple[Tensor, Tensor]:
+    """Features `[N, 32]` and logits `[N, 10]` (float32, CPU) of `images [N, 1, 16, 16]` in [-1, 1].
+
+    Images of another size are resized with antialiasing and clamped to [-1, 1]. Raises `UsageError` unless they have
+    one channel.
+    """
+    if images.ndim != 4 or images.shape[1] != 1 or len(images) == 0:
+        raise UsageError(
+            f"The digit metrics read images [N, 1, H, W] with N >= 1, got {tuple(images.shape)}.",
+            fix="Leave digits out of --metrics for this model.",
+        )
+    model = load() if model is None else model
+    images = images.detach().float().cpu()
+    if images.shape[-2:] != (16, 16):
+        images = F.interpolate(images, size=(16, 16), mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+    parts = [model(part) for part in images.split(batch_size)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def classify(images: Tensor, *, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+    """The digit each image reads as, `[N]` int64, and its softmax probability `[N]` float32."""
+    confidence, labels = features(images, batch_size=batch_size)[1].softmax(dim=1).max(dim=1)
+    return labels, confidence
+
+
+def evaluate_digits(images: Tensor, *, arrays: bool = False, splits: int = 10) -> dict[str, Any]:
+    """All digit scores of `images [N, 1, 16, 16]` in [-1, 1].
+
+    `fd.digits`: Fréchet distance to the real training digits. `is.digits` and `is.digits.std`: Inception score
+    over `splits`. `confident_share`: share read with probability above 0.9. `extractor`: see `describe`.
+    With `arrays` also `labels` and `confidence` (tensors `[N]`).
+    """
+    model = load()
+    hidden, logits = features(images)
+    mean, cov = statistics(hidden)
+    score, deviation = inception_score(logits, splits)
+    confidence, labels = logits.softmax(dim=1).max(dim=1)
+    result: dict[str, Any] = {
+        "fd.digits": frechet_distance(mean, cov, model.reference_mean, model.reference_cov),
+        "is.digits": score,
+        "is.digits.std": deviation,
+        "confident_share": (confidence > CONFIDENT).double().mean().item(),
+        "samples": len(images),
+        "extractor": describe(),
+    }
+    if arrays:
+        result |= {"labels": labels, "confidence": confidence}
+    return result

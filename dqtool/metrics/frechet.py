@@ -1,0 +1,55 @@
+"""The Fréchet distance between two Gaussians fitted to features (Heusel et al., arXiv 1706.08500, Eq. 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dqtool.errors import NumericError, UsageError
+
+__all__ = ["frechet_distance", "minimum_samples", "statistics"]
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[D]` and covariance `[D, D]` of `features [N, D]`, both float64 (`np.cov` convention, divisor N - 1).
+
+    Raises `UsageError` for fewer than two samples and `NumericError` for non-finite features.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise UsageError(
+            f"A Fréchet distance needs features [N, D] of at least two samples, got {tuple(features.shape)}.",
+            fix="Raise --samples.",
+        )
+    features = features.detach().double()
+    if not torch.isfinite(features).all():
+        raise NumericError("The features of the images hold NaN or Inf.", fix="Look at the images: the model diverged.")
+    mean = features.mean(dim=0)
+    centred = features - mean
+    return mean, centred.T @ centred / (len(features) - 1)
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """`|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½)` in float64, at least 0; means `[D]`, covariances `[D, D]`.
+
+    `tr (C1 C2)^½` is taken as `tr (C1^½ C2 C1^½)^½`: that matrix is symmetric and positive semi-definite, so an
+    eigen decomposition does it, singular covariances included, without a general matrix square root whose imaginary
+    round-off has to be thrown away.
+    """
+    mean1, cov1, mean2, cov2 = (x.detach().double() for x in (mean1, cov1, mean2, cov2))
+    if not all(bool(torch.isfinite(x).all()) for x in (mean1, cov1, mean2, cov2)):
+        raise NumericError("The statistics of a Fréchet distance hold NaN or Inf.", fix="Look at the images.")
+    values, vectors = torch.linalg.eigh((cov1 + cov1.T) / 2)
+    root1 = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root1 @ cov2 @ root1
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return max(0.0, distance.item())
+
+
+def minimum_samples(dim: int) -> int:
+    """Samples below which a distance over `dim` features deserves a warning: 10 for each dimension, at least 256.
+
+    A covariance of N samples has rank N - 1 at most, and the distance's bias falls as 1/N; InceptionV3's 2048
+    dimensions give 20480 by this rule, of the order of the customary 10-50 thousand.
+    """
+    return max(256, 10 * dim)

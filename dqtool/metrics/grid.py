@@ -1,0 +1,60 @@
+"""Sample grids as PNG: columns of networks side by side, the same seed in the same place."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dqtool.errors import EnvironmentFault
+
+__all__ = ["save_grid", "to_uint8"]
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """`[N, C, H, W]` in [-1, 1] to uint8 `[N, H, W, C]`."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, columns: int = 8) -> None:
+    """One PNG with a captioned panel of `rows` x `columns` images for each (caption, images `[N, C, H, W]` in [-1, 1]).
+
+    Small images are enlarged without smoothing. Raises `EnvironmentFault` when the file can't be written.
+    """
+    from PIL import Image, ImageDraw
+
+    sides = []
+    for caption, images in panels:
+        pixels = to_uint8(images[: rows * columns])
+        n, height, width, channels = pixels.shape
+        down = -(-n // columns)
+        canvas = torch.zeros(down * height, columns * width, channels, dtype=torch.uint8)
+        for i in range(n):
+            top, left = i // columns * height, i % columns * width
+            canvas[top : top + height, left : left + width] = pixels[i]
+        picture = Image.fromarray(canvas.squeeze(-1).numpy() if channels == 1 else canvas.numpy()).convert("RGB")
+        zoom = max(1, 384 // picture.width)
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+        side = Image.new("RGB", (picture.width, picture.height + 20), "white")
+        side.paste(picture, (0, 20))
+        ImageDraw.Draw(side).text((4, 4), caption, fill="black")
+        sides.append(side)
+    gap = 12
+    width = sum(s.width for s in sides) + gap * (len(sides) - 1)
+    whole = Image.new("RGB", (width, max(s.height for s in sides)), "white")
+    left = 0
+    for side in sides:
+        whole.paste(side, (left, 0))
+        left += side.width + gap
+    target = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".png", delete=False) as stream:
+            whole.save(stream, format="PNG")
+        os.chmod(stream.name, 0o644)
+        os.replace(stream.name, target)
+    except OSError as e:
+        raise EnvironmentFault(f"The picture can't be written: {e.strerror or e}", where=path) from e

@@ -1,0 +1,20 @@
+"""Where things are in an exported directory, which is a diffusers directory. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["WEIGHTS", "component_prefix", "weights_file"]
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def component_prefix(pipeline: Mapping[str, Any] | None) -> str:
+    """`"unet/"` for a pipeline, `""` for a bare component: a component in gives a component out."""
+    return "" if pipeline is None or "component" not in pipeline else f"{pipeline['component']}/"
+
+
+def weights_file(pipeline: Mapping[str, Any] | None) -> str:
+    """Path of the network's weights relative to the exported directory."""
+    return component_prefix(pipeline) + WEIGHTS

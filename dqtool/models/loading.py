@@ -1,0 +1,88 @@
+"""Building diffusers networks from files and from state dicts, with every tensor accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.artifacts import check_finite, read_header
+from dqtool.errors import ArtifactError
+from dqtool.models.families import Family, family_of
+from dqtool.models.sources import ModelSource
+
+__all__ = ["build_network", "load_weights", "network_of"]
+
+
+def load_weights(source: ModelSource) -> dict[str, Tensor]:
+    """All tensors of the network, float ones as float32.
+
+    Raises:
+        ArtifactError: a file is truncated, foreign, or lies about its contents.
+        NumericError: NaN or infinity among the weights.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for path in source.weights:
+        read_header(path)
+        try:
+            state.update(load_file(path))
+        except (SafetensorError, OSError) as e:
+            raise ArtifactError(f"These weights can't be read: {e}", where=str(path)) from e
+    check_finite(state, source.given)
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """The float network with exactly these weights, in eval mode.
+
+    Raises:
+        ArtifactError: names or shapes don't fit the config, or no family serves the class.
+    """
+    family = family_of(class_name, where)
+    with torch.device("meta"):
+        network = family.build(config)
+    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    for name in expected:
+        if name not in state:
+            raise ArtifactError(
+                f"The weights lack '{name}', which the config calls for",
+                where=where,
+                fix="Check that config and weights belong together",
+            )
+        if tuple(state[name].shape) != expected[name]:
+            raise ArtifactError(
+                f"'{name}' has shape {list(state[name].shape)}; the config calls for {list(expected[name])}",
+                where=where,
+                fix="Check that config and weights belong together",
+            )
+    extra = sorted(set(state) - set(expected))
+    if extra:
+        raise ArtifactError(
+            f"The weights hold {len(extra)} tensors that the config knows nothing of, first '{extra[0]}'",
+            where=where,
+            fix="Check that config and weights belong together",
+        )
+    network.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    _materialise(network, family, config)
+    return network.eval().requires_grad_(False)
+
+
+def network_of(manifest_model: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """Family and diffusers config that a manifest's `model` names."""
+    return family_of(manifest_model["class"], "manifest, key model.class"), dict(manifest_model["config"])
+
+
+def _materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
+    """Buffers outside the state dict (position tables) were made on meta: take them from a real build."""
+    ghosts = [name for name, b in network.named_buffers() if b.is_meta]
+    if not ghosts:
+        return
+    real = dict(family.build(config).named_buffers())
+    for name in ghosts:
+        parent, _, leaf = name.rpartition(".")
+        network.get_submodule(parent).register_buffer(leaf, real[name], persistent=False)

@@ -1,0 +1,72 @@
+"""Manifests to layers, plans and quantized networks: what runtimes, diffusers' loader and stages all start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.artifacts import Manifest
+from dqtool.core.bits import LayerBits
+from dqtool.errors import ArtifactError
+from dqtool.models.families import family_of
+from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
+from dqtool.nn.trace import LayerInfo
+
+__all__ = ["layer_infos", "packed_network", "plan_records", "plans_from", "plans_of"]
+
+INFO_FIELDS = tuple(LayerInfo.__dataclass_fields__)
+
+
+def layer_infos(records: Sequence[Mapping[str, Any]]) -> list[LayerInfo]:
+    """The layers a manifest (or a quantization config) lists, in execution order."""
+    infos = []
+    for record in records:
+        fields = {key: record[key] for key in INFO_FIELDS if key in record}
+        fields["shape"] = tuple(fields["shape"])
+        infos.append(LayerInfo(**fields))
+    return infos
+
+
+def plans_from(records: Sequence[Mapping[str, Any]]) -> list[LayerPlan]:
+    """Layers with their bits."""
+    return [
+        LayerPlan(info, LayerBits(*record["bits"]), bool(record["dilated"]))
+        for info, record in zip(layer_infos(records), records, strict=True)
+    ]
+
+
+def plans_of(manifest: Manifest) -> list[LayerPlan]:
+    """The layers of a distilled or exported artifact with their bits."""
+    return plans_from(manifest.layers)
+
+
+def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a loader must know of each layer, and no more: fields that are at their default are left out."""
+    defaults = {key: spec.default for key, spec in LayerInfo.__dataclass_fields__.items()}
+    keys = (*INFO_FIELDS, "bits", "dilated")
+    return [
+        {key: r[key] for key in keys if key in r and (key == "macs" or r[key] != defaults.get(key))} for r in records
+    ]
+
+
+def packed_network(
+    class_name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan], state: Mapping[str, Tensor]
+) -> nn.Module:
+    """The network that an artifact of packed tensors describes, ready to run with float fake-quantization.
+
+    Raises:
+        ArtifactError: the tensors are not those the plan calls for.
+    """
+    family = family_of(class_name, "manifest, key model.class")
+    with torch.device("meta"):
+        network = family.build(config)
+    insert_packed(network, plans, len(state["timesteps"]))
+    try:
+        network.load_state_dict(dict(state), assign=True)
+    except RuntimeError as e:
+        raise ArtifactError(f"The packed tensors don't fit the manifest: {e}") from e
+    refresh_steps(network)
+    return network.eval().requires_grad_(False)

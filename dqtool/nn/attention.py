@@ -1,0 +1,141 @@
+"""Attention with quantized operands: `q·kᵀ` and `softmax·v` multiply codes, each with a scale per step and head.
+
+The tables live on diffusers' own `Attention` module (`X.q_scale` `[T, H]`, `X.q_zero_point`, ... `X.probs_scale`), so a
+quantized network keeps its class and its names; the processor here reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.core.affine import SYMMETRIC_BITS, lowest_code
+from dqtool.core.bits import FLOAT_BITS
+from dqtool.nn.layers import QuantLayer
+from dqtool.nn.quantizers import StepIndex, quantize_operand
+
+__all__ = ["OPERANDS", "QuantAttnProcessor", "attach_operands", "operand_bits", "operand_state", "operands_shapes"]
+
+OPERANDS = ("q", "k", "v", "probs")
+"""Names of the four operands of the two products, in the order they are made."""
+
+
+class QuantAttnProcessor:
+    """Computes what diffusers' `AttnProcessor2_0` does, with both products on quantized operands.
+
+    `bits` are those of q, k and v, `probs_bits` those of the softmax output (unsigned, zero point 0).
+    """
+
+    def __init__(self, bits: int, probs_bits: int, steps: StepIndex) -> None:
+        self.bits, self.probs_bits, self.steps = bits, probs_bits, steps
+
+    def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
+        """Fake-quantize operand `name`, `[N, H, S, D]`, with the module's tables; float operands pass through."""
+        scale: Tensor | None = getattr(attn, f"{name}_scale", None)
+        if scale is None:
+            return x
+        bits = operand_bits(name, self.bits, self.probs_bits)
+        zero_point: Tensor | None = getattr(attn, f"{name}_zero_point", None)
+        if zero_point is None:
+            zero_point = torch.full_like(scale, 0 if name == "probs" else 2 ** (bits - 1), requires_grad=False)
+        low = lowest_code(bits, symmetric=name != "probs")
+        return quantize_operand(x, scale, zero_point, self.steps.rows, bits, low)
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *_: object,
+        **__: object,
+    ) -> Tensor:
+        """`hidden_states` is `[N, C, H, W]` or `[N, S, C]`; returns the same shape."""
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.dim() == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [N, S, C]
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+            attention_mask = attention_mask.view(len(context), attn.heads, -1, attention_mask.shape[-1])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            query, key, value = multiply_shared(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+        else:
+            if attn.norm_cross:
+                context = attn.norm_encoder_hidden_states(context)
+            query = attn.to_q(hidden_states)
+            key, value = multiply_shared(context, attn.to_k, attn.to_v)
+
+        query, key, value = (
+            t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value)
+        )  # [N,H,S,D]
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        scores = self.quantize(attn, "q", query) @ self.quantize(attn, "k", key).transpose(-1, -2) * attn.scale
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        probs = self.quantize(attn, "probs", scores.softmax(-1))
+        hidden_states = (probs @ self.quantize(attn, "v", value)).transpose(1, 2).flatten(2)
+
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return (hidden_states / attn.rescale_output_factor).to(residual.dtype)
+
+
+def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Products of several layers with one input; where they share its quantizer, `x` is quantized once."""
+    first = layers[0]
+    if isinstance(first, QuantLayer) and all(
+        isinstance(other, QuantLayer) and other.input_scale is first.input_scale for other in layers
+    ):
+        quantized = first.quantize_input(x.float())
+        return [layer.multiply(quantized).to(x.dtype) for layer in layers if isinstance(layer, QuantLayer)]
+    return [layer(x) for layer in layers]
+
+
+def operand_bits(name: str, bits: int, probs_bits: int) -> int:
+    """Bits of operand `name`."""
+    return probs_bits if name == "probs" else bits
+
+
+def has_zero_point(name: str, bits: int) -> bool:
+    """Softmax output starts at zero and 8-bit q, k, v are symmetric: neither stores a zero point."""
+    return name != "probs" and bits != SYMMETRIC_BITS
+
+
+def operands_shapes(bits: int, probs_bits: int, timesteps: int, heads: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the tables of one attention module in the packed form."""
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name in OPERANDS:
+        b = operand_bits(name, bits, probs_bits)
+        if b < FLOAT_BITS:
+            shapes[f"{name}_scale"] = ((timesteps, heads), "float32")
+            if has_zero_point(name, b):
+                shapes[f"{name}_zero_point"] = ((timesteps, heads), "uint8")
+    return shapes
+
+
+def attach_operands(attn: nn.Module, bits: int, probs_bits: int, steps: StepIndex) -> None:
+    """Give a diffusers `Attention` the quantizing processor; its tables are set afterwards."""
+    attn.set_processor(QuantAttnProcessor(bits, probs_bits, steps))  # type: ignore[operator]
+
+
+def operand_state(attn: nn.Module) -> dict[str, Tensor]:
+    """The tables of one attention module as the artifact stores them."""
+    state: dict[str, Tensor] = {}
+    for name in OPERANDS:
+        scale, zero_point = getattr(attn, f"{name}_scale", None), getattr(attn, f"{name}_zero_point", None)
+        if scale is not None:
+            state[f"{name}_scale"] = scale.detach()
+        if zero_point is not None:
+            state[f"{name}_zero_point"] = zero_point.detach().round().to(torch.uint8)
+    return state

@@ -1,0 +1,226 @@
+"""Quantized Conv2d and Linear, in two forms: `FakeQuant*` that trains and `Packed*` that ships.
+
+Both keep the names of the artifact (`X.weight_scale`, `X.input_scale` `[T]`, `X.dilation` `[C_in]`, ...) and share one
+forward, so that what ships is bit-identical to what was trained. The packed form holds its weights in packed codes and
+expands them to float once, on first use: it is the reference that integer runtimes are compared with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
+from dqtool.core.bits import LayerBits
+from dqtool.core.packing import pack, packed_words, unpack
+from dqtool.nn.quantizers import StepIndex, quantize_operand
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["FakeQuantLayer", "PackedLayer", "QuantLayer", "fake_layer", "packed_layer", "packed_shapes"]
+
+
+class QuantLayer(nn.Module):
+    """What the two forms share: geometry of the product, and the input's quantizer.
+
+    Tensors: `input_scale`, `input_zero_point` `[T]` (absent when the input stays float), `dilation` `[C_in]` (absent
+    when 1), `bias` `[C_out]` or None.
+    """
+
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    dilation: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
+        super().__init__()
+        self.bits, self.steps = bits, steps
+        self.is_conv = isinstance(like, nn.Conv2d)
+        if isinstance(like, nn.Conv2d):
+            self.stride, self.padding, self.dilation_taps, self.groups = (
+                like.stride,
+                like.padding,
+                like.dilation,
+                like.groups,
+            )
+            self.in_channels, self.out_channels = like.in_channels, like.out_channels
+            self.kernel_size = like.kernel_size
+        elif isinstance(like, nn.Linear):
+            self.groups = 1
+            self.in_features, self.out_features = like.in_features, like.out_features
+        else:
+            raise TypeError(f"{type(like).__name__} is neither Conv2d nor Linear")
+        self.low = lowest_code(bits.weight, symmetric=True)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """The fake-quantized `x / dilation`, `[N, C, H, W]` or `[N, ..., C]` like `x`. What `multiply` wants."""
+        divisor = None if self.dilation is None else self.dilation.view(-1, 1, 1) if self.is_conv else self.dilation
+        if self.input_scale is None or self.input_zero_point is None:
+            return x if divisor is None else x * divisor.reciprocal()
+        return quantize_operand(
+            x, self.input_scale, self.input_zero_point, self.steps.rows, self.bits.input, 0, divisor
+        )
+
+    def quantized_weight(self) -> Tensor:
+        """The dequantized weight, `[C_out, C_in/groups, kh, kw]` or `[C_out, C_in]`."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product alone, on an input that `quantize_input` made (possibly another layer's that shares it)."""
+        weight = self.quantized_weight()
+        if self.is_conv:
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation_taps, self.groups)
+        return F.linear(x, weight, self.bias)
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """Quantize the input, multiply, add the bias, in float32 whatever the dtype of `x`, which the result has again.
+
+        Extra arguments (diffusers' old `scale`) are ignored.
+        """
+        return self.multiply(self.quantize_input(x.float())).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"bits={self.bits.weight}/{self.bits.input}"
+
+
+class FakeQuantLayer(QuantLayer):
+    """The trainable form: float `weight` (already dilated), `weight_scale`, `weight_zero_point` `[C_out]` as parameters."""
+
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+
+    def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
+        super().__init__(like, bits, steps)
+        self.weight = nn.Parameter(like.weight.detach().clone())  # type: ignore[operator,union-attr]
+        bias = like.bias
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))  # type: ignore[operator,union-attr]
+        for name in ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point"):
+            self.register_parameter(name, None)
+        self.register_buffer("dilation", None)
+
+    def quantized_weight(self) -> Tensor:
+        """Fake-quantized with gradients."""
+        if self.weight_scale is None or self.weight_zero_point is None:
+            return self.weight
+        shape = (-1, *(1,) * (self.weight.dim() - 1))
+        return fake_quantize(
+            self.weight, self.weight_scale.view(shape), self.weight_zero_point.view(shape), self.bits.weight, self.low
+        )
+
+    def packed_state(self) -> dict[str, Tensor]:
+        """The tensors of the packed form, named as in the artifact (without the layer's own name)."""
+        state: dict[str, Tensor] = {}
+        weight = self.weight.detach()
+        if self.weight_scale is None or self.weight_zero_point is None:
+            state["weight"] = weight
+        else:
+            scale, zero_point = self.weight_scale.detach(), self.weight_zero_point.detach().round()
+            rows = weight.flatten(1)
+            centred = torch.clamp(
+                (rows * scale[:, None].reciprocal()).round(),
+                min=self.low - zero_point[:, None],
+                max=2**self.bits.weight - 1 - zero_point[:, None],
+            )
+            state["weight_packed"] = pack((centred + zero_point[:, None]).to(torch.int32), self.bits.weight)
+            state["weight_scale"] = scale
+            if self.bits.weight != SYMMETRIC_BITS:
+                state["weight_zero_point"] = zero_point.to(torch.uint8)
+            state["weight_shape"] = torch.tensor(weight.shape, dtype=torch.int32)
+        if self.input_scale is not None and self.input_zero_point is not None:
+            state["input_scale"] = self.input_scale.detach()
+            state["input_zero_point"] = self.input_zero_point.detach().round().to(torch.uint8)
+        if self.dilation is not None:
+            state["dilation"] = self.dilation
+        if self.bias is not None:
+            state["bias"] = self.bias.detach()
+        return state
+
+
+class PackedLayer(QuantLayer):
+    """The shipped form: `weight_packed` int32, `weight_scale` `[C_out]` float32, `weight_zero_point` uint8 (absent on the
+    symmetric 8-bit grid), `weight_shape`. Not trainable."""
+
+    def __init__(
+        self, like: nn.Module, bits: LayerBits, steps: StepIndex, shapes: Mapping[str, tuple[tuple[int, ...], str]]
+    ) -> None:
+        """`shapes` maps each tensor of the layer to (shape, torch dtype name), so that empty buffers await a checkpoint."""
+        super().__init__(like, bits, steps)
+        for name in ("bias", "dilation", "input_scale", "input_zero_point"):
+            self.register_buffer(name, None)
+        device = like.weight.device  # type: ignore[union-attr]
+        for name, (shape, dtype) in shapes.items():
+            self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
+        self._expanded: Tensor | None = None
+
+    def codes(self) -> Tensor:
+        """Centred weight codes, int32, in the weight's own shape: what an integer kernel multiplies."""
+        shape = self._weight_shape()
+        codes = unpack(self.weight_packed, self.bits.weight, shape[1:].numel()).to(torch.int32)
+        return (codes - self._zero_points().to(torch.int32)[:, None]).view(shape)
+
+    def quantized_weight(self) -> Tensor:
+        """Dequantized once and kept."""
+        if "weight" in self._buffers:
+            return self.weight
+        if self._expanded is None or self._expanded.device != self.weight_scale.device:
+            codes = self.codes().to(self.weight_scale.dtype)
+            self._expanded = codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
+        return self._expanded
+
+    def _weight_shape(self) -> torch.Size:
+        if self.is_conv:
+            return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+        return torch.Size((self.out_features, self.in_features))
+
+    def _zero_points(self) -> Tensor:
+        if "weight_zero_point" in self._buffers:
+            return self.weight_zero_point
+        return torch.full_like(self.weight_scale, 2 ** (self.bits.weight - 1))
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        self._expanded = None
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def fake_layer(like: nn.Module, bits: LayerBits, steps: StepIndex) -> FakeQuantLayer:
+    """The trainable form of an `nn.Conv2d` or `nn.Linear`, quantizers not yet set."""
+    return FakeQuantLayer(like, bits, steps)
+
+
+def packed_layer(
+    like: nn.Module, bits: LayerBits, steps: StepIndex, shapes: Mapping[str, tuple[tuple[int, ...], str]]
+) -> PackedLayer:
+    """The shipped form, its buffers empty until a checkpoint is loaded."""
+    return PackedLayer(like, bits, steps, shapes)
+
+
+def packed_shapes(
+    weight_shape: tuple[int, ...], bits: LayerBits, timesteps: int, dilated: int, bias: bool
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a packed layer: what `PackedLayer` allocates and the cost model counts.
+
+    `dilated` is the number of in-channels with a dilation factor, 0 for none.
+    """
+    out_channels, taps = weight_shape[0], torch.Size(weight_shape[1:]).numel()
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    if bits.quantizes_weight:
+        shapes["weight_packed"] = ((out_channels, packed_words(taps, bits.weight)), "int32")
+        shapes["weight_scale"] = ((out_channels,), "float32")
+        if bits.weight != SYMMETRIC_BITS:
+            shapes["weight_zero_point"] = ((out_channels,), "uint8")
+        shapes["weight_shape"] = ((len(weight_shape),), "int32")
+    else:
+        shapes["weight"] = (tuple(weight_shape), "float32")
+    if bits.quantizes_input:
+        shapes["input_scale"] = ((timesteps,), "float32")
+        shapes["input_zero_point"] = ((timesteps,), "uint8")
+    if dilated:
+        shapes["dilation"] = ((dilated,), "float32")
+    if bias:
+        shapes["bias"] = ((out_channels,), "float32")
+    return shapes

@@ -1,0 +1,235 @@
+"""Putting quantized layers into a diffusers network: which layer gets how many bits, and the replacement itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.core.affine import search_weight
+from dqtool.core.bits import FLOAT_BITS, LayerBits
+from dqtool.errors import UsageError
+from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_bits, operand_state, operands_shapes
+from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
+from dqtool.nn.quantizers import StepIndex, step_hook
+from dqtool.nn.trace import LayerInfo, is_attention
+
+__all__ = [
+    "LayerPlan",
+    "assign_bits",
+    "assign_tables",
+    "initialise_weights",
+    "insert_fake",
+    "insert_packed",
+    "packed_state",
+    "quant_layers",
+    "refresh_steps",
+    "state_shapes",
+    "steps_of",
+]
+
+END_BITS = 8
+"""Bits of the layers that see the model's raw input and produce its output, whatever was asked for."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer and its bits. For `kind == "attention"` the bits are those of (softmax output, q·k·v)."""
+
+    info: LayerInfo
+    bits: LayerBits
+    dilated: bool = False
+
+
+def assign_bits(
+    layers: Sequence[LayerInfo],
+    bits: LayerBits,
+    keep: Iterable[tuple[str, LayerBits]] = (),
+    probs_bits: int = 8,
+    dilated: Iterable[str] = (),
+) -> list[LayerPlan]:
+    """The bits of every layer: `bits`, except the ends at 8/8 (by role) and what `keep` (pattern, bits) names.
+
+    A pattern matches a layer's full name as a regular expression; later patterns win.
+
+    Raises:
+        UsageError: a pattern that matches no layer.
+    """
+    dilated = set(dilated)
+    plans = {}
+    for info in layers:
+        chosen = bits
+        if info.kind == "attention":
+            chosen = LayerBits(FLOAT_BITS if bits.input >= FLOAT_BITS else max(probs_bits, bits.input), bits.input)
+        elif info.role is not None:
+            chosen = LayerBits(max(bits.weight, END_BITS), max(bits.input, END_BITS))
+        plans[info.name] = LayerPlan(info, chosen, info.name in dilated)
+    for pattern, kept in keep:
+        matched = [name for name in plans if re.fullmatch(pattern, name)]
+        if not matched:
+            raise UsageError(
+                f"'{pattern}' matches no layer.", where="--keep", fix="`dqtool inspect` lists the names of all layers"
+            )
+        for name in matched:
+            attention = plans[name].info.kind == "attention"
+            plans[name] = replace(plans[name], bits=LayerBits(kept.input, kept.input) if attention else kept)
+    # Layers that share a quantized input must agree on its bits: the finest of them wins.
+    for name, plan in plans.items():
+        owner = plan.info.shares
+        if owner is not None and plans[owner].bits.input != plan.bits.input:
+            finest = max(plans[owner].bits.input, plan.bits.input)
+            for each in (name, owner):
+                plans[each] = replace(plans[each], bits=replace(plans[each].bits, input=finest))
+    return list(plans.values())
+
+
+def insert_fake(
+    model: nn.Module, plans: Sequence[LayerPlan], timesteps: Tensor, dilation: Mapping[str, Tensor]
+) -> StepIndex:
+    """Replace the planned layers by trainable ones, in place; weights must already be dilated.
+
+    The quantizers' parameters are empty (that operand passes through in float) until they are initialised. Layers that
+    share an input (`LayerInfo.shares`) get one set of input tables when those are assigned.
+    """
+    steps = _attach_steps(model, timesteps)
+    for plan in plans:
+        module = model.get_submodule(plan.info.name)
+        if plan.info.kind == "attention":
+            attach_operands(module, plan.bits.input, plan.bits.weight, steps)
+            continue
+        layer = fake_layer(module, plan.bits, steps)
+        if plan.info.name in dilation:
+            layer.dilation = dilation[plan.info.name].detach().clone()
+        _replace(model, plan.info.name, layer)
+    return steps
+
+
+def insert_packed(model: nn.Module, plans: Sequence[LayerPlan], timesteps: int) -> StepIndex:
+    """Replace the planned layers by packed ones with empty buffers, in place, ready for `load_state_dict`.
+
+    The table of timesteps is the root's buffer `timesteps`; call `refresh_steps` after loading.
+    """
+    device = next(model.parameters()).device
+    steps = _attach_steps(model, torch.zeros(timesteps, device=device))
+    for plan in plans:
+        module = model.get_submodule(plan.info.name)
+        shapes = _plan_shapes(plan, timesteps)
+        if plan.info.kind == "attention":
+            attach_operands(module, plan.bits.input, plan.bits.weight, steps)
+            for name, (shape, dtype) in shapes.items():
+                module.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
+            continue
+        _replace(model, plan.info.name, packed_layer(module, plan.bits, steps, shapes))
+    return steps
+
+
+def refresh_steps(model: nn.Module) -> None:
+    """Take the table of timesteps from the root's buffer, once it has been loaded."""
+    steps = steps_of(model)
+    fresh = StepIndex(model.timesteps)  # type: ignore[arg-type]
+    steps.timesteps, steps._tolerance = fresh.timesteps, fresh._tolerance
+
+
+def steps_of(model: nn.Module) -> StepIndex:
+    """The step index that the quantized layers of `model` share."""
+    steps = model.__dict__.get("_dqtool_steps")
+    if not isinstance(steps, StepIndex):
+        raise TypeError("not a model quantized by dqtool")
+    return steps
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of the packed form of a network of `FakeQuantLayer`s: everything an artifact holds, by name."""
+    state: dict[str, Tensor] = {"timesteps": model.timesteps}  # type: ignore[dict-item]
+    replaced: set[str] = set()
+    for name, module in model.named_modules():
+        own: dict[str, Tensor] = {}
+        if isinstance(module, FakeQuantLayer):
+            own = module.packed_state()
+            replaced.update(f"{name}.{key}" for key, _ in [*module.named_parameters(), *module.named_buffers()])
+        elif is_attention(module):
+            own = operand_state(module)
+        state.update({f"{name}.{key}": value.contiguous() for key, value in own.items()})
+    for name, value in model.state_dict().items():
+        if name not in replaced and name not in state:
+            state[name] = value.detach()
+    return state
+
+
+def state_shapes(
+    float_shapes: Mapping[str, tuple[tuple[int, ...], str]], plans: Sequence[LayerPlan], timesteps: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of the packed form, from the float network's: what the cost model sums."""
+    shapes = dict(float_shapes)
+    shapes["timesteps"] = ((timesteps,), "float32")
+    for plan in plans:
+        if plan.info.kind != "attention":
+            for key in ("weight", "bias"):
+                shapes.pop(f"{plan.info.name}.{key}", None)
+        for key, value in _plan_shapes(plan, timesteps).items():
+            shapes[f"{plan.info.name}.{key}"] = value
+    return shapes
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """All quantized layers by name, in the order of registration."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def assign_tables(model: nn.Module, plans: Sequence[LayerPlan], tables: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Set the activation tables, keyed by layer name or `attention.operand`, as trainable parameters.
+
+    Each value is (scale, zero point), `[T]` or `[T, H]`. Layers that share an input get the same parameters.
+    """
+    for plan in plans:
+        module = model.get_submodule(plan.info.name)
+        if plan.info.kind == "attention":
+            for operand in OPERANDS:
+                key = f"{plan.info.name}.{operand}"
+                if key in tables:
+                    scale, zero_point = tables[key]
+                    setattr(module, f"{operand}_scale", nn.Parameter(scale.clone()))
+                    if has_zero_point(operand, operand_bits(operand, plan.bits.input, plan.bits.weight)):
+                        setattr(module, f"{operand}_zero_point", nn.Parameter(zero_point.clone()))
+        elif plan.bits.quantizes_input:
+            if plan.info.shares is not None:
+                owner = model.get_submodule(plan.info.shares)
+                module.input_scale, module.input_zero_point = owner.input_scale, owner.input_zero_point
+            else:
+                scale, zero_point = tables[plan.info.name]
+                module.input_scale = nn.Parameter(scale.clone())
+                module.input_zero_point = nn.Parameter(zero_point.clone())
+
+
+def initialise_weights(model: nn.Module) -> None:
+    """Set every layer's weight quantizer to the grid of least squared error."""
+    for layer in quant_layers(model).values():
+        if isinstance(layer, FakeQuantLayer) and layer.bits.quantizes_weight:
+            scale, zero_point = search_weight(layer.weight, layer.bits.weight, symmetric=layer.low == 1)
+            layer.weight_scale, layer.weight_zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
+
+
+def _attach_steps(model: nn.Module, timesteps: Tensor) -> StepIndex:
+    steps = StepIndex(timesteps if timesteps.device.type != "meta" else torch.zeros(len(timesteps)))
+    model.register_buffer("timesteps", timesteps.detach().to(torch.float32).clone())
+    model.__dict__["_dqtool_steps"] = steps  # plain attribute: shared with the layers, not a module's state
+    model.register_forward_pre_hook(step_hook, with_kwargs=True)
+    return steps
+
+
+def _plan_shapes(plan: LayerPlan, timesteps: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    info = plan.info
+    if info.kind == "attention":
+        return operands_shapes(plan.bits.input, plan.bits.weight, timesteps, info.heads)
+    return packed_shapes(
+        info.shape, plan.bits, timesteps, info.shape[1] * info.groups if plan.dilated else 0, info.bias
+    )
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    holder = model.get_submodule(parent) if parent else model
+    setattr(holder, leaf, layer)

@@ -1,0 +1,296 @@
+"""What is shown while a stage runs. All of it goes to standard error; standard output belongs to the result."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+__all__ = ["Progress", "format_seconds", "is_quiet", "progress", "say", "set_quiet", "table", "table_lines", "warn"]
+
+FIRST_LINE = 1.0  # seconds until a plain progress line appears
+LINE_EVERY = 5.0  # seconds between plain progress lines
+
+_quiet = False
+_live: RichProgress | None = None  # the one live display of the terminal; nested bars are rows of it
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence progress, `say` and `table`; warnings are still shown."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    """Whether `set_quiet(True)` is in force."""
+    return _quiet
+
+
+def say(text: str) -> None:
+    """Show one message."""
+    if not _quiet:
+        _emit(text)
+
+
+def warn(text: str) -> None:
+    """Show one warning, also when quiet: it says that a result may not be what was meant."""
+    _emit(f"warning: {text}", style="yellow")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Show a table. No cell is ever cut: where a terminal is too narrow, and elsewhere, it is aligned plain text.
+
+    Floats are shown with six significant digits (give text for another precision), None as `-`; columns that hold
+    only numbers are aligned right.
+    """
+    if _quiet:
+        return
+    cells, right, widths = _layout(columns, rows)
+    if _on_terminal():
+        console = _console()
+        if sum(widths) + 3 * len(widths) + 1 <= console.width:
+            _emit_rich_table(console, title, columns, right, cells)
+            return
+    _emit(title)
+    for line in table_lines(columns, rows):
+        _emit(line)
+
+
+def table_lines(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The table as aligned plain text, for reports that are the result itself and go to standard output."""
+    cells, right, widths = _layout(columns, rows)
+    return [
+        "  ".join(
+            text.rjust(width) if is_right else text.ljust(width)
+            for text, width, is_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in [list(columns), ["-" * width for width in widths], *cells]
+    ]
+
+
+def progress(what: str, total: int | None, unit: str = "step") -> Progress:
+    """Progress of `what` over `total` units (None when unknown): `with progress("calibrate", 100) as p: p.advance()`.
+
+    On a terminal a bar with the time left, else a plain line within two seconds and about every five from then on,
+    whether or not anything advanced, and a last one. What is over before the first line is due shows the last one only.
+    """
+    return Progress(what, total, unit)
+
+
+class Progress:
+    """A running count with an estimate of the time left; made by `progress`. Nested ones share the terminal."""
+
+    def __init__(self, what: str, total: int | None, unit: str = "step") -> None:
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self._skipped = 0
+        self._note = ""
+        self._display: _Bar | _Lines | None = None
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._start = time.monotonic()
+        if not _quiet:
+            self._display = _Bar(self) if _on_terminal() else _Lines(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if self._display is not None:
+            self._display.close(stopped=kind is not None)
+            self._display = None
+
+    def advance(self, n: int = 1, note: str | None = None) -> None:
+        """Count `n` more units as done; `note` (a loss, a layer's name) stays beside them until the next one."""
+        self.done += n
+        if note is not None:
+            self._note = note
+        if self._display is not None:
+            self._display.update()
+
+    def skip(self, n: int = 1, note: str | None = None) -> None:
+        """Count `n` units that an earlier run had finished: done, but no evidence of how fast this one is."""
+        self._skipped += n
+        self.advance(n, note)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left at the mean speed so far; None while nothing is known."""
+        worked = self.done - self._skipped
+        if self.total is None or worked <= 0:
+            return None
+        return self.elapsed / worked * max(0, self.total - self.done)
+
+    def line(self, *, last: bool = False, stopped: bool = False) -> str:
+        """The plain line: `calibrate 12/100 step  elapsed 3s  eta 22s  note`."""
+        count = str(self.done) if self.total is None else f"{self.done}/{self.total}"
+        parts = [f"{self.what} {count} {self.unit}", f"elapsed {format_seconds(self.elapsed)}"]
+        if stopped:
+            parts.append("stopped")
+        elif not last and self.total is not None:
+            parts.append(f"eta {'?' if self.eta is None else format_seconds(self.eta)}")
+        return "  ".join([*parts, self._note] if self._note else parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """`7s`, `2m05s`, `1h02m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class _Lines:
+    """Plain lines from a thread of their own, so that a step of a minute does not look like a hang."""
+
+    def __init__(self, owner: Progress) -> None:
+        self._owner = owner
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dqtool-progress", daemon=True)
+        self._thread.start()
+
+    def update(self) -> None:
+        """Nothing: the thread reads the count when a line is due."""
+
+    def close(self, *, stopped: bool) -> None:
+        self._closed.set()
+        self._thread.join()
+        _emit(self._owner.line(last=True, stopped=stopped))
+
+    def _run(self) -> None:
+        wait = FIRST_LINE
+        while not self._closed.wait(wait):
+            _emit(self._owner.line())
+            wait = LINE_EVERY
+
+
+class _Bar:
+    """A row of the terminal's live display, which the outermost one starts and stops."""
+
+    def __init__(self, owner: Progress) -> None:
+        global _live
+        self._owner = owner
+        self._outermost = _live is None
+        if _live is None:
+            _live = _rich_progress()
+            _live.start()
+        self._rich = _live
+        self._task: TaskID = self._rich.add_task(owner.what, total=owner.total, line=self._line)
+
+    def update(self) -> None:
+        self._rich.update(self._task, completed=self._owner.done)
+
+    def close(self, *, stopped: bool) -> None:
+        global _live
+        final = self._line(last=True, stopped=stopped)
+        self._rich.update(self._task, completed=self._owner.done, line=lambda: final)
+        if self._outermost:
+            self._rich.stop()
+            _live = None
+        else:
+            self._rich.remove_task(self._task)
+
+    def _line(self, *, last: bool = False, stopped: bool = False) -> str:
+        return self._owner.line(last=last, stopped=stopped).removeprefix(self._owner.what).strip()
+
+
+def _rich_progress() -> RichProgress:
+    from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+    from rich.progress import Progress as Display
+    from rich.text import Text
+
+    class Line(ProgressColumn):
+        """The count and times, asked for at every refresh: they move on between two steps as well."""
+
+        def render(self, task: Task) -> Text:
+            return Text(task.fields["line"]())
+
+    return Display(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), Line(), console=_console()
+    )
+
+
+def _layout(
+    columns: Sequence[str], rows: Sequence[Sequence[object]]
+) -> tuple[list[list[str]], list[bool], list[int]]:
+    """The cells as text, which columns are aligned right, and how wide each one is."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    right = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
+    widths = [max(len(line[index]) for line in [list(columns), *cells]) for index in range(len(columns))]
+    return cells, right, widths
+
+
+def _emit_rich_table(
+    console: Console, title: str, columns: Sequence[str], right: Sequence[bool], cells: Sequence[Sequence[str]]
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=Text(title), title_justify="left")
+    for column, is_right in zip(columns, right, strict=True):
+        grid.add_column(Text(column), justify="right" if is_right else "left", no_wrap=True)
+    for line in cells:
+        grid.add_row(*(Text(text) for text in line))
+    console.print(grid)
+
+
+def _emit(text: str, style: str | None = None) -> None:
+    if sys.stderr is None:
+        return
+    try:
+        if _on_terminal():
+            _console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        # The reader of our messages is gone (`2>&1 | head`) or has closed them; hours of work must not go with it.
+        return
+
+
+def _on_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:  # closed
+        return False
+
+
+def _console() -> Console:
+    if _live is not None:
+        return _live.console
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return True
+    try:
+        float(str(value).rstrip("x%"))
+    except ValueError:
+        return False
+    return True

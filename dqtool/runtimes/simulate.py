@@ -1,0 +1,21 @@
+"""Float fake-quantization: the reference. Weights are packed on disk and in memory, plus one float32 copy on first use."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dqtool.artifacts import Artifact
+from dqtool.models.export_layout import weights_file
+from dqtool.models.loading import build_network
+from dqtool.models.packed import packed_network, plans_of
+
+__all__ = ["load"]
+
+
+def load(artifact: Artifact) -> nn.Module:
+    """The network of an exported directory; a dense export gives the plain float network."""
+    manifest = artifact.manifest
+    state = artifact.tensors(file=weights_file(manifest.pipeline))
+    if manifest.parameters["format"] == "dense":
+        return build_network(manifest.model["class"], manifest.model["config"], state, artifact.given)
+    return packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)

@@ -1,0 +1,77 @@
+"""From what dilated and calibrated artifacts hold to networks: the float teacher, the trace, the trainable student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from dqtool.artifacts import Manifest
+from dqtool.core.bits import parse_bits, parse_keep
+from dqtool.models.loading import build_network
+from dqtool.models.packed import layer_infos
+from dqtool.nn.statistics import initial_tables
+from dqtool.nn.surgery import LayerPlan, assign_bits, assign_tables, initialise_weights, insert_fake
+from dqtool.nn.trace import BlockInfo, Trace
+
+if TYPE_CHECKING:
+    from dqtool.stages.distill import DistillOptions
+
+__all__ = ["per_in_channel", "split_dilated", "student_of", "teacher_of", "trace_of"]
+
+STATISTICS = (".histogram", ".range", ".channel_range")
+
+
+def trace_of(manifest: Manifest) -> Trace:
+    """Layers and blocks as `dilate` observed them."""
+    blocks = [BlockInfo(block["name"], set(block["reads"])) for block in manifest.metrics["blocks"]]
+    return Trace(layer_infos(manifest.layers), blocks, set(manifest.metrics["output_reads"]))
+
+
+def split_dilated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of a dilated or calibrated artifact: (the network's state with dilated weights, dilation by layer)."""
+    dilation = {k.removesuffix(".dilation"): v for k, v in tensors.items() if k.endswith(".dilation")}
+    state = {
+        k: v
+        for k, v in tensors.items()
+        if not k.endswith((*STATISTICS, ".dilation")) and not k.startswith(("trajectory.", "condition."))
+    }
+    state.pop("timesteps", None)
+    return state, dilation
+
+
+def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The full-precision network: dilated weights divided by their factors again (equal to one unit in the last place)."""
+    state, dilation = split_dilated(tensors)
+    groups = {info.name: info.groups for info in layer_infos(manifest.layers)}
+    for name, scale in dilation.items():
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = weight / per_in_channel(scale, weight, groups[name])
+    return build_network(manifest.model["class"], manifest.model["config"], state, "teacher")
+
+
+def per_in_channel(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """`[C_in]` factors shaped to multiply a weight `[C_out, C_in/groups, ...]`."""
+    rows = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return rows.view(weight.shape[0], -1, *(1,) * (weight.dim() - 2))
+
+
+def student_of(
+    manifest: Manifest, tensors: Mapping[str, Tensor], options: DistillOptions
+) -> tuple[nn.Module, list[LayerPlan]]:
+    """The trainable quantized network of a calibrated artifact, its quantizers initialised (PTQ)."""
+    state, dilation = split_dilated(tensors)
+    network = build_network(manifest.model["class"], manifest.model["config"], state, "student")
+    plans = assign_bits(
+        layer_infos(manifest.layers),
+        parse_bits(options.bits),
+        [parse_keep(text) for text in options.keep],
+        options.softmax_bits,
+        dilated=dilation.keys(),
+    )
+    timesteps = tensors["timesteps"][:1] if options.static else tensors["timesteps"]
+    insert_fake(network, plans, timesteps, dilation)
+    assign_tables(network, plans, initial_tables(plans, tensors, options.static))
+    initialise_weights(network)
+    return network, plans

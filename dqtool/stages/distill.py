@@ -1,0 +1,157 @@
+"""`dqtool distill`: choose the bits, initialise the quantizers, train them with the weights, pack the result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dqtool import report
+from dqtool.artifacts import Artifact, Workspace
+from dqtool.errors import ArtifactError, UsageError
+from dqtool.stages.running import Common, Product, execute, input_artifact
+
+if TYPE_CHECKING:
+    from dqtool.training.options import BkdOptions
+
+__all__ = ["DistillOptions", "distill"]
+
+CODE_VERSION = 1
+METHODS = ("bkd", "ptq")
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Options of `dqtool distill`. `iters` per block, `refine_iters` for the pass over all blocks; None: the defaults."""
+
+    artifact: str | None = None
+    output: str = "distilled.safetensors"
+    bits: str = "4/4"
+    steps: int | None = None
+    iters: int | None = None
+    refine_iters: int | None = None
+    method: str = "bkd"
+    seed: int = 0
+    keep: tuple[str, ...] = ()
+    softmax_bits: int = 8
+    static: bool = False
+    batch_size: int = 32
+
+
+def distill(options: DistillOptions, common: Common) -> str:
+    """Make the quantized artifact; returns its path as given.
+
+    Raises:
+        UsageError: bits, `--keep` patterns or a method that don't exist.
+        ArtifactError: the input is not calibrated, or was for another number of steps.
+        NumericError: training diverged.
+    """
+    from dqtool.core.bits import parse_bits, parse_keep
+
+    parse_bits(options.bits)
+    for text in options.keep:
+        parse_keep(text)
+    if options.method not in METHODS:
+        raise UsageError(
+            f"unknown method '{options.method}'", where="--method", fix=f"Choose from {', '.join(METHODS)}"
+        )
+    calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
+    steps = calibrated.manifest.parameters["steps"]
+    if options.steps is not None and options.steps != steps:
+        raise ArtifactError(
+            f"This artifact was calibrated for {steps} steps, not {options.steps}",
+            where=calibrated.given,
+            fix=f"Leave out --steps, or run `dqtool calibrate --steps {options.steps}` first",
+        )
+    parameters = resolved(options)
+    inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
+    workspace: list[Workspace] = []
+
+    def work(key: str) -> Product:
+        workspace.append(Workspace(options.output, key))
+        return produce(calibrated, options, parameters, workspace[0])
+
+    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work)
+    for each in workspace:
+        each.clear()
+    return options.output
+
+
+def resolved(options: DistillOptions) -> dict[str, Any]:
+    """All parameters that decide the result, with defaults filled in."""
+    from dqtool.training.options import BkdOptions
+
+    recipe = BkdOptions(batch_size=options.batch_size)
+    iters = recipe.iters if options.iters is None else options.iters
+    refine = recipe.refine_iters if options.refine_iters is None else options.refine_iters
+    if options.method == "ptq":
+        iters = refine = 0
+    if iters == 0 and options.refine_iters is None:
+        refine = 0  # `--iters 0` is plain PTQ
+    return {
+        "bits": options.bits,
+        "method": options.method,
+        "seed": options.seed,
+        "keep": list(options.keep),
+        "softmax_bits": options.softmax_bits,
+        "static": options.static,
+        "recipe": asdict(replace(recipe, iters=iters, refine_iters=refine)),
+    }
+
+
+def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str, Any], workspace: Workspace) -> Product:
+    """Initialise, train, pack."""
+    from dqtool.models.loading import network_of
+    from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.nn.surgery import packed_state
+    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
+    from dqtool.training.bkd import distill_blocks, refine
+    from dqtool.training.data import Problem, Trajectory
+
+    manifest, tensors = calibrated.manifest, calibrated.tensors()
+    family, _ = network_of(manifest.model)
+    start = time.perf_counter()
+    student, plans = student_of(manifest, tensors, options)
+    report.say(
+        f"distill: quantizers of {len(plans)} layers set in {report.format_seconds(time.perf_counter() - start)}"
+    )
+    assert manifest.pipeline is not None
+    sampling = manifest.pipeline["sampling"]
+    problem = Problem(
+        family=family,
+        teacher=teacher_of(manifest, tensors),
+        student=student,
+        trace=trace_of(manifest),
+        trajectory=Trajectory(
+            tensors["trajectory.x"],
+            tensors["trajectory.rows"],
+            tensors["timesteps"],
+            {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")},
+        ),
+        sampler=Sampler(family, make_sampler(sampling["scheduler"]), sampling["steps"], sampling["eta"]),
+        seed=options.seed,
+        store=workspace,
+    )
+    recipe = recipe_of(parameters)
+    metrics: dict[str, Any] = {}
+    if recipe.iters:
+        with report.progress("distill: blocks", recipe.iters * len(problem.trace.blocks), "iteration") as progress:
+            metrics |= distill_blocks(problem, recipe, progress.advance)
+    if recipe.refine_iters:
+        with report.progress("distill: all blocks", recipe.refine_iters, "iteration") as progress:
+            metrics |= refine(problem, recipe, progress.advance)
+    layers = [
+        record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated}
+        for record, plan in zip(manifest.layers, plans, strict=True)
+    ]
+    return Product(packed_state(student), manifest.model, manifest.pipeline, layers, {**manifest.metrics, **metrics})
+
+
+def recipe_of(parameters: dict[str, Any]) -> BkdOptions:
+    """The training options among a manifest's parameters."""
+    from dqtool.training.options import BkdOptions, Rates
+
+    fields = dict(parameters["recipe"])
+    for key in ("rates", "refine_rates"):
+        fields[key] = Rates(**fields[key])
+    return BkdOptions(**fields)

@@ -1,0 +1,191 @@
+"""What every stage does around its own work: input, cache, lock, commit. Imports no torch until there is work to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool import report
+from dqtool.artifacts import (
+    Artifact,
+    Manifest,
+    check_writable,
+    commit,
+    commit_directory,
+    commit_report,
+    environment,
+    fingerprint,
+    is_current,
+    lock,
+    open_artifact,
+)
+from dqtool.errors import ArtifactError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DEFAULT_OUTPUTS", "Common", "Execution", "Product", "execute", "input_artifact", "set_up_torch"]
+
+DEFAULT_OUTPUTS = {
+    "dilate": "dilated.safetensors",
+    "calibrate": "calibrated.safetensors",
+    "distill": "distilled.safetensors",
+    "export": "exported",
+    "eval": "eval.json",
+}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What `execute` did, or would do in a dry run; `cached` says that the output was there already."""
+
+    stage: str
+    output: str
+    parameters: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options that every command takes, and the log of what was executed under them."""
+
+    force: bool = False
+    quiet: bool = False
+    json: bool = False
+    device: str = "auto"
+    dry_run: bool = False
+    log: list[Execution] = field(default_factory=list, compare=False)
+
+
+@dataclass
+class Product:
+    """What a stage made, before it is committed: tensors for a file, or `build` for a directory, or neither for a report."""
+
+    tensors: Mapping[str, Tensor] | None
+    model: dict[str, Any]
+    pipeline: dict[str, Any] | None
+    layers: list[dict[str, Any]]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    build: Callable[[Path], object] | None = None
+
+
+def input_artifact(given: str | None, stages: Collection[str], default: str) -> Artifact:
+    """The artifact a command works on: the path given, else the line a pipe brings, else the previous stage's default.
+
+    Raises:
+        ArtifactError: a pipe or file brought nothing, or the artifact is not of one of `stages`.
+        EnvironmentFault: there is no such path.
+    """
+    if given is None:
+        given = _from_standard_input()
+    if given is None:
+        given = DEFAULT_OUTPUTS[default]
+        if not os.path.lexists(given):
+            raise EnvironmentFault(
+                f"No artifact was given and the default, {given}, is not here",
+                where=os.getcwd(),
+                fix=f"Name one, or run `dqtool {default}` first",
+            )
+    return open_artifact(given, stages)
+
+
+def _from_standard_input() -> str | None:
+    """One line from standard input when that is a pipe or a file; None on a terminal, `/dev/null` or when closed."""
+    import stat
+
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return None
+    if sys.stdin is None:  # closed at the start; another file may have its number by now
+        return None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
+        return None
+    line = sys.stdin.readline().strip()
+    if not line:
+        raise ArtifactError(
+            "Standard input is a pipe or file and brought no path",
+            where="standard input",
+            fix="The stage before may have failed; give the artifact's path, or redirect from /dev/null",
+        )
+    return line
+
+
+def execute(
+    stage: str,
+    code_version: int,
+    output: str,
+    parameters: dict[str, Any],
+    inputs: Sequence[dict[str, Any]],
+    common: Common,
+    produce: Callable[[str], Product],
+    kind: str = "file",
+    also: Sequence[str] = (),
+) -> bool:
+    """Make the artifact `output` unless it is there already; returns whether it was cached. A dry run writes nothing.
+
+    `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "file",
+    "directory" or "report". `also` are side products (pictures) that must exist for the cache to count.
+    """
+    names = [str(entry["name"]) for entry in inputs]
+    check_writable(output, directory=kind == "directory", report=kind == "report", inputs=names)
+    key = fingerprint(stage, code_version, parameters, [str(entry["sha256"]) for entry in inputs])
+
+    def note(*, cached: bool) -> bool:
+        common.log.append(Execution(stage, output, parameters, list(inputs), cached))
+        return cached
+
+    def is_cached() -> bool:
+        return not common.force and is_current(output, key) and all(map(os.path.exists, also))
+
+    if common.dry_run:
+        return note(cached=is_cached())
+    with lock(output):
+        if is_cached():
+            report.say(f"{stage}: cached {output}")
+            return note(cached=True)
+        start = time.perf_counter()
+        threads = set_up_torch(common.device)
+        product = produce(key)
+        manifest = Manifest(
+            stage=stage,
+            fingerprint=key,
+            inputs=list(inputs),
+            model=product.model,
+            pipeline=product.pipeline,
+            parameters=parameters,
+            layers=product.layers,
+            metrics=product.metrics,
+            environment=environment(common.device, threads),
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        if product.build is not None:
+            commit_directory(output, product.build, manifest)
+        elif product.tensors is not None:
+            commit(output, product.tensors, manifest)
+        else:
+            commit_report(output, manifest)
+    report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
+    return note(cached=False)
+
+
+def set_up_torch(device: str) -> int:
+    """Deterministic algorithms; returns the number of threads.
+
+    Raises:
+        EnvironmentFault: a CUDA device is asked for where there is none.
+    """
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentFault(
+            f"There is no CUDA device for --device {device}", fix="Use --device cpu, or install a CUDA build of PyTorch"
+        )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.get_num_threads()

@@ -1,0 +1,1 @@
+"""How quantized weights are learned."""

@@ -1,0 +1,205 @@
+"""Block-wise Knowledge Distillation (Eq. 25-27), then one pass over all blocks on the student's own trajectory.
+
+First each block, in execution order, learns to give the float network's output from the *quantized* prefix's: later
+blocks repair what earlier ones left. Weights, biases, weight scales and step tables learn at once. What no block can
+see is where the errors of one step lead at the next: the quantized model drifts off the trajectory it was trained on.
+`refine` closes that gap: it samples with the student, asks the teacher at the points it visits, and trains all blocks
+on that answer; the trajectory is drawn anew a few times as the student moves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtool.errors import NumericError
+from dqtool.models.sampling import initial_noise
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.surgery import steps_of
+from dqtool.training.data import Problem, Trajectory
+from dqtool.training.optimizer import QuantAdam, cosine
+from dqtool.training.options import BkdOptions
+from dqtool.training.replay import BlockInputs, Replay
+
+__all__ = ["distill_blocks", "refine"]
+
+
+def trainable(module: nn.Module) -> None:
+    """Let gradients reach the quantized layers of `module` and nothing else. Norms stay frozen: their affine belongs to
+    the float glue, and PyTorch's CPU group norm can't take gradients for it on every memory layout."""
+    module.requires_grad_(False)
+    for layer in module.modules():
+        if isinstance(layer, FakeQuantLayer):
+            layer.requires_grad_(True)
+        for name in ("q", "k", "v", "probs"):
+            for kind in ("scale", "zero_point"):
+                table = getattr(layer, f"{name}_{kind}", None)
+                if isinstance(table, nn.Parameter):
+                    table.requires_grad_(True)
+
+
+def distill_blocks(problem: Problem, options: BkdOptions, advance: Callable[[int, str], None]) -> dict:
+    """Train every block of `problem.student` in place. `advance(n, note)` reports n finished iterations.
+
+    Returns metrics: the loss of each block before and after, seconds in training steps and in all.
+    """
+    start = time.perf_counter()
+    training_seconds = 0.0
+    trajectory, trace = problem.trajectory, problem.trace
+    samples = len(trajectory)
+    generator = torch.Generator().manual_seed(problem.seed)
+
+    def run(model: nn.Module, rows: slice) -> None:
+        problem.predict(model, rows)
+
+    teacher = Replay(problem.teacher, trace, samples, run)
+    student = Replay(problem.student, trace, samples, run)
+    losses: dict[str, list[float]] = {}
+    problem.student.requires_grad_(False)
+    for index, info in enumerate(trace.blocks):
+        block = problem.student.get_submodule(info.name)
+        wanted = teacher.inputs(index)
+        target = teacher.outputs(index, wanted)
+        given = student.inputs(index)
+        kept = problem.store.load(info.name)
+        if kept is not None:
+            generator.set_state(kept["generator"])
+            restore_block(block, {k: v for k, v in kept.items() if k != "generator"})
+            advance(options.iters, info.name)
+        else:
+            begin = time.perf_counter()
+            losses[info.name] = train_block(problem, block, given, target, options, generator, advance, info.name)
+            training_seconds += time.perf_counter() - begin
+            problem.store.save(info.name, {**block_state(block), "generator": generator.get_state()})
+        teacher.advance(index, target, wanted)
+        student.advance(index, student.outputs(index, given, problem.select_rows), given)
+    total = time.perf_counter() - start
+    return {
+        "block_loss": losses,
+        "block_seconds": total,
+        "outside_training_share": 1 - training_seconds / total if total else 0.0,
+    }
+
+
+def train_block(
+    problem: Problem,
+    block: nn.Module,
+    given: BlockInputs,
+    target: Tensor,
+    options: BkdOptions,
+    generator: torch.Generator,
+    advance: Callable[[int, str], None],
+    name: str,
+) -> list[float]:
+    """Minimise Eq. 27 for one block; returns [first, last] loss (means over up to 20 batches)."""
+    trainable(block)
+    optimizer = QuantAdam(block, options.rates)
+    history: list[float] = []
+    for step in range(options.iters):
+        chosen = torch.randint(len(target), (options.batch_size,), generator=generator)
+        problem.select_rows(chosen)
+        args, kwargs = given.batch(chosen)
+        loss = F.mse_loss(block(*args, **kwargs), target[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(problem.trajectory.present(chosen), cosine(step, options.iters))
+        history.append(loss.item())
+        check_loss(history[-1], name, step)
+        advance(1, name)
+    optimizer.release()
+    block.requires_grad_(False)
+    window = max(1, min(20, len(history) // 4))
+    return [sum(history[:window]) / window, sum(history[-window:]) / window] if history else []
+
+
+def refine(problem: Problem, options: BkdOptions, advance: Callable[[int, str], None]) -> dict:
+    """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target."""
+    trainable(problem.student)
+    optimizer = QuantAdam(problem.student, options.refine_rates)
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    steps = steps_of(problem.student)
+    losses: list[float] = []
+    start = time.perf_counter()
+    sampling_seconds = 0.0
+    own: Trajectory | None = None
+    targets = torch.empty(0)
+    for step in range(options.refine_iters):
+        if step % options.refine_refresh == 0:
+            begin = time.perf_counter()
+            own, targets = own_trajectory(problem, options.refine_images, step)
+            sampling_seconds += time.perf_counter() - begin
+        assert own is not None
+        chosen = torch.randint(len(own), (options.refine_batch_size,), generator=generator)
+        x, timestep, conditions = own.arguments(chosen)
+        loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(own.present(chosen), cosine(step, options.refine_iters))
+        losses.append(loss.item())
+        check_loss(losses[-1], "refine", step)
+        advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
+    optimizer.release()
+    problem.student.requires_grad_(False)
+    steps.select(torch.zeros(1, dtype=torch.long))
+    window = max(1, min(100, len(losses) // 4))
+    return {
+        "refine_loss": [sum(losses[:window]) / window, sum(losses[-window:]) / window] if losses else [],
+        "refine_seconds": time.perf_counter() - start,
+        "refine_sampling_seconds": sampling_seconds,
+    }
+
+
+def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory, Tensor]:
+    """Points that the student visits when it samples `images` new images, and the teacher's predictions there."""
+    sampler, trajectory = problem.sampler, problem.trajectory
+    seed = problem.seed * 7919 + salt + 1_000_000
+    points: list[Tensor] = []
+    answers: list[Tensor] = []
+    rows: list[Tensor] = []
+    conditions: dict[str, list[Tensor]] = {k: [] for k in trajectory.conditions}
+    with torch.no_grad():
+        chosen = torch.randint(
+            len(trajectory), (images,), generator=torch.Generator().manual_seed(seed)
+        )  # conditions are drawn from those of the calibration set
+        given = {k: v[chosen] for k, v in trajectory.conditions.items()}
+
+        def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
+            points.append(x.clone())
+            answers.append(problem.family.predict(problem.teacher, x, timestep, given))
+            rows.append(((trajectory.timesteps - timestep).abs().argmin()).expand(len(x)).clone())
+            for key, value in given.items():
+                conditions[key].append(value)
+
+        noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed)
+        sampler.run(problem.student, noise, given, [seed + i for i in range(images)], see)
+    own = Trajectory(
+        torch.cat(points), torch.cat(rows), trajectory.timesteps, {k: torch.cat(v) for k, v in conditions.items()}
+    )
+    return own, torch.cat(answers)
+
+
+def block_state(block: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors of a block (shared tables appear under each name that holds them)."""
+    named = block.named_parameters(remove_duplicate=False)
+    return {name or "self": p.detach().clone() for name, p in named}
+
+
+def restore_block(block: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `block_state` gave, keeping shared tables shared."""
+    with torch.no_grad():
+        for name, p in block.named_parameters(remove_duplicate=False):
+            p.copy_(state[name or "self"])
+
+
+def check_loss(loss: float, where: str, step: int) -> None:
+    """Raise `NumericError` for a loss that is no number."""
+    if not loss < float("inf"):
+        raise NumericError(
+            "The distillation loss is no longer finite.",
+            where=f"{where}, iteration {step}",
+            fix="Lower --weight-rate, or check the model's weights and the calibration with `dqtool inspect`",
+        )

@@ -1,0 +1,73 @@
+"""What a training method is given: the float network, the quantized one to train, and the trajectory to train it on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.models.families import Family
+from dqtool.models.sampling import Sampler
+from dqtool.nn.surgery import steps_of
+from dqtool.nn.trace import Trace
+
+__all__ = ["BlockStore", "Problem", "Trajectory"]
+
+
+@dataclass
+class Trajectory:
+    """Points (x_t, t) of the reverse process: `x` `[N, C, H, W]`, `rows` `[N]` into `timesteps` `[T]`, conditions `[N, ...]`."""
+
+    x: Tensor
+    rows: Tensor
+    timesteps: Tensor
+    conditions: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def arguments(self, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """`x`, timestep and conditions of the samples `rows` (a slice or an index tensor)."""
+        return self.x[rows], self.timesteps[self.rows[rows]], {k: v[rows] for k, v in self.conditions.items()}
+
+    def present(self, samples: Tensor) -> Tensor:
+        """Mask `[T]` of the steps that these samples are at."""
+        mask = torch.zeros(len(self.timesteps), dtype=torch.bool)
+        mask[self.rows[samples]] = True
+        return mask
+
+
+class BlockStore(Protocol):
+    """Where finished blocks are kept, so that an interrupted run goes on from there."""
+
+    def load(self, key: str) -> Mapping[str, Tensor] | None:
+        """What was saved under `key`."""
+
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors."""
+
+
+@dataclass
+class Problem:
+    """Everything a training method needs. `student` starts as the calibrated (PTQ) network and ends trained."""
+
+    family: Family
+    teacher: nn.Module
+    student: nn.Module
+    trace: Trace
+    trajectory: Trajectory
+    sampler: Sampler
+    seed: int
+    store: BlockStore
+
+    def predict(self, model: nn.Module, samples: Any) -> Tensor:
+        """A network's prediction at trajectory points."""
+        x, timestep, conditions = self.trajectory.arguments(samples)
+        return self.family.predict(model, x, timestep, conditions)
+
+    def select_rows(self, samples: Any) -> None:
+        """Point the student's step tables at these samples' steps (when a block is called outside of the network)."""
+        steps_of(self.student).select(self.trajectory.rows[samples])

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dqtool.artifacts import Workspace
+from dqtool.errors import EnvironmentFault
+
+A, B = {"w": torch.arange(3.0)}, {"w": torch.ones(2), "scale": torch.zeros(4)}
+
+
+def test_keeps_pieces_across_runs_in_order(tmp_path: Path):
+    output = tmp_path / "x.safetensors"
+    first = Workspace(output, "f")
+    assert first.keys() == [] and list(tmp_path.iterdir()) == []
+    first.save("up_blocks.0/attn", A)
+    first.save("..", B)
+    again = Workspace(output, "f")
+    assert again.keys() == ["up_blocks.0/attn", ".."]
+    loaded = again.load("..")
+    assert loaded is not None and set(loaded) == {"w", "scale"} and torch.equal(loaded["w"], B["w"])
+    assert again.load("other") is None
+    again.save("..", A)
+    assert set(Workspace(output, "f").load("..") or {}) == {"w"}
+    again.clear()
+    again.clear()
+    assert list(tmp_path.iterdir()) == [] and again.keys() == []
+
+
+def test_of_another_fingerprint_is_discarded(tmp_path: Path):
+    Workspace(tmp_path / "x", "f").save("a", A)
+    assert Workspace(tmp_path / "x", "g").keys() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"fingerprint": "f", "pieces": {"a": 1}}'])
+def test_with_a_damaged_index_is_discarded(tmp_path: Path, content: str):
+    space = Workspace(tmp_path / "x", "f")
+    space.save("a", A)
+    (space.directory / "index.json").write_text(content)
+    assert Workspace(tmp_path / "x", "f").keys() == []
+
+
+def test_a_damaged_or_missing_piece_is_none_and_can_be_saved_again(tmp_path: Path):
+    space = Workspace(tmp_path / "x", "f")
+    space.save("a", A)
+    file = space.directory / "a.tensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert Workspace(tmp_path / "x", "f").load("a") is None
+    file.unlink()
+    assert Workspace(tmp_path / "x", "f").load("a") is None
+    space.save("a", A)
+    assert space.load("a") is not None
+
+
+def test_full_disk_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    space = Workspace(tmp_path / "x", "f")
+    space.save("a", A)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(EnvironmentFault, match="disk is full"):
+        patch.setattr(os, "fsync", full)
+        space.save("b", B)
+    again = Workspace(tmp_path / "x", "f")
+    assert again.keys() == ["a"] and again.load("a") is not None
