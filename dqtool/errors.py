@@ -6,7 +6,7 @@ else that escapes is a bug in dqtool.
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError", "DqtoolError", "EnvironmentFault", "NumericError", "UsageError"]
+__all__ = ["ArtifactError", "DqtoolError", "DqtoolWarning", "EnvironmentFault", "NumericError", "UsageError"]
 
 
 class DqtoolError(Exception):
@@ -51,6 +51,10 @@ class NumericError(DqtoolError):
     """A number is NaN or infinite, or a computation diverged (exit code 5)."""
 
     exit_code = 5
+
+
+class DqtoolWarning(UserWarning):
+    """What a library user is warned of; the command line shows these and hides the warnings of other libraries."""
 
 
 def _sentence(text: str) -> str:

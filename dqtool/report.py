@@ -227,9 +227,7 @@ def _rich_progress() -> RichProgress:
     )
 
 
-def _layout(
-    columns: Sequence[str], rows: Sequence[Sequence[object]]
-) -> tuple[list[list[str]], list[bool], list[int]]:
+def _layout(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> tuple[list[list[str]], list[bool], list[int]]:
     """The cells as text, which columns are aligned right, and how wide each one is."""
     cells = [[_cell(value) for value in row] for row in rows]
     right = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
@@ -290,7 +288,7 @@ def _is_number(value: Any) -> bool:
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return True
     try:
-        float(str(value).rstrip("x%"))
+        float(str(value).replace(",", "").rstrip("x%"))
     except ValueError:
         return False
     return True

@@ -86,24 +86,24 @@ class FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int, divisor: Tensor | None
     ) -> Tensor:
         scaled = x * _multiplier(scale, divisor)
-        codes = _codes(scaled.clone(), zero_point, bits, low)
-        ctx.save_for_backward(scaled, codes, scale, zero_point, divisor)
+        codes = _clip(scaled.round(), zero_point, bits, low)
+        ctx.save_for_backward(scaled, codes, scale, divisor)
         return codes * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         (grad,) = grads
-        scaled, codes, scale, _zero_point, divisor = ctx.saved_tensors
-        error = scaled - codes
-        inside = grad * (error.abs_() <= 0.5)
+        scaled, codes, scale, divisor = ctx.saved_tensors
         grad_x = grad_scale = grad_zero = None
+        # In place, since memory is what this costs: |error| <= 1/2 where the code was not clipped.
+        inside = (scaled - codes).abs_().le_(0.5).mul_(grad)
         if ctx.needs_input_grad[1]:
             # d/d scale = code - x/(divisor*scale) inside the range, the clipped code outside.
             grad_scale = _dot_to(grad, codes, scale.shape) - _dot_to(inside, scaled, scale.shape)
         if ctx.needs_input_grad[2]:
-            grad_zero = (_sum_to(inside, scale.shape) - _sum_to(grad, scale.shape)) * scale
+            grad_zero = (inside.sum_to_size(scale.shape) - grad.sum_to_size(scale.shape)) * scale
         if ctx.needs_input_grad[0]:
-            grad_x = inside if divisor is None else inside / divisor
+            grad_x = inside if divisor is None else inside.mul_(divisor.reciprocal())
         return grad_x, grad_scale, grad_zero, None, None, None
 
 
@@ -144,6 +144,7 @@ def search_histogram(
     low = lowest_code(bits, symmetric)
     best = torch.full_like(lo, torch.inf)
     scale, zero_point = affine_parameters(lo, hi, bits, symmetric)
+    best_below, best_above = torch.ones_like(lo), torch.ones_like(lo)
 
     def consider(below: Tensor, above: Tensor) -> None:
         nonlocal best, scale, zero_point, best_below, best_above
@@ -154,7 +155,6 @@ def search_histogram(
         scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
         best_below, best_above = torch.where(better, below, best_below), torch.where(better, above, best_above)
 
-    best_below, best_above = torch.ones_like(lo), torch.ones_like(lo)
     coarse = torch.linspace(1.0, 0.1, max(2, int(candidates**0.5) + 2)).tolist()
     for a in coarse:
         for b in coarse if not symmetric else [a]:
@@ -171,12 +171,14 @@ def _multiplier(scale: Tensor, divisor: Tensor | None) -> Tensor:
 
 def _codes(scaled: Tensor, zero_point: Tensor, bits: int, low: int) -> Tensor:
     """Round and clip `scaled` in place."""
+    return _clip(scaled.round_(), zero_point, bits, low)
+
+
+def _clip(rounded: Tensor, zero_point: Tensor, bits: int, low: int) -> Tensor:
+    """Clip to the centred codes that exist, in place. Two binary operations: `clamp` with tensor bounds is not vectorised."""
     zero = zero_point.round()
-    return torch.clamp(scaled.round_(), min=low - zero, max=levels(bits) - zero, out=scaled)
-
-
-def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    return x.sum_to_size(shape)
+    torch.maximum(rounded, low - zero, out=rounded)
+    return torch.minimum(rounded, levels(bits) - zero, out=rounded)
 
 
 def _dot_to(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:

@@ -40,7 +40,7 @@ def register(auto: ModuleType) -> None:
         """The `quantization_config` of an exported directory."""
 
         def __init__(self, **kwargs: Any) -> None:
-            self.quant_method = _Method.DQTOOL
+            self.quant_method = _Method.DQTOOL  # type: ignore[assignment]
             self.format = kwargs["format"]
             self.timesteps = kwargs["timesteps"]
             self.layers = kwargs["layers"]
@@ -58,6 +58,8 @@ def register(auto: ModuleType) -> None:
         requires_calibration = True
         requires_parameters_quantization = True
         use_keep_in_fp32_modules = False
+
+        quantization_config: DqtoolConfig
 
         def __init__(self, quantization_config: DqtoolConfig, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
@@ -99,7 +101,7 @@ def register(auto: ModuleType) -> None:
         ) -> bool:
             return self._is_ours(model, param_name)
 
-        def create_quantized_param(
+        def create_quantized_param(  # type: ignore[override]
             self,
             model: nn.Module,
             param_value: Tensor,

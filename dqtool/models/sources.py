@@ -66,10 +66,12 @@ def resolve_model(given: str, config: str | None = None) -> ModelSource:
         ArtifactError: there is something else: no config, no weights, no safetensors file.
     """
     if given.startswith("zoo:"):
-        path = ZOO / given.removeprefix("zoo:")
-        if not path.is_dir():
-            names = ", ".join(f"zoo:{p.name}" for p in sorted(ZOO.iterdir()) if p.is_dir())
-            raise EnvironmentFault("There is no such embedded model", where=given, fix=f"dqtool has {names}")
+        name = given.removeprefix("zoo:")
+        names = sorted(path.parent.name for path in ZOO.glob("*/model_index.json"))
+        if name not in names:
+            known = ", ".join(f"zoo:{each}" for each in names) or "none"
+            raise EnvironmentFault("There is no such embedded model", where=given, fix=f"dqtool has {known}")
+        path = ZOO / name
     else:
         path = Path(given)
     if not path.exists():

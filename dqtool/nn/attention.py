@@ -6,6 +6,8 @@ quantized network keeps its class and its names; the processor here reads them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ class QuantAttnProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,  # diffusers' Attention
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,

@@ -145,6 +145,11 @@ class PackedLayer(QuantLayer):
     """The shipped form: `weight_packed` int32, `weight_scale` `[C_out]` float32, `weight_zero_point` uint8 (absent on the
     symmetric 8-bit grid), `weight_shape`. Not trainable."""
 
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    weight: Tensor
+
     def __init__(
         self, like: nn.Module, bits: LayerBits, steps: StepIndex, shapes: Mapping[str, tuple[tuple[int, ...], str]]
     ) -> None:
@@ -152,7 +157,7 @@ class PackedLayer(QuantLayer):
         super().__init__(like, bits, steps)
         for name in ("bias", "dilation", "input_scale", "input_zero_point"):
             self.register_buffer(name, None)
-        device = like.weight.device  # type: ignore[union-attr]
+        device: torch.device = like.weight.device  # type: ignore[union-attr,assignment]
         for name, (shape, dtype) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
         self._expanded: Tensor | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import fake_quantize
+from dqtool.errors import DqtoolWarning
 
 __all__ = ["StepIndex", "gather_rows", "quantize_operand", "step_hook"]
 
@@ -40,6 +41,7 @@ class StepIndex:
                     warnings.warn(
                         f"timestep {value:g} is not among the {len(self.timesteps)} calibrated ones: the nearest step's "
                         "quantizers are used. Calibrate with this sampler and number of steps for the best quality.",
+                        DqtoolWarning,
                         stacklevel=3,
                     )
                 self.missed.add(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,11 +117,7 @@ def trace(
     for name, module in ghost.named_modules():
         if is_quantizable(module):
             handles.append(module.register_forward_pre_hook(enter(name, layer_inputs), with_kwargs=True))
-            handles.append(
-                module.register_forward_hook(
-                    leave(name, layer_outputs, layers, lambda m, y, n=name: _layer_info(n, m, y))
-                )
-            )
+            handles.append(module.register_forward_hook(leave(name, layer_outputs, layers, partial(_layer_info, name))))
         elif is_attention(module) and name not in block_names:
             handles.append(module.register_forward_pre_hook(enter(name, {}), with_kwargs=True))
         if is_attention(module):
@@ -131,9 +128,7 @@ def trace(
             )
         if name in block_names:
             handles.append(module.register_forward_pre_hook(enter(name, block_inputs), with_kwargs=True))
-            handles.append(
-                module.register_forward_hook(leave(name, block_outputs, blocks, lambda _m, _y, n=name: BlockInfo(n)))
-            )
+            handles.append(module.register_forward_hook(leave(name, block_outputs, blocks, partial(_block_info, name))))
     with torch.enable_grad():
         output = ghost(**arguments)
     results = list(tree_leaves(output if isinstance(output, tuple | Tensor) else tuple(output.values())))
@@ -196,6 +191,10 @@ def _layer_info(name: str, module: nn.Module, output: Tensor) -> LayerInfo:
     macs = positions * torch.Size(shape).numel()
     kind = "conv2d" if isinstance(module, nn.Conv2d) else "linear"
     return LayerInfo(name, kind, shape, macs, groups=getattr(module, "groups", 1), bias=module.bias is not None)
+
+
+def _block_info(name: str, _module: nn.Module, _output: Any) -> BlockInfo:
+    return BlockInfo(name)
 
 
 def _attention_info(name: str, module: nn.Module, queries: int, keys: int) -> LayerInfo:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
 from dqtool.core.bits import parse_bits, parse_keep
+from dqtool.core.dilation import spread
 from dqtool.models.loading import build_network
 from dqtool.models.packed import layer_infos
 from dqtool.nn.statistics import initial_tables
@@ -18,7 +19,7 @@ from dqtool.nn.trace import BlockInfo, Trace
 if TYPE_CHECKING:
     from dqtool.stages.distill import DistillOptions
 
-__all__ = ["per_in_channel", "split_dilated", "student_of", "teacher_of", "trace_of"]
+__all__ = ["split_dilated", "student_of", "teacher_of", "trace_of"]
 
 STATISTICS = (".histogram", ".range", ".channel_range")
 
@@ -47,14 +48,8 @@ def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
     groups = {info.name: info.groups for info in layer_infos(manifest.layers)}
     for name, scale in dilation.items():
         weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = weight / per_in_channel(scale, weight, groups[name])
+        state[f"{name}.weight"] = weight / spread(scale, weight, groups[name])
     return build_network(manifest.model["class"], manifest.model["config"], state, "teacher")
-
-
-def per_in_channel(scale: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """`[C_in]` factors shaped to multiply a weight `[C_out, C_in/groups, ...]`."""
-    rows = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
-    return rows.view(weight.shape[0], -1, *(1,) * (weight.dim() - 2))
 
 
 def student_of(

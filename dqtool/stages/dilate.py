@@ -57,6 +57,7 @@ def dilate(options: DilateOptions, common: Common) -> str:
         inputs,
         common,
         lambda _key: produce(source, stats, options),
+        reads=source.weights,
     )
     return options.output
 
@@ -65,7 +66,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     """Load, scale, prove the equivalence."""
     import torch
 
-    from dqtool.core.dilation import dilate_weight
+    from dqtool.core.scaling import scaling_method
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
     from dqtool.nn.trace import trace
@@ -75,6 +76,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     network = build_network(source.class_name, source.config, state, source.given)
     traced = trace(network, family.example(source.config), block_classes=family.block_classes)
     _refuse_untraced(network, traced.layers)
+    method = scaling_method(options.scaling)
     scales = _scales(traced.layers, state, stats, options)
     tensors: dict[str, Tensor] = dict(state)
     records = []
@@ -83,7 +85,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         record = asdict(info)
         if scale is not None:
             name = f"{info.name}.weight"
-            tensors[name] = dilate_weight(state[name], scale, info.groups)
+            tensors[name] = method.apply(state[name], scale, info.groups)
             tensors[f"{info.name}.dilation"] = scale
             unsaturated = scale > 1
             record["scaling"] = {

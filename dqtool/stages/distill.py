@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
-from dqtool.errors import ArtifactError, UsageError
-from dqtool.stages.running import Common, Product, execute, input_artifact
+from dqtool.errors import UsageError
+from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
     from dqtool.training.options import BkdOptions
@@ -46,23 +46,21 @@ def distill(options: DistillOptions, common: Common) -> str:
         ArtifactError: the input is not calibrated, or was for another number of steps.
         NumericError: training diverged.
     """
-    from dqtool.core.bits import parse_bits, parse_keep
+    from dqtool.core.bits import FLOAT_BITS, parse_bits, parse_keep
 
     parse_bits(options.bits)
     for text in options.keep:
         parse_keep(text)
+    if options.softmax_bits not in (*range(2, 9), FLOAT_BITS):
+        raise UsageError(
+            f"{options.softmax_bits} bits are not offered", where="--softmax-bits", fix="Give 2 to 8, or 16"
+        )
     if options.method not in METHODS:
         raise UsageError(
             f"unknown method '{options.method}'", where="--method", fix=f"Choose from {', '.join(METHODS)}"
         )
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
-    steps = calibrated.manifest.parameters["steps"]
-    if options.steps is not None and options.steps != steps:
-        raise ArtifactError(
-            f"This artifact was calibrated for {steps} steps, not {options.steps}",
-            where=calibrated.given,
-            fix=f"Leave out --steps, or run `dqtool calibrate --steps {options.steps}` first",
-        )
+    check_steps(calibrated, options.steps)
     parameters = resolved(options)
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
     workspace: list[Workspace] = []
@@ -136,10 +134,10 @@ def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str,
     metrics: dict[str, Any] = {}
     if recipe.iters:
         with report.progress("distill: blocks", recipe.iters * len(problem.trace.blocks), "iteration") as progress:
-            metrics |= distill_blocks(problem, recipe, progress.advance)
+            metrics |= distill_blocks(problem, recipe, progress)
     if recipe.refine_iters:
         with report.progress("distill: all blocks", recipe.refine_iters, "iteration") as progress:
-            metrics |= refine(problem, recipe, progress.advance)
+            metrics |= refine(problem, recipe, progress)
     layers = [
         record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated}
         for record, plan in zip(manifest.layers, plans, strict=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, sha256_file
+from dqtool.artifacts import Artifact, read_manifest, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
-from dqtool.stages.running import Common, Product, execute, input_artifact
+from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,6 +50,8 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         ArtifactError: the reference is not the model the artifact was made from.
     """
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
+    if artifact.stage in ("distill", "export"):
+        check_steps(artifact, options.steps)
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options, artifact)
     parameters = {
@@ -62,7 +64,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         "runtime": options.runtime,
         "grid": options.grid,
     }
-    inputs = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
+    inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
     if reference is not None:
         inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
     execute(
@@ -76,6 +78,8 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         kind="report",
         also=[options.grid] if options.grid else [],
     )
+    if not common.dry_run:
+        tell(artifact, read_manifest(options.output).metrics)
     return options.output
 
 
@@ -153,7 +157,6 @@ def produce(
         figures["cost"] = cost_figures(artifact)
     if "layers" in metrics and float_network is not None:
         figures["layer_errors"] = layer_errors(float_network, network, sampler, manifest.model["config"], options)
-    tell(artifact, figures)
     return Product(None, manifest.model, manifest.pipeline, manifest.layers, figures)
 
 

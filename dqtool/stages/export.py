@@ -122,9 +122,9 @@ def write_directory(
 def dense_state(distilled: Artifact) -> dict[str, Tensor]:
     """The float network's state with every quantized weight dequantized and its dilation undone: weights keep their
     4-bit values, activations are no longer quantized."""
+    from dqtool.core.dilation import spread
     from dqtool.models.packed import packed_network, plans_of
     from dqtool.nn.surgery import quant_layers
-    from dqtool.stages.artifact_models import per_in_channel
 
     manifest, tensors = distilled.manifest, distilled.tensors()
     network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), tensors)
@@ -141,7 +141,7 @@ def dense_state(distilled: Artifact) -> dict[str, Tensor]:
     for name, layer in layers.items():
         weight = layer.quantized_weight()
         if layer.dilation is not None:
-            weight = weight / per_in_channel(layer.dilation, weight, layer.groups)
+            weight = weight / spread(layer.dilation, weight, layer.groups)
         state[f"{name}.weight"] = weight
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias

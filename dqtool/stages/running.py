@@ -25,11 +25,21 @@ from dqtool.artifacts import (
     open_artifact,
 )
 from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.stages.common import Common, Execution
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_OUTPUTS", "Common", "Execution", "Product", "execute", "input_artifact", "set_up_torch"]
+__all__ = [
+    "DEFAULT_OUTPUTS",
+    "Common",
+    "Execution",
+    "Product",
+    "check_steps",
+    "execute",
+    "input_artifact",
+    "set_up_torch",
+]
 
 DEFAULT_OUTPUTS = {
     "dilate": "dilated.safetensors",
@@ -38,29 +48,6 @@ DEFAULT_OUTPUTS = {
     "export": "exported",
     "eval": "eval.json",
 }
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What `execute` did, or would do in a dry run; `cached` says that the output was there already."""
-
-    stage: str
-    output: str
-    parameters: dict[str, Any]
-    inputs: list[dict[str, Any]]
-    cached: bool
-
-
-@dataclass(frozen=True)
-class Common:
-    """Options that every command takes, and the log of what was executed under them."""
-
-    force: bool = False
-    quiet: bool = False
-    json: bool = False
-    device: str = "auto"
-    dry_run: bool = False
-    log: list[Execution] = field(default_factory=list, compare=False)
 
 
 @dataclass
@@ -95,6 +82,17 @@ def input_artifact(given: str | None, stages: Collection[str], default: str) -> 
     return open_artifact(given, stages)
 
 
+def check_steps(artifact: Artifact, steps: int | None) -> None:
+    """Raise `ArtifactError` when a number of steps is asked for that is not the one the artifact's tables are for."""
+    calibrated = (artifact.manifest.pipeline or {}).get("sampling", {}).get("steps")
+    if steps is not None and calibrated is not None and steps != calibrated:
+        raise ArtifactError(
+            f"This artifact was calibrated for {calibrated} steps, not {steps}",
+            where=artifact.given,
+            fix=f"Leave out --steps, or run `dqtool calibrate --steps {steps}` and what follows it first",
+        )
+
+
 def _from_standard_input() -> str | None:
     """One line from standard input when that is a pipe or a file; None on a terminal, `/dev/null` or when closed."""
     import stat
@@ -127,14 +125,18 @@ def execute(
     produce: Callable[[str], Product],
     kind: str = "file",
     also: Sequence[str] = (),
+    reads: Sequence[str | Path] = (),
 ) -> bool:
     """Make the artifact `output` unless it is there already; returns whether it was cached. A dry run writes nothing.
 
     `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "file",
-    "directory" or "report". `also` are side products (pictures) that must exist for the cache to count.
+    "directory" or "report". `also` are side products (pictures) that must exist for the cache to count; `reads` files that the
+    inputs consist of and that must not be overwritten.
     """
     names = [str(entry["name"]) for entry in inputs]
-    check_writable(output, directory=kind == "directory", report=kind == "report", inputs=names)
+    check_writable(output, directory=kind == "directory", report=kind == "report", inputs=[*names, *reads])
+    for picture in also:
+        check_writable(picture, inputs=[*names, *reads])
     key = fingerprint(stage, code_version, parameters, [str(entry["sha256"]) for entry in inputs])
 
     def note(*, cached: bool) -> bool:
@@ -181,6 +183,9 @@ def set_up_torch(device: str) -> int:
     Raises:
         EnvironmentFault: a CUDA device is asked for where there is none.
     """
+    from dqtool.core.allocator import keep_freed_memory
+
+    keep_freed_memory()
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():

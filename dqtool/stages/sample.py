@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from dqtool import report
-from dqtool.artifacts import open_artifact
+from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
-from dqtool.stages.running import Common, set_up_torch
+from dqtool.stages.common import Common, Execution
+from dqtool.stages.running import check_steps, set_up_torch
 
 __all__ = ["SampleOptions", "sample"]
 
@@ -30,11 +31,17 @@ def sample(options: SampleOptions, common: Common) -> str:
 
     Raises:
         UsageError: no images asked for, or a runtime that doesn't exist.
-        ArtifactError: not an exported directory.
+        ArtifactError: not an exported directory, or it was calibrated for another number of steps.
     """
     if options.number < 1:
         raise UsageError("At least one image is needed", where="-n")
     artifact = open_artifact(options.directory, ["export"])
+    check_steps(artifact, options.steps)
+    check_writable(options.output)
+    source = {"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}
+    common.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
+    if common.dry_run:
+        return options.output
     set_up_torch(common.device)
     import torch
 

@@ -10,7 +10,6 @@ on that answer; the trajectory is drawn anew a few times as the student moves.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from dqtool.errors import NumericError
 from dqtool.models.sampling import initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import steps_of
-from dqtool.training.data import Problem, Trajectory
+from dqtool.training.data import Problem, Reporter, Trajectory
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import BkdOptions
 from dqtool.training.replay import BlockInputs, Replay
@@ -42,8 +41,8 @@ def trainable(module: nn.Module) -> None:
                     table.requires_grad_(True)
 
 
-def distill_blocks(problem: Problem, options: BkdOptions, advance: Callable[[int, str], None]) -> dict:
-    """Train every block of `problem.student` in place. `advance(n, note)` reports n finished iterations.
+def distill_blocks(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
+    """Train every block of `problem.student` in place. `progress` is told of finished iterations.
 
     Returns metrics: the loss of each block before and after, seconds in training steps and in all.
     """
@@ -69,10 +68,10 @@ def distill_blocks(problem: Problem, options: BkdOptions, advance: Callable[[int
         if kept is not None:
             generator.set_state(kept["generator"])
             restore_block(block, {k: v for k, v in kept.items() if k != "generator"})
-            advance(options.iters, info.name)
+            progress.skip(options.iters, info.name)
         else:
             begin = time.perf_counter()
-            losses[info.name] = train_block(problem, block, given, target, options, generator, advance, info.name)
+            losses[info.name] = train_block(problem, block, given, target, options, generator, progress, info.name)
             training_seconds += time.perf_counter() - begin
             problem.store.save(info.name, {**block_state(block), "generator": generator.get_state()})
         teacher.advance(index, target, wanted)
@@ -92,7 +91,7 @@ def train_block(
     target: Tensor,
     options: BkdOptions,
     generator: torch.Generator,
-    advance: Callable[[int, str], None],
+    progress: Reporter,
     name: str,
 ) -> list[float]:
     """Minimise Eq. 27 for one block; returns [first, last] loss (means over up to 20 batches)."""
@@ -109,14 +108,14 @@ def train_block(
         optimizer.step(problem.trajectory.present(chosen), cosine(step, options.iters))
         history.append(loss.item())
         check_loss(history[-1], name, step)
-        advance(1, name)
+        progress.advance(1, name)
     optimizer.release()
     block.requires_grad_(False)
     window = max(1, min(20, len(history) // 4))
     return [sum(history[:window]) / window, sum(history[-window:]) / window] if history else []
 
 
-def refine(problem: Problem, options: BkdOptions, advance: Callable[[int, str], None]) -> dict:
+def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
     """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target."""
     trainable(problem.student)
     optimizer = QuantAdam(problem.student, options.refine_rates)
@@ -141,7 +140,7 @@ def refine(problem: Problem, options: BkdOptions, advance: Callable[[int, str], 
         optimizer.step(own.present(chosen), cosine(step, options.refine_iters))
         losses.append(loss.item())
         check_loss(losses[-1], "refine", step)
-        advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
+        progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
     optimizer.release()
     problem.student.requires_grad_(False)
     steps.select(torch.zeros(1, dtype=torch.long))

@@ -14,7 +14,7 @@ from dqtool.models.sampling import Sampler
 from dqtool.nn.surgery import steps_of
 from dqtool.nn.trace import Trace
 
-__all__ = ["BlockStore", "Problem", "Trajectory"]
+__all__ = ["BlockStore", "Problem", "Reporter", "Trajectory"]
 
 
 @dataclass
@@ -48,6 +48,16 @@ class BlockStore(Protocol):
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep these tensors."""
+
+
+class Reporter(Protocol):
+    """Who is told how far training is (`dqtool.report.Progress`, say)."""
+
+    def advance(self, n: int = 1, note: str | None = None) -> None:
+        """`n` more iterations are done."""
+
+    def skip(self, n: int = 1, note: str | None = None) -> None:
+        """`n` iterations were done by an earlier run."""
 
 
 @dataclass

@@ -38,7 +38,11 @@ class QuantAdam:
         table_zeros: dict[nn.Parameter, float] = {}
         for layer in module.modules():
             if isinstance(layer, FakeQuantLayer):
-                unit = layer.weight.detach().abs().mean() if layer.weight_scale is None else layer.weight_scale.mean()
+                unit = (
+                    layer.weight.detach().abs().mean()
+                    if layer.weight_scale is None
+                    else layer.weight_scale.detach().mean()
+                )
                 weights.append((layer.weight, rates.weight * float(unit)))
                 if isinstance(layer.bias, nn.Parameter):
                     rms = float(layer.bias.detach().square().mean().sqrt())
@@ -116,10 +120,10 @@ class _Group:
         grad = self._cat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
         if self.relative:
             grad = grad.mul_(self.flat)
-        mask: Tensor | float = 1.0
+        mask = torch.ones(1)
         if self.rows:
-            mask = (present if len(self.flat) > 1 else present.any()[None]).to(self.flat.dtype)[:, None]
-        self.count += mask if not self.rows else mask.view_as(self.count)
+            mask = (present if len(self.flat) > 1 else present.any()[None]).to(self.flat.dtype)[:, None]  # [T, 1]
+        self.count += mask
         beta1, beta2 = BETAS
         self.mean += (grad - self.mean).mul_((1 - beta1) * mask)
         self.square += (grad.square() - self.square).mul_((1 - beta2) * mask)

@@ -13,11 +13,13 @@ import copy
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 
+from dqtool.core.allocator import keep_freed_memory
 from dqtool.zoo.data import digits
 
 CONFIG = {
@@ -38,9 +40,9 @@ def train(out: Path, iters: int, batch_size: int, lr: float, seed: int) -> None:
     """Train from scratch and write a diffusers pipeline directory to ``out`` (also every 1000 iterations)."""
     torch.manual_seed(seed)
     images, _ = digits()["train"]
-    model = UNet2DModel(**CONFIG)
+    model: Any = UNet2DModel(**CONFIG)
     average = copy.deepcopy(model).requires_grad_(False)
-    scheduler = DDPMScheduler(**SCHEDULE)
+    scheduler: Any = DDPMScheduler(**SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iters, pct_start=0.05)
     start, running = time.time(), 0.0
@@ -66,11 +68,13 @@ def train(out: Path, iters: int, batch_size: int, lr: float, seed: int) -> None:
             running = 0.0
         if step % 1000 == 0 or step == iters:
             sampler = DDIMScheduler(**SCHEDULE, timestep_spacing="trailing")
-            DDIMPipeline(copy.deepcopy(average).half(), sampler).save_pretrained(out)
+            pipeline: Any = DDIMPipeline(copy.deepcopy(average).half(), sampler)
+            pipeline.save_pretrained(out)
 
 
 def main() -> None:
     """Parse the command line and train."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights" / "digits-ddpm")
     parser.add_argument("--iters", type=int, default=7000)

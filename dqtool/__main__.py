@@ -1,0 +1,114 @@
+"""`dqtool` and `python -m dqtool`: run the command line and turn every failure into one paragraph and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dqtool.errors import EnvironmentFault
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+
+_SILENCE = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Read by the libraries when they are imported; progress is ours to show."""
+
+
+def main() -> int:
+    """Run `sys.argv`; returns the exit code. Nothing escapes but a traceback that --debug asked for."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        if not debug:
+            _silence_libraries()
+        from dqtool.cli import invoke
+
+        code = invoke(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader took what it wanted (`| head -1`). What is still buffered must not fail again at exit.
+        _discard_standard_output()
+        return 0
+    except KeyboardInterrupt:
+        _tell(arguments, "interrupted; finished work is kept, and the same command goes on from there")
+        return INTERRUPTED
+    except Exception as error:
+        return _fail(arguments, error, debug)
+
+
+def _fail(arguments: list[str], error: Exception, debug: bool) -> int:
+    from dqtool.errors import DqtoolError
+
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    fault = error if isinstance(error, DqtoolError) else _fault(error)
+    if fault is not None:
+        _tell(arguments, str(fault))
+        return fault.exit_code
+    text = " ".join(str(error).split())
+    hint = "" if debug else " Run it again with --debug for the traceback."
+    _tell(arguments, f"unexpected {type(error).__name__}: {text[:400]}. This is a bug in dqtool.{hint}")
+    return 1
+
+
+def _fault(error: Exception) -> EnvironmentFault | None:
+    """What the surroundings did, said as dqtool says it; None for anything else."""
+    from dqtool.artifacts.files import os_fault
+    from dqtool.errors import EnvironmentFault
+
+    if isinstance(error, OSError):
+        return os_fault(error, error.filename or "standard output or an open file")
+    # torch's own errors by name: it may not even be imported.
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or "can't allocate memory" in str(error):
+        return EnvironmentFault(
+            "There is not enough memory", fix="Lower --batch-size or --samples, or use a larger machine"
+        )
+    return None
+
+
+def _tell(arguments: list[str], text: str) -> None:
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    command = " ".join(["dqtool", *words[: 2 if words[:1] == ["zoo"] else 1]])
+    try:
+        print(f"{command}: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # the reader of our messages is gone
+        return
+
+
+def _silence_libraries() -> None:
+    for name, value in _SILENCE.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        import warnings
+
+        from dqtool import report
+        from dqtool.errors import DqtoolWarning
+
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", DqtoolWarning)
+        warnings.showwarning = lambda message, *_, **__: report.warn(str(message))
+
+
+def _discard_standard_output() -> None:
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

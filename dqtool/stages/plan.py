@@ -1,0 +1,218 @@
+"""`--dry-run`: what a stage would do, from what it resolved and what its input says. Writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from dqtool.artifacts import Manifest, read_header, read_manifest
+from dqtool.errors import DqtoolError
+from dqtool.models.sources import resolve_model
+from dqtool.report import format_seconds, table_lines
+from dqtool.stages.common import Common, Execution
+
+__all__ = ["plan_recipe", "plan_stage", "render"]
+
+Work = dict[str, Any]
+
+
+def plan_stage(execution: Execution, options: Any) -> dict[str, Any]:
+    """What a dry run of one stage with these options found: inputs, resolved parameters, whether it is cached, `work`.
+
+    `work` holds counts; for distill and export also `layers` with their bits, the exact size of the file, `bytes`, and
+    the bit operations of a forward pass, `bops`. `seconds_before` is how long the run took whose output would be replaced.
+    """
+    plan: dict[str, Any] = {
+        "stage": execution.stage,
+        "output": execution.output,
+        "cached": execution.cached,
+        "inputs": execution.inputs,
+        "parameters": execution.parameters,
+        "work": {} if execution.cached else _WORK[execution.stage](execution, options),
+    }
+    before = _standing(execution.output)
+    if before is not None and before.stage == execution.stage and before.parameters == execution.parameters:
+        plan["seconds_before"] = before.seconds
+    return plan
+
+
+def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: str | None = None) -> dict[str, Any]:
+    """The stages of a recipe: those that are cached, the first one that is not as `plan_stage` gives it, the rest as named."""
+    from dqtool.stages.registry import make_options, stage_function
+    from dqtool.stages.run import steps_of_recipe
+
+    recipe, steps = steps_of_recipe(path, overrides, directory)
+    dry = replace(common, dry_run=True, log=[])
+    plans: list[dict[str, Any]] = []
+    pending = False
+    for name, values in steps:
+        # What a pending stage will write is not there to be looked at, nor is a directory that the run would make.
+        if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
+            if name == "dilate":
+                resolve_model(values["model"], values.get("config"))
+            pending = True
+            shown = {key: value for key, value in values.items() if key not in ("output", "artifact")}
+            plans.append({"stage": name, "output": values["output"], "cached": False, "parameters": shown})
+            continue
+        options = make_options(name, values)
+        stage_function(name)(options, dry)
+        plans.append(plan_stage(dry.log[-1], options))
+        pending = not plans[-1]["cached"]
+    return {"recipe": path, "model": recipe.model, "stages": plans}
+
+
+def render(plan: Mapping[str, Any]) -> list[str]:
+    """The plan as lines of text."""
+    if "stages" in plan:
+        lines = [f"{plan['recipe']}: model {plan['model']}"]
+        for stage in plan["stages"]:
+            lines += ["", *render(stage)]
+        return lines
+    state = "cached, nothing to do" if plan["cached"] else "would write"
+    lines = [f"{plan['stage']}: {state}: {plan['output']}"]
+    work = plan.get("work", {})
+    pairs = [("input", entry["name"]) for entry in plan.get("inputs", [])]
+    pairs += [(key, value) for key, value in plan["parameters"].items() if value is not None and key != "output"]
+    pairs += [(key, value) for key, value in work.items() if key != "layers"]
+    if "seconds_before" in plan and not plan["cached"]:
+        pairs.append(("time", f"{format_seconds(plan['seconds_before'])} for the run whose output stands there"))
+    width = max((len(key) for key, _ in pairs), default=0)
+    lines += [f"  {key.ljust(width)}  {_text(value)}" for key, value in pairs]
+    if work.get("layers"):
+        rows = [
+            (layer["name"], "x".join(map(str, layer["shape"])), "/".join(map(str, layer["bits"])), f"{layer['macs']:,}")
+            for layer in work["layers"]
+        ]
+        lines += table_lines(["layer", "weight", "bits", "MACs"], rows)
+    return lines
+
+
+def _dilate(_: Execution, options: Any) -> Work:
+    source = resolve_model(options.model, options.config)
+    tensors = [entry for path in source.weights for entry in read_header(path).values()]
+    return {
+        "network": source.class_name,
+        "weights": sum(prod(entry["shape"]) for entry in tensors),
+        "tensors": len(tensors),
+        "bytes": 4 * sum(prod(entry["shape"]) for entry in tensors),
+    }
+
+
+def _calibrate(execution: Execution, _: Any) -> Work:
+    given = execution.parameters
+    images = -(-given["samples"] // given["steps"])
+    forwards = images * given["steps"] + given["samples"]
+    return {
+        "images": images,
+        "forwards": forwards,
+        "macs": forwards * _macs(read_manifest(execution.inputs[0]["name"])),
+    }
+
+
+def _distill(execution: Execution, _: Any) -> Work:
+    from dqtool.core.bits import parse_bits, parse_keep
+    from dqtool.models.packed import layer_infos
+    from dqtool.nn.surgery import assign_bits
+
+    calibrated = read_manifest(execution.inputs[0]["name"])
+    given, dilated = execution.parameters, {layer["name"] for layer in calibrated.layers if "scaling" in layer}
+    keep = [parse_keep(text) for text in given["keep"]]
+    plans = assign_bits(
+        layer_infos(calibrated.layers), parse_bits(given["bits"]), keep, given["softmax_bits"], dilated=dilated
+    )
+    steps = 1 if given["static"] else _timesteps(execution.inputs[0]["name"])
+    blocks = len(calibrated.metrics["blocks"])
+    recipe = given["recipe"]
+    layers = [
+        {"name": p.info.name, "shape": p.info.shape, "bits": [p.bits.weight, p.bits.input], "macs": p.info.macs}
+        for p in plans
+    ]
+    return {
+        "blocks": blocks,
+        "iterations": f"{blocks} x {recipe['iters']} + {recipe['refine_iters']} over all blocks",
+        **_size(calibrated, plans, steps),
+        "layers": layers,
+    }
+
+
+def _export(execution: Execution, _: Any) -> Work:
+    from dqtool.models.packed import plans_of
+
+    distilled = read_manifest(execution.inputs[0]["name"])
+    if execution.parameters["format"] != "dq":
+        return {"bytes": _size(distilled, [], 0)["bytes_float32"]}
+    keys = ("name", "shape", "bits", "macs")
+    layers = [{key: layer[key] for key in keys} for layer in distilled.layers]
+    return {**_size(distilled, plans_of(distilled), _timesteps(execution.inputs[0]["name"])), "layers": layers}
+
+
+def _eval(execution: Execution, _: Any) -> Work:
+    given = execution.parameters
+    pipeline = read_manifest(execution.inputs[0]["name"]).pipeline or {}
+    steps = given["steps"] or pipeline.get("sampling", {}).get("steps")
+    models = len(execution.inputs)
+    work = {"networks": models, "images": given["samples"]}
+    return (
+        work if steps is None else {**work, "sampling": f"{steps} steps", "forwards": models * given["samples"] * steps}
+    )
+
+
+def _sample(execution: Execution, options: Any) -> Work:
+    steps = options.steps or (read_manifest(execution.inputs[0]["name"]).pipeline or {})["sampling"]["steps"]
+    return {"sampling": f"{steps} steps", "forwards": options.number * steps}
+
+
+_WORK: dict[str, Callable[[Execution, Any], Work]] = {
+    "dilate": _dilate,
+    "calibrate": _calibrate,
+    "distill": _distill,
+    "export": _export,
+    "eval": _eval,
+    "sample": _sample,
+}
+
+
+def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int) -> Work:
+    """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
+    from dqtool.core.cost import bops, file_bytes
+    from dqtool.models.families import family_of
+    from dqtool.nn.surgery import state_shapes
+    from dqtool.stages.export import network_shapes, swapped
+
+    shapes = network_shapes(family_of(manifest.model["class"], "manifest"), manifest.model["config"])
+    return {
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps))),
+        "bytes_float32": file_bytes(swapped(shapes)),
+        "bops": bops({"macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
+        "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
+    }
+
+
+def _timesteps(path: str) -> int:
+    return int(read_header(path)["timesteps"]["shape"][0])
+
+
+def _macs(manifest: Manifest) -> int:
+    return sum(layer["macs"] for layer in manifest.layers)
+
+
+def _standing(output: str) -> Manifest | None:
+    try:
+        return read_manifest(output)
+    except DqtoolError:
+        return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return str(value)

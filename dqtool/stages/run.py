@@ -1,0 +1,70 @@
+"""`dqtool run`: the stages a recipe names, each on the output of the one before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from dqtool import report
+from dqtool.artifacts.files import os_fault
+from dqtool.errors import DqtoolError
+from dqtool.recipe import STAGE_ORDER, Recipe, load_recipe
+from dqtool.stages.common import Common
+from dqtool.stages.registry import make_options, option_types, stage_function
+from dqtool.stages.running import DEFAULT_OUTPUTS
+
+__all__ = ["run", "steps_of_recipe"]
+
+WRITTEN = ("output", "grid")
+"""Options that name a file to write: a bare name is put into the run's directory, any other path is taken as it is."""
+
+
+def run(path: str, overrides: Sequence[str], common: Common, directory: str | None = None) -> str:
+    """Run a recipe in `directory` (`results/NAME` when None), which is made; returns the last artifact's path.
+
+    Raises:
+        UsageError: the recipe or an override asks for something that does not exist; nothing has been run then.
+        DqtoolError: what a stage raises, with the stage's name in front.
+    """
+    _, steps = steps_of_recipe(path, overrides, directory)
+    for _, values in steps:
+        for key in WRITTEN:
+            parent = os.path.dirname(values.get(key, "").rstrip("/"))
+            if parent:
+                try:
+                    os.makedirs(parent, exist_ok=True)
+                except OSError as error:
+                    raise os_fault(error, parent) from error
+    output = ""
+    for number, (name, values) in enumerate(steps, start=1):
+        report.say(f"[{number}/{len(steps)}] {name}")
+        try:
+            output = stage_function(name)(make_options(name, values), common)
+        except DqtoolError as error:
+            error.what = f"{name}: {error.what}"
+            raise
+    return output
+
+
+def steps_of_recipe(
+    path: str, overrides: Sequence[str], directory: str | None = None
+) -> tuple[Recipe, list[tuple[str, dict[str, Any]]]]:
+    """The recipe and its stages as (name, values of its options by field name), inputs and outputs filled in."""
+    recipe = load_recipe(path, overrides, {name: option_types(name) for name in STAGE_ORDER})
+    work = directory or os.path.join("results", recipe.name)
+    steps: list[tuple[str, dict[str, Any]]] = []
+    previous = recipe.model
+    for name, given in recipe.stages:
+        values = {option.replace("-", "_"): value for option, value in given.items()}
+        values.setdefault("output", DEFAULT_OUTPUTS[name])
+        for key in WRITTEN:
+            if key in values and not os.path.dirname(values[key].rstrip("/")):
+                values[key] = os.path.join(work, values[key])
+        values["model" if name == "dilate" else "artifact"] = previous
+        if name == "eval" and recipe.stages[0][0] == "dilate":
+            values.setdefault("reference", recipe.model)
+        make_options(name, values)
+        steps.append((name, values))
+        previous = values["output"]
+    return recipe, steps

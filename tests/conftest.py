@@ -1,0 +1,64 @@
+"""Fixtures that several test packages share: a tiny real model, and every artifact of its chain made once."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: tiny models gain nothing from threads and lose much to them on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import shutil
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from helpers import tiny_pipeline
+from pytest_console_scripts import RunResult, ScriptRunner
+
+Run = Callable[..., RunResult]
+
+CHAIN = (
+    ("dilate", "tiny"),
+    ("calibrate", "--steps", "4", "--samples", "16"),
+    ("distill", "--iters", "2", "--refine-iters", "2"),
+    ("export",),
+    ("eval", "--samples", "4"),
+)
+"""The five stages on the tiny model, with their default file names."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["DQTOOL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """`run("dilate", "tiny", cwd=...)`: the console script in this process, standard input empty as under `/dev/null`."""
+    assert entry_points(group="console_scripts", name="dqtool"), "dqtool is not installed here: run `make setup`"
+    runner = ScriptRunner("inprocess", ".")
+
+    def call(*arguments: str, cwd: Path) -> RunResult:
+        return runner.run(["dqtool", *map(str, arguments)], cwd=cwd, print_result=False)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    """A directory with `tiny` (the model) and the chain's artifacts under their default names. Read only."""
+    directory = tmp_path_factory.mktemp("chain")
+    tiny_pipeline(directory / "tiny")
+    for arguments in CHAIN:
+        result = run(*arguments, cwd=directory)
+        assert result.returncode == 0, result.stderr
+    return directory
+
+
+@pytest.fixture
+def chain(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made` to work in."""
+    directory = tmp_path / "work"
+    shutil.copytree(made, directory)
+    return directory

@@ -1,0 +1,85 @@
+"""Ctrl-C: exit code 130, one line, no half artifact, and the same command goes on from the finished blocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from helpers import listing
+
+from dqtool.training import bkd
+
+ARGUMENTS = ("distill", "--iters", "12", "--refine-iters", "2", "--seed", "5")
+
+
+def test_distill_goes_on_from_the_finished_blocks_to_the_same_bits(
+    run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert run(*ARGUMENTS, "-o", "whole.safetensors", cwd=chain).returncode == 0
+    before = listing(chain)
+    index = chain / ".parted.safetensors.partial" / "index.json"
+    command = [sys.executable, "-m", "dqtool", *ARGUMENTS, "-o", "parted.safetensors"]
+    process = subprocess.Popen(
+        command, cwd=chain, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(finished(index)) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    output, messages = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, ""), messages
+    assert messages.splitlines()[-1].startswith("dqtool distill: interrupted")
+    assert "Traceback" not in messages
+    kept = finished(index)
+    assert len(kept) >= 4
+    left = {name: content for name, content in listing(chain).items() if not name.startswith(index.parent.name)}
+    assert left == before
+
+    trained: list[str] = []
+    train_block = bkd.train_block
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        trained.append(arguments[-1])
+        return train_block(*arguments, **options)
+
+    monkeypatch.setattr(bkd, "train_block", counting)
+    result = run(*ARGUMENTS, "-o", "parted.safetensors", cwd=chain)
+    assert result.returncode == 0, result.stderr
+    assert trained
+    assert not set(trained) & set(kept)
+    assert (chain / "parted.safetensors").read_bytes() == (chain / "whole.safetensors").read_bytes()
+    assert not index.parent.exists()
+
+
+def test_an_interrupt_anywhere_is_one_line(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = listing(chain)
+    for target, arguments in (
+        ("dqtool.stages.dilate.produce", ("dilate", "tiny", "--force")),
+        ("dqtool.stages.export.write_directory", ("export", "--force")),
+        ("dqtool.stages.inspect.describe", ("inspect", "tiny")),
+    ):
+        monkeypatch.setattr(target, interrupted)
+        result = run(*arguments, cwd=chain)
+        assert (result.returncode, result.stdout) == (130, "")
+        assert result.stderr.count("\n") == 1
+        assert "interrupted" in result.stderr
+        assert listing(chain) == before
+
+
+def finished(index: Path) -> list[str]:
+    """Names of the blocks that an unfinished run has kept."""
+    try:
+        return list(json.loads(index.read_text())["pieces"])
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,85 @@
+"""The scheduler objects of diffusers drive the sampling loop, and every sampler indexes its own step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from helpers import NETWORK
+from torch import nn
+
+from dqtool.core.bits import LayerBits
+from dqtool.errors import UsageError
+from dqtool.models.families import FAMILIES
+from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
+from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
+from dqtool.nn.trace import trace
+
+FAMILY = FAMILIES["UNet2DModel"]
+SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return UNet2DModel(**NETWORK).eval()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_every_call_of_every_sampler_finds_its_own_entry(model: nn.Module, name: str, eta: float) -> None:
+    sampler = Sampler(FAMILY, make_sampler(SCHEDULE, name), 5, eta)
+    timesteps = sampler.timesteps()
+    traced = trace(model, FAMILY.example(model.config), block_classes=FAMILY.block_classes)
+    quantized = UNet2DModel(**NETWORK).eval()
+    insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
+    asked: list[float] = []
+    used: list[float] = []
+
+    def see(_x: torch.Tensor, timestep: torch.Tensor, _y: torch.Tensor) -> None:
+        asked.append(float(timestep))
+        used.append(float(timesteps[steps_of(quantized).rows]))
+
+    noise = initial_noise((1, 8, 8), range(2), 0)
+    sampler.run(quantized, noise, {}, [1, 2], see)
+    assert used == asked
+    assert not steps_of(quantized).missed
+    if name == "plms":
+        assert len(asked) > len(set(asked))  # the doubled second call
+    assert set(asked) == set(timesteps.tolist())
+
+
+def test_sampler_classes_follow_their_names() -> None:
+    for name, class_name in SAMPLERS.items():
+        assert type(make_sampler(SCHEDULE, name)).__name__ == class_name
+    assert type(make_sampler(None)).__name__ == "DDIMScheduler"
+    with pytest.raises(UsageError, match="unknown sampler"):
+        make_sampler(SCHEDULE, "euler9")
+
+
+def test_the_loop_equals_the_pipeline(model: nn.Module) -> None:
+    scheduler = make_sampler(SCHEDULE)
+    noise = initial_noise((1, 8, 8), range(3), 7)
+    ours = Sampler(FAMILY, scheduler, 4).run(model, noise, {})
+    pipeline = DDIMPipeline(model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler.set_timesteps(4)
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t).sample.detach(), t, x).prev_sample
+    assert torch.equal(ours, x)
+
+
+def test_an_image_depends_on_seed_and_index_alone(model: nn.Module) -> None:
+    sampler = Sampler(FAMILY, make_sampler(SCHEDULE), 3, eta=1.0)
+    together = torch.cat(list(sampler.batches(model, (1, 8, 8), 5, 3, 5)))
+    apart = torch.cat(list(sampler.batches(model, (1, 8, 8), 5, 3, 2)))
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    other = torch.cat(list(sampler.batches(model, (1, 8, 8), 5, 4, 5)))
+    assert not torch.allclose(together, other)

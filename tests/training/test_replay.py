@@ -1,0 +1,71 @@
+"""Block-by-block execution gives the same inputs and outputs as running the whole network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from helpers import NETWORK
+from torch import nn
+
+from dqtool.models.families import FAMILIES
+from dqtool.nn.trace import trace
+from dqtool.training.replay import Replay
+
+N = 10
+
+
+@pytest.fixture(params=[6 << 30, 0], ids=["memory", "spilled"])
+def replay(request) -> Replay:
+    torch.manual_seed(0)
+    family = FAMILIES["UNet2DModel"]
+    model = UNet2DModel(**NETWORK).eval()
+    traced = trace(model, family.example(model.config), block_classes=family.block_classes)
+    x = torch.randn(N, *family.sample_shape(model.config))
+    timestep = torch.randint(0, 1000, (N,))
+    result = Replay(
+        model, traced, N, lambda m, rows: m(x[rows], timestep[rows]), batch_size=4, budget_bytes=request.param
+    )
+    result.points = x, timestep  # type: ignore[attr-defined]
+    return result
+
+
+def test_replayed_blocks_equal_the_whole_network(replay: Replay) -> None:
+    model = replay.model
+    direct: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(b.name).register_forward_hook(lambda _m, _a, y, n=b.name: direct.__setitem__(n, y))
+        for b in replay.trace.blocks
+    ]
+    with torch.no_grad():
+        model(*replay.points)  # type: ignore[attr-defined]
+    for handle in handles:
+        handle.remove()
+    for index, block in enumerate(replay.trace.blocks):
+        given = replay.inputs(index)
+        outputs = replay.outputs(index, given)
+        torch.testing.assert_close(outputs, direct[block.name], rtol=1e-4, atol=1e-5)
+        replay.advance(index, outputs, given)
+    assert "forward" not in model.conv_in.__dict__  # the network is itself again
+
+
+def test_no_block_runs_twice_to_feed_another(replay: Replay) -> None:
+    calls: dict[str, int] = {}
+    for module_name, module in replay.model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda _m, _a, y, n=module_name: calls.__setitem__(n, calls.get(n, 0) + len(y))
+            )
+    for index in range(len(replay.trace.blocks)):
+        given = replay.inputs(index)
+        replay.advance(index, replay.outputs(index, given), given)
+    assert calls
+    assert set(calls.values()) == {N}
+
+
+def test_what_nobody_reads_is_dropped(replay: Replay) -> None:
+    for index in range(len(replay.trace.blocks)):
+        given = replay.inputs(index)
+        replay.advance(index, replay.outputs(index, given), given)
+    held = {name for name, tensor in replay._cache.items() if tensor is not None}
+    assert held == replay.trace.output_reads
