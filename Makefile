@@ -18,7 +18,7 @@ $(VENV)/.done: pyproject.toml
 
 # The main job: a 4-bit model out of the embedded one, trained with the defaults and compared with it on 1024 images.
 demo: setup
-	$(BIN)/dqtool run recipes/digits-ddpm-w4a4.yaml -o demo --set eval.samples=1024 --set eval.grid=demo/samples.png
+	$(BIN)/dqtool run recipes/digits-ddpm-w4a4.yaml -o demo --set eval.samples=1024
 	@echo "The model: demo/exported   the report: demo/eval.json   the picture: demo/samples.png"
 
 # One target per recipe: `make digits-ddpm-w4a4` writes results/digits-ddpm-w4a4/.

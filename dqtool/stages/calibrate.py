@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["CalibrateOptions", "calibrate"]
 
 CODE_VERSION = 1
+STATISTICS_SAMPLES = 64
+"""Samples of a step that its histograms are made of: each brings thousands of values per layer, more change nothing."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def produce(dilated: Artifact, options: CalibrateOptions) -> Product:
     def per_step() -> Iterator[Callable[[], None]]:
         with report.progress("calibrate: statistics", len(timesteps)) as progress:
             for step, timestep in enumerate(timesteps):
-                mine = (rows == step).nonzero()[:, 0]
+                mine = (rows == step).nonzero()[:STATISTICS_SAMPLES, 0]
 
                 def run(mine: torch.Tensor = mine, timestep: torch.Tensor = timestep) -> None:
                     for part in mine.split(options.batch_size * 4):

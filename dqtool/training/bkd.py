@@ -67,13 +67,15 @@ def distill_blocks(problem: Problem, options: BkdOptions, progress: Reporter) ->
         kept = problem.store.load(info.name)
         if kept is not None:
             generator.set_state(kept["generator"])
-            restore_block(block, {k: v for k, v in kept.items() if k != "generator"})
+            losses[info.name] = kept["loss"].tolist()
+            restore_block(block, {k: v for k, v in kept.items() if k not in ("generator", "loss")})
             progress.skip(options.iters, info.name)
         else:
             begin = time.perf_counter()
             losses[info.name] = train_block(problem, block, given, target, options, generator, progress, info.name)
             training_seconds += time.perf_counter() - begin
-            problem.store.save(info.name, {**block_state(block), "generator": generator.get_state()})
+            extra = {"generator": generator.get_state(), "loss": torch.tensor(losses[info.name], dtype=torch.float64)}
+            problem.store.save(info.name, {**block_state(block), **extra})
         teacher.advance(index, target, wanted)
         student.advance(index, student.outputs(index, given, problem.select_rows), given)
     total = time.perf_counter() - start

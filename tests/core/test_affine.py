@@ -62,7 +62,7 @@ def test_training_and_inference_paths_agree_bitwise() -> None:
     assert torch.equal(inference, fake_quantize(x.requires_grad_(), scale, zero_point, 4).detach())
 
 
-def _reference(x, scale, zero_point, bits, divisor):  # noqa: ANN202
+def _reference(x, scale, zero_point, bits, divisor):
     """The same with autograd's own rules and detached rounding."""
 
     def ste(v: torch.Tensor) -> torch.Tensor:

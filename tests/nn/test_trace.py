@@ -13,7 +13,7 @@ from dqtool.nn.trace import trace
 
 
 @pytest.fixture(scope="module")
-def traced():  # noqa: ANN201
+def traced():
     family = FAMILIES["UNet2DModel"]
     model = UNet2DModel(**NETWORK)
     return model, trace(model, family.example(model.config), block_classes=family.block_classes)
