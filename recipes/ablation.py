@@ -63,7 +63,7 @@ def run(row: str, seed: int, work: Path, samples: int, bits: str) -> dict:
 def main() -> None:
     """Run all cells and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", default="4/4")
     parser.add_argument("--work", type=Path, default=Path("results/ablation"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -113,11 +114,10 @@ def produce(dilated: Artifact, options: CalibrateOptions) -> Product:
     pipeline = dict(manifest.pipeline or {})
     pipeline["sampling"] = {
         "sampler": options.sampler,
-        "scheduler": dict(sampler.scheduler.config) | {"_class_name": type(sampler.scheduler).__name__},
+        "scheduler": plain_config(sampler.scheduler),
         "steps": options.steps,
         "eta": options.eta,
     }
-    pipeline["sampling"]["scheduler"].pop("_use_default_values", None)
     everything = dict(tensors) | trajectory | statistics | {"timesteps": timesteps}
     return Product(everything, manifest.model, pipeline, manifest.layers, {**manifest.metrics, **metrics})
 
@@ -187,6 +187,14 @@ def record(
         "trajectory.rows": torch.cat(rows),
         **{f"condition.{k}": v[owner] for k, v in conditions.items()},
     }
+
+
+def plain_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config as a manifest can hold it. JSON knows no infinity, which stands only for "no limit", the
+    default of its key, so that leaving it out says the same."""
+    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    finite = {k: v for k, v in config.items() if not (isinstance(v, float) and not math.isfinite(v))}
+    return finite | {"_class_name": type(scheduler).__name__}
 
 
 def range_ratios(statistics: dict[str, Tensor], dilation: dict[str, Tensor]) -> dict[str, float]:

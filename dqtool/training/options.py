@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["BkdOptions", "Rates"]
+__all__ = ["FINE", "BkdOptions", "Rates"]
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,15 @@ class Rates:
     weight_scale, table_scale: relative; zero_point: codes.
     """
 
-    weight: float = 0.1
+    weight: float = 0.05
     bias: float = 0.01
-    weight_scale: float = 1e-3
-    table_scale: float = 1e-2
-    zero_point: float = 1e-2
+    weight_scale: float = 5e-4
+    table_scale: float = 3e-3
+    zero_point: float = 5e-3
+
+
+FINE = Rates(weight=0.004, bias=1e-3, weight_scale=1e-4, table_scale=1e-3, zero_point=1e-3)
+"""For the pass over all blocks. Faster ones undo what the blocks learned: with 0.05 for the weights the distance grew."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class BkdOptions:
     iters: int = 300
     batch_size: int = 32
     rates: Rates = field(default_factory=Rates)
-    refine_iters: int = 1500
+    refine_iters: int = 300
     refine_batch_size: int = 32
-    refine_rates: Rates = field(default_factory=Rates)
+    refine_rates: Rates = FINE
     refine_images: int = 128
     refine_refresh: int = 300

@@ -1,0 +1,82 @@
+"""The trajectory covers every step evenly, and the statistics serve any bit width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dqtool.artifacts import open_artifact
+from dqtool.models.packed import layer_infos
+from dqtool.nn.statistics import BINS
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+
+
+@pytest.mark.parametrize(("samples", "sampler"), [(18, None), (7, "plms"), (8, "dpmsolver")])
+def test_every_step_is_present_and_quotas_are_even(
+    made: Path, tmp_path: Path, samples: int, sampler: str | None
+) -> None:
+    output = calibrate(
+        CalibrateOptions(
+            str(made / "dilated.safetensors"),
+            str(tmp_path / "c.safetensors"),
+            steps=4,
+            samples=samples,
+            sampler=sampler,
+            batch_size=4,
+        ),
+        Common(quiet=True),
+    )
+    tensors = open_artifact(output).tensors()
+    counts = torch.bincount(tensors["trajectory.rows"], minlength=len(tensors["timesteps"]))
+    assert counts.sum() == samples
+    assert counts.min() >= 1
+    assert counts.max() - counts.min() <= 1
+
+
+def test_statistics_know_no_bits_and_count_every_value(made: Path) -> None:
+    artifact = open_artifact(made / "calibrated.safetensors")
+    tensors = artifact.tensors()
+    steps = len(tensors["timesteps"])
+    for info in layer_infos(artifact.manifest.layers):
+        if info.kind == "attention":
+            for operand in ("q", "k", "v", "probs"):
+                assert tensors[f"{info.name}.{operand}.histogram"].shape == (steps, info.heads, BINS)
+        elif info.shares is None:
+            histogram = tensors[f"{info.name}.histogram"]
+            assert histogram.shape == (steps, BINS)
+            assert len(set(histogram.sum(1).tolist())) == 1  # the same number of values at each step
+            assert tensors[f"{info.name}.channel_range"].shape == (2, info.shape[1] * info.groups)
+
+
+def test_one_calibration_serves_every_width(made: Path, tmp_path: Path) -> None:
+    from dqtool.stages.distill import DistillOptions, distill
+
+    errors = []
+    for bits in ("3/3", "4/4", "6/6", "8/8"):
+        output = distill(
+            DistillOptions(
+                str(made / "calibrated.safetensors"), str(tmp_path / f"{bits[0]}.safetensors"), bits=bits, iters=0
+            ),
+            Common(quiet=True),
+        )
+        errors.append(output_error(made, output))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2
+
+
+def output_error(made: Path, output: str) -> float:
+    """Relative squared error of the network's output on the calibration points."""
+    from dqtool.stages.artifact_models import teacher_of
+    from dqtool.stages.eval import network_of_artifact
+
+    calibrated = open_artifact(made / "calibrated.safetensors")
+    tensors = calibrated.tensors()
+    teacher = teacher_of(calibrated.manifest, tensors)
+    student = network_of_artifact(open_artifact(output), "simulate")
+    x, t = tensors["trajectory.x"], tensors["timesteps"][tensors["trajectory.rows"]]
+    with torch.no_grad():
+        expected = teacher(x, t).sample
+        return float((student(x, t).sample - expected).square().sum() / expected.square().sum())

@@ -1,0 +1,88 @@
+"""Dilation of a whole network: the output stays, the ranges stay, the manifest says what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NETWORK
+
+from dqtool.artifacts import open_artifact
+from dqtool.core.scaling import SCALINGS
+from dqtool.models.sources import resolve_model
+from dqtool.stages.artifact_models import split_dilated, teacher_of
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import TOLERANCE, DilateOptions, dilate
+
+
+def test_output_is_unchanged_and_the_manifest_reports_it(made: Path) -> None:
+    manifest = open_artifact(made / "dilated.safetensors").manifest
+    assert manifest.metrics["equivalence_error"] <= TOLERANCE
+    assert 0 < manifest.metrics["unsaturated_share"] < 1
+    assert 0 < manifest.metrics["range_ratio"] < 1
+    scaled = [layer for layer in manifest.layers if "scaling" in layer]
+    assert scaled
+    assert all(layer["scaling"]["max"] >= 1 for layer in scaled)
+
+
+def test_every_out_channel_keeps_its_range(made: Path) -> None:
+    from dqtool.models.loading import load_weights
+
+    original = load_weights(resolve_model(str(made / "tiny")))
+    state, dilation = split_dilated(open_artifact(made / "dilated.safetensors").tensors())
+    assert dilation
+    for name in dilation:
+        before, after = original[f"{name}.weight"].flatten(1), state[f"{name}.weight"].flatten(1)
+        assert torch.equal(before.amin(1).clamp(max=0), after.amin(1).clamp(max=0))
+        assert torch.equal(before.amax(1).clamp(min=0), after.amax(1).clamp(min=0))
+
+
+def test_the_teacher_comes_back_to_one_unit_in_the_last_place(made: Path) -> None:
+    from dqtool.models.loading import build_network, load_weights
+
+    source = resolve_model(str(made / "tiny"))
+    artifact = open_artifact(made / "dilated.safetensors")
+    original = build_network(source.class_name, source.config, load_weights(source), source.given)
+    teacher = teacher_of(artifact.manifest, artifact.tensors())
+    for name, value in original.state_dict().items():
+        torch.testing.assert_close(teacher.state_dict()[name], value, rtol=3e-7, atol=0)
+
+
+def test_layers_that_share_an_input_share_their_factors() -> None:
+    from types import SimpleNamespace
+
+    from dqtool.nn.trace import LayerInfo
+    from dqtool.stages.dilate import _scales
+
+    torch.manual_seed(0)
+    names = ["a.to_q", "a.to_k", "a.to_v", "a.to_out.0"]
+    # Few rows, so that most channels are far from every bound and the minimum over q, k, v is not trivially 1.
+    state = {f"{name}.weight": torch.randn(2, 16) for name in names}
+    layers = [LayerInfo(n, "linear", (2, 16), 32, shares="a.to_q" if n[-1] in "kv" else None) for n in names]
+    scales = _scales(layers, state, None, SimpleNamespace(scaling="wd", cap=64.0))  # type: ignore[arg-type]
+    assert bool((scales["a.to_q"] > 1).any())
+    assert torch.equal(scales["a.to_q"], scales["a.to_k"])
+    assert torch.equal(scales["a.to_q"], scales["a.to_v"])
+    assert not torch.equal(scales["a.to_q"], scales["a.to_out.0"])
+
+
+@pytest.mark.parametrize("method", sorted(SCALINGS))
+def test_every_scaling_is_equivalent_before_quantization(made: Path, tmp_path: Path, method: str) -> None:
+    stats = str(made / "calibrated.safetensors")
+    output = dilate(
+        DilateOptions(str(made / "tiny"), str(tmp_path / "d.safetensors"), scaling=method, stats=stats),
+        Common(quiet=True),
+    )
+    assert open_artifact(output).manifest.metrics["equivalence_error"] <= TOLERANCE
+
+
+def test_component_directories_and_bare_files_are_models_too(made: Path, tmp_path: Path) -> None:
+    expected = open_artifact(made / "dilated.safetensors")
+    component = made / "tiny" / "unet"
+    for number, given in enumerate((component, component / "diffusion_pytorch_model.safetensors")):
+        output = dilate(DilateOptions(str(given), str(tmp_path / f"{number}.safetensors")), Common(quiet=True))
+        artifact = open_artifact(output)
+        assert artifact.sha256 == expected.sha256
+        assert artifact.manifest.pipeline is None
+        assert artifact.manifest.model["config"]["sample_size"] == NETWORK["sample_size"]
