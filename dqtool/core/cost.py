@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["bops", "bops_ratio", "file_bytes", "size_ratio"]
 
 FLOAT_BITS = 32
+STAYS_FLOAT = 16  # widths from here on are not quantized
 
 # safetensors' names and bits per element, in the order of its `Dtype` enumeration, by which it sorts a file's tensors.
 DTYPES = {
@@ -49,15 +50,21 @@ TORCH_DTYPES = {
 
 
 def bops(layers: Iterable[Mapping[str, Any]]) -> int:
-    """Bit operations `Σ macs · b_w · b_a` of layers `{"macs": int, "bits": [w, a]}`; `None` stands for float32.
+    """Bit operations `Σ macs · b_w · b_a` of layers `{"kind": str, "macs": int, "bits": [w, a]}`.
 
-    MACs are those of one forward pass at the batch size they were counted for. Attention products are layers of their
-    own, with the bits of their two operands.
+    `bits` None, and widths from 16 on (operands that stay float32), count 32. A layer of kind "attention" stands for
+    both products, half of its MACs each, with bits (softmax output, q·k·v): `q·kᵀ` costs `a·a`, `softmax·v` `w·a`. MACs are
+    those of one forward pass at the batch size they were counted for.
     """
     total = 0
     for layer in layers:
-        weight, activation = layer["bits"] or (None, None)
-        total += layer["macs"] * (weight or FLOAT_BITS) * (activation or FLOAT_BITS)
+        weight, activation = (
+            FLOAT_BITS if bits is None or bits >= STAYS_FLOAT else bits for bits in layer["bits"] or (None, None)
+        )
+        if layer.get("kind") == "attention":
+            total += layer["macs"] // 2 * activation * (weight + activation)
+        else:
+            total += layer["macs"] * weight * activation
     return total
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dqtool.errors import NumericError, UsageError
 
-__all__ = ["CAP", "dilate_weight", "in_channels", "report", "spread", "weight_dilation", "weight_ranges"]
+__all__ = ["CAP", "dilate_weight", "in_channels", "spread", "weight_dilation", "weight_ranges"]
 
 CAP = 64.0
 
@@ -65,24 +65,6 @@ def dilate_weight(weight: Tensor, s: Tensor, groups: int = 1) -> Tensor:
     weight = weight.detach().float()
     lo, hi = (_rows(bound, weight) for bound in weight_ranges(weight))
     return (weight * spread(s, weight, groups)).clamp(lo, hi)
-
-
-def report(weight: Tensor, s: Tensor, groups: int = 1, cap: float = CAP) -> dict[str, float | int]:
-    """What a dilation does to one weight, for the manifest.
-
-    `unsaturated_share`: share of in-channels with `s > 1` · `capped`: how many reached `cap` · `mean_scale`,
-    `max_scale` · `weight_gain`: mean |W'| over mean |W|, how much finer the unchanged grid has become for the weights.
-    """
-    before = weight.detach().float().abs().double().mean().item()
-    after = dilate_weight(weight, s, groups).abs().double().mean().item()
-    return {
-        "in_channels": s.numel(),
-        "unsaturated_share": (s > 1).double().mean().item(),
-        "capped": int((s >= cap).sum()),
-        "mean_scale": s.double().mean().item(),
-        "max_scale": s.max().item(),
-        "weight_gain": after / before if before else 1.0,
-    }
 
 
 def in_channels(weight: Tensor, groups: int) -> int:

@@ -28,14 +28,19 @@ class Family(ABC):
     name: ClassVar[str]
     class_name: ClassVar[str]
     block_classes: ClassVar[tuple[str, ...]]
-    component: ClassVar[str] = "unet"
-    """Name of the network inside a pipeline directory."""
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """The network with random weights, from a diffusers config."""
+        """The network with random weights, from a diffusers config.
+
+        Raises:
+            ArtifactError: diffusers refuses the config.
+        """
         import diffusers
 
-        return getattr(diffusers, self.class_name).from_config(dict(config))
+        try:
+            return getattr(diffusers, self.class_name).from_config(dict(config))
+        except (TypeError, ValueError, KeyError) as e:
+            raise ArtifactError(f"The config does not describe a {self.class_name}: {e}", where="model config") from e
 
     @abstractmethod
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -96,7 +101,13 @@ class UNet2D(Family):
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """From `in_channels` and `sample_size`."""
-        size = config["sample_size"]
+        size = config.get("sample_size")
+        if size is None:
+            raise ArtifactError(
+                "The config does not say how large the network's samples are",
+                where="model config, key sample_size",
+                fix="Set sample_size, for example 32, in the config.json",
+            )
         height, width = (size, size) if isinstance(size, int) else size
         return int(config["in_channels"]), height, width
 

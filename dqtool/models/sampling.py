@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtool.errors import UsageError
+from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.families import Family
 
-__all__ = ["SAMPLERS", "Sampler", "initial_noise", "make_sampler"]
+__all__ = [
+    "CALIBRATION",
+    "IMAGES",
+    "SAMPLERS",
+    "Sampler",
+    "image_seeds",
+    "initial_noise",
+    "make_sampler",
+]
 
 SAMPLERS = {
     "ddim": "DDIMScheduler",
@@ -26,6 +34,9 @@ SAMPLERS = {
 BARE_COMPONENT = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 """The schedule of a network that comes without a pipeline: DDIM over 1000 linear betas."""
 
+CALIBRATION, IMAGES = 0, 500_000_000
+"""Where each use's noise begins: the images that are judged never share noise with those a model was trained on."""
+
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called with (model input, timestep, prediction) at every step."""
 
@@ -36,6 +47,7 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
 
     Raises:
         UsageError: an unknown name.
+        ArtifactError: the pipeline's own scheduler is of a class that diffusers lacks.
     """
     import diffusers
 
@@ -48,6 +60,12 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
         config = {k: v for k, v in config.items() if k not in ("_class_name", "_use_default_values")}
         if name == "plms":
             config["skip_prk_steps"] = True
+    if not hasattr(diffusers, class_name):
+        raise ArtifactError(
+            f"diffusers has no scheduler '{class_name}'",
+            where="scheduler config, key _class_name",
+            fix="Upgrade diffusers",
+        )
     return getattr(diffusers, class_name).from_config(config)
 
 
@@ -104,24 +122,29 @@ class Sampler:
         batch_size: int,
         conditions: Callable[[int, int], Mapping[str, Tensor]] | None = None,
         observer: Observer | None = None,
+        use: int = IMAGES,
     ) -> Iterator[Tensor]:
-        """Samples `[n, *shape]`, batch by batch, `samples` in all; image i depends on `seed` and i alone."""
+        """Samples `[n, *shape]`, batch by batch, `samples` in all; image i depends on `seed`, i and `use` alone."""
         for start in range(0, samples, batch_size):
             stop = min(start + batch_size, samples)
-            noise = initial_noise(shape, range(start, stop), seed)
+            noise = initial_noise(shape, range(start, stop), seed, use)
             given = {} if conditions is None else conditions(start, stop)
-            yield self.run(model, noise, given, [_image_seed(seed, i) for i in range(start, stop)], observer)
+            yield self.run(model, noise, given, image_seeds(range(start, stop), seed, use), observer)
 
 
-def initial_noise(shape: tuple[int, ...], indices: range, seed: int) -> Tensor:
-    """Starting noise of the images with these indices, `[len(indices), *shape]`: a function of (seed, index) alone."""
+def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: int = IMAGES) -> Tensor:
+    """Starting noise of the images with these indices, `[len(indices), *shape]`: a function of its arguments alone."""
     return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(_image_seed(seed, i) + 1)) for i in indices]
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(image_seed + 1))
+            for image_seed in image_seeds(indices, seed, use)
+        ]
     )
 
 
-def _image_seed(seed: int, index: int) -> int:
-    return (seed * 1_000_003 + index) * 2
+def image_seeds(indices: range, seed: int, use: int = IMAGES) -> list[int]:
+    """One seed an image, for a stochastic sampler's own noise; its successor is that of the starting noise."""
+    return [(seed * 1_000_003 + use + index) % (1 << 62) * 2 for index in indices]
 
 
 def _step_arguments(scheduler: Any, eta: float, generators: list[torch.Generator] | None) -> dict[str, Any]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import read_header, sha256_file
+from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import ArtifactError, EnvironmentFault
 
-__all__ = ["ZOO", "ModelSource", "resolve_model"]
+__all__ = ["ZOO", "ModelSource", "finite_config", "resolve_model"]
 
 ZOO = Path(__file__).parent.parent / "zoo" / "weights"
 """Where the embedded models are packaged, each as a diffusers pipeline directory with float16 weights."""
@@ -43,7 +46,7 @@ class ModelSource:
         """The pipeline's scheduler config; None for a bare component."""
         if self.pipeline is None:
             return None
-        return _read_json(self.pipeline / "scheduler" / "scheduler_config.json")
+        return finite_config(_read_json(self.pipeline / "scheduler" / "scheduler_config.json"))
 
     @property
     def model_index(self) -> dict[str, Any] | None:
@@ -55,6 +58,16 @@ class ModelSource:
         parts = [sha256_file(path) for path in self.weights]
         parts.append(hashlib.sha256(canonical_json([self.config, self.scheduler]).encode()).hexdigest())
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's config as a manifest can hold it. JSON knows no infinity, which stands only for "no limit", the
+    default of its key, so that leaving it out says the same."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key != "_use_default_values" and not (isinstance(value, float) and not math.isfinite(value))
+    }
 
 
 def resolve_model(given: str, config: str | None = None) -> ModelSource:
@@ -113,7 +126,10 @@ def _component(given: str, path: Path, pipeline: Path | None, component: str, co
             weights: tuple[Path, ...] = (path / name,)
             break
         if (path / f"{name}.index.json").is_file():
-            shards = _read_json(path / f"{name}.index.json")["weight_map"].values()
+            index = _read_json(path / f"{name}.index.json")
+            if not isinstance(index.get("weight_map"), dict):
+                raise ArtifactError("This index of shards has no weight_map", where=str(path / f"{name}.index.json"))
+            shards = index["weight_map"].values()
             weights = tuple(path / shard for shard in sorted(set(shards)))
             break
     else:
@@ -149,8 +165,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise ArtifactError("A part of this model is missing", where=str(path)) from e
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         raise ArtifactError(f"This is no valid JSON: {e}", where=str(path)) from e
+    except OSError as e:
+        raise os_fault(e, path) from e
     if not isinstance(value, dict):
         raise ArtifactError("This is no JSON object", where=str(path))
     return value

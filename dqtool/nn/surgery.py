@@ -59,11 +59,15 @@ def assign_bits(
         UsageError: a pattern that matches no layer.
     """
     dilated = set(dilated)
+
+    def products(activation: int) -> LayerBits:
+        return LayerBits(FLOAT_BITS if activation >= FLOAT_BITS else probs_bits, activation)
+
     plans = {}
     for info in layers:
         chosen = bits
         if info.kind == "attention":
-            chosen = LayerBits(FLOAT_BITS if bits.input >= FLOAT_BITS else max(probs_bits, bits.input), bits.input)
+            chosen = products(bits.input)
         elif info.role is not None:
             chosen = LayerBits(max(bits.weight, END_BITS), max(bits.input, END_BITS))
         plans[info.name] = LayerPlan(info, chosen, info.name in dilated)
@@ -75,14 +79,16 @@ def assign_bits(
             )
         for name in matched:
             attention = plans[name].info.kind == "attention"
-            plans[name] = replace(plans[name], bits=LayerBits(kept.input, kept.input) if attention else kept)
+            plans[name] = replace(plans[name], bits=products(kept.input) if attention else kept)
     # Layers that share a quantized input must agree on its bits: the finest of them wins.
+    sharing: dict[str, list[str]] = {}
     for name, plan in plans.items():
-        owner = plan.info.shares
-        if owner is not None and plans[owner].bits.input != plan.bits.input:
-            finest = max(plans[owner].bits.input, plan.bits.input)
-            for each in (name, owner):
-                plans[each] = replace(plans[each], bits=replace(plans[each].bits, input=finest))
+        if plan.info.kind != "attention":
+            sharing.setdefault(plan.info.shares or name, []).append(name)
+    for members in sharing.values():
+        finest = max(plans[name].bits.input for name in members)
+        for name in members:
+            plans[name] = replace(plans[name], bits=replace(plans[name].bits, input=finest))
     return list(plans.values())
 
 

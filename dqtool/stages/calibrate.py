@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.errors import NumericError, UsageError
+from dqtool.models.sources import finite_config
 from dqtool.stages.running import Common, Product, execute, input_artifact
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def produce(dilated: Artifact, options: CalibrateOptions) -> Product:
     pipeline = dict(manifest.pipeline or {})
     pipeline["sampling"] = {
         "sampler": options.sampler,
-        "scheduler": plain_config(sampler.scheduler),
+        "scheduler": finite_config(sampler.scheduler.config) | {"_class_name": type(sampler.scheduler).__name__},
         "steps": options.steps,
         "eta": options.eta,
     }
@@ -136,6 +136,8 @@ def record(
     `condition.NAME` `[N, ...]` per condition, ordered by step.
     """
     import torch
+
+    from dqtool.models.sampling import CALIBRATION
 
     generator = torch.Generator().manual_seed(options.seed)
     steps = len(timesteps)
@@ -163,6 +165,7 @@ def record(
             options.batch_size,
             lambda start, stop: {k: v[start:stop] for k, v in conditions.items()},
             see,
+            CALIBRATION,
         ):
             done += len(batch)
             if not bool(torch.isfinite(batch).all()):
@@ -187,14 +190,6 @@ def record(
         "trajectory.rows": torch.cat(rows),
         **{f"condition.{k}": v[owner] for k, v in conditions.items()},
     }
-
-
-def plain_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's config as a manifest can hold it. JSON knows no infinity, which stands only for "no limit", the
-    default of its key, so that leaving it out says the same."""
-    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
-    finite = {k: v for k, v in config.items() if not (isinstance(v, float) and not math.isfinite(v))}
-    return finite | {"_class_name": type(scheduler).__name__}
 
 
 def range_ratios(statistics: dict[str, Tensor], dilation: dict[str, Tensor]) -> dict[str, float]:

@@ -93,7 +93,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
                 "unsaturated_share": float(unsaturated.float().mean()),
                 "mean": float(scale.mean()),
                 "max": float(scale.max()),
-                "range_ratio": float((1 / scale).mean()),
+                "mean_inverse": float((1 / scale).mean()),
             }
         records.append(record)
     error = equivalence_error(network, tensors, scales, family, source.config)
@@ -111,6 +111,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         "config": source.config,
         "family": family.name,
         "source": source.given,
+        "source_config": options.config,
         "source_sha256": source.sha256(),
         "parameters": sum(t.numel() for t in state.values()),
     }
@@ -119,7 +120,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         "equivalence_error": error,
         "unsaturated_share": float((every > 1).float().mean()),
         "mean_dilation": float(every.mean()),
-        "range_ratio": float((1 / every).mean()),
+        "mean_inverse": float((1 / every).mean()),
         "blocks": [{"name": block.name, "reads": sorted(block.reads)} for block in traced.blocks],
         "output_reads": sorted(traced.output_reads),
     }
@@ -203,7 +204,7 @@ def _tell(records: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
             record["name"],
             "x".join(map(str, record["shape"])),
             f"{record['scaling']['unsaturated_share']:.1%}",
-            f"{record['scaling']['range_ratio']:.3f}",
+            f"{record['scaling']['mean_inverse']:.3f}",
             f"{record['scaling']['max']:.2f}",
         )
         for record in records
@@ -212,5 +213,5 @@ def _tell(records: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
     report.table("Weight dilation", ["layer", "weight", "unsaturated", "mean 1/s", "max s"], rows)
     report.say(
         f"output unchanged to {metrics['equivalence_error']:.1e} relative; {metrics['unsaturated_share']:.1%} of "
-        f"in-channels dilated, mean 1/s {metrics['range_ratio']:.3f}"
+        f"in-channels dilated, mean 1/s {metrics['mean_inverse']:.3f}"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
+from dqtool.core.bits import FLOAT_BITS, parse_bits, parse_keep
 from dqtool.errors import UsageError
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 
@@ -37,41 +38,50 @@ class DistillOptions:
     static: bool = False
     batch_size: int = 32
 
+    def __post_init__(self) -> None:
+        """Refuse, before anything runs, what no artifact could make right.
+
+        Raises:
+            UsageError: bits, `--keep` patterns or a method that don't exist, or options that contradict each other.
+        """
+        parse_bits(self.bits)
+        for text in self.keep:
+            parse_keep(text)
+        if self.softmax_bits not in (*range(2, 9), FLOAT_BITS):
+            raise UsageError(
+                f"{self.softmax_bits} bits are not offered", where="--softmax-bits", fix="Give 2 to 8, or 16"
+            )
+        if self.method not in METHODS:
+            raise UsageError(
+                f"unknown method '{self.method}'", where="--method", fix=f"Choose from {', '.join(METHODS)}"
+            )
+        if self.method == "ptq" and (self.iters or self.refine_iters):
+            raise UsageError("--method ptq trains nothing", where="--iters, --refine-iters", fix="Leave them out")
+
 
 def distill(options: DistillOptions, common: Common) -> str:
     """Make the quantized artifact; returns its path as given.
 
     Raises:
-        UsageError: bits, `--keep` patterns or a method that don't exist.
+        UsageError: a `--keep` pattern that matches no layer.
         ArtifactError: the input is not calibrated, or was for another number of steps.
         NumericError: training diverged.
     """
-    from dqtool.core.bits import FLOAT_BITS, parse_bits, parse_keep
-
-    parse_bits(options.bits)
-    for text in options.keep:
-        parse_keep(text)
-    if options.softmax_bits not in (*range(2, 9), FLOAT_BITS):
-        raise UsageError(
-            f"{options.softmax_bits} bits are not offered", where="--softmax-bits", fix="Give 2 to 8, or 16"
-        )
-    if options.method not in METHODS:
-        raise UsageError(
-            f"unknown method '{options.method}'", where="--method", fix=f"Choose from {', '.join(METHODS)}"
-        )
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     check_steps(calibrated, options.steps)
     parameters = resolved(options)
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
-    workspace: list[Workspace] = []
 
     def work(key: str) -> Product:
-        workspace.append(Workspace(options.output, key))
-        return produce(calibrated, options, parameters, workspace[0])
+        workspace = Workspace(options.output, key)
+        if common.force:
+            workspace.clear()
+        return produce(calibrated, options, parameters, workspace)
 
-    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work)
-    for each in workspace:
-        each.clear()
+    def tidy(key: str) -> None:
+        Workspace(options.output, key).clear()
+
+    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work, after=tidy)
     return options.output
 
 

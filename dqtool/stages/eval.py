@@ -41,6 +41,14 @@ class EvalOptions:
     runtime: str = "simulate"
     grid: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for an unknown metric."""
+        for metric in self.metrics or ():
+            if metric not in METRICS:
+                raise UsageError(
+                    f"unknown metric '{metric}'", where="--metrics", fix=f"Choose from {', '.join(METRICS)}"
+                )
+
 
 def evaluate(options: EvalOptions, common: Common) -> str:
     """Sample, compare, write the report; returns its path as given.
@@ -89,9 +97,6 @@ def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
     is_digits = config.get("in_channels") == 1 and config.get("sample_size") == 16
     if options.metrics is None:
         return tuple(m for m in METRICS if m != "digits" or is_digits)
-    for metric in options.metrics:
-        if metric not in METRICS:
-            raise UsageError(f"unknown metric '{metric}'", where="--metrics", fix=f"Choose from {', '.join(METRICS)}")
     if "digits" in options.metrics and config.get("in_channels") != 1:
         raise UsageError("the digit metrics read images of one channel", where="--metrics")
     return options.metrics
@@ -102,7 +107,7 @@ def find_reference(options: EvalOptions, artifact: Artifact) -> ModelSource | No
     recorded = artifact.manifest.model
     given = options.reference or recorded["source"]
     try:
-        source = resolve_model(given)
+        source = resolve_model(given, recorded.get("source_config"))
         digest = source.sha256()
     except DqtoolError:
         if options.reference is not None:
@@ -125,6 +130,7 @@ def produce(
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
     from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.nn.surgery import steps_of
 
     manifest = artifact.manifest
     family = family_of(manifest.model["class"], artifact.given)
@@ -147,6 +153,8 @@ def produce(
             expected = reference_images(float_network, reference, sampler, options)
         images = draw(network, sampler, manifest.model["config"], options, "eval: samples")
         figures |= image_figures(images, expected, metrics)
+        if "_dqtool_steps" in network.__dict__:
+            figures["missed_timesteps"] = sorted(steps_of(network).missed)
         if options.grid is not None:
             from dqtool.metrics.grid import save_grid
 
@@ -200,6 +208,7 @@ def draw(network: nn.Module, sampler: Sampler, config: dict[str, Any], options: 
 def reference_images(network: nn.Module, reference: ModelSource, sampler: Sampler, options: EvalOptions) -> Tensor:
     """The full-precision model's images, from the cache when the same ones were made before."""
     from dqtool.models.image_cache import cached_images
+    from dqtool.models.sampling import IMAGES
 
     key = {
         "model": reference.sha256(),
@@ -209,6 +218,7 @@ def reference_images(network: nn.Module, reference: ModelSource, sampler: Sample
         "eta": sampler.eta,
         "samples": options.samples,
         "seed": options.seed,
+        "noise": IMAGES,
         "batch_size": options.batch_size,
     }
     return cached_images(key, lambda: draw(network, sampler, reference.config, options, "eval: reference"))
@@ -220,8 +230,11 @@ def image_figures(images: Tensor, expected: Tensor | None, metrics: tuple[str, .
 
     figures: dict[str, Any] = {"samples": len(images)}
     if "digits" in metrics:
-        from dqtool.metrics.digits import classify, evaluate_digits
+        from dqtool.metrics.digits import FEATURES, classify, evaluate_digits
+        from dqtool.metrics.frechet import minimum_samples
 
+        if len(images) < minimum_samples(FEATURES):
+            report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
         figures |= evaluate_digits(images)
         if expected is not None:
             figures["reference"] = evaluate_digits(expected)
@@ -236,7 +249,7 @@ def image_figures(images: Tensor, expected: Tensor | None, metrics: tuple[str, .
 
 def cost_figures(artifact: Artifact) -> dict[str, Any]:
     """Bytes of the weights' file and bit operations, beside those of float32."""
-    from dqtool.core.cost import bops, file_bytes
+    from dqtool.core.cost import bops, file_bytes, size_ratio
     from dqtool.models.families import family_of
     from dqtool.stages.export import network_shapes, swapped
 
@@ -254,7 +267,7 @@ def cost_figures(artifact: Artifact) -> dict[str, Any]:
     return {
         "bytes": size,
         "bytes_float32": full_bytes,
-        "size_ratio": full_bytes / size,
+        "size_ratio": size_ratio(full_bytes, size),
         "bops": bops(layers),
         "bops_float32": full_bops,
         "bops_ratio": full_bops / bops(layers),
@@ -314,7 +327,7 @@ def bits_label(layers: list[dict[str, Any]]) -> str:
     """`4/4` for a model most of whose multiply-accumulates run at 4/4; `float` before distillation."""
     weight: dict[str, int] = {}
     for layer in layers:
-        if "bits" in layer and layer["kind"] != "attention":
+        if "bits" in layer and layer["kind"] != "attention" and min(layer["bits"]) < 16:
             key = "/".join(map(str, layer["bits"]))
             weight[key] = weight.get(key, 0) + layer["macs"]
     return max(weight, key=lambda key: weight[key]) if weight else "float"

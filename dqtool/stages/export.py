@@ -34,17 +34,16 @@ class ExportOptions:
     output: str = "exported"
     format: str = "dq"
 
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for an unknown format."""
+        if self.format not in FORMATS:
+            raise UsageError(
+                f"unknown format '{self.format}'", where="--format", fix=f"Choose from {', '.join(FORMATS)}"
+            )
+
 
 def export(options: ExportOptions, common: Common) -> str:
-    """Write the exported directory; returns its path as given.
-
-    Raises:
-        UsageError: an unknown format.
-    """
-    if options.format not in FORMATS:
-        raise UsageError(
-            f"unknown format '{options.format}'", where="--format", fix=f"Choose from {', '.join(FORMATS)}"
-        )
+    """Write the exported directory; returns its path as given."""
     distilled = input_artifact(options.artifact, ["distill"], "distill")
     inputs = [{"name": distilled.given, "sha256": distilled.sha256, "stage": distilled.stage}]
     execute(
@@ -80,14 +79,16 @@ def produce(distilled: Artifact, format_name: str) -> Product:
     else:
         state = tensors
         config["quantization_config"] = quantization_config(plan_records(manifest.layers), len(tensors["timesteps"]))
-    quantized, full = bops(manifest.layers), bops([{**layer, "bits": [32, 32]} for layer in manifest.layers])
+    float_layers = [{**layer, "bits": [32, 32]} for layer in manifest.layers]
+    layers = manifest.layers if format_name == "dq" else float_layers
+    quantized, full = bops(layers), bops(float_layers)
     metrics = {
         "bytes_predicted": predicted,
         "bytes_float32": float_bytes,
         "bops": quantized,
         "bops_float32": full,
     }
-    keys = ("refine_loss", "activation_range_ratio", "unsaturated_share", "range_ratio")
+    keys = ("refine_loss", "activation_range_ratio", "unsaturated_share")
     metrics |= {key: manifest.metrics[key] for key in keys if key in manifest.metrics}
 
     def build(directory: Path) -> None:
@@ -98,7 +99,7 @@ def produce(distilled: Artifact, format_name: str) -> Product:
             f"predicted {predicted:,} ({predicted / metrics['bytes'] - 1:+.2%}); {full / quantized:.1f}x fewer BOPs"
         )
 
-    return Product(None, manifest.model, manifest.pipeline, manifest.layers, metrics, build)
+    return Product(None, manifest.model, manifest.pipeline, layers, metrics, build)
 
 
 def write_directory(

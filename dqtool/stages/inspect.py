@@ -141,7 +141,7 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
             row.append("/".join(map(str, layer["bits"])) if "bits" in layer else None)
         if has_scaling:
             row += (
-                [f"{scaling['unsaturated_share']:.1%}", f"{scaling['range_ratio']:.3f}", f"{scaling['max']:.2f}"]
+                [f"{scaling['unsaturated_share']:.1%}", f"{scaling['mean_inverse']:.3f}", f"{scaling['max']:.2f}"]
                 if scaling
                 else [None] * 3
             )
@@ -152,7 +152,7 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
     macs = sum(layer["macs"] for layer in layers)
     lines = [f"Layers ({len(layers)}): {parameters:,} weights, {macs:,} MACs per forward pass and sample"]
     if has_bits:
-        plain = [{"macs": layer["macs"], "bits": layer.get("bits")} for layer in layers]
+        plain = [{"kind": layer["kind"], "macs": layer["macs"], "bits": layer.get("bits")} for layer in layers]
         lines.append(
             f"{bops(plain) / 1e9:.3f} G bit operations, {bops_ratio(plain):.1f}x fewer than float32; {_shares(weights)}"
         )

@@ -186,7 +186,7 @@ def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int) -> Work:
     return {
         "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps))),
         "bytes_float32": file_bytes(swapped(shapes)),
-        "bops": bops({"macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
+        "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
         "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
     }
 

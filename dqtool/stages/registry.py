@@ -37,6 +37,8 @@ _LEAST = {
 }
 """The least value of options that are numbers, whatever stage they belong to."""
 
+_LARGEST_SEED = 2**32 - 1
+
 _INPUTS = ("model", "artifact", "directory")  # positional on the command line
 
 
@@ -48,7 +50,7 @@ def stage_function(name: str) -> Callable[[Any, Common], str]:
 def make_options(name: str, values: Mapping[str, Any]) -> Any:
     """The options of a stage from values by field name. None stands for the default; a list becomes a tuple.
 
-    Raises `UsageError` for a number below the least one that makes sense.
+    Raises `UsageError` for a number below the least one that makes sense, and what the options class itself refuses.
     """
     options = getattr(_module(name), STAGES[name][0])
     given = {}
@@ -57,6 +59,8 @@ def make_options(name: str, values: Mapping[str, Any]) -> Any:
             raise UsageError(
                 f"{value} is too small", where=f"--{key.replace('_', '-')}", fix=f"Give {_LEAST[key]} or more"
             )
+        if key == "seed" and value is not None and value > _LARGEST_SEED:
+            raise UsageError(f"{value} is too large", where="--seed", fix=f"Give at most {_LARGEST_SEED}")
         if key == "metrics" and value is not None:  # one option `--metrics a,b`, or a list in a recipe
             parts = [value] if isinstance(value, str) else value
             given[key] = tuple(metric.strip() for part in parts for metric in part.split(",") if metric.strip())

@@ -126,12 +126,13 @@ def execute(
     kind: str = "file",
     also: Sequence[str] = (),
     reads: Sequence[str | Path] = (),
+    after: Callable[[str], object] = lambda _key: None,
 ) -> bool:
     """Make the artifact `output` unless it is there already; returns whether it was cached. A dry run writes nothing.
 
     `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "file",
     "directory" or "report". `also` are side products (pictures) that must exist for the cache to count; `reads` files that the
-    inputs consist of and that must not be overwritten.
+    inputs consist of and that must not be overwritten. `after(fingerprint)` tidies up, under the lock, once the output stands.
     """
     names = [str(entry["name"]) for entry in inputs]
     check_writable(output, directory=kind == "directory", report=kind == "report", inputs=[*names, *reads])
@@ -148,10 +149,10 @@ def execute(
 
     if common.dry_run:
         return note(cached=is_cached())
+    if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
+        report.say(f"{stage}: cached {output}")
+        return note(cached=True)
     with lock(output):
-        if is_cached():
-            report.say(f"{stage}: cached {output}")
-            return note(cached=True)
         start = time.perf_counter()
         threads = set_up_torch(common.device)
         product = produce(key)
@@ -164,7 +165,7 @@ def execute(
             parameters=parameters,
             layers=product.layers,
             metrics=product.metrics,
-            environment=environment(common.device, threads),
+            environment=environment("cpu", threads),
             seconds=round(time.perf_counter() - start, 3),
         )
         if product.build is not None:
@@ -173,6 +174,7 @@ def execute(
             commit(output, product.tensors, manifest)
         else:
             commit_report(output, manifest)
+        after(key)
     report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
     return note(cached=False)
 
@@ -181,16 +183,16 @@ def set_up_torch(device: str) -> int:
     """Deterministic algorithms; returns the number of threads.
 
     Raises:
-        EnvironmentFault: a CUDA device is asked for where there is none.
+        EnvironmentFault: a CUDA device is asked for; so far everything is computed on the CPU.
     """
     from dqtool.core.allocator import keep_freed_memory
 
     keep_freed_memory()
     import torch
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device.startswith("cuda"):
         raise EnvironmentFault(
-            f"There is no CUDA device for --device {device}", fix="Use --device cpu, or install a CUDA build of PyTorch"
+            f"This version computes on the CPU only, not on {device}", fix="Use --device cpu or auto"
         )
     torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.get_num_threads()

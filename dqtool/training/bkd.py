@@ -4,7 +4,7 @@ First each block, in execution order, learns to give the float network's output 
 blocks repair what earlier ones left. Weights, biases, weight scales and step tables learn at once. What no block can
 see is where the errors of one step lead at the next: the quantized model drifts off the trajectory it was trained on.
 `refine` closes that gap: it samples with the student, asks the teacher at the points it visits, and trains all blocks
-on that answer; the trajectory is drawn anew a few times as the student moves.
+on that answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.errors import NumericError
-from dqtool.models.sampling import initial_noise
+from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import steps_of
 from dqtool.training.data import Problem, Reporter, Trajectory
@@ -189,8 +189,8 @@ def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory
             for key, value in given.items():
                 conditions[key].append(value)
 
-        noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed)
-        sampler.run(problem.student, noise, given, [seed + i for i in range(images)], see)
+        noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
+        sampler.run(problem.student, noise, given, image_seeds(range(images), seed, CALIBRATION), see)
     own = Trajectory(
         torch.cat(points), torch.cat(rows), trajectory.timesteps, {k: torch.cat(v) for k, v in conditions.items()}
     )
@@ -216,5 +216,5 @@ def check_loss(loss: float, where: str, step: int) -> None:
         raise NumericError(
             "The distillation loss is no longer finite.",
             where=f"{where}, iteration {step}",
-            fix="Lower --weight-rate, or check the model's weights and the calibration with `dqtool inspect`",
+            fix="Check the calibration with `dqtool inspect`; more --samples or another --seed may help",
         )

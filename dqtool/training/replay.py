@@ -8,14 +8,14 @@ more is dropped; what outgrows the memory budget lives in a temporary file.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dqtool.nn.trace import Trace
 
@@ -27,31 +27,35 @@ class _Reached(Exception):
 
 
 class Store:
-    """Tensors of all samples, `[N, ...]`, in memory or, past the budget, in a mapped temporary file."""
+    """Tensors of all samples, `[N, ...]`, in memory or, past the budget, in mapped temporary files.
+
+    A file has no name once it is mapped, so that its space is free again when its tensor is.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget = budget_bytes
         self.used = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
+        self._spilled: set[int] = set()
 
     def empty(self, samples: int, like: Tensor) -> Tensor:
         """Room for `samples` rows shaped like `like[0]`."""
-        shape = (samples, *like.shape[1:])
-        size = torch.Size(shape).numel() * like.element_size()
+        shape = torch.Size((samples, *like.shape[1:]))
+        size = shape.numel() * like.element_size()
         if self.used + size <= self.budget:
             self.used += size
             return torch.empty(shape, dtype=like.dtype)
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="dqtool-")
-        self._files += 1
-        path = str(Path(self._folder.name) / f"{self._files}.bin")
-        elements = torch.Size(shape).numel()
-        return torch.from_file(path, shared=True, size=elements, dtype=like.dtype).view(shape)
+        with tempfile.TemporaryDirectory(prefix="dqtool-") as folder:
+            path = os.path.join(folder, "tensor")
+            spilled = torch.from_file(path, shared=True, size=shape.numel(), dtype=like.dtype).view(shape)
+        self._spilled.add(spilled.data_ptr())
+        return spilled
 
     def forget(self, tensor: Tensor) -> None:
-        """A stored tensor is no longer used."""
-        self.used = max(0, self.used - tensor.numel() * tensor.element_size())
+        """A stored tensor is no longer used: drop the last reference to it after this."""
+        if tensor.data_ptr() in self._spilled:
+            self._spilled.remove(tensor.data_ptr())
+        else:
+            self.used -= tensor.numel() * tensor.element_size()
 
 
 class BlockInputs:
@@ -144,12 +148,13 @@ class Replay:
     def advance(self, index: int, outputs: Tensor, inputs: BlockInputs) -> None:
         """Block `index` is final with these outputs; what no later block reads is dropped."""
         for leaf in inputs.leaves:
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.samples:
                 self._store.forget(leaf)
+        inputs.leaves.clear()
         self._cache[self.trace.blocks[index].name] = outputs
         for name, held in self._cache.items():
             if held is not None and self._last[name] <= index:
-                self._shapes[name] = held[:1]
+                self._shapes[name] = torch.empty((1, *held.shape[1:]), dtype=held.dtype, device="meta")
                 self._store.forget(held)
                 self._cache[name] = None
 
@@ -179,8 +184,3 @@ class _Answers:
     def __exit__(self, *_: object) -> None:
         for module in self.modules.values():
             del module.__dict__["forward"]
-
-
-def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Apply to every tensor of a nested structure."""
-    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, tree)

@@ -65,9 +65,11 @@ def test_bops_and_ratios() -> None:
         {"macs": 2, "bits": [4, None]},
         {"macs": 1, "bits": [16, 16]},
         {"macs": 1, "bits": None},
+        {"kind": "attention", "macs": 20, "bits": [8, 4]},
     ]
-    assert bops(layers) == 160 + 320 + 256 + 256 + 1024
-    assert bops_ratio(layers) == 19 * 1024 / 2016
+    expected = 160 + 320 + 256 + 1024 + 1024 + (10 * 4 * 4 + 10 * 8 * 4)
+    assert bops(layers) == expected
+    assert bops_ratio(layers) == 39 * 1024 / expected
     assert bops_ratio([{"macs": 7, "bits": [6, 6]}]) == pytest.approx(28.44, abs=0.01)
     assert bops_ratio([]) == 1
     assert size_ratio(800, 100) == 8

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtool.core.dilation import dilate_weight, report, weight_dilation, weight_ranges
+from dqtool.core.dilation import dilate_weight, weight_dilation, weight_ranges
 from dqtool.errors import NumericError, UsageError
 
 
@@ -161,16 +161,6 @@ def test_groups_are_independent() -> None:
     s = weight_dilation(weight, groups)
     for group in range(groups):
         assert torch.equal(s[group * 16 : (group + 1) * 16], weight_dilation(weight[group * 2 : (group + 1) * 2]))
-
-
-def test_report_counts_unsaturated_channels() -> None:
-    weight = torch.tensor([[2.0, -0.5, 0.5, 1e-9]])
-    s = weight_dilation(weight)
-    result = report(weight, s)
-    assert s.tolist() == [1, 1, 4, 64]
-    assert (result["unsaturated_share"], result["capped"], result["max_scale"]) == (0.5, 1, 64)
-    assert result["mean_scale"] == 17.5
-    assert result["weight_gain"] > 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

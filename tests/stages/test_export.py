@@ -59,7 +59,9 @@ def test_cifar10_architecture_is_an_eighth_at_four_bits() -> None:
     full, packed = file_bytes(swapped(shapes)), file_bytes(swapped(state_shapes(shapes, plans, 100)))
     assert full / packed >= 7.5
     six = assign_bits(traced.layers, LayerBits(6, 6))
-    records = [{"macs": plan.info.macs, "bits": [plan.bits.weight, plan.bits.input]} for plan in six]
+    records = [
+        {"kind": plan.info.kind, "macs": plan.info.macs, "bits": [plan.bits.weight, plan.bits.input]} for plan in six
+    ]
     assert 26 < bops_ratio(records) < 28.5
 
 

@@ -1,0 +1,100 @@
+"""Evaluation against the reference: its own figures, the cache of its images, and what a wrong reference does."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dqtool.artifacts import open_artifact
+from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.metrics.grid import save_grid, to_uint8
+from dqtool.models.image_cache import cached_images
+from dqtool.stages.common import Common
+from dqtool.stages.eval import EvalOptions, bits_label, evaluate
+
+QUIET = Common(quiet=True)
+
+
+def figures(made: Path, tmp_path: Path, artifact: str, **options: object) -> dict:
+    output = evaluate(
+        EvalOptions(
+            str(made / artifact), str(tmp_path / "e.json"), str(made / "tiny"), samples=6, batch_size=4, **options
+        ),  # type: ignore[arg-type]
+        QUIET,
+    )
+    return json.loads(Path(output).read_text())["metrics"]
+
+
+def test_the_float_artifact_is_the_reference_itself(made: Path, tmp_path: Path) -> None:
+    found = figures(made, tmp_path, "calibrated.safetensors")
+    assert found["psnr"]["mean"] > 90
+    assert found["cost"]["size_ratio"] == 1
+    assert max(found["layer_errors"].values()) < 1e-9
+
+
+def test_distilled_and_exported_give_the_same_figures(made: Path, tmp_path: Path) -> None:
+    one, other = (figures(made, tmp_path, name) for name in ("distilled.safetensors", "exported"))
+    assert one["psnr"] == other["psnr"]
+    assert one["layer_errors"] == other["layer_errors"]
+    assert set(one["layer_errors"]) == {
+        layer["name"] for layer in open_artifact(made / "exported").manifest.layers if layer["kind"] != "attention"
+    }
+    assert one["cost"]["bops_ratio"] > 20
+
+
+def test_metrics_can_be_chosen(made: Path, tmp_path: Path) -> None:
+    found = figures(made, tmp_path, "exported", metrics=("cost",))
+    assert set(found) == {"cost"}
+
+
+def test_another_model_is_no_reference(made: Path, tmp_path: Path) -> None:
+    from helpers import tiny_pipeline
+
+    other = tiny_pipeline(tmp_path / "other", seed=9)
+    with pytest.raises(ArtifactError, match="not the model"):
+        evaluate(EvalOptions(str(made / "exported"), str(tmp_path / "e.json"), str(other), samples=2), QUIET)
+
+
+def test_reference_images_are_made_once_and_a_damaged_cache_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path))
+    made: list[int] = []
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return torch.full((2, 1, 4, 4), float(len(made)))
+
+    assert cached_images({"seed": 1}, make).mean() == 1
+    assert cached_images({"seed": 1}, make).mean() == 1
+    assert cached_images({"seed": 2}, make).mean() == 2
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(b"no")
+    assert cached_images({"seed": 1}, make).mean() == 3
+
+
+def test_grid_has_a_panel_for_each_network(tmp_path: Path) -> None:
+    from PIL import Image
+
+    images = torch.linspace(-1, 1, 10 * 16 * 16).view(10, 1, 16, 16)
+    save_grid([("a", images), ("b", images)], str(tmp_path / "g.png"), rows=2, columns=4)
+    with Image.open(tmp_path / "g.png") as picture:
+        assert picture.width > 2 * 4 * 16
+    assert os.listdir(tmp_path) == ["g.png"]
+    with pytest.raises(EnvironmentFault):
+        save_grid([("a", images)], str(tmp_path / "no" / "g.png"))
+    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
+
+
+def test_label_is_the_width_of_most_of_the_work() -> None:
+    layers = [
+        {"kind": "conv2d", "macs": 10, "bits": [4, 4]},
+        {"kind": "linear", "macs": 1, "bits": [8, 8]},
+        {"kind": "attention", "macs": 99, "bits": [8, 4]},
+    ]
+    assert bits_label(layers) == "4/4"
+    assert bits_label([{"kind": "conv2d", "macs": 1}]) == "float"
