@@ -15,6 +15,10 @@ from dqtool.errors import EnvironmentFault
 __all__ = ["save_grid", "to_uint8"]
 
 
+BETWEEN = 90
+"""Grey of the line between two images."""
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """`[N, C, H, W]` in [-1, 1] to uint8 `[N, H, W, C]`."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -32,9 +36,9 @@ def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, co
         pixels = to_uint8(images[: rows * columns])
         n, height, width, channels = pixels.shape
         down = -(-n // columns)
-        canvas = torch.zeros(down * height, columns * width, channels, dtype=torch.uint8)
+        canvas = torch.full((down * (height + 1), columns * (width + 1), channels), BETWEEN, dtype=torch.uint8)
         for i in range(n):
-            top, left = i // columns * height, i % columns * width
+            top, left = i // columns * (height + 1), i % columns * (width + 1)
             canvas[top : top + height, left : left + width] = pixels[i]
         picture = Image.fromarray(canvas.squeeze(-1).numpy() if channels == 1 else canvas.numpy()).convert("RGB")
         zoom = max(1, 384 // picture.width)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from dqtool import report
@@ -39,12 +40,19 @@ def run(path: str, overrides: Sequence[str], common: Common, directory: str | No
     output = ""
     for number, (name, values) in enumerate(steps, start=1):
         report.say(f"[{number}/{len(steps)}] {name}")
-        try:
+        with named(name):
             output = stage_function(name)(make_options(name, values), common)
-        except DqtoolError as error:
-            error.what = f"{name}: {error.what}"
-            raise
     return output
+
+
+@contextmanager
+def named(stage: str) -> Iterator[None]:
+    """Put the stage's name in front of what it raises."""
+    try:
+        yield
+    except DqtoolError as error:
+        error.what = f"{stage}: {error.what}"
+        raise
 
 
 def steps_of_recipe(
@@ -64,7 +72,8 @@ def steps_of_recipe(
         values["model" if name == "dilate" else "artifact"] = previous
         if name == "eval" and recipe.stages[0][0] == "dilate":
             values.setdefault("reference", recipe.model)
-        make_options(name, values)
+        with named(name):
+            make_options(name, values)
         steps.append((name, values))
         previous = values["output"]
     return recipe, steps

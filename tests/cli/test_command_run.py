@@ -93,10 +93,20 @@ def test_dry_run_lists_the_stages_and_writes_nothing(run: Run, chain: Path, reci
 
 
 def test_a_failing_stage_is_named_and_what_was_finished_stays(run: Run, chain: Path, recipe: Path):
-    result = run("run", "small.yaml", "--set", "distill.bits=9/4", cwd=chain)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "distill: '9/4' is not a bit width" in result.stderr
+    result = run("run", "small.yaml", "--set", "distill.steps=7", cwd=chain)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "distill: This artifact was calibrated for" in result.stderr
     assert (chain / "results/small/calibrated.safetensors").is_file()
+
+
+def test_a_bad_option_of_a_late_stage_is_refused_before_the_first_runs(run: Run, chain: Path, recipe: Path):
+    before = listing(chain)
+    for setting, problem in (("distill.bits=9/4", "is not a bit width"), ("export.format=gguf", "unknown format")):
+        result = run("run", "small.yaml", "--set", setting, cwd=chain)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert f"{setting.split('.')[0]}: " in result.stderr
+        assert problem in result.stderr
+    assert listing(chain) == before
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

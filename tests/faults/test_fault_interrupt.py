@@ -28,7 +28,14 @@ def test_distill_goes_on_from_the_finished_blocks_to_the_same_bits(
     index = chain / ".parted.safetensors.partial" / "index.json"
     command = [sys.executable, "-m", "dqtool", *ARGUMENTS, "-o", "parted.safetensors"]
     process = subprocess.Popen(
-        command, cwd=chain, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=chain,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background inherits an ignored SIGINT, which Python leaves ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while len(finished(index)) < 4 and process.poll() is None and time.monotonic() < deadline:

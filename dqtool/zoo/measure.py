@@ -1,0 +1,48 @@
+"""How good an embedded digits model is, beside the floor: `python -m dqtool.zoo.measure NAME`.
+
+The floor is `fd.digits` of real digits nobody trained on against the training digits. A Fréchet distance depends on the
+number of samples, so the model's is given at that number and at `--samples`. The figures go into the model's card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from dqtool.core.allocator import keep_freed_memory
+from dqtool.metrics.digits import evaluate_digits
+from dqtool.models.families import family_of
+from dqtool.models.loading import build_network, load_weights
+from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.models.sources import ZOO, resolve_model
+from dqtool.stages.eval import EvalOptions, reference_images
+from dqtool.zoo.data import digits
+
+KEYS = ("samples", "fd.digits", "is.digits", "confident_share")
+
+
+def main() -> None:
+    """Sample, measure, print, and update the card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?", default="digits-ddpm")
+    parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    keep_freed_memory()
+    source = resolve_model(f"zoo:{args.name}")
+    network = build_network(source.class_name, source.config, load_weights(source), source.given)
+    sampler = Sampler(family_of(source.class_name, source.given), make_sampler(source.scheduler), args.steps)
+    images = reference_images(network, source, sampler, EvalOptions(samples=args.samples))
+    held_out = digits()["held_out"][0]
+    sets = {"real, held out": held_out, "model, as many": images[: len(held_out)], "model": images}
+    figures = {}
+    for name, each in sets.items():
+        found = evaluate_digits(each)
+        figures[name] = {key: found[key] for key in KEYS}
+    print(json.dumps(figures, indent=1))
+    card = ZOO / args.name / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
