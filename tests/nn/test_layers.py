@@ -52,7 +52,7 @@ def test_centred_codes_fit_int8_at_every_width() -> None:
         layer = make(nn.Linear(16, 4), LayerBits(bits, bits))
         packed = PackedLayer(nn.Linear(16, 4), layer.bits, layer.steps, packed_shapes((4, 16), layer.bits, 3, 16, True))
         packed.load_state_dict(layer.packed_state())
-        assert int(packed.codes().abs().max()) <= 127 if bits == 8 else 2**bits - 1
+        assert int(packed.codes().abs().max()) <= (127 if bits == 8 else 2**bits - 1)
 
 
 def test_half_precision_input_comes_back_in_half_precision() -> None:
