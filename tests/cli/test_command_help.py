@@ -16,7 +16,7 @@ from dqtool import __version__
 from dqtool.cli import COMMON, app
 from dqtool.stages.registry import STAGES, make_options, option_types
 
-COMMANDS = [*STAGES, "run", "inspect", "zoo list", "zoo get"]
+COMMANDS = [*STAGES, "run", "inspect", "report", "zoo list", "zoo get"]
 POSITIONAL = {"model", "artifact", "directory"}
 
 

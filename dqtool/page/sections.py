@@ -1,0 +1,301 @@
+"""The sections of the page: one group of results of one model at a time, each part with what it is missing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from dqtool.metrics.frechet import minimum_samples
+from dqtool.page.charts import Line, Point, bands, dots, heatmap, lines, ridges, scatter
+from dqtool.page.document import Block, Charts, Note, Paragraph, Picture, Pictures, Section
+from dqtool.page.figures import COSTS, extractors, figure, figures_of, quality_key
+from dqtool.page.measures import DilatedInput, Errors
+from dqtool.page.results import Bench, Result
+from dqtool.page.svg import SERIES
+from dqtool.page.tables import error_table, extractor_text, layer_table, result_table
+
+__all__ = ["activations_section", "error_sections", "quality_section", "results_section", "samples_section"]
+
+WORST = 20
+"""Layers that a chart of layers shows; the table below it has them all."""
+HEATMAPS = 3
+_DIMENSIONS = {"fid": 2048, "sfid": 2023}
+"""Features of the Fréchet distances whose extractor does not say."""
+RIDGES = 10
+"""Time steps that are drawn one under the other."""
+
+
+def results_section(results: Sequence[Result], several: bool) -> Section:
+    """The model, and its table of results; `several`: another section has the same model, sampled otherwise."""
+    model, parameters = results[0].manifest.model, results[0].manifest.parameters
+    source = str(model.get("source", "?")).rstrip("/")
+    sampling = (results[0].manifest.pipeline or {}).get("sampling") or {}
+    parts = [f"{model.get('class', '?')} with {model.get('parameters', 0) / 1e6:.2f} M parameters"]
+    if sampling:
+        steps = parameters.get("steps") or sampling.get("steps")
+        parts.append(f"{sampling['scheduler']['_class_name']}, {steps} steps, eta {sampling.get('eta', 0):g}")
+    title = source.removeprefix("zoo:").rsplit("/", 1)[-1]
+    if several and "samples" in results[0].metrics:
+        title += f", {results[0].metrics['samples']} images"
+    section = Section(title, [Paragraph("; ".join(parts) + ".")], level=2)
+    section.blocks.append(result_table(results))
+    features = extractor_text(results)
+    if features is not None:
+        section.blocks.append(Paragraph(features))
+    section.blocks += _warnings(results)
+    return section
+
+
+def quality_section(results: Sequence[Result], benches: Sequence[Bench]) -> Section:
+    """The first metric against every cost that is known."""
+    section = Section("Quality against cost")
+    key = quality_key(results)
+    if key is None:
+        section.blocks.append(Note("Left out: no result has a metric of quality (eval ran without one)."))
+        return section
+    label = figure(key).heading
+    references = [figures_of(r.metrics.get("reference", {})) for r in results]
+    full = {values[key] * figure(key).scale for values in references if key in values}
+    charts, missing = [], []
+    for cost in COSTS:
+        points = []
+        for number, result in enumerate(results, start=1):
+            value, quality = cost.of(result, benches), figures_of(result.metrics).get(key)
+            if value is not None and quality is not None:
+                points.append(Point(number, result.name, value, quality * figure(key).scale, number - 1))
+        if not points:
+            missing.append(f"{cost.label.split(',')[0]} ({cost.hint})")
+            continue
+        base = None
+        if full:
+            costs = [cost.of_reference(result, benches) for result in results]
+            base = (
+                "full precision",
+                statistics.mean(full),
+                next((value for value in costs if value is not None), None),
+            )
+        svg = scatter(f"{label} against {cost.label}", cost.label, label, points, base)
+        charts.append((f"{figure(key).label} by {cost.label.split(',')[0]}", svg, ""))
+    if charts:
+        text = "Numbers are those of the table." + (" The dashed line is full precision." if full else "")
+        section.blocks += [Paragraph(text), Charts(charts)]
+    if missing:
+        section.blocks.append(Note(f"Left out: {'; '.join(missing)}."))
+    return section
+
+
+def samples_section(results: Sequence[Result]) -> Section:
+    """Sample grids side by side."""
+    section = Section("Samples")
+    pictures, notes, absent = [], [], []
+    for number, result in enumerate(results, start=1):
+        uri = result.picture_uri()
+        if uri is None:
+            absent.append(result.name if result.picture is None else f"{result.name} (its picture is too large)")
+            continue
+        seed = result.manifest.parameters.get("seed")
+        pictures.append(Picture(f"{number} {result.name}: the same noise (seed {seed}) in the same place", uri))
+        notes += [result.picture_note] if result.picture_note else []
+    if pictures:
+        section.blocks.append(Pictures(pictures))
+    section.blocks += [Note(text) for text in notes]
+    if absent:
+        section.blocks.append(
+            Note(f"Left out: no picture of {', '.join(absent)}; `dqtool eval --grid FILE.png` writes one.")
+        )
+    return section
+
+
+def error_sections(
+    results: Sequence[Result], errors: Mapping[str, Errors], missing: Mapping[str, str]
+) -> list[Section]:
+    """Errors by layer and by step. `errors` and `missing` (why there are none) go by result name."""
+    numbered = list(enumerate(results, start=1))
+    drawn = numbered[:SERIES]
+    layers = Section("Error by layer")
+    charts = []
+    recorded = [(n, r, r.metrics.get("layer_errors") or {}) for n, r in drawn]
+    charts += _layer_chart(
+        "Output of a layer",
+        "|y' − y|² / |y|²",
+        [(f"{n} {r.name}", n - 1, values) for n, r, values in recorded if values],
+        "The quantized network against the full-precision one from the same points: a layer's own error and what reached it.",
+    )
+    known = [(n, r, errors[r.name]) for n, r in drawn if r.name in errors]
+    charts += _layer_chart(
+        "Weights",
+        "|W' − W|² / |W|²",
+        [(f"{n} {r.name}", n - 1, {k: p.total for k, p in e.weights.items()}) for n, r, e in known],
+        "Dequantized against dilated full-precision weights; training moves them on purpose.",
+    )
+    charts += _layer_chart(
+        "Activations",
+        "|x' − x|² / |x|², mean over steps",
+        [
+            (f"{n} {r.name}", n - 1, {k: statistics.mean(p.total for p in v) for k, v in e.activations.items()})
+            for n, r, e in known
+        ],
+        "The quantizers of layers' inputs and attention operands on the calibrated histograms.",
+    )
+    if errors:
+        layers.blocks.append(error_table(results, errors))
+    if charts:
+        layers.blocks.append(Charts(charts))
+    layers.blocks += [layer_table(r, errors.get(r.name)) for _, r in drawn]
+    layers.blocks += _left_out(results, missing)
+    if len(numbered) > SERIES:
+        layers.blocks.append(Note(f"Charts show the first {SERIES} of {len(numbered)} results."))
+    steps = Section("Error by time step")
+    if known:
+        steps.blocks.append(Charts(_step_charts(known)))
+    else:
+        steps.blocks.append(
+            Note("Left out: it needs the calibrated and the distilled artifact of a result (see above).")
+        )
+    return [layers, steps]
+
+
+def activations_section(found: Sequence[tuple[str, Sequence[DilatedInput]]], missing: Sequence[str]) -> Section:
+    """Histograms before and after dilation over time steps, of each calibrated artifact (name, inputs)."""
+    section = Section("Activations before and after dilation")
+    for name, inputs in found:
+        charts = []
+        for each in inputs:
+            count = len(each.timesteps)
+            chosen = sorted(
+                {round(i * (count - 1) / max(1, min(RIDGES, count) - 1)) for i in range(min(RIDGES, count))}
+            )
+            rows = [(f"{each.timesteps[i]:g}", each.before[i], each.after[i]) for i in chosen]
+            before, after = "before", "after, x / s"
+            title = f"Input of {each.name}"
+            charts.append(
+                (
+                    title,
+                    ridges(f"{title}: values by time step", "value", (each.lo, each.hi), rows, (before, after)),
+                    "Share of the values, heights as square roots.",
+                )
+            )
+            charts.append(
+                (
+                    f"{title}: range",
+                    bands(
+                        f"{title}: range by time step",
+                        "timestep",
+                        "smallest and largest value",
+                        each.timesteps,
+                        (before, each.range_before),
+                        (after, each.range_after),
+                    ),
+                    f"Before: {each.samples} sample{'s' * (each.samples != 1)} a step; after: as calibrated.",
+                )
+            )
+        section.blocks.append(
+            Paragraph(
+                f"{name}: the {len(inputs)} inputs whose range dilation narrows most; the steps run from top to bottom."
+            )
+        )
+        section.blocks.append(Charts(charts))
+    section.blocks += [Note(f"Left out: {text}.") for text in missing]
+    return section
+
+
+def _layer_chart(
+    heading: str, unit: str, series: Sequence[tuple[str, int, Mapping[str, float]]], caption: str
+) -> list[tuple[str, str, str]]:
+    """The layers with the largest value in any series."""
+    largest: dict[str, float] = {}
+    for _, _, values in series:
+        for name, value in values.items():
+            largest[name] = max(largest.get(name, 0.0), value)
+    names = sorted(largest, key=lambda name: -largest[name])[:WORST]
+    if not names:
+        return []
+    columns = [(label, colour, [values.get(name) for name in names]) for label, colour, values in series]
+    shown = f" The {len(names)} largest of {len(largest)}." if len(names) < len(largest) else ""
+    return [(heading, dots(f"{heading}: error by layer", unit, names, columns), caption + shown)]
+
+
+def _step_charts(known: Sequence[tuple[int, Result, Errors]]) -> list[tuple[str, str, str]]:
+    together, parts = [], []
+    for number, result, errors in known:
+        activations = list(errors.activations.values())
+        if not activations:
+            continue
+        label, t = f"{number} {result.name}", errors.timesteps
+
+        def mean(part: str, rows: Sequence = activations, steps: int = len(t)) -> list[float]:
+            return [statistics.mean(getattr(row[i], part) for row in rows) for i in range(steps)]
+
+        together.append(Line(label, t, mean("total"), number - 1))
+        parts += [
+            Line(f"{number} rounding", t, mean("rounding"), number - 1),
+            Line(f"{number} clipping", t, mean("clipping"), number - 1, kind=1),
+        ]
+    if not together:
+        return []
+    unit = "|x' − x|² / |x|²"
+    charts = [
+        (
+            "Activations, mean over quantizers",
+            lines("Error of activations by time step", "timestep", unit, together, reverse=True),
+            "Sampling runs from left to right.",
+        ),
+        (
+            "Of it: rounding and clipping",
+            lines("Rounding and clipping by time step", "timestep", unit, parts, reverse=True),
+            "Values between levels, and values beyond the range.",
+        ),
+    ]
+    for number, result, errors in known[:HEATMAPS]:
+        rows = [(name, [part.total for part in parts]) for name, parts in errors.activations.items()]
+        t = errors.timesteps
+        if rows:
+            image = heatmap(
+                f"Error of every activation by time step, {result.name}",
+                "timestep",
+                rows,
+                (f"{t[0]:g}", f"{t[-1]:g}"),
+                unit,
+            )
+            charts.append((f"Every quantizer, {number} {result.name}", image, "Layers in the order they run."))
+    return charts
+
+
+def _warnings(results: Sequence[Result]) -> list[Block]:
+    notes: list[Block] = []
+    few = []
+    for number, result in enumerate(results, start=1):
+        images = result.metrics.get("samples")
+        for key, each in extractors(result.metrics):
+            features = _DIMENSIONS.get(key, each.get("features") if key.startswith("fd.") else None)
+            if features is not None and isinstance(images, int) and images < minimum_samples(features):
+                few.append((str(number), minimum_samples(features)))
+        missed = result.metrics.get("missed_timesteps")
+        if missed:
+            notes.append(Note(f"{number}: {len(missed)} sampled timesteps are not among the calibrated ones."))
+    if few:
+        which = ", ".join(dict.fromkeys(number for number, _ in few))
+        notes.insert(
+            0,
+            Note(
+                f"Fréchet distances of {which} are of fewer than {max(n for _, n in few)} images: biased upwards, and only "
+                "comparable at equal numbers of images."
+            ),
+        )
+    return notes
+
+
+def _left_out(results: Sequence[Result], missing: Mapping[str, str]) -> list[Block]:
+    """Why results have no errors of weights and activations, one line per reason."""
+    reasons: dict[str, list[str]] = {}
+    for result in results:
+        if result.name in missing:
+            reasons.setdefault(missing[result.name], []).append(result.name)
+    blocks: list[Block] = [
+        Note(f"Left out: errors of weights and activations of {', '.join(names)}: {reason}")
+        for reason, names in reasons.items()
+    ]
+    without = [r.name for r in results if not r.metrics.get("layer_errors")]
+    if without:
+        blocks.append(Note(f"Left out: errors of layers' outputs of {', '.join(without)}: eval did not record them."))
+    return blocks

@@ -1,0 +1,237 @@
+"""The tables of the page: results, where errors come from, layers, speed, and how each result was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dqtool.page.document import Cell, Table
+from dqtool.page.figures import RATIO, extractors, figure, figures_of, method_of, seconds_of
+from dqtool.page.measures import Errors, Parts
+from dqtool.page.results import Bench, Result
+from dqtool.page.svg import compact
+from dqtool.report import format_seconds
+
+__all__ = ["bench_tables", "error_table", "extractor_text", "layer_table", "making_tables", "result_table"]
+
+NOTHING = Cell("–")
+
+
+def result_table(results: Sequence[Result]) -> Table:
+    """All results of one model: method, bits, figures, size, bit operations, time to quantize; full precision first."""
+    keys = list(dict.fromkeys(key for result in results for key in figures_of(result.metrics)))
+    best = {key: _best(key, results) for key in keys}
+    columns = ["#", "result", "bits", "method", "images", *(figure(key).heading for key in keys)]
+    columns += ["size, MB ↓", "bit operations, G ↓", "quantized in"]
+    rows = [_reference_row(result, keys) for result in _with_own_reference(results)]
+    for number, result in enumerate(results, start=1):
+        values = figures_of(result.metrics)
+        method, detail = method_of(result)
+        seconds = seconds_of(result)
+        row = [Cell(str(number)), Cell(result.name), Cell(result.bits), Cell(method, detail), _images(result.metrics)]
+        row += [_figure_cell(result.metrics, key, best[key] is result) if key in values else NOTHING for key in keys]
+        row += _costs(result.metrics.get("cost"))
+        rows.append([*row, NOTHING if seconds is None else Cell(format_seconds(seconds))])
+    caption = (
+        "× and ÷ compare with full precision; size is that of the network's weights, and operations are those of a step"
+    )
+    return Table(caption, columns, rows, heads=2)
+
+
+def extractor_text(results: Sequence[Result]) -> str | None:
+    """Which networks read the images behind which figures, with their hashes; None where none is named."""
+    named: dict[str, dict[str, None]] = {}
+    for result in results:
+        for key, each in extractors(result.metrics):
+            features = f"{each['features']} features, " if "features" in each else ""
+            network = f"{each.get('name', '?')} ({features}sha256 {str(each.get('sha256', '?'))[:12]}…)"
+            named.setdefault(network, {})[figure(key).label] = None
+    parts = [f"{', '.join(labels)}: {network}" for network, labels in named.items()]
+    return f"Features of {'; '.join(parts)}." if parts else None
+
+
+def error_table(results: Sequence[Result], errors: Mapping[str, Errors]) -> Table:
+    """Where the error comes from, by result: weights and activations, clipped or rounded (Appendix F of the paper)."""
+    rows = []
+    for number, result in enumerate(results, start=1):
+        known = errors.get(result.name)
+        if known is not None:
+            weights = list(known.weights.values())
+            activations = [part for parts in known.activations.values() for part in parts]
+            rows.append(
+                [
+                    Cell(str(number)),
+                    Cell(result.name),
+                    Cell(result.bits),
+                    *_error_cells(weights),
+                    *_error_cells(activations),
+                ]
+            )
+    columns = ["#", "result", "bits", "weights: error ↓", "clipped, %", "activations: error ↓", "clipped, %"]
+    return Table(
+        "Error relative to the values' own energy, mean over layers (and steps); of it, what clipping makes, the rest is rounding",
+        columns,
+        rows,
+        heads=2,
+    )
+
+
+def layer_table(result: Result, errors: Errors | None) -> Table:
+    """Every layer of one result with its bits and errors."""
+    recorded: Mapping[str, float] = result.metrics.get("layer_errors", {})
+    rows = []
+    for layer in result.manifest.layers:
+        name = layer["name"]
+        weights = None if errors is None else errors.weights.get(name)
+        inputs = None if errors is None else errors.activations.get(name)
+        scaling = layer.get("scaling") or {}
+        rows.append(
+            [
+                Cell(name),
+                Cell("/".join(map(str, layer["bits"])) if "bits" in layer else "float"),
+                Cell(f"{layer['macs'] / 1e6:.2f}"),
+                Cell(f"{100 * scaling['unsaturated_share']:.0f}") if "unsaturated_share" in scaling else NOTHING,
+                Cell(f"{scaling['max']:.2f}") if "max" in scaling else NOTHING,
+                Cell(compact(recorded[name])) if name in recorded else NOTHING,
+                Cell(compact(weights.total)) if weights else NOTHING,
+                Cell(compact(sum(p.total for p in inputs) / len(inputs))) if inputs else NOTHING,
+            ]
+        )
+    columns = ["layer", "bits", "MMACs", "dilated, %", "largest s", "output error", "weight error", "input error"]
+    return Table(f"All {len(rows)} layers of {result.name}", columns, rows, folded=True)
+
+
+def bench_tables(bench: Bench) -> list[Table]:
+    """Times per step by batch size, and memory, of one `dqtool bench` report."""
+    tables = []
+    for batch, speed in bench.report["speed"].items():
+        rows = [
+            [
+                Cell(row["contender"], str(row.get("note") or "")),
+                *(Cell(f"{1000 * row[key]:.1f}") for key in ("median", "p10", "p90")),
+                Cell(str(row["calls"])),
+                NOTHING if row["ratio"] is None else Cell(f"{row['ratio']:.2f}×"),
+            ]
+            for row in speed
+        ]
+        columns = ["contender", "median, ms ↓", "10 %, ms", "90 %, ms", "calls", "times faster ↑"]
+        tables.append(Table(f"One step at batch {batch}", columns, rows))
+    probes = bench.report.get("load") or []
+    if probes:
+        rows = [
+            [
+                Cell(row["contender"]),
+                *(Cell(f"{row[key]:.2f}") for key in ("load", "ready")),
+                *(Cell(f"{row[key] / 2**20:.0f}") for key in ("peak_bytes", "private_bytes")),
+            ]
+            for row in probes
+        ]
+        columns = ["contender", "load, s ↓", "with first step, s ↓", "peak, MiB ↓", "without mapped files, MiB ↓"]
+        tables.append(Table("Loading and memory, each in a fresh process", columns, rows))
+    return tables
+
+
+def making_tables(results: Sequence[Result]) -> list[Table]:
+    """What was measured and by which versions, and every parameter of every stage that is known."""
+    rows, parameters = [], []
+    for result in results:
+        manifest, given = result.manifest, result.manifest.parameters
+        stage = (manifest.inputs[0]["stage"] if manifest.inputs else None) or "model"
+        versions = manifest.environment.get("versions", {})
+        sampling = (manifest.pipeline or {}).get("sampling") or {}
+        times = [f"{s} {format_seconds(m.seconds)}" for s, m in reversed(result.manifests.items()) if s != "export"]
+        rows.append(
+            [
+                Cell(result.name),
+                Cell(f"{stage} {result.measured_sha256[:12]}…"),
+                Cell(str(manifest.model.get("source", "?"))),
+                Cell(
+                    f"{sampling.get('scheduler', {}).get('_class_name', '?')}, {given.get('steps') or sampling.get('steps', '?')} steps"
+                ),
+                Cell(str(given.get("seed", "–"))),
+                Cell(str(given.get("runtime", "–"))),
+                Cell(
+                    f"{manifest.environment.get('device', '?')}, {manifest.environment.get('threads') or '?'} threads"
+                ),
+                Cell(", ".join([*times, f"eval {format_seconds(manifest.seconds)}"])),
+                Cell(" ".join(f"{name} {version}" for name, version in sorted(versions.items()))),
+            ]
+        )
+        stages = [*reversed(result.manifests.items()), ("eval", manifest)]
+        parameters += [[Cell(result.name), Cell(stage), Cell(_flat(known.parameters))] for stage, known in stages]
+    columns = ["result", "measured", "model", "sampler", "seed", "runtime", "device", "time", "versions"]
+    return [
+        Table("What was measured, and with what", columns, rows),
+        Table("Parameters of every stage", ["result", "stage", "parameters"], parameters, heads=2, folded=True),
+    ]
+
+
+def _with_own_reference(results: Sequence[Result]) -> list[Result]:
+    """One result for each different reference, whose figures depend on how many images were drawn from which seed."""
+    found: dict[tuple[Any, Any], Result] = {}
+    for result in results:
+        if "reference" in result.metrics or "cost" in result.metrics:
+            reference = result.metrics.get("reference", {})
+            found.setdefault((reference.get("samples"), result.manifest.parameters.get("seed")), result)
+    several = [result for (images, _), result in found.items() if images is not None]
+    return several or list(found.values())[:1]
+
+
+def _reference_row(result: Result, keys: Sequence[str]) -> list[Cell]:
+    reference, cost = result.metrics.get("reference", {}), result.metrics.get("cost", {})
+    values = figures_of(reference)
+    row = [Cell(""), Cell("full precision"), Cell("32/32"), NOTHING, _images(reference)]
+    row += [_figure_cell(reference, key, False) if key in values else NOTHING for key in keys]
+    size, operations = cost.get("bytes_float32"), cost.get("bops_float32")
+    row += [NOTHING if size is None else Cell(f"{size / 1e6:.2f}")]
+    row += [NOTHING if operations is None else Cell(f"{operations / 1e9:.2f}")]
+    return [*row, NOTHING]
+
+
+def _costs(cost: Mapping[str, Any] | None) -> list[Cell]:
+    if cost is None:
+        return [NOTHING, NOTHING]
+    return [
+        Cell(f"{cost['bytes'] / 1e6:.2f}", f"÷{cost['size_ratio']:.1f}"),
+        Cell(f"{cost['bops'] / 1e9:.2f}", f"÷{cost['bops_ratio']:.1f}"),
+    ]
+
+
+def _images(metrics: Mapping[str, Any]) -> Cell:
+    return Cell(str(metrics["samples"])) if "samples" in metrics else NOTHING
+
+
+def _figure_cell(metrics: Mapping[str, Any], key: str, best: bool) -> Cell:
+    deviation, ratio = metrics.get(f"{key}.std"), metrics.get(key + RATIO)
+    detail = f"×{ratio:.2f}" if isinstance(ratio, float) else ""
+    return Cell(figure(key).text(figures_of(metrics)[key], deviation), detail, best)
+
+
+def _best(key: str, results: Sequence[Result]) -> Result | None:
+    """The best of two results or more; None where no side is better."""
+    better = figure(key).better
+    having = [result for result in results if key in figures_of(result.metrics)]
+    if not better or len(having) < 2:
+        return None
+    return max(having, key=lambda result: better * figures_of(result.metrics)[key])
+
+
+def _error_cells(parts: Sequence[Parts]) -> list[Cell]:
+    if not parts:
+        return [NOTHING, NOTHING]
+    clipping, rounding = sum(p.clipping for p in parts), sum(p.rounding for p in parts)
+    total = sum(p.total for p in parts) / len(parts)
+    share = clipping / (clipping + rounding) if clipping + rounding else 0.0
+    return [Cell(compact(total)), Cell(f"{100 * share:.1f}")]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> str:
+    """Nested parameters as `a=1 b.c=2`."""
+    parts = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            parts.append(_flat(value, f"{prefix}{key}."))
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+            parts.append(f"{prefix}{key}={shown}")
+    return " ".join(parts)

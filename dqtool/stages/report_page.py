@@ -1,0 +1,214 @@
+"""`dqtool report`: eval results, with the artifacts beside them, as one HTML or Markdown page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dqtool import report
+from dqtool.artifacts import check_writable, dqtool_version
+from dqtool.artifacts.files import target_of, write_text
+from dqtool.errors import DqtoolError, UsageError
+from dqtool.stages.common import Common, Execution
+from dqtool.stages.running import input_artifact, set_up_torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dqtool.artifacts import Artifact
+    from dqtool.page.document import Page, Section
+    from dqtool.page.measures import DilatedInput, Errors
+    from dqtool.page.results import Bench, Result
+
+__all__ = ["FORMATS", "ReportOptions", "plan_report", "render_plan", "write_report"]
+
+FORMATS = {"html": ".html", "md": ".md"}
+"""What a page can be, and the suffix that says so."""
+CALIBRATED = 2
+"""Calibrated artifacts of one model whose activations are drawn."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Options of `dqtool report`. No `places`: a line from a pipe, else `eval.json`. `format` None: by the output's suffix."""
+
+    places: tuple[str, ...] = ()
+    output: str | None = None
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for a format that does not exist, or a name that means something else."""
+        if self.format is not None and self.format not in FORMATS:
+            raise UsageError(
+                f"unknown format '{self.format}'", where="--format", fix=f"Choose from {', '.join(FORMATS)}"
+            )
+        suffix = os.path.splitext(self.output or "")[1].lower()
+        if suffix in (".json", ".safetensors", ".png"):
+            raise UsageError("A page can not have this name", where=f"-o {self.output}", fix="End it in .html or .md")
+        named = next((name for name, ending in FORMATS.items() if ending == suffix), None)
+        if self.format is not None and named not in (None, self.format):
+            raise UsageError(
+                f"A page of format {self.format} can not end in {suffix}", where="-o", fix="Drop one of them"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The format: as asked, else by the output's name, else HTML."""
+        by_name = "md" if (self.output or "").lower().endswith(".md") else "html"
+        return self.format or by_name
+
+    @property
+    def path(self) -> str:
+        """Where the page goes."""
+        return self.output or "report" + FORMATS[self.kind]
+
+
+def write_report(options: ReportOptions, common: Common) -> str:
+    """Find the results, measure what they did not record, write the page; returns its path as given.
+
+    Raises:
+        ArtifactError: a place holds no eval result, or a damaged one.
+        EnvironmentFault: nothing is at a place, or the page can't be written.
+    """
+    results, benches = _find(options, common)
+    set_up_torch(common.device)
+    page = _page(results, benches)
+    if options.kind == "md":
+        from dqtool.page.markdown import render_markdown as render
+    else:
+        from dqtool.page.html import render_html as render
+    write_text(target_of(options.path), render(page))
+    report.say(f"report: {len(results)} result{'s' * (len(results) != 1)}, wrote {options.path}")
+    return options.path
+
+
+def plan_report(options: ReportOptions, common: Common) -> dict[str, Any]:
+    """What `write_report` would read and write, for a dry run."""
+    results, benches = _find(options, common)
+    return {
+        "output": options.path,
+        "format": options.kind,
+        "results": [{"name": r.name, "path": str(r.path), "artifacts": sorted(r.chain)} for r in results],
+        "benches": [str(bench.path) for bench in benches],
+    }
+
+
+def render_plan(plan: Mapping[str, Any]) -> list[str]:
+    """The plan as lines of text."""
+    rows = [(r["name"], r["path"], ", ".join(r["artifacts"]) or "none") for r in plan["results"]]
+    lines = [f"would write {plan['output']} ({plan['format']})"]
+    lines += [f"timings     {path}" for path in plan["benches"]]
+    return [*lines, *report.table_lines(["result", "report", "artifacts found"], rows)]
+
+
+def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Bench]]:
+    from dqtool.page.results import find_results
+    from dqtool.stages.eval import bits_label
+
+    places: Sequence[str] = options.places or [input_artifact(None, ["eval"], "eval").given]
+    check_writable(options.path, inputs=[place for place in places if os.path.isfile(place)])
+    results, benches = find_results(places)
+    for result in results:
+        result.bits = bits_label(result.manifest.layers)
+    inputs = [{"name": str(r.path), "sha256": r.measured_sha256, "stage": "eval"} for r in results]
+    common.log.append(Execution("report", options.path, asdict(options), inputs, cached=False))
+    return results, benches
+
+
+def _page(results: Sequence[Result], benches: Sequence[Bench]) -> Page:
+    from dqtool.page.document import Page, Paragraph, Section
+    from dqtool.page.results import chain_key
+    from dqtool.page.tables import bench_tables, making_tables
+
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(chain_key(result), []).append(result)
+    sections: list[Section] = []
+    models = [group[0].manifest.model.get("source_sha256") for group in groups.values()]
+    for group, model in zip(groups.values(), models, strict=True):
+        sections += _group_sections(group, benches, models.count(model) > 1)
+    if benches:
+        speed = Section("Speed", level=2)
+        for bench in benches:
+            model, machine = bench.report["model"], bench.report["machine"]
+            speed.blocks.append(
+                Paragraph(
+                    f"{bench.path.name}: {model.get('class')} at {model.get('bits')} ({model.get('from')}) on "
+                    f"{machine.get('processor')}, {machine.get('threads')} threads."
+                )
+            )
+            speed.blocks += bench_tables(bench)
+        sections.append(speed)
+    if results:
+        sections.append(Section("How these results were made", list(making_tables(results)), level=2))
+    counts = [
+        f"{len(results)} result{'s' * (len(results) != 1)} of {len(set(models))} model{'s' * (len(set(models)) != 1)}"
+    ]
+    if benches:
+        counts.append(f"{len(benches)} timing report{'s' * (len(benches) != 1)}")
+    return Page("Quantization report", f"{', '.join(counts)}; page made by dqtool {dqtool_version()}.", sections)
+
+
+def _group_sections(group: Sequence[Result], benches: Sequence[Bench], several: bool) -> list[Section]:
+    """All of what may be compared."""
+    from dqtool.page import sections
+
+    errors, missing = _errors(group)
+    return [
+        sections.results_section(group, several),
+        sections.quality_section(group, benches),
+        sections.samples_section(group),
+        *sections.error_sections(group, errors, missing),
+        sections.activations_section(*_activations(group)),
+    ]
+
+
+def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]:
+    """Errors by result name, and why others have none."""
+    from dqtool.page.measures import quantization_errors
+
+    errors: dict[str, Errors] = {}
+    missing: dict[str, str] = {}
+    with report.progress("report: errors of weights and activations", len(group), "result") as progress:
+        for result in group:
+            try:
+                errors[result.name] = quantization_errors(result)
+            except DqtoolError as error:
+                missing[result.name] = str(error)
+            progress.advance()
+    return errors, missing
+
+
+def _activations(group: Sequence[Result]) -> tuple[list[tuple[str, list[DilatedInput]]], list[str]]:
+    """Inputs before and after dilation, of every calibrated artifact among the results, and what is missing."""
+    from dqtool.page.measures import dilated_inputs
+    from dqtool.stages.artifact_models import teacher_of
+    from dqtool.stages.calibrate import STATISTICS_SAMPLES
+
+    calibrated: dict[str, tuple[str, Result]] = {}
+    for result in group:
+        if "calibrate" in result.chain:
+            calibrated.setdefault(str(result.chain["calibrate"].resolve()), (result.name, result))
+    if not calibrated:
+        return [], ["no calibrated artifact was found beside these results"]
+    found, missing = [], []
+    for name, result in list(calibrated.values())[:CALIBRATED]:
+        try:
+            artifact: Artifact = result.open("calibrate")
+
+            def teacher(artifact: Artifact = artifact) -> nn.Module:
+                return teacher_of(artifact.manifest, artifact.tensors())
+
+            inputs = dilated_inputs(artifact, teacher, STATISTICS_SAMPLES)
+        except DqtoolError as error:
+            missing.append(f"activations of {name}: {str(error).rstrip('.')}")
+            continue
+        if inputs:
+            found.append((name if len(calibrated) > 1 else "As calibrated", inputs))
+        else:
+            missing.append(f"no layer of {name} divides its input (it was not dilated, or the factors are folded)")
+    if len(calibrated) > CALIBRATED:
+        missing.append(f"only {CALIBRATED} of {len(calibrated)} calibrated artifacts are drawn")
+    return found, missing
