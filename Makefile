@@ -13,7 +13,7 @@ setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[zoo,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[zoo,text,openvino,onnx,compressed-tensors,dev]"
 	touch $@
 
 # The main job: a 4-bit model out of the embedded one, trained with the defaults and compared with it on 1024 images.
@@ -41,10 +41,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Retrains the embedded models and their classifier (about an hour on two cores).
+# Retrains the embedded models, their classifier and their autoencoder (about three hours on two cores), and measures them.
 zoo: setup
 	$(BIN)/python -m dqtool.zoo.train_classifier
 	$(BIN)/python -m dqtool.zoo.train_ddpm
+	$(BIN)/python -m dqtool.zoo.train_autoencoder
+	$(BIN)/python -m dqtool.zoo.train_latent ldm
+	$(BIN)/python -m dqtool.zoo.train_latent sd
+	$(BIN)/python -m dqtool.zoo.train_latent dit --iters 6000
+	for name in ddpm ldm sd dit; do $(BIN)/python -m dqtool.zoo.measure digits-$$name || exit; done
 
 # The table of what each part gains, over three seeds: recipes/results/ablation.md (about two hours on two cores).
 ablation: setup

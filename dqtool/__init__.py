@@ -19,11 +19,12 @@ __version__ = "0.1.0"
 install()
 
 
-def load(directory: str, runtime: str = "simulate") -> nn.Module:
+def load(directory: str, runtime: str = "auto") -> nn.Module:
     """The quantized network of an exported directory, with the original's forward signature, in eval mode.
 
-    `runtime` is one of `dqtool.runtimes.RUNTIMES`. Raises `dqtool.errors.ArtifactError` when the directory is no
-    intact export, `UsageError` for an unknown runtime.
+    `runtime` is one of `dqtool.runtimes.RUNTIMES`, or `auto`: the fastest that this machine allows. Raises
+    `dqtool.errors.ArtifactError` when the directory is no intact export, `UsageError` for an unknown runtime,
+    `EnvironmentFault` when the one asked for can't run here.
     """
     from dqtool.runtimes import load as load_runtime
 

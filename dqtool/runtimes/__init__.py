@@ -1,41 +1,147 @@
-"""Engines that run an exported network. One file each, one interface: `load(artifact) -> nn.Module`.
+"""Engines that run an exported network, with one interface.
 
-The module has the original network's forward signature. All engines compute the same integers; `simulate` is the
-reference they are compared with.
+A runtime is one module (or package) with `available() -> str | None`, the reason why it can't run here, and
+`load(artifact) -> nn.Module`, a network with the original's forward signature. All compute the same integers; `simulate`
+is the reference they are compared with. A new one is one module and one entry in `RUNTIMES`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from dqtool.artifacts import open_artifact
-from dqtool.errors import UsageError
+from dqtool import report
+from dqtool.artifacts import Artifact, open_artifact
+from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["RUNTIMES", "load"]
+__all__ = ["RUNTIMES", "Runtime", "load", "pick"]
 
-RUNTIMES = {"simulate": "dqtool.runtimes.simulate"}
-"""Name on the command line, and the module that implements it (imported on use)."""
 
-PREFERENCE = ("simulate",)
-"""What `auto` tries, fastest first."""
+@dataclass(frozen=True)
+class Runtime:
+    """One engine: its module (imported on use), what it is, and what a 4-bit weight is in memory while it runs."""
+
+    name: str
+    module: str
+    summary: str
+    weights_in_memory: str
+
+    def engine(self) -> ModuleType:
+        """The module itself."""
+        return import_module(self.module)
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(
+            "onednn",
+            "dqtool.runtimes.onednn",
+            "int8 in eager PyTorch on x86 CPUs",
+            "one byte (16/9 of a byte in 3x3 convolutions that run as Winograd transforms)",
+        ),
+        Runtime(
+            "openvino",
+            "dqtool.runtimes.openvino",
+            "int8 through OpenVINO, step tables in the graph",
+            "one byte",
+        ),
+        Runtime(
+            "simulate",
+            "dqtool.runtimes.simulate",
+            "float fake-quantization, the reference",
+            "packed bits, and a float32 copy from the first use on",
+        ),
+    )
+}
+"""All runtimes by the name they have on the command line, in the order `auto` tries them."""
+
+
+READERS = {"dense": ("simulate",), "openvino": ("openvino",), "onnx": (), "compressed-tensors": ()}
+"""Export formats that not every runtime reads, and the runtimes that do."""
 
 
 def load(directory: str, runtime: str = "auto") -> nn.Module:
     """The network of an exported directory, verified against its manifest, ready to run.
 
+    `auto` takes the fastest runtime that this machine and this directory allow, and says which.
+
     Raises:
         UsageError: an unknown runtime.
-        ArtifactError: the directory is no intact export.
+        ArtifactError: the directory is no intact export, or of a format that the runtime can't read.
+        EnvironmentFault: the runtime that was asked for can't run here.
     """
-    if runtime == "auto":
-        runtime = PREFERENCE[0]
-    if runtime not in RUNTIMES:
+    if runtime != "auto" and runtime not in RUNTIMES:
         raise UsageError(
             f"unknown runtime '{runtime}'", where="--runtime", fix=f"Choose from {', '.join(RUNTIMES)} or auto"
         )
     artifact = open_artifact(directory, ["export"])
-    return import_module(RUNTIMES[runtime]).load(artifact)
+    _check_format(artifact, runtime)
+    if runtime == "auto":
+        return _load_fastest(artifact)
+    chosen = RUNTIMES[runtime]
+    reason = _unavailable(chosen)
+    if reason is not None:
+        raise EnvironmentFault(
+            f"The {runtime} runtime can't run here: {reason}", where="--runtime", fix="Use --runtime auto"
+        )
+    return _load(chosen, artifact)
+
+
+def pick() -> list[tuple[Runtime, str | None]]:
+    """All runtimes in the order `auto` tries them, each with the reason why it can't run here, or None."""
+    return [(runtime, _unavailable(runtime)) for runtime in RUNTIMES.values()]
+
+
+def _check_format(artifact: Artifact, runtime: str) -> None:
+    exported_as = artifact.manifest.parameters["format"]
+    readers = READERS.get(exported_as)
+    if readers is not None and (not readers or runtime not in ("auto", *readers)):
+        raise ArtifactError(
+            f"This directory was exported with --format {exported_as}, which "
+            + (
+                f"the {runtime} runtime can't run" if readers else "is for other programs: no runtime of dqtool runs it"
+            ),
+            where=artifact.given,
+            fix=f"Use --runtime {readers[0]}, or export" + " with --format dq"
+            if readers
+            else "Export with --format dq",
+        )
+
+
+def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
+    network = runtime.engine().load(artifact)
+    network.runtime = runtime.name  # what `auto` took, for whoever reports it
+    return network
+
+
+def _load_fastest(artifact: Artifact) -> nn.Module:
+    readers = READERS.get(artifact.manifest.parameters["format"])
+    if readers is not None:
+        return load(artifact.given, readers[0])
+    for runtime, reason in pick():
+        if reason is not None:
+            report.say(f"runtime: not {runtime.name}, {reason}")
+            continue
+        try:
+            network = _load(runtime, artifact)
+        except EnvironmentFault as e:
+            report.say(f"runtime: not {runtime.name}. {e}")
+            continue
+        report.say(f"runtime: {runtime.name} ({runtime.summary})")
+        return network
+    raise AssertionError("simulate runs everywhere")
+
+
+def _unavailable(runtime: Runtime) -> str | None:
+    try:
+        return runtime.engine().available()
+    except ImportError as e:
+        return f"{e.name or e} is not installed"
+    except DqtoolError as e:
+        return str(e)

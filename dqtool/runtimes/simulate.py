@@ -9,7 +9,7 @@ from dqtool.models.export_layout import weights_file
 from dqtool.models.loading import build_network
 from dqtool.models.packed import packed_network, plans_of
 
-__all__ = ["load"]
+__all__ = ["available", "load"]
 
 
 def load(artifact: Artifact) -> nn.Module:
@@ -19,3 +19,8 @@ def load(artifact: Artifact) -> nn.Module:
     if manifest.parameters["format"] == "dense":
         return build_network(manifest.model["class"], manifest.model["config"], state, artifact.given)
     return packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
+
+
+def available() -> str | None:
+    """None: it runs everywhere."""
+    return None

@@ -1,0 +1,218 @@
+"""The integer form of a packed network: what every integer engine starts from, as plain tensors.
+
+An operand `x` becomes integer codes `c = clip(round(x * m), low, high)` with per-step `m`, `low`, `high`; the product of
+codes is exact in int32; `y = scale_t * weight_scale_j * sum(c * w) + bias_j`. Codes are *centred* (the stored code minus
+its zero point), so zero padding is exact and there is no correction term. Only an 8-bit asymmetric input does not fit
+int8 that way: its codes stay unsigned, `u = c + zero_point_t`, a convolution pads with `zero_point_t`, and
+`zero_point_t * sum(w_j)` is subtracted. `m` is bit for bit what the simulation multiplies with (`core/affine.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtool.core.affine import SYMMETRIC_BITS, levels, lowest_code
+from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, operand_bits
+from dqtool.nn.layers import PackedLayer
+
+__all__ = [
+    "IntegerAttention",
+    "IntegerLayer",
+    "Operand",
+    "accumulate",
+    "integer_attention",
+    "integer_layer",
+]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand becomes codes at each of `T` steps.
+
+    `scale` float32 and `zero_point` int32 are `[T]` (`[T, H]` for attention operands; `T` is 1 for a static quantizer).
+    `divisor` is the dilation `[C_in]` or None. `lowest` is the smallest stored code (1 on the symmetric 8-bit grid).
+    `signed`: centred codes fit int8; else stored codes `c + zero_point` fit uint8.
+    """
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor
+    lowest: int = 0
+    divisor: Tensor | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether centred codes fit int8 (up to 7 bits, or symmetric)."""
+        return self.bits < SYMMETRIC_BITS or self.lowest > 0
+
+    @property
+    def steps(self) -> int:
+        """Rows of the tables."""
+        return self.scale.shape[0]
+
+    def row(self, step: int) -> int:
+        """The row that `step` uses: a static quantizer has one."""
+        return step if self.steps > 1 else 0
+
+    def multiplier(self, step: int) -> Tensor:
+        """`1 / (scale_t * divisor)` float32: `[]`, `[C_in]` with a divisor, or `[H]`."""
+        scale = self.scale[self.row(step)]
+        return (scale if self.divisor is None else scale * self.divisor).reciprocal()
+
+    def multipliers(self) -> Tensor:
+        """All steps' multipliers: `[T]`, `[T, C_in]` with a divisor, or `[T, H]`."""
+        return (self.scale if self.divisor is None else self.scale[:, None] * self.divisor).reciprocal()
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest centred code of each step, int32, shaped like `scale`."""
+        return self.lowest - self.zero_point
+
+    @property
+    def high(self) -> Tensor:
+        """Largest centred code of each step, int32, shaped like `scale`."""
+        return levels(self.bits) - self.zero_point
+
+    @property
+    def offset(self) -> Tensor:
+        """What is added to centred codes to make the stored ones, int32, shaped like `scale`: 0 where `signed`, else the
+        zero point. The multiplying kernel's input zero point."""
+        return torch.zeros_like(self.zero_point) if self.signed else self.zero_point
+
+    def codes(self, x: Tensor, step: int, channel_dim: int = -1) -> Tensor:
+        """Centred codes int32 of `x` at `step`. `channel_dim` is the dimension that the divisor runs along; attention
+        operands are `[N, H, S, D]`."""
+        row = self.row(step)
+        m, low, high = self.multiplier(step), self.low[row], self.high[row]
+        if self.scale.dim() == 2:
+            m, low, high = (t.view(-1, 1, 1) for t in (m, low, high))
+        elif self.divisor is not None:
+            m = m.view(-1, *(1,) * (-1 - channel_dim if channel_dim < 0 else x.dim() - 1 - channel_dim))
+        return (x * m).round_().clamp_(low.to(x.dtype), high.to(x.dtype)).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A convolution or linear layer in integers.
+
+    `input` is None when the input stays float; `weight` int8 centred codes `[C_out, C_in/groups, kh, kw]` or
+    `[C_out, C_in]` with `weight_scale` `[C_out]`, or float32 with `weight_scale` None. `is_integer` says that both are
+    integers; otherwise dequantize the weight, divide the input by `divisor` and multiply in float. `weight_sum` int32
+    `[C_out]` is for inputs that are not `signed`, unpadded taps included. Convolutions carry their geometry.
+    """
+
+    input: Operand | None
+    weight: Tensor
+    weight_scale: Tensor | None
+    bias: Tensor | None
+    divisor: Tensor | None
+    is_conv: bool
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    taps_dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the product can run on integers: both operands are codes."""
+        return self.input is not None and self.weight_scale is not None
+
+    @property
+    def weight_sum(self) -> Tensor:
+        """`sum_j` of the weight codes, int32 `[C_out]`."""
+        return self.weight.flatten(1).sum(1, dtype=torch.int32)
+
+    def output_scale(self, step: int) -> Tensor:
+        """`scale_t * weight_scale_j` `[C_out]`: what accumulators are multiplied with. Integer layers only."""
+        assert self.input is not None
+        assert self.weight_scale is not None
+        return self.input.scale[self.input.row(step)] * self.weight_scale
+
+    def float_weight(self) -> Tensor:
+        """The dequantized weight, bit for bit the simulation's."""
+        if self.weight_scale is None:
+            return self.weight
+        return self.weight.to(torch.float32) * self.weight_scale.view(-1, *(1,) * (self.weight.dim() - 1))
+
+
+@dataclass(frozen=True)
+class IntegerAttention:
+    """The operands of both attention products by name (`q`, `k`, `v`, `probs`); a missing one stays float.
+
+    `scores = scale_q * scale_k * sum(q * k) * attn.scale`, `out = scale_probs * scale_v * sum(probs * v)`, per head.
+    """
+
+    operands: dict[str, Operand]
+    heads: int
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether both products can run on integers."""
+        return all(name in self.operands for name in OPERANDS)
+
+
+def integer_layer(layer: PackedLayer) -> IntegerLayer:
+    """The integer form of a packed layer. Layers whose weight or input is float are given too (`is_integer` False)."""
+    operand = None
+    if layer.input_scale is not None and layer.input_zero_point is not None:
+        operand = Operand(
+            layer.bits.input,
+            layer.input_scale.to(torch.float32),
+            layer.input_zero_point.to(torch.int32),
+            0,
+            layer.dilation,
+        )
+    quantized = layer.bits.quantizes_weight
+    return IntegerLayer(
+        input=operand,
+        weight=layer.codes().to(torch.int8) if quantized else layer.weight,
+        weight_scale=layer.weight_scale if quantized else None,
+        bias=layer.bias,
+        divisor=layer.dilation,
+        is_conv=layer.is_conv,
+        **(_geometry(layer) if layer.is_conv else {}),
+    )
+
+
+def integer_attention(attn: nn.Module) -> IntegerAttention:
+    """The operands of a diffusers `Attention` that carries `QuantAttnProcessor`'s tables."""
+    processor: QuantAttnProcessor = attn.processor  # type: ignore[assignment]
+    operands = {}
+    for name in OPERANDS:
+        scale: Tensor | None = getattr(attn, f"{name}_scale", None)
+        if scale is None:
+            continue
+        bits = operand_bits(name, processor.bits, processor.probs_bits)
+        zero_point: Tensor | None = getattr(attn, f"{name}_zero_point", None)
+        if zero_point is None:
+            zero_point = torch.full_like(scale, 0 if name == "probs" else 2 ** (bits - 1))
+        lowest = lowest_code(bits, symmetric=name != "probs")
+        operands[name] = Operand(bits, scale.to(torch.float32), zero_point.to(torch.int32), lowest)
+    return IntegerAttention(operands, int(attn.heads))  # type: ignore[arg-type]
+
+
+def accumulate(codes: Tensor, layer: IntegerLayer) -> Tensor:
+    """The reference: `sum(c * w)` in int64 for centred input `codes`, `[N, C, H, W]` or `[N, ..., C]`.
+
+    Computed in float64, where every product and sum below 2^53 is exact.
+    """
+    x, w = codes.to(torch.float64), layer.weight.to(torch.float64)
+    if layer.is_conv:
+        y = F.conv2d(x, w, None, layer.stride, layer.padding, layer.taps_dilation, layer.groups)
+    else:
+        y = F.linear(x, w)
+    return y.to(torch.int64)
+
+
+def _geometry(layer: PackedLayer) -> dict:
+    pairs = {"stride": layer.stride, "padding": layer.padding, "taps_dilation": layer.dilation_taps}
+    out: dict = {}
+    for key, value in pairs.items():
+        if not isinstance(value, tuple):
+            raise TypeError(f"padding mode '{value}' has no integer form")
+        out[key] = (int(value[0]), int(value[1]))
+    return {**out, "groups": layer.groups}

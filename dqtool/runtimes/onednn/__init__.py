@@ -1,0 +1,178 @@
+"""int8 on the CPU, in eager PyTorch: oneDNN's operations, and compiled kernels where a C++ compiler is found.
+
+In memory a weight is one byte, 16/9 of a byte where a 3x3 convolution of up to 5 bits runs as a Winograd transform.
+Nothing is recompiled when the step, the batch or the resolution changes.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dqtool import report
+from dqtool.artifacts import Artifact
+from dqtool.core.allocator import keep_freed_memory
+from dqtool.errors import EnvironmentFault
+from dqtool.models.export_layout import weights_file
+from dqtool.models.packed import packed_network, plans_of
+from dqtool.nn.attention import QuantAttnProcessor
+from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
+from dqtool.nn.layers import PackedLayer
+from dqtool.nn.surgery import steps_of
+from dqtool.nn.trace import is_attention
+from dqtool.runtimes.onednn import library
+from dqtool.runtimes.onednn.attention import IntegerAttnProcessor, SharedInput
+from dqtool.runtimes.onednn.blocks import fuse
+from dqtool.runtimes.onednn.codes import Clock, Product
+from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct, merge
+
+__all__ = ["available", "convert", "integer_report", "load"]
+
+
+def available() -> str | None:
+    """Why this machine can't run the engine, or None."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"the processor is {platform.machine()}, and oneDNN's int8 operations need x86-64"
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        return "this build of PyTorch has no oneDNN"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return f"the processor lacks AVX2 (PyTorch found {torch.backends.cpu.get_cpu_capability()})"
+    return None
+
+
+def load(artifact: Artifact) -> nn.Module:
+    """The network of an exported directory on integers.
+
+    Raises:
+        EnvironmentFault: the machine can't run it.
+    """
+    reason = available()
+    if reason is not None:
+        raise EnvironmentFault(
+            f"The onednn runtime can't run here: {reason}", where="--runtime", fix="Use --runtime simulate or openvino"
+        )
+    manifest = artifact.manifest
+    state = artifact.tensors(file=weights_file(manifest.pipeline))
+    return convert(packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state))
+
+
+def convert(network: nn.Module) -> nn.Module:
+    """Put integer layers in the place of a network's packed ones, in place. `integer_report` tells what came of each."""
+    if library.get() is None:
+        report.warn(f"onednn: its own kernels are missing, so it runs slower than it could: {library.problem()}")
+    keep_freed_memory()
+    clock = Clock()
+    kinds: dict[str, str] = {}
+    merged: set[str] = set()
+    for name, module in list(network.named_modules()):
+        if is_attention(module) and isinstance(module.processor, QuantAttnProcessor):
+            kinds[name] = _convert_attention(name, module, clock, kinds, merged)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, PackedLayer) and name not in merged:
+            _replace(network, name, _product(name, module, clock, kinds))
+    if library.get() is not None:
+        fuse(network)
+    network.__dict__["_dqtool_integer"] = kinds
+    _step_by_step(network, clock)
+    return network.eval()
+
+
+def integer_report(network: nn.Module) -> dict[str, str]:
+    """For each quantized layer and attention of a converted network: "int8", or "float" where its products stay float."""
+    return dict(network.__dict__.get("_dqtool_integer", {}))
+
+
+def _product(name: str, layer: PackedLayer, clock: Clock, kinds: dict[str, str]) -> nn.Module:
+    """The integer form of one layer, or the layer itself."""
+    try:
+        integer = integer_layer(layer)
+    except TypeError:  # a geometry without integer form
+        kinds[name] = "float"
+        return layer
+    product = _choose(integer, clock)
+    kinds[name] = "float" if product is None else "int8"
+    return layer if product is None else product
+
+
+def _choose(layer: IntegerLayer, clock: Clock) -> Product | None:
+    if not layer.is_integer:
+        return None
+    if library.has_products() and layer.groups == 1 and not _has_amx():
+        return NativeProduct(layer, clock)
+    return OnednnProduct(layer, clock) if OnednnProduct.exact(layer) else None
+
+
+def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str], merged: set[str]) -> str:
+    """Give one attention module the integer processor, and merge projections that share their input."""
+    operands = integer_attention(attn)
+    native = library.has_products() and operands.is_integer
+    native = native and all(operands.operands[n].signed for n in "qkv") and operands.operands["probs"].bits <= 8
+    attn.set_processor(IntegerAttnProcessor(attn.processor, operands if native else None, clock))
+    if attn.processor.layout == "single":
+        for target, sources in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
+            layers = [getattr(attn, source) for source in sources]
+            if not all(isinstance(layer, PackedLayer) for layer in layers):
+                continue
+            integers = [integer_layer(layer) for layer in layers]
+            whole = merge(integers) if all(layer.is_integer for layer in integers) else None
+            product = None if whole is None else _choose(whole, clock)
+            if product is None or (target == "to_qkv" and layers[0].in_features != layers[1].in_features):
+                continue
+            if target == "to_qkv" and getattr(attn, "is_cross_attention", False):
+                continue
+            setattr(attn, target, product)
+            start = 0
+            for source, layer in zip(sources, layers, strict=True):
+                setattr(attn, source, SharedInput(product, start, layer.out_features))
+                start += layer.out_features
+                merged.add(f"{name}.{source}")
+                kinds[f"{name}.{source}"] = "int8"
+            break
+    return "int8" if native else "float"
+
+
+def _step_by_step(network: nn.Module, clock: Clock) -> None:
+    """Set the clock before each forward; a batch of several steps runs once per step."""
+    original: Any = type(network)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = steps_of(self).rows
+        clock_: Clock = self.__dict__["_dqtool_clock"]
+        if len(rows) == 1:
+            clock_.row = int(rows[0])
+            return original.forward(self, *args, **kwargs)
+        batch = len(args[0] if args else next(iter(kwargs.values())))
+        rows = rows.repeat_interleave(batch // len(rows))
+        outputs: list[tuple[Tensor, Any]] = []
+        for row in rows.unique().tolist():
+            chosen = (rows == row).nonzero().flatten()
+
+            def pick(value: Any, chosen: Tensor = chosen) -> Any:
+                mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+                return value[chosen] if mixed else value
+
+            clock_.row = int(row)
+            outputs.append((chosen, original.forward(self, *tree_map(pick, args), **tree_map(pick, kwargs))))
+        order = torch.cat([chosen for chosen, _ in outputs]).argsort()
+        first = outputs[0][1]
+        if isinstance(first, tuple) and not hasattr(first, "to_tuple"):
+            return tuple(torch.cat(parts)[order] for parts in zip(*(out for _, out in outputs), strict=True))
+        keys = list(first.keys())
+        return type(first)(**{key: torch.cat([out[key] for _, out in outputs])[order] for key in keys})
+
+    network.__dict__["_dqtool_clock"] = clock
+    network.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+
+
+def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent) if parent else network, leaf, layer)
+
+
+def _has_amx() -> bool:
+    """Whether oneDNN multiplies bytes on matrix tiles, faster than any vector kernel."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

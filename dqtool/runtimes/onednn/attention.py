@@ -1,0 +1,149 @@
+"""Attention of a network on integer products: shared inputs quantized once, both products on codes."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
+from dqtool.nn.integer import IntegerAttention
+from dqtool.runtimes.onednn import library
+from dqtool.runtimes.onednn.codes import Clock, Codes, Product
+from dqtool.runtimes.onednn.library import pointer
+
+__all__ = ["IntegerAttnProcessor", "SharedInput"]
+
+Strides = ctypes.c_int64 * 3
+
+
+class SharedInput(nn.Module):
+    """What stands in the place of a projection that was merged with others of the same input: its part of their output,
+    for callers that want one alone."""
+
+    def __init__(self, merged: Product, start: int, out_features: int) -> None:
+        super().__init__()
+        self._merged = [merged]  # in a list: it is a child of the attention module, not of this one
+        self.start, self.out_features = start, out_features
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """`[..., C]` to `[..., out_features]`."""
+        return self._merged[0](x)[..., self.start : self.start + self.out_features]
+
+
+class IntegerAttnProcessor(QuantAttnProcessor):
+    """As `QuantAttnProcessor`, on integers. `products` None leaves the two attention products in float.
+
+    A merged projection is the attention module's `to_qkv` (self-attention) or `to_kv` (cross-attention).
+    """
+
+    def __init__(self, like: QuantAttnProcessor, products: IntegerAttention | None, clock: Clock) -> None:
+        super().__init__(like.bits, like.probs_bits, like.steps, like.layout)
+        self.products, self.clock = products, clock
+        self._cached: tuple[int, Any] = (-1, None)
+
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See `QuantAttnProcessor.attend`."""
+        kernels = library.get()
+        if self.products is None or kernels is None:
+            return super().attend(attn, query, key, value, mask)
+        n, h, sq, d = query.shape
+        sk = key.shape[2]
+        tables, scores, result = self._tables(attn, d)
+        q, k, v = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (query, key, value))
+        strides = [Strides(*t.stride()[:3]) for t in (q, k, v)]
+        steps: tuple[int, ...] = (0, 0, 0)
+        if mask is not None:
+            mask = mask.float().expand(n, h, sq, sk)
+            mask = mask if mask.stride(-1) == 1 or sk == 1 else mask.contiguous()
+            steps = mask.stride()[:3]
+        out = torch.empty(n, sq, h * d)
+        kernels.dq_attention(
+            q.data_ptr(), strides[0], k.data_ptr(), strides[1], v.data_ptr(), strides[2], n, h, sq, sk, d,
+            pointer(tables), pointer(scores), pointer(result), pointer(mask), *steps, out.data_ptr(),
+        )  # fmt: skip
+        return out.to(query.dtype)
+
+    def __call__(
+        self,
+        attn: Any,  # diffusers' Attention or FluxAttention
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Any = None,
+        *args: object,
+        **kwargs: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `QuantAttnProcessor.__call__`."""
+        # A context for merged q, k, v, or none for a cross-attention, takes the general way.
+        first = getattr(attn, "to_qkv", None) if encoder_hidden_states is None else attn.to_q
+        usual = isinstance(first, Product) and (encoder_hidden_states is None or hasattr(attn, "to_kv"))
+        if self.layout != "single" or attn.spatial_norm is not None or not isinstance(first, Product) or not usual:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        x = hidden_states.float()
+        image = x.dim() == 4
+        if attn.group_norm is not None:
+            codes = first.group_norm(x if image else x.transpose(1, 2).unsqueeze(-1), attn.group_norm)
+        else:
+            codes = first.quantize(x.flatten(2).transpose(1, 2) if image else x)
+        residual = None
+        if attn.residual_connection:
+            residual = x.flatten(2).transpose(1, 2) if image else x
+        out = self.from_codes(
+            attn, codes, encoder_hidden_states, attention_mask, residual, 1.0 / attn.rescale_output_factor
+        )
+        if image:
+            out = out.unflatten(1, hidden_states.shape[2:]).permute(
+                0, 3, 1, 2
+            )  # [N, C, H, W] over channels-last memory
+        return out.to(hidden_states.dtype)
+
+    def from_codes(
+        self,
+        attn: Any,
+        codes: Codes,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        post: float = 1.0,
+    ) -> Tensor:
+        """Attention on the codes of its input (of `to_qkv`, with a context of `to_q`): `[N, S, C]`, plus `residual`."""
+        if context is None:
+            sizes = [layer.out_features for layer in (attn.to_q, attn.to_k, attn.to_v)]
+            query, key, value = attn.to_qkv.multiply(codes).split(sizes, dim=-1)
+        else:
+            query = attn.to_q.multiply(codes)
+            context = attn.norm_encoder_hidden_states(context) if attn.norm_cross else context
+            key, value = attn.to_kv(context.float()).split([attn.to_k.out_features, attn.to_v.out_features], dim=-1)
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, key.shape[1], len(key))
+            mask = mask.view(len(key), attn.heads, -1, mask.shape[-1])
+        query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        mixed = self.attend(attn, query, key, value, mask)
+        out = attn.to_out[0]
+        if isinstance(out, Product):
+            return out.multiply(out.quantize(mixed), residual=residual, post=post)
+        mixed = out(mixed)
+        return (mixed if residual is None else mixed + residual) * post
+
+    def _tables(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(m, low, high) `[4, 3, H]` of the operands, scale of the scores `[H]`, scale of the result `[H]`."""
+        row = self.clock.row
+        if self._cached[0] != row:
+            assert self.products is not None
+            operands = [self.products.operands[name] for name in OPERANDS]
+            rows = [operand.row(row) for operand in operands]
+            tables = torch.stack(
+                [
+                    torch.stack([o.multiplier(row), o.low[r].float(), o.high[r].float()])
+                    for o, r in zip(operands, rows, strict=True)
+                ]
+            ).contiguous()
+            q, k, v, probs = (o.scale[r] for o, r in zip(operands, rows, strict=True))
+            scale = getattr(attn, "scale", None)
+            self._cached = (row, (tables, q * k * (d**-0.5 if scale is None else scale), probs * v))
+        return self._cached[1]

@@ -1,0 +1,247 @@
+"""diffusers' blocks with norm, activation and quantizer in one pass, and residuals added by the product itself.
+
+A block is fused by giving it a subclass of its class, so that it keeps its place, its name and its children; where a
+block has something the fused forward doesn't know, it is left as it is and its layers quantize one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
+from dqtool.runtimes.onednn.codes import GELU, GELU_TANH, NONE, SILU, Product
+
+__all__ = ["fuse"]
+
+
+def fuse(network: nn.Module) -> int:
+    """Fuse what can be fused, in place; returns the number of blocks."""
+    count = 0
+    for module in list(network.modules()):
+        fused = _FUSED.get(type(module))
+        if fused is not None and fused.fits(module):
+            module.__class__ = fused
+            count += 1
+    return count + _fuse_head(network)
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """`ResnetBlock2D` in four passes: norm-act-quantize, convolve (+ time embedding), the same again (+ input)."""
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether this block is of the plain kind."""
+        return (
+            isinstance(block.conv1, Product)
+            and isinstance(block.conv2, Product)
+            and isinstance(block.norm1, nn.GroupNorm)
+            and isinstance(block.norm2, nn.GroupNorm)
+            and isinstance(block.nonlinearity, nn.SiLU)
+            and block.upsample is None
+            and block.downsample is None
+            and block.time_embedding_norm in ("default", "scale_shift")
+        )
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *_: object, **__: object) -> Tensor:
+        """As the original."""
+        conv1: Any = self.conv1
+        conv2: Any = self.conv2
+        x = input_tensor.float()
+        codes = conv1.group_norm(x, self.norm1, SILU)
+        bias = scale = shift = None
+        if self.time_emb_proj is not None and temb is not None:
+            proj: Any = self.time_emb_proj
+            if isinstance(proj, Product):
+                emb = proj.multiply(proj.quantize(temb.float(), NONE if self.skip_time_act else SILU))
+            else:
+                emb = proj(temb.float() if self.skip_time_act else F.silu(temb.float()))
+            if self.time_embedding_norm == "scale_shift":
+                scale, shift = emb.chunk(2, dim=1)
+            else:
+                bias = (emb if conv1.bias is None else emb + conv1.bias).expand(len(x), -1)
+        h = conv1.multiply(codes, bias=bias)
+        if scale is not None and shift is not None:
+            scale, shift = (t.expand(len(x), -1).contiguous() for t in (scale, shift))
+        codes = conv2.group_norm(h, self.norm2, SILU, scale, shift)
+        shortcut: Any = self.conv_shortcut
+        residual = x if shortcut is None else shortcut(x)
+        out = conv2.multiply(codes, residual=residual, post=1.0 / self.output_scale_factor)
+        return out.to(input_tensor.dtype)
+
+
+class FusedDownsample2D(Downsample2D):
+    """`Downsample2D` by convolution; its lopsided padding goes into the codes."""
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether it convolves an unnormalised input."""
+        return block.use_conv and block.norm is None and isinstance(block.conv, Product)
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        """As the original."""
+        conv: Any = self.conv
+        extra = (1, 1) if self.padding == 0 else (0, 0)
+        return conv.multiply(conv.quantize(hidden_states.float(), extra=extra)).to(hidden_states.dtype)
+
+
+class FusedUpsample2D(Upsample2D):
+    """`Upsample2D` whose pixels are repeated as codes."""
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether it interpolates and then convolves."""
+        return (
+            block.use_conv
+            and not block.use_conv_transpose
+            and block.norm is None
+            and block.interpolate
+            and block.name == "conv"
+            and isinstance(block.conv, Product)
+        )
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *_: object, **__: object) -> Tensor:
+        """As the original."""
+        conv: Any = self.conv
+        x = hidden_states.float()
+        if output_size is not None:
+            return conv(F.interpolate(x, size=output_size, mode="nearest")).to(hidden_states.dtype)
+        return conv.multiply(conv.quantize(x, up=2)).to(hidden_states.dtype)
+
+
+class FusedFeedForward(FeedForward):
+    """`FeedForward` whose activation and second quantizer are one pass."""
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether it is GEGLU or GELU between two integer layers."""
+        name = type(block.net[0]).__name__
+        return (
+            name in ("GEGLU", "GELU")
+            and isinstance(block.net[0].proj, Product)
+            and isinstance(block.net[2], Product)
+            and (name == "GEGLU" or block.net[0].approximate in ("none", "tanh"))
+        )
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        """As the original."""
+        first: Any = self.net[0].proj
+        return self.from_codes(first.quantize(hidden_states.float())).to(hidden_states.dtype)
+
+    def from_codes(self, codes: Any, residual: Tensor | None = None) -> Tensor:
+        """On the codes of the first layer's input, plus `residual`."""
+        act: Any = self.net[0]
+        out: Any = self.net[2]
+        h = act.proj.multiply(codes)
+        if type(act).__name__ == "GEGLU":
+            codes = out.geglu(h)
+        else:
+            codes = out.quantize(h, GELU_TANH if act.approximate == "tanh" else GELU)
+        return out.multiply(codes, residual=residual)
+
+
+class FusedBasicTransformerBlock(BasicTransformerBlock):
+    """`BasicTransformerBlock` with layer norm or adaLN-Zero in front of its quantizers."""
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """Whether its parts are the plain ones."""
+
+        def attention(attn: Any, merged: str) -> bool:
+            return (
+                isinstance(attn.processor, IntegerAttnProcessor)
+                and hasattr(attn, merged)
+                and attn.group_norm is None
+                and attn.spatial_norm is None
+                and not attn.residual_connection
+                and attn.rescale_output_factor == 1.0
+            )
+
+        norms = [block.norm3 if block.norm_type == "layer_norm" else None, getattr(block, "norm2", None)]
+        return (
+            block.norm_type in ("layer_norm", "ada_norm_zero")
+            and not block.only_cross_attention
+            and block.pos_embed is None
+            and not hasattr(block, "fuser")
+            and attention(block.attn1, "to_qkv")
+            and (block.attn2 is None or (attention(block.attn2, "to_kv") and isinstance(block.attn2.to_q, Product)))
+            and all(norm is None or type(norm) is nn.LayerNorm for norm in norms)
+            and type(block.ff) in (FeedForward, FusedFeedForward)
+            and FusedFeedForward.fits(block.ff)
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As the original."""
+        if self.attn2 is not None and encoder_hidden_states is None:
+            rest: Any = (encoder_attention_mask, timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
+            return super().forward(hidden_states, attention_mask, encoder_hidden_states, *rest)
+        x = hidden_states.float()
+        attn1: Any = self.attn1
+        attn2: Any = self.attn2
+        ff: Any = self.ff
+        norm3: Any = self.norm3
+        zero = self.norm_type == "ada_norm_zero"
+        gate1 = gate2 = scale2 = shift2 = None
+        if zero:
+            norm1: Any = self.norm1
+            emb = norm1.linear(norm1.silu(norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)))
+            shift1, scale1, gate1, shift2, scale2, gate2 = emb.chunk(6, dim=1)
+            codes = attn1.to_qkv.layer_norm(x, norm1.norm, scale1, shift1)
+        else:
+            codes = attn1.to_qkv.layer_norm(x, self.norm1)
+        y = attn1.processor.from_codes(attn1, codes, None, attention_mask, None if zero else x)
+        x = y if gate1 is None else torch.addcmul(x, gate1.unsqueeze(1), y)
+        if attn2 is not None:
+            codes = attn2.to_q.layer_norm(x, self.norm2)
+            x = attn2.processor.from_codes(attn2, codes, encoder_hidden_states, encoder_attention_mask, x)
+        codes = ff.net[0].proj.layer_norm(x, norm3, scale2, shift2)
+        y = ff.from_codes(codes, None if zero else x)
+        x = y if gate2 is None else torch.addcmul(x, gate2.unsqueeze(1), y)
+        return x.to(hidden_states.dtype)
+
+
+class NormActProduct(nn.Module):
+    """The head of a UNet, `conv_out(act(norm(x)))`, in the place of its convolution."""
+
+    def __init__(self, norm: nn.GroupNorm, product: Product) -> None:
+        super().__init__()
+        self.norm, self.product = norm, product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, C, H, W]` to `[N, C_out, H, W]`."""
+        return self.product.multiply(self.product.group_norm(x.float(), self.norm, SILU)).to(x.dtype)
+
+
+def _fuse_head(network: Any) -> int:
+    norm, act, out = (getattr(network, name, None) for name in ("conv_norm_out", "conv_act", "conv_out"))
+    if type(norm) is nn.GroupNorm and isinstance(act, nn.SiLU) and isinstance(out, Product) and out.is_conv:
+        network.conv_norm_out, network.conv_act = nn.Identity(), nn.Identity()
+        network.conv_out = NormActProduct(norm, out)
+        return 1
+    return 0
+
+
+_FUSED: dict[type, Any] = {
+    ResnetBlock2D: FusedResnetBlock2D,
+    Downsample2D: FusedDownsample2D,
+    Upsample2D: FusedUpsample2D,
+    FeedForward: FusedFeedForward,
+    BasicTransformerBlock: FusedBasicTransformerBlock,
+}

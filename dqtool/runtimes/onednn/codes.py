@@ -1,0 +1,253 @@
+"""Codes of a layer's input: what the kernels make of floats, alone or together with the norm and activation before them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtool.nn.integer import IntegerLayer
+from dqtool.runtimes.onednn import library
+from dqtool.runtimes.onednn.library import pointer
+
+__all__ = ["GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
+
+NONE, SILU, GELU_TANH, GELU = range(4)
+"""Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`."""
+
+_ACTIVATIONS = {
+    NONE: lambda x: x,
+    SILU: F.silu,
+    GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    GELU: F.gelu,
+}
+
+
+class Clock:
+    """The row of the step tables in use, one for all layers of a network."""
+
+    row = 0
+
+
+class Codes(NamedTuple):
+    """Unsigned codes `[N, H, W, C]` with the padding the layer asked for, and the result's leading shape.
+
+    Linear layers: `data` is `[rows, C]`, `shape` the input's without its channels. Convolutions: `shape` is
+    `(N, H_out, W_out)`.
+    """
+
+    data: Tensor
+    shape: tuple[int, ...]
+
+
+class Product(nn.Module):
+    """One layer; call it like the layer it replaces, or make codes and multiply in two steps."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    packed: Tensor | None
+    sums: Tensor | None
+
+    def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
+        super().__init__()
+        assert layer.input is not None
+        self.operand, self.clock = layer.input, clock
+        self.is_conv = layer.is_conv
+        self.out_channels, self.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+        self.kernel = tuple(layer.weight.shape[2:]) if layer.is_conv else (1, 1)
+        self.stride, self.padding, self.taps_dilation = layer.stride, layer.padding, layer.taps_dilation
+        self.groups = layer.groups
+        self.register_buffer("weight", layer.weight.contiguous())
+        self.register_buffer("weight_scale", layer.weight_scale)
+        self.register_buffer("bias", layer.bias)
+        self.scales = self.operand.scale.tolist()
+        self.lows, self.highs = self.operand.low.tolist(), self.operand.high.tolist()
+        self.offsets = self.operand.offset.tolist()
+        self.kernels = library.get()
+        self._cached: tuple[int, Any] = (-1, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what refers to memory by address: a copy finds its own."""
+        return {**self.__dict__, "_cached": (-1, None), "_held": None, "kernels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the kernels again."""
+        super().__setstate__(state)
+        self.kernels = library.get()
+
+    # What the subclass decides: the zero point of signed codes, bytes per pixel, and padding inside the codes.
+    signed_offset = 128
+    channel_bytes: int
+
+    def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Padding (top, bottom, left, right) that the codes of a convolution carry, for one input size."""
+        raise NotImplementedError
+
+    def multiply(
+        self, codes: Codes, bias: Tensor | None = None, residual: Tensor | None = None, post: float = 1.0
+    ) -> Tensor:
+        """`(product + bias + residual) * post`, float32, channels-last. `bias` `[N, C_out]` stands in for the layer's
+        own; `residual` has the result's shape."""
+        raise NotImplementedError
+
+    def zero_point(self) -> int:
+        """The code of a real zero at the current step."""
+        row = self.clock.row if len(self.scales) > 1 else 0
+        return self.signed_offset if self.operand.signed else self.offsets[row]
+
+    def quantizer(self) -> tuple[int, int, float, float, int]:
+        """The kernels' view of the current step: address of the multiplier, whether it is per channel, bounds of the
+        centred codes, zero point."""
+        row = self.clock.row if len(self.scales) > 1 else 0
+        if self._cached[0] != row:
+            m = self.operand.multiplier(row).contiguous()
+            values = (m.data_ptr(), int(m.dim()), float(self.lows[row]), float(self.highs[row]), self.zero_point())
+            self._cached = (row, (m, values))
+        return self._cached[1][1]
+
+    def quantize(self, x: Tensor, act: int = NONE, up: int = 1, extra: tuple[int, int] = (0, 0)) -> Codes:
+        """Codes of `act(x)`, `[N, C, H, W]` (nearest-upsampled `up` times, `extra` zero rows below and columns to the
+        right) or `[..., C]`."""
+        kernels = self.kernels
+        if kernels is None:
+            x = _ACTIVATIONS[act](x)
+            x = x.repeat_interleave(up, -1).repeat_interleave(up, -2) if up > 1 else x
+            return self._torch_codes(x, extra)
+        source, data, shape, sizes = self._prepare(x, self.is_conv, up, extra)
+        kernels.dq_quantize(source.data_ptr(), data.data_ptr(), *sizes, up, act, *self.quantizer())
+        return Codes(data, shape)
+
+    def group_norm(
+        self, x: Tensor, norm: nn.GroupNorm, act: int = NONE, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Codes:
+        """Codes of `act(norm(x) * (1 + scale) + shift)`. `x` is `[N, C, H, W]`; `scale`, `shift` are `[N, C]`. A linear
+        layer reads the pixels as positions."""
+        kernels = self.kernels
+        if kernels is None:
+            y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+            if scale is not None and shift is not None:
+                y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+            y = _ACTIVATIONS[act](y)
+            return self._torch_codes(y if self.is_conv else y.flatten(2).transpose(1, 2))
+        source, data, shape, sizes = self._prepare(x, True)
+        scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+        kernels.dq_group_norm_quantize(
+            source.data_ptr(),
+            data.data_ptr(),
+            *sizes,
+            norm.num_groups,
+            norm.eps,
+            pointer(norm._parameters["weight"]),
+            pointer(norm._parameters["bias"]),
+            pointer(scale),
+            pointer(shift),
+            act,
+            *self.quantizer(),
+        )
+        return Codes(data, shape)
+
+    def layer_norm(
+        self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Codes:
+        """Codes of `norm(x) * (1 + scale) + shift` for a linear layer; `x` is `[N, S, C]`, `scale`, `shift` `[N, C]`."""
+        kernels = self.kernels
+        if kernels is None:
+            y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            if scale is not None and shift is not None:
+                y = y * (1 + scale[:, None]) + shift[:, None]
+            return self._torch_codes(y)
+        n, s, c = x.shape
+        x = x.contiguous()
+        scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+        data = torch.empty(n * s, self.channel_bytes, dtype=torch.uint8)
+        kernels.dq_layer_norm_quantize(
+            x.data_ptr(),
+            data.data_ptr(),
+            n,
+            s,
+            c,
+            self.channel_bytes,
+            norm.eps,
+            pointer(norm._parameters["weight"]),
+            pointer(norm._parameters["bias"]),
+            pointer(scale),
+            pointer(shift),
+            *self.quantizer(),
+        )
+        return Codes(data, (n, s))
+
+    def geglu(self, x: Tensor) -> Codes:
+        """Codes of `value * gelu(gate)` for a linear layer; `x` is `[..., 2 C]` = (value, gate)."""
+        kernels = self.kernels
+        if kernels is None:
+            value, gate = x.chunk(2, dim=-1)
+            return self._torch_codes(value * F.gelu(gate))
+        x = x.contiguous()
+        rows = x.numel() // x.shape[-1]
+        data = torch.empty(rows, self.channel_bytes, dtype=torch.uint8)
+        kernels.dq_geglu_quantize(
+            x.data_ptr(), data.data_ptr(), rows, self.in_channels, self.channel_bytes, *self.quantizer()
+        )
+        return Codes(data, tuple(x.shape[:-1]))
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """As the layer it replaces; computed in float32, returned in the dtype of `x`."""
+        return self.multiply(self.quantize(x.float())).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel}, input_bits={self.operand.bits}"
+
+    def _out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of a convolution's input without its own padding."""
+        size = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                (height, width), self.padding, self.taps_dilation, self.kernel, self.stride, strict=True
+            )
+        ]
+        return size[0], size[1]
+
+    def _prepare(
+        self, x: Tensor, image: bool, up: int = 1, extra: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
+        """Input in the kernels' layout, empty codes, the result's shape, and the kernels' size arguments."""
+        if not image:
+            c = x.shape[-1]
+            rows = x.numel() // c
+            x = x.contiguous()
+            data = torch.empty(rows, self.channel_bytes, dtype=torch.uint8)
+            return x, data, tuple(x.shape[:-1]), (1, rows, 1, c, self.channel_bytes, 0, 0, 0, 0)
+        n, c, h, w = x.shape
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.is_conv:
+            data = torch.empty(n * h * w, self.channel_bytes, dtype=torch.uint8)
+            return x, data, (n, h * w), (n, h, w, c, self.channel_bytes, 0, 0, 0, 0)
+        full = (h * up + extra[0], w * up + extra[1])
+        top, bottom, left, right = self.padding_of(*full)
+        bottom, right = bottom + extra[0], right + extra[1]
+        data = torch.empty(n, h * up + top + bottom, w * up + left + right, self.channel_bytes, dtype=torch.uint8)
+        return x, data, (n, *self._out_size(*full)), (n, h, w, c, self.channel_bytes, top, bottom, left, right)
+
+    def _torch_codes(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
+        """`quantize` in PyTorch's own operations: what is left without a C++ compiler."""
+        row = self.clock.row if len(self.scales) > 1 else 0
+        zero_point = self.zero_point()
+        m = self.operand.multiplier(row)
+        if self.is_conv and m.dim():
+            m = m.view(-1, 1, 1)
+        codes = (x * m).round_().clamp_(self.lows[row], self.highs[row]).add_(zero_point).to(torch.uint8)
+        spare = self.channel_bytes - self.in_channels
+        if not self.is_conv:
+            codes = F.pad(codes, (0, spare)) if spare else codes
+            return Codes(codes.reshape(-1, self.channel_bytes), tuple(x.shape[:-1]))
+        full = (x.shape[2] + extra[0], x.shape[3] + extra[1])
+        top, bottom, left, right = self.padding_of(*full)
+        codes = F.pad(
+            codes.permute(0, 2, 3, 1), (0, 0, left, right + extra[1], top, bottom + extra[0]), value=zero_point
+        )
+        codes = F.pad(codes, (0, spare)) if spare else codes
+        return Codes(codes.contiguous(), (x.shape[0], *self._out_size(*full)))

@@ -1,0 +1,146 @@
+"""The C++ kernels: compiled once per machine into the user's cache, called through ctypes.
+
+The library has no dependency on PyTorch's headers; it shares PyTorch's OpenMP threads because both name the same
+`libgomp`. `get()` returns None where there is no compiler, and `problem()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dqtool import report
+
+__all__ = ["get", "has_products", "pointer", "problem"]
+
+SOURCES = ("kernels.cpp", "products.cpp")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+)
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_QUANTIZER = [_P, _I, _F, _F, _I]  # m, per_channel, lo, hi, zp
+_SIGNATURES = {
+    "dq_quantize": [_P, _P, *[_L] * 10, _I, *_QUANTIZER],
+    "dq_group_norm_quantize": [_P, _P, *[_L] * 10, _F, _P, _P, _P, _P, _I, *_QUANTIZER],
+    "dq_layer_norm_quantize": [_P, _P, *[_L] * 4, _F, _P, _P, _P, _P, *_QUANTIZER],
+    "dq_geglu_quantize": [_P, _P, *[_L] * 3, *_QUANTIZER],
+}
+_PRODUCTS = {
+    "dq_pack": [_P, _P, _P, *[_L] * 3],
+    "dq_conv": [_P, _P, _P, _I, *[_L] * 13, _P, _F, _P, _L, _L, _P, _F, _P],
+    "dq_winograd_pack": [_P, _P, _P, *[_L] * 2],
+    "dq_winograd": [_P, _P, _P, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
+    "dq_attention": [_P, _P, _P, _P, _P, _P, *[_L] * 5, _P, _P, _P, _P, *[_L] * 3, _P],
+}
+
+_problem: str | None = None
+
+
+def get() -> ctypes.CDLL | None:
+    """The kernels, compiled if need be (seconds, once per machine and version); None where they can't be had."""
+    return None if os.environ.get("DQTOOL_KERNELS") == "0" else _load()
+
+
+def problem() -> str | None:
+    """Why `get()` gave None."""
+    if os.environ.get("DQTOOL_KERNELS") == "0":
+        return "DQTOOL_KERNELS=0 is set"
+    return _problem
+
+
+@functools.cache
+def has_products() -> bool:
+    """Whether int8 products are compiled in: the machine has AVX512-VNNI."""
+    kernels = get()
+    return kernels is not None and bool(kernels.dq_features() & 1)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's data, None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    global _problem
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        _problem = "no C++ compiler (g++ or clang++) was found"
+        return None
+    try:
+        return _declare(ctypes.CDLL(str(_compiled(compiler))))
+    except subprocess.CalledProcessError as e:
+        lines = [line for line in e.stderr.splitlines() if "error" in line] or e.stderr.splitlines() or ["it failed"]
+        _problem = f"{compiler} could not compile them: {lines[0]}"
+    except (OSError, AttributeError, subprocess.SubprocessError) as e:
+        _problem = f"the compiled kernels can't be used: {e}"
+    return None
+
+
+def _compiled(compiler: str) -> Path:
+    """Path of the library for this source, compiler and CPU."""
+    here = Path(__file__).parent
+    text = "\n".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
+    identity = "\n".join([text, compiler, *FLAGS, _cpu(), str(os.path.getmtime(shutil.which(compiler) or compiler))])
+    name = f"dqtool-kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    folder = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "kernels"
+    library = folder / name
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=folder)
+    except OSError:  # a read-only cache: compile for this process alone
+        folder = Path(scratch := tempfile.mkdtemp(prefix="dqtool-kernels-"))
+        library = folder / name
+    report.say("onednn: compiling kernels for this machine (once)")
+    source, built = Path(scratch) / "all.cpp", Path(scratch) / name
+    source.write_text(text, encoding="utf-8")
+    subprocess.run(
+        [compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
+    )
+    os.replace(built, library)  # atomic: several processes may compile at once
+    if Path(scratch) != folder:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.dq_features.restype = ctypes.c_int
+    signatures = {**_SIGNATURES, **(_PRODUCTS if library.dq_features() & 1 else {})}
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = ctypes.c_int if name == "dq_winograd_pack" else None
+    return library
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on, so that a cache on a shared home directory serves machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+    kept = ("vendor_id", "cpu family", "model", "flags", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(kept)}))

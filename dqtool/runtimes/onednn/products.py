@@ -1,0 +1,234 @@
+"""Quantized layers on integers: codes in channels-last bytes, an int8 product, a float32 result.
+
+`NativeProduct` multiplies with the compiled AVX512-VNNI kernels, `OnednnProduct` with PyTorch's oneDNN operations, which
+run everywhere on x86 and use AMX. Both give the accumulators of `nn.integer.accumulate`, exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqtool.nn.integer import IntegerLayer, Operand
+from dqtool.runtimes.onednn.codes import Clock, Codes, Product
+from dqtool.runtimes.onednn.library import pointer
+
+__all__ = ["NativeProduct", "OnednnProduct", "merge", "saturates"]
+
+WINOGRAD_BITS = 5
+"""Most bits of input codes whose Winograd transform fits a byte: 4 * (2^5 - 1) = 124."""
+
+
+class NativeProduct(Product):
+    """On the compiled kernels. Weights are packed on first use, when the size of the problem is known: 3x3 convolutions
+    of narrow codes as Winograd transforms (16 bytes for 9, 2.25x fewer products), all else as they are."""
+
+    def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
+        super().__init__(layer, clock)
+        self.channel_bytes = -(-self.in_channels // 4) * 4
+        geometry = (self.kernel, self.stride, self.taps_dilation)
+        self.may_winograd = (
+            self.is_conv
+            and geometry == ((3, 3), (1, 1), (1, 1))
+            and self.operand.signed
+            and self.operand.bits <= WINOGRAD_BITS
+            and self.in_channels >= 16
+            and self.out_channels >= 16
+        )
+        self.winograd: bool | None = None if self.may_winograd else False
+        self._held: tuple | None = None
+        self.register_buffer("packed", None)
+        self.register_buffer("sums", None)
+
+    def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The convolution's own, and for Winograd one more where the output's size is odd."""
+        (p, q), odd = self.padding, (0, 0)
+        if self.may_winograd:
+            out = self._out_size(height, width)
+            odd = (out[0] % 2, out[1] % 2)
+        return p, p + odd[0], q, q + odd[1]
+
+    def multiply(
+        self, codes: Codes, bias: Tensor | None = None, residual: Tensor | None = None, post: float = 1.0
+    ) -> Tensor:
+        """See `Product.multiply`."""
+        kernels: Any = self.kernels
+        _, packed, sums, scales, own = self._held or self._hold(codes)
+        co = self.out_channels
+        per_sample, pixels = 0, 0
+        if bias is not None:
+            bias = bias.contiguous()
+            own, per_sample = bias.data_ptr(), co
+        scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
+        data = codes.data
+        if not self.is_conv:
+            rows = data.shape[0]
+            out = torch.empty(*codes.shape, co)
+            if residual is not None:
+                residual = residual.contiguous()
+            extra = None if residual is None else residual.data_ptr()
+            geometry: tuple[int, ...] = (1, 1, rows, self.channel_bytes, 1, rows, co, 1, 1, 1, 1, 1, 1)
+            pixels = rows // codes.shape[0] if bias is not None else 0
+        else:
+            n, hp, wp, cp = data.shape
+            _, ho, wo = codes.shape
+            out = torch.empty((n, co, ho, wo), memory_format=torch.channels_last)
+            if residual is not None:
+                residual = residual.contiguous(memory_format=torch.channels_last)
+            extra = None if residual is None else residual.data_ptr()
+            if self.winograd:
+                kernels.dq_winograd(
+                    data.data_ptr(), packed, sums, n, hp, wp, cp, ho, wo, co, scales, scale, own, per_sample, extra, post,
+                    out.data_ptr(),
+                )  # fmt: skip
+                return out
+            geometry = (n, hp, wp, cp, ho, wo, co, *self.kernel, *self.stride, *self.taps_dilation)
+        kernels.dq_conv(
+            data.data_ptr(), packed, sums, self.zero_point(), *geometry, scales, scale, own, per_sample, pixels, extra,
+            post, out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def _hold(self, codes: Codes) -> tuple:
+        """Addresses of the layer's tensors, and the tensors themselves, so that they stay."""
+        if self.packed is None:
+            self._pack(codes)
+        held = (self.packed, self.sums, self.weight_scale, self.bias)
+        self._held = (held, *(pointer(t) for t in held))
+        return self._held
+
+    def _pack(self, codes: Codes) -> None:
+        kernels = self.kernels
+        assert kernels is not None
+        columns, ci = -(-self.out_channels // 16) * 16, self.in_channels
+        weight = self.weight.contiguous()  # a network may have been moved to channels-last as a whole
+        if self.winograd is None:
+            tiles = codes.shape[0] * -(-codes.shape[1] // 2) * -(-codes.shape[2] // 2)
+            # Where weights outweigh activations, memory decides, and the transform is larger.
+            self.winograd = columns * ci <= 1 << 19 or tiles >= 128
+            if self.winograd:
+                packed = torch.empty(columns * self.channel_bytes * 16, dtype=torch.int8)
+                starts = torch.empty(columns * 16, dtype=torch.int32)
+                self.winograd = bool(
+                    kernels.dq_winograd_pack(
+                        weight.data_ptr(), packed.data_ptr(), starts.data_ptr(), self.out_channels, ci
+                    )
+                )
+        if not self.winograd:
+            taps = self.kernel[0] * self.kernel[1]
+            packed = torch.empty(columns * self.channel_bytes * taps, dtype=torch.int8)
+            starts = torch.empty(columns, dtype=torch.int32)
+            kernels.dq_pack(weight.data_ptr(), packed.data_ptr(), starts.data_ptr(), self.out_channels, ci, taps)
+        self.packed, self.sums = packed, starts
+        self.weight = torch.empty(0, dtype=torch.int8)
+
+
+class OnednnProduct(Product):
+    """On PyTorch's oneDNN operations. Signed codes get the zero point 2^b: small codes can't saturate the 16-bit sums of
+    CPUs without VNNI."""
+
+    def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
+        super().__init__(layer, clock)
+        self.signed_offset = min(128, 2**self.operand.bits)
+        self.channel_bytes = self.in_channels
+        self.register_buffer("packed", None)
+        self.register_buffer("zeros", torch.zeros(self.out_channels, dtype=torch.int32))
+
+    @staticmethod
+    def exact(layer: IntegerLayer) -> bool:
+        """Whether accumulators are exact on this machine: pairs of products must fit 16 bits where sums saturate."""
+        assert layer.input is not None
+        largest = 2 ** (layer.input.bits + 1) if layer.input.signed else 255
+        return not saturates() or 2 * largest * int(layer.weight.abs().max()) <= 32767
+
+    def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The convolution's own, in the codes: a real zero is the zero point, which may change with the step."""
+        p, q = self.padding
+        return p, p, q, q
+
+    def multiply(
+        self, codes: Codes, bias: Tensor | None = None, residual: Tensor | None = None, post: float = 1.0
+    ) -> Tensor:
+        """See `Product.multiply`."""
+        ops = torch.ops.onednn
+        scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
+        zero_point = self.zero_point()
+        own = self.bias if bias is None else None
+        if self.is_conv:
+            stride, dilation, padding = list(self.stride), list(self.taps_dilation), [0, 0]
+            if self.packed is None:
+                self.packed = ops.qconv_prepack(
+                    self.weight, self.weight_scale, 1.0, zero_point, stride, padding, dilation, self.groups, None
+                )
+            out = ops.qconv2d_pointwise(
+                codes.data.permute(0, 3, 1, 2), scale, zero_point, self.packed, self.weight_scale, self.zeros, own,
+                stride, padding, dilation, self.groups, 1.0, 0, torch.float32, "none", [], "",
+            )  # fmt: skip
+            bias = None if bias is None else bias[:, :, None, None]
+        else:
+            if self.packed is None:
+                self.packed = ops.qlinear_prepack(self.weight, None)
+            out = ops.qlinear_pointwise(
+                codes.data, scale, zero_point, self.packed, self.weight_scale, self.zeros, own,
+                1.0, 0, torch.float32, "none", [], "",
+            )  # fmt: skip
+            out = out.reshape(*codes.shape, self.out_channels)
+            bias = None if bias is None else bias.view(len(bias), *(1,) * (out.dim() - 2), -1)
+        if self.weight.numel():
+            self.weight = torch.empty(0, dtype=torch.int8)
+        if bias is not None:
+            out += bias
+        if residual is not None:
+            out += residual
+        return out if post == 1.0 else out.mul_(post)
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether oneDNN's sums of wide codes go wrong here, as they do on CPUs without VNNI. Found by trying."""
+    layer = IntegerLayer(
+        Operand(8, torch.ones(1), torch.zeros(1, dtype=torch.int32)),
+        torch.full((32, 64, 3, 3), 127, dtype=torch.int8),
+        torch.ones(32),
+        None,
+        None,
+        True,
+    )
+    conv = OnednnProduct(layer, Clock())
+    codes = Codes(torch.full((1, 8, 8, 64), 255, dtype=torch.uint8), (1, 6, 6))
+    linear = OnednnProduct(replace(layer, weight=layer.weight[:, :, 0, 0], is_conv=False), Clock())
+    rows = Codes(torch.full((32, 64), 255, dtype=torch.uint8), (32,))
+    exact = 255 * 127 * 64
+    return bool((conv.multiply(codes) != exact * 9).any() or (linear.multiply(rows) != exact).any())
+
+
+def merge(layers: list[IntegerLayer]) -> IntegerLayer | None:
+    """One layer that computes what several linear layers with one input compute, their outputs side by side; None where
+    their inputs differ in width or are quantized differently."""
+    first = layers[0]
+    assert first.input is not None
+    for other in layers[1:]:
+        a, b = first.input, other.input
+        if other.weight.shape[1] != first.weight.shape[1]:
+            return None
+        if b is None or (a.bits, a.lowest) != (b.bits, b.lowest) or (a.divisor is None) != (b.divisor is None):
+            return None
+        if not (torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)):
+            return None
+        if a.divisor is not None and b.divisor is not None and not torch.equal(a.divisor, b.divisor):
+            return None
+    biases = [
+        torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.to(torch.float32) for layer in layers
+    ]
+    return IntegerLayer(
+        input=first.input,
+        weight=torch.cat([layer.weight for layer in layers]),
+        weight_scale=torch.cat([layer.weight_scale for layer in layers if layer.weight_scale is not None]),
+        bias=None if all(layer.bias is None for layer in layers) else torch.cat(biases),
+        divisor=first.divisor,
+        is_conv=False,
+    )
