@@ -1,0 +1,150 @@
+"""`compressed-tensors`: packed linear layers in the naming, packing and configuration of that library (pack-quantized).
+
+It holds what that library can say: linear layers with one scale and zero point per out-channel, and inputs that are
+float or quantized with one scale for all steps. Convolutions, step tables, quantized attention products and inputs
+divided by a dilation have no place in it. Weights keep their bits on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqtool.artifacts import Artifact
+from dqtool.artifacts.tensorfile import save_tensors
+from dqtool.core.affine import SYMMETRIC_BITS
+from dqtool.core.dilation import spread
+from dqtool.core.packing import pack
+from dqtool.errors import ArtifactError
+from dqtool.formats import Exported, require
+from dqtool.models.export_layout import WEIGHTS
+from dqtool.models.packed import plans_of
+from dqtool.nn.surgery import LayerPlan
+
+__all__ = ["EXTRA", "FORMAT", "prepare"]
+
+EXTRA = "compressed-tensors"
+FORMAT = "pack-quantized"
+NAMED = 3
+"""How many layers an error names of each kind."""
+
+
+def prepare(distilled: Artifact) -> Exported:
+    """The network's tensors under that library's names, and its `quantization_config`.
+
+    Raises:
+        ArtifactError: layers that the format can not hold, by name.
+        EnvironmentFault: compressed-tensors is not installed.
+    """
+    manifest, tensors = distilled.manifest, distilled.tensors()
+    plans = plans_of(manifest)
+    refuse(plans, tensors, distilled.given)
+    require("compressed_tensors", EXTRA)
+    state = {name: t for name, t in tensors.items() if name != "timesteps"}
+    for plan in plans:
+        if plan.info.kind != "attention":
+            _convert(state, plan)
+    config = {**manifest.model["config"], "quantization_config": quantization_config(plans)}
+
+    def write(directory: Path) -> None:
+        save_tensors(directory / WEIGHTS, state)
+
+    return Exported(config, manifest.layers, write)
+
+
+def refuse(plans: Sequence[LayerPlan], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `ArtifactError` that names the layers which the format can not hold, and why."""
+    problems: dict[str, list[str]] = {}
+    for plan in plans:
+        reason = _obstacle(plan, tensors)
+        if reason is not None:
+            problems.setdefault(reason, []).append(plan.info.name)
+    if not any(plan.bits.quantizes_weight and plan.info.kind == "linear" for plan in plans):
+        problems.setdefault("there is no quantized linear layer", [])
+    if not problems:
+        return
+    said = []
+    for reason, names in problems.items():
+        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        said.append(f"{reason}: {shown}" if names else reason)
+    raise ArtifactError(
+        f"The compressed-tensors format can't hold this network. {'; '.join(said)}",
+        where=where,
+        fix="Quantize linear weights only (dilate --scaling none; distill --bits 4/16 --keep 'CONVOLUTIONS=16/16'), or "
+        "export with --format dq",
+    )
+
+
+def quantization_config(plans: Sequence[LayerPlan]) -> dict[str, Any]:
+    """The `quantization_config` as the library writes it: one group per combination of bits, its layers by name."""
+    import compressed_tensors
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
+    groups: dict[tuple[int, int], list[str]] = {}
+    for plan in plans:
+        if plan.info.kind == "linear" and plan.bits.quantizes_weight:
+            groups.setdefault((plan.bits.weight, plan.bits.input), []).append(plan.info.name)
+    schemes: dict[str, Any] = {}
+    for index, ((weight, activation), names) in enumerate(sorted(groups.items())):
+        inputs = QuantizationArgs(num_bits=activation, symmetric=False, strategy="tensor", dynamic=False)
+        schemes[f"group_{index}"] = QuantizationScheme(
+            targets=names,
+            weights=QuantizationArgs(
+                num_bits=weight, symmetric=weight == SYMMETRIC_BITS, strategy="channel", dynamic=False
+            ),
+            input_activations=inputs if activation <= SYMMETRIC_BITS else None,
+            format=FORMAT,
+        )
+    config = QuantizationConfig(
+        config_groups=schemes, format=FORMAT, quantization_status=QuantizationStatus.COMPRESSED, ignore=[]
+    )
+    return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
+
+
+def _obstacle(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> str | None:
+    name, bits = plan.info.name, plan.bits
+    if plan.info.kind == "attention":
+        return "attention products are quantized" if f"{name}.q_scale" in tensors else None
+    if not bits.quantizes_weight and not bits.quantizes_input:
+        return None
+    if plan.info.kind != "linear":
+        return "convolutions are quantized"
+    if bits.quantizes_input and not bits.quantizes_weight:
+        return "only the input is quantized"
+    if bits.quantizes_input:
+        for key in ("input_scale", "input_zero_point"):
+            table = tensors[f"{name}.{key}"]
+            if bool((table != table[0]).any()):
+                return f"the quantizers of {len(table)} steps differ"
+    return "the input is divided by a dilation" if f"{name}.dilation" in tensors else None
+
+
+def _convert(state: dict[str, Tensor], plan: LayerPlan) -> None:
+    """Rewrite one layer's tensors in place."""
+    name, bits = plan.info.name, plan.bits
+    if not bits.quantizes_weight:
+        dilation = state.pop(f"{name}.dilation", None)
+        if dilation is not None:
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight / spread(dilation, weight, plan.info.groups)
+        return
+    # The library keeps code - 2^(b-1) and adds that again when it packs: its packed words are ours.
+    state[f"{name}.weight_scale"] = state[f"{name}.weight_scale"].view(-1, 1).clone()
+    state[f"{name}.weight_shape"] = state[f"{name}.weight_shape"].to(torch.int64)
+    zero_point = state.pop(f"{name}.weight_zero_point", None)
+    if zero_point is not None:  # packed along the out-channels
+        state[f"{name}.weight_zero_point"] = pack(zero_point.view(1, -1).to(torch.int32), bits.weight).t().contiguous()
+    if bits.quantizes_input:
+        offset = 2 ** (bits.input - 1)
+        state[f"{name}.input_scale"] = state[f"{name}.input_scale"][:1].clone()
+        stored = state[f"{name}.input_zero_point"][:1].to(torch.int16)
+        state[f"{name}.input_zero_point"] = (stored - offset).to(torch.int8)

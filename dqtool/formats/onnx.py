@@ -1,0 +1,142 @@
+"""`onnx`: an ONNX graph with the step tables inside, its products as ConvInteger and MatMulInteger.
+
+The component's directory holds `model.onnx` (with `model.onnx_data` where it is too large for one file) and the diffusers
+`config.json`. Inputs are the network's arguments by name; `timestep` is float32 `[1]`, or `[N]` for mixed steps. Batch,
+height, width and sequence lengths are dynamic where the network allows. ONNX Runtime has no integer product that reads
+4-bit weights, so weights of any width are int8 constants, on disk and in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqtool.artifacts import Artifact
+from dqtool.formats import Exported, require
+from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
+from dqtool.models.families import family_of
+from dqtool.models.packed import packed_network, plans_of
+from dqtool.nn.integer import IntegerLayer
+from dqtool.nn.lowered import LoweredNetwork, Product, is_signed
+
+__all__ = ["EXTRA", "GRAPH", "prepare"]
+
+EXTRA = "onnx"
+GRAPH = "model.onnx"
+OPSET = 17
+CENTRE = 128
+"""Zero point of signed codes as ONNX Runtime's kernels want them, unsigned."""
+
+LARGEST = 2**31 - 2**24
+"""Bytes that fit one protobuf file, with room for the graph."""
+
+
+def prepare(distilled: Artifact) -> Exported:
+    """The network as ONNX. The manifest says of each layer whether its products are integer operations (`runs`).
+
+    Raises:
+        EnvironmentFault: onnx is not installed.
+    """
+    require("onnx", EXTRA)
+    manifest = distilled.manifest
+    family = family_of(manifest.model["class"], distilled.given)
+    config = dict(manifest.model["config"])
+    network = packed_network(manifest.model["class"], config, plans_of(manifest), distilled.tensors())
+    example = family.example(config, batch=2)
+    lowered = LoweredNetwork(network.requires_grad_(False), example, IntegerProduct(), family.sample)
+    layers = [{**layer, "runs": "int8" if max(layer["bits"]) <= 8 else "float"} for layer in manifest.layers]
+    tensors = traced_arguments(example)
+
+    def write(directory: Path) -> None:
+        import onnx
+
+        with TemporaryDirectory(dir=directory) as scratch, torch.no_grad(), quiet_tracing():
+            torch.onnx.export(
+                lowered,
+                tuple(tensors.values()),
+                str(Path(scratch) / GRAPH),
+                input_names=list(tensors),
+                output_names=["out_sample"],
+                dynamic_axes={n: dynamic_axes(tensor) for n, tensor in tensors.items()} | {"timestep": {0: "steps"}},
+                opset_version=OPSET,
+                dynamo=False,
+            )
+            graph = onnx.load(str(Path(scratch) / GRAPH))
+        large = sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > LARGEST
+        onnx.save_model(graph, str(directory / GRAPH), save_as_external_data=large, location=f"{GRAPH}_data")
+
+    return Exported(config, layers, write)
+
+
+class IntegerProduct(Product):
+    """Products as ONNX's integer operators: unsigned activations with a constant zero point, signed weights."""
+
+    def mark(self, codes: Tensor, signed: bool) -> Tensor:
+        """Codes stay in float until the product takes them."""
+        return codes
+
+    def layer(self, codes: Tensor, weight: Tensor, weight_scale: Tensor, layer: IntegerLayer) -> Tensor:
+        """As in the base class."""
+        signed = is_signed(layer)
+        unsigned, zero_point = unsigned_codes(codes, signed)
+        if layer.is_conv:
+            padding = layer.padding if signed else (0, 0)
+            y = ConvInteger.apply(
+                unsigned, weight, zero_point, layer.stride, padding, layer.taps_dilation, layer.groups
+            )
+            return y.to(torch.float32) * weight_scale.view(-1, 1, 1)
+        return MatMulInteger.apply(unsigned, weight.t().contiguous(), zero_point).to(torch.float32) * weight_scale
+
+    def matmul(self, a: Tensor, b: Tensor, signed: bool) -> Tensor:
+        """As in the base class."""
+        unsigned, zero_point = unsigned_codes(a, signed)
+        return MatMulInteger.apply(unsigned, b.to(torch.int8), zero_point).to(torch.float32)
+
+
+def unsigned_codes(codes: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """uint8 codes and their zero point."""
+    shifted = codes + CENTRE if signed else codes
+    return shifted.to(torch.uint8), torch.tensor(CENTRE if signed else 0, dtype=torch.uint8)
+
+
+class ConvInteger(torch.autograd.Function):
+    """ONNX's ConvInteger: the int32 convolution of `x - zero_point` with `weight`; padding counts as zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, zero_point: Tensor, *geometry: Any) -> Tensor:
+        stride, padding, dilation, groups = geometry
+        centred = x.to(torch.float64) - zero_point.to(torch.float64)
+        return F.conv2d(centred, weight.to(torch.float64), None, stride, padding, dilation, groups).to(torch.int32)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, zero_point: Any, *geometry: Any) -> Any:
+        """The node the exporter writes."""
+        stride, padding, dilation, groups = geometry
+        return g.op(
+            "ConvInteger",
+            x,
+            weight,
+            zero_point,
+            strides_i=list(stride),
+            pads_i=[*padding, *padding],
+            dilations_i=list(dilation),
+            group_i=groups,
+        )
+
+
+class MatMulInteger(torch.autograd.Function):
+    """ONNX's MatMulInteger: the int32 product of `x - zero_point` with `y`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, zero_point: Tensor) -> Tensor:
+        return ((x.to(torch.float64) - zero_point.to(torch.float64)) @ y.to(torch.float64)).to(torch.int32)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, y: Any, zero_point: Any) -> Any:
+        """The node the exporter writes."""
+        return g.op("MatMulInteger", x, y, zero_point)

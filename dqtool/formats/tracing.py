@@ -1,0 +1,49 @@
+"""What formats that trace a network share: its inputs, which of their dimensions are free, and quiet."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqtool.nn.lowered import flat_arguments
+
+__all__ = ["dynamic_axes", "quiet_tracing", "traced_arguments"]
+
+_FREE = {
+    1: {0: "batch"},
+    3: {0: "batch", 1: "sequence"},
+    4: {0: "batch", 2: "height", 3: "width"},
+}
+
+
+def traced_arguments(example: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The flat inputs of the graph: as in `example`, `timestep` float32 `[1]`."""
+    tensors = flat_arguments(example)
+    return {**tensors, "timestep": tensors["timestep"].reshape(-1)[:1].to(torch.float32)}
+
+
+def dynamic_axes(tensor: Tensor) -> dict[int, str]:
+    """An input's free dimensions: the batch, height and width of images, the length of sequences."""
+    return _FREE.get(tensor.dim(), {0: "batch"})
+
+
+@contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """Without the tracers' warnings about Python values, which are constants of the network's configuration."""
+    loggers = [logging.getLogger(name) for name in ("openvino", "torch.onnx")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)

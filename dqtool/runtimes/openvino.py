@@ -1,0 +1,273 @@
+"""int8 through OpenVINO on CPUs, the step tables in the graph (`dqtool.formats.openvino`).
+
+Each combination of input shapes is compiled once, when it first comes: static shapes run fastest. What was compiled, and
+the graph itself, are kept in `$DQTOOL_CACHE` (default `~/.cache/dqtool`), so that a later process neither builds the
+PyTorch network nor compiles. A change of step changes an input of the graph and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dqtool import report
+from dqtool.artifacts import Artifact, dqtool_version
+from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.formats import require
+from dqtool.formats.openvino import EXTRA, IR, TIMESTEPS, build_ir, compile_settings, save_ir, shrink_weights
+from dqtool.models.export_layout import component_prefix, weights_file
+from dqtool.models.families import family_of
+from dqtool.models.packed import packed_network, plans_of
+from dqtool.nn.lowered import flat_arguments, nested_arguments
+from dqtool.nn.quantizers import StepIndex
+
+__all__ = ["OpenVINONetwork", "available", "load"]
+
+CODE_VERSION = 2
+"""Part of the cache's key: raise it when the graph changes."""
+
+KEPT = 2
+"""Compiled graphs kept in memory, one per combination of input shapes; each holds its own weights."""
+
+
+def available() -> str | None:
+    """Why it can't run here, or None."""
+    try:
+        require("openvino", EXTRA)
+    except EnvironmentFault as e:
+        return str(e)
+    return None
+
+
+def load(artifact: Artifact, precision: str = "f32") -> nn.Module:
+    """The network of an exported directory, of format `dq` or `openvino`.
+
+    `precision` ("f32", "bf16" or "f16") is that of everything but the integer products; less than f32 flips codes.
+
+    Raises:
+        EnvironmentFault: OpenVINO is not installed.
+    """
+    require("openvino", EXTRA)
+    return OpenVINONetwork(artifact, precision).eval()
+
+
+class OpenVINONetwork(nn.Module):
+    """Has the original network's forward signature, `config`, `dtype` and `device`, so that a pipeline takes it as its own.
+
+    `steps` warns of timesteps that the tables are not for, and remembers them.
+    """
+
+    def __init__(self, artifact: Artifact, precision: str) -> None:
+        super().__init__()
+        import diffusers
+        import openvino
+        from diffusers.configuration_utils import FrozenDict
+
+        model = artifact.manifest.model
+        self.artifact, self.precision = artifact, precision
+        self.family = family_of(model["class"], artifact.given)
+        self.config = FrozenDict(model["config"])
+        cls = getattr(diffusers, self.family.class_name)
+        self._function = inspect.unwrap(cls.forward)
+        self._signature = inspect.signature(self._function)
+        self._core = openvino.Core()
+        self._folder = cache_folder(artifact, self._core)
+        self._requests: OrderedDict[tuple, Any] = OrderedDict()
+        self.steps = StepIndex(self._timesteps())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and outputs."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """OpenVINO's CPU plugin."""
+        return torch.device("cpu")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's.
+
+        Raises:
+            UsageError: an argument that is not part of the compiled graph.
+        """
+        bound = self._signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = {k: v for k, v in list(bound.arguments.items())[1:] if v is not None}
+        as_dict = given.pop("return_dict", True)
+        timestep = torch.as_tensor(given["timestep"])
+        self.steps.set(timestep)
+        timestep = timestep.detach().reshape(-1).to(torch.float32)
+        given["timestep"] = timestep[:1] if bool((timestep == timestep[0]).all()) else timestep
+        tensors = flat_arguments(given)
+        dtype = tensors[self.family.sample].dtype
+        outputs = [torch.from_numpy(array).to(dtype) for array in self._run(tensors)]
+        if as_dict and self._output_class is not None:
+            return self._output_class(*outputs)
+        return tuple(outputs)
+
+    def _run(self, tensors: Mapping[str, Tensor]) -> list[np.ndarray]:
+        feed = {name: _array(tensor) for name, tensor in tensors.items()}
+        key = tuple((name, array.shape) for name, array in feed.items())
+        if key not in self._requests:
+            while len(self._requests) >= KEPT:
+                self._requests.popitem(last=False)
+            self._requests[key] = self._compile(tensors, feed)
+        self._requests.move_to_end(key)
+        request, names = self._requests[key]
+        results = request.infer({name: feed[name] for name in names}, share_inputs=True)
+        return [results[port].copy() for port in results]
+
+    def _compile(self, tensors: Mapping[str, Tensor], feed: Mapping[str, np.ndarray]) -> tuple[Any, list[str]]:
+        """A request of the graph at these shapes: compiled before and kept, or compiled now."""
+        settings = compile_settings(self.precision, torch.get_num_threads())
+        shapes = {name: list(array.shape) for name, array in feed.items()}
+        identity = hashlib.sha256(repr((sorted(shapes.items()), sorted(settings.items()))).encode()).hexdigest()[:24]
+        blob = self._folder / f"{identity}.blob"
+        compiled = self._import(blob, settings)
+        if compiled is None:
+            report.say(f"openvino: compiling for {', '.join(f'{k} {v}' for k, v in shapes.items())}")
+            compiled = self._core.compile_model(self._graph(tensors, shapes), "CPU", settings)
+            keep(blob, lambda path: path.write_bytes(compiled.export_model().getbuffer()))
+        return compiled.create_infer_request(), [input_name(port, feed) for port in compiled.inputs]
+
+    def _import(self, blob: Path, settings: Mapping[str, Any]) -> Any:
+        import openvino
+
+        if not blob.exists():
+            return None
+        try:
+            data = np.memmap(blob, dtype=np.uint8, mode="r")
+            # The engine reads weights out of the mapped file while it runs.
+            self.__dict__.setdefault("_mapped", []).append(data)
+            return self._core.import_model(openvino.Tensor(data, list(data.shape), openvino.Type.u8), "CPU", settings)
+        except (RuntimeError, OSError, ValueError):
+            report.warn(f"the compiled graph {blob} can't be used and is made again")
+            return None
+
+    def _graph(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> Any:
+        """The graph at these shapes."""
+        if self.artifact.manifest.parameters["format"] == "openvino":
+            model = self._core.read_model(self._exported_ir())
+        else:
+            path = self._folder / IR
+            if not path.exists():
+                keep(self._folder, lambda folder: self._write_ir(folder, tensors), directory=True)
+            model = self._core.read_model(path) if path.exists() else self._build(tensors)
+        known = {input_name(port, shapes): port for port in model.inputs}
+        unknown = sorted(set(shapes) - set(known))
+        if unknown:
+            raise UsageError(
+                f"This graph has no input '{unknown[0]}'",
+                where="openvino runtime",
+                fix=f"Its inputs are {', '.join(known)}; leave the argument out, or use another runtime",
+            )
+        try:
+            model.reshape({port: shapes[name] for name, port in known.items()})
+        except RuntimeError as e:
+            if self.artifact.manifest.parameters["format"] == "openvino":
+                raise UsageError(
+                    f"The exported graph can't take inputs of the shapes {shapes}",
+                    where=self.artifact.given,
+                    fix="Use an export of format dq, from which a graph is made for any shape the network takes",
+                ) from e
+            model = self._build(tensors)  # the network has constants that depend on the shape: trace it again
+            model.reshape({port: shapes[input_name(port, shapes)] for port in model.inputs})
+        return model
+
+    def _build(self, tensors: Mapping[str, Tensor]) -> Any:
+        manifest = self.artifact.manifest
+        state = self.artifact.tensors(file=weights_file(manifest.pipeline))
+        network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
+        return build_ir(network, self.family, nested_arguments(tensors))
+
+    def _write_ir(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        folder.mkdir()
+        model = self._build(tensors)
+        shrink_weights(model)
+        save_ir(model, folder / IR)
+
+    def _exported_ir(self) -> Path:
+        return self.artifact.path / component_prefix(self.artifact.manifest.pipeline) / IR
+
+    def _timesteps(self) -> Tensor:
+        manifest = self.artifact.manifest
+        if manifest.parameters["format"] == "dq":
+            return self.artifact.tensors(file=weights_file(manifest.pipeline))["timesteps"]
+        text = self._core.read_model(self._exported_ir()).get_rt_info(TIMESTEPS).astype(str)
+        return torch.tensor([float(t) for t in text.split()])
+
+    @cached_property
+    def _output_class(self) -> Any:
+        """The dataclass that the original's forward returns."""
+        from diffusers.utils import BaseOutput
+
+        named = (self._function.__globals__.get(name) for name in self._function.__code__.co_names)
+        return next((found for found in named if inspect.isclass(found) and issubclass(found, BaseOutput)), None)
+
+
+def input_name(port: Any, names: Collection[str]) -> str:
+    """Which of `names` a graph's input is. OpenVINO gives an input more names when it removes operations behind it.
+
+    Raises:
+        UsageError: none of them: an argument that the graph needs was not given.
+    """
+    found = sorted(set(names) & set(port.names))
+    if not found:
+        raise UsageError(
+            f"The network needs the argument '{port.get_node().get_friendly_name()}'", where="openvino runtime"
+        )
+    return found[0]
+
+
+def cache_folder(artifact: Artifact, core: Any) -> Path:
+    """Where graphs of this artifact are kept, for this version of everything and this kind of CPU."""
+    import openvino
+
+    identity = (
+        artifact.sha256,
+        dqtool_version(),
+        CODE_VERSION,
+        openvino.__version__,
+        torch.__version__,
+        core.get_property("CPU", "FULL_DEVICE_NAME"),
+        core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    )
+    root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool")
+    return root / "openvino" / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+
+
+def keep(path: Path, write: Callable[[Path], object], directory: bool = False) -> None:
+    """Write `path` through a temporary name. A cache that can't be written is done without."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        if directory and path.exists():
+            for entry in partial.iterdir():
+                os.replace(entry, path / entry.name)
+        else:
+            os.replace(partial, path)
+    except OSError as e:
+        report.warn(f"the compiled graph can't be kept in {path.parent}: {e.strerror or e}")
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()

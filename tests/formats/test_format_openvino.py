@@ -1,0 +1,44 @@
+"""OpenVINO graphs of every family: the simulation's numbers, at another batch than traced, all products in integers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from families import component_directory
+from synthetic import synthetic_network
+
+from dqtool.models.families import FAMILIES
+from dqtool.models.sources import resolve_model
+from dqtool.nn.layers import PackedLayer
+from dqtool.nn.lowered import flat_arguments
+
+openvino = pytest.importorskip("openvino")
+
+from dqtool.formats.openvino import TIMESTEPS, build_ir, compile_settings, integer_layers, shrink_weights  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["sdxl", "dit", "pixart", "sd3", "flux"])
+def test_graph_computes_what_the_packed_network_does(name: str, tmp_path: Path) -> None:
+    path = component_directory(name, tmp_path / name)
+    packed = synthetic_network(str(path), "4/6" if name == "dit" else "6/6")
+    source = resolve_model(str(path))
+    family, config = FAMILIES[source.class_name], source.config
+    layers = [n for n, m in packed.named_modules() if isinstance(m, PackedLayer)]
+    model = build_ir(copy.deepcopy(packed), family, family.example(config))
+    shrink_weights(model)
+    assert [float(t) for t in model.get_rt_info(TIMESTEPS).astype(str).split()] == packed.timesteps.tolist()
+    example = family.example(config, batch=2, seed=1)
+    timestep = torch.tensor([50.0, 200.0])
+    arguments = {**example, "timestep": timestep}
+    expected = packed(**arguments, return_dict=False)[0]
+    tensors = flat_arguments(arguments)
+    names = {port: next(n for n in port.names if n in tensors) for port in model.inputs}
+    model.reshape({port: list(tensors[n].shape) for port, n in names.items()})
+    compiled = openvino.Core().compile_model(model, "CPU", compile_settings())
+    feed = {port: tensors[next(n for n in port.names if n in tensors)].numpy() for port in compiled.inputs}
+    got = torch.from_numpy(compiled(feed)[0])
+    assert (got - expected).norm() < 0.1 * expected.norm()
+    assert set(layers) <= integer_layers(compiled)
