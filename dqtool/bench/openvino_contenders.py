@@ -1,0 +1,132 @@
+"""The float network in OpenVINO: as it is, or quantized by OpenVINO's own post-training method (NNCF, static int8)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dqtool.bench.contenders import Loaded, prepare_float
+from dqtool.bench.subject import Arguments, Subject
+from dqtool.errors import EnvironmentFault
+
+__all__ = ["load_ir", "prepare_ir"]
+
+CALIBRATION_INPUTS = 4
+
+
+def prepare_ir(subject: Subject, quantized: bool) -> None:
+    """Write the float network, or its int8 version, as OpenVINO IR.
+
+    Raises:
+        EnvironmentFault: OpenVINO or NNCF is missing.
+    """
+    path = _ir_path(subject, quantized)
+    if path.exists():
+        return
+    openvino = require("openvino", "openvino")
+    nncf = require("nncf", "nncf") if quantized else None
+    prepare_float(subject)
+    if nncf is None:
+        openvino.save_model(_convert(subject), path, compress_to_fp16=False)
+        return
+    dataset = nncf.Dataset(subject.inputs(1)[:CALIBRATION_INPUTS], lambda arguments: _feed(arguments))
+    transformer = "Transformer" in subject.class_name
+    int8 = nncf.quantize(
+        _convert(subject),
+        dataset,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=CALIBRATION_INPUTS,
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+    )
+    openvino.save_model(int8, path, compress_to_fp16=False)
+
+
+def load_ir(subject: Subject, quantized: bool, precision: str | None) -> Loaded:
+    """Compiled for each input shape when it first comes: static shapes run fastest, and only the last one is kept.
+
+    `precision` is what runs outside of int8, "f32" or "bf16"; None leaves the choice to OpenVINO.
+    """
+    import torch
+
+    openvino = require("openvino", "openvino")
+    core = openvino.Core()
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": subject.threads, "PERFORMANCE_HINT": "LATENCY"}
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    path = _ir_path(subject, quantized)
+    compiled: dict[tuple, Any] = {}
+
+    def request(feed: list[Any]) -> Any:
+        shapes = tuple(array.shape for array in feed)
+        if shapes not in compiled:
+            compiled.clear()
+            model = core.read_model(path)
+            model.reshape({model.inputs[i]: list(shape) for i, shape in enumerate(shapes)})
+            compiled[shapes] = core.compile_model(model, "CPU", settings).create_infer_request()
+        return compiled[shapes]
+
+    def run(arguments: Arguments) -> torch.Tensor:
+        feed = _feed(arguments)
+        result = request(feed).infer(dict(enumerate(feed)), share_inputs=True, share_outputs=True)
+        return torch.from_numpy(result[0])
+
+    return Loaded(run)
+
+
+def require(package: str, extra: str) -> Any:
+    """The package, which `extra` brings.
+
+    Raises:
+        EnvironmentFault: it can't be imported.
+    """
+    try:
+        return import_module(package)
+    except ImportError as e:
+        raise EnvironmentFault(
+            f"A contender needs the package {package}, which can't be imported: {e}",
+            where="--against",
+            fix=f'Run pip install "dqtool[{extra}]", or leave the contender out',
+        ) from e
+
+
+def _convert(subject: Subject) -> Any:
+    """The float network as an OpenVINO model whose inputs are the tensors of the arguments, in their order."""
+    import diffusers
+    import openvino
+    import torch
+    from torch import nn
+    from torch.utils._pytree import tree_flatten, tree_unflatten
+
+    from dqtool.models.amendments import amend
+
+    network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory)
+    network = amend(network, subject.config).eval()
+    example = subject.inputs(2)[0]
+    leaves, structure = tree_flatten(example)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    class Positional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, *given: torch.Tensor) -> torch.Tensor:
+            queue = iter(given)
+            filled = [next(queue) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            return self.network(**tree_unflatten(filled, structure), return_dict=False)[0]
+
+    with torch.no_grad():
+        return openvino.convert_model(Positional(), example_input=tuple(tensors))
+
+
+def _feed(arguments: Arguments) -> list[Any]:
+    """The arguments' tensors as arrays, in the order of the model's inputs."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf.numpy() for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+
+
+def _ir_path(subject: Subject, quantized: bool) -> Path:
+    return Path(subject.workspace) / ("nncf-int8.xml" if quantized else "openvino-float.xml")

@@ -1,0 +1,55 @@
+"""The float network that an exported one is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dqtool.artifacts import open_artifact
+from dqtool.bench.subject import Subject
+from dqtool.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["float_network"]
+
+
+def float_network(subject: Subject) -> nn.Module:
+    """The model named as reference, else the exported weights dequantized (speed does not depend on values), float32.
+
+    Raises:
+        ArtifactError: the reference is another kind of network, or the export holds no weights to dequantize.
+    """
+    from dqtool.models.loading import build_network, load_weights
+    from dqtool.models.sources import resolve_model
+
+    if subject.reference is not None:
+        source = resolve_model(subject.reference)
+        if source.class_name != subject.class_name:
+            raise ArtifactError(
+                f"The reference is a {source.class_name}, the exported network a {subject.class_name}",
+                where=subject.reference,
+                fix="Give the model that was quantized as --reference, or leave it out",
+            )
+        network = build_network(source.class_name, source.config, load_weights(source), source.given)
+    else:
+        network = build_network(subject.class_name, subject.config, _exported_state(subject), subject.directory)
+    return network
+
+
+def _exported_state(subject: Subject) -> dict:
+    from dqtool.formats.dense import dense_state
+    from dqtool.models.export_layout import weights_file
+
+    artifact = open_artifact(subject.directory, ["export"])
+    manifest, file = artifact.manifest, weights_file(artifact.manifest.pipeline)
+    kind = manifest.parameters["format"]
+    if kind == "dense":
+        return artifact.tensors(file=file)
+    if kind != "dq":
+        raise ArtifactError(
+            f"A directory of format '{kind}' has no weights that the float network could be made of",
+            where=subject.directory,
+            fix="Name the float model as --reference, or bench a directory of format dq",
+        )
+    return dense_state(manifest, artifact.tensors(file=file))

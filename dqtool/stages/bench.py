@@ -1,0 +1,370 @@
+"""`dqtool bench`: how fast, how large in memory and how quick to load, next to what one would use instead.
+
+A report: nothing is written but, with `-o`, its JSON. All contenders run in one process, turn by turn.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dqtool import report
+from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
+from dqtool.core.bits import parse_bits
+from dqtool.errors import ArtifactError, NumericError, UsageError
+from dqtool.stages.common import Common
+from dqtool.stages.running import input_artifact
+
+if TYPE_CHECKING:
+    from dqtool.bench.contenders import Loaded
+    from dqtool.bench.measure import Timing
+    from dqtool.bench.subject import Arguments, Subject
+
+__all__ = ["BenchOptions", "bench", "render"]
+
+BATCHES = (1, 4, 16)
+MIB = 1 << 20
+STEADY = 1.5
+"""p90 may be this many times p10; beyond, the report says that the figures are not to be trusted."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of `dqtool bench`. `artifact` is an exported directory; `arch` a published architecture with random weights
+    instead. `batch` () means 1, 4 and 16, or the architecture's own; `runtime` () means `auto`, "all" every available one."""
+
+    artifact: str | None = None
+    arch: str | None = None
+    bits: str = "4/4"
+    runtime: tuple[str, ...] = ()
+    against: tuple[str, ...] = ("fp32", "bf16")
+    batch: tuple[int, ...] = ()
+    threads: int | None = None
+    seconds: float = 10.0
+    reference: str | None = None
+    memory: bool = True
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be measured.
+
+        Raises:
+            UsageError: an artifact and an architecture, unknown contenders, or numbers that make no sense.
+        """
+        from dqtool.bench.contenders import expand
+
+        parse_bits(self.bits)
+        expand(self.against)
+        if self.arch is not None and self.artifact is not None:
+            raise UsageError("A directory and --arch were given", where="--arch", fix="Give one of them")
+        if self.arch is not None and self.reference is not None:
+            raise UsageError("--arch has random weights and no reference", where="--reference", fix="Leave it out")
+        for option, values in {
+            "--batch": self.batch,
+            "--threads": [] if self.threads is None else [self.threads],
+        }.items():
+            for value in values:
+                if value < 1:
+                    raise UsageError(f"{value} is too small", where=option, fix="Give 1 or more")
+        if not (math.isfinite(self.seconds) and self.seconds >= 0):
+            raise UsageError(f"{self.seconds} is no time", where="--seconds", fix="Give a number of seconds, 0 or more")
+
+
+def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
+    """Measure, and return the report as plain values (`render` makes text of it).
+
+    Raises:
+        UsageError: an unknown runtime or architecture.
+        ArtifactError: the directory is no intact export, or a runtime can't run it.
+        EnvironmentFault: an extra is missing, or the machine lacks what a runtime needs.
+        NumericError: a contender's output is not finite.
+    """
+    from dqtool.bench.contenders import contender_of, expand
+    from dqtool.bench.machine import describe_machine
+    from dqtool.runtimes import RUNTIMES
+
+    if options.output is not None:
+        check_writable(options.output, report=True)
+    names = [*_runtimes(options.runtime), *expand(options.against)]
+    batches = options.batch or _own_batches(options.arch)
+    if common.dry_run:
+        plan = {"contenders": names, "batches": list(batches), "seconds": options.seconds, "arch": options.arch}
+        return {"plan": plan, "directory": options.artifact}
+    artifact = _subject_artifact(options, common)
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="dqtool-bench-") as workspace:
+        subject = _subject(artifact, options, workspace, torch.get_num_threads())
+        _prepare(names, subject)
+        probes = _probes(names, subject, batches[0]) if options.memory else []
+        loaded = {name: contender_of(name).load(subject) for name in names}
+        speed = {batch: _time(loaded, subject, batch, options.seconds) for batch in batches}
+    result = {
+        "command": _command(options),
+        "model": _model(artifact, options),
+        "machine": describe_machine(subject.threads),
+        "seconds": options.seconds,
+        "speed": {str(batch): _rows(loaded, timings) for batch, timings in speed.items()},
+        "load": probes,
+        "load_batch": batches[0],
+        "weights_in_memory": {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
+    }
+    if options.output is not None:
+        commit_report(options.output, result)
+    return result
+
+
+def render(result: Mapping[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    if "plan" in result:
+        plan = result["plan"]
+        what = plan["arch"] or result["directory"] or "the exported directory"
+        return [
+            f"would time {', '.join(plan['contenders'])} on {what}",
+            f"batch {', '.join(map(str, plan['batches']))}, {plan['seconds']:g} s each after warm-up",
+        ]
+    model, machine = result["model"], result["machine"]
+    flags = "unknown" if machine["flags"] is None else ", ".join(machine["flags"]) or "none of those that matter"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"network    {model['class']}, {model['parameters'] / 1e6:.1f} M parameters, {model['bits']}, "
+        f"{model['file_bytes'] / MIB:.1f} MiB on disk ({model['from']})",
+        f"processor  {machine['processor']}, {machine['threads']} of {machine['cores']} cores; {flags}",
+        f"expect     {machine['expect']}",
+        f"versions   {versions}",
+        f"command    {result['command']}",
+    ]
+    for batch, rows in result["speed"].items():
+        lines += ["", f"One step, batch {batch} ({_baseline_text(rows)})", *_speed_table(rows)]
+        if unsteady := [row["contender"] for row in rows if row["p90"] > STEADY * row["p10"]]:
+            lines.append(f"unsteady, something else is running on this machine: {', '.join(unsteady)}")
+    if result["load"]:
+        lines += [
+            "",
+            f"Loading and memory, each in a fresh process, caches warm, batch {result['load_batch']}; memory above the level "
+            "after imports",
+            *_load_table(result["load"]),
+        ]
+    lines += [f"{name}: in memory a weight takes {form}" for name, form in result["weights_in_memory"].items()]
+    return lines
+
+
+def _runtimes(asked: Sequence[str]) -> list[str]:
+    """The runtimes to measure: those named, once each; `all` stands for every one that can run here, and `auto`."""
+    from dqtool.runtimes import RUNTIMES
+
+    names: dict[str, None] = {}
+    for name in asked or ("auto",):
+        if name == "all":
+            names.update(dict.fromkeys([*_available(), "auto"]))
+        elif name == "auto" or name in RUNTIMES:
+            names[name] = None
+        elif name != "none":
+            raise UsageError(
+                f"unknown runtime '{name}'",
+                where="--runtime",
+                fix=f"Choose from {', '.join(RUNTIMES)}, auto, all or none",
+            )
+    return list(names)
+
+
+def _available() -> list[str]:
+    from dqtool.runtimes import pick
+
+    return [runtime.name for runtime, reason in pick() if reason is None and runtime.name != "simulate"]
+
+
+def _own_batches(arch: str | None) -> tuple[int, ...]:
+    """1, 4 and 16 images; for an architecture that is used with guidance, its one pass over both halves."""
+    from dqtool.models.architectures import architecture
+
+    own = architecture(arch).batch if arch is not None else 1
+    return BATCHES if own == 1 else (own,)
+
+
+def _subject_artifact(options: BenchOptions, common: Common) -> Artifact:
+    if options.arch is None:
+        return input_artifact(options.artifact, ["export"], "export")
+    from dqtool.bench.random_export import random_export
+
+    return open_artifact(random_export(options.arch, options.bits, common.force), ["export"])
+
+
+def _subject(artifact: Artifact, options: BenchOptions, workspace: str, threads: int) -> Subject:
+    from dqtool.bench.subject import Subject
+    from dqtool.models.export_layout import weights_file
+
+    manifest = artifact.manifest
+    timesteps = [0.0]
+    if manifest.parameters["format"] == "dq":
+        timesteps = artifact.tensors(file=weights_file(manifest.pipeline))["timesteps"].tolist()
+    return Subject(
+        str(artifact.path),
+        manifest.model["class"],
+        dict(manifest.model["config"]),
+        timesteps,
+        workspace,
+        threads,
+        options.reference,
+    )
+
+
+def _prepare(names: Sequence[str], subject: Subject) -> None:
+    """Write the files that the contenders are loaded from."""
+    from dqtool.bench.contenders import contender_of
+    from dqtool.bench.probe import prepare
+
+    # Contenders that are loaded from the same files have the same `prepare`.
+    chosen = {contender_of(name).prepare: name for name in reversed(names) if contender_of(name).prepare is not None}
+    if not chosen:
+        return
+    with report.progress("bench: prepare", len(chosen), "contender") as progress:
+        for name in chosen.values():
+            prepare(name, subject)
+            progress.advance(note=name)
+
+
+def _probes(names: Sequence[str], subject: Subject, batch: int) -> list[dict[str, Any]]:
+    """Load time and memory of every contender for which they differ."""
+    from dqtool.bench.contenders import contender_of
+    from dqtool.bench.probe import probe
+
+    chosen = [name for name in names if contender_of(name).probed]
+    found = []
+    with report.progress("bench: load time and memory", len(chosen), "contender") as progress:
+        for name in chosen:
+            found.append({"contender": name, **asdict(probe(name, subject, batch))})
+            progress.advance()
+    return found
+
+
+def _time(loaded: Mapping[str, Loaded], subject: Subject, batch: int, seconds: float) -> dict[str, Timing]:
+    """Check that every contender gives finite numbers of the right shape, then time them all."""
+    from dqtool.bench.measure import interleaved
+
+    inputs = subject.inputs(batch)
+    steps = {}
+    with report.progress(f"bench: warm up at batch {batch}", len(loaded), "contender") as progress:
+        shape = None
+        for name, each in loaded.items():
+            adapted = [each.adapt(arguments) for arguments in inputs]
+            output = each.run(adapted[0])
+            shape = tuple(output.shape) if shape is None else shape
+            if not bool(output.isfinite().all()):
+                raise NumericError("A contender's output is not finite", where=f"{name}, batch {batch}")
+            if tuple(output.shape) != shape:
+                raise ArtifactError(
+                    f"{name} gives a result of shape {tuple(output.shape)}, others {shape}",
+                    where="--reference",
+                    fix="Give the model that was quantized, or leave --reference out",
+                )
+            steps[name] = [_call(each, arguments) for arguments in adapted]
+            progress.advance()
+    with report.progress(f"bench: batch {batch}", None, "turn") as progress:
+        return interleaved(steps, seconds, advance=progress.advance)
+
+
+def _call(loaded: Loaded, arguments: Arguments) -> Any:
+    return lambda: loaded.run(arguments)
+
+
+def _rows(loaded: Mapping[str, Loaded], timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
+    """One row a contender, fastest first; `ratio` is how many times faster than the baseline it is."""
+    baseline = _baseline(timings)
+    rows = []
+    for name, timing in sorted(timings.items(), key=lambda item: item[1].median):
+        ratio = None if baseline is None else timings[baseline].median / timing.median
+        row = {"contender": name, "note": loaded[name].note, **asdict(timing), "ratio": ratio}
+        rows.append(row | {"baseline": name == baseline})
+    return rows
+
+
+def _baseline(timings: Mapping[str, Timing]) -> str | None:
+    """The faster of eager float32's two memory formats."""
+    from dqtool.bench.contenders import BASELINES
+
+    present = [name for name in BASELINES if name in timings]
+    return min(present, key=lambda name: timings[name].median, default=None)
+
+
+def _model(artifact: Artifact, options: BenchOptions) -> dict[str, Any]:
+    from dqtool.models.export_layout import component_prefix
+
+    manifest = artifact.manifest
+    prefix = component_prefix(manifest.pipeline)
+    sizes = [entry["bytes"] for name, entry in (manifest.files or {}).items() if name.startswith(prefix)]
+    return {
+        "class": manifest.model["class"],
+        "parameters": manifest.model.get("parameters", 0),
+        "bits": _bits(manifest.layers),
+        "file_bytes": sum(sizes),
+        "arch": options.arch,
+        "from": f"{options.arch}, random weights" if options.arch else artifact.given,
+        "sha256": artifact.sha256,
+    }
+
+
+def _command(options: BenchOptions) -> str:
+    """The command line that measures this again."""
+    words = ["dqtool", "bench", *([options.artifact] if options.artifact else [])]
+    if options.arch is not None:
+        words += ["--arch", options.arch, "--bits", options.bits]
+    words += [word for name in options.runtime for word in ("--runtime", name)]
+    words += ["--against", ",".join(options.against) or "none"]
+    if options.batch:
+        words += ["--batch", ",".join(map(str, options.batch))]
+    if options.threads is not None:
+        words += ["--threads", str(options.threads)]
+    words += ["--seconds", f"{options.seconds:g}"]
+    if options.reference is not None:
+        words += ["--reference", options.reference]
+    return shlex.join(words if options.memory else [*words, "--no-memory"])
+
+
+def _bits(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The bits of most layers, as `W/A`."""
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if layer["kind"] != "attention":
+            bits = "/".join(map(str, layer["bits"]))
+            counts[bits] = counts.get(bits, 0) + 1
+    return max(counts, key=lambda bits: counts[bits], default="no quantized layers")
+
+
+def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    base = next((row["contender"] for row in rows if row["baseline"]), None)
+    return f"ratios to {base}" if base else "no ratios without fp32 in --against"
+
+
+def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = ["contender", "median ms", "p10", "p90", "calls", "times faster"]
+    cells = [
+        [
+            f"{row['contender']} ({row['note']})" if row["note"] else row["contender"],
+            *(f"{row[key] * 1000:.1f}" for key in ("median", "p10", "p90")),
+            row["calls"],
+            None if row["ratio"] is None else f"{row['ratio']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return report.table_lines(columns, cells)
+
+
+def _load_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    base = next((row for row in rows if row["contender"] == "fp32"), None)
+    columns = ["contender", "load s", "with first step s", "peak MiB", "of fp32's", "without mapped files MiB"]
+    cells = []
+    for row in rows:
+        line: list[object] = [row["contender"], f"{row['load']:.2f}", f"{row['ready']:.2f}"]
+        peak, private = row["peak_bytes"], row["private_bytes"]
+        line.append(None if peak is None else f"{peak / MIB:.0f}")
+        line.append(f"{peak / base['peak_bytes']:.2f}x" if peak is not None and base and base["peak_bytes"] else None)
+        line.append(None if private is None else f"{private / MIB:.0f}")
+        cells.append(line)
+    return report.table_lines(columns, cells)
