@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dqtool.errors import NumericError, UsageError
 
-__all__ = ["frechet_distance", "minimum_samples", "statistics"]
+__all__ = ["RunningStatistics", "frechet_distance", "minimum_samples", "statistics"]
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,12 +20,49 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
             f"A Fréchet distance needs features [N, D] of at least two samples, got {tuple(features.shape)}.",
             fix="Raise --samples.",
         )
-    features = features.detach().double()
-    if not torch.isfinite(features).all():
-        raise NumericError("The features of the images hold NaN or Inf.", fix="Look at the images: the model diverged.")
-    mean = features.mean(dim=0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    running = RunningStatistics()
+    running.update(features)
+    return running.finish()
+
+
+class RunningStatistics:
+    """Mean and covariance of features that come in batches: memory for two D x D matrices, whatever the count.
+
+    Batches are merged by their own means (Chan, Golub, LeVeque 1979), so that no digits are lost to a large mean.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._scatter = torch.zeros(0, 0, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Take in `features [N, D]`; `NumericError` if they are not finite."""
+        features = features.detach().double()
+        if not torch.isfinite(features).all():
+            raise NumericError(
+                "The features of the images hold NaN or Inf.", fix="Look at the images: the model diverged."
+            )
+        if len(features) == 0:
+            return
+        mean = features.mean(dim=0)
+        centred = features - mean
+        scatter = centred.T @ centred
+        if self.count == 0:
+            self.count, self._mean, self._scatter = len(features), mean, scatter
+            return
+        total = self.count + len(features)
+        shift = mean - self._mean
+        self._scatter += scatter
+        self._scatter += torch.outer(shift, shift) * (self.count * len(features) / total)
+        self._mean = self._mean + shift * (len(features) / total)
+        self.count = total
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Mean `[D]` and covariance `[D, D]` as `statistics` gives them; `UsageError` below two samples."""
+        if self.count < 2:
+            raise UsageError("A Fréchet distance needs at least two samples.", fix="Raise --samples.")
+        return self._mean, self._scatter / (self.count - 1)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:

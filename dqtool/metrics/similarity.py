@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.errors import UsageError
 
-__all__ = ["PSNR_CAP", "mse", "psnr"]
+__all__ = ["PSNR_CAP", "mse", "psnr", "ssim"]
 
 PSNR_CAP = 100.0
 """dB reported for images that are identical, or so close that float32 noise is all there is: keeps means finite."""
@@ -30,3 +31,39 @@ def psnr(a: Tensor, b: Tensor, data_range: float) -> Tensor:
     `data_range` is the distance between black and white: 2 for images in [-1, 1], 1 for [0, 1], 255 for bytes.
     """
     return (10 * torch.log10(data_range**2 / mse(a, b))).clamp(max=PSNR_CAP)
+
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+
+
+def ssim(a: Tensor, b: Tensor, data_range: float, *, batch_size: int = 64) -> Tensor:
+    """Structural similarity per image, `[N]` float64 in [-1, 1], of `a`, `b [N, C, H, W]` (Wang et al. 2004, Eq. 13).
+
+    Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03, averaged over the positions where the window fits
+    and over channels; for images under 11 pixels the largest odd window that fits. Raises `UsageError` if shapes differ.
+    """
+    if a.shape != b.shape or a.ndim != 4:
+        mse(a, b)
+        raise UsageError(f"SSIM compares images [N, C, H, W], got {tuple(a.shape)}.")
+    side = min(a.shape[2], a.shape[3], SSIM_WINDOW)
+    side -= 1 - side % 2
+    place = torch.arange(side, dtype=torch.float64) - side // 2
+    line = torch.exp(-place.square() / (2 * SSIM_SIGMA**2))
+    line = line / line.sum()
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+
+    def blur(x: Tensor) -> Tensor:  # every channel by itself
+        flat = x.flatten(0, 1)[:, None]
+        return F.conv2d(F.conv2d(flat, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1)).view(*x.shape[:2], -1)
+
+    values = []
+    for x, y in zip(
+        a.detach().double().cpu().split(batch_size), b.detach().double().cpu().split(batch_size), strict=True
+    ):
+        mean_x, mean_y = blur(x), blur(y)
+        var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
+        covariance = blur(x * y) - mean_x * mean_y
+        luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+        structure = (2 * covariance + c2) / (var_x + var_y + c2)
+        values.append((luminance * structure).mean(dim=(1, 2)))
+    return torch.cat(values)

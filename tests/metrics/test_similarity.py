@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dqtool.errors import UsageError
-from dqtool.metrics.similarity import PSNR_CAP, mse, psnr
+from dqtool.metrics.similarity import PSNR_CAP, mse, psnr, ssim
 
 
 def test_values_per_image() -> None:
@@ -19,3 +19,43 @@ def test_values_per_image() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(UsageError, match="references"):
         psnr(torch.zeros(2, 1, 4, 4), torch.zeros(3, 1, 4, 4), 1)
+
+
+def slow_ssim(x: torch.Tensor, y: torch.Tensor, data_range: float) -> float:
+    """The definition on one channel, window by window."""
+    place = torch.arange(11, dtype=torch.float64) - 5
+    line = torch.exp(-(place**2) / (2 * 1.5**2))
+    weight = torch.outer(line, line) / line.sum() ** 2
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    values = []
+    for i in range(x.shape[0] - 10):
+        for j in range(x.shape[1] - 10):
+            a, b = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+            mean_a, mean_b = (weight * a).sum(), (weight * b).sum()
+            var_a, var_b = (weight * (a - mean_a) ** 2).sum(), (weight * (b - mean_b) ** 2).sum()
+            both = (weight * (a - mean_a) * (b - mean_b)).sum()
+            values.append(
+                (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+            )
+    return float(torch.stack(values).mean())
+
+
+def test_ssim_is_the_definition() -> None:
+    a = torch.rand(3, 2, 14, 13, dtype=torch.float64)
+    b = (a + 0.3 * torch.randn(a.shape, dtype=torch.float64)).clamp(0, 1)
+    expected = [sum(slow_ssim(x, y, 1.0) for x, y in zip(m, n, strict=True)) / 2 for m, n in zip(a, b, strict=True)]
+    assert ssim(a, b, 1.0, batch_size=2).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("side", [1, 2, 8, 16])
+def test_ssim_of_equal_and_opposite_images(side: int) -> None:
+    a = torch.rand(2, 1, side, side)
+    assert ssim(a, a, 1.0).tolist() == pytest.approx([1, 1])
+    assert (ssim(a, 1 - a, 1.0) < 1).all()
+
+
+def test_ssim_needs_pairs() -> None:
+    with pytest.raises(UsageError):
+        ssim(torch.rand(2, 1, 8, 8), torch.rand(3, 1, 8, 8), 1.0)
+    with pytest.raises(UsageError):
+        ssim(torch.rand(2, 8), torch.rand(2, 8), 1.0)

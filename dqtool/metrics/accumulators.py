@@ -1,0 +1,126 @@
+"""The metrics at work: each takes in the features of a set of images batch by batch and ends in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dqtool.errors import UsageError
+from dqtool.metrics.aesthetic import load_aesthetic_head
+from dqtool.metrics.clip import clip_score
+from dqtool.metrics.frechet import RunningStatistics, frechet_distance
+from dqtool.metrics.inception_score import RunningInceptionScore
+from dqtool.metrics.manifold import Manifold, precision_recall
+
+if TYPE_CHECKING:
+    from dqtool.metrics.measuring import Meter
+
+__all__ = ["AestheticScore", "ClipScore", "Fid", "InceptionScore", "PrecisionRecall", "SpatialFid"]
+
+Figures = dict[str, float]
+
+
+class Fid:
+    """Fréchet distance of `pool_3` to the reference."""
+
+    figure, output = "fid", "pool_3"
+
+    def __init__(self, meter: Meter) -> None:
+        self._reference = meter.reference.statistics(self.output)
+        self._running = RunningStatistics()
+
+    def update(self, features: Mapping[str, Tensor]) -> None:
+        self._running.update(features[self.output])
+
+    def finish(self) -> Figures:
+        return {self.figure: frechet_distance(*self._running.finish(), *self._reference)}
+
+
+class SpatialFid(Fid):
+    """Fréchet distance of `mixed_6/conv` (Nash et al., arXiv 2103.03841)."""
+
+    figure, output = "sfid", "mixed_6"
+
+
+class InceptionScore:
+    """The Inception score, over parts of 5000."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._running = RunningInceptionScore()
+
+    def update(self, features: Mapping[str, Tensor]) -> None:
+        self._running.update(features["logits"])
+
+    def finish(self) -> Figures:
+        score, deviation = self._running.finish()
+        return {"is": score, "is.std": deviation}
+
+
+class PrecisionRecall:
+    """Precision and recall on `pool_3`. Keeps every feature: 8 KiB an image."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._reference = meter.reference
+        self._reference.check_images()
+        self._features: list[Tensor] = []
+
+    def update(self, features: Mapping[str, Tensor]) -> None:
+        self._features.append(features["pool_3"])
+
+    def finish(self) -> Figures:
+        samples = Manifold.of(torch.cat(self._features))
+        precision, recall = precision_recall(self._reference.manifold, samples)
+        return {"precision": precision, "recall": recall}
+
+
+class _Mean:
+    """A score of each image, averaged."""
+
+    figure: str
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def scores(self, features: Mapping[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def update(self, features: Mapping[str, Tensor]) -> None:
+        scores = self.scores(features)
+        self._sum += float(scores.double().sum())
+        self._count += len(scores)
+
+    def finish(self) -> Figures:
+        return {self.figure: self._sum / self._count}
+
+
+class ClipScore(_Mean):
+    """Mean CLIP score of images and their prompts."""
+
+    figure = "clip"
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+
+    def scores(self, features: Mapping[str, Tensor]) -> Tensor:
+        if "text" not in features:
+            raise UsageError("The CLIP score is for images made from prompts, and these have none", where="--metrics")
+        return clip_score(features["image"], features["text"])
+
+
+class AestheticScore(_Mean):
+    """Mean aesthetic score."""
+
+    figure = "aesthetic"
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        assert meter.files.aesthetic_weights is not None
+        encoder: Any = meter.extractors["clip"]
+        self._head = load_aesthetic_head(meter.files.aesthetic_weights, encoder.encoder.features)
+
+    @torch.no_grad()
+    def scores(self, features: Mapping[str, Tensor]) -> Tensor:
+        return self._head(features["image"])[:, 0]

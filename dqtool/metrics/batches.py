@@ -1,0 +1,202 @@
+"""Images in bulk: folders, and the ADM suite's `.npz` files, read and written in batches.
+
+A sample batch holds `arr_0`, uint8 `[N, H, W, 3]`. Reference statistics hold `mu`, `sigma` (pool_3) and `mu_s`, `sigma_s`
+(mixed_6/conv) beside the images, from which the suite takes precision and recall. Files written here carry one more
+entry, `dqtool`, a JSON text that says what they were made with; the suite does not look at it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dqtool.artifacts.files import fsync_path, os_fault, staging, target_of
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+
+__all__ = ["IMAGES", "IMAGE_SUFFIXES", "ImageFolder", "NpzImages", "npz_arrays", "npz_names", "write_npz"]
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGES = "arr_0"
+_NPZ = "Give a file in the ADM suite's layout (arr_0, or mu, sigma, mu_s, sigma_s), or make one with `dqtool stats`"
+
+
+class ImageFolder:
+    """The images under a directory in the order of their names, as RGB.
+
+    With `size` each is brought to `size` x `size` by `center_crop`. Raises `EnvironmentFault` for a missing directory,
+    `ArtifactError` for one without images.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], size: int | None = None) -> None:
+        self.given = os.fspath(path)
+        self.size = size
+        root = Path(path)
+        if not root.is_dir():
+            raise EnvironmentFault("There is no such directory of images", where=self.given, fix="Check the path")
+        self.paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not self.paths:
+            known = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise ArtifactError("This directory holds no images", where=self.given, fix=f"Known endings are {known}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, batch_size: int) -> Iterator[Tensor]:
+        """Batches uint8 `[n, H, W, 3]`; `UsageError` when sizes differ and none was chosen."""
+        first: tuple[int, int] | None = None
+        for start in range(0, len(self.paths), batch_size):
+            batch = []
+            for path in self.paths[start : start + batch_size]:
+                array = self._open(path)
+                first = first or array.shape[:2]
+                if array.shape[:2] != first:
+                    raise UsageError(
+                        f"The images differ in size: {first[1]}x{first[0]} and {array.shape[1]}x{array.shape[0]}",
+                        where=str(path),
+                        fix="Bring them to one with --image-size N (shorter side to N, then the centre)",
+                    )
+                batch.append(torch.from_numpy(array))
+            yield torch.stack(batch)
+
+    def _open(self, path: Path) -> np.ndarray:
+        from PIL import Image, UnidentifiedImageError
+
+        from dqtool.metrics.resize import center_crop
+
+        try:
+            with Image.open(path) as image:
+                rgb = image.convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ArtifactError("This image can't be read", where=str(path), fix="Repair or remove it") from error
+        return np.array(rgb if self.size is None else center_crop(rgb, self.size), dtype=np.uint8)
+
+
+class NpzImages:
+    """`arr_0` of an npz file, uint8 `[N, H, W, 3]`, read in batches straight from the archive.
+
+    Raises `EnvironmentFault` for a missing file, `ArtifactError` for one that has no such array of images.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.given = os.fspath(path)
+        if IMAGES not in npz_names(path):
+            raise ArtifactError("This file holds no images (arr_0)", where=self.given, fix=_NPZ)
+        with self._open() as stream:
+            self.shape, self.is_fortran, self.dtype = _header(stream)
+        images = len(self.shape) == 4 and self.shape[3] in (1, 3) and self.dtype == np.uint8
+        if not images or self.is_fortran or min(self.shape) < 1:
+            raise ArtifactError(
+                f"arr_0 should be uint8 [N, H, W, 3] in C order, and is {self.dtype} {list(self.shape)}",
+                where=self.given,
+                fix=_NPZ,
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, batch_size: int) -> Iterator[Tensor]:
+        """Batches uint8 `[n, H, W, C]`."""
+        one = int(np.prod(self.shape[1:]))
+        with self._open() as stream:
+            _header(stream)
+            for start in range(0, len(self), batch_size):
+                count = min(batch_size, len(self) - start)
+                data = stream.read(count * one)
+                if len(data) != count * one:
+                    raise ArtifactError("This file ends in the middle of arr_0", where=self.given)
+                yield torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, *self.shape[1:])
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        with _faults(self.given), zipfile.ZipFile(self.given) as archive, archive.open(f"{IMAGES}.npy") as stream:
+            yield stream
+
+
+def npz_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the arrays in an npz file. Raises `EnvironmentFault` or `ArtifactError`."""
+    with _faults(os.fspath(path)), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def npz_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those arrays, whole; never unpickles. Raises `EnvironmentFault` or `ArtifactError`."""
+    found = npz_names(path)
+    for name in names:
+        if name not in found:
+            raise ArtifactError(
+                f"This file has no {name}, only {', '.join(found) or 'nothing'}", where=os.fspath(path), fix=_NPZ
+            )
+    with _faults(os.fspath(path)), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in names}
+
+
+def write_npz(
+    path: str | os.PathLike[str],
+    images: tuple[int, Iterable[Tensor]] | None,
+    arrays: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+) -> None:
+    """Write an npz file in the suite's layout, whole or not at all.
+
+    `images` is (N, batches uint8 `[n, H, W, C]`), streamed into `arr_0`; one grey channel becomes three equal ones.
+    `about` is kept as JSON. Raises `EnvironmentFault` when it can't be written.
+    """
+    target = target_of(path)
+    try:
+        with staging(target) as area:
+            new = area / "new.npz"
+            with zipfile.ZipFile(new, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                if images is not None:
+                    _write_images(archive, *images)
+                for name, array in {**arrays, "dqtool": np.array(json.dumps(about, sort_keys=True))}.items():
+                    with archive.open(_entry(name), "w", force_zip64=True) as stream:
+                        np.lib.format.write_array(stream, np.asarray(array, order="C"), allow_pickle=False)
+            fsync_path(new)
+            os.replace(new, target)
+            fsync_path(target.parent)
+    except OSError as error:
+        raise os_fault(error, path) from error
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """An archive member without the time of day, so that equal content is an equal file."""
+    return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+
+
+def _write_images(archive: zipfile.ZipFile, count: int, batches: Iterable[Tensor]) -> None:
+    written = 0
+    with archive.open(_entry(IMAGES), "w", force_zip64=True) as stream:
+        for batch in batches:
+            rgb = batch.expand(*batch.shape[:3], 3).contiguous()
+            if written == 0:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *rgb.shape[1:])}
+                np.lib.format.write_array_header_1_0(stream, header)
+            stream.write(rgb.numpy().tobytes())
+            written += len(rgb)
+    assert written == count, (written, count)
+
+
+def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
+
+
+@contextlib.contextmanager
+def _faults(given: str) -> Iterator[None]:
+    """What can go wrong while an npz file is read, said as it is to the user."""
+    try:
+        yield
+    except OSError as error:
+        raise os_fault(error, given) from error
+    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, NotImplementedError) as error:
+        raise ArtifactError("This is no npz file, or it is damaged", where=given, fix=_NPZ) from error

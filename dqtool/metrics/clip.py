@@ -1,0 +1,129 @@
+"""The CLIP score: how well images match their prompts (Hessel et al., arXiv 2104.08718), and the embeddings it is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dqtool.errors import ArtifactError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+__all__ = ["ClipEncoder", "clip_score"]
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+_DIRECTORY = "Give a CLIPModel directory as transformers writes it, with its tokenizer (such as clip-vit-large-patch14)"
+
+
+class ClipEncoder:
+    """Normalised embeddings, of length `features`, of images and texts from a CLIPModel directory.
+
+    Raises:
+        EnvironmentFault: no such directory, or `transformers` is not installed.
+        ArtifactError: it holds no CLIP model.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.given = os.fspath(path)
+        root = Path(path)
+        if not root.is_dir():
+            raise EnvironmentFault("There is no such directory", where=self.given, fix=_DIRECTORY)
+        self.model = _load_model(root)
+        self._tokenizer: Any = None
+        config: Any = self.model.config
+        self.features: int = config.projection_dim
+        self._size: int = config.vision_config.image_size
+        self._context: int = config.text_config.max_position_embeddings
+        self._mean, self._std = MEAN, STD
+        preprocessor = root / "preprocessor_config.json"
+        if preprocessor.is_file():
+            try:
+                settings = json.loads(preprocessor.read_text(encoding="utf-8"))
+                self._mean = tuple(settings.get("image_mean", MEAN))
+                self._std = tuple(settings.get("image_std", STD))
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                raise ArtifactError("This file can't be read", where=str(preprocessor), fix=_DIRECTORY) from error
+
+    @torch.inference_mode()
+    def images(self, images: Tensor) -> Tensor:
+        """Unit embeddings `[N, D]` of `images` uint8 `[N, H, W, 3]`: bicubic to the model's side, its centre, normalised."""
+        from PIL import Image
+        from PIL.Image import Resampling
+
+        side, prepared = self._size, []
+        for image in images:
+            picture = Image.fromarray(image.numpy())
+            scale = side / min(picture.size)
+            # transformers and OpenAI's CLIP truncate the longer side.
+            width, height = (max(side, int(length * scale)) for length in picture.size)
+            picture = picture.resize((width, height), Resampling.BICUBIC)
+            left, top = (width - side) // 2, (height - side) // 2
+            prepared.append(torch.from_numpy(_array(picture.crop((left, top, left + side, top + side)))))
+        pixels = torch.stack(prepared).permute(0, 3, 1, 2).float() / 255  # [N, 3, side, side]
+        pixels = (pixels - torch.tensor(self._mean).view(1, 3, 1, 1)) / torch.tensor(self._std).view(1, 3, 1, 1)
+        vision = self.model.vision_model(pixel_values=pixels)
+        return F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings `[N, D]` of texts, cut to the model's context."""
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(self.given)
+        tokens = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
+        )
+        text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return F.normalize(self.model.text_projection(text.pooler_output), dim=-1)
+
+
+def clip_score(images: Tensor, texts: Tensor) -> Tensor:
+    """100 times the cosine of each image with its text, `[N]` float64, of embeddings `[N, D]`."""
+    return 100 * F.cosine_similarity(images.double(), texts.double(), dim=-1)
+
+
+def _load_model(root: Path) -> CLIPModel:
+    try:
+        from transformers import CLIPModel
+    except ImportError as error:
+        raise EnvironmentFault(
+            "CLIP figures need transformers, which is not installed", fix='Run: pip install "dqtool[text]"'
+        ) from error
+    try:
+        kind = json.loads((root / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArtifactError("This directory has no config.json of a model", where=str(root), fix=_DIRECTORY) from error
+    if kind != "clip":
+        raise ArtifactError(f"This is a model of type {kind}, not clip", where=str(root), fix=_DIRECTORY)
+    try:
+        loaded: Any = CLIPModel.from_pretrained(root, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # whatever transformers and safetensors raise of a damaged file
+        raise ArtifactError(f"The CLIP model can't be loaded: {error}", where=str(root), fix=_DIRECTORY) from error
+    model, problems = loaded
+    if problems["missing_keys"]:
+        missing = sorted(problems["missing_keys"])[0]
+        raise ArtifactError(f"The CLIP model lacks weights, {missing} among them", where=str(root), fix=_DIRECTORY)
+    return model.float().eval().requires_grad_(False)
+
+
+def _load_tokenizer(given: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(given, local_files_only=True)
+    except Exception as error:  # see _load_model
+        raise ArtifactError(f"The CLIP tokenizer can't be loaded: {error}", where=given, fix=_DIRECTORY) from error
+
+
+def _array(picture: Any) -> Any:
+    import numpy as np
+
+    return np.array(picture, dtype=np.uint8)

@@ -1,0 +1,158 @@
+"""The files in which the weights of FID's Inception network are passed around, all read into the same state dict.
+
+pytorch-fid and torch-fidelity: `pt_inception-2015-12-05-6726825d.pth`. NVIDIA's StyleGAN metrics: the TorchScript
+archive `inception-2015-12-05.pt`. The ADM suite and the first FID code: TensorFlow's `classify_image_graph_def.pb`.
+Any of these sets of names in a safetensors file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dqtool.artifacts.files import os_fault
+from dqtool.errors import ArtifactError, NumericError
+from dqtool.metrics.graphdef import graph_constants
+from dqtool.metrics.inception import CLASSES, POOL, InceptionV3, tensorflow_scopes
+
+__all__ = ["load_inception", "weights_digest"]
+
+_KNOWN = (
+    "Give pt_inception-2015-12-05-6726825d.pth (pytorch-fid, torch-fidelity), NVIDIA's inception-2015-12-05.pt, or "
+    "classify_image_graph_def.pb (the ADM suite)"
+)
+_LEAVES = {
+    "conv2d_params": "conv.weight",
+    "weight": "conv.weight",
+    "gamma": "bn.weight",
+    "beta": "bn.bias",
+    "mean": "bn.running_mean",
+    "moving_mean": "bn.running_mean",
+    "var": "bn.running_var",
+    "moving_variance": "bn.running_var",
+}
+_HEAD = {
+    "softmax_weights": "fc.weight",
+    "softmax_biases": "fc.bias",
+    "output_weight": "fc.weight",
+    "output_bias": "fc.bias",
+}
+
+
+def load_inception(path: str | os.PathLike[str]) -> InceptionV3:
+    """The network with the weights of a file, in evaluation mode.
+
+    Raises:
+        EnvironmentFault: the file can't be read.
+        ArtifactError: it holds something else, such as torchvision's ImageNet network.
+        NumericError: a weight is NaN or infinite.
+    """
+    given = os.fspath(path)
+    state = _canonical(_read(Path(path)))
+    model = InceptionV3()
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if "num_batches" not in name}
+    head = state.get("fc.weight")
+    if head is not None and head.shape == (1000, POOL):
+        raise ArtifactError(
+            f"This is torchvision's Inception of 1000 classes, not FID's of {CLASSES}", where=given, fix=_KNOWN
+        )
+    for name, shape in expected.items():
+        if name not in state or state[name].shape != shape:
+            found = f"is {tuple(state[name].shape)}" if name in state else "is missing"
+            raise ArtifactError(
+                "These are not the weights of FID's Inception network",
+                where=f"{given}: {name} should be {tuple(shape)} and {found}",
+                fix=_KNOWN,
+            )
+        if not torch.isfinite(state[name]).all():
+            raise NumericError("A weight of the Inception network is NaN or infinite", where=f"{given}: {name}")
+    model.load_state_dict({name: state[name].float() for name in expected}, strict=False)
+    return model.eval().requires_grad_(False)
+
+
+def weights_digest(model: InceptionV3) -> str:
+    """SHA-256 of the weights themselves, the same whatever kind of file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "num_batches" not in name and name != "fc.bias":  # the bias is not used
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a file of any kind."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(16)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                is_script = any("/code/" in name for name in archive.namelist())
+            # TorchScript is a language of its own: loading it runs no Python of the file's.
+            content = torch.jit.load(path, map_location="cpu").state_dict() if is_script else _pickled(path)
+        elif start[8:9] == b"{":
+            from safetensors.torch import load
+
+            content = load(path.read_bytes())
+        elif start[:1] == b"\x80":
+            content = _pickled(path)
+        else:
+            arrays = graph_constants(path.read_bytes())
+            content = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    except OSError as error:
+        raise os_fault(error, path) from error
+    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ArtifactError("The Inception weights can't be read", where=str(path), fix=_KNOWN) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise ArtifactError("The Inception weights can't be read", where=str(path), fix=_KNOWN) from error
+        raise
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ArtifactError("This file holds no named tensors", where=str(path), fix=_KNOWN)
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names and in the layouts of `InceptionV3`; what is not known is left out."""
+    scopes = _flat_scopes()
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        plain = name.removeprefix("module.").removeprefix("inception.")
+        flat = name.removeprefix("layers.").replace("/", "_").replace(".", "_").replace("_batchnorm_", "_")
+        leaf = next((leaf for leaf in sorted(_LEAVES, key=len, reverse=True) if flat.endswith(f"_{leaf}")), "")
+        scope = flat.removesuffix(f"_{leaf}") if leaf else ""
+        if flat in _HEAD:
+            state[_HEAD[flat]] = tensor.T if flat == "softmax_weights" else tensor
+        elif scope in scopes:
+            is_hwio = leaf == "conv2d_params"
+            state[f"{scopes[scope]}.{_LEAVES[leaf]}"] = tensor.permute(3, 2, 0, 1) if is_hwio else tensor
+        else:
+            state[plain] = tensor
+    for module in scopes.values():  # NVIDIA's leaves out what is one everywhere
+        bias = state.get(f"{module}.bn.bias")
+        if bias is not None:
+            state.setdefault(f"{module}.bn.weight", torch.ones_like(bias))
+    return state
+
+
+@cache
+def _flat_scopes() -> dict[str, str]:
+    """`mixed_9_tower_mixed_conv`, which `/` and `.` both become, to the module."""
+    return {scope.replace("/", "_"): module for scope, module in tensorflow_scopes()}

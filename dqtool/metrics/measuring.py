@@ -1,0 +1,77 @@
+"""Measuring a set of images by the metrics of the registry: one pass, each network run once over every image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from dqtool import report
+from dqtool.metrics.reference import Reference
+from dqtool.metrics.registry import EXTRACTORS, METRICS, Accumulator, Extractor, Files, check_needs
+
+__all__ = ["Batch", "Meter"]
+
+Batch = tuple[Tensor, "list[str] | None"]
+"""Images uint8 `[n, H, W, C]` and their prompts, or None."""
+
+
+class Meter:
+    """Metrics made ready to measure any number of sets of images: networks loaded, reference read once.
+
+    Raises `EnvironmentFault` for a metric whose file was not given, and what reading the files raises.
+    """
+
+    def __init__(self, names: Sequence[str], files: Files) -> None:
+        check_needs(names, files)
+        self.names = tuple(names)
+        self.files = files
+        kinds = dict.fromkeys(METRICS[name].extractor for name in self.names)
+        self.extractors: dict[str, Extractor] = {
+            kind: EXTRACTORS[kind].open(getattr(files, EXTRACTORS[kind].needs)) for kind in kinds
+        }
+        for name in self.names:  # a file that will not do is found out now, not after hours of sampling
+            METRICS[name].start(self)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The reference statistics."""
+        assert self.files.ref_stats is not None
+        inception: Any = self.extractors["inception"]
+        return Reference(self.files.ref_stats, inception, inception.weights_sha256)
+
+    def measure(
+        self, batches: Iterable[Batch], total: int | None = None, what: str = "eval: metrics"
+    ) -> dict[str, Any]:
+        """The figures of a set of images, and `extractors`: for each figure the network and file that it rests on.
+
+        Warns of figures that are biased at this number of images.
+        """
+        running: dict[str, Accumulator] = {name: METRICS[name].start(self) for name in self.names}
+        count = 0
+        with report.progress(what, total, "image") as progress:
+            for images, texts in batches:
+                rgb = images.expand(*images.shape[:3], 3)
+                for kind, extractor in self.extractors.items():
+                    features = extractor(rgb, texts)
+                    for name, accumulator in running.items():
+                        if METRICS[name].extractor == kind:
+                            accumulator.update(features)
+                count += len(images)
+                progress.advance(len(images))
+        figures: dict[str, Any] = {}
+        for name, accumulator in running.items():
+            figures |= accumulator.finish()
+            least = METRICS[name].minimum_samples
+            if count < least:
+                report.warn(
+                    f"{name} of {count} images is biased; compare it at equal numbers only, or use {least} or more"
+                )
+        figures["extractors"] = {
+            figure: self.extractors[METRICS[name].extractor].describe()
+            for name in self.names
+            for figure in METRICS[name].figures
+        }
+        return figures

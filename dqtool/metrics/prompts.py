@@ -1,0 +1,85 @@
+"""Prompts from the files they come in: one a line, DrawBench's and PartiPrompts' tables, COCO's captions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from dqtool.artifacts.files import os_fault
+from dqtool.errors import ArtifactError
+
+__all__ = ["COLUMNS", "read_prompts"]
+
+COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
+"""Heads of the column that holds the prompts, in any case."""
+
+
+def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: int = 0) -> list[str]:
+    """The prompts of a file in its order, at most `count`.
+
+    `.csv` and `.tsv`: the column headed as in `COLUMNS` (DrawBench: "Prompts"), else the only column. `.json`: a list of
+    texts, or COCO's annotations, of which every image gives its first caption, `count` images drawn by `seed`.
+    Anything else: one prompt a line, empty lines left out.
+
+    Raises:
+        EnvironmentFault: the file can't be read.
+        ArtifactError: it holds no prompts, or is not text.
+    """
+    given = os.fspath(path)
+    suffix = Path(path).suffix.lower()
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise os_fault(error, path) from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError("This file of prompts is not UTF-8 text", where=given) from error
+    if suffix in (".csv", ".tsv"):
+        prompts = _table(text, given, "\t" if suffix == ".tsv" else ",")
+    elif suffix == ".json":
+        prompts = _json(text, given, count, seed)
+    else:
+        prompts = text.splitlines()
+    prompts = [stripped for prompt in prompts if (stripped := prompt.strip())]
+    if not prompts:
+        raise ArtifactError("This file holds no prompts", where=given, fix="Write one prompt a line")
+    return prompts[:count]
+
+
+def _table(text: str, given: str, delimiter: str) -> list[str]:
+    rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=delimiter) if any(row)]
+    if not rows:
+        return []
+    heads = [head.strip().lower() for head in rows[0]]
+    column = next((heads.index(name) for name in COLUMNS if name in heads), None)
+    if column is not None:
+        return [row[column] for row in rows[1:] if len(row) > column]
+    if len(heads) == 1:
+        return [row[0] for row in rows]
+    raise ArtifactError(
+        f"No column of this table is headed {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}",
+        where=f"{given}:1",
+        fix="Head the column of prompts so, or write one prompt a line into a .txt file",
+    )
+
+
+def _json(text: str, given: str, count: int | None, seed: int) -> list[str]:
+    try:
+        content: Any = json.loads(text)
+        if isinstance(content, list) and all(isinstance(item, str) for item in content):
+            return content
+        first: dict[int, str] = {}
+        for annotation in sorted(content["annotations"], key=lambda item: item["id"]):
+            first.setdefault(int(annotation["image_id"]), " ".join(str(annotation["caption"]).split()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            "This JSON is neither a list of prompts nor COCO's captions (annotations with id, image_id, caption)",
+            where=given,
+        ) from error
+    images = sorted(first)
+    if count is not None and count < len(images):
+        images = sorted(random.Random(seed).sample(images, count))
+    return [first[image] for image in images]

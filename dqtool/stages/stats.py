@@ -1,0 +1,110 @@
+"""`dqtool stats`: reference statistics of a set of images, in the ADM suite's layout, for `dqtool eval --ref-stats`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dqtool import report
+from dqtool.artifacts import check_writable, lock, sha256_file
+from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
+from dqtool.stages.common import Common, Execution
+from dqtool.stages.running import set_up_torch
+
+if TYPE_CHECKING:
+    from dqtool.metrics.batches import ImageFolder, NpzImages
+
+__all__ = ["StatsOptions", "stats"]
+
+
+@dataclass(frozen=True)
+class StatsOptions:
+    """Options of `dqtool stats`; `directory` may also be an npz file of images."""
+
+    directory: str
+    output: str = "stats.npz"
+    inception_weights: str | None = None
+    image_size: int | None = None
+    keep_images: int = 10_000
+
+
+def stats(options: StatsOptions, common: Common) -> str:
+    """Read every image, write the statistics; returns the file's path as given.
+
+    Raises:
+        EnvironmentFault: no `inception_weights`, or a path that does not exist.
+        ArtifactError: no images, a damaged one, or weights of another network.
+        UsageError: images of several sizes and no `image_size`.
+    """
+    if options.inception_weights is None:
+        raise EnvironmentFault(
+            "Statistics need the weights of FID's Inception network, and dqtool downloads nothing",
+            where="--inception-weights",
+            fix="Give --inception-weights FILE",
+        )
+    source = image_source(options)
+    check_writable(options.output, manifest=False, inputs=[options.directory, options.inception_weights])
+    parameters = {"image_size": options.image_size, "keep_images": options.keep_images}
+    inputs: list[dict[str, Any]] = [
+        {"name": options.directory, "sha256": images_digest(options.directory, source), "stage": None},
+        {"name": options.inception_weights, "sha256": sha256_file(options.inception_weights), "stage": None},
+    ]
+    about = {**parameters, "images_sha256": inputs[0]["sha256"], "weights_file_sha256": inputs[1]["sha256"]}
+    cached = not common.force and is_current(options.output, about)
+    common.log.append(Execution("stats", options.output, parameters, inputs, cached))
+    if common.dry_run:
+        return options.output
+    if cached:
+        report.say(f"stats: cached {options.output}")
+        return options.output
+    with lock(options.output):
+        set_up_torch(common.device)
+        from dqtool.metrics.extractors import InceptionExtractor
+        from dqtool.metrics.reference import save_statistics
+
+        extractor = InceptionExtractor(options.inception_weights)
+        about |= {"inception_sha256": extractor.weights_sha256}
+        save_statistics(source, options.output, extractor, options.keep_images, about)
+    report.say(f"stats: wrote {options.output} from {len(source)} images")
+    return options.output
+
+
+def image_source(options: StatsOptions) -> ImageFolder | NpzImages:
+    """The images of a directory or of an npz file; `UsageError` for a size with the latter."""
+    from dqtool.metrics.batches import ImageFolder, NpzImages
+
+    if os.path.isfile(options.directory):
+        if options.image_size is not None:
+            raise UsageError(
+                "The images of an npz file are taken as they are",
+                where="--image-size",
+                fix="Leave it out, or give a directory",
+            )
+        return NpzImages(options.directory)
+    return ImageFolder(options.directory, options.image_size)
+
+
+def images_digest(given: str, source: ImageFolder | NpzImages) -> str:
+    """SHA-256 of a file, or of the names and digests of a folder's images."""
+    if os.path.isfile(given):
+        return sha256_file(given)
+    digest = hashlib.sha256()
+    for path in source.paths:  # type: ignore[union-attr]
+        digest.update(f"{os.path.relpath(path, given)}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def is_current(output: str, about: dict[str, Any]) -> bool:
+    """Whether the file that stands there was made from the same images with the same options."""
+    from dqtool.metrics.batches import npz_arrays
+
+    if not os.path.isfile(output):
+        return False
+    try:
+        note = json.loads(str(npz_arrays(output, ["dqtool"])["dqtool"]))
+    except (DqtoolError, ValueError):
+        return False
+    return isinstance(note, dict) and all(note.get(key) == value for key, value in about.items())

@@ -1,0 +1,49 @@
+"""What the ADM suite computes, written down a second time from its formulas: numpy and scipy, nothing of dqtool."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from scipy import linalg
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """By the square root of the product itself, its imaginary round-off dropped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # singular, as of fewer samples than features: the suite goes on too
+        root = np.real(linalg.sqrtm(sigma1 @ sigma2))
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root))
+
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
+    scores = []
+    for start in range(0, len(probabilities), split_size):
+        part = probabilities[start : start + split_size]
+        divergence = part * (np.log(part) - np.log(part.mean(axis=0, keepdims=True)))
+        scores.append(np.exp(divergence.sum(axis=1).mean()))
+    return float(np.mean(scores))
+
+
+def pairwise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Squared distances in the type of the features."""
+    norm_u = np.square(u).astype(np.float32).sum(1).astype(u.dtype)[:, None]
+    norm_v = np.square(v).astype(np.float32).sum(1).astype(u.dtype)[None]
+    products = (u.astype(np.float32) @ v.T.astype(np.float32)).astype(u.dtype)
+    return np.maximum(norm_u - u.dtype.type(2) * products + norm_v, u.dtype.type(0)).astype(np.float32)
+
+
+def precision_recall(reference: np.ndarray, samples: np.ndarray, dtype: type, k: int = 3) -> tuple[float, float]:
+    """Radii are the (k + 1)-th smallest squared distance within a set; a point is in where any ball covers it."""
+    reference, samples = reference.astype(dtype), samples.astype(dtype)
+    radii_reference = np.partition(pairwise(reference, reference), k, axis=1)[:, k]
+    radii_samples = np.partition(pairwise(samples, samples), k, axis=1)[:, k]
+    between = pairwise(reference, samples)
+    return (
+        float((between <= radii_reference[:, None]).any(axis=0).mean()),
+        float((between <= radii_samples[None]).any(axis=1).mean()),
+    )

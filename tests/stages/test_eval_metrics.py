@@ -1,0 +1,113 @@
+"""`dqtool eval` with the metrics that need files: figures and what they rest on in the report, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Run
+from helpers import load_json, refused
+
+from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.metrics import Files
+from dqtool.metrics.registry import path_digest
+from dqtool.stages.image_metrics import choose
+
+
+@pytest.fixture
+def references(chain: Path) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(chain / "ref.npz", noise)
+    return chain
+
+
+def test_figures_name_their_files_and_samples_are_kept(run: Run, references: Path, inception_weights: Path) -> None:
+    command = ["eval", "exported", "--reference", "tiny", "--samples", "5", "--metrics", "is,pr,similarity"]
+    command += ["--inception-weights", str(inception_weights), "--ref-stats", "ref.npz", "--save-samples", "s.npz"]
+    result = run(*command, "--json", "-o", "out.json", cwd=references)
+    assert result.returncode == 0, result.stderr
+    figures = load_json(result.stdout)["metrics"]
+    assert 1 <= figures["is"] <= 5
+    assert 0 <= figures["precision"] <= 1
+    assert {"is", "precision", "recall"} <= set(figures["reference"])
+    assert figures["extractors"]["precision"]["sha256"] == path_digest(inception_weights)
+    assert figures["files"]["ref_stats"] == {"file": "ref.npz", "sha256": path_digest(references / "ref.npz")}
+    assert -1 <= figures["ssim"]["mean"] <= 1
+    assert "is of 5 images is biased" in result.stderr
+    assert "precision" in result.stderr
+    with np.load(references / "s.npz") as archive:
+        assert archive["arr_0"].shape == (5, 8, 8, 3)
+        assert json.loads(str(archive["dqtool"]))["images"] == 5
+    assert "cached" in run(*command, "-o", "out.json", cwd=references).stderr
+    noise = np.random.default_rng(1).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(references / "ref.npz", noise)
+    plan = run(*command, "--dry-run", "--json", "-o", "out.json", cwd=references)
+    assert not load_json(plan.stdout)["cached"], "other reference statistics are another evaluation"
+
+
+def test_what_is_refused(run: Run, references: Path, inception_weights: Path) -> None:
+    command = ["eval", "exported", "--samples", "2"]
+    weights = ["--inception-weights", str(inception_weights)]
+    assert "--inception-weights" in refused(run, references, 4, *command, "--metrics", "fid")
+    assert "--ref-stats" in refused(run, references, 4, *command, *weights, "--metrics", "fid")
+    assert "--inception-weights" in refused(run, references, 4, *command, "--ref-stats", "ref.npz")
+    assert "no such file" in refused(run, references, 4, *command, *weights, "--ref-stats", "missing.npz")
+    assert "takes none" in refused(run, references, 2, *command, "--clip", "tiny")
+    assert "takes none" in refused(run, references, 2, *command, "--clip", "tiny", "--metrics", "clip")
+    assert "--clip" in refused(run, references, 4, *command, "--aesthetic-weights", "tiny.pth")
+    assert "fid, sfid, is, pr" in refused(run, references, 2, *command, "--metrics", "lpips")
+    assert "overwrite its own input" in refused(
+        run, references, 2, *command, *weights, "--ref-stats", "ref.npz", "--save-samples", "ref.npz"
+    )
+    (references / "bad.pth").write_text("no weights")
+    assert "bad.pth" in refused(run, references, 3, *command, "--metrics", "is", "--inception-weights", "bad.pth")
+
+
+def test_left_out_metrics_are_those_the_files_allow(tmp_path: Path) -> None:
+    whole, only, plain = (str(tmp_path / f"{name}.npz") for name in ("whole", "only", "plain"))
+    np.savez(whole, arr_0=np.zeros(1), mu=np.zeros(1), mu_s=np.zeros(1))
+    np.savez(only, mu=np.zeros(1), sigma=np.zeros(1))
+    np.savez(plain, np.zeros(1))
+    for path, expected in (
+        (whole, ("fid", "sfid", "is", "pr")),
+        (plain, ("fid", "sfid", "is", "pr")),
+        (only, ("fid", "is")),
+    ):
+        assert choose(None, Files(inception_weights="w", ref_stats=path), prompts=False) == expected
+    assert choose(None, Files(clip="c"), prompts=True) == ("clip",)
+    assert choose(None, Files(clip="c", aesthetic_weights="a"), prompts=False) == ("aesthetic",)
+    assert choose(("digits", "is"), Files(inception_weights="w"), prompts=False) == ("is",)
+    assert choose(None, Files(), prompts=True) == ()
+    with pytest.raises(UsageError):
+        choose(("clip",), Files(clip="c"), prompts=False)
+    with pytest.raises(EnvironmentFault, match="--clip"):
+        choose(("clip",), Files(), prompts=True)
+
+
+def test_prompts_reach_the_clip_score(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    import torch
+    from tiny_text import D, tiny_clip, tiny_stable_diffusion
+
+    from dqtool.metrics.batches import NpzImages
+    from dqtool.metrics.clip import ClipEncoder, clip_score
+
+    tiny_stable_diffusion(tmp_path / "sd")
+    tiny_clip(tmp_path / "clip")
+    torch.save({"weight": torch.randn(1, D), "bias": torch.zeros(1)}, tmp_path / "head.pth")
+    prompts = ["a cat", "dogs", "z"]
+    (tmp_path / "drawbench.csv").write_text("Prompts,Category\n" + "".join(f"{prompt},x\n" for prompt in prompts))
+    assert run("dilate", "sd", cwd=tmp_path).returncode == 0
+    command = ["eval", "dilated.safetensors", "--samples", "4", "--steps", "2", "--prompts", "drawbench.csv"]
+    command += ["--clip", "clip", "--aesthetic-weights", "head.pth", "--metrics", "clip,aesthetic"]
+    result = run(*command, "--save-samples", "s.npz", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    figures = load_json(result.stdout)["metrics"]
+    encoder = ClipEncoder(tmp_path / "clip")
+    images = torch.cat(list(NpzImages(tmp_path / "s.npz").read(4)))
+    expected = clip_score(encoder.images(images), encoder.texts([*prompts, prompts[0]])).mean()
+    assert figures["clip"] == pytest.approx(float(expected), rel=1e-4)
+    assert figures["extractors"]["aesthetic"]["name"] == "clip"
+    assert set(figures["files"]) == {"clip", "aesthetic_weights"}
