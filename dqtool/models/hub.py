@@ -7,6 +7,7 @@ into it. Preparing is putting packed layers in place; the tensors load by name. 
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -83,9 +84,16 @@ def register(auto: ModuleType) -> None:
             return loaded_keys
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+            from dqtool.models.amendments import amend
+            from dqtool.models.families import FAMILIES
             from dqtool.models.packed import plans_from
+            from dqtool.models.repeats import tie_repeats
             from dqtool.nn.surgery import insert_packed
 
+            amend(model, model.config)  # type: ignore[arg-type]
+            family = FAMILIES.get(type(model).__name__)
+            if family is not None and self.loaded:
+                tie_repeats(model, self.loaded, family.repeats(model.config))  # type: ignore[arg-type]
             insert_packed(model, plans_from(self.quantization_config.layers), self.quantization_config.timesteps)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
             self.expected = set(model.state_dict())
@@ -138,5 +146,20 @@ def register(auto: ModuleType) -> None:
         def is_trainable(self) -> bool:
             return False
 
+    _offer_pipeline()
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = DqtoolQuantizer  # type: ignore[attr-defined]
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DqtoolConfig  # type: ignore[attr-defined]
+
+
+def _offer_pipeline() -> None:
+    """Let `DiffusionPipeline.from_pretrained` find `LatentClassPipeline`: it looks a pipeline's class up among diffusers'
+    own. As a property, because the class can't be made while diffusers is still being imported."""
+
+    def pipeline(_module: ModuleType) -> type:
+        from dqtool.models.latent_class import LatentClassPipeline
+
+        return LatentClassPipeline
+
+    diffusers = sys.modules["diffusers"]
+    base = type(diffusers)
+    diffusers.__class__ = type(base.__name__, (base,), {"LatentClassPipeline": property(pipeline)})

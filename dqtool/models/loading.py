@@ -11,41 +11,57 @@ from torch import Tensor, nn
 from dqtool.artifacts import check_finite, read_header
 from dqtool.errors import ArtifactError
 from dqtool.models.families import Family, family_of
+from dqtool.models.repeats import drop_repeats, tie_repeats
 from dqtool.models.sources import ModelSource
 
-__all__ = ["build_network", "load_weights", "network_of"]
+__all__ = ["build_network", "load_weights", "materialise", "network_of"]
 
 
 def load_weights(source: ModelSource) -> dict[str, Tensor]:
-    """All tensors of the network, float ones as float32.
+    """All tensors of the network, float ones as float32, LoRAs added; views of the mapped file where nothing changed.
 
     Raises:
         ArtifactError: a file is truncated, foreign, or lies about its contents.
         NumericError: NaN or infinity among the weights.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     state: dict[str, Tensor] = {}
-    for path in source.weights:
-        read_header(path)
-        try:
-            state.update(load_file(path))
-        except (SafetensorError, OSError) as e:
-            raise ArtifactError(f"These weights can't be read: {e}", where=str(path)) from e
+    if source.layout is not None:
+        from dqtool.models.original import convert
+
+        state = convert(source.weights[0], source.layout, source.config)
+    else:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        for path in source.weights:
+            read_header(path)
+            try:
+                state.update(load_file(path))
+            except (SafetensorError, OSError) as e:
+                raise ArtifactError(f"These weights can't be read: {e}", where=str(path)) from e
     check_finite(state, source.given)
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    if source.loras:
+        from dqtool.models.lora import fuse_loras
+
+        state = fuse_loras(state, source)
+    return state
 
 
-def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> nn.Module:
+def build_network(
+    class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str, *, share: bool = False
+) -> nn.Module:
     """The float network with exactly these weights, in eval mode.
+
+    With `share` its parameters are the tensors of `state` themselves, which nobody may then write into; else copies.
 
     Raises:
         ArtifactError: names or shapes don't fit the config, or no family serves the class.
     """
     family = family_of(class_name, where)
+    state = drop_repeats(state, family.repeats(config))
     with torch.device("meta"):
-        network = family.build(config)
+        network = tie_repeats(family.build(config), state, family.repeats(config))
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     for name in expected:
         if name not in state:
@@ -67,8 +83,8 @@ def build_network(class_name: str, config: Mapping[str, Any], state: Mapping[str
             where=where,
             fix="Check that config and weights belong together",
         )
-    network.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
-    _materialise(network, family, config)
+    network.load_state_dict({k: v if share else v.clone() for k, v in state.items()}, assign=True)
+    materialise(network, family, config)
     return network.eval().requires_grad_(False)
 
 
@@ -77,12 +93,18 @@ def network_of(manifest_model: Mapping[str, Any]) -> tuple[Family, dict[str, Any
     return family_of(manifest_model["class"], "manifest, key model.class"), dict(manifest_model["config"])
 
 
-def _materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
-    """Buffers outside the state dict (position tables) were made on meta: take them from a real build."""
+def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
+    """Buffers outside the state dict (position tables) were made on meta: take them from a build of their own."""
     ghosts = [name for name, b in network.named_buffers() if b.is_meta]
     if not ghosts:
         return
-    real = dict(family.build(config).named_buffers())
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        real = dict(family.build(config).named_buffers())
     for name in ghosts:
         parent, _, leaf = name.rpartition(".")
         network.get_submodule(parent).register_buffer(leaf, real[name], persistent=False)

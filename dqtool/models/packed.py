@@ -12,6 +12,8 @@ from dqtool.artifacts import Manifest
 from dqtool.core.bits import LayerBits
 from dqtool.errors import ArtifactError
 from dqtool.models.families import family_of
+from dqtool.models.loading import materialise
+from dqtool.models.repeats import tie_repeats
 from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
 from dqtool.nn.trace import LayerInfo
 
@@ -62,11 +64,12 @@ def packed_network(
     """
     family = family_of(class_name, "manifest, key model.class")
     with torch.device("meta"):
-        network = family.build(config)
+        network = tie_repeats(family.build(config), state, family.repeats(config))
     insert_packed(network, plans, len(state["timesteps"]))
     try:
         network.load_state_dict(dict(state), assign=True)
     except RuntimeError as e:
         raise ArtifactError(f"The packed tensors don't fit the manifest: {e}") from e
+    materialise(network, family, config)
     refresh_steps(network)
     return network.eval().requires_grad_(False)

@@ -28,8 +28,12 @@ SAMPLERS = {
     "ddpm": "DDPMScheduler",
     "plms": "PNDMScheduler",
     "dpmsolver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
 }
 """Names on the command line, and the diffusers scheduler each stands for."""
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+"""What `euler` stands for where the network was trained by flow matching; the others know no such schedule."""
 
 BARE_COMPONENT = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 """The schedule of a network that comes without a pipeline: DDIM over 1000 linear betas."""
@@ -46,7 +50,7 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
     the pipeline's noise schedule.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name, or a sampler that can't be used with the pipeline's noise schedule.
         ArtifactError: the pipeline's own scheduler is of a class that diffusers lacks.
     """
     import diffusers
@@ -56,6 +60,14 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
     if name is not None and name not in SAMPLERS:
         raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
     class_name = own if name is None else SAMPLERS[name]
+    if name is not None and _is_flow(config):
+        if name != "euler":
+            raise UsageError(
+                f"This model was trained by flow matching; {name} follows another noise schedule",
+                where="--sampler",
+                fix="Leave it out, or choose euler",
+            )
+        class_name = own if own.startswith("FlowMatch") else FLOW
     if class_name != own:
         config = {k: v for k, v in config.items() if k not in ("_class_name", "_use_default_values")}
         if name == "plms":
@@ -71,20 +83,23 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
 
 @dataclass
 class Sampler:
-    """A family's reverse process with a fixed scheduler, number of steps and eta."""
+    """A family's reverse process with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
+
+    `tokens` counts the image tokens of a sample, for flow schedules that are shifted by it.
+    """
 
     family: Family
     scheduler: Any
     steps: int
     eta: float = 0.0
+    guidance: float = 1.0
+    tokens: int = 0
 
     def timesteps(self) -> Tensor:
         """The table `[T]` of distinct timesteps the network will be given, in sampling order. PLMS asks for its second
         timestep twice, so `T` may be less than the number of calls."""
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.steps)
-        seen: dict[float, None] = dict.fromkeys(scheduler.timesteps.double().tolist())
-        return torch.tensor(list(seen), dtype=torch.float32)
+        seen: dict[float, None] = dict.fromkeys(self._fresh().timesteps.double().tolist())
+        return self._given(torch.tensor(list(seen), dtype=torch.float32))
 
     @torch.no_grad()
     def run(
@@ -94,22 +109,37 @@ class Sampler:
         conditions: Mapping[str, Tensor],
         seeds: list[int] | None = None,
         observer: Observer | None = None,
+        null: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape.
+
+        With guidance above 1, `null` is the condition of none, `[1, ...]` each, and every call of the network is for
+        `2 N` inputs: without condition, then with it.
 
         `seeds` gives each sample its own noise source, for stochastic samplers: a sample does not depend on the batch
         it is in. `observer` sees every call of the network.
         """
-        scheduler = copy.deepcopy(self.scheduler)  # multistep samplers keep a history
-        scheduler.set_timesteps(self.steps)
+        scheduler = self._fresh()
+        guided = self.guidance > 1 and null is not None
+        if guided and null is not None:
+            conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}
         generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         extra = _step_arguments(scheduler, self.eta, generators)
-        x = noise * scheduler.init_noise_sigma
+        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow schedules start from the noise as it is
+        scale = getattr(scheduler, "scale_model_input", lambda x, _t: x)
         for timestep in scheduler.timesteps:
-            x_in = scheduler.scale_model_input(x, timestep)
-            prediction = self.family.predict(model, x_in, timestep, conditions)
+            x_in = scale(x, timestep)
+            if guided:
+                x_in = torch.cat([x_in, x_in])
+            given = self._given(timestep)
+            prediction = self.family.predict(model, x_in, given, conditions)
             if observer is not None:
-                observer(x_in, timestep, prediction)
+                observer(x_in, given, prediction)
+            if guided:
+                without, with_it = prediction.chunk(2)
+                prediction = without + self.guidance * (with_it - without)
+            if prediction.shape[1] == 2 * x.shape[1] and not _learns_variance(scheduler):
+                prediction = prediction[:, : x.shape[1]]
             x = scheduler.step(prediction, timestep, x, **extra).prev_sample
         return x
 
@@ -123,13 +153,34 @@ class Sampler:
         conditions: Callable[[int, int], Mapping[str, Tensor]] | None = None,
         observer: Observer | None = None,
         use: int = IMAGES,
+        null: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Samples `[n, *shape]`, batch by batch, `samples` in all; image i depends on `seed`, i and `use` alone."""
         for start in range(0, samples, batch_size):
             stop = min(start + batch_size, samples)
             noise = initial_noise(shape, range(start, stop), seed, use)
             given = {} if conditions is None else conditions(start, stop)
-            yield self.run(model, noise, given, image_seeds(range(start, stop), seed, use), observer)
+            yield self.run(model, noise, given, image_seeds(range(start, stop), seed, use), observer, null)
+
+    def _fresh(self) -> Any:
+        """A scheduler at its start: multistep ones keep a history."""
+        scheduler = copy.deepcopy(self.scheduler)
+        if not type(scheduler).__name__.startswith("FlowMatch"):
+            scheduler.set_timesteps(self.steps)
+            return scheduler
+        config = scheduler.config
+        given: dict[str, Any] = {}
+        if config.get("use_dynamic_shifting"):
+            given["mu"] = _shift(config, self.tokens)
+        if self.family.timestep_divisor != 1 and not config.get("use_flow_sigmas"):  # as Flux' pipeline does
+            given["sigmas"] = [1 - i * (1 - 1 / self.steps) / max(1, self.steps - 1) for i in range(self.steps)]
+        scheduler.set_timesteps(self.steps, **given)
+        return scheduler
+
+    def _given(self, timestep: Tensor) -> Tensor:
+        """The scheduler's timestep as the network is given it."""
+        divisor = self.family.timestep_divisor
+        return timestep if divisor == 1 else timestep / divisor
 
 
 def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: int = IMAGES) -> Tensor:
@@ -145,6 +196,23 @@ def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: int = 
 def image_seeds(indices: range, seed: int, use: int = IMAGES) -> list[int]:
     """One seed an image, for a stochastic sampler's own noise; its successor is that of the starting noise."""
     return [(seed * 1_000_003 + use + index) % (1 << 62) * 2 for index in indices]
+
+
+def _is_flow(config: Mapping[str, Any]) -> bool:
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(flow) or str(config.get("_class_name")).startswith("FlowMatch")
+
+
+def _learns_variance(scheduler: Any) -> bool:
+    """Whether the scheduler itself takes the second half of a prediction's channels."""
+    return str(scheduler.config.get("variance_type")).startswith("learned")
+
+
+def _shift(config: Mapping[str, Any], tokens: int) -> float:
+    """`mu` of a dynamically shifted flow schedule, linear in the number of image tokens, as Flux and SD3.5 have it."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return least + (tokens - low) * (most - least) / (high - low)
 
 
 def _step_arguments(scheduler: Any, eta: float, generators: list[torch.Generator] | None) -> dict[str, Any]:

@@ -5,29 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dqtool.artifacts import read_header, sha256_file
-from dqtool.artifacts.files import os_fault
+from dqtool.artifacts import read_header
+from dqtool.artifacts.files import content_digest, os_fault
 from dqtool.artifacts.manifest import canonical_json
-from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.models.companion_files import companion_digest
+from dqtool.models.hub_cache import hub_snapshot, is_hub_id
+from dqtool.models.lora_files import LoraFile, lora_file
+from dqtool.models.original import is_pickle, recognise
+from dqtool.models.original.shell import has_first_stage, pipeline_shell
 
-__all__ = ["ZOO", "ModelSource", "finite_config", "resolve_model"]
+__all__ = ["NETWORKS", "ZOO", "ModelSource", "finite_config", "resolve_model", "resolve_recorded"]
 
 ZOO = Path(__file__).parent.parent / "zoo" / "weights"
 """Where the embedded models are packaged, each as a diffusers pipeline directory with float16 weights."""
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.safetensors")
 NETWORKS = ("unet", "transformer", "prior")
-"""Names under which pipelines hold the network that is quantized."""
+"""Names under which pipelines hold their denoiser, which is quantized unless another component is named."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as it lies on disk: the network's weights and config and, if it is a pipeline, where the rest is."""
+    """A model as it lies on disk: the network's weights and config and, if it is a pipeline, where the rest is.
+
+    `layout` names the format of an original checkpoint (`dqtool.models.original`), whose noise schedule is
+    `own_scheduler`. `loras` are added to the weights when these are loaded.
+    """
 
     given: str
     weights: tuple[Path, ...]
@@ -35,6 +45,10 @@ class ModelSource:
     config_path: Path
     pipeline: Path | None
     component: str
+    layout: str | None = None
+    own_scheduler: dict[str, Any] | None = None
+    loras: tuple[LoraFile, ...] = ()
+    entries: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
 
     @property
     def class_name(self) -> str:
@@ -43,9 +57,9 @@ class ModelSource:
 
     @property
     def scheduler(self) -> dict[str, Any] | None:
-        """The pipeline's scheduler config; None for a bare component."""
+        """The pipeline's scheduler config, or an original checkpoint's; None for a bare component."""
         if self.pipeline is None:
-            return None
+            return self.own_scheduler
         return finite_config(_read_json(self.pipeline / "scheduler" / "scheduler_config.json"))
 
     @property
@@ -53,11 +67,30 @@ class ModelSource:
         """The pipeline's `model_index.json`; None for a bare component."""
         return None if self.pipeline is None else _read_json(self.pipeline / "model_index.json")
 
+    def pipeline_record(self) -> dict[str, Any] | None:
+        """What a manifest says of the pipeline around the network; of an original checkpoint only the noise schedule."""
+        if self.pipeline is not None:
+            return {"model_index": self.model_index, "component": self.component, "scheduler": self.scheduler}
+        return None if self.own_scheduler is None else {"scheduler": self.own_scheduler}
+
     def sha256(self) -> str:
-        """Hex digest over weights and config: what a fingerprint takes the model for."""
-        parts = [sha256_file(path) for path in self.weights]
+        """Hex digest over weights, config and LoRAs: what a fingerprint takes the model for."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        parts = [content_digest(path) for path in self.weights]
         parts.append(hashlib.sha256(canonical_json([self.config, self.scheduler]).encode()).hexdigest())
+        parts += [f"{lora.sha256()}:{lora.weight!r}" for lora in self.loras]
+        if self.pipeline is not None:
+            parts.append(companion_digest(self.pipeline, self.model_index or {}, self.component))
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def tensor_entries(self) -> dict[str, dict[str, Any]]:
+        """Name -> {dtype, shape} of the network's tensors under the files' own names, without loading any."""
+        if self.entries is not None:
+            return self.entries
+        return {name: entry for path in self.weights for name, entry in read_header(path).items()}
 
 
 def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,51 +103,121 @@ def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def resolve_model(given: str, config: str | None = None) -> ModelSource:
+def resolve_model(
+    given: str, config: str | None = None, component: str | None = None, loras: Sequence[str] = ()
+) -> ModelSource:
     """The model a user named: a `.safetensors` file with `config.json` beside it (or `config`), a component directory,
-    a pipeline directory, or `zoo:NAME`.
+    a pipeline directory, an original checkpoint, a Hub id `org/name[@revision]`, or `zoo:NAME`.
+
+    `component` names the network of a pipeline that is meant, where that is not its denoiser; `loras` are
+    `FILE[:WEIGHT]`.
 
     Raises:
         EnvironmentFault: there is nothing at that path.
         ArtifactError: there is something else: no config, no weights, no safetensors file.
+        UsageError: a component that the model does not have, or a LoRA's weight that is no number.
     """
+    files = tuple(lora_file(text) for text in loras)
     if given.startswith("zoo:"):
-        name = given.removeprefix("zoo:")
-        names = sorted(path.parent.name for path in ZOO.glob("*/model_index.json"))
-        if name not in names:
-            known = ", ".join(f"zoo:{each}" for each in names) or "none"
-            raise EnvironmentFault("There is no such embedded model", where=given, fix=f"dqtool has {known}")
-        path = ZOO / name
-    else:
-        path = Path(given)
-    if not path.exists():
+        source = _directory(given, _embedded(given), config, component)
+    elif not Path(given).exists() and is_hub_id(given):
+        source = hub_snapshot(given, component, lambda path: _directory(given, path, config, component))
+    elif not Path(given).exists():
         raise EnvironmentFault(
             "There is no such file or directory",
             where=given,
             fix="Give a .safetensors file, a diffusers directory, or an embedded model (`dqtool zoo list`)",
         )
-    if path.is_file():
-        return _file(given, path, config)
-    if (path / "model_index.json").is_file():
-        return _pipeline(given, path)
-    return _component(given, path, None, "unet", config)
+    elif Path(given).is_file():
+        if component is not None:
+            raise UsageError(
+                "A single file holds one network; components are those of a pipeline directory", where="--components"
+            )
+        source = _file(given, Path(given), config)
+    else:
+        source = _directory(given, Path(given), config, component)
+    return replace(source, loras=files)
+
+
+def resolve_recorded(model: Mapping[str, Any], given: str | None = None) -> ModelSource:
+    """The model that a manifest's `model` was made from, or `given` in its place, read in the same way.
+
+    Raises what `resolve_model` raises.
+    """
+    return resolve_model(
+        given or model["source"],
+        model.get("source_config"),
+        model.get("source_component"),
+        model.get("source_loras", ()),
+    )
+
+
+def _embedded(given: str) -> Path:
+    name = given.removeprefix("zoo:")
+    names = sorted(path.parent.name for path in ZOO.glob("*/model_index.json"))
+    if name not in names:
+        known = ", ".join(f"zoo:{each}" for each in names) or "none"
+        raise EnvironmentFault("There is no such embedded model", where=given, fix=f"dqtool has {known}")
+    return ZOO / name
 
 
 def _file(given: str, path: Path, config: str | None) -> ModelSource:
-    read_header(path)  # refuses what is no safetensors file
+    if not is_pickle(path):
+        read_header(path)  # refuses what is no safetensors file
+    found = recognise(path)
+    if found is not None:
+        layout, entries = found
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        yaml = _read_yaml(Path(config)) if config and config.endswith((".yaml", ".yml")) else None
+        description, own = layout.describe(shapes, yaml, given), layout.network(shapes)
+        network = _network_config(Path(config), given) if config and yaml is None else description.config
+        scheduler = finite_config(description.scheduler)
+        whole = has_first_stage(entries, network["_class_name"])
+        return ModelSource(
+            given=given,
+            weights=(path,),
+            config=network,
+            config_path=Path(config) if config else path,
+            pipeline=pipeline_shell(path, network["_class_name"], scheduler) if whole else None,
+            component="unet",
+            layout=layout.name,
+            own_scheduler=scheduler,
+            entries={name: entries[name] for name in entries if name in own},
+        )
+    if is_pickle(path):
+        raise ArtifactError(
+            "This is no original checkpoint of a kind that dqtool knows",
+            where=given,
+            fix="Give the diffusers directory of the model, or its weights as .safetensors with config.json beside them",
+        )
     config_path = Path(config) if config else path.parent / "config.json"
     return ModelSource(given, (path,), _network_config(config_path, given), config_path, None, "unet")
 
 
-def _pipeline(given: str, path: Path) -> ModelSource:
+def _directory(given: str, path: Path, config: str | None, component: str | None) -> ModelSource:
+    if (path / "model_index.json").is_file():
+        return _pipeline(given, path, component)
+    if component is not None:
+        raise UsageError("This directory is one network, not a pipeline of components", where="--components")
+    return _component(given, path, None, "unet", config)
+
+
+def _pipeline(given: str, path: Path, component: str | None) -> ModelSource:
     index = _read_json(path / "model_index.json")
+    there = [name for name, entry in index.items() if isinstance(entry, list) and (path / name).is_dir()]
+    if component is not None:
+        if component not in there:
+            raise UsageError(
+                f"The pipeline has no component '{component}'", where="--components", fix=f"It has {', '.join(there)}"
+            )
+        return _component(given, path / component, path, component, None)
     for name in NETWORKS:
-        if name in index and (path / name).is_dir():
+        if name in there:
             return _component(given, path / name, path, name, None)
     raise ArtifactError(
         "This pipeline holds no network that dqtool quantizes",
         where=f"{given}, model_index.json",
-        fix=f"One of {', '.join(NETWORKS)} must be among its components",
+        fix=f"One of {', '.join(NETWORKS)} must be among its components; name another one with --components",
     )
 
 
@@ -171,4 +274,18 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise os_fault(e, path) from e
     if not isinstance(value, dict):
         raise ArtifactError("This is no JSON object", where=str(path))
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as e:
+        raise ArtifactError("This config is no valid YAML", where=str(path)) from e
+    except OSError as e:
+        raise os_fault(e, path) from e
+    if not isinstance(value, dict):
+        raise ArtifactError("This config is no YAML mapping", where=str(path))
     return value

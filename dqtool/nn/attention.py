@@ -1,7 +1,8 @@
 """Attention with quantized operands: `q·kᵀ` and `softmax·v` multiply codes, each with a scale per step and head.
 
-The tables live on diffusers' own `Attention` module (`X.q_scale` `[T, H]`, `X.q_zero_point`, ... `X.probs_scale`), so a
-quantized network keeps its class and its names; the processor here reads them.
+The tables live on diffusers' own attention modules (`X.q_scale` `[T, H]`, `X.q_zero_point`, ... `X.probs_scale`), so a
+quantized network keeps its class and its names; the processor here reads them. It knows the layouts that
+`attention_layout` names; the ones with two streams are in `joint_attention.py`.
 """
 
 from __future__ import annotations
@@ -13,23 +14,50 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, lowest_code
 from dqtool.core.bits import FLOAT_BITS
-from dqtool.nn.layers import QuantLayer
+from dqtool.nn.joint_attention import flux_attention, joint_attention
+from dqtool.nn.layers import multiply_shared
 from dqtool.nn.quantizers import StepIndex, quantize_operand
 
-__all__ = ["OPERANDS", "QuantAttnProcessor", "attach_operands", "operand_bits", "operand_state", "operands_shapes"]
+__all__ = [
+    "OPERANDS",
+    "QuantAttnProcessor",
+    "attach_operands",
+    "attention_layout",
+    "operand_bits",
+    "operand_state",
+    "operands_shapes",
+]
 
 OPERANDS = ("q", "k", "v", "probs")
 """Names of the four operands of the two products, in the order they are made."""
 
+_LAYOUTS = {
+    "AttnProcessor": "single",
+    "AttnProcessor2_0": "single",
+    "JointAttnProcessor2_0": "joint",
+    "FluxAttnProcessor": "flux",
+}
+"""diffusers' processor class, and what it computes: one stream (self or cross), SD3's two streams, Flux' rotary ones."""
+
+
+def attention_layout(module: nn.Module) -> str | None:
+    """Which computation a diffusers attention module does, by its processor; None for one that is not known here (its
+    products stay float)."""
+    processor = getattr(module, "processor", None)
+    if isinstance(processor, QuantAttnProcessor):
+        return processor.layout
+    return _LAYOUTS.get(type(processor).__name__)
+
 
 class QuantAttnProcessor:
-    """Computes what diffusers' `AttnProcessor2_0` does, with both products on quantized operands.
+    """Computes what the diffusers processor in its place did, with both products on quantized operands.
 
-    `bits` are those of q, k and v, `probs_bits` those of the softmax output (unsigned, zero point 0).
+    `bits` are those of q, k and v, `probs_bits` those of the softmax output (unsigned, zero point 0). `layout` is that of
+    the module it serves (`attention_layout`).
     """
 
-    def __init__(self, bits: int, probs_bits: int, steps: StepIndex) -> None:
-        self.bits, self.probs_bits, self.steps = bits, probs_bits, steps
+    def __init__(self, bits: int, probs_bits: int, steps: StepIndex, layout: str = "single") -> None:
+        self.bits, self.probs_bits, self.steps, self.layout = bits, probs_bits, steps, layout
 
     def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
         """Fake-quantize operand `name`, `[N, H, S, D]`, with the module's tables; float operands pass through."""
@@ -43,17 +71,37 @@ class QuantAttnProcessor:
         low = lowest_code(bits, symmetric=name != "probs")
         return quantize_operand(x, scale, zero_point, self.steps.rows, bits, low)
 
+    def scores(self, attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
+        """`q·kᵀ`, `[N, H, S, S']`, of `[N, H, S, D]` operands. Engines override this product and the next."""
+        return self.quantize(attn, "q", query) @ self.quantize(attn, "k", key).transpose(-1, -2)
+
+    def weigh(self, attn: nn.Module, probs: Tensor, value: Tensor) -> Tensor:
+        """`softmax·v`, `[N, H, S, D]`."""
+        return self.quantize(attn, "probs", probs) @ self.quantize(attn, "v", value)
+
+    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Both products and the softmax between them: `[N, H, S, D]` operands to `[N, S, H * D]`."""
+        scale = getattr(attn, "scale", None)
+        scores = self.scores(attn, query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if mask is not None:
+            scores = scores + mask
+        return self.weigh(attn, scores.softmax(-1), value).transpose(1, 2).flatten(2)
+
     def __call__(
         self,
-        attn: Any,  # diffusers' Attention
+        attn: Any,  # diffusers' Attention or FluxAttention
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        temb: Any = None,  # FluxAttention passes its rotary embedding in this place
         *_: object,
         **__: object,
-    ) -> Tensor:
-        """`hidden_states` is `[N, C, H, W]` or `[N, S, C]`; returns the same shape."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`hidden_states` is `[N, C, H, W]` or `[N, S, C]`; returns the same shape, and with two streams both."""
+        if self.layout == "joint":
+            return joint_attention(attn, hidden_states, encoder_hidden_states, self.attend)
+        if self.layout == "flux":
+            return flux_attention(attn, hidden_states, encoder_hidden_states, attention_mask, temb, self.attend)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -62,8 +110,8 @@ class QuantAttnProcessor:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [N, S, C]
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-            attention_mask = attention_mask.view(len(context), attn.heads, -1, attention_mask.shape[-1])
+            attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
+            attention_mask = attention_mask.view(context.shape[0], attn.heads, -1, attention_mask.shape[-1])
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         if encoder_hidden_states is None:
@@ -79,11 +127,7 @@ class QuantAttnProcessor:
         )  # [N,H,S,D]
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
-        scores = self.quantize(attn, "q", query) @ self.quantize(attn, "k", key).transpose(-1, -2) * attn.scale
-        if attention_mask is not None:
-            scores = scores + attention_mask
-        probs = self.quantize(attn, "probs", scores.softmax(-1))
-        hidden_states = (probs @ self.quantize(attn, "v", value)).transpose(1, 2).flatten(2)
+        hidden_states = self.attend(attn, query, key, value, attention_mask)
 
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if image_shape is not None:
@@ -91,17 +135,6 @@ class QuantAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return (hidden_states / attn.rescale_output_factor).to(residual.dtype)
-
-
-def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Products of several layers with one input; where they share its quantizer, `x` is quantized once."""
-    first = layers[0]
-    if isinstance(first, QuantLayer) and all(
-        isinstance(other, QuantLayer) and other.input_scale is first.input_scale for other in layers
-    ):
-        quantized = first.quantize_input(x.float())
-        return [layer.multiply(quantized).to(x.dtype) for layer in layers if isinstance(layer, QuantLayer)]
-    return [layer(x) for layer in layers]
 
 
 def operand_bits(name: str, bits: int, probs_bits: int) -> int:
@@ -127,8 +160,9 @@ def operands_shapes(bits: int, probs_bits: int, timesteps: int, heads: int) -> d
 
 
 def attach_operands(attn: nn.Module, bits: int, probs_bits: int, steps: StepIndex) -> None:
-    """Give a diffusers `Attention` the quantizing processor; its tables are set afterwards."""
-    attn.set_processor(QuantAttnProcessor(bits, probs_bits, steps))  # type: ignore[operator]
+    """Give a diffusers attention module the quantizing processor; its tables are set afterwards."""
+    layout = attention_layout(attn) or "single"
+    attn.set_processor(QuantAttnProcessor(bits, probs_bits, steps, layout))  # type: ignore[operator]
 
 
 def operand_state(attn: nn.Module) -> dict[str, Tensor]:

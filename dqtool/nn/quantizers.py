@@ -6,7 +6,11 @@ explicit list `timesteps` stored with the artifact. Nothing counts calls.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +39,9 @@ class StepIndex:
         entry, warns once, and is remembered in `missed`."""
         asked = torch.as_tensor(timestep).detach().double().reshape(-1).cpu()
         distance, rows = (asked[:, None] - self.timesteps).abs().min(1)
-        for value in asked[distance > self._tolerance].tolist():
+        # A pipeline in bfloat16 rounds its timesteps; as long as the nearest entry is clear, that is the one meant.
+        rounding = (asked.abs() * 2**-8).clamp(max=self._tolerance * 250)
+        for value in asked[distance > rounding.clamp(min=self._tolerance)].tolist():
             if value not in self.missed:
                 if not self.missed:
                     warnings.warn(
@@ -57,7 +63,15 @@ def step_hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
     The index is looked up on the module, not captured, so that a deep copy of the network keeps its own.
     """
-    module.__dict__["_dqtool_steps"].set(kwargs["timestep"] if "timestep" in kwargs else args[1])
+    timestep = kwargs["timestep"] if "timestep" in kwargs else args[_position(type(module).forward)]
+    module.__dict__["_dqtool_steps"].set(timestep)
+
+
+@functools.cache
+def _position(forward: Callable[..., Any]) -> int:
+    """Where `timestep` stands among the arguments of a network's forward: second, but behind the texts in some."""
+    names = list(inspect.signature(forward).parameters)
+    return names.index("timestep") - 1 if "timestep" in names else 1
 
 
 def gather_rows(table: Tensor, rows: Tensor, batch: int) -> Tensor:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["BlockInfo", "LayerInfo", "Trace", "is_attention", "is_quantizable", "trace"]
+from dqtool.nn.attention import attention_layout
+
+__all__ = ["BlockInfo", "LayerInfo", "Trace", "is_attention", "is_quantizable", "kept_float", "trace"]
 
 
 @dataclass
@@ -69,8 +71,23 @@ def is_quantizable(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this is diffusers' `Attention` (told by its interface, so that diffusers need not be imported)."""
-    return all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads", "set_processor"))
+    """Whether this is a diffusers attention module whose products dqtool quantizes (told by its interface, so that
+    diffusers need not be imported)."""
+    named = all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "heads", "set_processor"))
+    return named and attention_layout(module) is not None
+
+
+def kept_float(model: nn.Module, layers: Collection[LayerInfo]) -> dict[str, str]:
+    """What of `model` is not among the traced `layers`, and why: Conv2d and Linear that no forward pass runs, and
+    attention products that nobody here knows how to compute."""
+    seen = {info.name for info in layers}
+    found = {}
+    for name, module in model.named_modules():
+        if is_quantizable(module) and name not in seen:
+            found[name] = "never runs in a forward pass"
+        elif all(hasattr(module, part) for part in ("to_q", "to_k", "to_v", "processor")) and not is_attention(module):
+            found[name] = f"the two products of {type(module.processor).__name__} are not known"  # type: ignore[union-attr]
+    return found
 
 
 def trace(
@@ -82,9 +99,8 @@ def trace(
     input end, `block_classes` the class names that are trained as one block. Every quantizable leaf outside of them is
     a block of its own.
     """
-    ghost = copy.deepcopy(model).to("meta").requires_grad_(True)
-    ghost.eval()
-    arguments = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    ghost = _ghost_of(model)
+    arguments = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, dict(inputs))
     arguments[sample] = arguments[sample].detach().requires_grad_(True)
     block_names = find_blocks(ghost, block_classes)
     layers: list[LayerInfo] = []
@@ -94,14 +110,14 @@ def trace(
     layer_outputs: dict[Any, str] = {}
     block_outputs: dict[Any, str] = {}
     attention: dict[str, tuple[int, int]] = {}
-    handles = []
+    made: dict[tuple[str, type], Any] = {}
 
     def enter(name: str, record: dict[str, list[Any]]) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             record[name] = [t.grad_fn or t for t in tensors if t.requires_grad]
             if is_attention(module):
-                attention[name] = _sequence_lengths(args, kwargs)
+                attention[name] = _sequence_lengths(module, args, kwargs)
 
         return hook
 
@@ -110,25 +126,26 @@ def trace(
             for t in tree_leaves(output):
                 if isinstance(t, Tensor) and t.grad_fn is not None:
                     outputs[t.grad_fn] = name
-            order.append(make(module, output))
+            info = make(module, output)
+            again = made.setdefault((name, type(info)), info)
+            if again is info:
+                order.append(info)
+            elif isinstance(info, LayerInfo):  # called more than once: what runs counts
+                again.macs += info.macs
 
         return hook
 
     for name, module in ghost.named_modules():
         if is_quantizable(module):
-            handles.append(module.register_forward_pre_hook(enter(name, layer_inputs), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name, layer_outputs, layers, partial(_layer_info, name))))
+            module.register_forward_pre_hook(enter(name, layer_inputs), with_kwargs=True)
+            module.register_forward_hook(leave(name, layer_outputs, layers, partial(_layer_info, name)))
         elif is_attention(module) and name not in block_names:
-            handles.append(module.register_forward_pre_hook(enter(name, {}), with_kwargs=True))
+            module.register_forward_pre_hook(enter(name, {}), with_kwargs=True)
         if is_attention(module):
-            handles.append(
-                module.register_forward_hook(
-                    lambda m, _a, _o, n=name: layers.append(_attention_info(n, m, *attention[n]))
-                )
-            )
+            module.register_forward_hook(lambda m, _a, _o, n=name: layers.append(_attention_info(n, m, *attention[n])))
         if name in block_names:
-            handles.append(module.register_forward_pre_hook(enter(name, block_inputs), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name, block_outputs, blocks, partial(_block_info, name))))
+            module.register_forward_pre_hook(enter(name, block_inputs), with_kwargs=True)
+            module.register_forward_hook(leave(name, block_outputs, blocks, partial(_block_info, name)))
     with torch.enable_grad():
         output = ghost(**arguments)
     results = list(tree_leaves(output if isinstance(output, tuple | Tensor) else tuple(output.values())))
@@ -146,8 +163,12 @@ def trace(
 
 
 def find_blocks(model: nn.Module, block_classes: Collection[str]) -> set[str]:
-    """Names of the outermost modules of `block_classes`, and of the quantizable leaves outside of them."""
-    names: set[str] = set()
+    """Names of the outermost modules of `block_classes`, and of the quantizable leaves outside of them. A leaf that
+    several places share (a repeated embedder) belongs to none of them and is a block of its own."""
+    homes: dict[nn.Module, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        homes[module] = homes.get(module, 0) + 1
+    names = {name for name, module in model.named_modules() if is_quantizable(module) and homes[module] > 1}
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix + ".") for prefix in inside):
@@ -203,15 +224,29 @@ def _attention_info(name: str, module: nn.Module, queries: int, keys: int) -> La
     return LayerInfo(name, "attention", (queries, keys, inner), 2 * queries * keys * inner, heads=heads)
 
 
-def _sequence_lengths(args: tuple, kwargs: dict) -> tuple[int, int]:
+def _ghost_of(model: nn.Module) -> nn.Module:
+    """A copy on the `meta` device that asks for gradients; the weights themselves are never copied."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo).eval()
+
+
+def _sequence_lengths(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
     hidden = args[0] if args else kwargs["hidden_states"]
     context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     queries = hidden.shape[2:].numel() if hidden.dim() == 4 else hidden.shape[1]
+    if attention_layout(module) != "single":  # text and image attend to both
+        total = queries + (0 if context is None else context.shape[1])
+        return total, total
     return queries, queries if context is None else context.shape[1]
 
 
 def _mark_shared(model: nn.Module, layers: list[LayerInfo]) -> None:
-    """q, k, v of self-attention (k, v of cross-attention) read one tensor and share one quantized input."""
+    """q, k, v of self-attention (k, v of cross-attention) read one tensor and share one quantized input; so do those of
+    a second stream."""
     by_name = {info.name: info for info in layers}
     for name, module in model.named_modules():
         if not is_attention(module):
@@ -225,6 +260,9 @@ def _mark_shared(model: nn.Module, layers: list[LayerInfo]) -> None:
             k.shares = v.shares = q.name
         else:
             v.shares = k.name
+        added = [by_name.get(f"{name}.add_{which}_proj") for which in "qkv"]
+        if all(added):
+            added[1].shares = added[2].shares = added[0].name  # type: ignore[union-attr]
 
 
 def _is_cross(module: nn.Module) -> bool:

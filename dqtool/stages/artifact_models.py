@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from dqtool.artifacts import Manifest
+from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.bits import parse_bits, parse_keep
 from dqtool.core.dilation import spread
-from dqtool.models.loading import build_network
+from dqtool.models.companions import companions_of_artifact
+from dqtool.models.conditioning import Conditions, Request
+from dqtool.models.loading import build_network, network_of
 from dqtool.models.packed import layer_infos
+from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import LayerPlan, assign_bits, assign_tables, initialise_weights, insert_fake
 from dqtool.nn.trace import BlockInfo, Trace
+from dqtool.training.data import Trajectory
 
 if TYPE_CHECKING:
     from dqtool.stages.distill import DistillOptions
 
-__all__ = ["split_dilated", "student_of", "teacher_of", "trace_of"]
+__all__ = [
+    "conditions_of",
+    "sampler_of",
+    "split_dilated",
+    "student_of",
+    "teacher_of",
+    "trace_of",
+    "trajectory_of",
+]
 
 STATISTICS = (".histogram", ".range", ".channel_range")
 
@@ -70,3 +83,47 @@ def student_of(
     assign_tables(network, plans, initial_tables(plans, tensors, options.static))
     initialise_weights(network)
     return network, plans
+
+
+def trajectory_of(tensors: Mapping[str, Tensor]) -> Trajectory:
+    """The trajectory that a calibrated artifact holds."""
+    return Trajectory(
+        tensors["trajectory.x"],
+        tensors["trajectory.rows"],
+        tensors["timesteps"],
+        {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")},
+        tensors.get("trajectory.subjects"),
+    )
+
+
+def conditions_of(artifact: Artifact, request: Request) -> Conditions:
+    """What images of an artifact's model are conditioned on, by the components that the artifact carries.
+
+    Raises:
+        UsageError: guidance or prompts for a model that knows none.
+    """
+    family, config = network_of(artifact.manifest.model)
+    companions = companions_of_artifact(artifact)
+    card = {} if companions is None else companions.card
+    return family.ask(config, replace(request, card=card), companions)
+
+
+def sampler_of(
+    artifact: Artifact, conditions: Conditions, steps: int | None = None, name: str | None = None
+) -> Sampler:
+    """The sampler an artifact was calibrated for (before that: its pipeline's own, 20 steps); `steps` and `name` in
+    place of what it says.
+
+    Raises:
+        UsageError: an unknown sampler, or one that does not fit the model's noise schedule.
+    """
+    family, config = network_of(artifact.manifest.model)
+    pipeline = artifact.manifest.pipeline or {}
+    sampling = pipeline.get("sampling") or {
+        "scheduler": pipeline.get("scheduler") or family.scheduler,
+        "steps": 20,
+        "eta": 0.0,
+    }
+    scheduler = make_sampler(sampling["scheduler"], name)
+    tokens = family.tokens(config)
+    return Sampler(family, scheduler, steps or sampling["steps"], sampling["eta"], conditions.guidance, tokens)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
-from dqtool.models.sources import ModelSource, resolve_model
+from dqtool.metrics import METRICS as IMAGE_METRICS
+from dqtool.metrics.prompts import read_prompts
+from dqtool.models.companions import companions_of_artifact
+from dqtool.models.export_layout import component_prefix
+from dqtool.models.sources import ModelSource, resolve_recorded
+from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dqtool.models.sampling import Sampler
+    from dqtool.stages.images import ImageMaker
 
 __all__ = ["METRICS", "EvalOptions", "evaluate"]
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 METRICS = ("digits", "similarity", "layers", "cost")
-"""Groups of figures: digit scores; PSNR against the reference's samples of the same seeds; error per layer; size and BOPs."""
+"""Groups of figures beside those of `dqtool.metrics.METRICS`: digit scores; PSNR and SSIM against the reference's samples of
+the same seeds; error per layer; size and BOPs."""
 LAYER_SAMPLES = 256
 
 
@@ -37,17 +44,24 @@ class EvalOptions:
     seed: int = 0
     steps: int | None = None
     sampler: str | None = None
+    guidance: float | None = None
+    prompts: str | None = None
     batch_size: int = 128
     runtime: str = "simulate"
     grid: str | None = None
+    inception_weights: str | None = None
+    ref_stats: str | None = None
+    clip: str | None = None
+    aesthetic_weights: str | None = None
+    image_size: int | None = None
+    save_samples: str | None = None
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for an unknown metric."""
         for metric in self.metrics or ():
-            if metric not in METRICS:
-                raise UsageError(
-                    f"unknown metric '{metric}'", where="--metrics", fix=f"Choose from {', '.join(METRICS)}"
-                )
+            if metric not in METRICS and metric not in IMAGE_METRICS:
+                known = ", ".join((*METRICS, *IMAGE_METRICS))
+                raise UsageError(f"unknown metric '{metric}'", where="--metrics", fix=f"Choose from {known}")
 
 
 def evaluate(options: EvalOptions, common: Common) -> str:
@@ -56,13 +70,16 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     Raises:
         UsageError: an unknown metric, or one that does not apply to this model.
         ArtifactError: the reference is not the model the artifact was made from.
+        EnvironmentFault: a metric was asked for without the file it needs.
     """
+    files = files_of(options)
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
     if artifact.stage in ("distill", "export"):
         check_steps(artifact, options.steps)
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options, artifact)
-    parameters = {
+    prompts = None if options.prompts is None else read_prompts(options.prompts)
+    parameters: dict[str, Any] = {
         "metrics": list(metrics),
         "samples": options.samples,
         "seed": options.seed,
@@ -72,6 +89,16 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         "runtime": options.runtime,
         "grid": options.grid,
     }
+    if files.given():
+        parameters["files"] = files.describe()
+    if options.image_size is not None:
+        parameters["image_size"] = options.image_size
+    if options.save_samples is not None:
+        parameters["save_samples"] = options.save_samples
+    if options.guidance is not None:
+        parameters["guidance"] = options.guidance
+    if prompts is not None:
+        parameters["prompts"] = prompts
     inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
     if reference is not None:
         inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
@@ -82,9 +109,10 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         parameters,
         inputs,
         common,
-        lambda _key: produce(artifact, reference, metrics, options),
+        lambda _key: produce(artifact, reference, metrics, options, prompts),
         kind="report",
-        also=[options.grid] if options.grid else [],
+        also=[path for path in (options.grid, options.save_samples) if path],
+        reads=list(files.given().values()),
     )
     if not common.dry_run:
         tell(artifact, read_manifest(options.output).metrics)
@@ -93,13 +121,28 @@ def evaluate(options: EvalOptions, common: Common) -> str:
 
 def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
     """Those asked for, else all that apply to the model."""
-    config = artifact.manifest.model["config"]
-    is_digits = config.get("in_channels") == 1 and config.get("sample_size") == 16
+
+    shape = image_shape(artifact)
+    is_digits = shape == (1, 16, 16)
+    companions = companions_of_artifact(artifact)
+    of_images = choose(
+        options.metrics, files_of(options), prompts=companions is not None and companions.has("text_encoder")
+    )
     if options.metrics is None:
-        return tuple(m for m in METRICS if m != "digits" or is_digits)
-    if "digits" in options.metrics and config.get("in_channels") != 1:
+        return (*(m for m in METRICS if m != "digits" or is_digits), *of_images)
+    if "digits" in options.metrics and shape[0] != 1:
         raise UsageError("the digit metrics read images of one channel", where="--metrics")
     return options.metrics
+
+
+def image_shape(artifact: Artifact) -> tuple[Any, ...]:
+    """`(C, H, W)` of the images that an artifact's model makes. Read from configs, without torch."""
+    config = artifact.manifest.model["config"]
+    size = config.get("sample_size")
+    height, width = size if isinstance(size, list) else (size, size)
+    companions = companions_of_artifact(artifact)
+    shape = (config.get("in_channels"), height, width)
+    return shape if companions is None or size is None else companions.image_shape(shape)
 
 
 def find_reference(options: EvalOptions, artifact: Artifact) -> ModelSource | None:
@@ -107,7 +150,7 @@ def find_reference(options: EvalOptions, artifact: Artifact) -> ModelSource | No
     recorded = artifact.manifest.model
     given = options.reference or recorded["source"]
     try:
-        source = resolve_model(given, recorded.get("source_config"))
+        source = resolve_recorded(recorded, options.reference)
         digest = source.sha256()
     except DqtoolError:
         if options.reference is not None:
@@ -124,35 +167,54 @@ def find_reference(options: EvalOptions, artifact: Artifact) -> ModelSource | No
 
 
 def produce(
-    artifact: Artifact, reference: ModelSource | None, metrics: tuple[str, ...], options: EvalOptions
+    artifact: Artifact,
+    reference: ModelSource | None,
+    metrics: tuple[str, ...],
+    options: EvalOptions,
+    prompts: Sequence[str] | None = None,
 ) -> Product:
     """Sample from both networks with the same seeds and compute every figure."""
-    from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
-    from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.nn.surgery import steps_of
+    from dqtool.stages.images import maker_of_artifact
 
     manifest = artifact.manifest
-    family = family_of(manifest.model["class"], artifact.given)
+    files = files_of(options)
+    meter = ready([name for name in metrics if name in IMAGE_METRICS], files)
+    maker = maker_of_artifact(
+        artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts
+    )
     network = network_of_artifact(artifact, options.runtime)
-    sampling = (manifest.pipeline or {}).get("sampling") or {
-        "scheduler": (manifest.pipeline or {}).get("scheduler"),
-        "steps": 20,
-        "eta": 0.0,
-    }
-    scheduler = make_sampler(sampling["scheduler"], options.sampler)
-    sampler = Sampler(family, scheduler, options.steps or sampling["steps"], sampling["eta"])
     float_network = None
     if reference is not None:
-        float_network = build_network(reference.class_name, reference.config, load_weights(reference), reference.given)
+        float_network = build_network(
+            manifest.model["class"], manifest.model["config"], load_weights(reference), reference.given
+        )
     figures: dict[str, Any] = {}
     expected = None
-    needs_images = bool({"digits", "similarity"} & set(metrics)) or options.grid is not None
+    needs_images = bool({"digits", "similarity", *IMAGE_METRICS} & set(metrics)) or bool(
+        options.grid or options.save_samples
+    )
     if needs_images:
         if float_network is not None and reference is not None:
-            expected = reference_images(float_network, reference, sampler, options)
-        images = draw(network, sampler, manifest.model["config"], options, "eval: samples")
-        figures |= image_figures(images, expected, metrics)
+            expected = reference_images(float_network, reference, maker, options)
+        images = maker.draw(network, options.samples, options.seed, options.batch_size, "eval: samples")
+        figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
+        if meter is not None:
+            rows = maker.conditions.rows(0, len(images)).tolist()
+            texts = [maker.conditions.names[row] for row in rows] if maker.conditions.names else None
+            figures |= scores(meter, images, texts, options.image_size, "eval: metrics")
+            figures["files"] = files.describe()
+            if expected is not None:
+                of_reference = scores(meter, expected, texts, options.image_size, "eval: metrics of the reference")
+                figures["reference"] = figures.get("reference", {}) | of_reference
+        if options.save_samples is not None:
+            about = {"source": artifact.given, "seed": options.seed, "images": len(images)}
+            save_samples(options.save_samples, images, options.image_size, about)
+            figures["samples_file"] = {
+                "file": os.path.basename(options.save_samples),
+                "sha256": sha256_file(options.save_samples),
+            }
         if "_dqtool_steps" in network.__dict__:
             figures["missed_timesteps"] = sorted(steps_of(network).missed)
         if options.grid is not None:
@@ -164,7 +226,7 @@ def produce(
     if "cost" in metrics:
         figures["cost"] = cost_figures(artifact)
     if "layers" in metrics and float_network is not None:
-        figures["layer_errors"] = layer_errors(float_network, network, sampler, manifest.model["config"], options)
+        figures["layer_errors"] = layer_errors(float_network, network, maker, options)
     return Product(None, manifest.model, manifest.pipeline, manifest.layers, figures)
 
 
@@ -184,32 +246,12 @@ def network_of_artifact(artifact: Artifact, runtime: str) -> nn.Module:
     return teacher_of(manifest, artifact.tensors())
 
 
-def draw(network: nn.Module, sampler: Sampler, config: dict[str, Any], options: EvalOptions, what: str) -> Tensor:
-    """`samples` images, `[N, C, H, W]`, clamped to [-1, 1]."""
-    import torch
-
-    shape = sampler.family.sample_shape(config)
-    conditions = sampler.family.conditions(config, options.samples, torch.Generator().manual_seed(options.seed))
-    batches = []
-    with report.progress(what, options.samples, "image") as progress:
-        for batch in sampler.batches(
-            network,
-            shape,
-            options.samples,
-            options.seed,
-            options.batch_size,
-            lambda start, stop: {k: v[start:stop] for k, v in conditions.items()},
-        ):
-            batches.append(batch.clamp(-1, 1))
-            progress.advance(len(batch))
-    return torch.cat(batches)
-
-
-def reference_images(network: nn.Module, reference: ModelSource, sampler: Sampler, options: EvalOptions) -> Tensor:
+def reference_images(network: nn.Module, reference: ModelSource, maker: ImageMaker, options: EvalOptions) -> Tensor:
     """The full-precision model's images, from the cache when the same ones were made before."""
     from dqtool.models.image_cache import cached_images
     from dqtool.models.sampling import IMAGES
 
+    sampler, conditions = maker.sampler, maker.conditions
     key = {
         "model": reference.sha256(),
         "scheduler": dict(sampler.scheduler.config),
@@ -221,12 +263,19 @@ def reference_images(network: nn.Module, reference: ModelSource, sampler: Sample
         "noise": IMAGES,
         "batch_size": options.batch_size,
     }
-    return cached_images(key, lambda: draw(network, sampler, reference.config, options, "eval: reference"))
+    if conditions.table:
+        key |= {"guidance": conditions.guidance, "names": conditions.names, "digest": conditions.digest()}
+    return cached_images(
+        key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, "eval: reference")
+    )
 
 
-def image_figures(images: Tensor, expected: Tensor | None, metrics: tuple[str, ...]) -> dict[str, Any]:
-    """Figures on images, and where there is a reference the same figures of it and how they compare."""
-    from dqtool.metrics.similarity import psnr
+def image_figures(
+    images: Tensor, expected: Tensor | None, metrics: tuple[str, ...], asked: Tensor | None = None
+) -> dict[str, Any]:
+    """Figures on images, and where there is a reference the same figures of it and how they compare. `asked` is the
+    digit that each image should show, where the model can be asked for one."""
+    from dqtool.metrics.similarity import psnr, ssim
 
     figures: dict[str, Any] = {"samples": len(images)}
     if "digits" in metrics:
@@ -236,14 +285,19 @@ def image_figures(images: Tensor, expected: Tensor | None, metrics: tuple[str, .
         if len(images) < minimum_samples(FEATURES):
             report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
         figures |= evaluate_digits(images)
+        if asked is not None:
+            figures["asked_digit_share"] = float((classify(images)[0] == asked).float().mean())
         if expected is not None:
             figures["reference"] = evaluate_digits(expected)
+            if asked is not None:
+                figures["reference"]["asked_digit_share"] = float((classify(expected)[0] == asked).float().mean())
             figures["fd.digits_ratio"] = figures["fd.digits"] / figures["reference"]["fd.digits"]
             same = classify(images)[0] == classify(expected)[0]
             figures["same_digit_share"] = float(same.float().mean())
     if "similarity" in metrics and expected is not None:
-        values = psnr(images, expected, 2.0)
-        figures["psnr"] = {"mean": float(values.mean()), "median": float(values.median())}
+        for name, measure in (("psnr", psnr), ("ssim", ssim)):
+            values = measure(images, expected, 2.0)
+            figures[name] = {"mean": float(values.mean()), "median": float(values.median())}
     return figures
 
 
@@ -254,14 +308,18 @@ def cost_figures(artifact: Artifact) -> dict[str, Any]:
     from dqtool.stages.export import network_shapes, swapped
 
     manifest = artifact.manifest
-    shapes = network_shapes(family_of(manifest.model["class"], artifact.given), manifest.model["config"])
+    family = family_of(manifest.model["class"], artifact.given)
+    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
     full_bytes = file_bytes(swapped(shapes))
     layers = [{**layer, "bits": layer.get("bits", [32, 32])} for layer in manifest.layers]
     full_bops = bops([{**layer, "bits": [32, 32]} for layer in manifest.layers])
     if manifest.file is not None:
-        size = int(manifest.file["bytes"])
+        size = int(manifest.file["bytes"]) - artifact.attachment_bytes()
     else:
-        size = sum(e["bytes"] for name, e in (manifest.files or {}).items() if name.endswith(".safetensors"))
+        prefix = component_prefix(manifest.pipeline)
+        inside = {n: e for n, e in (manifest.files or {}).items() if n.startswith(prefix)}
+        size = sum(e["bytes"] for name, e in inside.items() if name.endswith(".safetensors"))
+        size = size or int(manifest.metrics["bytes"])  # formats whose weights are in other files
     if artifact.stage in ("dilate", "calibrate"):
         size = full_bytes
     return {
@@ -274,9 +332,7 @@ def cost_figures(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def layer_errors(
-    reference: nn.Module, network: nn.Module, sampler: Sampler, config: dict[str, Any], options: EvalOptions
-) -> dict[str, float]:
+def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, options: EvalOptions) -> dict[str, float]:
     """Relative squared error of each layer's output, |y' - y|² / |y|², at points of the reference's trajectory.
 
     Both networks run from the same (x_t, t), so a layer's figure holds its own error and what reached it.
@@ -285,8 +341,12 @@ def layer_errors(
 
     from dqtool.nn.trace import is_quantizable
 
-    family = sampler.family
-    images = max(1, LAYER_SAMPLES // sampler.steps)
+    sampler, conditions = maker.sampler, maker.conditions
+    halves = 1 + conditions.guided
+    images = max(1, LAYER_SAMPLES // (sampler.steps * halves))
+    given = conditions.given(0, images)
+    if conditions.null is not None:
+        given = {k: torch.cat([conditions.null[k].expand_as(v), v]) for k, v in given.items()}
     seen: dict[str, Tensor] = {}
     error: dict[str, float] = {}
     power: dict[str, float] = {}
@@ -302,7 +362,6 @@ def layer_errors(
 
         return hook
 
-    conditions = family.conditions(config, images, torch.Generator().manual_seed(options.seed))
     handles = [reference.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     handles += [network.get_submodule(name).register_forward_hook(compare(name)) for name in names]
     try:
@@ -310,11 +369,11 @@ def layer_errors(
 
             def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
                 with torch.no_grad():
-                    family.predict(network, x, timestep, conditions)
+                    sampler.family.predict(network, x, timestep, given)
                 progress.advance()
 
             for _ in sampler.batches(
-                reference, family.sample_shape(config), images, options.seed, images, lambda *_: conditions, see
+                reference, maker.shape, images, options.seed, images, conditions.given, see, null=conditions.null
             ):
                 pass
     finally:
@@ -337,13 +396,19 @@ def tell(artifact: Artifact, figures: dict[str, Any]) -> None:
     """The table on standard error."""
     rows: list[tuple[str, ...]] = []
     reference = figures.get("reference", {})
-    for key in ("fd.digits", "is.digits", "confident_share"):
+    of_images = [figure for metric in IMAGE_METRICS.values() for figure in metric.figures if figure != "is.std"]
+    for key in ("fd.digits", "is.digits", "confident_share", *of_images):
         if key in figures:
             rows.append((key, f"{figures[key]:.3f}", f"{reference[key]:.3f}" if key in reference else ""))
     if "same_digit_share" in figures:
         rows.append(("same digit as the reference", f"{figures['same_digit_share']:.1%}", ""))
+    if "asked_digit_share" in figures:
+        share = reference.get("asked_digit_share")
+        shown = "" if share is None else f"{share:.1%}"
+        rows.append(("the digit asked for", f"{figures['asked_digit_share']:.1%}", shown))
     if "psnr" in figures:
         rows.append(("PSNR to the reference, dB", f"{figures['psnr']['mean']:.2f}", ""))
+        rows.append(("SSIM to the reference", f"{figures['ssim']['mean']:.4f}", ""))
     if "cost" in figures:
         cost = figures["cost"]
         rows.append(("bytes", f"{cost['bytes']:,}", f"{cost['bytes_float32']:,}"))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from dqtool import report
 from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
+from dqtool.metrics.prompts import read_prompts
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.running import check_steps, set_up_torch
 
@@ -22,6 +23,8 @@ class SampleOptions:
     output: str = "samples.png"
     seed: int = 0
     steps: int | None = None
+    guidance: float | None = None
+    prompts: str | None = None
     batch_size: int = 64
     runtime: str = "simulate"
 
@@ -43,34 +46,20 @@ def sample(options: SampleOptions, common: Common) -> str:
     if common.dry_run:
         return options.output
     set_up_torch(common.device)
-    import torch
-
     from dqtool.metrics.grid import save_grid
-    from dqtool.models.families import family_of
-    from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.runtimes import load
     from dqtool.stages.eval import bits_label
+    from dqtool.stages.images import maker_of_artifact
 
-    manifest = artifact.manifest
-    assert manifest.pipeline is not None
-    sampling = manifest.pipeline["sampling"]
-    family = family_of(manifest.model["class"], artifact.given)
-    sampler = Sampler(family, make_sampler(sampling["scheduler"]), options.steps or sampling["steps"], sampling["eta"])
+    prompts = None if options.prompts is None else read_prompts(options.prompts)
+    maker = maker_of_artifact(
+        artifact, options.number, options.seed, options.steps, guidance=options.guidance, prompts=prompts
+    )
     network = load(options.directory, options.runtime)
-    config = manifest.model["config"]
-    conditions = family.conditions(config, options.number, torch.Generator().manual_seed(options.seed))
-    images = []
-    with report.progress("sample", options.number, "image") as progress:
-        for batch in sampler.batches(
-            network,
-            family.sample_shape(config),
-            options.number,
-            options.seed,
-            options.batch_size,
-            lambda start, stop: {k: v[start:stop] for k, v in conditions.items()},
-        ):
-            images.append(batch)
-            progress.advance(len(batch))
+    images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")
+    if maker.latents:
+        report.warn("this model comes without its decoder: the picture shows the first channel of its latents")
+        images = images[:, :1]
     side = max(1, round(options.number**0.5))
-    save_grid([(bits_label(manifest.layers), torch.cat(images))], options.output, -(-options.number // side), side)
+    save_grid([(bits_label(artifact.manifest.layers), images)], options.output, -(-options.number // side), side)
     return options.output

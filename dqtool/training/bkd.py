@@ -10,13 +10,17 @@ on that answer.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dqtool.errors import NumericError
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import steps_of
 from dqtool.training.data import Problem, Reporter, Trajectory
@@ -27,22 +31,28 @@ from dqtool.training.replay import BlockInputs, Replay
 __all__ = ["distill_blocks", "refine"]
 
 
-def trainable(module: nn.Module) -> None:
+def trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
     """Let gradients reach the quantized layers of `module` and nothing else. Norms stay frozen: their affine belongs to
-    the float glue, and PyTorch's CPU group norm can't take gradients for it on every memory layout."""
+    the float glue, and PyTorch's CPU group norm can't take gradients for it on every memory layout. So do layers inside
+    that are `blocks` of their own (an embedder that several blocks share)."""
     module.requires_grad_(False)
+    others = {id(block) for block in blocks if block is not module}
     for layer in module.modules():
+        if id(layer) in others:
+            continue
         if isinstance(layer, FakeQuantLayer):
             layer.requires_grad_(True)
-        for name in ("q", "k", "v", "probs"):
+        for name in OPERANDS:
             for kind in ("scale", "zero_point"):
                 table = getattr(layer, f"{name}_{kind}", None)
                 if isinstance(table, nn.Parameter):
                     table.requires_grad_(True)
 
 
-def distill_blocks(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
-    """Train every block of `problem.student` in place. `progress` is told of finished iterations.
+def distill_blocks(
+    problem: Problem, options: BkdOptions, progress: Reporter, only: Collection[str] | None = None
+) -> dict:
+    """Train every block of `problem.student` in place, or those named in `only`. `progress` is told of finished iterations.
 
     Returns metrics: the loss of each block before and after, seconds in training steps and in all.
     """
@@ -59,13 +69,16 @@ def distill_blocks(problem: Problem, options: BkdOptions, progress: Reporter) ->
     student = Replay(problem.student, trace, samples, run)
     losses: dict[str, list[float]] = {}
     problem.student.requires_grad_(False)
-    for index, info in enumerate(trace.blocks):
+    last = max((index for index, info in enumerate(trace.blocks) if only is None or info.name in only), default=-1)
+    for index, info in enumerate(trace.blocks[: last + 1]):
         block = problem.student.get_submodule(info.name)
         wanted = teacher.inputs(index)
         target = teacher.outputs(index, wanted)
         given = student.inputs(index)
         kept = problem.store.load(info.name)
-        if kept is not None:
+        if only is not None and info.name not in only:
+            pass
+        elif kept is not None:
             generator.set_state(kept["generator"])
             losses[info.name] = kept["loss"].tolist()
             restore_block(block, {k: v for k, v in kept.items() if k not in ("generator", "loss")})
@@ -90,21 +103,21 @@ def train_block(
     problem: Problem,
     block: nn.Module,
     given: BlockInputs,
-    target: Tensor,
+    target: Any,
     options: BkdOptions,
     generator: torch.Generator,
     progress: Reporter,
     name: str,
 ) -> list[float]:
     """Minimise Eq. 27 for one block; returns [first, last] loss (means over up to 20 batches)."""
-    trainable(block)
+    trainable(block, [problem.student.get_submodule(info.name) for info in problem.trace.blocks])
     optimizer = QuantAdam(block, options.rates)
     history: list[float] = []
     for step in range(options.iters):
-        chosen = torch.randint(len(target), (options.batch_size,), generator=generator)
+        chosen = torch.randint(len(problem.trajectory), (options.batch_size,), generator=generator)
         problem.select_rows(chosen)
         args, kwargs = given.batch(chosen)
-        loss = F.mse_loss(block(*args, **kwargs), target[chosen])
+        loss = output_loss(block(*args, **kwargs), target, chosen)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(problem.trajectory.present(chosen), cosine(step, options.iters))
@@ -115,6 +128,17 @@ def train_block(
     block.requires_grad_(False)
     window = max(1, min(20, len(history) // 4))
     return [sum(history[:window]) / window, sum(history[-window:]) / window] if history else []
+
+
+def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
+    """Mean squared error of a block's output against `target[rows]`; of one with several outputs (text and image
+    streams) the mean over them."""
+    losses = [
+        F.mse_loss(y, wanted[rows])
+        for y, wanted in zip(tree_leaves(output), tree_leaves(target), strict=True)
+        if isinstance(y, Tensor)
+    ]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
@@ -169,31 +193,34 @@ def settle(module: nn.Module) -> None:
 
 
 def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory, Tensor]:
-    """Points that the student visits when it samples `images` new images, and the teacher's predictions there."""
+    """Points that the student visits when it samples `images` new images (half as many with guidance, whose steps ask
+    twice), and the teacher's predictions there. Conditions are drawn from those of the calibration set."""
     sampler, trajectory = problem.sampler, problem.trajectory
     seed = problem.seed * 7919 + salt + 1_000_000
     points: list[Tensor] = []
     answers: list[Tensor] = []
     rows: list[Tensor] = []
-    conditions: dict[str, list[Tensor]] = {k: [] for k in trajectory.conditions}
+    asked: list[Tensor] = []
+    null = trajectory.null if sampler.guidance > 1 else None
+    if null is not None:
+        images = -(-images // 2)
     with torch.no_grad():
-        chosen = torch.randint(
-            len(trajectory), (images,), generator=torch.Generator().manual_seed(seed)
-        )  # conditions are drawn from those of the calibration set
-        given = {k: v[chosen] for k, v in trajectory.conditions.items()}
+        subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided=null is not None)
+        given = {k: v[subjects] for k, v in trajectory.conditions.items()}
+        if null is not None:
+            subjects = torch.cat([torch.full_like(subjects, trajectory.last_subject), subjects])
+        everything = {k: v[subjects] for k, v in trajectory.conditions.items()}
 
         def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
             points.append(x.clone())
-            answers.append(problem.family.predict(problem.teacher, x, timestep, given))
+            answers.append(problem.family.predict(problem.teacher, x, timestep, everything))
             rows.append(((trajectory.timesteps - timestep).abs().argmin()).expand(len(x)).clone())
-            for key, value in given.items():
-                conditions[key].append(value)
+            asked.append(subjects)
 
         noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
-        sampler.run(problem.student, noise, given, image_seeds(range(images), seed, CALIBRATION), see)
-    own = Trajectory(
-        torch.cat(points), torch.cat(rows), trajectory.timesteps, {k: torch.cat(v) for k, v in conditions.items()}
-    )
+        seeds = image_seeds(range(images), seed, CALIBRATION)
+        sampler.run(problem.student, noise, given, seeds, see, null)
+    own = Trajectory(torch.cat(points), torch.cat(rows), trajectory.timesteps, trajectory.conditions, torch.cat(asked))
     return own, torch.cat(answers)
 
 

@@ -19,19 +19,46 @@ __all__ = ["BlockStore", "Problem", "Reporter", "Trajectory"]
 
 @dataclass
 class Trajectory:
-    """Points (x_t, t) of the reverse process: `x` `[N, C, H, W]`, `rows` `[N]` into `timesteps` `[T]`, conditions `[N, ...]`."""
+    """Points (x_t, t) of the reverse process: `x` `[N, C, H, W]`, `rows` `[N]` into `timesteps` `[T]`.
+
+    `conditions` are tables `[K, ...]` of which sample n has row `subjects[n]`.
+    """
 
     x: Tensor
     rows: Tensor
     timesteps: Tensor
     conditions: dict[str, Tensor] = field(default_factory=dict)
+    subjects: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def arguments(self, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`x`, timestep and conditions of the samples `rows` (a slice or an index tensor)."""
-        return self.x[rows], self.timesteps[self.rows[rows]], {k: v[rows] for k, v in self.conditions.items()}
+        return self.x[rows], self.timesteps[self.rows[rows]], self.given(rows)
+
+    def given(self, rows: Any) -> dict[str, Tensor]:
+        """The conditions of the samples `rows`."""
+        if self.subjects is None:
+            return {}
+        return {k: v[self.subjects[rows]] for k, v in self.conditions.items()}
+
+    @property
+    def last_subject(self) -> int:
+        """The last row of the tables, which stands for no condition where sampling is guided."""
+        return len(next(iter(self.conditions.values()))) - 1
+
+    @property
+    def null(self) -> dict[str, Tensor] | None:
+        """That row of each table, `[1, ...]`; None for an unconditional network."""
+        return {k: v[-1:] for k, v in self.conditions.items()} if self.conditions else None
+
+    def draw_subjects(self, count: int, generator: torch.Generator, guided: bool) -> Tensor:
+        """Rows of the tables `[count]`, drawn as often as the trajectory has them; `guided`: without the null one."""
+        if self.subjects is None:
+            return torch.zeros(count, dtype=torch.long)
+        among = self.subjects[self.subjects != self.last_subject] if guided else self.subjects
+        return among[torch.randint(len(among), (count,), generator=generator)]
 
     def present(self, samples: Tensor) -> Tensor:
         """Mask `[T]` of the steps that these samples are at."""

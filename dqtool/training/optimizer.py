@@ -20,6 +20,8 @@ from dqtool.training.options import Rates
 __all__ = ["QuantAdam", "cosine"]
 
 BETAS, EPS = (0.9, 0.999), 1e-12
+LEARNED_SCALING_RATE = 1e-5
+"""Of OmniQuant's log scale and shift, as in Table 14 of arXiv 2409.14307."""
 
 
 class QuantAdam:
@@ -36,8 +38,9 @@ class QuantAdam:
         zeros: list[tuple[nn.Parameter, float]] = []
         table_scales: dict[nn.Parameter, float] = {}
         table_zeros: dict[nn.Parameter, float] = {}
+        learned: dict[nn.Parameter, float] = {}
         for layer in module.modules():
-            if isinstance(layer, FakeQuantLayer):
+            if isinstance(layer, FakeQuantLayer) and layer.weight.requires_grad:
                 unit = (
                     layer.weight.detach().abs().mean()
                     if layer.weight_scale is None
@@ -47,6 +50,8 @@ class QuantAdam:
                 if isinstance(layer.bias, nn.Parameter):
                     rms = float(layer.bias.detach().square().mean().sqrt())
                     biases.append((layer.bias, rates.bias * max(rms, 1e-3)))
+                if layer.learned is not None:
+                    learned.update(dict.fromkeys(layer.learned.parameters(), LEARNED_SCALING_RATE))
                 if isinstance(layer.weight_scale, nn.Parameter):
                     scales.append((layer.weight_scale, rates.weight_scale))
                 if isinstance(layer.weight_zero_point, nn.Parameter) and layer.low == 0:
@@ -68,6 +73,7 @@ class QuantAdam:
             _Group(zeros, relative=False, rows=False),
             _Group(list(table_scales.items()), relative=True, rows=True),
             _Group(list(table_zeros.items()), relative=False, rows=True),
+            _Group(list(learned.items()), relative=False, rows=False),
         ]
 
     def zero_grad(self) -> None:

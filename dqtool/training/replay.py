@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dqtool.nn.trace import Trace
 
@@ -59,14 +59,16 @@ class Store:
 
 
 class BlockInputs:
-    """The arguments of one block on all samples: tensors as `[N, ...]`, all else as the network passed it."""
+    """The arguments of one block on all samples: what belongs to a sample as `[N, ...]`, all else (positions that every
+    sample shares, for one) as the network passed it; `owned` says which is which."""
 
-    def __init__(self, structure: Any, leaves: list[Any]) -> None:
-        self.structure, self.leaves = structure, leaves
+    def __init__(self, structure: Any, leaves: list[Any], owned: list[bool]) -> None:
+        self.structure, self.leaves, self.owned = structure, leaves, owned
 
     def batch(self, rows: Tensor | slice) -> tuple[tuple, dict[str, Any]]:
         """`args, kwargs` for these samples."""
-        return tree_unflatten([x[rows] if isinstance(x, Tensor) else x for x in self.leaves], self.structure)
+        picked = [x[rows] if own else x for x, own in zip(self.leaves, self.owned, strict=True)]
+        return tree_unflatten(picked, self.structure)
 
 
 class Replay:
@@ -88,8 +90,8 @@ class Replay:
         self.model, self.trace, self.samples = model, trace, samples
         self._forward, self._batch = forward, batch_size
         self._last = trace.last_reader()
-        self._cache: dict[str, Tensor | None] = {}
-        self._shapes: dict[str, Tensor] = {}
+        self._cache: dict[str, Any] = {}
+        self._shapes: dict[str, Any] = {}
         self._store = Store(budget_bytes)
 
     def inputs(self, index: int) -> BlockInputs:
@@ -98,26 +100,38 @@ class Replay:
         module = self.model.get_submodule(name)
         gathered: list[Any] | None = None
         structure: Any = None
+        alone: list[Any] = []
+        owned: list[bool] = []
 
         def capture(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            nonlocal gathered, structure
+            nonlocal gathered, structure, owned
             leaves, structure = tree_flatten((args, kwargs))
             size = rows.stop - rows.start
-            if gathered is None:
-                gathered = [
-                    self._store.empty(self.samples, x) if isinstance(x, Tensor) and x.dim() and len(x) == size else x
-                    for x in leaves
+            if not alone:
+                alone.extend(leaves)
+            elif gathered is None:
+                # Of one sample first: a table of positions may happen to be as long as a batch.
+                owned = [
+                    isinstance(x, Tensor) and x.dim() > 0 and len(x) == size and len(one) == 1
+                    for x, one in zip(leaves, alone, strict=True)
                 ]
-            for held, x in zip(gathered, leaves, strict=True):
-                if isinstance(x, Tensor) and held is not x:
-                    held[rows] = x
+                gathered = [
+                    self._store.empty(self.samples, x) if own else x for x, own in zip(leaves, owned, strict=True)
+                ]
+            if gathered is not None:
+                for held, x, own in zip(gathered, leaves, owned, strict=True):
+                    if own:
+                        held[rows] = x
             raise _Reached
 
         with self._answering(index), torch.no_grad():
             handle = module.register_forward_pre_hook(capture, with_kwargs=True)
             try:
-                for start in range(0, self.samples, self._batch):
-                    rows = slice(start, min(start + self._batch, self.samples))
+                batches = [
+                    slice(start, min(start + self._batch, self.samples))
+                    for start in range(0, self.samples, self._batch)
+                ]
+                for rows in [slice(0, 1), *batches]:
                     self._rows = rows
                     try:
                         self._forward(self.model, rows)
@@ -127,48 +141,62 @@ class Replay:
                 handle.remove()
         if gathered is None:
             raise RuntimeError(f"block {name} was not reached")
-        return BlockInputs(structure, gathered)
+        return BlockInputs(structure, gathered, owned)
 
-    def outputs(self, index: int, inputs: BlockInputs, select: Callable[[slice], None] = lambda rows: None) -> Tensor:
-        """The block's outputs on all samples, `[N, ...]`; `select` is told the samples of each batch."""
+    def outputs(self, index: int, inputs: BlockInputs, select: Callable[[slice], None] = lambda rows: None) -> Any:
+        """The block's outputs on all samples, `[N, ...]` (or several such, as it returns them); `select` is told the
+        samples of each batch."""
         module = self.model.get_submodule(self.trace.blocks[index].name)
-        result: Tensor | None = None
+        result: list[Any] | None = None
+        structure: Any = None
         with torch.no_grad():
             for start in range(0, self.samples, self._batch):
                 rows = slice(start, min(start + self._batch, self.samples))
                 select(rows)
                 args, kwargs = inputs.batch(rows)
-                y = module(*args, **kwargs)
+                leaves, structure = tree_flatten(module(*args, **kwargs))
                 if result is None:
-                    result = self._store.empty(self.samples, y)
-                result[rows] = y
+                    result = [self._store.empty(self.samples, y) if isinstance(y, Tensor) else y for y in leaves]
+                for held, y in zip(result, leaves, strict=True):
+                    if isinstance(y, Tensor):
+                        held[rows] = y
         assert result is not None
-        return result
+        return tree_unflatten(result, structure)
 
-    def advance(self, index: int, outputs: Tensor, inputs: BlockInputs) -> None:
+    def advance(self, index: int, outputs: Any, inputs: BlockInputs) -> None:
         """Block `index` is final with these outputs; what no later block reads is dropped."""
-        for leaf in inputs.leaves:
-            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.samples:
+        for leaf, own in zip(inputs.leaves, inputs.owned, strict=True):
+            if own:
                 self._store.forget(leaf)
         inputs.leaves.clear()
+        inputs.owned.clear()
         self._cache[self.trace.blocks[index].name] = outputs
         for name, held in self._cache.items():
             if held is not None and self._last[name] <= index:
-                self._shapes[name] = torch.empty((1, *held.shape[1:]), dtype=held.dtype, device="meta")
-                self._store.forget(held)
+                self._shapes[name] = tree_map(_shape_of, held)
+                for leaf in tree_leaves(held):
+                    if isinstance(leaf, Tensor):
+                        self._store.forget(leaf)
                 self._cache[name] = None
 
     def _answering(self, index: int) -> _Answers:
         finished = [block.name for block in self.trace.blocks[:index]]
         return _Answers(self, {name: self.model.get_submodule(name) for name in finished})
 
-    def answer(self, name: str) -> Tensor:
+    def answer(self, name: str) -> Any:
         """The cached output of a finished block for the rows in flight, or zeros of its shape if nobody reads it."""
         held = self._cache[name]
         if held is not None:
-            return held[self._rows]
-        first = self._shapes[name]
-        return torch.zeros((), dtype=first.dtype).expand(self._rows.stop - self._rows.start, *first.shape[1:])
+            return tree_map(lambda x: x[self._rows] if isinstance(x, Tensor) else x, held)
+        size = self._rows.stop - self._rows.start
+        return tree_map(
+            lambda x: torch.zeros((), dtype=x.dtype).expand(size, *x.shape[1:]) if isinstance(x, Tensor) else x,
+            self._shapes[name],
+        )
+
+
+def _shape_of(x: Any) -> Any:
+    return torch.empty((1, *x.shape[1:]), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
 
 
 class _Answers:

@@ -83,3 +83,48 @@ def test_an_image_depends_on_seed_and_index_alone(model: nn.Module) -> None:
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
     other = torch.cat(list(sampler.batches(model, (1, 8, 8), 5, 4, 5)))
     assert not torch.allclose(together, other)
+
+
+def test_a_pipeline_keeps_its_own_scheduler_and_others_take_its_noise_schedule() -> None:
+    own = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "beta_schedule": "scaled_linear", "beta_end": 0.012}
+    assert type(make_sampler(own)).__name__ == "PNDMScheduler"
+    changed = make_sampler(own, "euler")
+    assert (type(changed).__name__, changed.config.beta_end) == ("EulerDiscreteScheduler", 0.012)
+
+
+def test_flow_matching_takes_euler_and_nothing_else() -> None:
+    own = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    assert type(make_sampler(own, "euler")).__name__ == "FlowMatchEulerDiscreteScheduler"
+    for name in ("ddim", "ddpm", "plms", "dpmsolver"):
+        with pytest.raises(UsageError, match="flow matching"):
+            make_sampler(own, name)
+
+
+def test_another_sampler_than_calibrated_takes_the_nearest_steps_and_warns(model: nn.Module) -> None:
+    from dqtool.errors import DqtoolWarning
+
+    timesteps = Sampler(FAMILY, make_sampler(SCHEDULE, "ddim"), 5).timesteps()
+    traced = trace(model, FAMILY.example(model.config), block_classes=FAMILY.block_classes)
+    quantized = UNet2DModel(**NETWORK).eval()
+    insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
+    other = Sampler(FAMILY, make_sampler({**SCHEDULE, "timestep_spacing": "linspace"}, "euler"), 5)
+    with pytest.warns(DqtoolWarning, match="not among the 5 calibrated"):
+        other.run(quantized, initial_noise((1, 8, 8), range(2), 0), {})
+    assert steps_of(quantized).missed
+
+
+def test_guidance_asks_for_both_and_extrapolates() -> None:
+    class Spy(nn.Module):
+        def forward(self, sample, timestep, class_labels, return_dict):
+            assert len(sample) == 4
+            assert class_labels.tolist() == [9, 9, 1, 2]
+            return (class_labels.view(-1, 1, 1, 1).float().expand_as(sample),)
+
+    config = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
+    sampler = Sampler(FAMILY, make_sampler(config), 1, guidance=3.0)
+    noise = initial_noise((1, 8, 8), range(2), 0)
+    found = sampler.run(Spy(), noise, {"class_labels": torch.tensor([1, 2])}, null={"class_labels": torch.tensor([9])})
+    sigma = make_sampler(config)
+    sigma.set_timesteps(1)
+    wanted = torch.tensor([9 + 3.0 * (1 - 9), 9 + 3.0 * (2 - 9)]).view(2, 1, 1, 1)
+    torch.testing.assert_close(found, noise * sigma.init_noise_sigma - sigma.sigmas[0] * wanted, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,52 @@
+"""What diffusers' configs can't say of networks that were trained elsewhere, kept under one key of the config, `original`.
+
+`{"original": {"attention_heads": 8}}` gives every attention that many heads whatever its width (LDM-8 church; a
+`UNet2DModel` knows heads of one width only). `{"original": {"time_freq_shift": 0}}` sets the spacing of the timestep
+frequencies (facebookresearch/DiT divides by the number of frequencies, diffusers' DiT by one less). diffusers carries
+unknown keys of a config along, so they survive `save_pretrained`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dqtool.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["KEY", "amend"]
+
+KEY = "original"
+_KNOWN = ("attention_heads", "time_freq_shift")
+
+
+def amend(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+    """Apply the config's `original` entry to a network that diffusers built from the rest; returns the network.
+
+    Raises:
+        ArtifactError: the entry asks for something unknown, or for heads that don't divide the channels.
+    """
+    changes = config.get(KEY) or {}
+    for key in changes:
+        if key not in _KNOWN:
+            raise ArtifactError(
+                f"The config asks for '{key}', which this dqtool does not know",
+                where=f"model config, key {KEY}",
+                fix="Upgrade dqtool",
+            )
+    heads, shift = changes.get("attention_heads"), changes.get("time_freq_shift")
+    for name, module in network.named_modules():
+        if heads is not None and hasattr(module, "to_q") and hasattr(module, "heads"):
+            inner: int = module.to_q.out_features  # type: ignore[union-attr,assignment]
+            if inner % heads:
+                raise ArtifactError(
+                    f"{inner} channels can't be split into {heads} heads", where=f"model config, key {KEY}; {name}"
+                )
+            module.heads = heads
+            module.sliceable_head_dim = heads  # type: ignore[assignment]
+            module.scale = (inner // heads) ** -0.5  # type: ignore[assignment]
+        if shift is not None and hasattr(module, "downscale_freq_shift"):
+            module.downscale_freq_shift = shift
+    return network

@@ -1,0 +1,174 @@
+"""The other components of a pipeline: text encoders, class embedders and autoencoders, which stay float.
+
+They travel with the artifacts as the files they are (`Artifact.attachments`), so that no stage needs a path back to the
+original model, and are written into the exported directory unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool.artifacts import Artifact
+from dqtool.artifacts.tensorfile import file_tensor
+from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.models.companion_files import CARD, companion_files
+from dqtool.models.sources import ModelSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Companions", "attachments_of", "companions_of_artifact", "companions_of_source"]
+
+DECODERS = ("vae", "vqvae", "movq")
+
+
+class Companions:
+    """The files of a pipeline beside the quantized network. `read(name)` gives one's bytes, `names` lists them."""
+
+    def __init__(self, pipeline: Mapping[str, Any], names: list[str], read: Callable[[str], bytes]) -> None:
+        self.index: Mapping[str, Any] = pipeline["model_index"]
+        self.component: str = pipeline["component"]
+        self.scheduler: Mapping[str, Any] = pipeline["scheduler"]
+        self.names, self._read = names, read
+
+    def has(self, component: str) -> bool:
+        """Whether the component is there."""
+        return any(name.startswith(component + "/") for name in self.names)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file's content; `{}` for one that is not there."""
+        return json.loads(self._read(name)) if name in self.names else {}
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """How the pipeline wants to be sampled: guidance, prompts."""
+        return {k: v for k, v in self.json(CARD).items() if k in ("guidance", "prompts")}
+
+    @property
+    def decoder_name(self) -> str | None:
+        """The autoencoder's component; None for a pipeline on pixels."""
+        return next((name for name in DECODERS if self.has(name)), None)
+
+    def image_shape(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """`(C, H, W)` of an image that a latent of shape `latent` decodes to."""
+        if self.decoder_name is None:
+            return latent
+        config = self.json(f"{self.decoder_name}/config.json")
+        factor = 2 ** (len(config.get("block_out_channels", ())) - 1)
+        return (config.get("out_channels", 3), *(side * factor for side in latent[1:]))
+
+    @contextlib.contextmanager
+    def directory(self, *components: str) -> Iterator[Path]:
+        """A pipeline directory with these components (and the scheduler), for as long as the context lasts."""
+        with tempfile.TemporaryDirectory(prefix="dqtool-") as folder:
+            root = Path(folder)
+            for name in self.names:
+                if name.split("/")[0] in components:
+                    (root / name).parent.mkdir(parents=True, exist_ok=True)
+                    (root / name).write_bytes(self._read(name))
+            (root / "scheduler").mkdir(exist_ok=True)
+            (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(self.scheduler)))
+            (root / "model_index.json").write_text(json.dumps(dict(self.index)))
+            yield root
+
+    def load(self, component: str) -> Any:
+        """One component as a float32 module in eval mode.
+
+        Raises:
+            ArtifactError: it is damaged, or of a class that nobody knows.
+        """
+        import diffusers
+        import torch
+
+        class_name = self.json(f"{component}/config.json").get("_class_name") or self.index[component][1]
+        cls = getattr(diffusers, class_name, None)
+        if class_name == "ClassEmbedder":
+            from dqtool.models import latent_class
+
+            cls = latent_class.ClassEmbedder
+        if cls is None:
+            raise ArtifactError(f"diffusers has no class '{class_name}'", where=f"{component}/config.json")
+        with self.directory(component) as root:
+            try:
+                module = cls.from_pretrained(root / component, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            except (OSError, ValueError, RuntimeError) as e:
+                raise ArtifactError(f"The pipeline's {component} can't be loaded: {e}", where=component) from e
+        return module.eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def text_pipeline(self) -> Iterator[Any]:
+        """The diffusers pipeline with its text models and tokenizers and nothing else, in float32.
+
+        Raises:
+            EnvironmentFault: transformers is not installed.
+            ArtifactError: the pipeline can't be loaded.
+        """
+        import diffusers
+        import torch
+
+        try:
+            import transformers
+        except ImportError as e:
+            raise EnvironmentFault(
+                "Text encoders need the package transformers", fix='pip install "dqtool[text]"'
+            ) from e
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        texts = [name for name in self.index if name.startswith(("text_encoder", "tokenizer")) and self.index[name][0]]
+        others = [k for k, v in self.index.items() if isinstance(v, list) and k not in (*texts, "scheduler")]
+        with self.directory(*texts) as root:
+            try:
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                    root, torch_dtype=torch.float32, **dict.fromkeys(others)
+                )
+            except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as e:
+                raise ArtifactError(f"The pipeline's text models can't be loaded: {e}", where="text_encoder") from e
+            yield pipeline
+
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """Latents `[N, C, H, W]` to images in [-1, 1]; None for a pipeline on pixels."""
+        if self.decoder_name is None:
+            return None
+        import torch
+
+        vae = self.load(self.decoder_name)
+        scale, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
+
+        def decode(latents: Tensor) -> Tensor:
+            part = max(1, 65536 // latents[0, 0].numel())
+            with torch.no_grad():
+                images = [vae.decode(z / scale + shift, return_dict=False)[0] for z in latents.split(part)]
+            return torch.cat(images).clamp(-1, 1)
+
+        return decode
+
+
+def attachments_of(source: ModelSource) -> dict[str, Tensor]:
+    """The files of a model's other components as an artifact carries them: uint8, mapped and not read."""
+    if source.pipeline is None:
+        return {}
+    files = companion_files(source.pipeline, source.model_index or {}, source.component)
+    return {name: file_tensor(path) for name, path in files.items()}
+
+
+def companions_of_source(source: ModelSource) -> Companions | None:
+    """Those of a model on disk; None for a bare component."""
+    if source.pipeline is None:
+        return None
+    index = source.model_index or {}
+    files = companion_files(source.pipeline, index, source.component)
+    pipeline = {"model_index": index, "component": source.component, "scheduler": source.scheduler}
+    return Companions(pipeline, sorted(files), lambda name: files[name].read_bytes())
+
+
+def companions_of_artifact(artifact: Artifact) -> Companions | None:
+    """Those that an artifact carries, or an exported directory holds; None for a bare component."""
+    pipeline = artifact.manifest.pipeline
+    if pipeline is None or "model_index" not in pipeline:
+        return None
+    return Companions(pipeline, artifact.attachment_names(), artifact.attachment)

@@ -1,0 +1,210 @@
+"""What images are asked for: class labels, prompts, or nothing; and the strength of guidance towards it.
+
+A network's conditions are tensors. Few of them differ (ten labels, a list of prompts), so they are kept as a table with
+one row for each, and images and trajectory points refer to rows. With classifier-free guidance the last row stands for
+no condition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dqtool import report
+from dqtool.errors import UsageError
+from dqtool.models.prompts import PROMPTS
+
+if TYPE_CHECKING:
+    from dqtool.models.companions import Companions
+
+__all__ = [
+    "CONTEXT_TOKENS",
+    "SAMPLE_SIZE",
+    "Conditions",
+    "Request",
+    "class_contexts",
+    "class_labels",
+    "random_conditions",
+    "text_conditions",
+]
+
+CONTEXT_TOKENS, SAMPLE_SIZE = "_context_tokens", "_sample_size"
+"""Config keys for what a network takes of any length: tokens of its context, side of its latents. diffusers keeps keys
+with an underscore and ignores them."""
+
+MOST_RANDOM = 64
+"""Rows of a table of random conditions."""
+
+TOGETHER = 16
+"""Prompts encoded at a time."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: `count` images, guidance and prompts where given (else the model card's, else the
+    family's). `card` is the pipeline's `sampling.json`."""
+
+    count: int
+    seed: int = 0
+    guidance: float | None = None
+    prompts: Sequence[str] | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def weight(self, default: float) -> float:
+        """The weight of guidance; 1 and less mean none, as in diffusers' pipelines."""
+        chosen = self.guidance if self.guidance is not None else self.card.get("guidance", default)
+        return max(float(chosen), 1.0)
+
+
+@dataclass
+class Conditions:
+    """`table` holds `[K, ...]` a condition; with `guidance` above 1 its last row is the null condition.
+
+    `names` say what the rows stand for, `digits` `[K]` which digit each should give, where that is known.
+    """
+
+    table: dict[str, Tensor]
+    guidance: float = 1.0
+    names: list[str] = field(default_factory=list)
+    digits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.table.values()))) if self.table else 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether every step asks the network with and without the condition."""
+        return self.guidance > 1
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The table's rows for images `start` to `stop`: all conditions in turn."""
+        return torch.arange(start, stop) % max(1, len(self) - self.guided)
+
+    def given(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The conditions of these images, `[stop - start, ...]` each."""
+        rows = self.rows(start, stop)
+        return {name: values[rows] for name, values in self.table.items()}
+
+    @property
+    def null(self) -> dict[str, Tensor] | None:
+        """The null condition, `[1, ...]` each; None without guidance."""
+        return {name: values[-1:] for name, values in self.table.items()} if self.guided else None
+
+    def digest(self) -> str:
+        """Hex digest of the tables."""
+        found = hashlib.sha256()
+        for name in sorted(self.table):
+            found.update(name.encode() + self.table[name].contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def asked(self, images: int) -> Tensor | None:
+        """The digit each image should show, `[images]`."""
+        return None if self.digits is None else self.digits[self.rows(0, images)]
+
+
+def random_conditions(
+    draw: Callable[[Mapping[str, Any], int, torch.Generator], dict[str, Tensor]],
+    config: Mapping[str, Any],
+    request: Request,
+) -> Conditions:
+    """A table of random conditions, for networks that come without what makes real ones.
+
+    Raises:
+        UsageError: prompts or guidance are asked for.
+    """
+    if request.prompts is not None:
+        raise UsageError(
+            "Prompts need the pipeline's text encoder",
+            where="--prompts",
+            fix="Start from a pipeline directory with text_encoder and tokenizer",
+        )
+    if request.guidance is not None and request.guidance > 1:
+        raise UsageError(
+            "Guidance needs a condition and its absence, and this model comes with neither",
+            where="--guidance",
+            fix="Start from a conditional pipeline, or leave it out",
+        )
+    generator = torch.Generator().manual_seed(request.seed)
+    return Conditions(draw(config, min(request.count, MOST_RANDOM), generator))
+
+
+def class_labels(request: Request, classes: int, default: float) -> Conditions:
+    """Labels themselves as the condition `class_labels`; the label `classes` means none.
+
+    Raises:
+        UsageError: prompts are asked for.
+    """
+    _refuse_prompts(request)
+    labels = _spread(classes, request.count)
+    guidance = request.weight(default)
+    rows = torch.cat([labels, torch.tensor([classes])]) if guidance > 1 else labels
+    return Conditions({"class_labels": rows}, guidance, [f"class {i}" for i in labels.tolist()], rows)
+
+
+def class_contexts(request: Request, companions: Companions, default: float) -> Conditions:
+    """The embedding of each class as the context `encoder_hidden_states` `[K, 1, D]`.
+
+    Raises:
+        UsageError: prompts are asked for.
+    """
+    _refuse_prompts(request)
+    embedder = companions.load("class_embedder")
+    labels = _spread(embedder.config.classes, request.count)
+    guidance = request.weight(default)
+    rows = torch.cat([labels, torch.tensor([embedder.config.classes])]) if guidance > 1 else labels
+    with torch.no_grad():
+        context = embedder(rows).float()
+    return Conditions({"encoder_hidden_states": context}, guidance, [f"class {i}" for i in labels.tolist()], rows)
+
+
+def text_conditions(
+    request: Request,
+    companions: Companions,
+    default: float,
+    encode: Callable[[Any, list[str]], tuple[dict[str, Tensor], dict[str, Tensor]]],
+) -> Conditions:
+    """Prompts, encoded by the pipeline itself: `encode(pipeline, prompts)` gives their conditions and the null one.
+
+    The prompts are those asked for, else the model card's, else a small built-in list.
+    """
+    digits: Tensor | None = None
+    card = request.card.get("prompts")
+    if request.prompts is not None:
+        prompts = list(request.prompts)
+    elif card:
+        prompts = [text if isinstance(text, str) else text[0] for text in card]
+        if not any(isinstance(text, str) for text in card):
+            digits = torch.tensor([text[1] for text in card])
+    else:
+        report.warn(f"{len(PROMPTS)} built-in prompts are used; name a file of your own with --prompts")
+        prompts = list(PROMPTS)
+    chosen = _spread(len(prompts), request.count)
+    prompts = [prompts[i] for i in chosen.tolist()]
+    guidance = request.weight(default)
+    parts: list[dict[str, Tensor]] = []
+    null: dict[str, Tensor] = {}
+    with companions.text_pipeline() as pipeline, torch.no_grad():
+        for start in range(0, len(prompts), TOGETHER):
+            given, null = encode(pipeline, prompts[start : start + TOGETHER])
+            parts.append(given)
+    if guidance > 1:
+        parts.append(null)
+    table = {name: torch.cat([part[name] for part in parts]).float().contiguous() for name in parts[0]}
+    if digits is not None:
+        digits = torch.cat([digits[chosen], torch.tensor([-1] * (guidance > 1), dtype=digits.dtype)])
+    return Conditions(table, guidance, prompts, digits)
+
+
+def _spread(there: int, wanted: int) -> Tensor:
+    """All of `there` items, or `wanted` of them evenly over the list."""
+    return torch.arange(there) if wanted >= there else torch.arange(wanted) * there // wanted
+
+
+def _refuse_prompts(request: Request) -> None:
+    if request.prompts is not None:
+        raise UsageError("This model is conditioned on classes, not on text", where="--prompts", fix="Leave it out")

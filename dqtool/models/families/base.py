@@ -1,0 +1,143 @@
+"""What an adapter is, and the table of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.errors import ArtifactError
+from dqtool.models.amendments import amend
+from dqtool.models.conditioning import Conditions, Request, random_conditions
+
+if TYPE_CHECKING:
+    from dqtool.models.companions import Companions
+
+__all__ = ["FAMILIES", "Family", "register", "square_sample", "timestep_vector"]
+
+
+class Family(ABC):
+    """What dqtool must know of a network class.
+
+    A denoising input is `x` `[N, C, H, W]`, a timestep and a dict of conditions, tensors whose first dimension is the
+    sample. `sample` names the argument of the network's forward that holds `x`; the network is given the scheduler's
+    timestep divided by `timestep_divisor`; `guidance` is what pipelines of this family guide with unless they are told
+    otherwise (1: not at all), `scheduler` the noise schedule of a network that comes without its pipeline (None: that of
+    `models/sampling.py`).
+    """
+
+    name: ClassVar[str]
+    class_name: str
+    block_classes: ClassVar[tuple[str, ...]]
+    sample: str = "sample"
+    timestep_divisor: float = 1.0
+    guidance: float = 1.0
+    scheduler: Mapping[str, Any] | None = None
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """The network with random weights, from a diffusers config.
+
+        Raises:
+            ArtifactError: diffusers refuses the config.
+        """
+        import diffusers
+
+        try:
+            return amend(getattr(diffusers, self.class_name).from_config(dict(config)), config)
+        except (TypeError, ValueError, KeyError) as e:
+            raise ArtifactError(f"The config does not describe a {self.class_name}: {e}", where="model config") from e
+
+    @abstractmethod
+    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape of one sample, `(C, H, W)`."""
+
+    def tokens(self, config: Mapping[str, Any]) -> int:
+        """Image tokens of one sample, which some flow schedules are shifted by."""
+        patch = int(config.get("patch_size") or 1)
+        _, height, width = self.sample_shape(config)
+        return (height // patch) * (width // patch)
+
+    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Conditioning tensors for `batch` samples drawn at random, for networks that need some."""
+        return {}
+
+    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+        """The conditions that images are sampled under. Here: random ones, for lack of a text model or labels.
+
+        Raises:
+            UsageError: guidance or prompts are asked for and this network knows none.
+        """
+        return random_conditions(self.conditions, config, request)
+
+    def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the network's forward. `timestep` is a scalar or `[N]`, as the network is given it."""
+        return {self.sample: x, "timestep": timestep, **conditions}
+
+    def predict(self, model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """The network's prediction: shaped like `x`, or with twice the channels where it learned its variance too."""
+        return model(**self.arguments(x, timestep, conditions), return_dict=False)[0]
+
+    def example(self, config: Mapping[str, Any], batch: int = 1, seed: int = 0) -> dict[str, Any]:
+        """Arguments for one forward on random input, to trace and to compare networks with."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(batch, *self.sample_shape(config), generator=generator)
+        timestep = torch.randint(0, 1000, (batch,), generator=generator)
+        if self.timestep_divisor != 1:
+            timestep = timestep / self.timestep_divisor
+        return self.arguments(x, timestep, self.conditions(config, batch, generator))
+
+    def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config of the least work that runs every layer on every channel: what a comparison of weights needs."""
+        return config
+
+    def hints(self, companions: Companions) -> dict[str, Any]:
+        """What the pipeline around the network knows of its inputs and its config does not say, as config entries."""
+        return {}
+
+    def repeats(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+        """Pairs (copy, original) of modules that the class builds several times though a model has one of them."""
+        return ()
+
+
+FAMILIES: dict[str, Family] = {}
+"""Adapters by the diffusers class they serve."""
+
+
+def register(cls: type[Family]) -> type[Family]:
+    """Class decorator: make an adapter known."""
+    FAMILIES[cls.class_name] = cls()
+    return cls
+
+
+def square_sample(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """`(C, H, W)` from `in_channels` and `sample_size`.
+
+    Raises:
+        ArtifactError: the config has no sample size.
+    """
+    size = config.get("sample_size")
+    if size is None:
+        raise ArtifactError(
+            "The config does not say how large the network's samples are",
+            where="model config, key sample_size",
+            fix="Set sample_size, for example 32, in the config.json",
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(config["in_channels"]), height, width
+
+
+def small_sample(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a UNet with samples just large enough for its resolutions, where they are large: convolutions and
+    attention run the same weights at every size."""
+    size = config["sample_size"]
+    least = max(16, 2 ** len(config["block_out_channels"]))
+    large = min([size] if isinstance(size, int) else size) > 2 * least
+    return {**config, "sample_size": least} if large else config
+
+
+def timestep_vector(timestep: Tensor, x: Tensor) -> Tensor:
+    """The timestep as `[N]`, for networks that take no scalar."""
+    return torch.as_tensor(timestep).reshape(-1).expand(len(x))

@@ -1,0 +1,53 @@
+"""`DiTTransformer2DModel`: DiT-XL/2 and digits-dit, conditioned on a class through adaptive norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dqtool.models.conditioning import Conditions, Request, class_labels
+from dqtool.models.families.base import Family, register, square_sample, timestep_vector
+
+if TYPE_CHECKING:
+    from dqtool.models.companions import Companions
+
+__all__ = ["DiT"]
+
+
+@register
+class DiT(Family):
+    """Class-conditional transformers. The label `num_embeds_ada_norm` stands for no class."""
+
+    name = "dit"
+    class_name = "DiTTransformer2DModel"
+    block_classes = ("BasicTransformerBlock",)
+    sample = "hidden_states"
+    guidance = 4.0
+
+    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """From `in_channels` and `sample_size`."""
+        return square_sample(config)
+
+    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random class labels."""
+        return {"class_labels": torch.randint(0, _classes(config), (batch,), generator=generator)}
+
+    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+        """All classes in turn."""
+        return class_labels(request, _classes(config), self.guidance)
+
+    def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The timestep as `[N]`."""
+        return {"hidden_states": x, "timestep": timestep_vector(timestep, x), **conditions}
+
+    def repeats(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+        """DiT embeds time and class once; diffusers' class does it anew in each block."""
+        first = "transformer_blocks.0.norm1.emb"
+        return [(f"transformer_blocks.{i}.norm1.emb", first) for i in range(1, int(config.get("num_layers", 28)))]
+
+
+def _classes(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_embeds_ada_norm") or 1000)

@@ -1,0 +1,101 @@
+"""`FluxTransformer2DModel`: FLUX.1, two streams and then one, rotary positions; guidance, if any, is an input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.models.conditioning import CONTEXT_TOKENS, SAMPLE_SIZE, Conditions, Request, text_conditions
+from dqtool.models.families.base import Family, register, timestep_vector
+
+if TYPE_CHECKING:
+    from dqtool.models.companions import Companions
+
+__all__ = ["Flux"]
+
+PATCH = 2
+"""Latents are packed in squares of this side before they reach the network."""
+
+
+@register
+class Flux(Family):
+    """Flow-matching transformers. `x` is the latent `[N, C, H, W]`; the network sees it packed, `[N, HW/4, 4C]`, and the
+    timestep in [0, 1]."""
+
+    name = "flux"
+    class_name = "FluxTransformer2DModel"
+    block_classes = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    sample = "hidden_states"
+    timestep_divisor = 1000.0
+    embedded_guidance = 3.5
+    scheduler: Mapping[str, Any] | None = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+    }
+
+    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """The network takes any size and its config names none: 128x128 latents (1024 pixels) unless told."""
+        size = config.get(SAMPLE_SIZE, 128)
+        return int(config.get("in_channels", 64)) // PATCH**2, size, size
+
+    def tokens(self, config: Mapping[str, Any]) -> int:
+        """Packed squares."""
+        _, height, width = self.sample_shape(config)
+        return (height // PATCH) * (width // PATCH)
+
+    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random text `[N, S, D]`, pooled text, and the guidance of distilled models."""
+        tokens, width = config.get(CONTEXT_TOKENS, 512), config.get("joint_attention_dim", 4096)
+        given = {
+            "encoder_hidden_states": torch.randn(batch, tokens, width, generator=generator),
+            "pooled_projections": torch.randn(batch, config.get("pooled_projection_dim", 768), generator=generator),
+        }
+        return given | self._guidance(config, batch, None)
+
+    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+        """Prompts encoded by the pipeline's CLIP and T5; `--guidance` is what a distilled model is told."""
+        plain = Request(request.count, request.seed, None, request.prompts, request.card)
+        guidance = request.weight(self.embedded_guidance)
+        if companions is None or not companions.has("text_encoder"):
+            found = super().ask(config, plain, companions)
+        else:
+
+            def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                given, pooled, _ = pipeline.encode_prompt(prompts, None, device="cpu")
+                return {"encoder_hidden_states": given, "pooled_projections": pooled}, {}
+
+            found = text_conditions(plain, companions, 1.0, encode)
+        found.table.update(self._guidance(config, len(found), guidance))
+        return found
+
+    def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Packed latents, and positions of text (all zero) and image squares."""
+        n, channels, height, width = x.shape
+        rows, columns = height // PATCH, width // PATCH
+        packed = x.view(n, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+        ids = torch.zeros(rows, columns, 3)
+        ids[..., 1] = torch.arange(rows)[:, None]
+        ids[..., 2] = torch.arange(columns)
+        return {
+            "hidden_states": packed.reshape(n, rows * columns, channels * PATCH**2),
+            "timestep": timestep_vector(timestep, x),
+            "img_ids": ids.flatten(0, 1),
+            "txt_ids": torch.zeros(conditions["encoder_hidden_states"].shape[1], 3),
+            **conditions,
+        }
+
+    def predict(self, model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Unpacked again, `[N, C, H, W]`."""
+        packed = super().predict(model, x, timestep, conditions)
+        n, _, height, width = x.shape
+        squares = packed.view(n, height // PATCH, width // PATCH, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+        return squares.reshape(n, -1, height, width)
+
+    def _guidance(self, config: Mapping[str, Any], batch: int, guidance: float | None) -> dict[str, Tensor]:
+        if not config.get("guidance_embeds"):
+            return {}
+        return {"guidance": torch.full((batch,), self.embedded_guidance if guidance is None else guidance)}

@@ -1,0 +1,114 @@
+"""Any other diffusers network (`--family generic`): its Conv2d and Linear leaves are the blocks.
+
+What its forward takes is read from the signature. Required arguments beside the sample and the timestep come from an
+example, `dqtool dilate --example FILE.safetensors`, one tensor `[N, ...]` an argument; their shapes (and values, as
+conditions to draw from) are kept in the config under `_example`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqtool.artifacts import read_header
+from dqtool.artifacts.tensorfile import load_tensors
+from dqtool.errors import ArtifactError
+from dqtool.models.families.base import Family, square_sample
+
+__all__ = ["EXAMPLE", "PREFIX", "Generic", "example_shapes"]
+
+PREFIX = "generic:"
+"""Before the class name in an artifact's manifest."""
+
+EXAMPLE = "_example"
+"""Config key: shape, dtype and (integers') largest value of one sample's further arguments, by name."""
+
+SAMPLES = ("sample", "hidden_states", "x")
+TIMES = ("timestep", "timesteps", "t")
+
+
+def example_shapes(path: str) -> dict[str, dict[str, Any]]:
+    """What the config keeps of an example: shape and dtype of one sample of each tensor, and the largest integer.
+
+    Raises:
+        EnvironmentFault: the file can't be read.
+        ArtifactError: it is no safetensors file, or its tensors have no batch.
+    """
+    read_header(Path(path))
+    shapes: dict[str, dict[str, Any]] = {}
+    for name, tensor in sorted(load_tensors(Path(path)).items()):
+        if tensor.dim() == 0:
+            raise ArtifactError(f"'{name}' has no batch dimension", where=path, fix="Give tensors [1, ...]")
+        shapes[name] = {"shape": list(tensor.shape[1:]), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        if not tensor.is_floating_point():
+            shapes[name]["largest"] = int(tensor.max())
+    return shapes
+
+
+class Generic(Family):
+    """A network without an adapter of its own."""
+
+    name = "generic"
+    block_classes = ()
+
+    def __init__(self, class_name: str) -> None:
+        import diffusers
+
+        self.class_name = class_name
+        cls = getattr(diffusers, class_name, None)
+        if cls is None:
+            raise ArtifactError(f"diffusers has no class '{class_name}'", where="model config, key _class_name")
+        parameters = inspect.signature(cls.forward).parameters
+        found = [name for name in SAMPLES if name in parameters]
+        if not found or "timestep" not in parameters:
+            raise ArtifactError(
+                f"{class_name}.forward takes no sample and timestep",
+                where="--family generic",
+                fix=f"A denoising network is needed: forward({SAMPLES[0]} or {SAMPLES[1]}, timestep, ...)",
+            )
+        self.sample = found[0]
+        empty = inspect.Parameter.empty
+        self.required = [
+            name
+            for name, p in parameters.items()
+            if p.default is empty
+            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            and name not in ("self", self.sample, "timestep")
+        ]
+
+    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """That of the example, else from `in_channels` and `sample_size`."""
+        example = config.get(EXAMPLE, {})
+        return tuple(example[self.sample]["shape"]) if self.sample in example else square_sample(config)
+
+    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random tensors shaped like the example's.
+
+        Raises:
+            ArtifactError: the network requires an argument that no example was given for.
+        """
+        example = {k: v for k, v in config.get(EXAMPLE, {}).items() if k not in (self.sample, "timestep")}
+        missing = [name for name in self.required if name not in example]
+        if missing:
+            raise ArtifactError(
+                f"{self.class_name} also needs {', '.join(missing)}",
+                where="--family generic",
+                fix="Give `dqtool dilate` an --example FILE.safetensors with one tensor an argument, [1, ...]",
+            )
+        given = {}
+        for name, entry in example.items():
+            shape, dtype = (batch, *entry["shape"]), getattr(torch, entry["dtype"])
+            if dtype.is_floating_point:
+                given[name] = torch.randn(shape, generator=generator).to(dtype)
+            else:
+                given[name] = torch.randint(0, int(entry.get("largest", 0)) + 1, shape, generator=generator).to(dtype)
+        return given
+
+    def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The timestep as `[N]`, which every network takes."""
+        return {self.sample: x, "timestep": torch.as_tensor(timestep).reshape(-1).expand(len(x)), **conditions}

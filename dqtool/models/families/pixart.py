@@ -1,0 +1,82 @@
+"""`PixArtTransformer2DModel`: PixArt-alpha and -sigma, with T5 text through cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dqtool.models.conditioning import CONTEXT_TOKENS, Conditions, Request, text_conditions
+from dqtool.models.families.base import Family, register, square_sample, timestep_vector
+
+if TYPE_CHECKING:
+    from dqtool.models.companions import Companions
+
+__all__ = ["PixArt"]
+
+SIZES = ("resolution", "aspect_ratio")
+
+
+@register
+class PixArt(Family):
+    """Text-conditional transformers with one shared adaptive norm; larger ones are told the image's size as well."""
+
+    name = "pixart"
+    class_name = "PixArtTransformer2DModel"
+    block_classes = ("BasicTransformerBlock",)
+    sample = "hidden_states"
+    guidance = 4.5
+
+    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """From `in_channels` and `sample_size`."""
+        return square_sample({"sample_size": 128, "in_channels": 4, **config})
+
+    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """A random caption `[N, S, D]` of full length, and sizes where the config calls for them."""
+        width = config.get("caption_channels") or config.get("cross_attention_dim", 1152)
+        tokens = config.get(CONTEXT_TOKENS, 120)
+        given = {
+            "encoder_hidden_states": torch.randn(batch, tokens, width, generator=generator),
+            "encoder_attention_mask": torch.ones(batch, tokens),
+        }
+        return given | _sizes(config, batch, 8 * self.sample_shape(config)[1])
+
+    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+        """Prompts encoded by the pipeline's T5."""
+        if companions is None or not companions.has("text_encoder"):
+            return super().ask(config, request, companions)
+
+        height = companions.image_shape(self.sample_shape(config))[1]
+
+        def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            given, mask, without, no_mask = pipeline.encode_prompt(prompts, device="cpu")
+            return (
+                {"encoder_hidden_states": given, "encoder_attention_mask": mask.float()}
+                | _sizes(config, len(prompts), height),
+                {"encoder_hidden_states": without[:1], "encoder_attention_mask": no_mask[:1].float()}
+                | _sizes(config, 1, height),
+            )
+
+        return text_conditions(request, companions, self.guidance, encode)
+
+    def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Sizes go into `added_cond_kwargs`; the timestep is `[N]`."""
+        plain = {k: v for k, v in conditions.items() if k not in SIZES}
+        added = {k: conditions.get(k) for k in SIZES}
+        return {
+            "hidden_states": x,
+            "timestep": timestep_vector(timestep, x),
+            **plain,
+            "added_cond_kwargs": added,
+        }
+
+
+def _sizes(config: Mapping[str, Any], batch: int, side: int) -> dict[str, Tensor]:
+    """`resolution` `[N, 2]` and `aspect_ratio` `[N, 1]` of a square image; nothing for networks that are not told."""
+    size = config.get("sample_size", 128)
+    asked = config.get("use_additional_conditions")
+    if not (size == 128 if asked is None else asked):
+        return {}
+    return {"resolution": torch.tensor([[float(side)] * 2]).repeat(batch, 1), "aspect_ratio": torch.ones(batch, 1)}

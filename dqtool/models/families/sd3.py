@@ -1,0 +1,72 @@
+"""`SD3Transformer2DModel`: Stable Diffusion 3 and 3.5, text and image in two streams with joint attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dqtool.models.conditioning import CONTEXT_TOKENS, Conditions, Request, text_conditions
+from dqtool.models.families.base import Family, register, square_sample, timestep_vector
+
+if TYPE_CHECKING:
+    from dqtool.models.companions import Companions
+
+__all__ = ["SD3"]
+
+
+@register
+class SD3(Family):
+    """Flow-matching transformers on text tokens and pooled text."""
+
+    name = "sd3"
+    class_name = "SD3Transformer2DModel"
+    block_classes = ("JointTransformerBlock",)
+    sample = "hidden_states"
+    guidance = 7.0
+    scheduler: Mapping[str, Any] | None = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """From `in_channels` and `sample_size`."""
+        return square_sample({"sample_size": 128, "in_channels": 16, **config})
+
+    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random text `[N, S, D]` (77 tokens of CLIP and 256 of T5) and pooled text."""
+        tokens, width = config.get(CONTEXT_TOKENS, 333), config.get("joint_attention_dim", 4096)
+        return {
+            "encoder_hidden_states": torch.randn(batch, tokens, width, generator=generator),
+            "pooled_projections": torch.randn(batch, config.get("pooled_projection_dim", 2048), generator=generator),
+        }
+
+    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+        """Prompts encoded by the pipeline's text models (without T5 where it has none)."""
+        if companions is None or not companions.has("text_encoder"):
+            return super().ask(config, request, companions)
+
+        def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            # Without a T5 the pipeline asks the transformer for its width.
+            pipeline.transformer = _Widths(config)
+            given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, None, None, device="cpu")
+            return (
+                {"encoder_hidden_states": given, "pooled_projections": pooled},
+                {"encoder_hidden_states": without[:1], "pooled_projections": no_pooled[:1]},
+            )
+
+        return text_conditions(request, companions, self.guidance, encode)
+
+    def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The timestep as `[N]`."""
+        return {"hidden_states": x, "timestep": timestep_vector(timestep, x), **conditions}
+
+
+class _Widths:
+    """Stands in for the network where a pipeline only reads its config."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from diffusers.configuration_utils import FrozenDict
+
+        self.config = FrozenDict({"joint_attention_dim": 4096, **config})

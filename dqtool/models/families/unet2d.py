@@ -1,0 +1,35 @@
+"""`UNet2DModel`: DDPM CIFAR-10, digits-ddpm; LDM-4 bedroom and LDM-8 church on latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqtool.models.families.base import Family, register, small_sample, square_sample
+
+__all__ = ["UNet2D"]
+
+
+@register
+class UNet2D(Family):
+    """UNets without text, on pixels or latents; class labels where the config has them."""
+
+    name = "unet2d"
+    class_name = "UNet2DModel"
+    block_classes = ("ResnetBlock2D", "Attention")
+
+    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """From `in_channels` and `sample_size`."""
+        return square_sample(config)
+
+    def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Small samples."""
+        return small_sample(config)
+
+    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random class labels for class-conditional networks."""
+        classes = config.get("num_class_embeds")
+        return {"class_labels": torch.randint(0, classes, (batch,), generator=generator)} if classes else {}

@@ -1,0 +1,76 @@
+"""Models named by Hub id: from the local cache of huggingface_hub, else from the network. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dqtool.errors import ArtifactError, EnvironmentFault
+
+__all__ = ["hub_snapshot", "is_hub_id"]
+
+T = TypeVar("T")
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json")
+_PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*.safetensors", "*/*.safetensors"]
+_NOT = ["*.fp16.*", "*non_ema*", "*/*.onnx*", "*flax*", "safety_checker/*.safetensors"]
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether this can be a Hub id, `org/name` or `org/name@revision`; whether there is one only the Hub knows."""
+    return _ID.fullmatch(given) is not None and not given.endswith(_FILES)
+
+
+def hub_snapshot(given: str, component: str | None, use: Callable[[Path], T]) -> T:
+    """`use(directory)` on the model's files: those of the local cache if `use` can work with them, else downloaded ones.
+
+    The cache is where `HF_HUB_CACHE` or `HF_HOME` say; `HF_HUB_OFFLINE=1` forbids the network.
+
+    Raises:
+        EnvironmentFault: the model is not in the cache and can't be had from the network.
+        ArtifactError: what is there is no model that dqtool reads.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = given.partition("@")
+    where: dict[str, Any] = {"repo_id": name, "revision": revision or None, "cache_dir": _cache()}
+    incomplete: ArtifactError | None = None
+    try:
+        return use(Path(snapshot_download(**where, local_files_only=True)))
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    except ArtifactError as error:  # a snapshot may hold a part of the files only
+        incomplete = error
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        raise incomplete or _absent(given, "and HF_HUB_OFFLINE forbids to ask the Hub")
+    try:
+        # A repository at the root of which lie single-file checkpoints too is taken in its diffusers form.
+        top = Path(snapshot_download(**where, allow_patterns=["*.json"]))
+        single = ["*.safetensors"] if not (top / "model_index.json").exists() else []
+        patterns = [pattern for pattern in _PATTERNS if pattern != "*.safetensors"] + single
+        path = Path(snapshot_download(**where, allow_patterns=patterns, ignore_patterns=_NOT))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise incomplete or _absent(given, f"and the Hub can't be asked: {reason[:200]}") from error
+    return use(path)
+
+
+def _cache() -> str | None:
+    """As huggingface_hub resolves it, but at the time of the call."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return os.environ["HF_HUB_CACHE"]
+    home = os.environ.get("HF_HOME")
+    return os.path.join(os.path.expanduser(home), "hub") if home else None
+
+
+def _absent(given: str, why: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"There is no such file or directory, the local Hub cache has no model of this name, {why}",
+        where=given,
+        fix="Check the spelling, give a path, or download the model first (`hf download` on a machine with network)",
+    )

@@ -1,0 +1,85 @@
+"""From a network to images: its sampler, what is asked of it, and the decoder behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool import report
+from dqtool.artifacts import Artifact
+from dqtool.models.companions import Companions, companions_of_artifact, companions_of_source
+from dqtool.models.conditioning import Conditions, Request
+from dqtool.models.families import family_of
+from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.models.sources import ModelSource
+from dqtool.stages.artifact_models import conditions_of, sampler_of
+
+__all__ = ["ImageMaker", "maker_of_artifact", "maker_of_source"]
+
+
+@dataclass
+class ImageMaker:
+    """How images are drawn from a network of this model. `decode` is None where the network makes images itself (or
+    where the latents' decoder is not at hand: `latents` says so)."""
+
+    sampler: Sampler
+    conditions: Conditions
+    shape: tuple[int, ...]
+    decode: Callable[[Tensor], Tensor] | None = None
+    latents: bool = False
+
+    def draw(self, network: nn.Module, count: int, seed: int, batch_size: int, what: str) -> Tensor:
+        """`count` images `[N, C, H, W]` in [-1, 1] (latents as they are); image i depends on `seed` and i alone."""
+        batches = []
+        with report.progress(what, count, "image") as progress:
+            for x in self.sampler.batches(
+                network, self.shape, count, seed, batch_size, self.conditions.given, null=self.conditions.null
+            ):
+                images = x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x)
+                batches.append(images)
+                progress.advance(len(images))
+        return torch.cat(batches)
+
+
+def maker_of_artifact(
+    artifact: Artifact,
+    count: int,
+    seed: int,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    prompts: Sequence[str] | None = None,
+) -> ImageMaker:
+    """For the networks of an artifact, and for its reference; without other words as it was calibrated.
+
+    Raises:
+        UsageError: guidance, prompts or a sampler that this model knows nothing of.
+    """
+    if guidance is None:
+        guidance = ((artifact.manifest.pipeline or {}).get("sampling") or {}).get("guidance")
+    conditions = conditions_of(artifact, Request(count, seed, guidance, prompts))
+    chosen = sampler_of(artifact, conditions, steps, sampler)
+    return _maker(chosen, conditions, artifact.manifest.model["config"], companions_of_artifact(artifact))
+
+
+def maker_of_source(source: ModelSource, count: int, seed: int, steps: int) -> ImageMaker:
+    """For a full-precision model as its pipeline wants it."""
+    family, companions = family_of(source.class_name, source.given), companions_of_source(source)
+    config = dict(source.config) | ({} if companions is None else family.hints(companions))
+    request = Request(count, seed, card={} if companions is None else companions.card)
+    conditions = family.ask(config, request, companions)
+    scheduler = make_sampler(source.scheduler or family.scheduler)
+    sampler = Sampler(family, scheduler, steps, guidance=conditions.guidance, tokens=family.tokens(config))
+    return _maker(sampler, conditions, config, companions)
+
+
+def _maker(
+    sampler: Sampler, conditions: Conditions, config: dict[str, Any], companions: Companions | None
+) -> ImageMaker:
+    shape = sampler.family.sample_shape(config)
+    decode = None if companions is None else companions.decoder()
+    return ImageMaker(sampler, conditions, shape, decode, latents=decode is None and shape[0] not in (1, 3))

@@ -1,0 +1,146 @@
+"""What every adapter promises: blocks in execution order, every layer accounted for, equivalence, steps, round trips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import NETWORKS, build, component_directory
+from torch import nn
+
+import dqtool
+from dqtool.artifacts import open_artifact
+from dqtool.core.bits import LayerBits
+from dqtool.models.families import FAMILIES, family_of
+from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
+from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
+from dqtool.nn.trace import is_attention, trace
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.eval import EvalOptions, evaluate
+from dqtool.stages.export import ExportOptions, export
+
+QUIET = Common(quiet=True)
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def chain(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All five stages on a bare component with random conditions."""
+    directory = tmp_path_factory.mktemp(name)
+    model = component_directory(name, directory / "model")
+    at = {stage: str(directory / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
+    dilate(DilateOptions(str(model), at["dilated"]), QUIET)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=3, samples=9, batch_size=4), QUIET)
+    distill(DistillOptions(at["calibrated"], at["distilled"], iters=2, refine_iters=2), QUIET)
+    export(ExportOptions(at["distilled"], str(directory / "exported")), QUIET)
+    evaluate(EvalOptions(str(directory / "exported"), str(directory / "eval.json"), samples=4, batch_size=4), QUIET)
+    return directory
+
+
+def test_the_adapters_all_have_a_tiny_network() -> None:
+    assert {config["_class_name"] for config in NETWORKS.values()} == set(FAMILIES)
+
+
+def test_blocks_come_in_execution_order_and_every_layer_is_accounted_for(name: str) -> None:
+    config, network = NETWORKS[name], build(name)
+    family = family_of(config["_class_name"], "test")
+    traced = trace(network, family.example(config), family.sample, family.block_classes)
+    layers = {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert {info.name for info in traced.layers if info.kind != "attention"} == layers
+    products = {n for n, m in network.named_modules() if is_attention(m)}
+    assert {info.name for info in traced.layers if info.kind == "attention"} == products
+    assert products
+    roles = {info.role for info in traced.layers}
+    assert {"input", "output"} <= roles
+    inside = {n for n in layers if any(n == b.name or n.startswith(b.name + ".") for b in traced.blocks)}
+    assert inside == layers
+    order: list[str] = []
+    for block in traced.blocks:
+        network.get_submodule(block.name).register_forward_hook(lambda _m, _a, _y, n=block.name: order.append(n))
+    with torch.no_grad():
+        network(**family.example(config))
+    assert list(dict.fromkeys(order)) == [block.name for block in traced.blocks]
+    assert all(order.index(r) < order.index(b.name) for b in traced.blocks for r in b.reads)
+
+
+def test_attention_on_float_operands_is_that_of_diffusers(name: str) -> None:
+    config, network = NETWORKS[name], build(name)
+    family = family_of(config["_class_name"], "test")
+    example = family.example(config, batch=3)
+    with torch.no_grad():
+        expected = network(**example, return_dict=False)[0]
+        traced = trace(network, family.example(config), family.sample, family.block_classes)
+        insert_fake(network, assign_bits(traced.layers, LayerBits(16, 16)), torch.arange(3.0), {})
+        found = network(**example, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_call_of_every_sampler_finds_its_own_step(name: str) -> None:
+    config, network = NETWORKS[name], build(name)
+    family = family_of(config["_class_name"], "test")
+    traced = trace(network, family.example(config), family.sample, family.block_classes)
+    flow = name in ("sd3", "flux")
+    given = family.conditions(config, 2, torch.Generator().manual_seed(0))
+    null = {key: value[:1] for key, value in given.items()}
+    for kind in ["euler"] if flow else SAMPLERS:
+        scheduler = make_sampler(FLOW if flow else None, kind)
+        sampler = Sampler(family, scheduler, 4, guidance=2.0, tokens=family.tokens(config))
+        quantized = build(name)
+        timesteps = sampler.timesteps()
+        insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
+        asked, used = [], []
+
+        def see(
+            x: torch.Tensor,
+            t: torch.Tensor,
+            _y: torch.Tensor,
+            quantized: nn.Module = quantized,
+            asked: list[float] = asked,
+            used: list[float] = used,
+        ) -> None:
+            assert len(x) == 4
+            asked.append(float(t))
+            used.append(float(steps_of(quantized).timesteps[steps_of(quantized).rows]))
+
+        sampler.run(quantized, initial_noise(family.sample_shape(config), range(2), 0), given, [1, 2], see, null)
+        assert used == pytest.approx(asked, rel=1e-6)
+        assert not steps_of(quantized).missed
+        assert set(asked) == set(timesteps.tolist())
+
+
+def test_all_stages_run_and_dilation_changes_nothing(chain: Path) -> None:
+    dilated = open_artifact(chain / "dilated.safetensors").manifest
+    assert dilated.metrics["equivalence_error"] < 1e-5
+    assert dilated.metrics["unsaturated_share"] > 0.1
+    figures = open_artifact(chain / "eval.json").manifest.metrics
+    assert figures["psnr"]["mean"] > 5
+    assert figures["missed_timesteps"] == []
+    losses = open_artifact(chain / "distilled.safetensors").manifest.metrics["block_loss"]
+    assert set(losses) == {block["name"] for block in dilated.metrics["blocks"]}
+
+
+def test_export_loads_as_what_was_distilled(name: str, chain: Path) -> None:
+    import diffusers
+
+    config = NETWORKS[name]
+    family = family_of(config["_class_name"], "test")
+    exported = str(chain / "exported")
+    ours = dqtool.load(exported, runtime="simulate")
+    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(exported)
+    with torch.no_grad():
+        for timestep in ours.timesteps[:2]:
+            example = family.example(config, batch=2)
+            example["timestep"] = timestep.expand(2)
+            assert torch.equal(ours(**example, return_dict=False)[0], theirs(**example, return_dict=False)[0])
+    theirs.save_pretrained(chain / "again")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (chain / "again" / weights).read_bytes() == (chain / "exported" / weights).read_bytes()

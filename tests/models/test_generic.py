@@ -1,0 +1,84 @@
+"""Networks without an adapter: refused with the list, or run leaf by leaf on request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dqtool
+from dqtool.artifacts import open_artifact
+from dqtool.errors import ArtifactError, UsageError
+from dqtool.models.families import FAMILIES, family_of
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.eval import EvalOptions, evaluate
+from dqtool.stages.export import ExportOptions, export
+
+QUIET = Common(quiet=True)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """AuraFlow: its text is an argument that has a default and is needed all the same."""
+    from diffusers import AuraFlowTransformer2DModel
+
+    torch.manual_seed(0)
+    network = AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pos_embed_max_size=16,
+    )
+    network.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_unknown_class_is_refused_with_the_list(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError) as error:
+        dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors")), QUIET)
+    assert all(name in str(error.value) for name in FAMILIES)
+    assert "--family generic" in str(error.value)
+
+
+def test_generic_says_what_it_needs(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="--example"):
+        dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors"), family="generic"), QUIET)
+    with pytest.raises(UsageError, match="is no family"):
+        dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors"), family="vit"), QUIET)
+    with pytest.raises(ArtifactError, match="takes no sample"):
+        family_of("generic:AutoencoderKL", "test")
+    with pytest.raises(ArtifactError, match="has no class"):
+        family_of("generic:NoSuchModel", "test")
+
+
+def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
+    save_file({"encoder_hidden_states": torch.randn(1, 5, 12)}, tmp_path / "example.safetensors")
+    at = {name: str(tmp_path / f"{name}.safetensors") for name in "dcq"}
+    dilate(DilateOptions(str(model), at["d"], family="generic", example=str(tmp_path / "example.safetensors")), QUIET)
+    manifest = open_artifact(at["d"]).manifest
+    assert manifest.model["family"] == "generic"
+    assert {block["name"] for block in manifest.metrics["blocks"]} == {r["name"] for r in manifest.layers}
+    assert any("AuraFlowAttnProcessor" in reason for reason in manifest.metrics["kept_float"].values())
+    calibrate(CalibrateOptions(at["d"], at["c"], steps=2, samples=6), QUIET)
+    distill(DistillOptions(at["c"], at["q"], bits="8/8", iters=1, refine_iters=1), QUIET)
+    export(ExportOptions(at["q"], str(tmp_path / "exported")), QUIET)
+    report = evaluate(EvalOptions(str(tmp_path / "exported"), str(tmp_path / "eval.json"), samples=2), QUIET)
+    assert open_artifact(report).manifest.metrics["psnr"]["mean"] > 20
+    from diffusers import AuraFlowTransformer2DModel
+
+    theirs = AuraFlowTransformer2DModel.from_pretrained(tmp_path / "exported")
+    ours = dqtool.load(str(tmp_path / "exported"), runtime="simulate")
+    x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.tensor([999.0, 999.0])
+    with torch.no_grad():
+        assert torch.equal(ours(x, text, t).sample, theirs(x, text, t).sample)
