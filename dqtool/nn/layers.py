@@ -21,7 +21,17 @@ from dqtool.nn.quantizers import StepIndex, quantize_operand
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FakeQuantLayer", "PackedLayer", "QuantLayer", "fake_layer", "packed_layer", "packed_shapes"]
+    from dqtool.nn.learned_scaling import LearnedScaling
+
+__all__ = [
+    "FakeQuantLayer",
+    "PackedLayer",
+    "QuantLayer",
+    "fake_layer",
+    "multiply_shared",
+    "packed_layer",
+    "packed_shapes",
+]
 
 
 class QuantLayer(nn.Module):
@@ -71,10 +81,14 @@ class QuantLayer(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product alone, on an input that `quantize_input` made (possibly another layer's that shares it)."""
-        weight = self.quantized_weight()
+        weight, bias = self.quantized_weight(), self.output_bias()
         if self.is_conv:
-            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation_taps, self.groups)
-        return F.linear(x, weight, self.bias)
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation_taps, self.groups)
+        return F.linear(x, weight, bias)
+
+    def output_bias(self) -> Tensor | None:
+        """What is added to the product, `[C_out]`."""
+        return self.bias
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Quantize the input, multiply, add the bias, in float32 whatever the dtype of `x`, which the result has again.
@@ -93,6 +107,8 @@ class FakeQuantLayer(QuantLayer):
 
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
+    learned: LearnedScaling | None
+    """Scale and shift of the input that training moves (`learned_scaling.py`); None nearly always."""
 
     def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
         super().__init__(like, bits, steps)
@@ -102,14 +118,26 @@ class FakeQuantLayer(QuantLayer):
         for name in ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point"):
             self.register_parameter(name, None)
         self.register_buffer("dilation", None)
+        self.register_module("learned", None)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """As in the base class, of what `learned` makes of it."""
+        return super().quantize_input(x if self.learned is None else self.learned.divide(x, self.is_conv))
+
+    def output_bias(self) -> Tensor | None:
+        """As in the base class, with what `learned` took from the input."""
+        if self.learned is None or self.bias is None:
+            return self.bias
+        return self.learned.restore(self.bias, self.weight, self.dilation, self.groups)
 
     def quantized_weight(self) -> Tensor:
         """Fake-quantized with gradients."""
+        weight = self.weight if self.learned is None else self.learned.multiply(self.weight, self.groups)
         if self.weight_scale is None or self.weight_zero_point is None:
-            return self.weight
-        shape = (-1, *(1,) * (self.weight.dim() - 1))
+            return weight
+        shape = (-1, *(1,) * (weight.dim() - 1))
         return fake_quantize(
-            self.weight, self.weight_scale.view(shape), self.weight_zero_point.view(shape), self.bits.weight, self.low
+            weight, self.weight_scale.view(shape), self.weight_zero_point.view(shape), self.bits.weight, self.low
         )
 
     def packed_state(self) -> dict[str, Tensor]:
@@ -202,6 +230,17 @@ def packed_layer(
 ) -> PackedLayer:
     """The shipped form, its buffers empty until a checkpoint is loaded."""
     return PackedLayer(like, bits, steps, shapes)
+
+
+def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Products of several layers with one input; where they share its quantizer, `x` is quantized once."""
+    first = layers[0]
+    if isinstance(first, QuantLayer) and all(
+        isinstance(other, QuantLayer) and other.input_scale is first.input_scale for other in layers
+    ):
+        quantized = first.quantize_input(x.float())
+        return [layer.multiply(quantized).to(x.dtype) for layer in layers if isinstance(layer, QuantLayer)]
+    return [layer(x) for layer in layers]
 
 
 def packed_shapes(

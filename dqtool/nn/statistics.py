@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import search_histogram
-from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, operand_bits
+from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, attention_layout, operand_bits
 from dqtool.nn.quantizers import StepIndex
 from dqtool.nn.surgery import LayerPlan
 from dqtool.nn.trace import LayerInfo
@@ -59,8 +59,8 @@ class _Recorder:
 class _ObservingProcessor(QuantAttnProcessor):
     """Computes float attention and shows its operands to a recorder."""
 
-    def __init__(self, name: str, recorder: _Recorder) -> None:
-        super().__init__(8, 8, StepIndex(torch.zeros(1)))
+    def __init__(self, name: str, recorder: _Recorder, layout: str) -> None:
+        super().__init__(8, 8, StepIndex(torch.zeros(1)), layout)
         self.name, self.recorder = name, recorder
 
     def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -88,7 +88,8 @@ def collect(
         module = model.get_submodule(info.name)
         if info.kind == "attention":
             processors[info.name] = module.processor
-            module.set_processor(_ObservingProcessor(info.name, recorder))  # type: ignore[operator]
+            layout = attention_layout(module) or "single"
+            module.set_processor(_ObservingProcessor(info.name, recorder, layout))  # type: ignore[operator]
         elif info.shares is None:
             channel_dim = 1 if info.kind == "conv2d" else -1
             divisor = dilation.get(info.name)

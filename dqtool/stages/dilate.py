@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, open_artifact
-from dqtool.errors import NumericError, UsageError
+from dqtool.artifacts import Artifact, DeferredTensors, open_artifact, sha256_file
+from dqtool.core.bits import parse_bits
+from dqtool.errors import ArtifactError, NumericError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.stages.running import Common, Product, execute
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dqtool.models.families import Family
-    from dqtool.nn.trace import LayerInfo
+    from dqtool.nn.trace import LayerInfo, Trace
 
 __all__ = ["DilateOptions", "dilate"]
 
@@ -34,6 +37,12 @@ class DilateOptions:
     scaling: str = "wd"
     stats: str | None = None
     cap: float = 64.0
+    fold: bool = False
+    bits: str = "4/4"
+    family: str | None = None
+    example: str | None = None
+    components: str | None = None
+    lora: tuple[str, ...] = ()
 
 
 def dilate(options: DilateOptions, common: Common) -> str:
@@ -43,12 +52,21 @@ def dilate(options: DilateOptions, common: Common) -> str:
         UsageError: an unknown scaling, or one that needs `stats`.
         NumericError: the dilated network's output differs from the original's by more than round-off.
     """
-    source = resolve_model(options.model, options.config)
+    parse_bits(options.bits)
+    source = resolve_model(options.model, options.config, options.components, options.lora)
     stats = None if options.stats is None else open_artifact(options.stats, ["calibrate"])
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
     if stats is not None:
         inputs.append({"name": stats.given, "sha256": stats.sha256, "stage": stats.stage})
-    parameters = {"scaling": options.scaling, "cap": options.cap}
+    parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
+    if stats is not None:
+        parameters["bits"] = options.bits
+    if options.lora:
+        parameters["lora"] = list(options.lora)
+    if options.family is not None:
+        parameters["family"] = options.family
+    if options.example is not None:
+        parameters["example"] = sha256_file(options.example)
     execute(
         "dilate",
         CODE_VERSION,
@@ -57,7 +75,7 @@ def dilate(options: DilateOptions, common: Common) -> str:
         inputs,
         common,
         lambda _key: produce(source, stats, options),
-        reads=source.weights,
+        reads=[*source.weights, *(lora.path for lora in source.loras)],
     )
     return options.output
 
@@ -67,56 +85,85 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     import torch
 
     from dqtool.core.scaling import scaling_method
+    from dqtool.models.companions import attachments_of
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
-    from dqtool.nn.trace import trace
+    from dqtool.models.repeats import drop_repeats
+    from dqtool.nn.folding import Fold, find_folds, find_shifts, fold_all, shift
+    from dqtool.nn.trace import kept_float
+    from dqtool.stages.scale_moves import mark_folded
+    from dqtool.stages.scaling_choice import choose_scaling, groups_of, shiftable
 
-    family = family_of(source.class_name, str(source.config_path))
-    state = load_weights(source)
-    network = build_network(source.class_name, source.config, state, source.given)
-    traced = trace(network, family.example(source.config), block_classes=family.block_classes)
-    _refuse_untraced(network, traced.layers)
-    method = scaling_method(options.scaling)
-    scales = _scales(traced.layers, state, stats, options)
-    tensors: dict[str, Tensor] = dict(state)
+    class_name, config = described(source, options)
+    family = family_of(class_name, str(source.config_path))
+    state = drop_repeats(load_weights(source), family.repeats(config))
+    network = build_network(class_name, config, state, source.given, share=True)
+    traced = traced_network(network, family, config)
+    float_parts = kept_float(network, traced.layers)
+    if float_parts:
+        name, reason = next(iter(float_parts.items()))
+        report.warn(f"{len(float_parts)} layers or products stay float, first {name}: {reason}")
+    asked = scaling_method(options.scaling)
+    shifts: dict[str, Fold] = {}
+    if asked.shifts:
+        shifts = shiftable(network, traced.layers, find_shifts(network, family.example(config), traced.layers))
+    chosen = choose_scaling(network, family, traced.layers, stats, options.scaling, options.cap, options.bits, shifts)
+    scales = {
+        info.name: chosen[owner].scale.clone()
+        for owner, members in groups_of(traced.layers).items()
+        if owner in chosen
+        for info in members
+    }
+    tensors = DeferredTensors(state)
     records = []
     for info in traced.layers:
         scale = scales.get(info.name)
         record = asdict(info)
         if scale is not None:
-            name = f"{info.name}.weight"
-            tensors[name] = method.apply(state[name], scale, info.groups)
+            name, result = f"{info.name}.weight", chosen[info.shares or info.name]
+            method = asked if result.method is None else scaling_method(result.method)
+            # Made when it is proved and again when it is written, so that the whole network need not fit twice.
+            tensors.defer(name, state[name], partial(method.apply, state[name], scale, info.groups))
             tensors[f"{info.name}.dilation"] = scale
             unsaturated = scale > 1
             record["scaling"] = {
-                "method": options.scaling,
+                "method": method.name,
                 "unsaturated_share": float(unsaturated.float().mean()),
                 "mean": float(scale.mean()),
                 "max": float(scale.max()),
                 "mean_inverse": float((1 / scale).mean()),
             }
+            if result.shift is not None:
+                absorb_shift(tensors, info, state[name], result.shift)
+                record["scaling"]["shifted_in"] = shifts[info.shares or info.name].names
         records.append(record)
-    error = equivalence_error(network, tensors, scales, family, source.config)
+    for owner, result in chosen.items():
+        if result.shift is not None:
+            shift(tensors, shifts[owner], result.shift)
+    every = torch.cat(list(scales.values())) if scales else torch.ones(1)
+    if options.fold:
+        folded = fold_all(tensors, find_folds(network, family.example(config), traced.layers), crossing=True)
+        scales = {name: scale for name, scale in scales.items() if name not in folded}
+        mark_folded(records, folded)
+    error = equivalence_error(network, tensors, scales, family, config)
     if not error <= TOLERANCE:
         raise NumericError(
             f"The dilated network's output differs from the original's by {error:.2g} relative, more than {TOLERANCE:g}",
             where=source.given,
             fix="A layer's input range may exceed what float32 resolves; lower --cap",
         )
-    pipeline = None
-    if source.pipeline is not None:
-        pipeline = {"model_index": source.model_index, "component": source.component, "scheduler": source.scheduler}
     model = {
-        "class": source.class_name,
-        "config": source.config,
+        "class": class_name,
+        "config": config,
         "family": family.name,
         "source": source.given,
         "source_config": options.config,
+        "source_component": options.components,
+        "source_loras": list(options.lora),
         "source_sha256": source.sha256(),
         "parameters": sum(t.numel() for t in state.values()),
     }
-    every = torch.cat(list(scales.values())) if scales else torch.ones(1)
-    metrics = {
+    metrics: dict[str, Any] = {
         "equivalence_error": error,
         "unsaturated_share": float((every > 1).float().mean()),
         "mean_dilation": float(every.mean()),
@@ -124,78 +171,93 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         "blocks": [{"name": block.name, "reads": sorted(block.reads)} for block in traced.blocks],
         "output_reads": sorted(traced.output_reads),
     }
+    if float_parts:
+        metrics["kept_float"] = float_parts
     _tell(records, metrics)
-    return Product(tensors, model, pipeline, records, metrics)
+    return Product(tensors, model, source.pipeline_record(), records, metrics, attachments=attachments_of(source))
+
+
+def traced_network(network: nn.Module, family: Family, config: dict[str, Any]) -> Trace:
+    """Layers and blocks as they run.
+
+    Raises:
+        ArtifactError: a network without an adapter does not run on what is known of its inputs.
+    """
+    from dqtool.nn.trace import trace
+
+    example = family.example(config)
+    if family.name != "generic":
+        return trace(network, example, family.sample, family.block_classes)
+    try:
+        return trace(network, example, family.sample, family.block_classes)
+    except Exception as e:
+        raise ArtifactError(
+            f"{family.class_name} does not run on {', '.join(example)} alone: {e}",
+            where="--family generic",
+            fix="Give an --example FILE.safetensors with one tensor [1, ...] for each further argument",
+        ) from e
+
+
+def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[str, Any]]:
+    """Class and config of the network as artifacts record them: what its pipeline or an example says is in the config.
+
+    Raises:
+        UsageError: a family that does not exist or does not serve this class, or an example without `generic`.
+    """
+    from dqtool.models.companions import companions_of_source
+    from dqtool.models.families import FAMILIES, family_of
+    from dqtool.models.families.generic import EXAMPLE, PREFIX, example_shapes
+
+    class_name, config = source.class_name, dict(source.config)
+    if options.family == "generic":
+        class_name = PREFIX + class_name
+        if options.example is not None:
+            config[EXAMPLE] = example_shapes(options.example)
+    elif options.example is not None:
+        raise UsageError("An example is for `--family generic`; known families need none", where="--example")
+    elif options.family is not None and options.family != getattr(FAMILIES.get(class_name), "name", None):
+        names = [*sorted(family.name for family in FAMILIES.values()), "generic"]
+        known = options.family in names
+        raise UsageError(
+            f"'{options.family}' {'does not serve networks of class ' + class_name if known else 'is no family'}",
+            where="--family",
+            fix=f"Leave it out: the class decides; or choose generic ({', '.join(names)} exist)",
+        )
+    family = family_of(class_name, str(source.config_path))
+    companions = companions_of_source(source)
+    return class_name, config if companions is None else config | family.hints(companions)
+
+
+def absorb_shift(tensors: MutableMapping[str, Tensor], info: LayerInfo, weight: Tensor, by: Tensor) -> None:
+    """`b + W z`, in place: what the layer adds for its input being moved by `-z`. `weight` is the original one."""
+    from dqtool.core.dilation import spread
+
+    moved = (weight.double() * spread(by, weight, info.groups).double()).flatten(1).sum(1)
+    bias = tensors[f"{info.name}.bias"]
+    tensors[f"{info.name}.bias"] = (bias.double() + moved).to(bias.dtype)
 
 
 def equivalence_error(
     network: nn.Module,
-    dilated: dict[str, Tensor],
+    dilated: MutableMapping[str, Tensor],
     scales: dict[str, Tensor],
     family: Family,
     config: dict[str, Any],
 ) -> float:
     """Largest |y' - y| over the output's largest magnitude, on random inputs at random steps; `network` is left as it was.
 
-    y' runs the dilated weights on `x / s`.
+    y' runs the dilated weights on `x / s`, where s is in `scales`, and whatever else `dilated` changed.
     """
     import torch
 
-    from dqtool.nn.scaled import scaled_inputs
+    from dqtool.nn.scaled import other_parameters, scaled_inputs
 
-    arguments = family.example(config, batch=2)
+    arguments = family.example(family.proof_config(config), batch=2)
     with torch.no_grad():
         original = network(**arguments, return_dict=False)[0]
-        layers = {name: network.get_submodule(name) for name in scales}
-        weights = {name: layer.weight for name, layer in layers.items()}
-        try:
-            for name, layer in layers.items():
-                layer.weight = torch.nn.Parameter(dilated[f"{name}.weight"], requires_grad=False)
-            with scaled_inputs(network, scales):
-                changed = network(**arguments, return_dict=False)[0]
-        finally:
-            for name, layer in layers.items():
-                layer.weight = weights[name]
+        with scaled_inputs(network, scales), other_parameters(network, dilated):
+            changed = network(**arguments, return_dict=False)[0]
     return float((changed - original).abs().max() / original.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def _scales(
-    layers: list[LayerInfo], state: dict[str, Tensor], stats: Artifact | None, options: DilateOptions
-) -> dict[str, Tensor]:
-    """The factors of every layer; layers that share an input share them. Layers that nothing moves have no entry."""
-    from dqtool.core.scaling import ScalingInput, scaling_method
-
-    method = scaling_method(options.scaling)
-    if method.needs_statistics and stats is None:
-        raise UsageError(
-            f"--scaling {options.scaling} looks at activations",
-            where="--stats",
-            fix="Name a calibrated artifact of this model: dilate with `none`, calibrate, then give it as --stats",
-        )
-    statistics = {} if stats is None else stats.tensors()
-    scales: dict[str, Tensor] = {}
-    groups: dict[str, list[LayerInfo]] = {}
-    for info in layers:
-        if info.kind != "attention":
-            groups.setdefault(info.shares or info.name, []).append(info)
-    for owner, members in groups.items():
-        lo = hi = None
-        if f"{owner}.channel_range" in statistics:
-            lo, hi = statistics[f"{owner}.channel_range"]
-        weights = [state[f"{member.name}.weight"] for member in members]
-        scale = method(ScalingInput(weights, members[0].groups, lo, hi, options.cap)).scale
-        if bool((scale != 1).any()):
-            scales.update({member.name: scale.clone() for member in members})
-    return scales
-
-
-def _refuse_untraced(network: nn.Module, layers: list[LayerInfo]) -> None:
-    from dqtool.nn.trace import is_quantizable
-
-    seen = {info.name for info in layers}
-    silent = [name for name, module in network.named_modules() if is_quantizable(module) and name not in seen]
-    if silent:
-        report.warn(f"{len(silent)} layers never run in a forward pass and stay float, first {silent[0]}")
 
 
 def _tell(records: list[dict[str, Any]], metrics: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from dqtool.errors import UsageError
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
+    from dqtool.nn.trace import Trace
     from dqtool.training.options import BkdOptions
 
 __all__ = ["DistillOptions", "distill"]
@@ -37,6 +39,7 @@ class DistillOptions:
     softmax_bits: int = 8
     static: bool = False
     batch_size: int = 32
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse, before anything runs, what no artifact could make right.
@@ -55,6 +58,10 @@ class DistillOptions:
             raise UsageError(
                 f"unknown method '{self.method}'", where="--method", fix=f"Choose from {', '.join(METHODS)}"
             )
+        try:
+            re.compile(self.blocks or "")
+        except re.error as e:
+            raise UsageError(f"'{self.blocks}' is no regular expression: {e}", where="--blocks") from e
         if self.method == "ptq" and (self.iters or self.refine_iters):
             raise UsageError("--method ptq trains nothing", where="--iters, --refine-iters", fix="Leave them out")
 
@@ -96,7 +103,8 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
         iters = refine = 0
     if iters == 0 and options.refine_iters is None:
         refine = 0  # `--iters 0` is plain PTQ
-    return {
+    chosen = {} if options.blocks is None else {"blocks": options.blocks}
+    return chosen | {
         "bits": options.bits,
         "method": options.method,
         "seed": options.seed,
@@ -111,15 +119,18 @@ def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str,
     """Initialise, train, pack."""
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.nn.learned_scaling import bake
     from dqtool.nn.surgery import packed_state
-    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
+    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of, trajectory_of
+    from dqtool.stages.scale_moves import fold_packed, learn_scaling, mark_folded
     from dqtool.training.bkd import distill_blocks, refine
-    from dqtool.training.data import Problem, Trajectory
+    from dqtool.training.data import Problem
 
     manifest, tensors = calibrated.manifest, calibrated.tensors()
-    family, _ = network_of(manifest.model)
+    family, config = network_of(manifest.model)
     start = time.perf_counter()
     student, plans = student_of(manifest, tensors, options)
+    shifts = learn_scaling(manifest, student)
     report.say(
         f"distill: quantizers of {len(plans)} layers set in {report.format_seconds(time.perf_counter() - start)}"
     )
@@ -130,29 +141,54 @@ def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str,
         teacher=teacher_of(manifest, tensors),
         student=student,
         trace=trace_of(manifest),
-        trajectory=Trajectory(
-            tensors["trajectory.x"],
-            tensors["trajectory.rows"],
-            tensors["timesteps"],
-            {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")},
+        trajectory=trajectory_of(tensors),
+        sampler=Sampler(
+            family,
+            make_sampler(sampling["scheduler"]),
+            sampling["steps"],
+            sampling["eta"],
+            sampling.get("guidance", 1.0),
+            family.tokens(config),
         ),
-        sampler=Sampler(family, make_sampler(sampling["scheduler"]), sampling["steps"], sampling["eta"]),
         seed=options.seed,
         store=workspace,
     )
     recipe = recipe_of(parameters)
     metrics: dict[str, Any] = {}
+    chosen = chosen_blocks(problem.trace, options.blocks)
     if recipe.iters:
-        with report.progress("distill: blocks", recipe.iters * len(problem.trace.blocks), "iteration") as progress:
-            metrics |= distill_blocks(problem, recipe, progress)
+        with report.progress("distill: blocks", recipe.iters * len(chosen), "iteration") as progress:
+            metrics |= distill_blocks(problem, recipe, progress, chosen)
+    bake(student, shifts)
     if recipe.refine_iters:
         with report.progress("distill: all blocks", recipe.refine_iters, "iteration") as progress:
             metrics |= refine(problem, recipe, progress)
+    state = packed_state(student)
+    folded = fold_packed(manifest, state)
     layers = [
-        record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated}
+        record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated and plan.info.name not in folded}
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
-    return Product(packed_state(student), manifest.model, manifest.pipeline, layers, {**manifest.metrics, **metrics})
+    mark_folded(layers, folded)
+    metrics = {**manifest.metrics, **metrics}
+    return Product(state, manifest.model, manifest.pipeline, layers, metrics, attachments=calibrated.attachments())
+
+
+def chosen_blocks(trace: Trace, pattern: str | None) -> list[str]:
+    """Names of the blocks that are trained: all, or those which `--blocks` matches as a whole.
+
+    Raises:
+        UsageError: it matches none.
+    """
+    names = [block.name for block in trace.blocks]
+    if pattern is None:
+        return names
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    if not found:
+        raise UsageError(
+            f"'{pattern}' matches no block", where="--blocks", fix=f"Blocks are named like {', '.join(names[:3])}"
+        )
+    return found
 
 
 def recipe_of(parameters: dict[str, Any]) -> BkdOptions:

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dqtool.artifacts import manifest_path, open_artifact, read_header
+from dqtool.artifacts import manifest_path, open_artifact
 from dqtool.core.cost import bops, bops_ratio
 from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.report import format_seconds, table_lines
@@ -64,7 +64,7 @@ def _describe_artifact(given: str) -> dict[str, Any]:
 
 
 def _describe_model(source: ModelSource) -> dict[str, Any]:
-    tensors = {name: entry for path in source.weights for name, entry in read_header(path).items()}
+    tensors = source.tensor_entries()
     return {
         "kind": "model",
         "path": source.given,
@@ -132,7 +132,8 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
     has_scaling = any("scaling" in layer for layer in layers)
     per_layer = _per_layer(metrics, layers)
     columns = ["layer", "kind", "weight", "MACs"]
-    columns += ["bits"] * has_bits + ["unsaturated", "mean 1/s", "max s"] * has_scaling + per_layer
+    columns += ["bits"] * has_bits + ["unsaturated", "mean 1/s", "max s", "1/s in"] * has_scaling
+    columns += per_layer
     rows = []
     for layer in layers:
         scaling = layer.get("scaling")
@@ -141,9 +142,14 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
             row.append("/".join(map(str, layer["bits"])) if "bits" in layer else None)
         if has_scaling:
             row += (
-                [f"{scaling['unsaturated_share']:.1%}", f"{scaling['mean_inverse']:.3f}", f"{scaling['max']:.2f}"]
+                [
+                    f"{scaling['unsaturated_share']:.1%}",
+                    f"{scaling['mean_inverse']:.3f}",
+                    f"{scaling['max']:.2f}",
+                    ", ".join(scaling.get("folded_into", ["quantizer"])),
+                ]
                 if scaling
-                else [None] * 3
+                else [None] * 4
             )
         row += [metrics[key].get(layer["name"]) for key in per_layer]
         rows.append(row)
@@ -156,7 +162,16 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{bops(plain) / 1e9:.3f} G bit operations, {bops_ratio(plain):.1f}x fewer than float32; {_shares(weights)}"
         )
+    if has_scaling:
+        lines.append(_whereabouts(layers))
     return [*lines, *table_lines(columns, rows)]
+
+
+def _whereabouts(layers: Iterable[Layer]) -> str:
+    """How many factors are folded into producers, and how many the quantizers of the inputs apply."""
+    scaled = [layer["scaling"] for layer in layers if "scaling" in layer]
+    folded = sum("folded_into" in scaling for scaling in scaled)
+    return f"1/s: folded into producers for {folded} layers, part of the input's quantizer for {len(scaled) - folded}"
 
 
 def _shares(weights: Iterable[Layer]) -> str:

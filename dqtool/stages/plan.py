@@ -10,7 +10,7 @@ from typing import Any
 
 from dqtool.artifacts import Manifest, read_header, read_manifest
 from dqtool.errors import DqtoolError
-from dqtool.models.sources import resolve_model
+from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.report import format_seconds, table_lines
 from dqtool.stages.common import Common, Execution
 
@@ -40,7 +40,8 @@ def plan_stage(execution: Execution, options: Any) -> dict[str, Any]:
 
 
 def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: str | None = None) -> dict[str, Any]:
-    """The stages of a recipe: those that are cached, the first one that is not as `plan_stage` gives it, the rest as named."""
+    """The stages of a recipe: those that are cached, the first one that is not as `plan_stage` gives it, the rest as
+    named, with layers, size and bit operations forecast from the model's config."""
     from dqtool.stages.registry import make_options, stage_function
     from dqtool.stages.run import steps_of_recipe
 
@@ -48,20 +49,44 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
     dry = replace(common, dry_run=True, log=[])
     plans: list[dict[str, Any]] = []
     pending = False
+    source: ModelSource | None = None
+    steps_taken = 1
     for name, values in steps:
+        steps_taken = values.get("steps") or steps_taken
         # What a pending stage will write is not there to be looked at, nor is a directory that the run would make.
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
-                resolve_model(values["model"], values.get("config"))
+                source = resolve_model(
+                    values["model"], values.get("config"), values.get("components"), values.get("lora") or ()
+                )
             pending = True
             shown = {key: value for key, value in values.items() if key not in ("output", "artifact")}
-            plans.append({"stage": name, "output": values["output"], "cached": False, "parameters": shown})
+            plan = {"stage": name, "output": values["output"], "cached": False, "parameters": shown}
+            if name == "distill" and source is not None:
+                plan["work"] = _forecast(source, values, steps_taken)
+            plans.append(plan)
             continue
         options = make_options(name, values)
+        if name == "dilate":
+            source = resolve_model(options.model, options.config, options.components, options.lora)
         stage_function(name)(options, dry)
         plans.append(plan_stage(dry.log[-1], options))
         pending = not plans[-1]["cached"]
     return {"recipe": path, "model": recipe.model, "stages": plans}
+
+
+def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int) -> Work:
+    from dqtool.models.companions import companions_of_source
+    from dqtool.models.families import family_of
+    from dqtool.stages.forecast import forecast
+    from dqtool.stages.registry import make_options
+
+    options = make_options("distill", values)
+    companions = companions_of_source(source)
+    family = family_of(source.class_name, str(source.config_path))
+    config = source.config if companions is None else source.config | family.hints(companions)
+    steps = 1 if options.static else steps
+    return forecast(source.class_name, config, options.bits, steps, options.keep, options.softmax_bits)
 
 
 def render(plan: Mapping[str, Any]) -> list[str]:
@@ -91,8 +116,8 @@ def render(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _dilate(_: Execution, options: Any) -> Work:
-    source = resolve_model(options.model, options.config)
-    tensors = [entry for path in source.weights for entry in read_header(path).values()]
+    source = resolve_model(options.model, options.config, options.components, options.lora)
+    tensors = source.tensor_entries().values()
     return {
         "network": source.class_name,
         "weights": sum(prod(entry["shape"]) for entry in tensors),
@@ -116,9 +141,12 @@ def _distill(execution: Execution, _: Any) -> Work:
     from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.models.packed import layer_infos
     from dqtool.nn.surgery import assign_bits
+    from dqtool.stages.scale_moves import dilated_layers, pending_folds
 
     calibrated = read_manifest(execution.inputs[0]["name"])
-    given, dilated = execution.parameters, {layer["name"] for layer in calibrated.layers if "scaling" in layer}
+    given = execution.parameters
+    folded = {name for found in pending_folds(calibrated) for name in found.layers}
+    dilated = dilated_layers(calibrated) - folded
     keep = [parse_keep(text) for text in given["keep"]]
     plans = assign_bits(
         layer_infos(calibrated.layers), parse_bits(given["bits"]), keep, given["softmax_bits"], dilated=dilated
@@ -142,10 +170,12 @@ def _export(execution: Execution, _: Any) -> Work:
     from dqtool.models.packed import plans_of
 
     distilled = read_manifest(execution.inputs[0]["name"])
-    if execution.parameters["format"] != "dq":
+    if execution.parameters["format"] == "dense":
         return {"bytes": _size(distilled, [], 0)["bytes_float32"]}
     keys = ("name", "shape", "bits", "macs")
     layers = [{key: layer[key] for key in keys} for layer in distilled.layers]
+    if execution.parameters["format"] != "dq":  # other formats' files are not known to the byte beforehand
+        return {"layers": layers}
     return {**_size(distilled, plans_of(distilled), _timesteps(execution.inputs[0]["name"])), "layers": layers}
 
 
@@ -165,6 +195,12 @@ def _sample(execution: Execution, options: Any) -> Work:
     return {"sampling": f"{steps} steps", "forwards": options.number * steps}
 
 
+def _stats(_: Execution, options: Any) -> Work:
+    from dqtool.stages.stats import image_source
+
+    return {"images": len(image_source(options))}
+
+
 _WORK: dict[str, Callable[[Execution, Any], Work]] = {
     "dilate": _dilate,
     "calibrate": _calibrate,
@@ -172,6 +208,7 @@ _WORK: dict[str, Callable[[Execution, Any], Work]] = {
     "export": _export,
     "eval": _eval,
     "sample": _sample,
+    "stats": _stats,
 }
 
 
@@ -182,7 +219,8 @@ def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int) -> Work:
     from dqtool.nn.surgery import state_shapes
     from dqtool.stages.export import network_shapes, swapped
 
-    shapes = network_shapes(family_of(manifest.model["class"], "manifest"), manifest.model["config"])
+    family = family_of(manifest.model["class"], "manifest")
+    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
     return {
         "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps))),
         "bytes_float32": file_bytes(swapped(shapes)),

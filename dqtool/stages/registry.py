@@ -21,6 +21,7 @@ STAGES = {
     "export": ("ExportOptions", "export"),
     "eval": ("EvalOptions", "evaluate"),
     "sample": ("SampleOptions", "sample"),
+    "stats": ("StatsOptions", "stats"),
 }
 """`dqtool NAME` is `dqtool.stages.NAME`: the names of its options class and of its function (options, common) -> path."""
 
@@ -31,9 +32,12 @@ _LEAST = {
     "number": 1,
     "seed": 0,
     "eta": 0,
+    "guidance": 0,
     "iters": 0,
     "refine_iters": 0,
     "cap": 1,
+    "image_size": 1,
+    "keep_images": 0,
 }
 """The least value of options that are numbers, whatever stage they belong to."""
 

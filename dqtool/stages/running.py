@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import (
+    ATTACHMENT,
     Artifact,
+    DeferredTensors,
     Manifest,
     check_writable,
     commit,
@@ -60,6 +62,8 @@ class Product:
     layers: list[dict[str, Any]]
     metrics: dict[str, Any] = field(default_factory=dict)
     build: Callable[[Path], object] | None = None
+    attachments: Mapping[str, Tensor] = field(default_factory=dict)
+    """Files that travel with `tensors`: a pipeline's other components, by relative path, uint8."""
 
 
 def input_artifact(given: str | None, stages: Collection[str], default: str) -> Artifact:
@@ -137,7 +141,7 @@ def execute(
     names = [str(entry["name"]) for entry in inputs]
     check_writable(output, directory=kind == "directory", report=kind == "report", inputs=[*names, *reads])
     for picture in also:
-        check_writable(picture, inputs=[*names, *reads])
+        check_writable(picture, manifest=False, inputs=[*names, *reads])
     key = fingerprint(stage, code_version, parameters, [str(entry["sha256"]) for entry in inputs])
 
     def note(*, cached: bool) -> bool:
@@ -171,7 +175,10 @@ def execute(
         if product.build is not None:
             commit_directory(output, product.build, manifest)
         elif product.tensors is not None:
-            commit(output, product.tensors, manifest)
+            attached = {ATTACHMENT + name: data for name, data in product.attachments.items()}
+            tensors = product.tensors if isinstance(product.tensors, DeferredTensors) else dict(product.tensors)
+            tensors.update(attached)
+            commit(output, tensors, manifest)
         else:
             commit_report(output, manifest)
         after(key)

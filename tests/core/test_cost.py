@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from dqtool.core.cost import DTYPES, TORCH_DTYPES, bops, bops_ratio, file_bytes, size_ratio
+from dqtool.artifacts.header import DTYPES, TORCH_DTYPES
+from dqtool.core.cost import bops, bops_ratio, file_bytes, size_ratio
 
 
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:

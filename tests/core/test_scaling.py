@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import weight_dilation, weight_ranges
-from dqtool.core.scaling import SCALINGS, ScalingInput, ScalingResult, register, scaling_method
+from dqtool.core.scaling import SCALINGS, Samples, ScalingInput, ScalingResult, register, scaling_method
 from dqtool.errors import NumericError, UsageError
 
 CASES = {"linear": ((24, 200), 1), "conv": ((8, 12, 3, 3), 1), "grouped": ((8, 4, 3, 3), 4)}
@@ -21,7 +22,14 @@ def case(name: str) -> tuple[Tensor, int, Tensor]:
 
 def inputs(weight: Tensor, groups: int, x: Tensor) -> ScalingInput:
     flat = x.transpose(0, 1).flatten(1)
-    return ScalingInput([weight], groups, flat.amin(1), flat.amax(1))
+    return ScalingInput([weight], groups, flat.amin(1), flat.amax(1), samples=samples(x, groups))
+
+
+def samples(x: Tensor, groups: int = 1) -> Samples:
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, groups=groups)
+
+    return Samples([x], [product], LayerBits(4, 4), -1 if x.ndim == 2 else 1)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -77,7 +85,7 @@ def test_awq_scales_one_percent_of_the_channels() -> None:
 
 
 def test_silent_inputs_are_left_alone() -> None:
-    given = ScalingInput([torch.randn(3, 4)], 1, torch.zeros(4), torch.zeros(4))
+    given = ScalingInput([torch.randn(3, 4)], 1, torch.zeros(4), torch.zeros(4), samples=samples(torch.zeros(2, 4)))
     for name in SCALINGS:
         if name != "wd":
             assert SCALINGS[name](given).scale.tolist() == [1, 1, 1, 1]
@@ -91,7 +99,9 @@ def test_statistics_are_required_and_checked(name: str) -> None:
     with pytest.raises(UsageError, match="4 in-channels"):
         scaling_method(name)(ScalingInput([weight], 1, torch.zeros(5), torch.ones(5)))
     with pytest.raises(NumericError, match="finite"):
-        scaling_method(name)(ScalingInput([weight], 1, torch.zeros(4), torch.full((4,), torch.nan)))
+        scaling_method(name)(
+            ScalingInput([weight], 1, torch.zeros(4), torch.full((4,), torch.nan), samples=samples(torch.ones(2, 4)))
+        )
 
 
 def test_unknown_names_list_the_known() -> None:

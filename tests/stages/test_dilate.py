@@ -52,19 +52,21 @@ def test_the_teacher_comes_back_to_one_unit_in_the_last_place(made: Path) -> Non
 def test_layers_that_share_an_input_share_their_factors() -> None:
     from types import SimpleNamespace
 
+    from torch import nn
+
     from dqtool.nn.trace import LayerInfo
-    from dqtool.stages.dilate import _scales
+    from dqtool.stages.scaling_choice import choose_scaling, groups_of
 
     torch.manual_seed(0)
-    names = ["a.to_q", "a.to_k", "a.to_v", "a.to_out.0"]
+    names = ["to_q", "to_k", "to_v", "to_out"]
     # Few rows, so that most channels are far from every bound and the minimum over q, k, v is not trivially 1.
-    state = {f"{name}.weight": torch.randn(2, 16) for name in names}
-    layers = [LayerInfo(n, "linear", (2, 16), 32, shares="a.to_q" if n[-1] in "kv" else None) for n in names]
-    scales = _scales(layers, state, None, SimpleNamespace(scaling="wd", cap=64.0))  # type: ignore[arg-type]
-    assert bool((scales["a.to_q"] > 1).any())
-    assert torch.equal(scales["a.to_q"], scales["a.to_k"])
-    assert torch.equal(scales["a.to_q"], scales["a.to_v"])
-    assert not torch.equal(scales["a.to_q"], scales["a.to_out.0"])
+    network = nn.ModuleDict({name: nn.Linear(16, 2) for name in names})
+    layers = [LayerInfo(n, "linear", (2, 16), 32, shares="to_q" if n[-1] in "kv" else None) for n in names]
+    family = SimpleNamespace()  # only methods that compare outputs run the network
+    chosen = choose_scaling(network, family, layers, None, "wd", 64.0, "4/4", {})  # type: ignore[arg-type]
+    assert {owner: len(members) for owner, members in groups_of(layers).items()} == {"to_q": 3, "to_out": 1}
+    assert bool((chosen["to_q"].scale > 1).any())
+    assert not torch.equal(chosen["to_q"].scale, chosen["to_out"].scale)
 
 
 @pytest.mark.parametrize("method", sorted(SCALINGS))

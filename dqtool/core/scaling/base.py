@@ -1,25 +1,41 @@
-"""The equivalent scalings Weight Dilation is compared with (Table 14 and App. H of arXiv 2409.14307), as a registry.
-
-All of them divide the input's channels by `s` and multiply the weight's by it, `(W · s)(x / s) = W x` (Eq. 5); they
-differ in what they look at. A method is one registered function:
-
-    @register("mine", needs_statistics=True)
-    def mine(inputs: ScalingInput) -> ScalingResult: ...
-"""
+"""What a scaling method is given and gives, and the registry of methods."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dqtool.core.dilation import CAP, dilate_weight, in_channels, spread, weight_dilation
+from dqtool.core.bits import LayerBits
+from dqtool.core.dilation import CAP, dilate_weight, in_channels, spread
 from dqtool.errors import NumericError, UsageError
 
-__all__ = ["SCALINGS", "ScalingInput", "ScalingMethod", "ScalingResult", "register", "scale_weight", "scaling_method"]
+__all__ = [
+    "SCALINGS",
+    "Samples",
+    "ScalingInput",
+    "ScalingMethod",
+    "ScalingResult",
+    "register",
+    "scale_weight",
+    "scaling_method",
+]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a layer really read at some steps: `steps` holds `[n, C_in, H, W]` or `[n, ..., C_in]`, one tensor a step.
+
+    `products` are the layer's own (convolution or linear, without bias), one for each weight: `(x, W) -> y`. `bits` are
+    those the layer will have.
+    """
+
+    steps: Sequence[Tensor]
+    products: Sequence[Callable[[Tensor, Tensor], Tensor]]
+    bits: LayerBits
+    channel_dim: int = -1
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,8 @@ class ScalingInput:
     input_min: Tensor | None = None  # [C_in], pooled over all steps
     input_max: Tensor | None = None  # [C_in]
     cap: float = CAP  # largest dilation, `wd` only
+    samples: Samples | None = None
+    shiftable: bool = False  # whether a shift of the input can be taken by what makes it, and by the layer's bias
 
     @property
     def channels(self) -> int:
@@ -54,24 +72,32 @@ class ScalingInput:
 
 @dataclass(frozen=True)
 class ScalingResult:
-    """What a method chose; `shift` is subtracted from the input before it is divided by `scale`."""
+    """What a method chose; `shift` is subtracted from the input before it is divided by `scale`.
+
+    `method` names whose scale it is where that isn't the method that was asked (`auto`).
+    """
 
     scale: Tensor  # [C_in] float32, > 0
     shift: Tensor | None = None  # [C_in] float32
+    method: str | None = None
 
 
 @dataclass(frozen=True)
 class ScalingMethod:
     """A registered method: call it with a `ScalingInput`.
 
-    `needs_statistics`: it reads the input's range, hence a calibrated artifact. `keeps_range`: no out-channel's range
-    moves, so that quantizers of the weights fitted before it still fit.
+    `needs_statistics`: it reads the input's range, hence a calibrated artifact; `needs_samples`: inputs themselves.
+    `keeps_range`: no out-channel's range moves, so that quantizers of the weights fitted before it still fit. `shifts`:
+    it moves the input too where that is possible. `learned`: scale (and shift) are where training starts.
     """
 
     name: str
     function: Callable[[ScalingInput], ScalingResult]
     needs_statistics: bool = False
+    needs_samples: bool = False
     keeps_range: bool = False
+    shifts: bool = False
+    learned: bool = False
 
     def __call__(self, inputs: ScalingInput) -> ScalingResult:
         """Scale (and shift) for these weights.
@@ -93,6 +119,12 @@ class ScalingMethod:
                     where="--stats",
                     fix="Calibrate this model.",
                 )
+        if self.needs_samples and inputs.samples is None:
+            raise UsageError(
+                f"The scaling {self.name} compares outputs, and no inputs of this layer were sampled.",
+                where="--stats",
+                fix="Give a calibrated artifact of the same model.",
+            )
         result = self.function(inputs)
         if not (torch.isfinite(result.scale).all() and (result.scale > 0).all()):
             raise NumericError(
@@ -110,12 +142,12 @@ SCALINGS: dict[str, ScalingMethod] = {}
 
 
 def register(
-    name: str, *, needs_statistics: bool = False, keeps_range: bool = False
+    name: str, **properties: bool
 ) -> Callable[[Callable[[ScalingInput], ScalingResult]], Callable[[ScalingInput], ScalingResult]]:
-    """Decorator that offers a function under `--scaling name`."""
+    """Decorator that offers a function under `--scaling name`; `properties` are those of `ScalingMethod`."""
 
     def add(function: Callable[[ScalingInput], ScalingResult]) -> Callable[[ScalingInput], ScalingResult]:
-        SCALINGS[name] = ScalingMethod(name, function, needs_statistics, keeps_range)
+        SCALINGS[name] = ScalingMethod(name, function, **properties)
         return function
 
     return add
@@ -132,44 +164,3 @@ def scale_weight(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
     """`s_k · W` in float32, of the weight's shape."""
     weight = weight.detach().float()
     return weight * spread(scale, weight, groups)
-
-
-@register("wd", keeps_range=True)
-def wd(inputs: ScalingInput) -> ScalingResult:
-    """Weight Dilation (section 4.1 of the paper): weights only."""
-    return ScalingResult(weight_dilation(inputs.weights, inputs.groups, inputs.cap))
-
-
-@register("none", keeps_range=True)
-def none(inputs: ScalingInput) -> ScalingResult:
-    """No scaling: all ones."""
-    return ScalingResult(torch.ones(inputs.channels, device=inputs.weights[0].device))
-
-
-@register("smoothquant", needs_statistics=True)
-def smoothquant(inputs: ScalingInput, alpha: float = 0.5, floor: float = 1e-5) -> ScalingResult:
-    """`a_k^α / w_k^(1-α)`, at least 1e-5, possibly below 1 (arXiv 2211.10438, Eq. 4); 1 for dead channels."""
-    a, w = inputs.input_absmax(), inputs.weight_absmax()
-    scale = (a.pow(alpha) / w.clamp(min=floor).pow(1 - alpha)).clamp(min=floor)
-    # A channel that is always zero, or that nothing reads, has no range to trade: the formula's 0 would blow it up by
-    # 1 / floor the first time it isn't zero.
-    return ScalingResult(torch.where((a == 0) | (w == 0), torch.ones_like(scale), scale))
-
-
-@register("awq", needs_statistics=True)
-def awq(inputs: ScalingInput, share: float = 0.01) -> ScalingResult:
-    """SmoothQuant's scale on the 1 % of channels (at least one) with the largest `a_k`, 1 elsewhere (App. H)."""
-    a = inputs.input_absmax()
-    salient = a.argsort(descending=True, stable=True)[: max(1, math.floor(share * a.numel()))]
-    scale = torch.ones_like(a)
-    scale[salient] = smoothquant(inputs).scale[salient]
-    return ScalingResult(scale)
-
-
-@register("dgq", needs_statistics=True)
-def dgq(inputs: ScalingInput, quantile: float = 0.995) -> ScalingResult:
-    """`max(1, a_k / τ)` with τ the 99.5th percentile of `{a_k}`: only outlying channels are scaled (App. H)."""
-    a = inputs.input_absmax()
-    threshold = torch.quantile(a.double(), quantile).float()
-    # All channels zero: nothing to scale. NaN statistics pass through, for the caller's check to find.
-    return ScalingResult((a / threshold).clamp(min=1) if threshold != 0 else torch.ones_like(a))

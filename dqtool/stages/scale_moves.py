@@ -1,0 +1,85 @@
+"""Where the scales of an artifact's layers go after `dilate`: learned on in training, then into what makes the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.artifacts import Manifest
+from dqtool.core.scaling import SCALINGS
+from dqtool.models.loading import network_of
+from dqtool.models.packed import layer_infos
+from dqtool.models.repeats import tie_repeats
+from dqtool.nn.folding import Fold, find_folds, find_shifts, fold_all
+from dqtool.nn.learned_scaling import attach
+from dqtool.nn.trace import LayerInfo
+from dqtool.stages.scaling_choice import Groups, groups_of, shiftable
+
+__all__ = ["dilated_layers", "fold_packed", "learn_scaling", "mark_folded", "pending_folds"]
+
+
+def pending_folds(manifest: Manifest) -> list[Fold]:
+    """The folds that `distill` makes: of the factors still in a quantizer, those that cross none on their way."""
+    dilated = dilated_layers(manifest)
+    if not dilated:
+        return []
+    folds = find_folds(*_structure(manifest))
+    return [found for found in folds if not found.crosses and dilated.issuperset(found.layers)]
+
+
+def dilated_layers(manifest: Manifest) -> set[str]:
+    """Names of the layers that divide their input, of a dilated or calibrated artifact."""
+    return {layer["name"] for layer in manifest.layers if "scaling" in layer and "folded_into" not in layer["scaling"]}
+
+
+def fold_packed(manifest: Manifest, state: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Move the dilation of a trained, packed network into producers where no quantizer lies between, in place.
+
+    After training, because a producer's rows would train at rates that no longer fit them; in the packed tensors, where
+    codes stay as they are and only `weight_scale`, biases and norms change. Returns the producers by layer.
+    """
+    return fold_all(state, pending_folds(manifest), crossing=False)
+
+
+def mark_folded(records: Sequence[dict[str, Any]], folded: Mapping[str, list[str]]) -> None:
+    """Note in a manifest's layers where their factors went."""
+    for record in records:
+        if record["name"] in folded:
+            record["scaling"] = record["scaling"] | {"folded_into": folded[record["name"]]}
+
+
+def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
+    """Make the scales that a method wants learned (omniquant) parameters of the student's layers; `bake` ends it.
+
+    Returns what can take the shift of each group that was shifted, by the group's owner. Folded scales stay as they are.
+    """
+    groups: Groups = {}
+    for owner, members in groups_of(layer_infos(manifest.layers)).items():
+        method = SCALINGS.get(_scaling(manifest, owner).get("method", ""))
+        if method is not None and method.learned and "folded_into" not in _scaling(manifest, owner):
+            groups[owner] = members
+    shifts: dict[str, Fold] = {}
+    if any("shifted_in" in _scaling(manifest, owner) for owner in groups):
+        network, example, infos = _structure(manifest)
+        found = shiftable(network, infos, find_shifts(network, example, infos))
+        shifts = {owner: each for owner, each in found.items() if "shifted_in" in _scaling(manifest, owner)}
+    attach(
+        student, [[owner, *(m.name for m in members if m.name != owner)] for owner, members in groups.items()], shifts
+    )
+    return shifts
+
+
+def _scaling(manifest: Manifest, name: str) -> dict[str, Any]:
+    return next(layer.get("scaling", {}) for layer in manifest.layers if layer["name"] == name)
+
+
+def _structure(manifest: Manifest) -> tuple[nn.Module, dict[str, Any], list[LayerInfo]]:
+    """The float network without its weights, arguments for it, and its layers."""
+    family, config = network_of(manifest.model)
+    with torch.device("meta"):
+        names = [f"{layer['name']}.weight" for layer in manifest.layers]
+        network = tie_repeats(family.build(config), names, family.repeats(config))
+    return network, family.example(config), layer_infos(manifest.layers)

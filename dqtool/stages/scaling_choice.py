@@ -1,0 +1,175 @@
+"""How `dilate` finds every layer's scale: what the method asks to see, gathered from weights and a calibrated artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtool import report
+from dqtool.artifacts import Artifact
+from dqtool.core.bits import LayerBits, parse_bits
+from dqtool.core.scaling import Samples, ScalingInput, ScalingMethod, ScalingResult, scaling_method
+from dqtool.errors import UsageError
+from dqtool.models.families import Family
+from dqtool.nn.folding import Fold
+from dqtool.nn.surgery import assign_bits
+from dqtool.nn.trace import LayerInfo
+from dqtool.stages.artifact_models import trajectory_of
+from dqtool.training.data import Trajectory
+
+__all__ = ["Groups", "choose_scaling", "groups_of", "shiftable"]
+
+STEPS, PER_STEP = 8, 2
+"""Of the recorded trajectory: steps, and points of each, whose layer inputs the searching methods look at."""
+
+Groups = dict[str, list[LayerInfo]]
+"""Layers that share one quantized input (q, k, v), by the name of its owner."""
+
+
+def groups_of(layers: list[LayerInfo]) -> Groups:
+    """The groups, in execution order."""
+    groups: Groups = {}
+    for info in layers:
+        if info.kind != "attention":
+            groups.setdefault(info.shares or info.name, []).append(info)
+    return groups
+
+
+def choose_scaling(
+    network: nn.Module,
+    family: Family,
+    layers: list[LayerInfo],
+    stats: Artifact | None,
+    method_name: str,
+    cap: float,
+    bits: str,
+    shifts: Mapping[str, Fold],
+) -> dict[str, ScalingResult]:
+    """What the method chooses for every group, by owner; groups that it leaves alone have no entry.
+
+    `network` is the float one; `shifts` are the groups whose input can be moved, by owner.
+
+    Raises:
+        UsageError: an unknown method, or one that needs statistics when there are none, or those of another network.
+    """
+    method, groups = scaling_method(method_name), groups_of(layers)
+    statistics = _statistics(method, stats)
+
+    def choose(owner: str, samples: Samples | None = None) -> ScalingResult:
+        members = groups[owner]
+        weights = [network.get_parameter(f"{member.name}.weight").detach() for member in members]
+        lo, hi = statistics.get(f"{owner}.channel_range", (None, None))
+        return method(ScalingInput(weights, members[0].groups, lo, hi, cap, samples, shiftable=owner in shifts))
+
+    if method.needs_samples:
+        found = _with_samples(network, family, groups, statistics, layers, parse_bits(bits), choose)
+    else:
+        found = {owner: choose(owner) for owner in groups}
+    return {
+        owner: result
+        for owner, result in found.items()
+        if method.learned or result.shift is not None or bool((result.scale != 1).any())
+    }
+
+
+def shiftable(network: nn.Module, layers: list[LayerInfo], found: list[Fold]) -> dict[str, Fold]:
+    """Of `find_shifts`, the groups whose own biases can take the shift back, by owner. A convolution that pads would see
+    the shift at its borders: it does without."""
+    by_layers = {frozenset(each.layers): each for each in found}
+    allowed = {}
+    for owner, members in groups_of(layers).items():
+        each = by_layers.get(frozenset(info.name for info in members))
+        if each is not None and all(info.bias and not _pads(network.get_submodule(info.name)) for info in members):
+            allowed[owner] = each
+    return allowed
+
+
+def _pads(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or any(layer.padding))
+
+
+def _statistics(method: ScalingMethod, stats: Artifact | None) -> Mapping[str, Tensor]:
+    if not method.needs_statistics:
+        return {}
+    if stats is None:
+        raise UsageError(
+            f"--scaling {method.name} looks at activations",
+            where="--stats",
+            fix="Name a calibrated artifact of this model: dilate with `none`, calibrate, then give it as --stats",
+        )
+    moved = [
+        layer["name"]
+        for layer in stats.manifest.layers
+        if layer.get("scaling", {}).keys() & {"folded_into", "shifted_in"}
+    ]
+    if moved:
+        raise UsageError(
+            f"The activations of {len(moved)} layers, first {moved[0]}, were changed before they were recorded",
+            where=f"--stats {stats.given}",
+            fix="Calibrate after `dilate --scaling none`",
+        )
+    return stats.tensors()
+
+
+def _with_samples(
+    network: nn.Module,
+    family: Family,
+    groups: Groups,
+    statistics: Mapping[str, Tensor],
+    layers: list[LayerInfo],
+    bits: LayerBits,
+    choose: Callable[[str, Samples | None], ScalingResult],
+) -> dict[str, ScalingResult]:
+    """Run the float network over a few trajectory points and choose while each layer's inputs are at hand."""
+    planned = {plan.info.name: plan.bits for plan in assign_bits(layers, bits)}
+    trajectory = trajectory_of(statistics)
+    index, counts = _points(trajectory)
+    points = trajectory.arguments(index)
+    found: dict[str, ScalingResult] = {}
+    with report.progress("dilate: comparing outputs", len(groups)) as progress:
+
+        def see(layer: nn.Module, args: tuple[Tensor, ...], owner: str) -> None:
+            if owner in found:
+                return  # it runs several times: its first inputs stand for all
+            products = [_product(network.get_submodule(member.name)) for member in groups[owner]]
+            parts = list(args[0].split([n * (len(args[0]) // sum(counts)) for n in counts]))
+            channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
+            found[owner] = choose(owner, Samples(parts, products, planned[owner], channel_dim))
+            progress.advance()
+
+        handles = [
+            network.get_submodule(owner).register_forward_pre_hook(partial(see, owner=owner)) for owner in groups
+        ]
+        try:
+            with torch.no_grad():
+                family.predict(network, *points)
+        finally:
+            for handle in handles:
+                handle.remove()
+    # A layer that reads no sample (a class embedder of one row, say) was split unevenly or not seen: it stays as it is.
+    return found
+
+
+def _points(trajectory: Trajectory) -> tuple[Tensor, list[int]]:
+    """A few of its samples, ordered by step: their indices, and how many each step has."""
+    steps = len(trajectory.timesteps)
+    wanted = torch.linspace(0, steps - 1, min(STEPS, steps)).round().long()
+    chosen = [(trajectory.rows == step).nonzero()[:PER_STEP, 0] for step in wanted.tolist()]
+    return torch.cat(chosen), [len(part) for part in chosen]
+
+
+def _product(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    if isinstance(layer, nn.Conv2d):
+        geometry: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+            "groups": layer.groups,
+        }
+        return lambda x, weight: F.conv2d(x, weight, None, **geometry)
+    return lambda x, weight: F.linear(x, weight)

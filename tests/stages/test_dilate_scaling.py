@@ -1,0 +1,123 @@
+"""Scalings that look at activations: what they record, what they refuse, what becomes of them in `distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_dilate_fold import loose_pipeline
+
+import dqtool
+from dqtool.artifacts import Artifact, open_artifact
+from dqtool.errors import UsageError
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import TOLERANCE, DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.export import ExportOptions, export
+
+QUIET = Common(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `model` and `calibrated.safetensors`, made without scaling."""
+    root = tmp_path_factory.mktemp("scaling")
+    first = dilate(
+        DilateOptions(str(loose_pipeline(root / "model")), str(root / "none.safetensors"), scaling="none"), QUIET
+    )
+    calibrate(CalibrateOptions(first, str(root / "calibrated.safetensors"), steps=4, samples=16), QUIET)
+    return root
+
+
+def dilated(stats: Path, output: Path, **options: object) -> Artifact:
+    given = DilateOptions(
+        str(stats / "model"),
+        str(output),
+        stats=str(stats / "calibrated.safetensors"),
+        **options,  # type: ignore[arg-type]
+    )
+    return open_artifact(dilate(given, QUIET))
+
+
+def scalings(artifact: Artifact) -> dict[str, dict]:
+    return {layer["name"]: layer["scaling"] for layer in artifact.manifest.layers if "scaling" in layer}
+
+
+def test_osplus_moves_what_the_norm_makes_and_the_bias_takes_it_back(stats: Path, tmp_path: Path) -> None:
+    artifact = dilated(stats, tmp_path / "d.safetensors", scaling="osplus")
+    assert artifact.manifest.metrics["equivalence_error"] <= TOLERANCE
+    shifted = {name: each["shifted_in"] for name, each in scalings(artifact).items() if "shifted_in" in each}
+    assert shifted
+    for name, into in shifted.items():
+        assert name.split(".to_")[0] == into[0].removesuffix(".group_norm")
+    name = "mid_block.attentions.0"
+    tensors = artifact.tensors()
+    original = load_file(stats / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    by = original[f"{name}.group_norm.bias"] - tensors[f"{name}.group_norm.bias"]
+    lo, hi = open_artifact(stats / "calibrated.safetensors").tensors()[f"{name}.to_q.channel_range"]
+    torch.testing.assert_close(by, (lo + hi) / 2, rtol=1e-4, atol=1e-5)
+    added = tensors[f"{name}.to_q.bias"] - original[f"{name}.to_q.bias"]
+    torch.testing.assert_close(added, original[f"{name}.to_q.weight"] @ by, rtol=1e-3, atol=1e-5)
+    assert not any(name.endswith(".shift") for name in tensors)  # nothing that a runtime would have to know
+
+
+@pytest.mark.parametrize("scaling", ["osplus", "omniquant", "auto"])
+def test_moved_and_folded_together_are_still_equivalent(stats: Path, tmp_path: Path, scaling: str) -> None:
+    artifact = dilated(stats, tmp_path / "d.safetensors", scaling=scaling, fold=True)
+    assert artifact.manifest.metrics["equivalence_error"] <= TOLERANCE
+    assert any("folded_into" in each for each in scalings(artifact).values())
+
+
+def test_auto_records_whose_scale_each_layer_has(stats: Path, tmp_path: Path) -> None:
+    artifact = dilated(stats, tmp_path / "d.safetensors", scaling="auto")
+    assert artifact.manifest.parameters["scaling"] == "auto"
+    assert artifact.manifest.parameters["bits"] == "4/4"
+    methods = {each["method"] for each in scalings(artifact).values()}
+    assert methods <= {"wd", "smoothquant", "dgq", "awq"}
+    assert len(methods) > 1
+
+
+def test_the_bits_belong_to_what_looks_at_activations(stats: Path, tmp_path: Path) -> None:
+    assert dilated(stats, tmp_path / "a.safetensors", scaling="auto", bits="8/8").manifest.parameters["bits"] == "8/8"
+    plain = dilate(DilateOptions(str(stats / "model"), str(tmp_path / "b.safetensors"), bits="8/8"), QUIET)
+    assert "bits" not in open_artifact(plain).manifest.parameters
+    with pytest.raises(UsageError, match="bits"):
+        dilated(stats, tmp_path / "c.safetensors", bits="nine")
+
+
+def test_statistics_of_a_folded_model_are_refused(stats: Path, tmp_path: Path) -> None:
+    folded = dilate(DilateOptions(str(stats / "model"), str(tmp_path / "f.safetensors"), fold=True), QUIET)
+    calibrated = calibrate(CalibrateOptions(folded, str(tmp_path / "c.safetensors"), steps=4, samples=16), QUIET)
+    options = DilateOptions(str(stats / "model"), str(tmp_path / "d.safetensors"), scaling="dgq", stats=calibrated)
+    with pytest.raises(UsageError, match=r"changed before they were recorded"):
+        dilate(options, QUIET)
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_omniquant_learns_in_distill_and_ships_as_any_other(stats: Path, tmp_path: Path) -> None:
+    first = dilated(stats, tmp_path / "dilated.safetensors", scaling="omniquant")
+    second = calibrate(
+        CalibrateOptions(first.given, str(tmp_path / "calibrated.safetensors"), steps=4, samples=16), QUIET
+    )
+    runs = {}
+    for iters in (0, 8):
+        options = DistillOptions(
+            second, str(tmp_path / f"{iters}.safetensors"), bits="6/6", iters=iters, refine_iters=2 * (iters > 0)
+        )
+        runs[iters] = open_artifact(distill(options, QUIET))
+    start, trained = (runs[iters].tensors() for iters in (0, 8))
+    assert set(start) == set(trained)
+    name = "mid_block.resnets.0.conv1.dilation"
+    assert torch.equal(start[name], first.tensors()[name])
+    change = (trained[name] / start[name]).log().abs().max()
+    assert 0 < change <= 1e-4  # eight steps of about 1e-5
+    norm = "mid_block.attentions.0.group_norm.bias"
+    assert not torch.equal(trained[norm], start[norm])  # the shift that was learned
+    export(ExportOptions(runs[8].given, str(tmp_path / "exported")), QUIET)
+    network = dqtool.load(str(tmp_path / "exported"))
+    with torch.no_grad():
+        y = network(torch.randn(2, 1, 8, 8), runs[8].tensors()["timesteps"][1], return_dict=False)[0]
+    assert bool(torch.isfinite(y).all())
