@@ -11,11 +11,10 @@ import json
 
 from dqtool.core.allocator import keep_freed_memory
 from dqtool.metrics.digits import evaluate_digits
-from dqtool.models.families import family_of
 from dqtool.models.loading import build_network, load_weights
-from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.models.sources import ZOO, resolve_model
 from dqtool.stages.eval import EvalOptions, reference_images
+from dqtool.stages.images import maker_of_source
 from dqtool.zoo.data import digits
 
 KEYS = ("samples", "fd.digits", "is.digits", "confident_share")
@@ -31,8 +30,8 @@ def main() -> None:
     keep_freed_memory()
     source = resolve_model(f"zoo:{args.name}")
     network = build_network(source.class_name, source.config, load_weights(source), source.given)
-    sampler = Sampler(family_of(source.class_name, source.given), make_sampler(source.scheduler), args.steps)
-    images = reference_images(network, source, sampler, EvalOptions(samples=args.samples))
+    maker = maker_of_source(source, args.samples, 0, args.steps)
+    images = reference_images(network, source, maker, EvalOptions(samples=args.samples))
     held_out = digits()["held_out"][0]
     sets = {"real, held out": held_out, "model, as many": images[: len(held_out)], "model": images}
     figures = {}
