@@ -87,18 +87,36 @@ Artifact = Annotated[
     typer.Argument(help="The stage before's output. Left out: a line from a pipe, else that stage's default name."),
 ]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="F", help="Weight of classifier-free guidance; left out: as calibrated, or as the model's card says."
+    ),
+]
+Prompts = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Prompts, one a line; left out: those of the model's card.")
+]
 Directory = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The directory to write.")]
+InceptionWeights = Annotated[
+    str | None, typer.Option(metavar="FILE", help="For fid, sfid, is, pr: FID's Inception network, .pth, .pt or .pb.")
+]
+ImageSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Measure the centre N x N, the shorter side brought to N (COCO: 300).")
+]
 
 
 @command("dqtool dilate model.safetensors -o dilated.safetensors", "dqtool dilate zoo:digits-ddpm")
 def dilate(
     model: Annotated[
         str,
-        typer.Argument(help="A .safetensors file with config.json beside it, a diffusers directory, or zoo:NAME."),
+        typer.Argument(
+            help="A .safetensors file with config.json beside it, a diffusers directory, an original checkpoint, "
+            "a Hub id, or zoo:NAME."
+        ),
     ],
     common: Common,
     output: Output = "dilated.safetensors",
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="The network's diffusers config.json.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Its config.json, or the authors' YAML.")] = None,
     scaling: Annotated[
         str, typer.Option(metavar="NAME", help="How channels are scaled; wd is Weight Dilation, exactly.")
     ] = "wd",
@@ -106,6 +124,24 @@ def dilate(
         str | None, typer.Option(metavar="CALIBRATED", help="Activation statistics, for methods that look at them.")
     ] = None,
     cap: Annotated[float, typer.Option(metavar="F", help="The largest factor of a channel.")] = 64.0,
+    family: Annotated[
+        str | None, typer.Option(metavar="NAME", help="generic: take a network of a class that has no adapter.")
+    ] = None,
+    example: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For generic: a tensor for each further argument, safetensors.")
+    ] = None,
+    components: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which network of a pipeline; left out: its denoiser.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to add first; may be repeated.")
+    ] = None,
+    bits: Annotated[
+        str, typer.Option(metavar="W/A", help="The bits that osplus and auto, which compare outputs, choose for.")
+    ] = "4/4",
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Divide in what makes the input (norms, v, adaLN) where the algebra allows.")
+    ] = False,
 ) -> None:
     """Widen the unsaturated in-channels (Weight Dilation).
 
@@ -121,13 +157,16 @@ def calibrate(
     output: Output = "calibrated.safetensors",
     steps: Annotated[int, typer.Option(metavar="N", help="Sampling steps the quantized model will take.")] = 20,
     sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="ddim, ddpm, plms or dpmsolver; left out: the pipeline's own.")
+        str | None,
+        typer.Option(metavar="NAME", help="ddim, ddpm, plms, dpmsolver or euler; left out: the pipeline's own."),
     ] = None,
     samples: Annotated[
         int, typer.Option(metavar="N", help="Pairs (x_t, t) to keep, spread evenly over the steps.")
     ] = 5120,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the images that are sampled.")] = 0,
     eta: Annotated[float, typer.Option(metavar="F", help="Noise added at each step of ddim.")] = 0.0,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 64,
 ) -> None:
     """Sample the full-precision model, keep statistics.
@@ -161,6 +200,9 @@ def distill(
     softmax_bits: Annotated[int, typer.Option(metavar="N", help="Bits of the attention's softmax output.")] = 8,
     static: Annotated[bool, typer.Option("--static", help="One activation range for all steps.")] = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Samples per iteration.")] = 32,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Train these blocks only; the others stay as initialised.")
+    ] = None,
 ) -> None:
     """Choose the bits, train block by block, and pack.
 
@@ -185,7 +227,11 @@ def export(
     run_stage("export", **locals())
 
 
-@command("dqtool eval exported --samples 4096 --grid samples.png", name="eval")
+@command(
+    "dqtool eval exported --samples 4096 --grid samples.png",
+    "dqtool eval exported --samples 50000 --inception-weights pt_inception-2015-12-05.pth --ref-stats imagenet.npz",
+    name="eval",
+)
 def evaluate(
     common: Common,
     artifact: Annotated[
@@ -198,14 +244,36 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The full-precision model; left out: where it was.")
     ] = None,
-    metrics: Annotated[str | None, typer.Option(metavar="A,B,...", help="Which figures; left out: all.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Which figures; left out: all that the model and the files allow."),
+    ] = None,
     samples: Annotated[int, typer.Option(metavar="N", help="Images to sample.")] = 1024,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the images, the same for both models.")] = 0,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Sampling steps; left out: as calibrated.")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Left out: as calibrated.")] = None,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 128,
     runtime: Annotated[str, typer.Option(metavar="NAME", help="What runs an exported directory.")] = "simulate",
     grid: Annotated[str | None, typer.Option(metavar="FILE.png", help="A picture of samples, both models.")] = None,
+    inception_weights: InceptionWeights = None,
+    ref_stats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.npz", help="For fid, sfid, pr: from `dqtool stats`, or of the ADM evaluation suite."
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(metavar="DIR", help="For clip and aesthetic: a CLIPModel with its tokenizer.")
+    ] = None,
+    aesthetic_weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For aesthetic: LAION's head over CLIP embeddings.")
+    ] = None,
+    image_size: ImageSize = None,
+    save_samples: Annotated[
+        str | None, typer.Option(metavar="FILE.npz", help="Keep the samples as a batch of the ADM evaluation suite.")
+    ] = None,
 ) -> None:
     """Measure against the full-precision reference.
 
@@ -222,11 +290,36 @@ def sample(
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE.png", help="Where to write.")] = "samples.png",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the images.")] = 0,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Sampling steps; left out: as calibrated.")] = None,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 64,
     runtime: Annotated[str, typer.Option(metavar="NAME", help="What runs the network.")] = "simulate",
 ) -> None:
     """Draw images from an exported directory."""
     run_stage("sample", **locals())
+
+
+@command(
+    "dqtool stats val2014 --image-size 300 --inception-weights pt_inception-2015-12-05.pth -o coco.npz",
+    "dqtool stats imagenet/train --image-size 256 --inception-weights classify_image_graph_def.pb -o imagenet.npz",
+)
+def stats(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR_OR_NPZ", help="Images: a directory, or an npz file with arr_0.")
+    ],
+    common: Common,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE.npz", help="Where to write.")] = "stats.npz",
+    inception_weights: InceptionWeights = None,
+    image_size: ImageSize = None,
+    keep_images: Annotated[
+        int, typer.Option(metavar="N", help="Images to keep in the file, for precision and recall.")
+    ] = 10_000,
+) -> None:
+    """Compute reference statistics of a folder of images.
+
+    For `dqtool eval --ref-stats`, and for the ADM evaluation suite, whose layout they have.
+    """
+    run_stage("stats", **locals())
 
 
 @command(
@@ -275,6 +368,99 @@ def inspect(
 
     description = describe(anything)
     print_report(description, render(description), common)
+
+
+@command(
+    "dqtool bench exported --runtime all --against fp32,bf16,nncf-int8",
+    "dqtool bench --arch ddpm-cifar10 --bits 4/4 --batch 1,4,16",
+)
+def bench(
+    common: Common,
+    artifact: Annotated[
+        str | None,
+        typer.Argument(metavar="[DIR]", help="An exported directory; left out: from a pipe, or exported/."),
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead: a published architecture with random weights.")
+    ] = None,
+    bits: Annotated[str, typer.Option(metavar="W/A", help="Bits of --arch.")] = "4/4",
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A runtime, auto, all or none; may be repeated. Left out: auto."),
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,...",
+            help="fp32, bf16, fp32-compile, bf16-compile, openvino-fp32, openvino-bf16, nncf-int8, or none.",
+        ),
+    ] = "fp32,bf16",
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Batch sizes; left out: 1,4,16, or those of --arch.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Left out: PyTorch's choice.")] = None,
+    seconds: Annotated[float, typer.Option(metavar="F", help="Time to measure each batch size for.")] = 10.0,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The float model; left out: the exported weights as float32.")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Measure load time and peak memory too, in fresh processes.")] = True,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the report as JSON as well.")
+    ] = None,
+) -> None:
+    """Time the network, next to what one would use instead.
+
+    All contenders run in one process, turn by turn; ratios are to the faster memory format of eager float32.
+    """
+    from dqtool.stages.bench import BenchOptions, render
+    from dqtool.stages.bench import bench as measure
+
+    options = BenchOptions(
+        artifact,
+        arch,
+        bits,
+        tuple(runtime or ()),
+        split_list(against),
+        split_numbers(batch, "--batch"),
+        threads,
+        seconds,
+        reference,
+        memory,
+        output,
+    )
+    with on_standard_error():
+        result = measure(options, common)
+    print_report(result, render(result), common)
+
+
+@command("dqtool report results", "dqtool report results/w4a4 results/w8a8/eval.json -o report.md", name="report")
+def report_page(
+    common: Common,
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DIR]...", help="Directories of eval results, or their JSONs; left out: eval.json."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Left out: report.html or report.md.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="html|md", help="Left out: by the file's name, else html.")
+    ] = None,
+) -> None:
+    """Make one page of eval results.
+
+    Tables, quality against cost, errors by layer and step, activations, samples. Artifacts found beside add to it.
+    """
+    from dqtool.stages.report_page import ReportOptions, plan_report, render_plan, write_report
+
+    options = ReportOptions(tuple(places or ()), output, format)
+    if common.dry_run:
+        plan = plan_report(options, common)
+        print_report(plan, render_plan(plan), common)
+        return
+    with on_standard_error():
+        path = write_report(options, common)
+    print_result(path, common)
 
 
 @command("dqtool zoo list", group=zoo_app, name="list")
@@ -367,6 +553,23 @@ def run_stage(name: str, common: Common, **values: Any) -> None:
         print_report(plan, render(plan), common)
     else:
         print_result(path, common)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """`"a,b"` as ("a", "b"); "none" and nothing are ()."""
+    return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
+
+
+def split_numbers(text: str | None, where: str) -> tuple[int, ...]:
+    """`"1,4"` as (1, 4); None is ().
+
+    Raises:
+        UsageError: something else than whole numbers.
+    """
+    parts = split_list(text or "")
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"'{text}' is no list of whole numbers", where=where, fix="Example: 1,4,16")
+    return tuple(map(int, parts))
 
 
 @contextlib.contextmanager

@@ -64,7 +64,11 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options:
     for override in overrides:
         _apply(override, texts, stages, options)
     if not texts.get("model"):
-        raise UsageError("The recipe names no model", where=given, fix="Add a line such as `model: zoo:digits-ddpm`")
+        raise UsageError(
+            "The recipe names no model",
+            where=given,
+            fix="Name one with --set model=MODEL, or add a line such as `model: zoo:digits-ddpm`",
+        )
     if not stages:
         raise UsageError("The recipe names no stages", where=given, fix=f"Add `stages:` with {_listed(STAGE_ORDER)}")
     return Recipe(

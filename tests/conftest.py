@@ -62,3 +62,20 @@ def chain(made: Path, tmp_path: Path) -> Path:
     directory = tmp_path / "work"
     shutil.copytree(made, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of FID's Inception network with random weights that keep signals alive through its 94 convolutions."""
+    import torch
+
+    from dqtool.metrics.inception import InceptionV3
+
+    torch.manual_seed(0)
+    model = InceptionV3()
+    for name, parameter in model.named_parameters():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(parameter)
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(model.state_dict(), path)
+    return path

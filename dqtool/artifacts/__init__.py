@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dqtool.artifacts.committing import commit, commit_directory, commit_report
+from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import sha256_file
 from dqtool.artifacts.locking import lock
 from dqtool.artifacts.manifest import FORMAT, STAGES, Manifest, dqtool_version, environment
 from dqtool.artifacts.store import (
+    ATTACHMENT,
     DIRECTORY_MANIFEST,
     Artifact,
     check_writable,
@@ -20,10 +22,12 @@ from dqtool.artifacts.tensorfile import check_finite, read_header
 from dqtool.artifacts.workspace import Workspace
 
 __all__ = [
+    "ATTACHMENT",
     "DIRECTORY_MANIFEST",
     "FORMAT",
     "STAGES",
     "Artifact",
+    "DeferredTensors",
     "Manifest",
     "Workspace",
     "check_finite",

@@ -32,10 +32,10 @@ def commit(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], ma
         with staging(target) as area:
             data, note = area / "data.safetensors", area / "manifest.json"
             note.touch()
-            save_tensors(data, tensors)
+            digest = save_tensors(data, tensors)
             data.chmod(note.stat().st_mode)  # safetensors makes its files private
             fsync_path(data)
-            manifest.file = {"name": target.name, "bytes": data.stat().st_size, "sha256": sha256_file(data)}
+            manifest.file = {"name": target.name, "bytes": data.stat().st_size, "sha256": digest or sha256_file(data)}
             manifest.files = None
             _write(note, manifest.to_json())
             swap_in(area, [(data, target), (note, manifest_path(target))])

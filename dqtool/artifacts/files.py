@@ -9,11 +9,22 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dqtool.errors import EnvironmentFault
 
-__all__ = ["fsync_path", "os_fault", "sha256_file", "staging", "swap_in", "sweep", "target_of", "write_text"]
+__all__ = [
+    "content_digest",
+    "fsync_path",
+    "os_fault",
+    "sha256_file",
+    "staging",
+    "swap_in",
+    "sweep",
+    "target_of",
+    "write_text",
+]
 
 _FULL = "Free some space or write elsewhere with -o, and run again; what stood there before is untouched"
 _ELSEWHERE = "Choose another place with -o, or make this one writable"
@@ -45,6 +56,30 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     try:
         with open(path, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise os_fault(error, path) from error
+
+
+def content_digest(path: str | os.PathLike[str], piece: int = 256 << 20) -> str:
+    """Hex digest that tells a file's content: its SHA-256, or past `piece` bytes that of its pieces' digests, which
+    are computed side by side. `EnvironmentFault` when it can't be read."""
+    try:
+        size = os.stat(path).st_size
+        if size <= piece:
+            return sha256_file(path)
+
+        def digest(start: int) -> bytes:
+            part = hashlib.sha256()
+            with open(path, "rb") as stream:
+                stream.seek(start)
+                left = piece
+                while left and (data := stream.read(min(left, 1 << 20))):
+                    part.update(data)
+                    left -= len(data)
+            return part.digest()
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return hashlib.sha256(b"".join(pool.map(digest, range(0, size, piece)))).hexdigest()
     except OSError as error:
         raise os_fault(error, path) from error
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts.files import os_fault, sha256_file, target_of
 from dqtool.artifacts.manifest import Manifest, canonical_json
-from dqtool.artifacts.tensorfile import load_tensors, read_header
+from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "ATTACHMENT",
     "DIRECTORY_MANIFEST",
     "Artifact",
     "check_writable",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 DIRECTORY_MANIFEST = "dqtool.json"
+ATTACHMENT = "file."
+"""Before the name of a tensor that is a file (a pipeline's other components), uint8."""
 
 _COMMANDS = {
     "dilate": "dqtool dilate MODEL",
@@ -89,7 +92,7 @@ class Artifact:
 
     def tensor_names(self, file: str | None = None) -> list[str]:
         """Sorted names of the tensors, read from the header without torch; `file` as in `tensors`."""
-        return sorted(read_header(self._data(file)))
+        return sorted(name for name in read_header(self._data(file)) if not name.startswith(ATTACHMENT))
 
     def tensors(self, device: str = "cpu", *, file: str | None = None) -> dict[str, torch.Tensor]:
         """All tensors on `device`; of a directory, those of the safetensors file `file` (a path relative to it).
@@ -97,7 +100,34 @@ class Artifact:
         On the CPU they are views of the mapped file. Raises `ArtifactError` when the file is damaged or the artifact
         holds no such file.
         """
-        return load_tensors(self._data(file), device)
+        found = load_tensors(self._data(file), device)
+        return {name: tensor for name, tensor in found.items() if not name.startswith(ATTACHMENT)}
+
+    def attachments(self) -> dict[str, torch.Tensor]:
+        """Files that travel with a safetensors artifact, by relative path: their bytes as uint8, views of the mapped
+        file. None of them count as the network's tensors."""
+        if self.manifest.file is None:
+            return {}
+        found = load_tensors(self._data(None))
+        return {n.removeprefix(ATTACHMENT): t for n, t in found.items() if n.startswith(ATTACHMENT)}
+
+    def attachment_names(self) -> list[str]:
+        """Relative paths of the attachments; of a directory, of all its files."""
+        if self.manifest.files is not None:
+            return sorted(self.manifest.files)
+        names = read_header(self.path) if self.manifest.file is not None else ()
+        return sorted(name.removeprefix(ATTACHMENT) for name in names if name.startswith(ATTACHMENT))
+
+    def attachment(self, name: str) -> bytes:
+        """One of them, read without torch."""
+        if self.manifest.files is not None:
+            return (self.path / name).read_bytes()
+        return read_bytes(self.path, ATTACHMENT + name)
+
+    def attachment_bytes(self) -> int:
+        """How much of a safetensors artifact's file they take."""
+        header = read_header(self.path) if self.manifest.file is not None else {}
+        return sum(entry["shape"][0] for name, entry in header.items() if name.startswith(ATTACHMENT))
 
     def _data(self, file: str | None) -> Path:
         if self.manifest.file is not None and file is None:
@@ -176,11 +206,13 @@ def check_writable(
     *,
     directory: bool = False,
     report: bool = False,
+    manifest: bool = True,
     inputs: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
     """Raise before any long work what would fail at its end, or destroy something, when `path` is written.
 
-    A safetensors artifact is to be written, or a directory, or a report (one JSON). `EnvironmentFault` when the parent directory is missing or not
+    A safetensors artifact is to be written, or a directory, or a report (one JSON), or without `manifest` a file of
+    another kind that gets none. `EnvironmentFault` when the parent directory is missing or not
     writable, when a file is where a directory belongs or the reverse, or when something dqtool did not write, or
     wrote as something else, would be overwritten; `UsageError` when `path` is one of `inputs` or has the
     suffix of the other kind of file.
@@ -211,7 +243,7 @@ def check_writable(
         if directory:
             _check_replaceable_directory(target, given)
         else:
-            _check_replaceable_file(target, given)
+            _check_replaceable_file(target, given, manifest=manifest)
     except OSError as error:
         raise os_fault(error, path) from error
 
@@ -246,7 +278,7 @@ def _check_replaceable_directory(target: Path, given: str) -> None:
             )
 
 
-def _check_replaceable_file(target: Path, given: str) -> None:
+def _check_replaceable_file(target: Path, given: str, *, manifest: bool) -> None:
     if target.is_dir():
         raise EnvironmentFault(
             "This is a directory, and a file is to be written", where=given, fix="Name a file with -o"
@@ -263,7 +295,7 @@ def _check_replaceable_file(target: Path, given: str) -> None:
             where=given,
             fix="Name another file with -o",
         )
-    if note != target and found in ("foreign", "report"):
+    if manifest and note != target and found in ("foreign", "report"):
         raise EnvironmentFault(
             "The manifest that belongs to this output would overwrite a file that is something else",
             where=str(note),

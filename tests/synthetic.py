@@ -1,0 +1,52 @@
+"""Packed networks with made-up step tables: every kind of quantizer in seconds, no calibration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dqtool.core.bits import FLOAT_BITS, parse_bits
+from dqtool.core.dilation import spread
+from dqtool.models.families import FAMILIES
+from dqtool.models.loading import load_weights
+from dqtool.models.packed import packed_network
+from dqtool.models.sources import resolve_model
+from dqtool.nn.attention import OPERANDS, has_zero_point, operand_bits
+from dqtool.nn.surgery import assign_bits, assign_tables, initialise_weights, insert_fake, packed_state
+from dqtool.nn.trace import trace
+
+__all__ = ["synthetic_network"]
+
+
+def synthetic_network(model: str, bits: str, steps: int = 5) -> nn.Module:
+    """The packed network of `zoo:NAME` (or any model) at timesteps 0, 50, ...; half of its layers dilated."""
+    generator = torch.Generator().manual_seed(0)
+    source = resolve_model(model)
+    family, config = FAMILIES[source.class_name], source.config
+    network = family.build(config)
+    network.load_state_dict(load_weights(source))
+    traced = trace(network, family.example(config), sample=family.sample, block_classes=family.block_classes)
+    layers = {info.name: info for info in traced.layers if info.kind != "attention"}
+    owners = [name for name, info in layers.items() if info.shares is None][::2]
+    dilation = {name: 1 + torch.rand(layers[name].shape[1], generator=generator) for name in owners}
+    dilation |= {name: dilation[info.shares] for name, info in layers.items() if info.shares in dilation}
+    for name, factors in dilation.items():
+        weight = network.get_submodule(name).weight
+        weight.data *= spread(factors, weight, 1)
+    plans = assign_bits(traced.layers, parse_bits(bits), dilated=dilation)
+    insert_fake(network, plans, torch.arange(steps) * 50.0, dilation)
+    tables = {}
+    for plan in plans:
+        heads = (plan.info.heads,) if plan.info.kind == "attention" else ()
+        for operand in OPERANDS if heads else ("",):
+            width = operand_bits(operand, plan.bits.input, plan.bits.weight) if heads else plan.bits.input
+            if width >= FLOAT_BITS:
+                continue
+            scale = (0.5 + torch.rand(steps, *heads, generator=generator)) * 6 / 2**width
+            zero_point = torch.randint(0, 2**width, (steps, *heads), generator=generator).float()
+            if heads and not has_zero_point(operand, width):
+                zero_point = torch.full_like(scale, 0 if operand == "probs" else 128)
+            tables[f"{plan.info.name}.{operand}" if heads else plan.info.name] = (scale, zero_point)
+    initialise_weights(network)
+    assign_tables(network, plans, tables)
+    return packed_network(source.class_name, config, plans, packed_state(network))

@@ -1,0 +1,77 @@
+"""Recipes of the published models: each takes a checkpoint's path, and its dry run says what will come of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dqtool.artifacts.header import file_header
+from dqtool.errors import UsageError
+from dqtool.models.architectures import ARCHITECTURES
+from dqtool.recipe import STAGE_ORDER, load_recipe
+from dqtool.stages.registry import option_types
+from dqtool.stages.run import steps_of_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "published").glob("*.yaml"))
+MODELS = {
+    "cifar10": "ddpm-cifar10",
+    "bedroom": "ldm4-bedroom",
+    "church": "ldm8-church",
+    "imagenet": "ldm4-imagenet",
+    "coco": "sd14",
+    "dit": "dit-xl2",
+}
+
+
+def test_every_published_model_has_its_recipes() -> None:
+    assert {path.stem.split("-")[0] for path in RECIPES} == set(MODELS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_options_are_known_and_a_model_is_asked_for(path: Path) -> None:
+    with pytest.raises(UsageError, match="names no model") as caught:
+        load_recipe(path, [], {name: option_types(name) for name in STAGE_ORDER})
+    assert "--set model=" in str(caught.value)
+    _, steps = steps_of_recipe(str(path), ["model=somewhere"])
+    assert [name for name, _ in steps] == list(STAGE_ORDER)
+    bits = path.stem.rsplit("-", 1)[1]
+    assert dict(steps)["distill"]["bits"] == f"{bits[1]}/{bits[3]}"
+    assert dict(steps)["calibrate"]["samples"] >= dict(steps)["calibrate"]["steps"]
+
+
+def sparse_model(directory: Path, arch: str) -> Path:
+    """A component directory at full size whose weights take no disk: all but the header is a hole."""
+    import torch
+
+    from dqtool.models.families import family_of
+
+    published = ARCHITECTURES[arch]
+    with torch.device("meta"):
+        network = family_of(published.class_name, arch).build(published.config)
+    shapes = {name: ("F32", tuple(tensor.shape)) for name, tensor in network.state_dict().items()}
+    header, _, data = file_header(shapes)
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(published.network_config()))
+    with open(directory / "diffusion_pytorch_model.safetensors", "wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + data)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["cifar10-w4a4", "coco-sd14-w6a6"])
+def test_the_dry_run_tells_sizes_and_bit_operations(tmp_path: Path, run: Any, name: str) -> None:
+    path = next(path for path in RECIPES if path.stem == name)
+    arch = ARCHITECTURES[MODELS[name.split("-")[0]]]
+    sparse_model(tmp_path / "model", arch.name)
+    result = run("run", str(path), "--set", "model=model", "--dry-run", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plan = {stage["stage"]: stage for stage in json.loads(result.stdout)["stages"]}
+    work = plan["distill"]["work"]
+    assert work["parameters"] == pytest.approx(arch.parameters, rel=0.01)
+    if name == "coco-sd14-w6a6":
+        assert work["bytes_float32"] / work["bytes"] == pytest.approx(5.3, rel=0.01)
+        assert work["bops_float32"] / work["bops"] == pytest.approx(27.9, rel=0.01)
+    assert not (tmp_path / "results").exists()
