@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillOptions", "distill"]
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 METHODS = ("bkd", "ptq")
 
 

@@ -121,7 +121,6 @@ def evaluate(options: EvalOptions, common: Common) -> str:
 
 def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
     """Those asked for, else all that apply to the model."""
-
     shape = image_shape(artifact)
     is_digits = shape == (1, 16, 16)
     companions = companions_of_artifact(artifact)
