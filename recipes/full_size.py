@@ -1,0 +1,152 @@
+"""The published architectures at full size with random weights, through dilate, calibrate, one distilled block, export.
+
+    python recipes/full_size.py [NAME...]
+
+Writes recipes/results/full-size.md and .json, one row a model: parameters, bytes and bit operations beside the published
+counts, and the seconds and the peak memory of each stage, which runs in a process of its own. A model that is run again
+replaces its row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+BITS = "6/6"
+# The first block of each kind of network: residual, or transformer.
+BLOCK = {"DiTTransformer2DModel": r"transformer_blocks\.0"}
+DEFAULT_BLOCK = r"down_blocks\.0\.resnets\.0"
+
+
+def write_model(name: str, directory: Path) -> None:
+    """A component directory with random weights of the architecture's shapes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dqtool.models.architectures import ARCHITECTURES
+    from dqtool.models.families import family_of
+
+    arch = ARCHITECTURES[name]
+    with torch.device("meta"):
+        network = family_of(arch.class_name, name).build(arch.config)
+    torch.manual_seed(0)
+    state = {}
+    for key, like in network.state_dict().items():
+        if like.dim() > 1:
+            state[key] = torch.randn(like.shape) / like[0].numel() ** 0.5
+        else:
+            state[key] = torch.full(like.shape, float("norm" in key and key.endswith("weight")))
+    directory.mkdir()
+    save_file(state, directory / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(arch.network_config()))
+
+
+def stage(*arguments: str, cwd: Path) -> tuple[float, float]:
+    """Run one command; returns seconds and the peak of its anonymous memory in GB."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, "-m", "dqtool", *arguments, "--quiet"], cwd=cwd, stdout=sys.stderr)
+    finished = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not finished.wait(0.05):
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            except OSError:
+                return
+            peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    code = process.wait()
+    finished.set()
+    watcher.join()
+    if code:
+        raise SystemExit(f"dqtool {' '.join(arguments)} ended with {code}")
+    return time.perf_counter() - start, peak / 1e9
+
+
+def measure(name: str) -> dict:
+    """One row."""
+    from dqtool.artifacts import read_manifest
+    from dqtool.models.architectures import ARCHITECTURES
+
+    arch = ARCHITECTURES[name]
+    block = BLOCK.get(arch.class_name, DEFAULT_BLOCK)
+    with tempfile.TemporaryDirectory(prefix="dqtool-full-size-") as folder:
+        work = Path(folder)
+        write_model(name, work / "model")
+        commands = {
+            "dilate": ("dilate", "model"),
+            "calibrate": ("calibrate", "--steps", "2", "--samples", "2", "--batch-size", "1"),
+            "distill": ("distill", "--bits", BITS, "--iters", "2", "--refine-iters", "0", "--batch-size", "2", "--blocks", block),
+            "export": ("export",),
+        }  # fmt: skip
+        stages = {key: stage(*arguments, cwd=work) for key, arguments in commands.items()}
+        manifest = read_manifest(str(work / "exported"))
+        parameters = read_manifest(str(work / "dilated.safetensors")).model["parameters"]
+    return {
+        "parameters": parameters,
+        "published": arch.parameters,
+        "bytes": manifest.metrics["bytes"],
+        "bytes_float32": manifest.metrics["bytes_float32"],
+        "bops": manifest.metrics["bops"],
+        "bops_float32": manifest.metrics["bops_float32"],
+        "stages": {key: {"seconds": round(s, 1), "peak_gb": round(gb, 2)} for key, (s, gb) in stages.items()},
+        "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
+    }
+
+
+def render(rows: dict[str, dict]) -> str:
+    """The table."""
+    lines = [
+        "# Published architectures at full size, random weights",
+        "",
+        f"`make full-size`: dilate, calibrate (2 steps), one distilled block, export at {BITS}. Memory is the peak of",
+        "anonymous pages (mapped files not counted); seconds depend on the machine and on what else it does.",
+        "",
+        "| model | parameters (M) | published | MB | smaller | fewer BOPs | "
+        + " | ".join(f"{stage} s / GB" for stage in ("dilate", "calibrate", "distill", "export"))
+        + " |",
+        "| --- " * 10 + "|",
+    ]
+    for name, row in rows.items():
+        stages = [f"{each['seconds']:.0f} / {each['peak_gb']:.1f}" for each in row["stages"].values()]
+        cells = [
+            name,
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['published'] / 1e6:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['bytes_float32'] / row['bytes']:.2f}x",
+            f"{row['bops_float32'] / row['bops']:.1f}x",
+            *stages,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure the models named, or all."""
+    from dqtool.models.architectures import ARCHITECTURES, architecture
+
+    names = sys.argv[1:] or list(ARCHITECTURES)
+    for name in names:
+        architecture(name)
+    path = RESULTS / "full-size.json"
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    for name in names:
+        rows[name] = measure(name)
+        rows = {known: rows[known] for known in ARCHITECTURES if known in rows}
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        (RESULTS / "full-size.md").write_text(render(rows))
+
+
+if __name__ == "__main__":
+    main()

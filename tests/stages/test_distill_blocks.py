@@ -1,0 +1,38 @@
+"""`distill --blocks`: only the blocks asked for are trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dqtool.artifacts import open_artifact
+from dqtool.errors import UsageError
+from dqtool.stages.common import Common
+from dqtool.stages.distill import DistillOptions, distill
+
+BLOCK = "mid_block.resnets.0"
+
+
+def distilled(chain: Path, name: str, **options: Any) -> Any:
+    given = DistillOptions(str(chain / "calibrated.safetensors"), str(chain / name), refine_iters=0, **options)
+    return open_artifact(distill(given, Common(quiet=True)))
+
+
+def test_one_block_is_trained_and_the_others_stay_as_initialised(chain: Path) -> None:
+    one = distilled(chain, "one.safetensors", iters=2, blocks=r"mid_block\.resnets\.0")
+    none = distilled(chain, "none.safetensors", iters=0)
+    assert list(one.manifest.metrics["block_loss"]) == [BLOCK]
+    a, b = one.tensors(), none.tensors()
+    changed = {name for name in a if not torch.equal(a[name], b[name])}
+    assert changed
+    assert all(name.startswith(BLOCK + ".") for name in changed)
+
+
+def test_patterns_that_match_nothing_or_are_none_are_refused(chain: Path) -> None:
+    with pytest.raises(UsageError, match="matches no block"):
+        distilled(chain, "x.safetensors", iters=2, blocks="nowhere")
+    with pytest.raises(UsageError, match="no regular expression"):
+        DistillOptions(blocks="(")
