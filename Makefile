@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 
-.PHONY: setup demo test report-check lint zoo ablation bench-cifar10 bench-sd14 bench-dit-xl2 $(RECIPES)
+.PHONY: setup demo test report-check lint zoo ablation bench-cifar10 bench-sd14 bench-dit-xl2 $(RECIPES) full-size published
 
 setup: $(VENV)/.done
 
@@ -68,3 +68,11 @@ bench-sd14: setup
 
 bench-dit-xl2: setup
 	$(call bench,--arch dit-xl2 --against fp32$(,)bf16$(,)nncf-int8 --seconds 60)
+
+# Every published architecture at full size with random weights through the chain: recipes/results/full-size.md (needs 24 GiB).
+full-size: setup
+	$(BIN)/python recipes/full_size.py
+
+# A published model from its checkpoint, on a GPU: make published RECIPE=cifar10-w4a4 MODEL=path/to/model-790000.ckpt
+published: setup
+	$(BIN)/dqtool run recipes/published/$(RECIPE).yaml --set model=$(MODEL)
