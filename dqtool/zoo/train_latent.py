@@ -179,7 +179,8 @@ def train(kind: str, out: Path, iters: int, batch_size: int, lr: float, seed: in
         condition = condition_of(given)
         return latents[chosen], lambda modules, x, t: modules.call(modules, x, t, condition)
 
-    stored = AutoencoderKL.from_pretrained(WEIGHTS / "digits-autoencoder", torch_dtype=torch.float16)
+    stored: Any = AutoencoderKL.from_pretrained(WEIGHTS / "digits-autoencoder", torch_dtype=torch.float16)
+    stored.register_to_config(_name_or_path="digits-autoencoder")  # not a path of the machine it was trained on
 
     def save(average: Conditioned) -> None:
         pipeline_of(kind, average, stored, out).save_pretrained(out)
