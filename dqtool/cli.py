@@ -188,11 +188,19 @@ def distill(
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="To check: the steps the input was calibrated for.")
     ] = None,
-    iters: Annotated[int | None, typer.Option(metavar="N", help="Iterations per block; 0 is plain PTQ.")] = None,
-    refine_iters: Annotated[
-        int | None, typer.Option(metavar="N", help="Iterations of the pass over all blocks.")
+    iters: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Iterations per block, or of the network where a method trains it whole."),
     ] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="How weights are learned: bkd or ptq.")] = "bkd",
+    refine_iters: Annotated[
+        int | None, typer.Option(metavar="N", help="For bkd: iterations of the pass over all blocks.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="How weights are learned: bkd, ptq, adaround, lsq, lora-qat, qat-partial or per-step."
+        ),
+    ] = "bkd",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the training.")] = 0,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="REGEX=W/A", help="Other bits for some layers; may be repeated.")
@@ -202,6 +210,16 @@ def distill(
     batch_size: Annotated[int, typer.Option(metavar="N", help="Samples per iteration.")] = 32,
     blocks: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Train these blocks only; the others stay as initialised.")
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="standard: every layer; nonstandard: upsampled and skip convolutions and attention products stay float.",
+        ),
+    ] = "standard",
+    train_samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Points of the trajectory to train on; left out: all.")
     ] = None,
 ) -> None:
     """Choose the bits, train block by block, and pack.

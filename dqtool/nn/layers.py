@@ -27,6 +27,7 @@ __all__ = [
     "FakeQuantLayer",
     "PackedLayer",
     "QuantLayer",
+    "WeightAdapter",
     "fake_layer",
     "multiply_shared",
     "packed_layer",
@@ -102,6 +103,18 @@ class QuantLayer(nn.Module):
         return f"bits={self.bits.weight}/{self.bits.input}"
 
 
+class WeightAdapter(nn.Module):
+    """Another form of a layer's weight, for as long as a training method learns it (rounding, low-rank updates)."""
+
+    def quantized_weight(self, layer: FakeQuantLayer) -> Tensor:
+        """In place of `FakeQuantLayer.quantized_weight`, with gradients for what the adapter learns."""
+        raise NotImplementedError
+
+    def merge(self, layer: FakeQuantLayer) -> None:
+        """Write into `layer.weight` what gives the same quantized weight without the adapter, and take it off."""
+        raise NotImplementedError
+
+
 class FakeQuantLayer(QuantLayer):
     """The trainable form: float `weight` (already dilated), `weight_scale`, `weight_zero_point` `[C_out]` as parameters."""
 
@@ -109,6 +122,8 @@ class FakeQuantLayer(QuantLayer):
     weight_zero_point: Tensor | None
     learned: LearnedScaling | None
     """Scale and shift of the input that training moves (`learned_scaling.py`); None nearly always."""
+    adapter: WeightAdapter | None
+    """What makes the quantized weight while a training method learns it in another form; None before and after."""
 
     def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
         super().__init__(like, bits, steps)
@@ -119,6 +134,7 @@ class FakeQuantLayer(QuantLayer):
             self.register_parameter(name, None)
         self.register_buffer("dilation", None)
         self.register_module("learned", None)
+        self.register_module("adapter", None)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """As in the base class, of what `learned` makes of it."""
@@ -132,6 +148,8 @@ class FakeQuantLayer(QuantLayer):
 
     def quantized_weight(self) -> Tensor:
         """Fake-quantized with gradients."""
+        if self.adapter is not None:
+            return self.adapter.quantized_weight(self)
         weight = self.weight if self.learned is None else self.learned.multiply(self.weight, self.groups)
         if self.weight_scale is None or self.weight_zero_point is None:
             return weight
@@ -142,6 +160,8 @@ class FakeQuantLayer(QuantLayer):
 
     def packed_state(self) -> dict[str, Tensor]:
         """The tensors of the packed form, named as in the artifact (without the layer's own name)."""
+        if self.adapter is not None:
+            raise RuntimeError("a layer still learns its weight in another form: merge its adapter first")
         state: dict[str, Tensor] = {}
         weight = self.weight.detach()
         if self.weight_scale is None or self.weight_zero_point is None:

@@ -11,21 +11,24 @@ from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
 from dqtool.core.bits import FLOAT_BITS, parse_bits, parse_keep
 from dqtool.errors import UsageError
+from dqtool.stages.presets import check_preset, preset_keep
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
+from dqtool.training.methods import Method, method_of, resolve
 
 if TYPE_CHECKING:
+    from dqtool.artifacts import Manifest
     from dqtool.nn.trace import Trace
-    from dqtool.training.options import BkdOptions
+    from dqtool.training.data import Trajectory
 
 __all__ = ["DistillOptions", "distill"]
 
 CODE_VERSION = 2
-METHODS = ("bkd", "ptq")
 
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Options of `dqtool distill`. `iters` per block, `refine_iters` for the pass over all blocks; None: the defaults."""
+    """Options of `dqtool distill`. `iters` per block, or of the network where a method trains it whole; `refine_iters` for
+    the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on."""
 
     artifact: str | None = None
     output: str = "distilled.safetensors"
@@ -40,12 +43,15 @@ class DistillOptions:
     static: bool = False
     batch_size: int = 32
     blocks: str | None = None
+    preset: str = "standard"
+    train_samples: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse, before anything runs, what no artifact could make right.
 
         Raises:
-            UsageError: bits, `--keep` patterns or a method that don't exist, or options that contradict each other.
+            UsageError: bits, `--keep` patterns, a method or a preset that don't exist, or options that contradict each
+                other.
         """
         parse_bits(self.bits)
         for text in self.keep:
@@ -54,28 +60,31 @@ class DistillOptions:
             raise UsageError(
                 f"{self.softmax_bits} bits are not offered", where="--softmax-bits", fix="Give 2 to 8, or 16"
             )
-        if self.method not in METHODS:
+        check_preset(self.preset)
+        method, _ = method_and_options(self)
+        if self.blocks is not None and not method.by_blocks:
             raise UsageError(
-                f"unknown method '{self.method}'", where="--method", fix=f"Choose from {', '.join(METHODS)}"
+                f"--method {method.name} trains the network as a whole", where="--blocks", fix="Leave it out"
             )
         try:
             re.compile(self.blocks or "")
         except re.error as e:
             raise UsageError(f"'{self.blocks}' is no regular expression: {e}", where="--blocks") from e
-        if self.method == "ptq" and (self.iters or self.refine_iters):
-            raise UsageError("--method ptq trains nothing", where="--iters, --refine-iters", fix="Leave them out")
 
 
 def distill(options: DistillOptions, common: Common) -> str:
     """Make the quantized artifact; returns its path as given.
 
     Raises:
-        UsageError: a `--keep` pattern that matches no layer.
+        UsageError: a `--keep` pattern that matches no layer, or more training samples than there are.
         ArtifactError: the input is not calibrated, or was for another number of steps.
         NumericError: training diverged.
     """
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     check_steps(calibrated, options.steps)
+    keep = (*preset_keep(options.preset, calibrated.manifest), *options.keep)
+    options = replace(options, keep=keep)
+    check_samples(options.train_samples, calibrated.manifest)
     parameters = resolved(options)
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
@@ -83,7 +92,7 @@ def distill(options: DistillOptions, common: Common) -> str:
         workspace = Workspace(options.output, key)
         if common.force:
             workspace.clear()
-        return produce(calibrated, options, parameters, workspace)
+        return produce(calibrated, options, workspace)
 
     def tidy(key: str) -> None:
         Workspace(options.output, key).clear()
@@ -92,18 +101,24 @@ def distill(options: DistillOptions, common: Common) -> str:
     return options.output
 
 
+def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
+    """The training method and its options, with defaults filled in.
+
+    Raises:
+        UsageError: there is no such method, or something was given that it has no use for.
+    """
+    method = method_of(options.method)
+    given = {"iters": options.iters, "refine_iters": options.refine_iters, "batch_size": options.batch_size}
+    return method, resolve(method, given)
+
+
 def resolved(options: DistillOptions) -> dict[str, Any]:
     """All parameters that decide the result, with defaults filled in."""
-    from dqtool.training.options import BkdOptions
-
-    recipe = BkdOptions(batch_size=options.batch_size)
-    iters = recipe.iters if options.iters is None else options.iters
-    refine = recipe.refine_iters if options.refine_iters is None else options.refine_iters
-    if options.method == "ptq":
-        iters = refine = 0
-    if iters == 0 and options.refine_iters is None:
-        refine = 0  # `--iters 0` is plain PTQ
-    chosen = {} if options.blocks is None else {"blocks": options.blocks}
+    chosen: dict[str, Any] = {} if options.blocks is None else {"blocks": options.blocks}
+    if options.preset != "standard":
+        chosen["preset"] = options.preset
+    if options.train_samples is not None:
+        chosen["train_samples"] = options.train_samples
     return chosen | {
         "bits": options.bits,
         "method": options.method,
@@ -111,21 +126,33 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
         "keep": list(options.keep),
         "softmax_bits": options.softmax_bits,
         "static": options.static,
-        "recipe": asdict(replace(recipe, iters=iters, refine_iters=refine)),
+        "recipe": asdict(method_and_options(options)[1]),
     }
 
 
-def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str, Any], workspace: Workspace) -> Product:
+def check_samples(wanted: int | None, manifest: Manifest) -> None:
+    """Refuse a number of training samples that leaves out steps, or that there are not."""
+    counts = manifest.metrics["samples_per_step"]
+    if wanted is not None and not len(counts) <= wanted <= sum(counts):
+        raise UsageError(
+            f"{wanted} samples to train on can't be drawn: there are {sum(counts)}, of {len(counts)} steps",
+            where="--train-samples",
+            fix=f"Give {len(counts)} to {sum(counts)}",
+        )
+
+
+def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace) -> Product:
     """Initialise, train, pack."""
+    from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
-    from dqtool.nn.learned_scaling import bake
     from dqtool.nn.surgery import packed_state
     from dqtool.stages.artifact_models import student_of, teacher_of, trace_of, trajectory_of
     from dqtool.stages.scale_moves import fold_packed, learn_scaling, mark_folded
-    from dqtool.training.bkd import distill_blocks, refine
     from dqtool.training.data import Problem
 
+    method, recipe = method_and_options(options)
+    level = resident()
     manifest, tensors = calibrated.manifest, calibrated.tensors()
     family, config = network_of(manifest.model)
     start = time.perf_counter()
@@ -136,12 +163,13 @@ def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str,
     )
     assert manifest.pipeline is not None
     sampling = manifest.pipeline["sampling"]
+    trace = trace_of(manifest)
     problem = Problem(
         family=family,
         teacher=teacher_of(manifest, tensors),
         student=student,
-        trace=trace_of(manifest),
-        trajectory=trajectory_of(tensors),
+        trace=trace,
+        trajectory=training_points(trajectory_of(tensors), options),
         sampler=Sampler(
             family,
             make_sampler(sampling["scheduler"]),
@@ -152,17 +180,15 @@ def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str,
         ),
         seed=options.seed,
         store=workspace,
+        only=chosen_blocks(trace, options.blocks),
+        shifts=shifts,
     )
-    recipe = recipe_of(parameters)
-    metrics: dict[str, Any] = {}
-    chosen = chosen_blocks(problem.trace, options.blocks)
-    if recipe.iters:
-        with report.progress("distill: blocks", recipe.iters * len(chosen), "iteration") as progress:
-            metrics |= distill_blocks(problem, recipe, progress, chosen)
-    bake(student, shifts)
-    if recipe.refine_iters:
-        with report.progress("distill: all blocks", recipe.refine_iters, "iteration") as progress:
-            metrics |= refine(problem, recipe, progress)
+    begin = time.perf_counter()
+    with MemoryMeter(level) as memory:
+        trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
+    problem.bake()
+    if trained:
+        trained |= {"training_seconds": time.perf_counter() - begin, **memory.figures()}
     state = packed_state(student)
     folded = fold_packed(manifest, state)
     layers = [
@@ -170,32 +196,27 @@ def produce(calibrated: Artifact, options: DistillOptions, parameters: dict[str,
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
     mark_folded(layers, folded)
-    metrics = {**manifest.metrics, **metrics}
+    metrics = {**manifest.metrics, **trained}
     return Product(state, manifest.model, manifest.pipeline, layers, metrics, attachments=calibrated.attachments())
 
 
-def chosen_blocks(trace: Trace, pattern: str | None) -> list[str]:
-    """Names of the blocks that are trained: all, or those which `--blocks` matches as a whole.
+def training_points(trajectory: Trajectory, options: DistillOptions) -> Trajectory:
+    """All points that were recorded, or as many as `--train-samples` says."""
+    return trajectory if options.train_samples is None else trajectory.subset(options.train_samples, options.seed)
+
+
+def chosen_blocks(trace: Trace, pattern: str | None) -> list[str] | None:
+    """Names of the blocks that are trained: those which `--blocks` matches as a whole; None for all.
 
     Raises:
         UsageError: it matches none.
     """
-    names = [block.name for block in trace.blocks]
     if pattern is None:
-        return names
+        return None
+    names = [block.name for block in trace.blocks]
     found = [name for name in names if re.fullmatch(pattern, name)]
     if not found:
         raise UsageError(
             f"'{pattern}' matches no block", where="--blocks", fix=f"Blocks are named like {', '.join(names[:3])}"
         )
     return found
-
-
-def recipe_of(parameters: dict[str, Any]) -> BkdOptions:
-    """The training options among a manifest's parameters."""
-    from dqtool.training.options import BkdOptions, Rates
-
-    fields = dict(parameters["recipe"])
-    for key in ("rates", "refine_rates"):
-        fields[key] = Rates(**fields[key])
-    return BkdOptions(**fields)

@@ -137,10 +137,11 @@ def _calibrate(execution: Execution, _: Any) -> Work:
     }
 
 
-def _distill(execution: Execution, _: Any) -> Work:
+def _distill(execution: Execution, options: Any) -> Work:
     from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.models.packed import layer_infos
     from dqtool.nn.surgery import assign_bits
+    from dqtool.stages.distill import method_and_options
     from dqtool.stages.scale_moves import dilated_layers, pending_folds
 
     calibrated = read_manifest(execution.inputs[0]["name"])
@@ -153,14 +154,14 @@ def _distill(execution: Execution, _: Any) -> Work:
     )
     steps = 1 if given["static"] else _timesteps(execution.inputs[0]["name"])
     blocks = len(calibrated.metrics["blocks"])
-    recipe = given["recipe"]
+    method, recipe = method_and_options(options)
     layers = [
         {"name": p.info.name, "shape": p.info.shape, "bits": [p.bits.weight, p.bits.input], "macs": p.info.macs}
         for p in plans
     ]
     return {
         "blocks": blocks,
-        "iterations": f"{blocks} x {recipe['iters']} + {recipe['refine_iters']} over all blocks",
+        "iterations": method.work(recipe, blocks),
         **_size(calibrated, plans, steps),
         "layers": layers,
     }

@@ -35,6 +35,7 @@ _LEAST = {
     "guidance": 0,
     "iters": 0,
     "refine_iters": 0,
+    "train_samples": 1,
     "cap": 1,
     "image_size": 1,
     "keep_images": 0,

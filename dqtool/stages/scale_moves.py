@@ -18,7 +18,7 @@ from dqtool.nn.learned_scaling import attach
 from dqtool.nn.trace import LayerInfo
 from dqtool.stages.scaling_choice import Groups, groups_of, shiftable
 
-__all__ = ["dilated_layers", "fold_packed", "learn_scaling", "mark_folded", "pending_folds"]
+__all__ = ["dilated_layers", "fold_packed", "learn_scaling", "mark_folded", "pending_folds", "structure_of"]
 
 
 def pending_folds(manifest: Manifest) -> list[Fold]:
@@ -26,7 +26,7 @@ def pending_folds(manifest: Manifest) -> list[Fold]:
     dilated = dilated_layers(manifest)
     if not dilated:
         return []
-    folds = find_folds(*_structure(manifest))
+    folds = find_folds(*structure_of(manifest))
     return [found for found in folds if not found.crosses and dilated.issuperset(found.layers)]
 
 
@@ -63,7 +63,7 @@ def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
             groups[owner] = members
     shifts: dict[str, Fold] = {}
     if any("shifted_in" in _scaling(manifest, owner) for owner in groups):
-        network, example, infos = _structure(manifest)
+        network, example, infos = structure_of(manifest)
         found = shiftable(network, infos, find_shifts(network, example, infos))
         shifts = {owner: each for owner, each in found.items() if "shifted_in" in _scaling(manifest, owner)}
     attach(
@@ -76,7 +76,7 @@ def _scaling(manifest: Manifest, name: str) -> dict[str, Any]:
     return next(layer.get("scaling", {}) for layer in manifest.layers if layer["name"] == name)
 
 
-def _structure(manifest: Manifest) -> tuple[nn.Module, dict[str, Any], list[LayerInfo]]:
+def structure_of(manifest: Manifest) -> tuple[nn.Module, dict[str, Any], list[LayerInfo]]:
     """The float network without its weights, arguments for it, and its layers."""
     family, config = network_of(manifest.model)
     with torch.device("meta"):

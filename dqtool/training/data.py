@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from dqtool.models.families import Family
 from dqtool.models.sampling import Sampler
+from dqtool.nn.folding import Fold
+from dqtool.nn.learned_scaling import bake
+from dqtool.nn.roles import Roles, find_roles
 from dqtool.nn.surgery import steps_of
 from dqtool.nn.trace import Trace
 
-__all__ = ["BlockStore", "Problem", "Reporter", "Trajectory"]
+__all__ = ["Bars", "BlockStore", "Problem", "Reporter", "Trajectory"]
 
 
 @dataclass
@@ -66,6 +70,24 @@ class Trajectory:
         mask[self.rows[samples]] = True
         return mask
 
+    def subset(self, count: int, seed: int) -> Trajectory:
+        """`count` of the points, spread evenly over the steps and drawn at random within each, in their order.
+
+        A step that has fewer than its share gives all it has.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        steps = len(self.timesteps)
+        quotas = [count // steps] * steps
+        for row in torch.randperm(steps, generator=generator)[: count % steps].tolist():
+            quotas[row] += 1
+        picked = []
+        for row, quota in enumerate(quotas):
+            pool = (self.rows == row).nonzero()[:, 0]
+            picked.append(pool[torch.randperm(len(pool), generator=generator)[:quota]])
+        chosen = torch.cat(picked).sort().values
+        subjects = None if self.subjects is None else self.subjects[chosen]
+        return replace(self, x=self.x[chosen], rows=self.rows[chosen], subjects=subjects)
+
 
 class BlockStore(Protocol):
     """Where finished blocks are kept, so that an interrupted run goes on from there."""
@@ -87,9 +109,17 @@ class Reporter(Protocol):
         """`n` iterations were done by an earlier run."""
 
 
+Bars = Callable[[str, int], AbstractContextManager[Reporter]]
+"""Opens a bar: what is counted, and how many iterations there will be."""
+
+
 @dataclass
 class Problem:
-    """Everything a training method needs. `student` starts as the calibrated (PTQ) network and ends trained."""
+    """Everything a training method needs. `student` starts as the calibrated (PTQ) network and ends trained.
+
+    `only` names the blocks to train (None: all), `shifts` who takes what learned scaling moves (`bake`);
+    `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`.
+    """
 
     family: Family
     teacher: nn.Module
@@ -99,6 +129,9 @@ class Problem:
     sampler: Sampler
     seed: int
     store: BlockStore
+    only: list[str] | None = None
+    shifts: Mapping[str, Fold] = field(default_factory=dict)
+    checkpoint_seconds: float = 30.0
 
     def predict(self, model: nn.Module, samples: Any) -> Tensor:
         """A network's prediction at trajectory points."""
@@ -108,3 +141,13 @@ class Problem:
     def select_rows(self, samples: Any) -> None:
         """Point the student's step tables at these samples' steps (when a block is called outside of the network)."""
         steps_of(self.student).select(self.trajectory.rows[samples])
+
+    def bake(self) -> None:
+        """End the learning of scales, if any are learned; what they are becomes part of the network."""
+        bake(self.student, self.shifts)
+
+    def roles(self) -> Roles:
+        """What part each layer plays."""
+        x, timestep, conditions = self.trajectory.arguments(slice(0, 1))
+        arguments = self.family.arguments(x, timestep, conditions)
+        return find_roles(self.teacher, arguments, self.family.sample)

@@ -8,7 +8,8 @@ All parameters of a kind live in one flat buffer, which keeps a step at a dozen 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from dqtool.nn.attention import OPERANDS, operand_bits
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.options import Rates
 
-__all__ = ["QuantAdam", "cosine"]
+__all__ = ["QuantAdam", "cosine", "weight_unit"]
 
 BETAS, EPS = (0.9, 0.999), 1e-12
 LEARNED_SCALING_RATE = 1e-5
@@ -25,13 +26,14 @@ LEARNED_SCALING_RATE = 1e-5
 
 
 class QuantAdam:
-    """Optimizes the weights, biases, weight scales and step tables of the quantized layers in `module`.
+    """Optimizes the weights, biases, weight scales and step tables of the quantized layers in `module`, those of them that
+    require gradients, and `extra` parameters, each with its own rate.
 
     `step(present, factor)` takes the mask `[T]` of the steps in the batch: rows of absent steps (and their moments) stay
     exactly as they are.
     """
 
-    def __init__(self, module: nn.Module, rates: Rates) -> None:
+    def __init__(self, module: nn.Module, rates: Rates, extra: Sequence[tuple[nn.Parameter, float]] = ()) -> None:
         weights: list[tuple[nn.Parameter, float]] = []
         biases: list[tuple[nn.Parameter, float]] = []
         scales: list[tuple[nn.Parameter, float]] = []
@@ -40,31 +42,28 @@ class QuantAdam:
         table_zeros: dict[nn.Parameter, float] = {}
         learned: dict[nn.Parameter, float] = {}
         for layer in module.modules():
-            if isinstance(layer, FakeQuantLayer) and layer.weight.requires_grad:
-                unit = (
-                    layer.weight.detach().abs().mean()
-                    if layer.weight_scale is None
-                    else layer.weight_scale.detach().mean()
-                )
-                weights.append((layer.weight, rates.weight * float(unit)))
-                if isinstance(layer.bias, nn.Parameter):
+            if isinstance(layer, FakeQuantLayer):
+                if layer.weight.requires_grad:
+                    weights.append((layer.weight, rates.weight * weight_unit(layer)))
+                if _learns(layer.bias):
                     rms = float(layer.bias.detach().square().mean().sqrt())
                     biases.append((layer.bias, rates.bias * max(rms, 1e-3)))
-                if layer.learned is not None:
+                if layer.learned is not None and layer.weight.requires_grad:
                     learned.update(dict.fromkeys(layer.learned.parameters(), LEARNED_SCALING_RATE))
-                if isinstance(layer.weight_scale, nn.Parameter):
+                if _learns(layer.weight_scale):
                     scales.append((layer.weight_scale, rates.weight_scale))
-                if isinstance(layer.weight_zero_point, nn.Parameter) and layer.low == 0:
+                if _learns(layer.weight_zero_point) and layer.low == 0:
                     zeros.append((layer.weight_zero_point, rates.zero_point))
-                if isinstance(layer.input_scale, nn.Parameter):
+                if _learns(layer.input_scale):
                     table_scales[layer.input_scale] = rates.table_scale
-                if isinstance(layer.input_zero_point, nn.Parameter):
+                if _learns(layer.input_zero_point):
                     table_zeros[layer.input_zero_point] = rates.zero_point
             for operand in OPERANDS:
-                if isinstance(getattr(layer, f"{operand}_scale", None), nn.Parameter):
-                    table_scales[getattr(layer, f"{operand}_scale")] = rates.table_scale
-                if isinstance(getattr(layer, f"{operand}_zero_point", None), nn.Parameter):
-                    table_zeros[getattr(layer, f"{operand}_zero_point")] = rates.zero_point
+                scale, zero_point = (getattr(layer, f"{operand}_{kind}", None) for kind in ("scale", "zero_point"))
+                if _learns(scale):
+                    table_scales[scale] = rates.table_scale
+                if _learns(zero_point):
+                    table_zeros[zero_point] = rates.zero_point
         self.zero_limits = _zero_limits(module)
         self._groups = [
             _Group(weights, relative=False, rows=False),
@@ -74,7 +73,13 @@ class QuantAdam:
             _Group(list(table_scales.items()), relative=True, rows=True),
             _Group(list(table_zeros.items()), relative=False, rows=True),
             _Group(list(learned.items()), relative=False, rows=False),
+            _Group(extra, relative=False, rows=False),
         ]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is optimized."""
+        return [parameter for group in self._groups for parameter in group.parameters]
 
     def zero_grad(self) -> None:
         """Forget gradients."""
@@ -95,9 +100,23 @@ class QuantAdam:
         for group in self._groups:
             group.release()
 
+    def state(self) -> dict[str, Tensor]:
+        """The parameters and their moments: all that going on takes."""
+        groups = [(str(i), group) for i, group in enumerate(self._groups) if group.parameters]
+        return {f"{i}.{name}": getattr(group, name) for i, group in groups for name in _Group.STATE}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, in place."""
+        for i, group in enumerate(self._groups):
+            if group.parameters:
+                for name in _Group.STATE:
+                    getattr(group, name).copy_(state[f"{i}.{name}"])
+
 
 class _Group:
     """Parameters of one kind as views of one buffer: `[n]`, or `[T, n]` for tables."""
+
+    STATE = ("flat", "mean", "square", "count")
 
     def __init__(self, items: Sequence[tuple[nn.Parameter, float]], relative: bool, rows: bool) -> None:
         self.parameters = [parameter for parameter, _ in items]
@@ -144,6 +163,17 @@ class _Group:
     def release(self) -> None:
         for parameter in self.parameters:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def weight_unit(layer: FakeQuantLayer) -> float:
+    """What the rates of a layer's weights are fractions of: its mean scale, or the mean size of float weights."""
+    if layer.weight_scale is None:
+        return float(layer.weight.detach().abs().mean())
+    return float(layer.weight_scale.detach().mean())
+
+
+def _learns(parameter: object) -> TypeGuard[nn.Parameter]:
+    return isinstance(parameter, nn.Parameter) and parameter.requires_grad
 
 
 def cosine(step: int, total: int, floor: float = 0.0) -> float:

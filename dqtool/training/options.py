@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["FINE", "BkdOptions", "Rates"]
+__all__ = ["FINE", "BkdOptions", "Rates", "RoundingOptions"]
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,23 @@ class BkdOptions:
     refine_rates: Rates = FINE
     refine_images: int = 128
     refine_refresh: int = 300
+
+
+@dataclass(frozen=True)
+class RoundingOptions:
+    """Learned rounding, `iters` for each block. `round_rate`: Adam's rate for v; `penalty`: the regulariser's weight per
+    rounded weight, against the squared error summed over channels, in units of the output's mean square; `table_scale`:
+    relative rate of activation scales; `beta_start` to `beta_end` after `warm_up` of the iterations: its annealing.
+
+    The sources take 20 000 iterations at a rate of 1e-3 (4e-5, absolute, for activation scales); with so many fewer the
+    rates must grow.
+    """
+
+    iters: int = 300
+    batch_size: int = 32
+    round_rate: float = 2e-2
+    penalty: float = 0.01
+    table_scale: float = 3e-3
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    warm_up: float = 0.2

@@ -15,8 +15,9 @@ from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.nn.surgery import packed_state
 from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
 from dqtool.stages.distill import DistillOptions
-from dqtool.training.bkd import distill_blocks, own_trajectory, refine
+from dqtool.training.bkd import distill_blocks
 from dqtool.training.data import Problem, Trajectory
+from dqtool.training.on_policy import own_trajectory, refine
 from dqtool.training.options import BkdOptions
 
 OPTIONS = BkdOptions(iters=12, batch_size=8, refine_iters=6, refine_images=4, refine_refresh=3)

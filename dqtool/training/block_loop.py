@@ -1,0 +1,212 @@
+"""Training block by block, in execution order: each block learns the float network's output from the quantized prefix's.
+
+Memory is that of one block and of what later blocks still read (`replay.py`). How a block learns is the method's part: a
+`Learner`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dqtool.nn.attention import OPERANDS
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.training.curve import check_loss, ends, mean_curve
+from dqtool.training.data import Problem, Reporter
+from dqtool.training.optimizer import QuantAdam
+from dqtool.training.replay import BlockInputs, Replay
+
+__all__ = ["Learner", "block_state", "mean_square", "own_layers", "restore_block", "train_blocks", "trainable"]
+
+
+class Learner:
+    """How one block learns. This one trains what requires gradients with `optimizer`; methods override the rest.
+
+    `iters` iterations of `batch_size` samples drawn at random; `factor(step)` is what the rates are multiplied with.
+    """
+
+    def __init__(self, problem: Problem, optimizer: QuantAdam, iters: int, batch_size: int) -> None:
+        self.problem, self.optimizer = problem, optimizer
+        self.iters, self.batch_size = iters, batch_size
+        self.unit = 1.0
+
+    def measure(self, outputs: Sequence[Tensor]) -> None:
+        """See what the block's outputs should be: `unit` turns their error per value into a sum over channels, relative
+        to their mean square."""
+        channels = sum(y.shape[1] if y.dim() == 4 else y.shape[-1] for y in outputs) / len(outputs)
+        self.unit = channels / mean_square(outputs)
+
+    def choose(self, _step: int, generator: torch.Generator) -> Tensor:
+        """Indices of the samples of this iteration."""
+        return torch.randint(len(self.problem.trajectory), (self.batch_size,), generator=generator)
+
+    def factor(self, _step: int) -> float:
+        """The schedule of the rates."""
+        return 1.0
+
+    def objective(self, loss: Tensor, _step: int) -> Tensor:
+        """What is minimised, given the error of the block's output."""
+        return loss
+
+    def finish(self) -> None:
+        """The block is trained: leave it in its final, quantized form."""
+        self.optimizer.release()
+
+
+MakeLearner = Callable[[nn.Module], Learner]
+
+
+def own_layers(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> list[FakeQuantLayer]:
+    """The quantized layers of `module`, without those that are `blocks` of their own (an embedder that several blocks
+    share)."""
+    others = {id(block) for block in blocks if block is not module}
+    return [m for m in module.modules() if isinstance(m, FakeQuantLayer) and id(m) not in others]
+
+
+def trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
+    """Let gradients reach the quantized layers of `module` and nothing else. Norms stay frozen: their affine belongs to
+    the float glue, and PyTorch's CPU group norm can't take gradients for it on every memory layout. So do layers inside
+    that are `blocks` of their own."""
+    module.requires_grad_(False)
+    for layer in own_layers(module, blocks):
+        layer.requires_grad_(True)
+    for each in module.modules():
+        for name in OPERANDS:
+            for kind in ("scale", "zero_point"):
+                table = getattr(each, f"{name}_{kind}", None)
+                if isinstance(table, nn.Parameter):
+                    table.requires_grad_(True)
+
+
+def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: str = "") -> dict[str, Any]:
+    """Train the blocks of `problem.student` in place, or those that `problem.only` names. `progress` is told of finished
+    iterations; finished blocks are kept in the store, their keys prefixed with `salt`.
+
+    Returns metrics: `block_loss` (each block's before and after), `loss_curve` (the mean over the blocks of their loss,
+    each in units of the mean square of the float block's output), `block_seconds`, `outside_training_share`.
+    """
+    start = time.perf_counter()
+    training_seconds = 0.0
+    trace, only = problem.trace, problem.only
+    samples = len(problem.trajectory)
+    generator = torch.Generator().manual_seed(problem.seed)
+
+    def run(model: nn.Module, rows: slice) -> None:
+        problem.predict(model, rows)
+
+    teacher = Replay(problem.teacher, trace, samples, run)
+    student = Replay(problem.student, trace, samples, run)
+    losses: dict[str, list[float]] = {}
+    relative: list[list[float]] = []
+    problem.student.requires_grad_(False)
+    last = max((index for index, info in enumerate(trace.blocks) if only is None or info.name in only), default=-1)
+    for index, info in enumerate(trace.blocks[: last + 1]):
+        block = problem.student.get_submodule(info.name)
+        wanted = teacher.inputs(index)
+        target = teacher.outputs(index, wanted)
+        given = student.inputs(index)
+        kept = problem.store.load(salt + info.name)
+        if only is not None and info.name not in only:
+            pass
+        elif kept is not None:
+            generator.set_state(kept["generator"])
+            history = kept["history"].tolist()
+            restore_block(block, {k: v for k, v in kept.items() if k not in ("generator", "history")})
+            progress.skip(len(history), info.name)
+            losses[info.name] = ends(history, 20)
+            relative.append(in_units(history, target))
+        else:
+            begin = time.perf_counter()
+            history = train_block(problem, block, given, target, make, generator, progress, info.name)
+            training_seconds += time.perf_counter() - begin
+            losses[info.name] = ends(history, 20)
+            relative.append(in_units(history, target))
+            extra = {"generator": generator.get_state(), "history": torch.tensor(history, dtype=torch.float64)}
+            problem.store.save(salt + info.name, {**block_state(block), **extra})
+        teacher.advance(index, target, wanted)
+        student.advance(index, student.outputs(index, given, problem.select_rows), given)
+    total = time.perf_counter() - start
+    return {
+        "block_loss": losses,
+        "loss_curve": mean_curve([each for each in relative if each]),
+        "block_seconds": total,
+        "outside_training_share": 1 - training_seconds / total if total else 0.0,
+    }
+
+
+def train_block(
+    problem: Problem,
+    block: nn.Module,
+    given: BlockInputs,
+    target: Any,
+    make: MakeLearner,
+    generator: torch.Generator,
+    progress: Reporter,
+    name: str,
+) -> list[float]:
+    """Minimise Eq. 27 for one block; returns the loss of every iteration."""
+    learner = make(block)
+    learner.measure(tensors_of(target))
+    history: list[float] = []
+    for step in range(learner.iters):
+        chosen = learner.choose(step, generator)
+        problem.select_rows(chosen)
+        args, kwargs = given.batch(chosen)
+        loss = output_loss(block(*args, **kwargs), target, chosen)
+        learner.optimizer.zero_grad()
+        learner.objective(loss, step).backward()
+        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step))
+        history.append(loss.item())
+        check_loss(history[-1], name, step)
+        progress.advance(1, name)
+    learner.finish()
+    block.requires_grad_(False)
+    return history
+
+
+def in_units(history: list[float], target: Any) -> list[float]:
+    """Losses over the mean square of what they are the error of."""
+    size = mean_square(tensors_of(target))
+    return [loss / size for loss in history]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors that a block gave."""
+    return [y for y in tree_leaves(output) if isinstance(y, Tensor)]
+
+
+def mean_square(outputs: Sequence[Tensor]) -> float:
+    """The mean over several tensors of their mean squares; 1 where that is 0."""
+    # Part by part: a square of all samples at once would be the largest tensor around.
+    totals = [sum(float(part.square().sum()) for part in y.split(256)) / max(1, y.numel()) for y in outputs]
+    return sum(totals) / len(totals) or 1.0
+
+
+def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
+    """Mean squared error of a block's output against `target[rows]`; of one with several outputs (text and image
+    streams) the mean over them."""
+    losses = [
+        F.mse_loss(y, wanted[rows])
+        for y, wanted in zip(tree_leaves(output), tree_leaves(target), strict=True)
+        if isinstance(y, Tensor)
+    ]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
+def block_state(block: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors of a block (shared tables appear under each name that holds them)."""
+    named = block.named_parameters(remove_duplicate=False)
+    return {name or "self": p.detach().clone() for name, p in named}
+
+
+def restore_block(block: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `block_state` gave, keeping shared tables shared."""
+    with torch.no_grad():
+        for name, p in block.named_parameters(remove_duplicate=False):
+            p.copy_(state[name or "self"])

@@ -1,0 +1,80 @@
+"""Training methods, one file each: what `distill --method` offers. No torch until one of them trains.
+
+A method is a module of this package with a `METHOD`. Its `train(problem, options, bars)` changes `problem.student` in
+place and returns metrics; what they all share is beside this package (`block_loop.py`, `network_loop.py`).
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dqtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from dqtool.training.data import Bars, Problem
+
+__all__ = ["METHODS", "Method", "method_of", "resolve"]
+
+
+def _as_given(options: Any, _given: Mapping[str, Any]) -> Any:
+    return options
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    `options`: a frozen dataclass whose defaults hold for every model; all of it goes into the manifest. `train`: see above.
+    `settle(options, given)`: the options that follow from what the user gave (by field name). `by_blocks`: blocks are
+    trained one after another, so that some of them can be left out. `work(options, blocks)`: the iterations in words.
+    """
+
+    name: str
+    summary: str
+    options: type
+    train: Callable[[Problem, Any, Bars], dict[str, Any]]
+    work: Callable[[Any, int], str]
+    by_blocks: bool = False
+    settle: Callable[[Any, Mapping[str, Any]], Any] = _as_given
+
+
+def method_of(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in METHODS:
+        raise UsageError(f"unknown method '{name}'", where="--method", fix=f"Choose from {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def resolve(method: Method, given: Mapping[str, Any]) -> Any:
+    """The method's options with what was given (None: nothing) in place of defaults.
+
+    Raises:
+        UsageError: something was given that the method has no use for.
+    """
+    known = {field.name for field in fields(method.options)}
+    told = {key: value for key, value in given.items() if value is not None}
+    for key in told:
+        if key not in known:
+            raise UsageError(
+                f"--method {method.name} has no use for it", where=f"--{key.replace('_', '-')}", fix="Leave it out"
+            )
+    return method.settle(replace(method.options(), **told), told)
+
+
+def _found() -> dict[str, Method]:
+    modules = [import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    methods = sorted((module.METHOD for module in modules), key=lambda m: (m.name != "bkd", m.name))
+    return {method.name: method for method in methods}
+
+
+METHODS: dict[str, Method] = {}
+"""All methods by name, ours first."""
+METHODS.update(_found())

@@ -1,0 +1,44 @@
+"""`adaround`: block reconstruction with learned rounding (BRECQ, arXiv 2102.05426), as Q-Diffusion (2302.04304), EDA-DM
+(2401.04585) and PTQ4DiT (2405.16005) use it on diffusion models.
+
+Each block, its input from the quantized prefix, learns the rounding of its weights and the scales of its activations;
+biases and the weights' scales stay. No weight moves by more than one quantization step from the code below it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dqtool.training.methods import Method
+from dqtool.training.options import RoundingOptions
+
+if TYPE_CHECKING:
+    from dqtool.training.data import Bars, Problem
+
+
+def train(problem: Problem, options: RoundingOptions, bars: Bars) -> dict[str, Any]:
+    """Every block in turn."""
+    from torch import nn
+
+    from dqtool.training.block_loop import own_layers, train_blocks
+    from dqtool.training.reconstruction import RoundingLearner
+
+    problem.bake()
+    count = len(problem.trace.blocks if problem.only is None else problem.only)
+    with bars("blocks", options.iters * count) as progress:
+        blocks = [problem.student.get_submodule(info.name) for info in problem.trace.blocks]
+
+        def make(block: nn.Module) -> RoundingLearner:
+            return RoundingLearner(problem, block, own_layers(block, blocks), options)
+
+        return train_blocks(problem, make, progress)
+
+
+METHOD = Method(
+    "adaround",
+    "blocks, learned rounding",
+    RoundingOptions,
+    train,
+    lambda options, blocks: f"{blocks} x {options.iters}",
+    by_blocks=True,
+)

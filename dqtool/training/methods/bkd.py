@@ -1,0 +1,48 @@
+"""`bkd`: Block-wise Knowledge Distillation, then one pass over all blocks on the student's own trajectory. The default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dqtool.training.methods import Method
+from dqtool.training.options import BkdOptions
+
+if TYPE_CHECKING:
+    from dqtool.training.data import Bars, Problem
+
+
+def train(problem: Problem, options: BkdOptions, bars: Bars) -> dict[str, Any]:
+    """Blocks, then all blocks."""
+    from dqtool.training.bkd import distill_blocks
+    from dqtool.training.on_policy import refine
+
+    metrics: dict[str, Any] = {}
+    if options.iters:
+        count = len(problem.trace.blocks if problem.only is None else problem.only)
+        with bars("blocks", options.iters * count) as progress:
+            metrics |= distill_blocks(problem, options, progress)
+    problem.bake()
+    if options.refine_iters:
+        with bars("all blocks", options.refine_iters) as progress:
+            metrics |= refine(problem, options, progress)
+    return metrics
+
+
+def settle(options: BkdOptions, given: Mapping[str, Any]) -> BkdOptions:
+    """`--iters 0` is plain PTQ, unless the second pass is asked for."""
+    if options.iters == 0 and "refine_iters" not in given:
+        return replace(options, refine_iters=0)
+    return options
+
+
+METHOD = Method(
+    "bkd",
+    "block by block, then all blocks on the model's own trajectory",
+    BkdOptions,
+    train,
+    lambda options, blocks: f"{blocks} x {options.iters} + {options.refine_iters} over all blocks",
+    by_blocks=True,
+    settle=settle,
+)

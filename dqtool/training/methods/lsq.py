@@ -1,0 +1,46 @@
+"""`lsq`: end-to-end quantization-aware training (Learned Step Size Quantization, arXiv 1902.08153).
+
+All weights, biases and quantizers of the network learn at once to predict what the float network predicts, on the
+recorded trajectory. The quantizers are those of every other method: per-channel scales of weights, activation scales
+and zero points per step (one for all steps with `--static`), which start where PTQ ends.
+
+The gradient of a scale is divided by sqrt(N · Q), as the paper has it. Under Adam, which takes the size out of every
+gradient, that changes nothing but the last bits: what balances scales and weights here are their rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dqtool.training.methods import Method
+from dqtool.training.options import Rates
+
+if TYPE_CHECKING:
+    from dqtool.training.data import Bars, Problem
+
+
+@dataclass(frozen=True)
+class LsqOptions:
+    """`iters` of the whole network."""
+
+    iters: int = 3000
+    batch_size: int = 32
+    rates: Rates = field(default_factory=lambda: Rates(weight=0.02))
+
+
+def train(problem: Problem, options: LsqOptions, bars: Bars) -> dict[str, Any]:
+    """Everything at once."""
+    from dqtool.training.block_loop import trainable
+    from dqtool.training.network_loop import mixed_steps, train_network
+    from dqtool.training.optimizer import QuantAdam
+    from dqtool.training.scale_gradients import scaled_gradients
+
+    trainable(problem.student)
+    choose = mixed_steps(problem, options.batch_size)
+    optimizer = QuantAdam(problem.student, options.rates)
+    with bars("network", options.iters) as progress, scaled_gradients(problem):
+        return train_network(problem, optimizer, choose, options.iters, options.batch_size, progress)
+
+
+METHOD = Method("lsq", "end to end, all weights", LsqOptions, train, lambda options, _: f"{options.iters}")

@@ -1,0 +1,63 @@
+"""`per-step`: TFMQ-DM (arXiv 2311.16503): the time embedding is a block of its own, and each step has static quantizers.
+
+The layers on the timestep's path learn their rounding together, on the path's outputs. Then each block learns the rounding
+of its other weights, with float activations, as the authors do; and then its activation scales, one step at a time: each
+step's from that step's samples alone (their finite set calibration, made learnable like every other method's). With one
+step for all (`--static`) that is an ordinary static quantizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dqtool.training.methods import Method
+from dqtool.training.options import RoundingOptions
+
+if TYPE_CHECKING:
+    from dqtool.training.data import Bars, Problem
+
+
+@dataclass(frozen=True)
+class PerStepOptions(RoundingOptions):
+    """Of a block's `iters`, the share `rounding` goes to the weights, the rest evenly to the steps, one at least to each."""
+
+    rounding: float = 0.5
+
+
+def train(problem: Problem, options: PerStepOptions, bars: Bars) -> dict[str, Any]:
+    """The timestep's path, then the blocks."""
+    from torch import nn
+
+    from dqtool.training.block_loop import train_blocks
+    from dqtool.training.curve import curve
+    from dqtool.training.per_step import PerStepLearner, untrained_layers
+    from dqtool.training.temporal import temporal_layers, train_temporal
+
+    problem.bake()
+    roles = problem.roles()
+    temporal = temporal_layers(problem, roles)
+    metrics: dict[str, Any] = {}
+    problem.student.requires_grad_(False)
+    if temporal:
+        with bars("time embedding", options.iters) as progress:
+            learner = PerStepLearner(problem, nn.ModuleList(temporal), temporal, options)
+            metrics["temporal_curve"] = curve(train_temporal(problem, roles, learner, progress))
+
+    def make(block: nn.Module) -> PerStepLearner:
+        return PerStepLearner(problem, block, untrained_layers(problem, block, temporal), options)
+
+    names = [info.name for info in problem.trace.blocks] if problem.only is None else problem.only
+    left = [n for n in names if untrained_layers(problem, problem.student.get_submodule(n), temporal)]
+    with bars("blocks", options.iters * len(left)) as progress:
+        return metrics | train_blocks(problem, make, progress)
+
+
+METHOD = Method(
+    "per-step",
+    "blocks, learned rounding, one step's scales at a time",
+    PerStepOptions,
+    train,
+    lambda options, blocks: f"({blocks} + time embedding) x {options.iters}",
+    by_blocks=True,
+)

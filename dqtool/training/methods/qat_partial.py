@@ -1,0 +1,73 @@
+"""`qat-partial`: QuEST (arXiv 2402.03666): only the layers that suffer most are fine-tuned, the rest stays PTQ.
+
+Which ones the authors found by lowering bits one kind of layer at a time: those that carry the timestep, and around
+attention the projections to q, k, v and the feed-forward layers. They are found by their role in the graph here.
+First the layers on the timestep's path learn the float network's outputs of that path; then weights and biases of all
+these layers, and the activation scales of every layer, learn the network's prediction, one step at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dqtool.training.methods import Method
+
+if TYPE_CHECKING:
+    from dqtool.training.data import Bars, Problem
+
+
+@dataclass(frozen=True)
+class QatPartialOptions:
+    """`temporal_iters` for the timestep's path, then `iters` for the network; rates as in `Rates`."""
+
+    iters: int = 3000
+    temporal_iters: int = 500
+    batch_size: int = 32
+    weight: float = 0.02
+    bias: float = 0.01
+    table_scale: float = 3e-3
+
+
+def train(problem: Problem, options: QatPartialOptions, bars: Bars) -> dict[str, Any]:
+    """The timestep's path, then the sensitive layers end to end."""
+    from dqtool.training.block_loop import Learner, own_layers
+    from dqtool.training.curve import curve
+    from dqtool.training.network_loop import one_step_at_a_time, train_network
+    from dqtool.training.optimizer import QuantAdam
+    from dqtool.training.options import Rates
+    from dqtool.training.reconstruction import learn_scales
+    from dqtool.training.sensitive import learn_weights, sensitive_layers
+    from dqtool.training.temporal import temporal_layers, train_temporal
+
+    problem.bake()
+    roles = problem.roles()
+    rates = Rates(weight=options.weight, bias=options.bias, table_scale=options.table_scale)
+    student = problem.student
+    metrics: dict[str, Any] = {}
+    temporal = temporal_layers(problem, roles)
+    student.requires_grad_(False)
+    if temporal and options.temporal_iters:
+        learn_weights(temporal)
+        learn_scales(temporal)
+        learner = Learner(problem, QuantAdam(student, rates), options.temporal_iters, options.batch_size)
+        with bars("time embedding", options.temporal_iters) as progress:
+            metrics["temporal_curve"] = curve(train_temporal(problem, roles, learner, progress))
+    student.requires_grad_(False)
+    chosen = sensitive_layers(problem, roles)
+    learn_weights(chosen.values())
+    learn_scales(own_layers(student), student)
+    optimizer = QuantAdam(student, rates)
+    choose = one_step_at_a_time(problem, options.batch_size)
+    with bars("network", options.iters) as progress:
+        metrics |= train_network(problem, optimizer, choose, options.iters, options.batch_size, progress)
+    return metrics | {"trained_layers": list(chosen)}
+
+
+METHOD = Method(
+    "qat-partial",
+    "end to end, sensitive layers",
+    QatPartialOptions,
+    train,
+    lambda options, _: f"{options.temporal_iters} for the time embedding + {options.iters}",
+)

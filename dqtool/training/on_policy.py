@@ -1,0 +1,107 @@
+"""Training on the student's own trajectory, with the teacher's answer there as the target.
+
+What no block can see is where the errors of one step lead at the next: the quantized model drifts off the trajectory it
+was trained on. Here it samples, the teacher is asked at the points it visits, and all blocks learn that answer.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.surgery import steps_of
+from dqtool.training.block_loop import trainable
+from dqtool.training.curve import check_loss, curve, ends
+from dqtool.training.data import Problem, Reporter, Trajectory
+from dqtool.training.optimizer import QuantAdam, cosine
+from dqtool.training.options import BkdOptions
+
+__all__ = ["own_trajectory", "refine", "settle"]
+
+
+def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
+    """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target."""
+    settle(problem.student)
+    trainable(problem.student)
+    optimizer = QuantAdam(problem.student, options.refine_rates)
+    generator = torch.Generator().manual_seed(problem.seed + 1)
+    steps = steps_of(problem.student)
+    losses: list[float] = []
+    start = time.perf_counter()
+    sampling_seconds = 0.0
+    own: Trajectory | None = None
+    targets = torch.empty(0)
+    for step in range(options.refine_iters):
+        if step % options.refine_refresh == 0:
+            begin = time.perf_counter()
+            own, targets = own_trajectory(problem, options.refine_images, step)
+            sampling_seconds += time.perf_counter() - begin
+        assert own is not None
+        chosen = torch.randint(len(own), (options.refine_batch_size,), generator=generator)
+        x, timestep, conditions = own.arguments(chosen)
+        loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(own.present(chosen), cosine(step, options.refine_iters))
+        losses.append(loss.item())
+        check_loss(losses[-1], "refine", step)
+        progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
+    optimizer.release()
+    problem.student.requires_grad_(False)
+    steps.select(torch.zeros(1, dtype=torch.long))
+    return {
+        "refine_loss": ends(losses, 100),
+        "refine_curve": curve(losses),
+        "refine_seconds": time.perf_counter() - start,
+        "refine_sampling_seconds": sampling_seconds,
+    }
+
+
+def settle(module: nn.Module) -> None:
+    """Move every weight to the centre of its code. The function stays what it is, bit for bit.
+
+    Training leaves many weights beside a rounding threshold, where they have been going back and forth. With all of
+    them there, the first steps of another optimizer flip thousands of codes at once (one step of a thousandth of the
+    scale tripled the loss); from the centres only weights that are pushed consistently get to change.
+    """
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, FakeQuantLayer):
+                layer.weight.copy_(layer.quantized_weight())
+
+
+def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory, Tensor]:
+    """Points that the student visits when it samples `images` new images (half as many with guidance, whose steps ask
+    twice), and the teacher's predictions there. Conditions are drawn from those of the calibration set."""
+    sampler, trajectory = problem.sampler, problem.trajectory
+    seed = problem.seed * 7919 + salt + 1_000_000
+    points: list[Tensor] = []
+    answers: list[Tensor] = []
+    rows: list[Tensor] = []
+    asked: list[Tensor] = []
+    null = trajectory.null if sampler.guidance > 1 else None
+    if null is not None:
+        images = -(-images // 2)
+    with torch.no_grad():
+        subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided=null is not None)
+        given = {k: v[subjects] for k, v in trajectory.conditions.items()}
+        if null is not None:
+            subjects = torch.cat([torch.full_like(subjects, trajectory.last_subject), subjects])
+        everything = {k: v[subjects] for k, v in trajectory.conditions.items()}
+
+        def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
+            points.append(x.clone())
+            answers.append(problem.family.predict(problem.teacher, x, timestep, everything))
+            rows.append(((trajectory.timesteps - timestep).abs().argmin()).expand(len(x)).clone())
+            asked.append(subjects)
+
+        noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
+        seeds = image_seeds(range(images), seed, CALIBRATION)
+        sampler.run(problem.student, noise, given, seeds, see, null)
+    own = Trajectory(torch.cat(points), torch.cat(rows), trajectory.timesteps, trajectory.conditions, torch.cat(asked))
+    return own, torch.cat(answers)

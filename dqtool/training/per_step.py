@@ -1,0 +1,77 @@
+"""How a block learns with quantizers that know one step each: first its rounding, then the scales of one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.training.block_loop import own_layers
+from dqtool.training.data import Problem
+from dqtool.training.network_loop import rows_by_step
+from dqtool.training.optimizer import QuantAdam, cosine
+from dqtool.training.options import Rates
+from dqtool.training.reconstruction import RoundingLearner, learn_scales
+from dqtool.training.rounding import float_activations, merge_adapters
+
+if TYPE_CHECKING:
+    from dqtool.training.methods.per_step import PerStepOptions
+
+__all__ = ["PerStepLearner", "untrained_layers"]
+
+
+class PerStepLearner(RoundingLearner):
+    """Of `module`, the `layers`: their rounding, with all activations of `module` in float, then its activation scales."""
+
+    def __init__(
+        self, problem: Problem, module: nn.Module, layers: Sequence[FakeQuantLayer], options: PerStepOptions
+    ) -> None:
+        super().__init__(problem, module, layers, options, scales=False)
+        self.layers, self.groups = layers, rows_by_step(problem)
+        self.rounding_iters = round(options.iters * options.rounding)
+        self.each = max(1, (options.iters - self.rounding_iters) // len(self.groups))
+        self.iters = self.rounding_iters + self.each * len(self.groups) if layers else 0
+        self._float = ExitStack()
+        if self.iters:
+            self._float.enter_context(float_activations(module))
+
+    def choose(self, step: int, generator: torch.Generator) -> Tensor:
+        """Any samples for the rounding, then those of the step whose turn it is."""
+        if step < self.rounding_iters:
+            return super().choose(step, generator)
+        if step == self.rounding_iters:
+            self._end_rounding()
+        pool = self.groups[(step - self.rounding_iters) // self.each]
+        return pool[torch.randint(len(pool), (self.batch_size,), generator=generator)]
+
+    def factor(self, step: int) -> float:
+        """Falling over the rounding, and over each step's turn."""
+        if step < self.rounding_iters:
+            return cosine(step, self.rounding_iters, floor=0.1)
+        return cosine((step - self.rounding_iters) % self.each, self.each)
+
+    def finish(self) -> None:
+        """Everything is hard and quantized."""
+        if self.roundings:
+            self._end_rounding()
+        self.optimizer.release()
+
+    def _end_rounding(self) -> None:
+        self.optimizer.release()
+        merge_adapters(self.block)
+        self.roundings = []
+        self._float.close()
+        self.block.requires_grad_(False)
+        learn_scales(self.layers, self.block)
+        self.optimizer = QuantAdam(self.block, Rates(table_scale=self.options.table_scale))
+
+
+def untrained_layers(problem: Problem, block: nn.Module, done: Sequence[FakeQuantLayer]) -> list[FakeQuantLayer]:
+    """The layers of a block that belong to no block of their own and are not `done`."""
+    finished = {id(layer) for layer in done}
+    blocks = [problem.student.get_submodule(info.name) for info in problem.trace.blocks]
+    return [layer for layer in own_layers(block, blocks) if id(layer) not in finished]

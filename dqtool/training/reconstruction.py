@@ -1,0 +1,72 @@
+"""How a block learns the rounding of its weights together with the scales of its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from dqtool.nn.attention import OPERANDS
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.training.block_loop import Learner
+from dqtool.training.data import Problem
+from dqtool.training.optimizer import QuantAdam, cosine
+from dqtool.training.options import Rates
+from dqtool.training.rounding import Annealing, learn_rounding, merge_adapters, rounding_penalty
+
+if TYPE_CHECKING:
+    from dqtool.training.options import RoundingOptions
+
+__all__ = ["RoundingLearner", "learn_scales"]
+
+
+class RoundingLearner(Learner):
+    """Of `block`, the `layers`: their rounding and, with `scales`, the scales of all activations in it, at once."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        block: nn.Module,
+        layers: Sequence[FakeQuantLayer],
+        options: RoundingOptions,
+        scales: bool = True,
+    ) -> None:
+        block.requires_grad_(False)
+        self.block, self.options = block, options
+        self.roundings = learn_rounding(layers)
+        self.annealing = Annealing(options.warm_up, options.beta_start, options.beta_end)
+        self.rounding_iters = options.iters
+        if scales:
+            learn_scales(layers, block)
+        rates = Rates(table_scale=options.table_scale)
+        optimizer = QuantAdam(block, rates, [(each.v, options.round_rate) for each in self.roundings])
+        super().__init__(problem, optimizer, options.iters if optimizer.parameters else 0, options.batch_size)
+
+    def factor(self, step: int) -> float:
+        """Falling, but not to zero: the rounding is decided at the end of the annealing."""
+        return cosine(step, self.iters, floor=0.1)
+
+    def objective(self, loss: Tensor, step: int) -> Tensor:
+        """The error, summed over channels and in units of the output's mean square, and once it has begun the
+        regulariser, a sum over weights."""
+        beta = self.annealing.beta(step, self.rounding_iters) if self.roundings else None
+        error = loss * self.unit
+        return error if beta is None else error + self.options.penalty * rounding_penalty(self.roundings, beta)
+
+    def finish(self) -> None:
+        """Rounding becomes hard."""
+        super().finish()
+        merge_adapters(self.block)
+
+
+def learn_scales(layers: Sequence[FakeQuantLayer], operands_of: nn.Module | None = None) -> None:
+    """Let gradients reach the activation scales of these layers, and of the attention operands in a module."""
+    for layer in layers:
+        if isinstance(layer.input_scale, nn.Parameter):
+            layer.input_scale.requires_grad_(True)
+    for module in () if operands_of is None else operands_of.modules():
+        for name in OPERANDS:
+            scale = getattr(module, f"{name}_scale", None)
+            if isinstance(scale, nn.Parameter):
+                scale.requires_grad_(True)

@@ -1,0 +1,80 @@
+"""LSQ's gradient scale (section 2.2 of arXiv 1902.08153): a scale's gradient is divided by sqrt(N · Q)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.core.affine import levels
+from dqtool.nn.attention import operand_bits
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.training.data import Problem
+
+__all__ = ["gradient_scale", "scaled_gradients"]
+
+
+def gradient_scale(count: int, bits: int) -> float:
+    """`1 / sqrt(N · Q)` of a scale that quantizes `count` values on a grid of `bits` bits."""
+    return 1 / math.sqrt(count * levels(bits))
+
+
+@contextmanager
+def scaled_gradients(problem: Problem) -> Iterator[None]:
+    """Inside, the gradients of all scales of the student arrive divided. N is the number of values that one entry of a
+    scale serves: the weights of an out-channel, the features of a layer's input, those of an operand's head."""
+    counts: dict[nn.Parameter, float] = {}
+    features = _input_features(problem)
+    for layer, count in features.items():
+        if isinstance(layer.weight_scale, nn.Parameter):
+            counts[layer.weight_scale] = gradient_scale(layer.weight[0].numel(), layer.bits.weight)
+        if isinstance(layer.input_scale, nn.Parameter):
+            counts[layer.input_scale] = gradient_scale(count, layer.bits.input)
+    for info in problem.trace.layers:
+        if info.kind == "attention":
+            module = problem.student.get_submodule(info.name)
+            queries, keys, inner = info.shape
+            values = {"q": queries * inner, "k": keys * inner, "v": keys * inner}
+            for name in ("q", "k", "v", "probs"):
+                scale = getattr(module, f"{name}_scale", None)
+                if isinstance(scale, nn.Parameter):
+                    count = values[name] // info.heads if name in values else queries * keys
+                    processor = module.processor
+                    bits = operand_bits(name, processor.bits, processor.probs_bits)  # type: ignore[union-attr,arg-type]
+                    counts[scale] = gradient_scale(count, bits)
+
+    def times(factor: float) -> object:
+        def hook(gradient: Tensor) -> Tensor:
+            return gradient * factor
+
+        return hook
+
+    handles = [p.register_hook(times(factor)) for p, factor in counts.items() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_features(problem: Problem) -> dict[FakeQuantLayer, int]:
+    """Values in the input of each layer, for one sample."""
+    layers = [m for m in problem.student.modules() if isinstance(m, FakeQuantLayer)]
+    found = {layer: layer.weight[0].numel() for layer in layers}
+    original = FakeQuantLayer.quantize_input
+
+    def look(self: FakeQuantLayer, x: Tensor) -> Tensor:
+        found[self] = x[0].numel()
+        return original(self, x)
+
+    # Layers that share an input are not called one by one, so hooks would miss some.
+    FakeQuantLayer.quantize_input = look  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            problem.predict(problem.student, torch.zeros(1, dtype=torch.long))
+    finally:
+        FakeQuantLayer.quantize_input = original  # type: ignore[method-assign]
+    return found

@@ -1,0 +1,48 @@
+"""The layers that QuEST (arXiv 2402.03666) finds sensitive to few bits, by their role in the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.roles import Roles
+from dqtool.training.data import Problem
+
+__all__ = ["learn_weights", "sensitive_layers"]
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Of diffusers' attention modules, as `is_attention` knows them."""
+
+
+def sensitive_layers(problem: Problem, roles: Roles) -> dict[str, FakeQuantLayer]:
+    """Layers on the timestep's path; projections to q, k and v; linear layers beside attention in transformer blocks (the
+    feed-forward part). By name, in execution order."""
+    attention = [info.name for info in problem.trace.layers if info.kind == "attention"]
+    chosen = set(roles.temporal)
+    for name in attention:
+        chosen.update(f"{name}.{projection}" for projection in PROJECTIONS)
+        home = name.rpartition(".")[0]
+        block = problem.student.get_submodule(home) if home else problem.student
+        if any(isinstance(child, nn.LayerNorm) or "Norm" in type(child).__name__ for child in block.children()):
+            inside = {part for part in attention if part.startswith(f"{home}.")}
+            for each, module in block.named_modules():
+                full = f"{home}.{each}"
+                if isinstance(module, FakeQuantLayer) and not any(full.startswith(f"{part}.") for part in inside):
+                    chosen.add(full)
+    found = {}
+    for info in problem.trace.layers:
+        if info.kind != "attention" and info.name in chosen:
+            module = problem.student.get_submodule(info.name)
+            if isinstance(module, FakeQuantLayer):
+                found[info.name] = module
+    return found
+
+
+def learn_weights(layers: Iterable[FakeQuantLayer]) -> None:
+    """Let gradients reach the weights and biases of these layers."""
+    for layer in layers:
+        layer.weight.requires_grad_(True)
+        if isinstance(layer.bias, nn.Parameter):
+            layer.bias.requires_grad_(True)

@@ -1,0 +1,130 @@
+"""Training the layers that turn the timestep into features, on their own (TFMQ's temporal information block, arXiv
+2311.16503): they see a finite set of inputs, whatever the sample is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.roles import Roles
+from dqtool.nn.trace import is_quantizable
+from dqtool.training.block_loop import Learner, block_state, mean_square, restore_block
+from dqtool.training.curve import check_loss
+from dqtool.training.data import Problem, Reporter
+
+__all__ = ["TemporalPath", "temporal_layers", "train_temporal"]
+
+
+class TemporalPath:
+    """One network of which only what the timestep goes through is computed; `outputs` gives what comes out of it.
+
+    Modules that hold layers, and none of these, answer with zeros of the shape they gave a first sample.
+    """
+
+    def __init__(self, problem: Problem, model: nn.Module, roles: Roles) -> None:
+        self.problem, self.model, self.roles = problem, model, roles
+        self._answers = self._record()
+
+    def outputs(self, rows: Tensor) -> dict[str, Tensor]:
+        """Outputs of the last layers of the path at these samples, by name."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+                found[name] = output
+
+            return hook
+
+        handles = [self.model.get_submodule(n).register_forward_hook(keep(n)) for n in self.roles.temporal_ends]
+        try:
+            for module, answer in self._answers:
+                module.forward = lambda *_a, _y=answer, **_k: tree_map(lambda t: _stretch(t, len(rows)), _y)  # type: ignore[method-assign]
+            self.problem.predict(self.model, rows)
+        finally:
+            for module, _ in self._answers:
+                module.__dict__.pop("forward", None)
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _record(self) -> list[tuple[nn.Module, Any]]:
+        """The outermost modules to leave out, and what they answer."""
+        temporal = set(self.roles.temporal)
+        candidates = {}
+        for name, module in self.model.named_modules():
+            inside = {f"{name}.{n}".strip(".") for n, m in module.named_modules() if _is_layer(m)}
+            if name and inside and not inside & temporal:
+                candidates[name] = module
+        seen: dict[str, Any] = {}
+        handles = [
+            module.register_forward_hook(lambda _m, _a, y, name=name: seen.__setitem__(name, y))
+            for name, module in candidates.items()
+        ]
+        try:
+            with torch.no_grad():
+                self.problem.predict(self.model, torch.zeros(1, dtype=torch.long))
+        finally:
+            for handle in handles:
+                handle.remove()
+        outermost = [n for n in seen if not any(n.startswith(f"{other}.") for other in seen)]
+        shapes = [
+            tree_map(lambda t: t.new_zeros(()).expand(t.shape) if isinstance(t, Tensor) else t, seen[n])
+            for n in outermost
+        ]
+        return [(candidates[name], shape) for name, shape in zip(outermost, shapes, strict=True)]
+
+
+def temporal_layers(problem: Problem, roles: Roles) -> list[FakeQuantLayer]:
+    """The student's layers of that role."""
+    modules = [problem.student.get_submodule(name) for name in roles.temporal]
+    return [module for module in modules if isinstance(module, FakeQuantLayer)]
+
+
+def train_temporal(
+    problem: Problem, roles: Roles, learner: Learner, progress: Reporter, key: str = "temporal"
+) -> list[float]:
+    """Let the layers of the path learn the float network's outputs of the path, all of them jointly; returns the losses,
+    in units of those outputs' mean square. The store keeps the result under `key`."""
+    layers = nn.ModuleList(temporal_layers(problem, roles))
+    kept = problem.store.load(key)
+    if kept is not None:
+        learner.finish()
+        problem.student.requires_grad_(False)
+        restore_block(layers, {k: v for k, v in kept.items() if k != "history"})
+        history: list[float] = kept["history"].tolist()
+        progress.skip(len(history), key)
+        return history
+    teacher, student = (TemporalPath(problem, net, roles) for net in (problem.teacher, problem.student))
+    generator = torch.Generator().manual_seed(problem.seed + 3)
+    history = []
+    for step in range(learner.iters):
+        chosen = learner.choose(step, generator)
+        with torch.no_grad():
+            wanted = teacher.outputs(chosen)
+        got = student.outputs(chosen)
+        errors = torch.stack([F.mse_loss(got[name], wanted[name]) for name in wanted])
+        learner.measure(list(wanted.values()))
+        learner.optimizer.zero_grad()
+        learner.objective(errors.mean(), step).backward()
+        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step))
+        history.append(errors.mean().item() / mean_square(list(wanted.values())))
+        check_loss(history[-1], key, step)
+        progress.advance(1, key)
+    learner.finish()
+    problem.student.requires_grad_(False)
+    problem.store.save(key, {**block_state(layers), "history": torch.tensor(history, dtype=torch.float64)})
+    return history
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, FakeQuantLayer) or is_quantizable(module)
+
+
+def _stretch(answer: Any, count: int) -> Any:
+    return answer.expand(count, *answer.shape[1:]) if isinstance(answer, Tensor) else answer
