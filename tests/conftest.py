@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_pipeline
+from problems import base_problem, make_problem, problem, silent  # noqa: F401  (fixtures)
 from pytest_console_scripts import RunResult, ScriptRunner
 
 Run = Callable[..., RunResult]

@@ -183,12 +183,16 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         only=chosen_blocks(trace, options.blocks),
         shifts=shifts,
     )
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     with MemoryMeter(level) as memory:
         trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
     problem.bake()
     if trained:
-        trained |= {"training_seconds": time.perf_counter() - begin, **memory.figures()}
+        trained |= {
+            "training_seconds": time.perf_counter() - begin,
+            "training_cpu_seconds": time.process_time() - cpu,
+            **memory.figures(),
+        }
     state = packed_state(student)
     folded = fold_packed(manifest, state)
     layers = [

@@ -20,6 +20,7 @@ def forecast(
     keep: Sequence[str] = (),
     softmax_bits: int = 8,
     dilated: bool = True,
+    preset: str = "standard",
 ) -> dict[str, Any]:
     """Counts of the network that `distill --bits W/A` and `export` would make, with tables for `steps` steps.
 
@@ -37,8 +38,10 @@ def forecast(
     from dqtool.formats.shapes import swapped
     from dqtool.models.families import family_of
     from dqtool.models.repeats import tie_repeats
+    from dqtool.nn.roles import find_roles
     from dqtool.nn.surgery import assign_bits, state_shapes
     from dqtool.nn.trace import trace
+    from dqtool.stages.presets import kept_layers
 
     family = family_of(class_name, "model config, key _class_name")
     with torch.device("meta"):
@@ -46,7 +49,10 @@ def forecast(
     copies = tuple(f"{copy}." for copy, _ in family.repeats(config))
     names = [name for name in network.state_dict() if not (copies and name.startswith(copies))]
     tie_repeats(network, names, family.repeats(config))
-    layers = trace(network, family.example(config), family.sample, family.block_classes).layers
+    example = family.example(config)
+    layers = trace(network, example, family.sample, family.block_classes).layers
+    if preset != "standard":
+        keep = (*kept_layers(layers, find_roles(network, example, family.sample)), *keep)
     scaled = [info.name for info in layers if info.kind != "attention"] if dilated else []
     plans = assign_bits(layers, parse_bits(bits), [parse_keep(text) for text in keep], softmax_bits, dilated=scaled)
     shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in network.state_dict().items()}

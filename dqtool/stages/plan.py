@@ -86,7 +86,9 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int) -> Wor
     family = family_of(source.class_name, str(source.config_path))
     config = source.config if companions is None else source.config | family.hints(companions)
     steps = 1 if options.static else steps
-    return forecast(source.class_name, config, options.bits, steps, options.keep, options.softmax_bits)
+    return forecast(
+        source.class_name, config, options.bits, steps, options.keep, options.softmax_bits, preset=options.preset
+    )
 
 
 def render(plan: Mapping[str, Any]) -> list[str]:

@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from dqtool.artifacts import open_artifact
-from dqtool.models.loading import network_of
-from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.nn.surgery import packed_state
-from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
-from dqtool.stages.distill import DistillOptions
 from dqtool.training.bkd import distill_blocks
-from dqtool.training.data import Problem, Trajectory
+from dqtool.training.data import Problem
 from dqtool.training.on_policy import own_trajectory, refine
 from dqtool.training.options import BkdOptions
 
 OPTIONS = BkdOptions(iters=12, batch_size=8, refine_iters=6, refine_images=4, refine_refresh=3)
 
 
-class Memory:
-    """A block store in memory."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Mapping[str, Tensor]] = {}
-
-    def load(self, key: str) -> Mapping[str, Tensor] | None:
-        return self.kept.get(key)
-
-    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        self.kept[key] = {k: v.clone() for k, v in tensors.items()}
-
-
-@pytest.fixture
-def problem(made: Path) -> Problem:
-    artifact = open_artifact(made / "calibrated.safetensors")
-    manifest, tensors = artifact.manifest, artifact.tensors()
-    family, _ = network_of(manifest.model)
-    student, _ = student_of(manifest, tensors, DistillOptions())
-    sampling = manifest.pipeline["sampling"]
-    return Problem(
-        family,
-        teacher_of(manifest, tensors),
-        student,
-        trace_of(manifest),
-        Trajectory(tensors["trajectory.x"], tensors["trajectory.rows"], tensors["timesteps"]),
-        Sampler(family, make_sampler(sampling["scheduler"]), sampling["steps"], sampling["eta"]),
-        0,
-        Memory(),
-    )
-
-
-class Silent:
-    """A reporter that says nothing, and may stop the run after a number of iterations."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.left = stop_after
-
-    def advance(self, n: int = 1, note: str | None = None) -> None:
-        if self.left is not None:
-            self.left -= n
-            if self.left < 0:
-                raise KeyboardInterrupt
-
-    def skip(self, n: int = 1, note: str | None = None) -> None: ...
-
-
-def test_losses_fall_and_nothing_but_quantized_layers_moves(problem: Problem) -> None:
+def test_losses_fall_and_nothing_but_quantized_layers_moves(problem: Problem, silent: Any) -> None:
     frozen = {k: v.clone() for k, v in problem.student.state_dict().items() if "norm" in k}
-    metrics = distill_blocks(problem, OPTIONS, Silent())
+    metrics = distill_blocks(problem, OPTIONS, silent)
     first = sum(pair[0] for pair in metrics["block_loss"].values())
     last = sum(pair[1] for pair in metrics["block_loss"].values())
     assert last < first
@@ -81,25 +27,25 @@ def test_losses_fall_and_nothing_but_quantized_layers_moves(problem: Problem) ->
         assert torch.equal(problem.student.state_dict()[name], value)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(problem: Problem) -> None:
+def test_an_interrupted_run_ends_with_the_same_bits(problem: Problem, silent: Any) -> None:
     import copy
 
     whole, half = copy.deepcopy(problem), copy.deepcopy(problem)
-    distill_blocks(whole, OPTIONS, Silent())
+    distill_blocks(whole, OPTIONS, silent)
 
     resumed = copy.deepcopy(half)
     with pytest.raises(KeyboardInterrupt):
-        distill_blocks(half, OPTIONS, Silent(OPTIONS.iters * 4 + 5))
+        distill_blocks(half, OPTIONS, type(silent)(OPTIONS.iters * 4 + 5))
     assert len(half.store.kept) == 4  # type: ignore[attr-defined]
     resumed.store = half.store
-    distill_blocks(resumed, OPTIONS, Silent())
+    distill_blocks(resumed, OPTIONS, silent)
     expected, got = packed_state(whole.student), packed_state(resumed.student)
     assert expected.keys() == got.keys()
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
 
 
-def test_own_trajectory_is_the_students_and_its_targets_the_teachers(problem: Problem) -> None:
+def test_own_trajectory_is_the_students_and_its_targets_the_teachers(problem: Problem, silent: Any) -> None:
     own, targets = own_trajectory(problem, 3, 0)
     assert len(own) == 3 * len(problem.trajectory.timesteps)
     x, timestep, conditions = own.arguments(slice(3, 6))
@@ -108,8 +54,8 @@ def test_own_trajectory_is_the_students_and_its_targets_the_teachers(problem: Pr
     torch.testing.assert_close(targets[3:6], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_refine_trains_all_blocks_together(problem: Problem) -> None:
+def test_refine_trains_all_blocks_together(problem: Problem, silent: Any) -> None:
     before = problem.student.conv_out.weight.detach().clone()
-    metrics = refine(problem, OPTIONS, Silent())
+    metrics = refine(problem, OPTIONS, silent)
     assert not torch.equal(before, problem.student.conv_out.weight)
     assert len(metrics["refine_loss"]) == 2

@@ -1,0 +1,108 @@
+"""Fixtures of tests of training: a tiny problem, made anew for each test."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqtool.training.data import Problem
+
+__all__ = ["Memory", "Silent", "base_problem", "make_problem", "prediction_error", "problem", "silent"]
+
+
+class Memory:
+    """A block store in memory."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Mapping[str, Tensor]] = {}
+
+    def load(self, key: str) -> Mapping[str, Tensor] | None:
+        return self.kept.get(key)
+
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        self.kept[key] = {k: v.clone() for k, v in tensors.items()}
+
+
+class Silent:
+    """A reporter that says nothing, and may stop the run after a number of iterations."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.left = stop_after
+
+    def advance(self, n: int = 1, note: str | None = None) -> None:
+        if self.left is not None:
+            self.left -= n
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+    def skip(self, n: int = 1, note: str | None = None) -> None: ...
+
+    def bars(self, what: str, total: int) -> AbstractContextManager[Silent]:
+        return nullcontext(self)
+
+
+MakeProblem = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def make_problem(made: Path) -> MakeProblem:
+    """`make_problem(static=True, ...)`: options of `distill` as given, calibrated artifact as made."""
+    from dqtool.artifacts import open_artifact
+    from dqtool.models.loading import network_of
+    from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
+    from dqtool.stages.distill import DistillOptions
+    from dqtool.training.data import Problem, Trajectory
+
+    def make(artifact: Path | None = None, **options: Any) -> Problem:
+        calibrated = open_artifact(artifact or made / "calibrated.safetensors")
+        manifest, tensors = calibrated.manifest, calibrated.tensors()
+        family, _ = network_of(manifest.model)
+        student, _ = student_of(manifest, tensors, DistillOptions(**options))
+        sampling = manifest.pipeline["sampling"]
+        return Problem(
+            family,
+            teacher_of(manifest, tensors),
+            student,
+            trace_of(manifest),
+            Trajectory(tensors["trajectory.x"], tensors["trajectory.rows"], tensors["timesteps"]),
+            Sampler(family, make_sampler(sampling["scheduler"]), sampling["steps"], sampling["eta"]),
+            0,
+            Memory(),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base_problem(make_problem: MakeProblem) -> Problem:
+    return make_problem()
+
+
+@pytest.fixture
+def problem(base_problem: Problem) -> Problem:
+    """A 4/4 network with its quantizers set, its own copy."""
+    return copy.deepcopy(base_problem)
+
+
+@pytest.fixture
+def silent() -> Silent:
+    return Silent()
+
+
+def prediction_error(problem: Problem) -> float:
+    """Relative squared error of the student's predictions on the trajectory."""
+    import torch
+
+    with torch.no_grad():
+        wanted = problem.predict(problem.teacher, slice(None))
+        got = problem.predict(problem.student, slice(None))
+    return float((got - wanted).square().sum() / wanted.square().sum())

@@ -1,0 +1,174 @@
+"""Every training method: chosen by name, lowers its loss, ships what it trained, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from helpers import refused
+from safetensors.torch import load_file, save_file
+
+from dqtool.artifacts import open_artifact
+from dqtool.core.bits import LayerBits
+from dqtool.errors import UsageError
+from dqtool.models.packed import packed_network
+from dqtool.nn.surgery import LayerPlan, packed_state, quant_layers
+from dqtool.stages.distill import DistillOptions, distill, resolved
+from dqtool.stages.running import Common
+from dqtool.training.data import Problem
+from dqtool.training.methods import METHODS, resolve
+
+FEW = {
+    "bkd": {"iters": 4, "refine_iters": 2, "refine_images": 2, "batch_size": 8},
+    "adaround": {"iters": 6, "batch_size": 8},
+    "per-step": {"iters": 8, "batch_size": 4},
+    "lsq": {"iters": 12, "batch_size": 8},
+    "lora-qat": {"iters": 12, "batch_size": 8},
+    "qat-partial": {"iters": 8, "temporal_iters": 4, "batch_size": 8},
+}
+"""Options for a run of seconds."""
+TRAINED = sorted(FEW)
+
+
+def options(name: str, **more: Any) -> Any:
+    return replace(METHODS[name].options(), **FEW[name], **more)
+
+
+def train(name: str, problem: Problem, bars: Any, **more: Any) -> dict[str, Any]:
+    return METHODS[name].train(problem, options(name, **more), bars)
+
+
+def test_every_method_is_known_and_has_numbers_of_its_own() -> None:
+    assert set(METHODS) == {"ptq", *FEW}
+    assert next(iter(METHODS)) == "bkd"
+    for method in METHODS.values():
+        assert method.work(method.options(), 7)
+
+
+def test_names_are_known_without_torch() -> None:
+    code = "import sys, dqtool.training.methods as m; assert 'lsq' in m.METHODS; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_are_resolved_into_the_parameters() -> None:
+    given = resolved(DistillOptions(method="lsq", iters=7, batch_size=4))
+    assert given["recipe"]["iters"] == 7
+    assert given["recipe"]["batch_size"] == 4
+    assert given["recipe"]["rates"]["weight"] > 0
+    assert resolve(METHODS["bkd"], {"iters": 0}).refine_iters == 0
+    assert resolve(METHODS["ptq"], {"iters": None}).iters == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"method": "magic"}, "unknown method"),
+        ({"preset": "odd"}, "unknown preset"),
+        ({"method": "lsq", "refine_iters": 3}, "no use"),
+        ({"method": "lsq", "blocks": "mid.*"}, "as a whole"),
+        ({"method": "ptq", "iters": 3}, "trains nothing"),
+    ],
+)
+def test_what_does_not_exist_or_fit_is_refused(given: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        DistillOptions(**given)
+
+
+@pytest.mark.parametrize("arguments", [("--method", "magic"), ("--preset", "odd"), ("--train-samples", "3")])
+def test_the_command_line_says_so(made: Path, run: Run, arguments: tuple[str, str]) -> None:
+    assert arguments[0] in refused(run, made, 2, "distill", *arguments, "-o", "x.safetensors")
+
+
+def plans_of(problem: Problem) -> list[LayerPlan]:
+    plans = []
+    for info in problem.trace.layers:
+        module = problem.student.get_submodule(info.name)
+        if info.kind == "attention":
+            plans.append(LayerPlan(info, LayerBits(module.processor.probs_bits, module.processor.bits)))
+        else:
+            plans.append(LayerPlan(info, module.bits, module.dilation is not None))
+    return plans
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_losses_are_recorded_and_what_ships_is_what_was_trained(
+    problem: Problem, silent: Any, tmp_path: Path, name: str
+) -> None:
+    metrics = train(name, problem, silent.bars)
+    assert 2 <= len(metrics["loss_curve"]) <= 200
+    assert all(0 < loss < 100 for loss in metrics["loss_curve"])
+    assert not any(parameter.requires_grad for parameter in problem.student.parameters())
+    path = tmp_path / "state.safetensors"
+    save_file({k: v.clone() for k, v in packed_state(problem.student).items()}, path)
+    shipped = packed_network("UNet2DModel", problem.teacher.config, plans_of(problem), load_file(path))
+    for name_of_layer, layer in quant_layers(problem.student).items():
+        other = shipped.get_submodule(name_of_layer)
+        assert torch.equal(layer.quantized_weight(), other.quantized_weight()), name_of_layer
+    with torch.no_grad():
+        assert torch.equal(problem.predict(problem.student, slice(None)), problem.predict(shipped, slice(None)))
+
+
+def _interrupted(name: str, problem: Problem, silent_class: Any, after: int) -> Problem:
+    half = copy.deepcopy(problem)
+    half.checkpoint_seconds = 0
+    with pytest.raises(KeyboardInterrupt):
+        train(name, half, silent_class(after).bars)
+    assert half.store.kept  # type: ignore[attr-defined]
+    return half
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_interrupted_run_ends_with_the_same_bits(problem: Problem, silent: Any, name: str) -> None:
+    whole, resumed = copy.deepcopy(problem), copy.deepcopy(problem)
+    expected_metrics = train(name, whole, silent.bars)
+    resumed.store = _interrupted(name, problem, type(silent), 10).store
+    metrics = train(name, resumed, silent.bars)
+    expected, got = packed_state(whole.student), packed_state(resumed.student)
+    assert expected.keys() == got.keys()
+    for key in expected:
+        assert torch.equal(expected[key], got[key]), key
+    assert metrics["loss_curve"] == expected_metrics["loss_curve"]
+
+
+@pytest.mark.parametrize("name", ["per-step"])
+def test_the_stage_trains_packs_and_says_what_it_cost(chain: Path, name: str) -> None:
+    given = DistillOptions(
+        str(chain / "calibrated.safetensors"), str(chain / "m.safetensors"), method=name, iters=4, train_samples=8
+    )
+    artifact = open_artifact(distill(given, Common(quiet=True)))
+    metrics = artifact.manifest.metrics
+    assert artifact.manifest.parameters["train_samples"] == 8
+    assert metrics["training_seconds"] > 0
+    assert metrics["training_cpu_seconds"] > 0
+    if sys.platform == "linux":
+        assert 0 < metrics["peak_anonymous_bytes"] <= metrics["peak_memory_bytes"]
+
+
+def test_a_nonstandard_preset_keeps_what_rivals_keep(chain: Path) -> None:
+    given = DistillOptions(
+        str(chain / "calibrated.safetensors"), str(chain / "m.safetensors"), method="ptq", preset="nonstandard"
+    )
+    layers = {
+        layer["name"]: layer["bits"] for layer in open_artifact(distill(given, Common(quiet=True))).manifest.layers
+    }
+    floats = {name for name, bits in layers.items() if bits == [16, 16]}
+    assert "up_blocks.0.upsamplers.0.conv" in floats
+    assert "down_blocks.1.resnets.0.conv_shortcut" in floats
+    assert "mid_block.attentions.0" in floats
+    assert layers["conv_in"] == layers["conv_out"] == [8, 8]
+    assert layers["mid_block.resnets.0.conv1"] == [4, 4]
+
+
+def test_training_points_are_drawn_evenly_over_the_steps(problem: Problem) -> None:
+    part = problem.trajectory.subset(6, 0)
+    assert len(part) == 6
+    assert sorted(torch.bincount(part.rows, minlength=4).tolist()) == [1, 1, 2, 2]
+    assert torch.equal(part.x, problem.trajectory.subset(6, 0).x)
+    assert torch.equal(problem.trajectory.subset(16, 0).x, problem.trajectory.x)
