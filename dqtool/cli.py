@@ -198,7 +198,8 @@ def distill(
     method: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="How weights are learned: bkd, ptq, adaround, lsq, lora-qat, qat-partial or per-step."
+            metavar="NAME",
+            help="How weights are learned: bkd, bkd-blockwise, ptq, adaround, lsq, lora-qat, qat-partial or per-step.",
         ),
     ] = "bkd",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the training.")] = 0,

@@ -127,12 +127,16 @@ def method_of(result: Result) -> tuple[str, str]:
     parts.append(name if trained else "ptq")
     details = []
     if iters:
-        details.append(f"{iters} iterations a block")
+        details.append(f"{iters} iterations" + ("" if "network_loss" in known.metrics else " a block"))
     if refine:
         details.append(f"{refine} over all")
+    if given.get("train_samples"):
+        details.append(f"{given['train_samples']} samples")
     if given.get("static"):
         details.append("static ranges")
-    if given.get("keep"):
+    if given.get("preset"):
+        details.append(f"{given['preset']} preset")
+    elif given.get("keep"):
         details.append("keep " + ", ".join(given["keep"]))
     return " + ".join(parts), "; ".join(details)
 

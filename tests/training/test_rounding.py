@@ -33,7 +33,7 @@ def floor_codes(layer: FakeQuantLayer) -> torch.Tensor:
 
 
 def test_no_weight_moves_by_more_than_one_step(problem: Problem, silent: Any) -> None:
-    before = {n: layer for n, layer in quant_layers(copy.deepcopy(problem.student)).items()}
+    before = quant_layers(copy.deepcopy(problem.student))
     # Rates at which, unhindered, weights would go far.
     method = METHODS["adaround"]
     method.train(problem, replace(method.options(), iters=10, batch_size=8, round_rate=3.0), silent.bars)

@@ -1,0 +1,81 @@
+"""`bkd-blockwise`: as `bkd`, but the second pass too goes block by block, so that memory stays a block's throughout.
+
+The quantized model samples; on the points it visits, each block in turn learns the float network's output there, its
+input from the quantized prefix. `bkd` trains all blocks at once on the prediction instead, which takes the memory of
+end-to-end training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from dqtool.training.methods import Method
+from dqtool.training.options import FINE, Rates
+
+if TYPE_CHECKING:
+    from dqtool.training.data import Bars, Problem
+
+
+@dataclass(frozen=True)
+class BlockwiseOptions:
+    """`iters` for each block on the recorded trajectory, then `refine_iters` for each on the student's own, of
+    `refine_images` images."""
+
+    iters: int = 300
+    batch_size: int = 32
+    rates: Rates = field(default_factory=Rates)
+    refine_iters: int = 150
+    refine_rates: Rates = FINE
+    refine_images: int = 128
+
+
+def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, Any]:
+    """Twice over the blocks."""
+    from torch import nn
+
+    from dqtool.training.bkd import BkdLearner
+    from dqtool.training.block_loop import train_blocks
+    from dqtool.training.on_policy import own_trajectory, settle
+
+    count = len(problem.trace.blocks if problem.only is None else problem.only)
+    metrics: dict[str, Any] = {}
+    if options.iters:
+
+        def first(block: nn.Module) -> BkdLearner:
+            return BkdLearner(problem, block, options.rates, options.iters, options.batch_size)
+
+        with bars("blocks", options.iters * count) as progress:
+            metrics |= train_blocks(problem, first, progress)
+    problem.bake()
+    if options.refine_iters:
+        settle(problem.student)
+        own, _ = own_trajectory(problem, options.refine_images, 0)
+        there = replace(problem, trajectory=own)
+
+        def second(block: nn.Module) -> BkdLearner:
+            return BkdLearner(there, block, options.refine_rates, options.refine_iters, options.batch_size)
+
+        with bars("blocks, own trajectory", options.refine_iters * count) as progress:
+            again = train_blocks(there, second, progress, "own ")
+        metrics |= {f"refine_{name.removeprefix('loss_')}": value for name, value in again.items()}
+    return metrics
+
+
+def settle_options(options: BlockwiseOptions, given: Mapping[str, Any]) -> BlockwiseOptions:
+    """As for `bkd`: `--iters 0` is plain PTQ, unless the second pass is asked for."""
+    if options.iters == 0 and "refine_iters" not in given:
+        return replace(options, refine_iters=0)
+    return options
+
+
+METHOD = Method(
+    "bkd-blockwise",
+    "block by block, on the recorded and then on the model's own trajectory",
+    BlockwiseOptions,
+    train,
+    lambda options, blocks: f"{blocks} x {options.iters} + {blocks} x {options.refine_iters}",
+    by_blocks=True,
+    settle=settle_options,
+)
