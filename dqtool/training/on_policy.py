@@ -7,6 +7,7 @@ was trained on. Here it samples, the teacher is asked at the points it visits, a
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,23 +26,37 @@ __all__ = ["own_trajectory", "refine", "settle"]
 
 
 def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
-    """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target."""
+    """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target. The state
+    is kept in the store from time to time, and the trajectory when it is new; a later run goes on from them."""
     settle(problem.student)
     trainable(problem.student)
     optimizer = QuantAdam(problem.student, options.refine_rates)
     generator = torch.Generator().manual_seed(problem.seed + 1)
     steps = steps_of(problem.student)
     losses: list[float] = []
-    start = time.perf_counter()
+    start = saved = time.perf_counter()
     sampling_seconds = 0.0
     own: Trajectory | None = None
     targets = torch.empty(0)
-    for step in range(options.refine_iters):
-        if step % options.refine_refresh == 0:
+    kept = problem.store.load("refine")
+    if kept is not None:
+        done = len(kept["losses"])
+        points = problem.store.load(f"refine {(done - 1) // options.refine_refresh * options.refine_refresh}")
+        if points is not None:
+            generator.set_state(kept["generator"])
+            losses = kept["losses"].tolist()
+            optimizer.load(kept)
+            progress.skip(done)
+            own = replace(problem.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
+            targets = points["targets"]
+    for step in range(len(losses), options.refine_iters):
+        if own is None or step % options.refine_refresh == 0:
             begin = time.perf_counter()
             own, targets = own_trajectory(problem, options.refine_images, step)
+            points = {"x": own.x, "rows": own.rows, "targets": targets}
+            subjects = {} if own.subjects is None else {"subjects": own.subjects}
+            problem.store.save(f"refine {step}", points | subjects)
             sampling_seconds += time.perf_counter() - begin
-        assert own is not None
         chosen = torch.randint(len(own), (options.refine_batch_size,), generator=generator)
         x, timestep, conditions = own.arguments(chosen)
         loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
@@ -51,6 +66,11 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
         losses.append(loss.item())
         check_loss(losses[-1], "refine", step)
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
+        if time.perf_counter() - saved >= problem.checkpoint_seconds:
+            state = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
+            problem.store.save("refine", {**optimizer.state(), **state})
+            saved = time.perf_counter()
+    optimizer.zero_grad()
     optimizer.release()
     problem.student.requires_grad_(False)
     steps.select(torch.zeros(1, dtype=torch.long))

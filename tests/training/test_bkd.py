@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -28,8 +29,6 @@ def test_losses_fall_and_nothing_but_quantized_layers_moves(problem: Problem, si
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(problem: Problem, silent: Any) -> None:
-    import copy
-
     whole, half = copy.deepcopy(problem), copy.deepcopy(problem)
     distill_blocks(whole, OPTIONS, silent)
 
@@ -59,3 +58,18 @@ def test_refine_trains_all_blocks_together(problem: Problem, silent: Any) -> Non
     metrics = refine(problem, OPTIONS, silent)
     assert not torch.equal(before, problem.student.conv_out.weight)
     assert len(metrics["refine_loss"]) == 2
+
+
+@pytest.mark.parametrize("stop", [2, 4])  # before and after the trajectory is drawn again
+def test_an_interrupted_pass_over_all_blocks_ends_with_the_same_bits(problem: Problem, silent: Any, stop: int) -> None:
+    problem.checkpoint_seconds = 0
+    whole, half = copy.deepcopy(problem), copy.deepcopy(problem)
+    expected = refine(whole, OPTIONS, silent)
+    with pytest.raises(KeyboardInterrupt):
+        refine(half, OPTIONS, type(silent)(stop))
+    problem.store = half.store
+    metrics = refine(problem, OPTIONS, silent)
+    assert metrics["refine_curve"] == expected["refine_curve"]
+    wanted, got = packed_state(whole.student), packed_state(problem.student)
+    for name in wanted:
+        assert torch.equal(wanted[name], got[name]), name
