@@ -222,6 +222,9 @@ def distill(
     train_samples: Annotated[
         int | None, typer.Option(metavar="N", help="Points of the trajectory to train on; left out: all.")
     ] = None,
+    cache_memory: Annotated[
+        int, typer.Option(metavar="MIB", help="Cached activations beyond this go to disk (TMPDIR).")
+    ] = 6144,
 ) -> None:
     """Choose the bits, train block by block, and pack.
 

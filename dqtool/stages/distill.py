@@ -28,7 +28,8 @@ CODE_VERSION = 2
 @dataclass(frozen=True)
 class DistillOptions:
     """Options of `dqtool distill`. `iters` per block, or of the network where a method trains it whole; `refine_iters` for
-    the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on."""
+    the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on.
+    `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result."""
 
     artifact: str | None = None
     output: str = "distilled.safetensors"
@@ -45,6 +46,7 @@ class DistillOptions:
     blocks: str | None = None
     preset: str = "standard"
     train_samples: int | None = None
+    cache_memory: int = 6144
 
     def __post_init__(self) -> None:
         """Refuse, before anything runs, what no artifact could make right.
@@ -143,6 +145,7 @@ def check_samples(wanted: int | None, manifest: Manifest) -> None:
 
 def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace) -> Product:
     """Initialise, train, pack."""
+    from dqtool.core.allocator import return_freed_memory
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
@@ -152,6 +155,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.training.data import Problem
 
     method, recipe = method_and_options(options)
+    return_freed_memory()
     level = resident()
     manifest, tensors = calibrated.manifest, calibrated.tensors()
     family, config = network_of(manifest.model)
@@ -182,7 +186,9 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         store=workspace,
         only=chosen_blocks(trace, options.blocks),
         shifts=shifts,
+        cache_bytes=options.cache_memory << 20,
     )
+    return_freed_memory()
     begin, cpu = time.perf_counter(), time.process_time()
     with MemoryMeter(level) as memory:
         trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))

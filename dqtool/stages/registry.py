@@ -36,6 +36,7 @@ _LEAST = {
     "iters": 0,
     "refine_iters": 0,
     "train_samples": 1,
+    "cache_memory": 0,
     "cap": 1,
     "image_size": 1,
     "keep_images": 0,

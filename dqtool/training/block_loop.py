@@ -100,8 +100,9 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
     def run(model: nn.Module, rows: slice) -> None:
         problem.predict(model, rows)
 
-    teacher = Replay(problem.teacher, trace, samples, run)
-    student = Replay(problem.student, trace, samples, run)
+    budget = problem.cache_bytes // 2
+    teacher = Replay(problem.teacher, trace, samples, run, budget_bytes=budget)
+    student = Replay(problem.student, trace, samples, run, budget_bytes=budget)
     losses: dict[str, list[float]] = {}
     relative: list[list[float]] = []
     problem.student.requires_grad_(False)

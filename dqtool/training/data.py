@@ -118,7 +118,8 @@ class Problem:
     """Everything a training method needs. `student` starts as the calibrated (PTQ) network and ends trained.
 
     `only` names the blocks to train (None: all), `shifts` who takes what learned scaling moves (`bake`);
-    `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`.
+    `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`, `cache_bytes` what the activations that blocks
+    read may take in memory, of the float and of the quantized network together, before they go to disk.
     """
 
     family: Family
@@ -132,6 +133,7 @@ class Problem:
     only: list[str] | None = None
     shifts: Mapping[str, Fold] = field(default_factory=dict)
     checkpoint_seconds: float = 30.0
+    cache_bytes: int = 6 << 30
 
     def predict(self, model: nn.Module, samples: Any) -> Tensor:
         """A network's prediction at trajectory points."""

@@ -33,7 +33,7 @@ class PerStepLearner(RoundingLearner):
         super().__init__(problem, module, layers, options, scales=False)
         self.layers, self.groups = layers, rows_by_step(problem)
         self.rounding_iters = round(options.iters * options.rounding)
-        self.each = max(1, (options.iters - self.rounding_iters) // len(self.groups))
+        self.each = max(1, (options.iters - self.rounding_iters) // len(self.groups)) if options.iters else 0
         self.iters = self.rounding_iters + self.each * len(self.groups) if layers else 0
         self._float = ExitStack()
         if self.iters:

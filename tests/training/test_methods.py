@@ -173,3 +173,13 @@ def test_training_points_are_drawn_evenly_over_the_steps(problem: Problem) -> No
     assert sorted(torch.bincount(part.rows, minlength=4).tolist()) == [1, 1, 2, 2]
     assert torch.equal(part.x, problem.trajectory.subset(6, 0).x)
     assert torch.equal(problem.trajectory.subset(16, 0).x, problem.trajectory.x)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_iterations_is_ptq(problem: Problem, silent: Any, name: str) -> None:
+    before = packed_state(copy.deepcopy(problem.student))
+    METHODS[name].train(problem, resolve(METHODS[name], {"iters": 0}), silent.bars)
+    after = packed_state(problem.student)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]), key

@@ -8,7 +8,8 @@ these layers, and the activation scales of every layer, learn the network's pred
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dqtool.training.methods import Method
@@ -64,10 +65,16 @@ def train(problem: Problem, options: QatPartialOptions, bars: Bars) -> dict[str,
     return metrics | {"trained_layers": list(chosen)}
 
 
+def settle(options: QatPartialOptions, _given: Mapping[str, Any]) -> QatPartialOptions:
+    """`--iters 0` is plain PTQ."""
+    return options if options.iters else replace(options, temporal_iters=0)
+
+
 METHOD = Method(
     "qat-partial",
     "end to end, sensitive layers",
     QatPartialOptions,
     train,
     lambda options, _: f"{options.temporal_iters} for the time embedding + {options.iters}",
+    settle=settle,
 )
