@@ -160,9 +160,11 @@ def calibrate(
         str | None,
         typer.Option(metavar="NAME", help="ddim, ddpm, plms, dpmsolver or euler; left out: the pipeline's own."),
     ] = None,
-    samples: Annotated[
-        int, typer.Option(metavar="N", help="Pairs (x_t, t) to keep, spread evenly over the steps.")
-    ] = 5120,
+    samples: Annotated[int, typer.Option(metavar="N", help="Pairs (x_t, t) to keep for training.")] = 5120,
+    draw: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of which steps: stratified (all alike), uniform, normal or density."),
+    ] = "stratified",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the images that are sampled.")] = 0,
     eta: Annotated[float, typer.Option(metavar="F", help="Noise added at each step of ddim.")] = 0.0,
     guidance: Guidance = None,

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dqtool.models.conditioning import Conditions
-    from dqtool.models.families import Family
     from dqtool.models.sampling import Sampler
 
 __all__ = ["CalibrateOptions", "calibrate"]
@@ -28,11 +27,12 @@ __all__ = ["CalibrateOptions", "calibrate"]
 CODE_VERSION = 1
 STATISTICS_SAMPLES = 64
 """Samples of a step that its histograms are made of: each brings thousands of values per layer, more change nothing."""
+STRATIFIED = "stratified"
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Options of `dqtool calibrate`. `samples` counts (x_t, t) pairs, spread evenly over the steps."""
+    """Options of `dqtool calibrate`. `samples` counts (x_t, t) pairs, `draw` says how many of them are of which step."""
 
     artifact: str | None = None
     output: str = "calibrated.safetensors"
@@ -44,6 +44,14 @@ class CalibrateOptions:
     guidance: float | None = None
     prompts: str | None = None
     batch_size: int = 64
+    draw: str = STRATIFIED
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for a draw that does not exist."""
+        if self.draw != STRATIFIED:  # the usual one is there without torch
+            from dqtool.core.draws import draw_method
+
+            draw_method(self.draw)
 
 
 def calibrate(options: CalibrateOptions, common: Common) -> str:
@@ -71,6 +79,8 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
     }
     if options.guidance is not None:
         parameters["guidance"] = options.guidance
+    if options.draw != STRATIFIED:
+        parameters["draw"] = options.draw
     if prompts is not None:
         parameters["prompts"] = hashlib.sha256(canonical_json(prompts).encode()).hexdigest()
     inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
@@ -109,8 +119,12 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
         family, scheduler, options.steps, options.eta, guidance=conditions.guidance, tokens=family.tokens(config)
     )
     timesteps = sampler.timesteps()
-    trajectory = record(network, family, config, sampler, timesteps, conditions, options)
-    points = trajectory_of({**trajectory, "timesteps": timesteps})
+    shape = family.sample_shape(config)
+    generator = torch.Generator().manual_seed(options.seed)
+    blocks = [block["name"] for block in manifest.metrics["blocks"]]
+    quotas = quotas_by_step(network, shape, sampler, timesteps, conditions, options, blocks, generator)
+    trajectory, seen = record(network, shape, sampler, timesteps, conditions, options, quotas, generator)
+    points = trajectory_of({**seen, "timesteps": timesteps})
 
     def per_step() -> Iterator[Callable[[], None]]:
         with report.progress("calibrate: statistics", len(timesteps)) as progress:
@@ -129,7 +143,7 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     metrics = {
         "activation_range_ratio": sum(ratios.values()) / len(ratios) if ratios else 1.0,
         "activation_range_ratios": ratios,
-        "samples_per_step": torch.bincount(points.rows, minlength=len(timesteps)).tolist(),
+        "samples_per_step": quotas.tolist(),
     }
     report.say(f"activation range after dilation: {metrics['activation_range_ratio']:.3f} of that before (layer mean)")
     pipeline = dict(manifest.pipeline or {})
@@ -146,19 +160,66 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     return Product(everything, manifest.model, pipeline, manifest.layers, metrics, attachments=dilated.attachments())
 
 
-def record(
+def quotas_by_step(
     network: nn.Module,
-    family: Family,
-    config: dict[str, Any],
+    shape: tuple[int, ...],
     sampler: Sampler,
     timesteps: Tensor,
     conditions: Conditions,
     options: CalibrateOptions,
-) -> dict[str, Tensor]:
-    """Draw `samples` points of the trajectory, evenly over the steps and at random within each; with guidance a point
-    counts twice, for what the network is asked without and with the condition.
+    blocks: Sequence[str],
+    generator: torch.Generator,
+) -> Tensor:
+    """How many points of each step are kept, `[T]`. A draw that looks at features is shown those of one batch of images,
+    from the middle one of `blocks` (in execution order; the UNets' own middle where there is one)."""
+    import torch
 
-    Returns `trajectory.x` `[N, C, H, W]` and `trajectory.rows` `[N]` (row of the step in `timesteps`), ordered by step;
+    from dqtool.core.draws import DrawInput, draw_method
+    from dqtool.models.sampling import CALIBRATION
+
+    draw = draw_method(options.draw)
+    given = DrawInput(len(timesteps), options.samples, generator)
+    if not draw.needs_features:
+        return draw.function(given)
+    middle = next((name for name in blocks if name.startswith("mid_block")), blocks[len(blocks) // 2])
+    latest: list[Tensor] = []
+    found: dict[float, Tensor] = {}
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
+
+    def see(_x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
+        found.setdefault(float(timestep), latest[0].detach().clone())
+
+    images = min(options.batch_size, options.samples)
+    handle = network.get_submodule(middle).register_forward_hook(keep)
+    try:
+        batches = sampler.batches(
+            network, shape, images, options.seed, images, conditions.given, see, CALIBRATION, conditions.null
+        )
+        for _ in batches:
+            pass
+    finally:
+        handle.remove()
+    features = torch.stack([found[float(t)] for t in timesteps])
+    return draw.function(DrawInput(len(timesteps), options.samples, generator, features))
+
+
+def record(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    sampler: Sampler,
+    timesteps: Tensor,
+    conditions: Conditions,
+    options: CalibrateOptions,
+    quotas: Tensor,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Take `quotas[t]` points of every step, at random; with guidance a point counts twice, for what the network is asked
+    without and with the condition. Returns the points that are kept, and those that statistics are made of, which are
+    the same where every step keeps as many, else up to `STATISTICS_SAMPLES` of every step.
+
+    Each holds `trajectory.x` `[N, C, H, W]` and `trajectory.rows` `[N]` (row of the step in `timesteps`), ordered by step;
     for a conditional network one table `condition.NAME` `[K, ...]` a condition and `trajectory.subjects` `[N]`, the row
     of each sample in them.
     """
@@ -166,9 +227,8 @@ def record(
 
     from dqtool.models.sampling import CALIBRATION
 
-    generator = torch.Generator().manual_seed(options.seed)
     steps, halves = len(timesteps), 1 + conditions.guided
-    images = -(-options.samples // (steps * halves))
+    images = -(-int(quotas.max()) // halves)
     row_of = {float(t): i for i, t in enumerate(timesteps)}
     pools: list[list[Tensor]] = [[] for _ in range(steps)]
     owners: list[list[Tensor]] = [[] for _ in range(steps)]
@@ -183,7 +243,6 @@ def record(
             owners[row].append(torch.arange(done, done + len(x) // halves))
             progress.advance()
 
-        shape = family.sample_shape(config)
         for batch in sampler.batches(
             network,
             shape,
@@ -202,24 +261,28 @@ def record(
                     where="calibrate",
                     fix="Check the model's scheduler config and the sampler",
                 )
-    quotas = [options.samples // steps] * steps
-    for row in torch.randperm(steps, generator=generator)[: options.samples % steps].tolist():
-        quotas[row] += 1
-    xs, rows, asked = [], [], []
-    for row, quota in enumerate(quotas):
-        pool = torch.cat(pools[row])
-        chosen = torch.randperm(len(pool), generator=generator)[: -(-quota // halves)].sort().values
-        xs.append(pool[chosen].flatten(0, 1)[:quota])
-        subjects = conditions.rows(0, images)[torch.cat(owners[row])[chosen]]
-        if conditions.guided:
-            subjects = torch.stack([torch.full_like(subjects, len(conditions) - 1), subjects], 1).flatten()
-        asked.append(subjects[:quota])
-        rows.append(torch.full((quota,), row))
-    found = {"trajectory.x": torch.cat(xs), "trajectory.rows": torch.cat(rows)}
-    if conditions.table:
-        found["trajectory.subjects"] = torch.cat(asked)
-        found |= {f"condition.{name}": values for name, values in conditions.table.items()}
-    return found
+
+    def taken(wanted: Sequence[int]) -> dict[str, Tensor]:
+        xs, rows, asked = [], [], []
+        for row, quota in enumerate(wanted):
+            pool = torch.cat(pools[row])
+            chosen = torch.randperm(len(pool), generator=generator)[: -(-quota // halves)].sort().values
+            xs.append(pool[chosen].flatten(0, 1)[:quota])
+            subjects = conditions.rows(0, images)[torch.cat(owners[row])[chosen]]
+            if conditions.guided:
+                subjects = torch.stack([torch.full_like(subjects, len(conditions) - 1), subjects], 1).flatten()
+            asked.append(subjects[:quota])
+            rows.append(torch.full((quota,), row))
+        found = {"trajectory.x": torch.cat(xs), "trajectory.rows": torch.cat(rows)}
+        if conditions.table:
+            found["trajectory.subjects"] = torch.cat(asked)
+            found |= {f"condition.{name}": values for name, values in conditions.table.items()}
+        return found
+
+    kept = taken(quotas.tolist())
+    if int(quotas.max()) - int(quotas.min()) <= 1:
+        return kept, kept
+    return kept, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
 
 
 def range_ratios(statistics: dict[str, Tensor], dilation: dict[str, Tensor]) -> dict[str, float]:

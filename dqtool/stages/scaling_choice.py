@@ -157,8 +157,8 @@ def _with_samples(
 
 def _points(trajectory: Trajectory) -> tuple[Tensor, list[int]]:
     """A few of its samples, ordered by step: their indices, and how many each step has."""
-    steps = len(trajectory.timesteps)
-    wanted = torch.linspace(0, steps - 1, min(STEPS, steps)).round().long()
+    present = trajectory.rows.unique()  # some draws keep points of some steps only
+    wanted = present[torch.linspace(0, len(present) - 1, min(STEPS, len(present))).round().long()]
     chosen = [(trajectory.rows == step).nonzero()[:PER_STEP, 0] for step in wanted.tolist()]
     return torch.cat(chosen), [len(part) for part in chosen]
 

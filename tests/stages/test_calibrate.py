@@ -80,3 +80,25 @@ def output_error(made: Path, output: str) -> float:
     with torch.no_grad():
         expected = teacher(x, t).sample
         return float((student(x, t).sample - expected).square().sum() / expected.square().sum())
+
+
+@pytest.mark.parametrize("draw", ["uniform", "normal", "density"])
+def test_a_draw_decides_about_training_points_and_statistics_cover_every_step(
+    made: Path, tmp_path: Path, draw: str
+) -> None:
+    options = CalibrateOptions(
+        str(made / "dilated.safetensors"), str(tmp_path / "c.safetensors"), steps=40, samples=80, draw=draw
+    )
+    artifact = open_artifact(calibrate(options, Common(quiet=True)))
+    tensors = artifact.tensors()
+    counts = torch.bincount(tensors["trajectory.rows"], minlength=40)
+    assert counts.sum() == len(tensors["trajectory.x"]) == 80
+    assert counts.tolist() == artifact.manifest.metrics["samples_per_step"]
+    assert counts.max() - counts.min() > 1
+    histogram = tensors["conv_in.histogram"]
+    assert histogram.shape[0] == 40
+    assert histogram.sum(1).min() > 0
+
+
+def test_a_stratified_draw_is_no_parameter(made: Path) -> None:
+    assert "draw" not in open_artifact(made / "calibrated.safetensors").manifest.parameters
