@@ -104,6 +104,11 @@ ImageSize = Annotated[
     int | None, typer.Option(metavar="N", help="Measure the centre N x N, the shorter side brought to N (COCO: 300).")
 ]
 
+CorrectNoise = Annotated[
+    bool,
+    typer.Option("--correct-noise", help="Take quantization's part out of predicted noise (PTQD), as measured first."),
+]
+
 
 @command("dqtool dilate model.safetensors -o dilated.safetensors", "dqtool dilate zoo:digits-ddpm")
 def dilate(
@@ -298,6 +303,7 @@ def evaluate(
     save_samples: Annotated[
         str | None, typer.Option(metavar="FILE.npz", help="Keep the samples as a batch of the ADM evaluation suite.")
     ] = None,
+    correct_noise: CorrectNoise = False,
 ) -> None:
     """Measure against the full-precision reference.
 
@@ -318,6 +324,10 @@ def sample(
     prompts: Prompts = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 64,
     runtime: Annotated[str, typer.Option(metavar="NAME", help="What runs the network.")] = "simulate",
+    correct_noise: CorrectNoise = False,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="For it: the full-precision model; left out: where it was.")
+    ] = None,
 ) -> None:
     """Draw images from an exported directory."""
     run_stage("sample", **locals())

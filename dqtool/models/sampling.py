@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.families import Family
+from dqtool.models.noise_correction import NoiseCorrection, noise_scale, response
 
 __all__ = [
     "CALIBRATION",
@@ -85,7 +86,8 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
 class Sampler:
     """A family's reverse process with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
 
-    `tokens` counts the image tokens of a sample, for flow schedules that are shifted by it.
+    `tokens` counts the image tokens of a sample, for flow schedules that are shifted by it. `correction` takes what
+    quantization does to predictions out of them.
     """
 
     family: Family
@@ -94,6 +96,7 @@ class Sampler:
     eta: float = 0.0
     guidance: float = 1.0
     tokens: int = 0
+    correction: NoiseCorrection | None = None
 
     def timesteps(self) -> Tensor:
         """The table `[T]` of distinct timesteps the network will be given, in sampling order. PLMS asks for its second
@@ -140,8 +143,32 @@ class Sampler:
                 prediction = without + self.guidance * (with_it - without)
             if prediction.shape[1] == 2 * x.shape[1] and not _learns_variance(scheduler):
                 prediction = prediction[:, : x.shape[1]]
-            x = scheduler.step(prediction, timestep, x, **extra).prev_sample
+            if self.correction is not None:
+                x = self._corrected_step(scheduler, prediction, timestep, x, extra)
+            else:
+                x = scheduler.step(prediction, timestep, x, **extra).prev_sample
         return x
+
+    def _corrected_step(self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, extra: dict) -> Tensor:
+        """A step from the corrected prediction; noise that the rest of the quantization error brings is added less of."""
+        assert self.correction is not None
+        given = self._given(timestep)
+        channels = x.shape[1]  # behind them may be a learned variance
+        corrected = self.correction.corrected(prediction[:, :channels], given)
+        prediction = torch.cat([corrected, prediction[:, channels:]], 1)
+        sigma = noise_scale(scheduler, timestep, self.eta)
+        generators = extra.get("generator")
+        if not sigma or not generators:
+            return scheduler.step(prediction, timestep, x, **extra).prev_sample
+        states = [generator.get_state() for generator in generators]
+        brought = response(scheduler, timestep, extra) ** 2 * self.correction.variance(given)
+        after = scheduler.step(prediction, timestep, x, **extra).prev_sample
+        # What the step drew, drawn again: of it is taken back what makes its deviation too large.
+        copies = [torch.Generator().manual_seed(0) for _ in states]
+        for generator, state in zip(copies, states, strict=True):
+            generator.set_state(state)
+        noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=generator, dtype=x.dtype) for generator in copies])
+        return after - (sigma - max(sigma**2 - brought, 0.0) ** 0.5) * noise
 
     def batches(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest, sha256_file
@@ -16,6 +16,7 @@ from dqtool.models.companions import companions_of_artifact
 from dqtool.models.export_layout import component_prefix
 from dqtool.models.sources import ModelSource, resolve_recorded
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
+from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class EvalOptions:
     aesthetic_weights: str | None = None
     image_size: int | None = None
     save_samples: str | None = None
+    correct_noise: bool = False
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for an unknown metric."""
@@ -70,7 +72,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     Raises:
         UsageError: an unknown metric, or one that does not apply to this model.
         ArtifactError: the reference is not the model the artifact was made from.
-        EnvironmentFault: a metric was asked for without the file it needs.
+        EnvironmentFault: a metric was asked for without the file it needs, or a correction without the reference.
     """
     files = files_of(options)
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
@@ -99,6 +101,9 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         parameters["guidance"] = options.guidance
     if prompts is not None:
         parameters["prompts"] = prompts
+    if options.correct_noise:
+        needs_reference(reference, artifact)
+        parameters["correct_noise"] = True
     inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
     if reference is not None:
         inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
@@ -144,7 +149,15 @@ def image_shape(artifact: Artifact) -> tuple[Any, ...]:
     return shape if companions is None or size is None else companions.image_shape(shape)
 
 
-def find_reference(options: EvalOptions, artifact: Artifact) -> ModelSource | None:
+class NamesReference(Protocol):
+    """Options that may name the full-precision model."""
+
+    @property
+    def reference(self) -> str | None:
+        """Where it is; None: where it was."""
+
+
+def find_reference(options: NamesReference, artifact: Artifact) -> ModelSource | None:
     """The full-precision model to compare with; None when it was not named and is no longer where it was."""
     recorded = artifact.manifest.model
     given = options.reference or recorded["source"]
@@ -197,7 +210,13 @@ def produce(
     if needs_images:
         if float_network is not None and reference is not None:
             expected = reference_images(float_network, reference, maker, options)
-        images = maker.draw(network, options.samples, options.seed, options.batch_size, "eval: samples")
+        sampled = maker
+        if options.correct_noise and float_network is not None:
+            fit_images = min(FIT_IMAGES, options.batch_size)
+            correction = fitted(network, float_network, maker, options.seed, fit_images)
+            figures["noise_correction"] = {"images": fit_images, "steps": correction.to_json()}
+            sampled = with_correction(maker, correction)
+        images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples")
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
         if meter is not None:
             rows = maker.conditions.rows(0, len(images)).tolist()

@@ -9,6 +9,7 @@ from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.stages.common import Common, Execution
+from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.running import check_steps, set_up_torch
 
 __all__ = ["SampleOptions", "sample"]
@@ -27,6 +28,8 @@ class SampleOptions:
     prompts: str | None = None
     batch_size: int = 64
     runtime: str = "simulate"
+    correct_noise: bool = False
+    reference: str | None = None
 
 
 def sample(options: SampleOptions, common: Common) -> str:
@@ -35,18 +38,26 @@ def sample(options: SampleOptions, common: Common) -> str:
     Raises:
         UsageError: no images asked for, or a runtime that doesn't exist.
         ArtifactError: not an exported directory, or it was calibrated for another number of steps.
+        EnvironmentFault: noise is to be corrected and the full-precision model isn't there.
     """
     if options.number < 1:
         raise UsageError("At least one image is needed", where="-n")
     artifact = open_artifact(options.directory, ["export"])
     check_steps(artifact, options.steps)
     check_writable(options.output)
+    reference = None
+    if options.correct_noise:
+        from dqtool.stages.eval import find_reference
+
+        reference = find_reference(options, artifact)
+        needs_reference(reference, artifact)
     source = {"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}
     common.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
     if common.dry_run:
         return options.output
     set_up_torch(common.device)
     from dqtool.metrics.grid import save_grid
+    from dqtool.models.loading import build_network, load_weights
     from dqtool.runtimes import load
     from dqtool.stages.eval import bits_label
     from dqtool.stages.images import maker_of_artifact
@@ -56,6 +67,11 @@ def sample(options: SampleOptions, common: Common) -> str:
         artifact, options.number, options.seed, options.steps, guidance=options.guidance, prompts=prompts
     )
     network = load(options.directory, options.runtime)
+    if reference is not None:
+        recorded = artifact.manifest.model
+        exact = build_network(recorded["class"], recorded["config"], load_weights(reference), reference.given)
+        correction = fitted(network, exact, maker, options.seed, min(FIT_IMAGES, options.batch_size))
+        maker = with_correction(maker, correction)
     images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")
     if maker.latents:
         report.warn("this model comes without its decoder: the picture shows the first channel of its latents")

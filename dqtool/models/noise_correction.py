@@ -1,0 +1,155 @@
+"""PTQD's correction of what quantization adds to the predicted noise (arXiv 2305.10657), for any sampler here.
+
+With `e` the float network's prediction and `e^` the quantized one's, `e^ = e + k e + b_c + r`: a part that is correlated
+with the prediction (Eq. 10: k by least squares), a bias of each channel, and a rest that is correlated with neither. At
+each step the sampler is given `(e^ - b_c) / (1 + k) = e + r / (1 + k)`. Where the sampler adds noise of its own (eta > 0),
+the rest stands in for a part of it: the noise's variance is lowered by what the rest brings along (Eq. 17).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.models.families import Family
+
+__all__ = ["NoiseCorrection", "NoiseFit", "StepNoise", "fit_noise", "noise_scale", "response"]
+
+LEAST_FACTOR = 0.1
+"""Of 1 + k: a network that lost the prediction altogether can not be scaled back."""
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """What was found at one step: `slope` k, `bias` b_c `[C]`, and the mean square of the rest after correction,
+    `variance`; `correlation` is that of `e^ - e` with `e` before correction."""
+
+    slope: float
+    bias: Tensor
+    variance: float
+    correlation: float = 0.0
+
+    def corrected(self, prediction: Tensor) -> Tensor:
+        """`(e^ - b_c) / (1 + k)`, `[N, C, ...]`."""
+        bias = self.bias.to(prediction.dtype).view(1, -1, *[1] * (prediction.dim() - 2))
+        return (prediction - bias) / max(1 + self.slope, LEAST_FACTOR)
+
+
+def fit_noise(quantized: Tensor, exact: Tensor) -> StepNoise:
+    """Least squares of `quantized - exact` on `exact` with one intercept a channel, both `[N, C, ...]`."""
+    e = exact.double().transpose(0, 1).flatten(1)  # [C, n]
+    error = quantized.double().transpose(0, 1).flatten(1) - e
+    centred, errors = e - e.mean(1, keepdim=True), error - error.mean(1, keepdim=True)
+    power, noise = centred.square().sum(), errors.square().sum()
+    product = (centred * errors).sum()
+    slope = float(product / power) if power > 0 else 0.0
+    bias = error.mean(1) - slope * e.mean(1)
+    rest = errors - slope * centred
+    variance = float(rest.square().mean()) / max(1 + slope, LEAST_FACTOR) ** 2
+    correlation = float(product / (power * noise).sqrt()) if power > 0 and noise > 0 else 0.0
+    return StepNoise(slope, bias.float(), variance, correlation)
+
+
+@dataclass
+class NoiseCorrection:
+    """The correction of every step, by timestep; the sampler asks it at each. A timestep without one is left alone."""
+
+    steps: dict[float, StepNoise] = field(default_factory=dict)
+
+    def corrected(self, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """What the sampler is to take in place of `prediction`."""
+        found = self.steps.get(float(timestep))
+        return prediction if found is None else found.corrected(prediction)
+
+    def variance(self, timestep: Tensor) -> float:
+        """Mean square of the rest at this step."""
+        found = self.steps.get(float(timestep))
+        return 0.0 if found is None else found.variance
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values, one entry a step in sampling order."""
+        return [
+            {
+                "timestep": timestep,
+                "slope": step.slope,
+                "bias": step.bias.tolist(),
+                "variance": step.variance,
+                "correlation": step.correlation,
+            }
+            for timestep, step in self.steps.items()
+        ]
+
+    @classmethod
+    def from_json(cls, entries: list[Mapping[str, Any]]) -> NoiseCorrection:
+        """What `to_json` gave."""
+        return cls(
+            {
+                float(each["timestep"]): StepNoise(
+                    each["slope"], torch.tensor(each["bias"]), each["variance"], each["correlation"]
+                )
+                for each in entries
+            }
+        )
+
+
+class NoiseFit(NoiseCorrection):
+    """Fits each step when the quantized network's sampling comes to it, and corrects it at once: later steps are fitted at
+    the points that corrected sampling visits. To be given to `Sampler.run` both as `correction` and as `observer`.
+
+    `conditions` are those of the network's inputs, `[N, ...]` each, with guidance of both halves.
+    """
+
+    def __init__(
+        self, family: Family, exact: nn.Module, conditions: Mapping[str, Tensor], guidance: float, halves: int
+    ) -> None:
+        super().__init__()
+        self.family, self.exact, self.conditions = family, exact, conditions
+        self.guidance, self.halves = guidance, halves
+
+    def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
+        """Compare with the float network at the inputs `x` `[N, C, H, W]`."""
+        with torch.no_grad():
+            exact = self.family.predict(self.exact, x, timestep, self.conditions)
+        pair = [self._guided(each)[:, : x.shape[1]] for each in (prediction, exact)]
+        self.steps[float(timestep)] = fit_noise(pair[0], pair[1])
+
+    def _guided(self, prediction: Tensor) -> Tensor:
+        if self.halves == 1:
+            return prediction
+        without, with_it = prediction.chunk(2)
+        return without + self.guidance * (with_it - without)
+
+
+def noise_scale(scheduler: Any, timestep: Tensor, eta: float) -> float:
+    """Standard deviation of the noise that `scheduler.step` adds at this timestep; 0 where it adds none or where that isn't
+    known (learned variances, samplers that keep a history)."""
+    name, t = type(scheduler).__name__, int(timestep)
+    if name == "DDIMScheduler":
+        before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+        return eta * float(scheduler._get_variance(t, before)) ** 0.5
+    if name == "DDPMScheduler" and t > 0:
+        kind = scheduler.config.variance_type
+        if kind in ("fixed_small", "fixed_large"):
+            return float(scheduler._get_variance(t)) ** 0.5
+        if kind == "fixed_small_log":  # diffusers gives the deviation here
+            return float(scheduler._get_variance(t))
+    return 0.0
+
+
+def response(scheduler: Any, timestep: Tensor, extra: Mapping[str, Any]) -> float:
+    """How much the next sample moves for a prediction moved by 1: `c_t`, from two steps whose noise is the same.
+
+    The difference is small, so that samplers that clip the predicted image are asked within the clip.
+    """
+    moved, start = 1e-3, torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    results = []
+    for shift in (0.0, moved):
+        given = {k: v for k, v in extra.items() if k != "generator"}
+        if "generator" in extra:
+            given["generator"] = torch.Generator().manual_seed(0)
+        results.append(scheduler.step(start + shift, timestep, start, **given).prev_sample)
+    return float((results[1] - results[0]).double() / moved)

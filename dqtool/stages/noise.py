@@ -1,0 +1,68 @@
+"""`--correct-noise` of `eval` and `sample`: PTQD's statistics, from the full-precision model and the quantized one.
+
+They are no part of an artifact: whoever asks for the correction has the full-precision model at hand, and statistics that
+are taken when they are needed fit the sampler, the steps, the guidance and the runtime that are in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dqtool.artifacts import Artifact
+from dqtool.errors import EnvironmentFault
+from dqtool.models.sources import ModelSource
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dqtool.models.noise_correction import NoiseCorrection
+    from dqtool.stages.images import ImageMaker
+
+__all__ = ["FIT_IMAGES", "fitted", "needs_reference", "with_correction"]
+
+FIT_IMAGES = 64
+"""Images whose sampling the statistics are taken from: none of them is judged, their noise is that of calibration."""
+
+
+def needs_reference(reference: ModelSource | None, artifact: Artifact) -> None:
+    """Raise `EnvironmentFault` where there is nothing to compare with."""
+    if reference is None:
+        raise EnvironmentFault(
+            "Correcting the noise needs the full-precision model, and it is not there",
+            where=f"--correct-noise, {artifact.manifest.model['source']}",
+            fix="Name it with --reference MODEL, or leave --correct-noise out",
+        )
+
+
+def fitted(
+    network: nn.Module, exact: nn.Module, maker: ImageMaker, seed: int, images: int = FIT_IMAGES
+) -> NoiseCorrection:
+    """The correction of `network` for this maker's sampler, from `images` images that are sampled together."""
+    import torch
+
+    from dqtool import report
+    from dqtool.models.noise_correction import NoiseCorrection, NoiseFit
+    from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+
+    sampler, conditions = maker.sampler, maker.conditions
+    given = conditions.given(0, images)
+    asked = given
+    if conditions.null is not None:
+        asked = {k: torch.cat([conditions.null[k].expand_as(v), v]) for k, v in given.items()}
+    fit = NoiseFit(sampler.family, exact, asked, conditions.guidance, 1 + conditions.guided)
+    noise = initial_noise(maker.shape, range(images), seed, CALIBRATION)
+    seeds = image_seeds(range(images), seed, CALIBRATION)
+    with report.progress("noise correction", sampler.steps) as progress:
+
+        def see(x: torch.Tensor, timestep: torch.Tensor, prediction: torch.Tensor) -> None:
+            fit(x, timestep, prediction)
+            progress.advance()
+
+        replace(sampler, correction=fit).run(network, noise, given, seeds, see, conditions.null)
+    return NoiseCorrection(fit.steps)
+
+
+def with_correction(maker: ImageMaker, correction: NoiseCorrection) -> ImageMaker:
+    """The same maker, correcting every prediction."""
+    return replace(maker, sampler=replace(maker.sampler, correction=correction))
