@@ -69,6 +69,24 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         )
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
     prompts = None if options.prompts is None else read_prompts(options.prompts)
+    parameters = resolved(options, prompts)
+    inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
+    execute(
+        "calibrate",
+        CODE_VERSION,
+        options.output,
+        parameters,
+        inputs,
+        common,
+        lambda _key: produce(dilated, options, prompts),
+    )
+    return options.output
+
+
+def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:
+    """All parameters that decide the result; `prompts` are those that the options' file holds (None: it is read)."""
+    if prompts is None and options.prompts is not None:
+        prompts = read_prompts(options.prompts)
     parameters: dict[str, Any] = {
         "steps": options.steps,
         "sampler": options.sampler,
@@ -83,17 +101,7 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         parameters["draw"] = options.draw
     if prompts is not None:
         parameters["prompts"] = hashlib.sha256(canonical_json(prompts).encode()).hexdigest()
-    inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
-    execute(
-        "calibrate",
-        CODE_VERSION,
-        options.output,
-        parameters,
-        inputs,
-        common,
-        lambda _key: produce(dilated, options, prompts),
-    )
-    return options.output
+    return parameters
 
 
 def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str] | None = None) -> Product:

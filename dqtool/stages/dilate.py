@@ -58,15 +58,7 @@ def dilate(options: DilateOptions, common: Common) -> str:
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
     if stats is not None:
         inputs.append({"name": stats.given, "sha256": stats.sha256, "stage": stats.stage})
-    parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
-    if stats is not None:
-        parameters["bits"] = options.bits
-    if options.lora:
-        parameters["lora"] = list(options.lora)
-    if options.family is not None:
-        parameters["family"] = options.family
-    if options.example is not None:
-        parameters["example"] = sha256_file(options.example)
+    parameters = resolved(options)
     execute(
         "dilate",
         CODE_VERSION,
@@ -78,6 +70,20 @@ def dilate(options: DilateOptions, common: Common) -> str:
         reads=[*source.weights, *(lora.path for lora in source.loras)],
     )
     return options.output
+
+
+def resolved(options: DilateOptions) -> dict[str, Any]:
+    """All parameters that decide the result; what they are applied to, model and statistics, are inputs."""
+    parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
+    if options.stats is not None:
+        parameters["bits"] = options.bits
+    if options.lora:
+        parameters["lora"] = list(options.lora)
+    if options.family is not None:
+        parameters["family"] = options.family
+    if options.example is not None:
+        parameters["example"] = sha256_file(options.example)
+    return parameters
 
 
 def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions) -> Product:

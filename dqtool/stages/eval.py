@@ -81,6 +81,34 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options, artifact)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
+    parameters = resolved(options, metrics, prompts)
+    if options.correct_noise:
+        needs_reference(reference, artifact)
+    inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
+    if reference is not None:
+        inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
+    execute(
+        "eval",
+        CODE_VERSION,
+        options.output,
+        parameters,
+        inputs,
+        common,
+        lambda _key: produce(artifact, reference, metrics, options, prompts),
+        kind="report",
+        also=[path for path in (options.grid, options.save_samples) if path],
+        reads=list(files.given().values()),
+    )
+    if not common.dry_run:
+        tell(artifact, read_manifest(options.output).metrics)
+    return options.output
+
+
+def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str] | None = None) -> dict[str, Any]:
+    """All parameters that decide the figures; `prompts` are those that the options' file holds (None: it is read)."""
+    files = files_of(options)
+    if prompts is None and options.prompts is not None:
+        prompts = read_prompts(options.prompts)
     parameters: dict[str, Any] = {
         "metrics": list(metrics),
         "samples": options.samples,
@@ -102,26 +130,8 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     if prompts is not None:
         parameters["prompts"] = prompts
     if options.correct_noise:
-        needs_reference(reference, artifact)
         parameters["correct_noise"] = True
-    inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
-    if reference is not None:
-        inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
-    execute(
-        "eval",
-        CODE_VERSION,
-        options.output,
-        parameters,
-        inputs,
-        common,
-        lambda _key: produce(artifact, reference, metrics, options, prompts),
-        kind="report",
-        also=[path for path in (options.grid, options.save_samples) if path],
-        reads=list(files.given().values()),
-    )
-    if not common.dry_run:
-        tell(artifact, read_manifest(options.output).metrics)
-    return options.output
+    return parameters
 
 
 def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
