@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 
-.PHONY: setup demo test report-check lint zoo ablation bench-cifar10 bench-sd14 bench-dit-xl2 $(RECIPES) full-size published
+# Tables of comparisons, by the targets' names: recipes/tables/NAME.yaml.
+TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
+
+.PHONY: setup demo test report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 $(RECIPES) full-size published
 
 setup: $(VENV)/.done
 
@@ -51,9 +54,18 @@ zoo: setup
 	$(BIN)/python -m dqtool.zoo.train_latent dit --iters 6000
 	for name in ddpm ldm sd dit; do $(BIN)/python -m dqtool.zoo.measure digits-$$name || exit; done
 
-# The table of what each part gains, over three seeds: recipes/results/ablation.md (about two hours on two cores).
-ablation: setup
-	$(BIN)/python recipes/ablation.py
+# A comparison of the paper: recipes/results/NAME.md and .json (`make bench-plan` says how long each takes). On the embedded
+# models, or with MODEL=path/to/checkpoint on a published one; ARGS="--set eval.ref-stats=FILE ..." goes to the runner.
+tables = OMP_NUM_THREADS=1 $(BIN)/python -m dqtool.tables $(1) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+$(TABLES): setup
+	$(call tables,recipes/tables/$@.yaml)
+
+# Every comparison, by two workers of one thread each. Stopped and started again it redoes nothing that was finished.
+bench-all: setup
+	$(call tables,recipes/tables/*.yaml) & other=$$!; $(call tables,recipes/tables/*.yaml); mine=$$?; wait $$other && exit $$mine
+
+bench-plan: setup
+	$(call tables,--dry-run recipes/tables/*.yaml)
 
 # Speed, load time and memory at full size with random weights, next to what one would use instead:
 # recipes/results/bench-*.md and .json (CIFAR-10 about 10 minutes on two cores, the others an hour and 16 GiB).

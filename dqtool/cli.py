@@ -129,6 +129,9 @@ def dilate(
         str | None, typer.Option(metavar="CALIBRATED", help="Activation statistics, for methods that look at them.")
     ] = None,
     cap: Annotated[float, typer.Option(metavar="F", help="The largest factor of a channel.")] = 64.0,
+    threshold: Annotated[
+        float, typer.Option(metavar="F", help="Of wd: leave channels alone whose factor would be smaller.")
+    ] = 1.0,
     family: Annotated[
         str | None, typer.Option(metavar="NAME", help="generic: take a network of a class that has no adapter.")
     ] = None,

@@ -37,6 +37,7 @@ class DilateOptions:
     scaling: str = "wd"
     stats: str | None = None
     cap: float = 64.0
+    threshold: float = 1.0
     fold: bool = False
     bits: str = "4/4"
     family: str | None = None
@@ -75,6 +76,8 @@ def dilate(options: DilateOptions, common: Common) -> str:
 def resolved(options: DilateOptions) -> dict[str, Any]:
     """All parameters that decide the result; what they are applied to, model and statistics, are inputs."""
     parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
+    if options.threshold != 1:
+        parameters["threshold"] = options.threshold
     if options.stats is not None:
         parameters["bits"] = options.bits
     if options.lora:
@@ -113,7 +116,9 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     shifts: dict[str, Fold] = {}
     if asked.shifts:
         shifts = shiftable(network, traced.layers, find_shifts(network, family.example(config), traced.layers))
-    chosen = choose_scaling(network, family, traced.layers, stats, options.scaling, options.cap, options.bits, shifts)
+    chosen = choose_scaling(
+        network, family, traced.layers, stats, options.scaling, options.cap, options.bits, shifts, options.threshold
+    )
     scales = {
         info.name: chosen[owner].scale.clone()
         for owner, members in groups_of(traced.layers).items()

@@ -38,6 +38,7 @@ _LEAST = {
     "train_samples": 1,
     "cache_memory": 0,
     "cap": 1,
+    "threshold": 1,
     "image_size": 1,
     "keep_images": 0,
 }

@@ -49,6 +49,7 @@ def choose_scaling(
     cap: float,
     bits: str,
     shifts: Mapping[str, Fold],
+    threshold: float = 1.0,
 ) -> dict[str, ScalingResult]:
     """What the method chooses for every group, by owner; groups that it leaves alone have no entry.
 
@@ -64,7 +65,7 @@ def choose_scaling(
         members = groups[owner]
         weights = [network.get_parameter(f"{member.name}.weight").detach() for member in members]
         lo, hi = statistics.get(f"{owner}.channel_range", (None, None))
-        return method(ScalingInput(weights, members[0].groups, lo, hi, cap, samples, shiftable=owner in shifts))
+        return method(ScalingInput(weights, members[0].groups, lo, hi, cap, threshold, samples, owner in shifts))
 
     if method.needs_samples:
         found = _with_samples(network, family, groups, statistics, layers, parse_bits(bits), choose)

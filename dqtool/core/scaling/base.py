@@ -47,6 +47,7 @@ class ScalingInput:
     input_min: Tensor | None = None  # [C_in], pooled over all steps
     input_max: Tensor | None = None  # [C_in]
     cap: float = CAP  # largest dilation, `wd` only
+    threshold: float = 1.0  # `wd` leaves channels alone that could not grow by as much
     samples: Samples | None = None
     shiftable: bool = False  # whether a shift of the input can be taken by what makes it, and by the layer's bias
 

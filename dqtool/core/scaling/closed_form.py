@@ -14,8 +14,10 @@ __all__ = ["awq", "dgq", "none", "smoothquant", "wd"]
 
 @register("wd", keeps_range=True)
 def wd(inputs: ScalingInput) -> ScalingResult:
-    """Weight Dilation (section 4.1 of the paper): weights only."""
-    return ScalingResult(weight_dilation(inputs.weights, inputs.groups, inputs.cap))
+    """Weight Dilation (section 4.1 of the paper): weights only. A channel counts as unsaturated when it can grow by the
+    threshold, in the paper by anything."""
+    scale = weight_dilation(inputs.weights, inputs.groups, inputs.cap)
+    return ScalingResult(torch.where(scale >= inputs.threshold, scale, torch.ones_like(scale)))
 
 
 @register("none", keeps_range=True)

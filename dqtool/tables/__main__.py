@@ -1,0 +1,154 @@
+"""`python -m dqtool.tables FILE...`: run what is missing of tables, and write them. Several may run at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dqtool import report
+from dqtool.artifacts.files import write_text
+from dqtool.errors import DqtoolError, UsageError
+from dqtool.stages.common import Common
+from dqtool.stages.registry import option_types
+from dqtool.tables.cells import CellStore
+from dqtool.tables.figure import curve_figure
+from dqtool.tables.forecast import forecast
+from dqtool.tables.planning import Cell, Target, plan_table
+from dqtool.tables.rendering import render_markdown, summarise
+from dqtool.tables.running import Runner, tell
+from dqtool.tables.schedules import SCHEDULES
+from dqtool.tables.spec import STAGES, Options, Table, load_table
+from dqtool.yamltree import compose, convert, nearest
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, as `dqtool` has them."""
+    args = _parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except DqtoolError as error:
+        tell(f"tables: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        tell("tables: interrupted; finished cells are kept, and the same command goes on from there")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dqtool.tables", description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="TABLE.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="count cells and expected hours, run nothing")
+    parser.add_argument("--render", action="store_true", help="write the tables from finished cells, run nothing")
+    parser.add_argument("--model", help="the published model, in place of the embedded one")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="override all rows")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the table's")
+    parser.add_argument("--schedule", choices=SCHEDULES, help="in place of the table's")
+    parser.add_argument("--groups", nargs="+", help="of each table only these groups (the table is written with all)")
+    parser.add_argument("--results", type=Path, default=Path("recipes/results"))
+    parser.add_argument("--work", type=Path, default=Path("results/tables"), help="where artifacts are kept")
+    parser.add_argument("--verbose", action="store_true", help="show the progress of every stage")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    seeds = None if args.seeds is None else tuple(args.seeds)
+    target = Target(args.model, _overrides(args.set), schedule=args.schedule)
+    chosen = Target(args.model, target.overrides, seeds, args.schedule)
+    store = CellStore(args.results / "cells")
+    tables = [load_table(file) for file in args.files]
+    plans = [(table, plan_table(table, target)) for table in tables]
+    wanted = [_wanted(plan_table(table, chosen), args.groups) for table in tables]
+    if args.dry_run:
+        _print_plan(tables, wanted, store)
+        return 0
+    if not args.render:
+        report.set_quiet(not args.verbose)
+        runner = Runner(args.work, store, Common(quiet=not args.verbose))
+        everything = [cell for cells in wanted for cell in cells]
+        for text in dict.fromkeys(cell.problem for cell in everything if cell.problem):
+            tell(f"warning: some rows can't be run here: {text}")
+        runner.run(everything, lambda: _write(plans, target, store, args))
+    for path in _write(plans, target, store, args):
+        print(path)
+    return 2 if any(cell.problem for cells in wanted for cell in cells) else 0
+
+
+def _wanted(cells: list[Cell], groups: Sequence[str] | None) -> list[Cell]:
+    return [cell for cell in cells if groups is None or cell.group in groups]
+
+
+def _write(
+    plans: Sequence[tuple[Table, list[Cell]]], target: Target, store: CellStore, args: argparse.Namespace
+) -> list[Path]:
+    """Every table that has a finished cell."""
+    written = []
+    for table, cells in plans:
+        summary = summarise(table, target, cells, store, _command(table, args))
+        if not summary["cells"]["finished"]:
+            continue
+        suffix = "" if target.model is None else "-published"
+        path = args.results / f"{table.name}{suffix}.md"
+        _write_if_changed(path.with_suffix(".json"), json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        _write_if_changed(path, render_markdown(summary))
+        figure = curve_figure(summary)
+        if figure is not None:
+            _write_if_changed(path.with_suffix(".svg"), figure)
+        written.append(path)
+    return written
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def _command(table: Table, args: argparse.Namespace) -> str:
+    words = ["python", "-m", "dqtool.tables", table.path.as_posix()]
+    words += ["--model", args.model] if args.model else []
+    words += [word for each in args.set for word in ("--set", each)]
+    words += ["--schedule", args.schedule] if args.schedule else []
+    return shlex.join(words)
+
+
+def _overrides(given: Sequence[str]) -> Options:
+    """`--set stage.option=value`, as recipes take it."""
+    found: Options = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        stage, _, option = key.partition(".")
+        where = f"--set {text}"
+        node = compose(value, where) if equals else None
+        if stage not in STAGES or node is None:
+            raise UsageError("A stage.option=value is needed", where=where, fix=f"Stages: {', '.join(STAGES)}")
+        types = option_types(stage)
+        if option not in types:
+            raise UsageError(f"Unknown option of {stage}: {option}", where=where, fix=nearest(option, types))
+        found.setdefault(stage, {})[option.replace("-", "_")] = convert(node, types[option], where, option)
+    return found
+
+
+def _print_plan(tables: Sequence[Table], plans: Sequence[Sequence[Cell]], store: CellStore) -> None:
+    rows: list[tuple[Any, ...]] = []
+    for table, cells in zip(tables, plans, strict=True):
+        found = forecast(cells, store)
+        rows.append(_plan_row(table.name, found))
+    everything = forecast([cell for cells in plans for cell in cells], store)
+    rows.append(_plan_row("all (shared cells once)", everything))
+    print("\n".join(report.table_lines(["table", "cells", "finished", "can't run", "hours of one core"], rows)))
+    for text in sorted({cell.problem for cells in plans for cell in cells if cell.problem}):
+        print(f"can't run: {text}")
+
+
+def _plan_row(name: str, found: dict[str, Any]) -> tuple[Any, ...]:
+    return (name, found["cells"], found["finished"], found["problems"], f"{found['seconds'] / 3600:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

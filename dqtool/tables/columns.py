@@ -1,0 +1,117 @@
+"""The columns a table can have: where each figure of a cell comes from and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["COLUMNS", "Column"]
+
+Metrics = Mapping[str, Any]
+"""A cell's figures by stage: `dilate`, `calibrate`, `distill`, `eval`, and `errors`, which the runner measures."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """`value(metrics)` is None where the cell does not have it; `better` is -1, 1 or 0. `of_reference` is the same figure of
+    the full-precision model; `relative` needs the table's baseline row too: `(metrics, of the baseline)`."""
+
+    label: str
+    value: Callable[[Metrics], float | None]
+    better: int = 0
+    decimals: int = 2
+    of_reference: Callable[[Metrics], float | None] = lambda _metrics: None
+    relative: Callable[[Metrics, Metrics], float | None] | None = None
+
+
+def _at(stage: str, *keys: str, scale: float = 1.0) -> Callable[[Metrics], float | None]:
+    def value(metrics: Metrics) -> float | None:
+        found: Any = metrics.get(stage)
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return float(found) * scale if isinstance(found, int | float) else None
+
+    return value
+
+
+def _eval(key: str, label: str, better: int, decimals: int = 2, scale: float = 1.0) -> Column:
+    return Column(
+        label,
+        _at("eval", key, scale=scale),
+        better,
+        decimals,
+        of_reference=_at("eval", "reference", key, scale=scale),
+    )
+
+
+def _excess(metrics: Metrics, baseline: Metrics) -> float | None:
+    """What the cell adds to the full-precision model's distance, as a share of what the baseline adds, in percent."""
+    mine, full, base = _at("eval", "fd.digits")(metrics), _at("eval", "reference", "fd.digits")(metrics), None
+    base = _at("eval", "fd.digits")(baseline)
+    if mine is None or full is None or base is None or base == full:
+        return None
+    return 100 * (mine - full) / (base - full)
+
+
+def _sum_seconds(metrics: Metrics) -> float | None:
+    parts = [_at(stage, "seconds")(metrics) for stage in ("dilate", "calibrate", "distill")]
+    return None if parts[-1] is None else sum(part or 0.0 for part in parts)
+
+
+def _curve_end(index: int) -> Callable[[Metrics], float | None]:
+    def value(metrics: Metrics) -> float | None:
+        curve = (metrics.get("distill") or {}).get("loss_curve") or []
+        few = max(1, len(curve) // 10)
+        part = curve[:few] if index == 0 else curve[-few:]
+        return sum(part) / len(part) if part else None
+
+    return value
+
+
+COLUMNS: dict[str, Column] = {
+    "fd.digits": _eval("fd.digits", "fd.digits", -1),
+    "fd.digits_ratio": Column("of full precision", _at("eval", "fd.digits_ratio"), -1),
+    "excess": Column("excess left, %", lambda _metrics: None, -1, 1, relative=_excess),
+    "is.digits": _eval("is.digits", "is.digits", 1),
+    "confident": _eval("confident_share", "confident, %", 1, 1, 100),
+    "same_digit": Column("same digit, %", _at("eval", "same_digit_share", scale=100), 1, 1),
+    "asked_digit": _eval("asked_digit_share", "digit asked for, %", 1, 1, 100),
+    "psnr": Column("PSNR, dB", _at("eval", "psnr", "mean"), 1),
+    "ssim": Column("SSIM", _at("eval", "ssim", "mean"), 1, 4),
+    "fid": _eval("fid", "FID", -1),
+    "sfid": _eval("sfid", "sFID", -1),
+    "is": _eval("is", "IS", 1),
+    "precision": _eval("precision", "precision", 1, 3),
+    "recall": _eval("recall", "recall", 1, 3),
+    "clip": _eval("clip", "CLIP score", 1),
+    "aesthetic": _eval("aesthetic", "aesthetic", 1),
+    "size": Column(
+        "size, MB",
+        _at("eval", "cost", "bytes", scale=1e-6),
+        -1,
+        3,
+        of_reference=_at("eval", "cost", "bytes_float32", scale=1e-6),
+    ),
+    "size_ratio": Column("smaller", _at("eval", "cost", "size_ratio"), 1, 1),
+    "bops_ratio": Column("fewer BOPs", _at("eval", "cost", "bops_ratio"), 1, 1),
+    "train_points": Column("points", _at("distill", "train_points"), -1, 0),
+    "train_seconds": Column("training, s", _at("distill", "seconds"), -1, 0),
+    "quantize_seconds": Column("dilate to distill, s", _sum_seconds, -1, 0),
+    "train_memory": Column("training memory, MB", _at("distill", "peak_memory_bytes", scale=1e-6), -1, 0),
+    "unsaturated": Column("unsaturated in-channels, %", _at("dilate", "unsaturated_share", scale=100), 0, 1),
+    "mean_dilation": Column("mean s", _at("dilate", "mean_dilation"), 0, 3),
+    "range_ratio": Column("Δx'/Δx", _at("calibrate", "activation_range_ratio"), -1, 3),
+    "weight_scale_ratio": Column("Δw'/Δw", _at("errors", "weight_scale_ratio"), 0, 3),
+    "weight_clipping": Column("weights: clipped, %", _at("errors", "weight_clipping", scale=100), 0, 1),
+    "weight_rounding": Column("rounded, %", _at("errors", "weight_rounding", scale=100), 0, 1),
+    "weight_error": Column("weight error", _at("errors", "weight_error"), -1, 5),
+    "activation_clipping": Column("activations: clipped, %", _at("errors", "activation_clipping", scale=100), 0, 1),
+    "activation_rounding": Column("rounded, %", _at("errors", "activation_rounding", scale=100), 0, 1),
+    "activation_error": Column("activation error", _at("errors", "activation_error"), -1, 5),
+    "error_bound": Column("bound of a layer's error", _at("errors", "bound"), -1, 3),
+    "output_error": Column("measured", _at("errors", "output"), -1, 3),
+    "first_loss": Column("first loss", _curve_end(0), -1, 5),
+    "last_loss": Column("last loss", _curve_end(1), -1, 5),
+}
+"""By the name that tables use."""

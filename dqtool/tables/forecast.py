@@ -1,0 +1,63 @@
+"""How long pending cells will take, from what finished ones took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dqtool.tables.cells import CellStore
+from dqtool.tables.planning import Cell
+
+__all__ = ["forecast"]
+
+PRIOR = {"dilate": 2.0, "calibrate": 90 / 5120, "distill": 0.75, "eval": 240 / (4096 * 20)}
+"""Seconds per unit of work of `zoo:digits-ddpm` on one core, until something was measured: an artifact, a trajectory point, an
+iteration (of a block and of the pass over all blocks), a step of an image."""
+
+
+def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
+    """Cells in all (each once), finished ones, those that can't run, and seconds of one worker for the rest."""
+    rates = _rates(store.every())
+    unique = {cell.key: cell for cell in cells if cell.key}
+    done = {key for key in unique if store.load(key) is not None}
+    made = {step.key for key in done for step in unique[key].steps}
+    seconds, counted = 0.0, set(made)
+    for key, cell in unique.items():
+        if key in done:
+            continue
+        for step in cell.steps:
+            if step.key not in counted:
+                counted.add(step.key)
+                kind = (step.stage, step.model, str(step.parameters.get("method")))
+                work = _work(step.stage, step.parameters, _sampling_steps(step.parameters for step in cell.steps))
+                seconds += rates.get(kind, rates.get(kind[:1], PRIOR[step.stage])) * work
+    problems = [cell for cell in cells if cell.problem]
+    return {"cells": len(unique), "finished": len(done), "problems": len(problems), "seconds": seconds}
+
+
+def _sampling_steps(parameters: Iterable[Mapping[str, Any]]) -> int:
+    return next((int(each["steps"]) for each in parameters if each.get("steps")), 20)
+
+
+def _work(stage: str, parameters: Mapping[str, Any], sampling_steps: int) -> float:
+    if stage == "distill":
+        recipe = parameters.get("recipe") or {}
+        return 10.0 + float(recipe.get("iters") or 0) + float(recipe.get("refine_iters") or 0)
+    samples = float(parameters.get("samples", 1))
+    return samples * sampling_steps if stage == "eval" else samples
+
+
+def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
+    """Mean seconds per unit of work by (stage, model, method), and by (stage,) alone."""
+    sums: dict[tuple[str, ...], tuple[float, float]] = {}
+    for record in records:
+        steps = _sampling_steps(entry["parameters"] for entry in record["stages"])
+        for entry in record["stages"]:
+            stage, seconds = entry["stage"], entry.get("cpu_seconds")
+            if seconds is None:
+                continue
+            work = _work(stage, entry["parameters"], steps)
+            for kind in ((stage, record["model"], str(entry["parameters"].get("method"))), (stage,)):
+                before = sums.get(kind, (0.0, 0.0))
+                sums[kind] = (before[0] + seconds, before[1] + work)
+    return {kind: total / work for kind, (total, work) in sums.items() if work}

@@ -1,0 +1,103 @@
+"""What a cell's figures are: those its stages recorded, and errors measured on its artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dqtool.artifacts import open_artifact, read_manifest
+
+__all__ = ["MEASURES_VERSION", "measure"]
+
+MEASURES_VERSION = 1
+"""Recorded with a cell: which of these figures it can have."""
+SHORT_LIST = 256
+
+
+def measure(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, Any]:
+    """Figures by stage of a chain whose artifacts these are, and `errors`. `wanted_bits` are used where none is quantized."""
+    found: dict[str, Any] = {stage: _recorded(path) for stage, path in artifacts.items()}
+    if "calibrate" in artifacts:
+        found["errors"] = _errors(artifacts, wanted_bits)
+        layers = (found.get("eval") or {}).get("layer_errors")
+        if layers:
+            found["errors"]["output"] = sum(value**0.5 for value in layers.values()) / len(layers)
+    for stage in found.values():
+        stage.pop("layer_errors", None)
+    return found
+
+
+_NOT_KEPT = ("blocks", "output_reads", "activation_range_ratios", "kept_float", "samples_per_step")
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """A manifest's metrics without what is a layer's, and how long the stage took."""
+    manifest = read_manifest(path)
+    kept = {
+        key: value
+        for key, value in manifest.metrics.items()
+        if key not in _NOT_KEPT and not (isinstance(value, list) and len(value) > SHORT_LIST)
+    }
+    return {"seconds": manifest.seconds} | kept
+
+
+def _errors(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, float]:
+    """Of activations and weights, means over layers:
+
+    `weight_scale_ratio`: step sizes of weights after scaling over those before, by least squared error (Table 13).
+    `*_clipping`, `*_rounding`: shares of the squared error (App. F). `*_error`: squared error relative to the values'
+    energy. `bound`: of a layer's relative output error, `e_w + e_x (1 + e_w)` with relative root mean squares (Eq. 9).
+    """
+    from dqtool.core.bits import parse_bits
+
+    bits = parse_bits(wanted_bits)
+    errors = _weight_scale_ratio(artifacts["calibrate"], min(8, bits.weight))
+    if "distill" in artifacts:
+        errors |= _parts(artifacts)
+    return errors
+
+
+def _weight_scale_ratio(path: Path, bits: int) -> dict[str, float]:
+    from dqtool.core.affine import search_weight
+    from dqtool.core.dilation import spread
+    from dqtool.models.packed import layer_infos
+
+    calibrated = open_artifact(path)
+    tensors = calibrated.tensors()
+    ratios = []
+    for info in layer_infos(calibrated.manifest.layers):
+        scale = tensors.get(f"{info.name}.dilation")
+        if scale is not None:
+            weight = tensors[f"{info.name}.weight"]
+            after, _ = search_weight(weight, bits, symmetric=False)
+            before, _ = search_weight(weight / spread(scale, weight, info.groups), bits, symmetric=False)
+            ratios.append(float((after / before).mean()))
+    return {"weight_scale_ratio": sum(ratios) / len(ratios)} if ratios else {}
+
+
+def _parts(artifacts: Mapping[str, Path]) -> dict[str, float]:
+    from dqtool.page.measures import quantization_errors
+    from dqtool.page.results import Result
+
+    chain = {stage: path for stage, path in artifacts.items() if stage in ("calibrate", "distill")}
+    found = quantization_errors(Result("cell", artifacts["distill"], read_manifest(artifacts["distill"]), chain))
+    result: dict[str, float] = {}
+    weights = list(found.weights.values())
+    activations = [part for parts in found.activations.values() for part in parts]
+    for name, parts in (("weight", weights), ("activation", activations)):
+        clipping, rounding = sum(p.clipping for p in parts), sum(p.rounding for p in parts)
+        if clipping + rounding > 0:
+            result[f"{name}_clipping"] = clipping / (clipping + rounding)
+            result[f"{name}_rounding"] = rounding / (clipping + rounding)
+        if parts:
+            result[f"{name}_error"] = sum(p.total for p in parts) / len(parts)
+    bounds = []
+    for name, part in found.weights.items():
+        steps = found.activations.get(name)
+        if steps:
+            e_w, e_x = part.total**0.5, (sum(p.total for p in steps) / len(steps)) ** 0.5
+            bounds.append(e_w + e_x * (1 + e_w))
+    if bounds:
+        result["bound"] = sum(bounds) / len(bounds)
+    return result

@@ -1,0 +1,202 @@
+"""From a table to its cells: each a chain of stages with every option resolved, and the key that names its result.
+
+A key is made as fingerprints are (stage, code version, resolved parameters, keys of the inputs, in the end the model's
+sha256), but needs no artifact: whether a cell was measured is known in a checkout that holds results alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from dqtool.artifacts import fingerprint
+from dqtool.errors import UsageError
+from dqtool.stages.registry import make_options
+from dqtool.tables.schedules import SCHEDULES
+from dqtool.tables.spec import STAGES, Group, Options, Row, Table
+
+__all__ = ["Cell", "Step", "Target", "plan_table"]
+
+NEEDED_STATISTICS = "statistics"
+"""Stands for the path of `--stats` until there is one."""
+METRICS = ("digits", "similarity", "cost")
+PUBLISHED_METRICS = ("similarity", "cost")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a chain: `values` are its options by field name without those that name files. `inputs` are keys of
+    earlier steps; the first of a chain reads `model`."""
+
+    stage: str
+    values: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+    key: str
+    model: str
+    source: str | None = None  # key of the step whose output it works on
+    statistics: str | None = None  # of the one whose statistics a scaling looks at
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row, group and seed of a table. `problem` says why it can't be run."""
+
+    row: str
+    group: str
+    seed: int
+    steps: tuple[Step, ...] = ()
+    problem: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Names its result."""
+        return self.steps[-1].key if self.steps else ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a table is run on: `model` None is the embedded one of the table; `overrides` win over all other options, `seeds`
+    over the table's."""
+
+    model: str | None = None
+    overrides: Options = field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+    schedule: str | None = None
+
+
+def plan_table(table: Table, target: Target) -> list[Cell]:
+    """Every cell, those of the first seed before those of the next.
+
+    Raises:
+        UsageError: two stages contradict each other, whatever the installed version offers.
+    """
+    groups = table.groups
+    if target.model is not None and any(group.model for group in groups):
+        groups = (Group(""),)  # a table over models is then one over the model given
+    cells = []
+    seeds = sorted({seed for group in groups for seed in target.seeds or group.seeds or table.seeds})
+    for seed in seeds:
+        for group in groups:
+            if seed not in (target.seeds or group.seeds or table.seeds):
+                continue
+            for row in table.rows:
+                if not row.paper_only and (row.groups is None or group.name in row.groups or not group.name):
+                    cells.append(_cell(table, group, row, seed, target))
+    return cells
+
+
+def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Cell:
+    layers = [table.options, group.options, row.options]
+    if target.model is not None:
+        layers = [table.options, group.options, table.published, group.published, row.options]
+    layers.append(target.overrides)
+    schedule = SCHEDULES[target.schedule or table.schedule]
+    base: Options = {"eval": {"metrics": list(METRICS if target.model is None else PUBLISHED_METRICS)}}
+    if target.model is None or target.schedule is not None:
+        base = _merged([base, {stage: dict(values) for stage, values in schedule.options.items()}])
+    merged = _merged([base, *layers])
+    if target.model is not None:
+        merged["eval"]["metrics"] = _with_files(merged["eval"])
+    model = target.model or group.model or table.model
+    try:
+        if "distill" in table.stages and (target.model is None or target.schedule is not None):
+            merged["distill"] = _shortened(merged.get("distill", {}), schedule.share)
+        for stage in ("calibrate", "distill", "eval"):
+            merged.setdefault(stage, {})["seed"] = seed
+        return Cell(row.name, group.name, seed, tuple(_chain(model, merged, table.stages)))
+    except UsageError as error:
+        return Cell(row.name, group.name, seed, problem=str(error))
+
+
+def _merged(layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> Options:
+    return {stage: {k: v for layer in layers for k, v in layer.get(stage, {}).items()} for stage in STAGES}
+
+
+def _with_files(values: Mapping[str, Any]) -> list[str]:
+    """The metrics of a published model: those named, else those that the files given are enough for."""
+    named = list(values["metrics"])
+    if tuple(named) != PUBLISHED_METRICS:
+        return named
+    inception = "inception_weights" in values
+    named += ["is"] if inception else []
+    named += ["fid", "sfid", "pr"] if inception and "ref_stats" in values else []
+    named += ["clip"] if "clip" in values else []
+    return named + (["aesthetic"] if "clip" in values and "aesthetic_weights" in values else [])
+
+
+def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """Iterations that nobody chose, brought down to a share of the method's own."""
+    if share == 1:
+        return dict(values)
+    defaults = _parameters("distill", make_options("distill", {"method": values.get("method")}))["recipe"]
+    given = dict(values)
+    plain = given.get("iters") == 0  # which is PTQ
+    for key in ("iters", "refine_iters"):
+        if defaults.get(key) and key not in given and not plain:
+            given[key] = max(1, round(defaults[key] * share))
+    return given
+
+
+def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step]:
+    """The steps of one cell. A scaling that looks at activations is preceded by a calibration of the undilated model."""
+    from dqtool.core.scaling import scaling_method
+
+    digest = model_digest(model)
+    dilate = dict(options.get("dilate", {}))
+    method = scaling_method(dilate.get("scaling", "wd"))
+    statistics = None
+    if method.needs_statistics:
+        plain = {k: v for k, v in dilate.items() if k not in ("scaling", "bits")} | {"scaling": "none"}
+        first = _step("dilate", plain, model, [digest])
+        yield first
+        seen = _step("calibrate", options["calibrate"], model, [first.key], source=first.key)
+        yield seen
+        statistics = seen.key
+        if method.needs_samples:  # the bits whose outputs it compares are those the cell will have
+            dilate.setdefault("bits", options.get("distill", {}).get("bits", "4/4"))
+    inputs = [digest] if statistics is None else [digest, statistics]
+    step = _step("dilate", dilate, model, inputs, statistics=statistics)
+    yield step
+    for stage in stages[1:]:
+        extra = [digest] if stage == "eval" else []  # compared with the model itself
+        step = _step(stage, options[stage], model, [step.key, *extra], source=step.key)
+        yield step
+
+
+def _step(
+    stage: str,
+    values: Mapping[str, Any],
+    model: str,
+    inputs: list[str],
+    source: str | None = None,
+    statistics: str | None = None,
+) -> Step:
+    named = dict(values)
+    if stage == "dilate":
+        named |= {"model": model, "stats": None if statistics is None else NEEDED_STATISTICS}
+    options = make_options(stage, named)
+    parameters = _parameters(stage, options)
+    version = import_module(f"dqtool.stages.{stage}").CODE_VERSION
+    key = fingerprint(stage, version, parameters, inputs)
+    return Step(stage, dict(values), parameters, key, model, source, statistics)
+
+
+def _parameters(stage: str, options: Any) -> dict[str, Any]:
+    """All that decides the result, as the stage itself says it."""
+    resolved = import_module(f"dqtool.stages.{stage}").resolved
+    return resolved(options, options.metrics or ()) if stage == "eval" else resolved(options)
+
+
+@lru_cache
+def model_digest(model: str) -> str:
+    """sha256 of the model's weights.
+
+    Raises:
+        EnvironmentFault: it is not there.
+    """
+    from dqtool.models.sources import resolve_model
+
+    return resolve_model(model).sha256()

@@ -1,0 +1,265 @@
+"""A table's results as JSON and as Markdown: mean and spread over seeds, the paper's numbers beside."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dqtool.artifacts import dqtool_version
+from dqtool.tables.cells import CellStore
+from dqtool.tables.columns import COLUMNS, Column
+from dqtool.tables.planning import Cell, Target
+from dqtool.tables.schedules import SCHEDULES
+from dqtool.tables.spec import Group, Row, Table
+
+__all__ = ["FORMAT", "figure_text", "render_markdown", "summarise"]
+
+FORMAT = "dqtool-table/1"
+REFERENCE = "full precision"
+
+
+def summarise(table: Table, target: Target, cells: Sequence[Cell], store: CellStore, command: str) -> dict[str, Any]:
+    """Everything a reader of the table needs, plain JSON. Rows without finished cells have no values."""
+    columns = list(table.published_columns if target.model and table.published_columns else table.columns)
+    records = {cell.key: store.load(cell.key) for cell in cells if cell.key}
+    rows: list[dict[str, Any]] = []
+    groups = _groups(table, cells)
+    for group in groups:
+        mine = [cell for cell in cells if cell.group == group.name]
+        finished = [(cell, record) for cell in mine if (record := records.get(cell.key)) is not None]
+        reference = _reference(columns, finished, group)
+        if reference is not None:
+            rows.append(reference)
+        for row in table.rows:
+            if row.groups is not None and group.name and group.name not in row.groups:
+                continue
+            rows.append(_row(table, group, row, columns, mine, records))
+    done = sum(record is not None for record in records.values())
+    return {
+        "format": FORMAT,
+        "name": table.name,
+        "title": table.title,
+        "source": table.source,
+        "about": table.about,
+        "runs_on": _runs_on(table, target, groups),
+        "said": _said(table, target, cells),
+        "columns": [{"key": key, "label": COLUMNS[key].label, "better": COLUMNS[key].better} for key in columns],
+        "paper_columns": table.paper_columns if any(row["paper"] for row in rows) else "",
+        "rows": rows,
+        "baseline": table.baseline,
+        "curve": table.curve,
+        "cells": {"finished": done, "all": len(records), "problems": sorted({c.problem for c in cells if c.problem})},
+        "command": command,
+        "seeds": sorted({cell.seed for cell in cells}),
+        "versions": _versions(records.values()),
+        "dqtool": dqtool_version(),
+    }
+
+
+def _groups(table: Table, cells: Sequence[Cell]) -> list[Group]:
+    known = {group.name: group for group in table.groups}
+    return [known.get(name, Group(name)) for name in dict.fromkeys(cell.group for cell in cells)]
+
+
+def _row(
+    table: Table,
+    group: Group,
+    row: Row,
+    columns: Sequence[str],
+    cells: Sequence[Cell],
+    records: Mapping[str, dict[str, Any] | None],
+) -> dict[str, Any]:
+    mine = [cell for cell in cells if cell.row == row.name]
+    finished = [(cell, record) for cell in mine if (record := records.get(cell.key)) is not None]
+    base = {
+        cell.seed: record["metrics"]
+        for cell in cells
+        if cell.row == table.baseline and (record := records.get(cell.key)) is not None and "metrics" in record
+    }
+    values = {}
+    for key in columns:
+        column = COLUMNS[key]
+        found = {
+            cell.seed: value
+            for cell, record in finished
+            if (value := _value(column, record, base.get(cell.seed))) is not None
+        }
+        if found:
+            values[key] = _spread(list(found.values()))
+    curves = [
+        record["metrics"]["distill"].get(table.curve)
+        for _, record in finished
+        if table.curve and "distill" in record.get("metrics", {})
+    ]
+    return {
+        "name": row.name,
+        "group": group.name,
+        "values": values,
+        "paper": row.paper.get(group.name, ""),
+        "note": row.note,
+        "seeds": [cell.seed for cell, _ in finished],
+        "failed": [record["failed"] for _, record in finished if "failed" in record],
+        "problem": next((cell.problem for cell in mine if cell.problem), None),
+        "keys": [cell.key for cell, _ in finished],
+        "paper_only": row.paper_only,
+        "curves": [curve for curve in curves if curve],
+    }
+
+
+def _reference(columns: Sequence[str], finished: Sequence[Any], group: Group) -> dict[str, Any] | None:
+    """The full-precision model's row: the same images for every row of a group and seed."""
+    by_seed = {cell.seed: record for cell, record in finished if "metrics" in record}
+    values = {}
+    for key in columns:
+        found = [v for r in by_seed.values() if (v := COLUMNS[key].of_reference(r["metrics"])) is not None]
+        if found:
+            values[key] = _spread(found)
+    if not values and not group.paper_reference:
+        return None
+    return {
+        "name": REFERENCE,
+        "group": group.name,
+        "values": values,
+        "paper": group.paper_reference,
+        "note": "",
+        "seeds": sorted(by_seed),
+        "failed": [],
+        "problem": None,
+        "keys": [],
+        "paper_only": False,
+        "curves": [],
+    }
+
+
+def _value(column: Column, record: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> float | None:
+    metrics = record.get("metrics")
+    if metrics is None:
+        return None
+    if column.relative is None:
+        value = column.value(metrics)
+    else:
+        value = None if baseline is None else column.relative(metrics, baseline)
+    return value if value is None or math.isfinite(value) else None
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "deviation": deviation, "values": values}
+
+
+def _runs_on(table: Table, target: Target, groups: Sequence[Group]) -> str:
+    if target.model is not None:
+        return f"on {target.model}"
+    pairs = dict.fromkeys((group.model or table.model, group.stands_for or table.stands_for) for group in groups)
+    return "on the embedded " + ", ".join(
+        model.removeprefix("zoo:") + (f" in place of {stands}" if stands else "") for model, stands in pairs
+    )
+
+
+def _said(table: Table, target: Target, cells: Sequence[Cell]) -> str:
+    """The schedule: what is the same in all cells."""
+    schedule = SCHEDULES[target.schedule or table.schedule]
+    embedded = target.model is None or target.schedule is not None
+    parts = [f"Schedule `{schedule.name}`: {schedule.says}"] if embedded and "distill" in table.stages else []
+    known = [{step.stage: step.parameters for step in cell.steps} for cell in cells if cell.steps]
+    for stage, key, text in (
+        ("calibrate", "steps", "{} sampling steps"),
+        ("calibrate", "samples", "{} calibration points"),
+        ("eval", "samples", "{} images"),
+    ):
+        values = sorted({found[stage][key] for found in known if stage in found})
+        if values:
+            parts.append(text.format(" or ".join(map(str, values))))
+    seeds = sorted({cell.seed for cell in cells})
+    parts.append(f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
+    return "; ".join(parts) + "."
+
+
+def _versions(records: Any) -> list[str]:
+    found = {
+        " ".join(f"{name} {version}" for name, version in sorted(record["environment"].get("versions", {}).items()))
+        for record in records
+        if record is not None
+    }
+    return sorted(found)
+
+
+def figure_text(value: Mapping[str, Any] | None, decimals: int) -> str:
+    """`mean ± deviation`."""
+    if value is None:
+        return "–"
+    text = f"{value['mean']:.{decimals}f}"
+    return text if value["deviation"] is None else f"{text} ± {value['deviation']:.{decimals}f}"
+
+
+def render_markdown(summary: Mapping[str, Any]) -> str:
+    """The table as a reader of the repository sees it."""
+    grouped = any(row["group"] for row in summary["rows"])
+    source = f" ({summary['source']} of arXiv 2409.14307)" if summary["source"] else ""
+    lines = [f"# {summary['title']}{source}, {summary['runs_on']}", "", summary["said"]]
+    if summary["about"]:
+        lines += ["", summary["about"]]
+    arrow = {-1: " ↓", 0: "", 1: " ↑"}
+    head = ["", "row"] if grouped else ["row"]
+    head += [column["label"] + arrow[column["better"]] for column in summary["columns"]]
+    if summary["paper_columns"]:
+        head.append(f"paper: {summary['paper_columns']}")
+    lines += ["", _line(head), _line(["---"] * len(head))]
+    previous = None
+    for row in summary["rows"]:
+        cells = [("" if row["group"] == previous else row["group"])] if grouped else []
+        previous = row["group"]
+        cells.append(row["name"])
+        for column in summary["columns"]:
+            value = row["values"].get(column["key"])
+            shown = figure_text(value, COLUMNS[column["key"]].decimals) if not row["paper_only"] else ""
+            if row["failed"] and value is None:
+                shown = "failed"
+            elif value is not None and _is_best(summary, row, column):
+                shown = f"**{shown}**"
+            cells.append(shown)
+        if summary["paper_columns"]:
+            cells.append(row["paper"])
+        lines.append(_line(cells))
+    lines += _notes(summary)
+    return "\n".join(lines) + "\n"
+
+
+def _is_best(summary: Mapping[str, Any], row: Mapping[str, Any], column: Mapping[str, Any]) -> bool:
+    if not column["better"] or row["name"] == REFERENCE:
+        return False
+    rivals = [
+        other["values"][column["key"]]["mean"] * column["better"]
+        for other in summary["rows"]
+        if other["group"] == row["group"] and other["name"] != REFERENCE and column["key"] in other["values"]
+    ]
+    return len(rivals) > 1 and row["values"][column["key"]]["mean"] * column["better"] == max(rivals)
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    notes = [f"{row['name']}: {row['note']}" for row in summary["rows"] if row["note"]]
+    notes += [f"{row['name']}: {text}" for row in summary["rows"] for text in dict.fromkeys(row["failed"])]
+    notes = list(dict.fromkeys(notes))
+    cells = summary["cells"]
+    if cells["finished"] < cells["all"] or cells["problems"]:
+        notes.insert(0, f"Incomplete: {cells['finished']} of {cells['all']} cells are finished.")
+        notes += [f"Can not be run here: {text}" for text in cells["problems"]]
+    lines = [line for note in notes for line in ("", note)]
+    if summary["baseline"] and any(column["key"] == "excess" for column in summary["columns"]):
+        lines += [
+            "",
+            f"Excess left: what a row adds to full precision's fd.digits, as a share of what {summary['baseline']} adds.",
+        ]
+    if len(summary["seeds"]) > 1:
+        lines += [
+            "",
+            "Mean ± sample standard deviation over the seeds; a seed decides calibration, training and images.",
+        ]
+    versions = "; ".join(summary["versions"])
+    return [*lines, "", f"Made by `{summary['command']}`" + (f" with {versions}." if versions else ".")]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

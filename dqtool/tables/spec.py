@@ -1,0 +1,263 @@
+"""What a table's YAML file says, checked: every unknown key, option, column or value is refused with its line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool.errors import UsageError
+from dqtool.stages.registry import option_types
+from dqtool.tables.columns import COLUMNS
+from dqtool.tables.schedules import SCHEDULES
+from dqtool.yamltree import compose, convert, entries, items, listed, nearest, read_text, text_of
+
+if TYPE_CHECKING:
+    from yaml.nodes import Node
+
+__all__ = ["STAGES", "Group", "Options", "Row", "Table", "load_table"]
+
+STAGES = ("dilate", "calibrate", "distill", "eval")
+"""What a cell can consist of, in order. Exporting changes no figure: what is measured is what would be exported."""
+
+Options = dict[str, dict[str, Any]]
+"""Stage -> option by field name -> value."""
+
+_TOP = (
+    "title",
+    "source",
+    "about",
+    "model",
+    "stands-for",
+    "schedule",
+    "seeds",
+    "stages",
+    "columns",
+    "baseline",
+    "curve",
+    "options",
+    "published",
+    "groups",
+    "rows",
+    "paper-columns",
+    "paper-reference",
+)
+_GROUP = ("name", "model", "stands-for", "seeds", "options", "published", "paper-reference")
+_ROW = ("name", "options", "groups", "paper", "paper-only", "note")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that belong together (a bit width, a sampler, a model). None: as the table has it."""
+
+    name: str
+    model: str | None = None
+    stands_for: str | None = None
+    seeds: tuple[int, ...] | None = None
+    options: Options = field(default_factory=dict)
+    published: Options = field(default_factory=dict)
+    paper_reference: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of each group (`groups` None: of all). `paper` holds the paper's numbers by group name; with `paper_only`
+    there is nothing of ours to run."""
+
+    name: str
+    options: Options = field(default_factory=dict)
+    groups: tuple[str, ...] | None = None
+    paper: Mapping[str, str] = field(default_factory=dict)
+    paper_only: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A checked table. `published` is what changes when the model of the paper is given."""
+
+    name: str
+    path: Path
+    title: str
+    source: str
+    about: str
+    model: str
+    stands_for: str
+    schedule: str
+    seeds: tuple[int, ...]
+    stages: tuple[str, ...]
+    columns: tuple[str, ...]
+    baseline: str | None
+    curve: str | None
+    options: Options
+    published: Options
+    published_columns: tuple[str, ...]
+    groups: tuple[Group, ...]
+    rows: tuple[Row, ...]
+    paper_columns: str
+
+
+def load_table(path: str | os.PathLike[str]) -> Table:
+    """Read a table.
+
+    Raises:
+        EnvironmentFault: there is no such file.
+        UsageError: with the line, for whatever it holds that a table does not know.
+    """
+    given = os.fspath(path)
+    root = compose(read_text(path, "table"), given)
+    if root is None:
+        raise UsageError("This table is empty", where=given)
+    top = entries(root, given, _TOP, "key")
+    for key in ("title", "model", "columns", "rows"):
+        if key not in top:
+            raise UsageError(
+                f"The table has no {key}", where=given, fix=f"A table needs {listed(_TOP[:1])}, model, ..."
+            )
+    text = {k: _text(top, k, given) for k in ("title", "source", "about", "model", "stands-for", "paper-columns")}
+    stages = _names(top, "stages", STAGES, "stage", given) or STAGES
+    published, published_columns = _published(top, given)
+    groups = tuple(_group(node, given) for node in _list(top, "groups", given)) or (
+        Group("", paper_reference=_text(top, "paper-reference", given)),
+    )
+    known = [group.name for group in groups]
+    rows = tuple(_row(node, given, known) for node in _list(top, "rows", given))
+    names = [row.name for row in rows]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"Two rows are called {name}", where=given)
+    baseline = _text(top, "baseline", given) or None
+    if baseline is not None and baseline not in names:
+        raise UsageError(
+            f"No row is called {baseline}", where=_where(top, "baseline", given), fix=nearest(baseline, names)
+        )
+    schedule = _text(top, "schedule", given) or "short"
+    if schedule not in SCHEDULES:
+        raise UsageError(
+            f"Unknown schedule: {schedule}", where=_where(top, "schedule", given), fix=nearest(schedule, SCHEDULES)
+        )
+    return Table(
+        name=Path(path).stem,
+        path=Path(path),
+        title=text["title"],
+        source=text["source"],
+        about=text["about"],
+        model=text["model"],
+        stands_for=text["stands-for"],
+        schedule=schedule,
+        seeds=_seeds(top, given) or (0,),
+        stages=stages,
+        columns=_names(top, "columns", COLUMNS, "column", given),
+        baseline=baseline,
+        curve=_text(top, "curve", given) or None,
+        options=_options(top, given),
+        published=published,
+        published_columns=published_columns,
+        groups=groups,
+        rows=rows,
+        paper_columns=text["paper-columns"],
+    )
+
+
+Entries = Mapping[str, "tuple[int, Node]"]
+
+
+def _group(node: Node, given: str) -> Group:
+    found = entries(node, given, _GROUP, "key of a group")
+    return Group(
+        name=_needed(found, "name", node, given),
+        model=_text(found, "model", given) or None,
+        stands_for=_text(found, "stands-for", given) or None,
+        seeds=_seeds(found, given) or None,
+        options=_options(found, given),
+        published=_published(found, given)[0],
+        paper_reference=_text(found, "paper-reference", given),
+    )
+
+
+def _row(node: Node, given: str, groups: list[str]) -> Row:
+    found = entries(node, given, _ROW, "key of a row")
+    paper: dict[str, str] = {}
+    if "paper" in found:
+        line, value = found["paper"]
+        if groups == [""]:
+            paper[""] = text_of(value, f"{given}:{line}", "paper")
+        else:
+            for group, (at, numbers) in entries(value, given, groups, "group").items():
+                paper[group] = text_of(numbers, f"{given}:{at}", group)
+    only = _names(found, "groups", groups, "group", given) or None
+    return Row(
+        name=_needed(found, "name", node, given),
+        options=_options(found, given),
+        groups=only,
+        paper=paper,
+        paper_only="paper-only" in found
+        and convert(found["paper-only"][1], bool, _where(found, "paper-only", given), "paper-only"),
+        note=_text(found, "note", given),
+    )
+
+
+def _published(found: Entries, given: str) -> tuple[Options, tuple[str, ...]]:
+    if "published" not in found:
+        return {}, ()
+    inner = entries(found["published"][1], given, ("columns", "options"), "key of published")
+    return _options(inner, given), _names(inner, "columns", COLUMNS, "column", given)
+
+
+def _options(found: Entries, given: str) -> Options:
+    if "options" not in found:
+        return {}
+    result: Options = {}
+    for stage, (_, node) in entries(found["options"][1], given, STAGES, "stage").items():
+        types = option_types(stage)
+        result[stage] = {
+            option.replace("-", "_"): convert(value, types[option], f"{given}:{line}", option)
+            for option, (line, value) in entries(node, given, tuple(types), f"option of {stage}").items()
+            if _allowed(option, stage, f"{given}:{line}")
+        }
+    return result
+
+
+_OURS = ("output", "reference", "grid", "save-samples", "stats")
+
+
+def _allowed(option: str, stage: str, where: str) -> bool:
+    if option in _OURS or (option == "seed"):
+        raise UsageError(f"{option} of {stage} is for the runner to choose", where=where, fix="Leave it out")
+    return True
+
+
+def _seeds(found: Entries, given: str) -> tuple[int, ...]:
+    nodes = _list(found, "seeds", given)
+    return tuple(convert(node, int, f"{given}:{node.start_mark.line + 1}", "seeds") for node in nodes)
+
+
+def _names(found: Entries, key: str, known: Any, kind: str, given: str) -> tuple[str, ...]:
+    names = []
+    for node in _list(found, key, given):
+        where = f"{given}:{node.start_mark.line + 1}"
+        name = text_of(node, where, key)
+        if name not in known:
+            raise UsageError(f"Unknown {kind}: {name}", where=where, fix=nearest(name, known))
+        names.append(name)
+    return tuple(names)
+
+
+def _list(found: Entries, key: str, given: str) -> list[Node]:
+    return items(found[key][1], given, key) if key in found else []
+
+
+def _text(found: Entries, key: str, given: str) -> str:
+    return " ".join(text_of(found[key][1], _where(found, key, given), key).split()) if key in found else ""
+
+
+def _needed(found: Entries, key: str, node: Node, given: str) -> str:
+    if key not in found:
+        raise UsageError(f"A {key} is needed here", where=f"{given}:{node.start_mark.line + 1}")
+    return _text(found, key, given)
+
+
+def _where(found: Entries, key: str, given: str) -> str:
+    return f"{given}:{found[key][0]}"

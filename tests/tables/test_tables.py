@@ -1,0 +1,266 @@
+"""Tables: what their files may say, which cells come of them, and that nothing finished is ever done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dqtool.errors import NumericError, UsageError
+from dqtool.stages.common import Common
+from dqtool.stages.registry import option_types
+from dqtool.tables.__main__ import main
+from dqtool.tables.cells import CellStore, claim
+from dqtool.tables.forecast import forecast
+from dqtool.tables.planning import Target, plan_table
+from dqtool.tables.rendering import render_markdown, summarise
+from dqtool.tables.running import Runner
+from dqtool.tables.spec import load_table
+
+TABLES = sorted((Path(__file__).parents[2] / "recipes" / "tables").glob("*.yaml"))
+TINY = """
+title: A tiny table
+source: Table 0
+model: {model}
+schedule: full
+seeds: [0, 1]
+baseline: none
+columns: [psnr, unsaturated, size_ratio]
+paper-columns: FID
+options:
+  calibrate: {{steps: 4, samples: 8}}
+  distill: {{iters: 0}}
+  eval: {{samples: 2, metrics: [similarity, cost]}}
+groups:
+  - name: 4/4
+    options: {{distill: {{bits: 4/4}}}}
+    paper-reference: 4.26
+  - name: 8/8
+    seeds: [0]
+    options: {{distill: {{bits: 8/8}}}}
+rows:
+  - name: none
+    options: {{dilate: {{scaling: none}}}}
+    paper: {{4/4: 9.63}}
+  - name: SmoothQuant
+    options: {{dilate: {{scaling: smoothquant}}}}
+  - name: theirs
+    paper-only: true
+    paper: {{4/4: 30.69}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "tiny.yaml"
+    path.write_text(TINY.format(model=made / "tiny"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the tiny table, run by its command line; the work beside."""
+    place = tmp_path_factory.mktemp("finished")
+    assert main([str(tiny), "--results", str(place / "results"), "--work", str(place / "work")]) == 0
+    return place
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_table_is_valid_and_plans_cells(path: Path) -> None:
+    later = {"preset", "train-samples"} - set(option_types("distill"))
+    if any(f"{option}:" in path.read_text() for option in later):
+        pytest.skip(f"needs distill --{next(iter(later))}")
+    table = load_table(path)
+    cells = plan_table(table, Target())
+    rows = {row.name for row in table.rows if not row.paper_only}
+    assert {cell.row for cell in cells} == rows
+    assert all(cell.steps or cell.problem for cell in cells)
+    labels = [(cell.group, cell.row, cell.seed) for cell in cells]
+    assert len(set(labels)) == len(labels)
+    assert {cell.seed for cell in cells if cell.steps} <= {0, 1, 2}
+
+
+def test_every_table_of_the_paper_has_its_target() -> None:
+    targets = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert "bench-all" in targets
+    assert "recipes/tables/" in targets
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "says"),
+    [
+        (("seeds:", "sedes:"), 6, "Did you mean seeds"),
+        (("scaling: smoothquant", "scalling: smoothquant"), 26, "Did you mean scaling"),
+        (("unsaturated,", "unsaturatd,"), 8, "Did you mean unsaturated"),
+        (("samples: 8}", "samples: many}"), 11, "a whole number"),
+        (("paper: {4/4: 30.69}", "paper: {3/3: 30.69}"), 29, "Unknown group"),
+        (("schedule: full", "schedule: fast"), 5, "Unknown schedule"),
+        (("baseline: none", "baseline: nothing"), 7, "No row is called"),
+        (("steps: 4,", "steps: 4, seed: 3,"), 11, "for the runner to choose"),
+    ],
+)
+def test_what_a_table_does_not_know_is_refused_with_its_line(
+    tiny: Path, tmp_path: Path, change: tuple[str, str], line: int, says: str
+) -> None:
+    text = tiny.read_text()
+    assert change[0] in text
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(text.replace(change[0], change[1], 1))
+    with pytest.raises(UsageError) as caught:
+        load_table(bad)
+    assert f"bad.yaml:{line}" in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_cells_come_seed_by_seed_and_statistics_come_first(tiny: Path) -> None:
+    cells = plan_table(load_table(tiny), Target())
+    assert [cell.seed for cell in cells] == [0, 0, 0, 0, 1, 1]
+    smooth = next(cell for cell in cells if cell.row == "SmoothQuant")
+    assert [step.stage for step in smooth.steps] == ["dilate", "calibrate", "dilate", "calibrate", "distill", "eval"]
+    assert smooth.steps[2].statistics == smooth.steps[1].key
+    plain = next(cell for cell in cells if cell.row == "none")
+    assert plain.steps[1].key == smooth.steps[1].key  # made once
+
+
+def test_keys_follow_what_decides_the_result_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = load_table(tiny)
+
+    def keys(target: Target) -> list[str]:
+        return [cell.key for cell in plan_table(table, target)]
+
+    first = keys(Target())
+    assert first == keys(Target())
+    assert len(set(first)) == len(first)
+    assert first == keys(Target(overrides={"distill": {"method": "bkd"}}))  # the default, said
+    assert not set(first) & set(keys(Target(overrides={"eval": {"samples": 3}})))
+    earlier = plan_table(table, Target())[0].steps[1].key
+    monkeypatch.setattr("dqtool.stages.distill.CODE_VERSION", 10**6)
+    changed = plan_table(table, Target())[0]
+    assert changed.key != first[0]
+    assert changed.steps[1].key == earlier
+
+
+def test_a_finished_table_is_never_run_again_even_without_its_artifacts(
+    tiny: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_name: str) -> Any:
+        raise AssertionError("a stage was asked for")
+
+    monkeypatch.setattr("dqtool.tables.running.stage_function", refuse)
+    before = (finished / "results" / "tiny.md").read_text()
+    assert main([str(tiny), "--results", str(finished / "results"), "--work", str(tmp_path / "empty")]) == 0
+    assert (finished / "results" / "tiny.md").read_text() == before
+    capsys.readouterr()
+    assert main([str(tiny), "--dry-run", "--results", str(finished / "results")]) == 0
+    row = capsys.readouterr().out.splitlines()[2].split()
+    assert row == ["tiny", "6", "6", "0", "0.00"]
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqtool.stages import registry
+
+    done: list[str] = []
+    deadly = 6
+
+    def counted(name: str) -> Any:
+        def call(options: Any, common: Any) -> str:
+            if len(done) == deadly:
+                raise KeyboardInterrupt
+            path = registry.stage_function(name)(options, common)
+            if not common.log[-1].cached:
+                done.append(path)
+            return path
+
+        return call
+
+    monkeypatch.setattr("dqtool.tables.running.stage_function", counted)
+    command = [str(tiny), "--seeds", "0", "--groups", "4/4"]
+    command += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    assert main(command) == 130
+    assert len(list((tmp_path / "results" / "cells").glob("*.json"))) == 1
+    deadly = 10**6
+    assert main(command) == 0
+    assert len(done) == len(set(done)) == 8  # 4 of the first cell, 4 more of the second
+    summary = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert summary["cells"]["finished"] == 2
+    assert "Incomplete: 2 of 6" in (tmp_path / "results" / "tiny.md").read_text()
+
+
+def test_what_is_rendered(finished: Path) -> None:
+    text = (finished / "results" / "tiny.md").read_text()
+    assert text.startswith("# A tiny table (Table 0 of arXiv 2409.14307), on the embedded ")
+    assert "4 sampling steps; 8 calibration points; 2 images; seeds 0, 1." in text
+    assert "| 4/4 | full precision | – | – | – | 4.26 |" in text
+    assert "|  | theirs |  |  |  | 30.69 |" in text
+    assert " ± " in text
+    assert "Made by `python -m dqtool.tables " in text
+    summary = json.loads((finished / "results" / "tiny.json").read_text())
+    psnr = next(row for row in summary["rows"] if row["name"] == "none")["values"]["psnr"]
+    assert len(psnr["values"]) == 2
+    assert psnr["mean"] == pytest.approx(sum(psnr["values"]) / 2)
+    record = json.loads(next((finished / "results" / "cells").glob("*.json")).read_text())
+    assert {"dilate", "calibrate", "distill", "eval", "errors"} <= set(record["metrics"])
+    errors = record["metrics"]["errors"]
+    assert errors["weight_clipping"] + errors["weight_rounding"] == pytest.approx(1)
+    assert errors["bound"] > 0
+
+
+def test_two_workers_share_cells_and_a_claimed_cell_is_waited_for(
+    tiny: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = plan_table(load_table(tiny), Target())[:2]
+    store, theirs = CellStore(tmp_path / "cells"), CellStore(finished / "results" / "cells")
+    runner = Runner(tmp_path / "work", store, Common(quiet=True))
+    ran: list[str] = []
+    monkeypatch.setattr(
+        Runner, "_finish", lambda _self, cell: (ran.append(cell.key), store.save(cell.key, {"stages": []}))
+    )
+
+    def other_worker_finishes(_seconds: float) -> None:
+        record = theirs.load(cells[0].key)
+        assert record is not None
+        store.save(cells[0].key, record)
+
+    monkeypatch.setattr("dqtool.tables.running.time.sleep", other_worker_finishes)
+    with claim(tmp_path / "work" / f".{cells[0].key[:32]}.cell", wait=False) as mine:
+        assert mine
+        assert runner.run(cells, lambda: None) == 1
+    assert ran == [cells[1].key]
+
+
+def test_numbers_that_fail_are_a_result(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(_self: Runner, _step: Any) -> Any:
+        raise NumericError("The distillation loss is no longer finite.")
+
+    monkeypatch.setattr(Runner, "_make", diverge)
+    table = load_table(tiny)
+    cells = plan_table(table, Target(seeds=(0,)))
+    store = CellStore(tmp_path / "cells")
+    Runner(tmp_path / "work", store, Common(quiet=True)).run(cells, lambda: None)
+    text = render_markdown(summarise(table, Target(), cells, store, "make tiny"))
+    assert "failed" in text
+    assert "no longer finite" in text
+
+
+def test_a_row_that_the_version_can_not_run_is_said(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "later.yaml"
+    path.write_text(tiny.read_text().replace("{scaling: smoothquant}", "{scaling: of tomorrow}"))
+    cells = plan_table(load_table(path), Target())
+    problems = [cell for cell in cells if cell.problem]
+    assert {cell.row for cell in problems} == {"SmoothQuant"}
+    assert forecast(cells, CellStore(tmp_path / "none"))["problems"] == len(problems) == 3
+
+
+def test_a_published_model_takes_the_place_of_the_embedded_one(tiny: Path, tmp_path: Path, made: Path) -> None:
+    path = tmp_path / "published.yaml"
+    published = "published:\n  columns: [psnr]\n  options: {calibrate: {samples: 12}}\ngroups:"
+    path.write_text(tiny.read_text().replace("groups:", published, 1).replace(str(made / "tiny"), "zoo:digits-ddpm"))
+    table = load_table(path)
+    cells = plan_table(table, Target(model=str(made / "tiny")))
+    assert {step.parameters["samples"] for cell in cells for step in cell.steps if step.stage == "calibrate"} == {12}
+    assert {step.model for cell in cells for step in cell.steps} == {str(made / "tiny")}
+    summary = summarise(table, Target(model=str(made / "tiny")), cells, CellStore(tmp_path / "none"), "x")
+    assert [column["key"] for column in summary["columns"]] == ["psnr"]
+    assert summary["runs_on"] == f"on {made / 'tiny'}"
