@@ -18,8 +18,9 @@ from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, Manifest, manifest_pa
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
+from dqtool.page.comparison import FORMAT as TABLE_FORMAT
 
-__all__ = ["Bench", "Result", "chain_key", "find_results"]
+__all__ = ["Bench", "Result", "chain_key", "find_results", "find_tables"]
 
 LARGEST_JSON = 64 << 20
 LARGEST_PICTURE = 8 << 20
@@ -92,6 +93,11 @@ class _Found:
     artifacts: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
     benches: list[Bench] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """How much of what a page can show was found."""
+        return len(self.evals) + len(self.benches) + len(self.tables)
 
 
 def find_results(places: Sequence[str]) -> tuple[list[Result], list[Bench]]:
@@ -106,14 +112,14 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[Bench]]:
         path = Path(place)
         if not os.path.lexists(path):
             raise EnvironmentFault("There is no such file or directory", where=place, fix="Check the path")
-        before = len(asked.evals) + len(asked.benches)
+        before = len(asked)
         if path.is_dir():
             _search(path, asked)
         else:
             _take(path, asked, required=True)
             # Its chain lies beside it; other results that do were not asked for, and their faults are not ours.
             _search(path.absolute().parent, around, strict=False, deep=False)
-        if len(asked.evals) + len(asked.benches) == before:
+        if len(asked) == before:
             raise ArtifactError(
                 "There is no eval result here",
                 where=place,
@@ -127,6 +133,17 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[Bench]]:
         _join_picture(result, found)
     benches = list({bench.path.resolve(): bench for bench in found.benches}.values())
     return results, benches
+
+
+def find_tables(places: Sequence[str]) -> list[dict[str, Any]]:
+    """Every table of comparisons in `places` (files or directories that are there), by name."""
+    found = _Found()
+    for place in map(Path, places):
+        if place.is_dir():
+            _search(place, found, strict=False)
+        else:
+            _take(place, found, strict=False)
+    return sorted({table["name"]: table for table in found.tables}.values(), key=lambda table: table["name"])
 
 
 def _search(directory: Path, found: _Found, strict: bool = True, deep: bool = True) -> None:
@@ -179,6 +196,9 @@ def _take(path: Path, found: _Found, required: bool = False, strict: bool = True
         ) from error
     if isinstance(payload, dict) and {"speed", "machine", "model", "load"} <= payload.keys():
         found.benches.append(Bench(path, payload))
+        return
+    if isinstance(payload, dict) and payload.get("format") == TABLE_FORMAT:
+        found.tables.append(payload)
         return
     if not isinstance(payload, dict) or not str(payload.get("format", "")).startswith("dqtool/"):
         if required:

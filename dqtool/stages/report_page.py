@@ -72,9 +72,9 @@ def write_report(options: ReportOptions, common: Common) -> str:
         ArtifactError: a place holds no eval result, or a damaged one.
         EnvironmentFault: nothing is at a place, or the page can't be written.
     """
-    results, benches = _find(options, common)
+    results, benches, tables = _find(options, common)
     set_up_torch(common.device)
-    page = _page(results, benches)
+    page = _page(results, benches, tables)
     if options.kind == "md":
         from dqtool.page.markdown import render_markdown as render
     else:
@@ -86,12 +86,13 @@ def write_report(options: ReportOptions, common: Common) -> str:
 
 def plan_report(options: ReportOptions, common: Common) -> dict[str, Any]:
     """What `write_report` would read and write, for a dry run."""
-    results, benches = _find(options, common)
+    results, benches, tables = _find(options, common)
     return {
         "output": options.path,
         "format": options.kind,
         "results": [{"name": r.name, "path": str(r.path), "artifacts": sorted(r.chain)} for r in results],
         "benches": [str(bench.path) for bench in benches],
+        "tables": [table["name"] for table in tables],
     }
 
 
@@ -100,11 +101,12 @@ def render_plan(plan: Mapping[str, Any]) -> list[str]:
     rows = [(r["name"], r["path"], ", ".join(r["artifacts"]) or "none") for r in plan["results"]]
     lines = [f"would write {plan['output']} ({plan['format']})"]
     lines += [f"timings     {path}" for path in plan["benches"]]
+    lines += [f"comparison  {name}" for name in plan["tables"]]
     return [*lines, *report.table_lines(["result", "report", "artifacts found"], rows)]
 
 
-def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Bench]]:
-    from dqtool.page.results import find_results
+def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Bench], list[dict[str, Any]]]:
+    from dqtool.page.results import find_results, find_tables
     from dqtool.stages.eval import bits_label
 
     places: Sequence[str] = options.places or [input_artifact(None, ["eval"], "eval").given]
@@ -114,10 +116,11 @@ def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Be
         result.bits = bits_label(result.manifest.layers)
     inputs = [{"name": str(r.path), "sha256": r.measured_sha256, "stage": "eval"} for r in results]
     common.log.append(Execution("report", options.path, asdict(options), inputs, cached=False))
-    return results, benches
+    return results, benches, find_tables(places)
 
 
-def _page(results: Sequence[Result], benches: Sequence[Bench]) -> Page:
+def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[dict[str, Any]]) -> Page:
+    from dqtool.page.comparison import comparison_section
     from dqtool.page.document import Page, Paragraph, Section
     from dqtool.page.results import chain_key
     from dqtool.page.tables import bench_tables, making_tables
@@ -129,6 +132,7 @@ def _page(results: Sequence[Result], benches: Sequence[Bench]) -> Page:
     models = [group[0].manifest.model.get("source_sha256") for group in groups.values()]
     for group, model in zip(groups.values(), models, strict=True):
         sections += _group_sections(group, benches, models.count(model) > 1)
+    sections += [comparison_section(table) for table in tables]
     if benches:
         speed = Section("Speed", level=2)
         for bench in benches:
@@ -148,6 +152,8 @@ def _page(results: Sequence[Result], benches: Sequence[Bench]) -> Page:
     ]
     if benches:
         counts.append(f"{len(benches)} timing report{'s' * (len(benches) != 1)}")
+    if tables:
+        counts.append(f"{len(tables)} table{'s' * (len(tables) != 1)} of comparisons")
     return Page("Quantization report", f"{', '.join(counts)}; page made by dqtool {dqtool_version()}.", sections)
 
 

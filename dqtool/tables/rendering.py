@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dqtool.artifacts import dqtool_version
+from dqtool.page.comparison import ARROWS, FORMAT, REFERENCE, figure_text, is_best
 from dqtool.tables.cells import CellStore
 from dqtool.tables.columns import COLUMNS, Column
 from dqtool.tables.planning import Cell, Target
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import Group, Row, Table
 
-__all__ = ["FORMAT", "figure_text", "render_markdown", "summarise"]
-
-FORMAT = "dqtool-table/1"
-REFERENCE = "full precision"
+__all__ = ["render_markdown", "summarise"]
 
 
 def summarise(table: Table, target: Target, cells: Sequence[Cell], store: CellStore, command: str) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def summarise(table: Table, target: Target, cells: Sequence[Cell], store: CellSt
         "about": table.about,
         "runs_on": _runs_on(table, target, groups),
         "said": _said(table, target, cells),
-        "columns": [{"key": key, "label": COLUMNS[key].label, "better": COLUMNS[key].better} for key in columns],
+        "columns": [_column(key) for key in columns],
         "paper_columns": table.paper_columns if any(row["paper"] for row in rows) else "",
         "rows": rows,
         "baseline": table.baseline,
@@ -56,6 +54,11 @@ def summarise(table: Table, target: Target, cells: Sequence[Cell], store: CellSt
         "versions": _versions(records.values()),
         "dqtool": dqtool_version(),
     }
+
+
+def _column(key: str) -> dict[str, Any]:
+    column = COLUMNS[key]
+    return {"key": key, "label": column.label, "better": column.better, "decimals": column.decimals}
 
 
 def _groups(table: Table, cells: Sequence[Cell]) -> list[Group]:
@@ -186,14 +189,6 @@ def _versions(records: Any) -> list[str]:
     return sorted(found)
 
 
-def figure_text(value: Mapping[str, Any] | None, decimals: int) -> str:
-    """`mean ± deviation`."""
-    if value is None:
-        return "–"
-    text = f"{value['mean']:.{decimals}f}"
-    return text if value["deviation"] is None else f"{text} ± {value['deviation']:.{decimals}f}"
-
-
 def render_markdown(summary: Mapping[str, Any]) -> str:
     """The table as a reader of the repository sees it."""
     grouped = any(row["group"] for row in summary["rows"])
@@ -201,9 +196,8 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     lines = [f"# {summary['title']}{source}, {summary['runs_on']}", "", summary["said"]]
     if summary["about"]:
         lines += ["", summary["about"]]
-    arrow = {-1: " ↓", 0: "", 1: " ↑"}
     head = ["", "row"] if grouped else ["row"]
-    head += [column["label"] + arrow[column["better"]] for column in summary["columns"]]
+    head += [column["label"] + ARROWS[column["better"]] for column in summary["columns"]]
     if summary["paper_columns"]:
         head.append(f"paper: {summary['paper_columns']}")
     lines += ["", _line(head), _line(["---"] * len(head))]
@@ -214,10 +208,10 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         cells.append(row["name"])
         for column in summary["columns"]:
             value = row["values"].get(column["key"])
-            shown = figure_text(value, COLUMNS[column["key"]].decimals) if not row["paper_only"] else ""
+            shown = figure_text(value, column["decimals"]) if not row["paper_only"] else ""
             if row["failed"] and value is None:
                 shown = "failed"
-            elif value is not None and _is_best(summary, row, column):
+            elif value is not None and is_best(summary, row, column):
                 shown = f"**{shown}**"
             cells.append(shown)
         if summary["paper_columns"]:
@@ -225,17 +219,6 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         lines.append(_line(cells))
     lines += _notes(summary)
     return "\n".join(lines) + "\n"
-
-
-def _is_best(summary: Mapping[str, Any], row: Mapping[str, Any], column: Mapping[str, Any]) -> bool:
-    if not column["better"] or row["name"] == REFERENCE:
-        return False
-    rivals = [
-        other["values"][column["key"]]["mean"] * column["better"]
-        for other in summary["rows"]
-        if other["group"] == row["group"] and other["name"] != REFERENCE and column["key"] in other["values"]
-    ]
-    return len(rivals) > 1 and row["values"][column["key"]]["mean"] * column["better"] == max(rivals)
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
