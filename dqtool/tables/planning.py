@@ -76,6 +76,8 @@ def plan_table(table: Table, target: Target) -> list[Cell]:
     groups = table.groups
     if target.model is not None and any(group.model for group in groups):
         groups = (Group(""),)  # a table over models is then one over the model given
+    if target.model is None:
+        groups = tuple(group for group in groups if not group.published_only)
     cells = []
     seeds = sorted({seed for group in groups for seed in target.seeds or group.seeds or table.seeds})
     for seed in seeds:

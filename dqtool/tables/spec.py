@@ -44,13 +44,14 @@ _TOP = (
     "paper-columns",
     "paper-reference",
 )
-_GROUP = ("name", "model", "stands-for", "seeds", "options", "published", "paper-reference")
+_GROUP = ("name", "model", "stands-for", "seeds", "options", "published", "published-only", "paper-reference")
 _ROW = ("name", "options", "groups", "paper", "paper-only", "note")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that belong together (a bit width, a sampler, a model). None: as the table has it."""
+    """Rows that belong together (a bit width, a sampler, a model). None: as the table has it. With `published_only` there is
+    time for it on published models only."""
 
     name: str
     model: str | None = None
@@ -58,6 +59,7 @@ class Group:
     seeds: tuple[int, ...] | None = None
     options: Options = field(default_factory=dict)
     published: Options = field(default_factory=dict)
+    published_only: bool = False
     paper_reference: str = ""
 
 
@@ -173,6 +175,7 @@ def _group(node: Node, given: str) -> Group:
         seeds=_seeds(found, given) or None,
         options=_options(found, given),
         published=_published(found, given)[0],
+        published_only=_flag(found, "published-only", given),
         paper_reference=_text(found, "paper-reference", given),
     )
 
@@ -193,10 +196,13 @@ def _row(node: Node, given: str, groups: list[str]) -> Row:
         options=_options(found, given),
         groups=only,
         paper=paper,
-        paper_only="paper-only" in found
-        and convert(found["paper-only"][1], bool, _where(found, "paper-only", given), "paper-only"),
+        paper_only=_flag(found, "paper-only", given),
         note=_text(found, "note", given),
     )
+
+
+def _flag(found: Entries, key: str, given: str) -> bool:
+    return key in found and convert(found[key][1], bool, _where(found, key, given), key)
 
 
 def _published(found: Entries, given: str) -> tuple[Options, tuple[str, ...]]:
