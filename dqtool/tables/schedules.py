@@ -25,9 +25,9 @@ class Schedule:
 FULL = Schedule("full", "every training method with its defaults", {"eval": {"samples": 4096}})
 SHORT = Schedule(
     "short",
-    "every training method with a quarter of its default iterations",
+    "every training method with a fifth of its default iterations",
     {"calibrate": {"samples": 1280}, "eval": {"samples": 2048}},
-    share=0.25,
+    share=0.2,
 )
 SMOKE = Schedule(
     "smoke",
