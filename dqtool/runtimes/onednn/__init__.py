@@ -89,7 +89,7 @@ def integer_report(network: nn.Module) -> dict[str, str]:
 def _product(name: str, layer: PackedLayer, clock: Clock, kinds: dict[str, str]) -> nn.Module:
     """The integer form of one layer, or the layer itself."""
     try:
-        integer = integer_layer(layer)
+        integer = integer_layer(layer, keep_packed=True)
     except TypeError:  # a geometry without integer form
         kinds[name] = "float"
         return layer
@@ -117,7 +117,7 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
             layers = [getattr(attn, source) for source in sources]
             if not all(isinstance(layer, PackedLayer) for layer in layers):
                 continue
-            integers = [integer_layer(layer) for layer in layers]
+            integers = [integer_layer(layer, keep_packed=True) for layer in layers]
             whole = merge(integers) if all(layer.is_integer for layer in integers) else None
             product = None if whole is None else _choose(whole, clock)
             if product is None or (target == "to_qkv" and layers[0].in_features != layers[1].in_features):

@@ -60,7 +60,7 @@ class Product(nn.Module):
         self.kernel = tuple(layer.weight.shape[2:]) if layer.is_conv else (1, 1)
         self.stride, self.padding, self.taps_dilation = layer.stride, layer.padding, layer.taps_dilation
         self.groups = layer.groups
-        self.register_buffer("weight", layer.weight.contiguous())
+        self.register_buffer("weight", layer.weight.contiguous() if layer.source is None else torch.empty(0, dtype=torch.int8))
         self.register_buffer("weight_scale", layer.weight_scale)
         self.register_buffer("bias", layer.bias)
         self.scales = self.operand.scale.tolist()

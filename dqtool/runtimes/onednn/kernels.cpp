@@ -1,7 +1,7 @@
 // Fused channels-last kernels of the `onednn` runtime: what PyTorch has no single operation for.
 //
 // Plain C interface, raw pointers, no PyTorch headers: compiles in seconds and does not depend on PyTorch's ABI. Everything
-// element-wise is portable C++ that the compiler vectorises; the int8 products need AVX512-VNNI (`dq_features` tells).
+// element-wise is portable C++ that the compiler vectorises; the int8 products need AVX512-VNNI or AVX2 (`dq_features` tells).
 //
 // Codes are unsigned bytes u = c + zp, where c is the centred code and zp a constant (128), or an 8-bit layer's zero point.
 // A product's accumulators start at -zp * sum(w), so what they hold in the end is sum(c * w), exactly.
@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 #include <omp.h>
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -166,9 +166,11 @@ void quantize_padded(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i
 
 }  // namespace
 
-// 1: AVX512-VNNI products are compiled in.
+// Bits: 1 int8 products are compiled in, 2 they are AVX512-VNNI's, which multiply any codes at one speed, and Winograd's.
 EXPORT int dq_features() {
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__)
+  return 3;
+#elif defined(__AVX2__)
   return 1;
 #else
   return 0;

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dqtool import report
 
-__all__ = ["get", "has_products", "pointer", "problem"]
+__all__ = ["get", "has_products", "has_vnni", "pointer", "problem"]
 
-SOURCES = ("kernels.cpp", "products.cpp")
+SOURCES = ("kernels.cpp", "tiles.cpp", "products.cpp", "attention.cpp", "winograd.cpp")
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -46,13 +46,17 @@ _SIGNATURES = {
     "dq_layer_norm_quantize": [_P, _P, *[_L] * 4, _F, _P, _P, _P, _P, *_QUANTIZER],
     "dq_geglu_quantize": [_P, _P, *[_L] * 3, *_QUANTIZER],
 }
+_WEIGHT = [_P, _P, _L, _I, _P]  # int8 codes, or packed words, bytes of a row, bits, zero points
 _PRODUCTS = {
-    "dq_pack": [_P, _P, _P, *[_L] * 3],
-    "dq_conv": [_P, _P, _P, _I, *[_L] * 13, _P, _F, _P, _L, _L, _P, _F, _P],
-    "dq_winograd_pack": [_P, _P, _P, *[_L] * 2],
-    "dq_winograd": [_P, _P, _P, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
+    "dq_pack": [*_WEIGHT, _P, _P, *[_L] * 3],
+    "dq_conv": [_P, _P, _P, *[_I] * 3, *[_L] * 13, _P, _F, _P, _L, _L, _P, _F, _P],
     "dq_attention": [_P, _P, _P, _P, _P, _P, *[_L] * 5, _P, _P, _P, _P, *[_L] * 3, _P],
 }
+_WINOGRAD = {
+    "dq_winograd_pack": [*_WEIGHT, _P, _P, *[_L] * 2],
+    "dq_winograd": [_P, _P, _P, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
+}
+_INTEGERS = ("dq_pack", "dq_winograd_pack")  # what returns one
 
 _problem: str | None = None
 
@@ -71,9 +75,16 @@ def problem() -> str | None:
 
 @functools.cache
 def has_products() -> bool:
-    """Whether int8 products are compiled in: the machine has AVX512-VNNI."""
+    """Whether int8 products are compiled in: the machine has AVX512-VNNI or AVX2."""
     kernels = get()
     return kernels is not None and bool(kernels.dq_features() & 1)
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether those products are AVX512-VNNI's: any codes at one speed, and Winograd transforms of narrow ones."""
+    kernels = get()
+    return kernels is not None and bool(kernels.dq_features() & 2)
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -128,11 +139,12 @@ def _compiled(compiler: str) -> Path:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.dq_features.restype = ctypes.c_int
-    signatures = {**_SIGNATURES, **(_PRODUCTS if library.dq_features() & 1 else {})}
+    features = library.dq_features()
+    signatures = {**_SIGNATURES, **(_PRODUCTS if features & 1 else {}), **(_WINOGRAD if features & 2 else {})}
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes = arguments
-        function.restype = ctypes.c_int if name == "dq_winograd_pack" else None
+        function.restype = ctypes.c_int if name in _INTEGERS else None
     return library
 
 

@@ -1,7 +1,7 @@
 """Quantized layers on integers: codes in channels-last bytes, an int8 product, a float32 result.
 
-`NativeProduct` multiplies with the compiled AVX512-VNNI kernels, `OnednnProduct` with PyTorch's oneDNN operations, which
-run everywhere on x86 and use AMX. Both give the accumulators of `nn.integer.accumulate`, exactly.
+`NativeProduct` multiplies with the compiled kernels (AVX512-VNNI or AVX2), `OnednnProduct` with PyTorch's oneDNN operations,
+which run everywhere on x86 and use AMX. Both give the accumulators of `nn.integer.accumulate`, exactly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqtool.nn.integer import IntegerLayer, Operand
+from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
+from dqtool.runtimes.onednn import library
 from dqtool.runtimes.onednn.codes import Clock, Codes, Product
 from dqtool.runtimes.onednn.library import pointer
 
@@ -24,15 +25,21 @@ WINOGRAD_BITS = 5
 
 
 class NativeProduct(Product):
-    """On the compiled kernels. Weights are packed on first use, when the size of the problem is known: 3x3 convolutions
-    of narrow codes as Winograd transforms (16 bytes for 9, 2.25x fewer products), all else as they are."""
+    """On the compiled kernels. Weights go from packed codes to the kernels' layout at once; only where a Winograd transform
+    is possible (3x3 convolutions of narrow codes on AVX512-VNNI: 16 bytes for 9, 2.25x fewer products) they wait for the
+    first use, when the size of the problem is known.
+
+    Without VNNI, codes are stored unsigned from 0 up to 2^b - 1: the smaller they are, the more sums fit 16 bits."""
+
+    stored: list[int] | None = None
 
     def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
         super().__init__(layer, clock)
         self.channel_bytes = -(-self.in_channels // 4) * 4
         geometry = (self.kernel, self.stride, self.taps_dilation)
         self.may_winograd = (
-            self.is_conv
+            library.has_vnni()
+            and self.is_conv
             and geometry == ((3, 3), (1, 1), (1, 1))
             and self.operand.signed
             and self.operand.bits <= WINOGRAD_BITS
@@ -41,8 +48,21 @@ class NativeProduct(Product):
         )
         self.winograd: bool | None = None if self.may_winograd else False
         self._held: tuple | None = None
+        self.source = layer.source
         self.register_buffer("packed", None)
         self.register_buffer("sums", None)
+        if not library.has_vnni() and self.operand.signed:
+            self.stored = self.operand.zero_point.tolist()
+        self.largest_code = 2**self.operand.bits - 1 if not library.has_vnni() else 255
+        self.largest_weight = 128
+        if not self.may_winograd:
+            self._pack(None)
+
+    def zero_point(self) -> int:
+        """See `Product.zero_point`."""
+        if self.stored is None:
+            return super().zero_point()
+        return self.stored[self.clock.row if len(self.stored) > 1 else 0]
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The convolution's own, and for Winograd one more where the output's size is odd."""
@@ -88,7 +108,7 @@ class NativeProduct(Product):
                 return out
             geometry = (n, hp, wp, cp, ho, wo, co, *self.kernel, *self.stride, *self.taps_dilation)
         kernels.dq_conv(
-            data.data_ptr(), packed, sums, self.zero_point(), *geometry, scales, scale, own, per_sample, pixels, extra,
+            data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, self.largest_weight, *geometry, scales, scale, own, per_sample, pixels, extra,
             post, out.data_ptr(),
         )  # fmt: skip
         return out
@@ -101,12 +121,18 @@ class NativeProduct(Product):
         self._held = (held, *(pointer(t) for t in held))
         return self._held
 
-    def _pack(self, codes: Codes) -> None:
+    def _pack(self, codes: Codes | None) -> None:
         kernels = self.kernels
         assert kernels is not None
         columns, ci = -(-self.out_channels // 16) * 16, self.in_channels
-        weight = self.weight.contiguous()  # a network may have been moved to channels-last as a whole
-        if self.winograd is None:
+        source = self.source
+        if source is None:
+            held = (self.weight.contiguous(),)  # a network may have been moved to channels-last as a whole
+            weight: tuple = (held[0].data_ptr(), None, 0, 8, None)
+        else:
+            held = (source.words.contiguous(), source.zero_points.contiguous())
+            weight = (None, held[0].data_ptr(), held[0].shape[1] * 4, source.bits, held[1].data_ptr())
+        if codes is not None and self.winograd is None:
             tiles = codes.shape[0] * -(-codes.shape[1] // 2) * -(-codes.shape[2] // 2)
             # Where weights outweigh activations, memory decides, and the transform is larger.
             self.winograd = columns * ci <= 1 << 19 or tiles >= 128
@@ -114,17 +140,17 @@ class NativeProduct(Product):
                 packed = torch.empty(columns * self.channel_bytes * 16, dtype=torch.int8)
                 starts = torch.empty(columns * 16, dtype=torch.int32)
                 self.winograd = bool(
-                    kernels.dq_winograd_pack(
-                        weight.data_ptr(), packed.data_ptr(), starts.data_ptr(), self.out_channels, ci
-                    )
+                    kernels.dq_winograd_pack(*weight, packed.data_ptr(), starts.data_ptr(), self.out_channels, ci)
                 )
         if not self.winograd:
             taps = self.kernel[0] * self.kernel[1]
             packed = torch.empty(columns * self.channel_bytes * taps, dtype=torch.int8)
             starts = torch.empty(columns, dtype=torch.int32)
-            kernels.dq_pack(weight.data_ptr(), packed.data_ptr(), starts.data_ptr(), self.out_channels, ci, taps)
+            self.largest_weight = kernels.dq_pack(
+                *weight, packed.data_ptr(), starts.data_ptr(), self.out_channels, ci, taps
+            )
         self.packed, self.sums = packed, starts
-        self.weight = torch.empty(0, dtype=torch.int8)
+        self.weight, self.source = torch.empty(0, dtype=torch.int8), None
 
 
 class OnednnProduct(Product):
@@ -132,7 +158,7 @@ class OnednnProduct(Product):
     CPUs without VNNI."""
 
     def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
-        super().__init__(layer, clock)
+        super().__init__(layer.unpacked(), clock)
         self.signed_offset = min(128, 2**self.operand.bits)
         self.channel_bytes = self.in_channels
         self.register_buffer("packed", None)
@@ -143,7 +169,7 @@ class OnednnProduct(Product):
         """Whether accumulators are exact on this machine: pairs of products must fit 16 bits where sums saturate."""
         assert layer.input is not None
         largest = 2 ** (layer.input.bits + 1) if layer.input.signed else 255
-        return not saturates() or 2 * largest * int(layer.weight.abs().max()) <= 32767
+        return not saturates() or 2 * largest * int(layer.unpacked().weight.abs().max()) <= 32767
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The convolution's own, in the codes: a real zero is the zero point, which may change with the step."""
@@ -224,11 +250,31 @@ def merge(layers: list[IntegerLayer]) -> IntegerLayer | None:
     biases = [
         torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.to(torch.float32) for layer in layers
     ]
+    source = _merge_packed([layer.source for layer in layers])
+    if source is None:
+        weight = torch.cat([layer.unpacked().weight for layer in layers])
+    else:
+        weight = torch.empty(source.shape, dtype=torch.int8, device="meta")
     return IntegerLayer(
         input=first.input,
-        weight=torch.cat([layer.weight for layer in layers]),
+        weight=weight,
         weight_scale=torch.cat([layer.weight_scale for layer in layers if layer.weight_scale is not None]),
         bias=None if all(layer.bias is None for layer in layers) else torch.cat(biases),
         divisor=first.divisor,
         is_conv=False,
+        source=source,
+    )
+
+
+def _merge_packed(sources: list[PackedCodes | None]) -> PackedCodes | None:
+    """Packed weights below one another; None where one is not packed or their bits differ."""
+    packed = [source for source in sources if source is not None]
+    if len(packed) < len(sources) or len({source.bits for source in packed}) > 1:
+        return None
+    rows = sum(source.shape[0] for source in packed)
+    return PackedCodes(
+        torch.cat([source.words for source in packed]),
+        torch.cat([source.zero_points for source in packed]),
+        packed[0].bits,
+        torch.Size((rows, *packed[0].shape[1:])),
     )

@@ -1,0 +1,136 @@
+// One translation unit with kernels.cpp, tiles.cpp and products.cpp, after them.
+#ifdef __AVX512VNNI__
+// Winograd F(2x2, 3x3) on integers: U = (2G) w (2G)^T, V = B^T d B, 4 y = A^T (U V) A, all exact. Needs U in int8
+// (returns 0 where it is not) and |V| <= 127, that is, codes of at most 5 bits.
+EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int bits, const uint8_t* zero_points,
+                            int8_t* packed, int32_t* starts, i64 Co, i64 Ci) {
+  Weight weight{codes, words, row_bytes, bits, zero_points};
+  i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16;
+  std::memset(starts, 0, 16 * Cop * sizeof(int32_t));
+  std::memset(packed, 0, 16 * Cop * quads * 4);
+  int ok = 1;
+#pragma omp parallel for schedule(static) reduction(min : ok)
+  for (i64 co = 0; co < Co; ++co) {
+    i64 blk = co / BLOCK, first = blk * BLOCK, width = std::min<i64>(BLOCK, Cop - first), j = co - first;
+    int8_t* base = packed + first * 16 * quads * 4;
+    const int8_t* row = weight.row(co, Ci * 9, scratch_a.get<int8_t>(Ci * 9));
+    for (i64 ci = 0; ci < Ci; ++ci) {
+      const int8_t* k = row + ci * 9;
+      int half[4][3], u[4][4];
+      for (int s = 0; s < 3; ++s) {
+        int g0 = k[s], g1 = k[3 + s], g2 = k[6 + s];
+        half[0][s] = 2 * g0, half[1][s] = g0 + g1 + g2, half[2][s] = g0 - g1 + g2, half[3][s] = 2 * g2;
+      }
+      for (int r = 0; r < 4; ++r) {
+        int g0 = half[r][0], g1 = half[r][1], g2 = half[r][2];
+        u[r][0] = 2 * g0, u[r][1] = g0 + g1 + g2, u[r][2] = g0 - g1 + g2, u[r][3] = 2 * g2;
+      }
+      for (int x = 0; x < 16; ++x) {
+        int v = u[x / 4][x % 4];
+        if (v < -128 || v > 127) ok = 0;
+        base[((x * quads + ci / 4) * width + j) * 4 + ci % 4] = static_cast<int8_t>(v);
+        starts[first * 16 + x * width + j] -= 128 * v;
+      }
+    }
+  }
+  return ok;
+}
+
+namespace {
+
+// V = B^T d B of one 4x4 tile of codes (u = c + 128), for all channels: v[x * stride + c] = V + 128.
+inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 stride) {
+  const __m512i flip = _mm512_set1_epi8(char(0x80));
+  for (i64 c = 0; c < Cp; c += 64) {
+    __mmask64 mask = Cp - c >= 64 ? ~0ull : (1ull << (Cp - c)) - 1;
+    __m512i t[4][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      __m512i d[4];
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) d[r] = _mm512_maskz_loadu_epi8(mask, in + (r * Wp + x) * Cp + c);
+      t[0][x] = _mm512_sub_epi8(d[0], d[2]);
+      t[1][x] = _mm512_add_epi8(d[1], d[2]);  // twice the offset 128: none, modulo 256
+      t[2][x] = _mm512_sub_epi8(d[2], d[1]);
+      t[3][x] = _mm512_sub_epi8(d[1], d[3]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      __m512i y[4] = {_mm512_sub_epi8(t[r][0], t[r][2]), _mm512_add_epi8(t[r][1], t[r][2]),
+                      _mm512_sub_epi8(t[r][2], t[r][1]), _mm512_sub_epi8(t[r][1], t[r][3])};
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x)
+        _mm512_mask_storeu_epi8(v + (r * 4 + x) * stride + c, mask, _mm512_xor_si512(y[x], flip));
+    }
+  }
+}
+
+}  // namespace
+
+// 3x3 convolution, stride 1, of codes with zp 128, padded so that Hp >= 2 ceil(Ho / 2) + 2 (and so for the width).
+EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* starts, i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho,
+                        i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias, i64 bias_stride,
+                        const float* residual, float post, float* out) {
+  Epilogue e{scale, input_scale * 0.25f, bias, bias_stride, residual, post};
+  i64 rows = (Ho + 1) / 2, cols = (Wo + 1) / 2, tiles = N * rows * cols;
+  i64 quads = Cp / 4, Cop = (Co + 15) / 16 * 16, blocks = (Cop + BLOCK - 1) / BLOCK;
+  int threads = omp_get_max_threads();
+  i64 most = std::max<i64>(2 * ROWS, std::min<i64>(48, 448 * 1024 / (16 * Cp) / ROWS * ROWS));
+  bool by_columns = tiles < 2 * ROWS * threads && blocks > 1;
+  i64 share = by_columns ? tiles : (tiles + threads - 1) / threads;
+  i64 passes = std::max<i64>(1, (share + most - 1) / most);
+  i64 size = ((share + passes - 1) / passes + ROWS - 1) / ROWS * ROWS;
+  i64 groups = (tiles + size - 1) / size;
+  i64 splits = by_columns ? std::min<i64>(blocks, threads) : 1;
+#pragma omp parallel for schedule(dynamic, 1) collapse(2)
+  for (i64 group = 0; group < groups; ++group)
+    for (i64 split = 0; split < splits; ++split) {
+      i64 from = group * size, count = std::min(tiles - from, size), stride = size * Cp;
+      uint8_t* v = scratch_a.get<uint8_t>(16 * stride);
+      int32_t* m = scratch_b.get<int32_t>(16 * size * BLOCK);
+      for (i64 t = 0; t < count; ++t) {
+        i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols, x = q % cols;
+        transform_input(in + ((n * Hp + 2 * y) * Wp + 2 * x) * Cp, Wp, Cp, v + t * Cp, stride);
+      }
+      for (i64 blk = split; blk < blocks; blk += splits) {
+        i64 first = blk * BLOCK, width = std::min<i64>(BLOCK, Cop - first);
+        int nb = int(width / 16);
+        for (int x = 0; x < 16; ++x) {
+          const int8_t* block = w + first * 16 * Cp + x * Cp * width;
+          const int32_t* start = starts + first * 16 + x * width;
+          for (i64 t = 0; t < count; t += ROWS) {
+            int left = int(std::min<i64>(ROWS, count - t));
+            const uint8_t* a[ROWS];
+            for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * Cp;
+            // The first tile fetches the next transform's weights: they come from memory, and each is needed once per group.
+            TILES[left - 1][nb - 1](a, 0, quads, block, start, 0, m + (x * size + t) * BLOCK, BLOCK, t ? 0 : Cp * width, 0);
+          }
+        }
+        for (i64 t = 0; t < count; ++t) {
+          i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols, x = q % cols;
+          for (int j = 0; j < nb; ++j) {
+            const int32_t* src = m + t * BLOCK + j * 16;
+            __m512i s[2][4];
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; ++c) {
+              __m512i r0 = _mm512_load_si512(src + (0 + c) * size * BLOCK), r1 = _mm512_load_si512(src + (4 + c) * size * BLOCK);
+              __m512i r2 = _mm512_load_si512(src + (8 + c) * size * BLOCK), r3 = _mm512_load_si512(src + (12 + c) * size * BLOCK);
+              s[0][c] = _mm512_add_epi32(_mm512_add_epi32(r0, r1), r2);
+              s[1][c] = _mm512_sub_epi32(_mm512_sub_epi32(r1, r2), r3);
+            }
+            __mmask16 mask = tail(Co - first - j * 16);
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; ++r) {
+              if (2 * y + r >= Ho) continue;
+              __m512i left = _mm512_add_epi32(_mm512_add_epi32(s[r][0], s[r][1]), s[r][2]);
+              __m512i right = _mm512_sub_epi32(_mm512_sub_epi32(s[r][1], s[r][2]), s[r][3]);
+              i64 pixel = (n * Ho + 2 * y + r) * Wo + 2 * x;
+              finish(_mm512_cvtepi32_ps(left), e, n, pixel, first + j * 16, Co, out, mask);
+              if (2 * x + 1 < Wo) finish(_mm512_cvtepi32_ps(right), e, n, pixel + 1, first + j * 16, Co, out, mask);
+            }
+          }
+        }
+      }
+    }
+}
+#endif  // __AVX512VNNI__
