@@ -99,20 +99,6 @@ void pack_columns(const float* x, i64 stride, i64 K, i64 live, i64 width, float 
 
 #endif
 
-void multiply_rows(const uint8_t* a, i64 lda, i64 rows, const int8_t* packed, const int32_t* starts, i64 columns, i64 quads,
-                   int32_t* c, i64 ldc, i64 group) {
-  i64 padded = (columns + 15) / 16 * 16;
-  for (i64 first = 0; first < padded; first += BLOCK) {
-    int nb = int(std::min<i64>(BLOCK, padded - first) / LANES);
-    for (i64 r = 0; r < rows; r += ROWS) {
-      int m = int(std::min<i64>(ROWS, rows - r));
-      const uint8_t* row[ROWS];
-      for (int i = 0; i < m; ++i) row[i] = a + (r + i) * lda;
-      TILES[m - 1][nb - 1](row, 0, quads, packed + first * quads * 4, starts + first, 0, c + r * ldc + first, ldc, 0, group);
-    }
-  }
-}
-
 }  // namespace
 
 // Both attention products on codes, and the softmax between them. q, k, v: [N, H, S, D] floats with strides (sample, head,

@@ -108,33 +108,33 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
 
 // Convolution of padded codes [N, Hp, Wp, Cp] with a packed weight; float32 out [N, Ho, Wo, Co]. A linear layer is a
 // convolution with N = 1, Hp = 1, Wp = rows. `largest_code` bounds what is in `in`, `largest_weight` is what `dq_pack` returned.
-EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight, i64 N, i64 Hp, i64 Wp, i64 Cp,
-                    i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx, const float* scale,
-                    float input_scale, const float* bias, i64 bias_stride, i64 bias_pixels, const float* residual, float post, float* out) {
+EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight,
+                    i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
+                    const float* scale, float input_scale, const float* bias, i64 bias_stride, i64 bias_pixels,
+                    const float* residual, float post, float* out) {
   Epilogue e{scale, input_scale, bias, bias_stride, residual, post};
   i64 group = pairs_in_16_bits(largest_code, largest_weight);
-  i64 pixels = N * Ho * Wo, quads = Cp / 4, Cop = (Co + 15) / 16 * 16, blocks = (Cop + BLOCK - 1) / BLOCK;
+  i64 pixels = N * Ho * Wo, quads = Cp / 4, Cop = (Co + 15) / 16 * 16;
   int n_taps = int(kh * kw);
   std::vector<i64> taps(n_taps);
   for (i64 r = 0; r < kh; ++r)
     for (i64 s = 0; s < kw; ++s) taps[r * kw + s] = (r * dy * Wp + s * dx) * Cp;
-  // Work is cut into (pixels x 64 columns); runs of pixels keep a block of weights in cache.
+  // Work is cut into (pixels x a stripe of columns); runs of pixels keep a stripe of weights in cache. With one tap results
+  // weigh as much as products: a wide stripe writes them in longer pieces.
+  const i64 stripe = n_taps == 1 ? WIDEST : BLOCK, stripes = (Cop + stripe - 1) / stripe;
   int threads = omp_get_max_threads();
-  i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * blocks / (4 * threads) / ROWS + 1) * ROWS));
+  i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * stripes / (4 * threads) / ROWS + 1) * ROWS));
   if (n_taps == 1) run = std::min<i64>(run, 48);
   i64 runs = (pixels + run - 1) / run;
   i64 image = Ho * Wo;
   bool parallel = pixels * Cop * Cp * n_taps > 200000;
 #pragma omp parallel for schedule(dynamic, 1) if (parallel)
-  for (i64 item = 0; item < runs * blocks; ++item) {
+  for (i64 item = 0; item < runs * stripes; ++item) {
     // Neighbouring items share pixels when weights fit the cache, else weights.
-    i64 blk = item % blocks, from = item / blocks * run;
-    i64 first = blk * BLOCK;
-    int columns = int(std::min<i64>(BLOCK, Cop - first)), nb = columns / LANES;
-    const int8_t* block = w + first * Cp * n_taps;
+    i64 left = item % stripes * stripe, right = std::min(Cop, left + stripe), from = item / stripes * run;
     i64 to = std::min(pixels, from + run);
-    alignas(64) int32_t start[BLOCK];
-    for (int j = 0; j < columns; ++j) start[j] = -zp * sums[first + j];
+    alignas(64) int32_t start[WIDEST];
+    for (i64 j = left; j < right; ++j) start[j - left] = -zp * sums[j];
     i64 n = from / image, y = from % image / Wo, x = from % Wo;
     for (i64 p = from; p < to; p += ROWS) {
       int m = int(std::min<i64>(ROWS, to - p));
@@ -149,11 +149,13 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
         }
       }
       alignas(64) int32_t acc[ROWS * BLOCK];
-      Tile run_tile = TILES[m - 1][nb - 1];
-      i64 slice = Cp * columns, ahead = p == from ? slice : 0;
-      run_tile(rows, taps[0], quads, block, start, 0, acc, BLOCK, ahead, group);
-      for (int t = 1; t < n_taps; ++t) run_tile(rows, taps[t], quads, block + t * slice, acc, BLOCK, acc, BLOCK, ahead, group);
-      for (int i = 0; i < m; ++i) finish_row(acc + i * BLOCK, nb, e, sample[i], p + i, first, Co, out);
+      for (i64 first = left; first < right; first += BLOCK) {
+        i64 columns = std::min<i64>(BLOCK, right - first), slice = Cp * columns;
+        int nb = int(columns / LANES);
+        tile_taps(m, nb, rows, taps.data(), n_taps, quads, w + first * Cp * n_taps, slice, start + first - left, acc,
+                  p == from ? slice : 0, group);
+        for (int i = 0; i < m; ++i) finish_row(acc + i * BLOCK, nb, e, sample[i], p + i, first, Co, out);
+      }
     }
   }
 }

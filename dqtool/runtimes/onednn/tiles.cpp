@@ -7,6 +7,8 @@
 #define DQ_PRODUCTS 1
 namespace {
 
+constexpr int WIDEST = 64;  // columns that one piece of work may have
+
 struct Epilogue {  // y = (acc * scale + bias + residual) * post
   const float* scale;
   float input_scale;
@@ -24,7 +26,7 @@ constexpr int LANES = 16, ROWS = 6, BLOCK = 64;  // a tile of accumulators: 6 ro
 // `start_stride` 0 gives all rows the same start. Weights `ahead` bytes further on are fetched meanwhile. Never inlined: in a larger function the accumulators lose their registers.
 template <int M, int NB>
 __attribute__((noinline)) void tile(const uint8_t* const* a, i64 offset, i64 quads, const int8_t* b, const int32_t* start,
-                                    i64 start_stride, int32_t* c, i64 stride, i64 ahead, i64) {
+                                    i64 start_stride, int32_t* c, i64 stride, i64 ahead) {
   __m512i acc[M][NB];
   const uint8_t* row[M];
 #pragma GCC unroll 8
@@ -56,7 +58,7 @@ __attribute__((noinline)) void tile(const uint8_t* const* a, i64 offset, i64 qua
     for (int j = 0; j < NB; ++j) _mm512_storeu_si512(c + i * stride + j * 16, acc[i][j]);
 }
 
-using Tile = void (*)(const uint8_t* const*, i64, i64, const int8_t*, const int32_t*, i64, int32_t*, i64, i64, i64);
+using Tile = void (*)(const uint8_t* const*, i64, i64, const int8_t*, const int32_t*, i64, int32_t*, i64, i64);
 
 constexpr Tile TILES[ROWS][4] = {
     {tile<1, 1>, tile<1, 2>, tile<1, 3>, tile<1, 4>}, {tile<2, 1>, tile<2, 2>, tile<2, 3>, tile<2, 4>},
@@ -79,6 +81,14 @@ inline void finish(__m512 acc, const Epilogue& e, i64 n, i64 pixel, i64 channel,
   _mm512_mask_storeu_ps(out + pixel * Co + channel, mask, y);
 }
 
+// All taps of one tile: `slice` bytes of weights each.
+inline void tile_taps(int m, int nb, const uint8_t* const* rows, const i64* taps, int n_taps, i64 quads, const int8_t* block,
+                      i64 slice, const int32_t* start, int32_t* acc, i64 ahead, i64) {
+  Tile run = TILES[m - 1][nb - 1];
+  run(rows, taps[0], quads, block, start, 0, acc, BLOCK, ahead);
+  for (int t = 1; t < n_taps; ++t) run(rows, taps[t], quads, block + t * slice, acc, BLOCK, acc, BLOCK, ahead);
+}
+
 // One row of finished accumulators, 16 columns at a time.
 inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 first, i64 Co, float* out) {
   for (int j = 0; j < nb; ++j)
@@ -89,129 +99,146 @@ inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64
 
 constexpr int LANES = 8, ROWS = 6, BLOCK = 16;  // a tile of accumulators: 6 rows x 2 registers of 8 columns
 
-// One tile: c[i][j] = start[i][j] + sum over channels of row i (unsigned, `a[i] + offset`) times the packed block b (signed).
-// `start_stride` 0 gives all rows the same start. Three forms of the same sums, by how many fit 16 bits.
-template <int M, int NB>
-__attribute__((noinline)) void tile_nested(const uint8_t* const* a, i64 offset, i64 quads, const int8_t* b,
-                                           const int32_t* start, i64 start_stride, int32_t* c, i64 stride, i64 group) {
-  const uint8_t* row[M];
-  for (int i = 0; i < M; ++i) {
-    row[i] = a[i] + offset;
-    for (int j = 0; j < NB; ++j)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + i * stride + j * 8),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + i * start_stride + j * 8)));
-  }
+alignas(32) const int16_t ONES[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// Four bytes at `from`, repeated, times two registers of weights. As assembly, because compilers fetch the bytes of all rows
+// first, and then the accumulators lose their registers: sixteen are just enough.
+inline void add_pairs(const uint8_t* from, __m256i w0, __m256i w1, __m256i& a0, __m256i& a1) {  // 16-bit sums
+  __m256i x, y;
+  asm("vpbroadcastd %[from], %[x]\n\tvpmaddubsw %[w0], %[x], %[y]\n\tvpaddw %[y], %[a0], %[a0]\n\t"
+      "vpmaddubsw %[w1], %[x], %[x]\n\tvpaddw %[x], %[a1], %[a1]"
+      : [a0] "+x"(a0), [a1] "+x"(a1), [x] "=&x"(x), [y] "=&x"(y)
+      : [from] "m"(*reinterpret_cast<const int32_t*>(from)), [w0] "x"(w0), [w1] "x"(w1));
+}
+
+inline void add_quads(const uint8_t* from, __m256i w0, __m256i w1, __m256i& a0, __m256i& a1) {  // 32-bit sums
+  __m256i x, y;
+  asm("vpbroadcastd %[from], %[x]\n\tvpmaddubsw %[w0], %[x], %[y]\n\tvpmaddwd %[ones], %[y], %[y]\n\tvpaddd %[y], %[a0], %[a0]\n\t"
+      "vpmaddubsw %[w1], %[x], %[x]\n\tvpmaddwd %[ones], %[x], %[x]\n\tvpaddd %[x], %[a1], %[a1]"
+      : [a0] "+x"(a0), [a1] "+x"(a1), [x] "=&x"(x), [y] "=&x"(y)
+      : [from] "m"(*reinterpret_cast<const int32_t*>(from)), [w0] "x"(w0), [w1] "x"(w1), [ones] "m"(ONES));
+}
+
+inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void store(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
+
+// A tile's accumulators have names: compilers leave arrays of them in memory.
+#define DQ_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
+
+// One tile of 16 columns: c[i] = start + sum over `n_taps` taps (bytes from a[i]) and channels of row i (unsigned) times the
+// packed block b (signed). Three forms of the same sums, by how many fit 16 bits: `group` of them are summed there, then widened.
+template <int M>
+__attribute__((noinline)) void tile_nested(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
+                                           const int32_t* start, int32_t* c, i64 stride, i64 group) {
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < 16; j += 8) store(c + i * stride + j, load(start + j));
   const __m256i ones = _mm256_set1_epi16(1);
-  for (i64 from = 0; from < quads; from += group) {
-    i64 to = std::min(quads, from + group);
-    __m256i acc[M][NB];
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < NB; ++j) acc[i][j] = _mm256_setzero_si256();
-    for (i64 k = from; k < to; ++k) {
-      __m256i w[NB];
-#pragma GCC unroll 2
-      for (int j = 0; j < NB; ++j) w[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + j * 32));
-      b += NB * 32;
-#pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) {
-        int32_t quad;
-        std::memcpy(&quad, row[i] + 4 * k, 4);
-        __m256i x = _mm256_set1_epi32(quad);
-#pragma GCC unroll 2
-        for (int j = 0; j < NB; ++j) acc[i][j] = _mm256_add_epi16(acc[i][j], _mm256_maddubs_epi16(x, w[j]));
+#define DQ_CLEAR(i) __m256i x##i = _mm256_setzero_si256(), y##i = _mm256_setzero_si256();
+  DQ_ROWS(DQ_CLEAR)
+  i64 room = group;
+  for (int t = 0; t < n_taps; ++t) {
+#define DQ_POINT(i) const uint8_t* r##i = a[i < M ? i : 0] + taps[t];
+    DQ_ROWS(DQ_POINT)
+    for (i64 k = 0; k < quads;) {
+      i64 to = std::min(quads, k + room);
+      room -= to - k;
+      for (; k < to; ++k, b += 64) {
+        __m256i w0 = load(b), w1 = load(b + 32);
+#define DQ_ADD(i) \
+  if constexpr (M > i) add_pairs(r##i + 4 * k, w0, w1, x##i, y##i);
+        DQ_ROWS(DQ_ADD)
       }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < NB; ++j) {
-        __m256i* sum = reinterpret_cast<__m256i*>(c + i * stride + j * 8);
-        _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), _mm256_madd_epi16(acc[i][j], ones)));
-      }
+      if (room && (k < quads || t + 1 < n_taps)) continue;
+      room = group;
+#define DQ_WIDEN(i)                                                                 \
+  if constexpr (M > i) {                                                            \
+    int32_t* sum = c + i * stride;                                                  \
+    store(sum, _mm256_add_epi32(load(sum), _mm256_madd_epi16(x##i, ones)));         \
+    store(sum + 8, _mm256_add_epi32(load(sum + 8), _mm256_madd_epi16(y##i, ones))); \
+    x##i = y##i = _mm256_setzero_si256();                                           \
   }
+      DQ_ROWS(DQ_WIDEN)
+    }
+  }
+#undef DQ_CLEAR
+#undef DQ_ADD
+#undef DQ_WIDEN
 }
 
 // Every pair is widened at once: fewer than four fit 16 bits.
-template <int M, int NB>
-__attribute__((noinline)) void tile_single(const uint8_t* const* a, i64 offset, i64 quads, const int8_t* b,
-                                           const int32_t* start, i64 start_stride, int32_t* c, i64 stride) {
-  const uint8_t* row[M];
-  __m256i acc[M][NB];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) {
-    row[i] = a[i] + offset;
-#pragma GCC unroll 2
-    for (int j = 0; j < NB; ++j)
-      acc[i][j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + i * start_stride + j * 8));
-  }
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (i64 k = 0; k < quads; ++k) {
-    __m256i w[NB];
-#pragma GCC unroll 2
-    for (int j = 0; j < NB; ++j) w[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + j * 32));
-    b += NB * 32;
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      int32_t quad;
-      std::memcpy(&quad, row[i] + 4 * k, 4);
-      __m256i x = _mm256_set1_epi32(quad);
-#pragma GCC unroll 2
-      for (int j = 0; j < NB; ++j)
-        acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(_mm256_maddubs_epi16(x, w[j]), ones));
+template <int M>
+__attribute__((noinline)) void tile_single(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
+                                           const int32_t* start, int32_t* c, i64 stride) {
+#define DQ_BEGIN(i) __m256i x##i = load(start), y##i = load(start + 8);
+  DQ_ROWS(DQ_BEGIN)
+  for (int t = 0; t < n_taps; ++t) {
+    DQ_ROWS(DQ_POINT)
+    for (i64 k = 0; k < quads; ++k, b += 64) {
+      __m256i w0 = load(b), w1 = load(b + 32);
+#define DQ_ADD(i) \
+  if constexpr (M > i) add_quads(r##i + 4 * k, w0, w1, x##i, y##i);
+      DQ_ROWS(DQ_ADD)
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NB; ++j) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + i * stride + j * 8), acc[i][j]);
+#define DQ_END(i) \
+  if constexpr (M > i) store(c + i * stride, x##i), store(c + i * stride + 8, y##i);
+  DQ_ROWS(DQ_END)
+#undef DQ_POINT
+#undef DQ_BEGIN
+#undef DQ_ADD
+#undef DQ_END
+#undef DQ_ROWS
 }
 
 // Both operands as 16-bit numbers, even and odd bytes apart: any codes.
-template <int M, int NB>
-__attribute__((noinline)) void tile_wide(const uint8_t* const* a, i64 offset, i64 quads, const int8_t* b,
-                                         const int32_t* start, i64 start_stride, int32_t* c, i64 stride) {
+template <int M>
+__attribute__((noinline)) void tile_wide(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
+                                         const int32_t* start, int32_t* c, i64 stride) {
   const __m256i low = _mm256_set1_epi16(0xff);
-  for (int j = 0; j < NB; ++j) {
+  for (int j = 0; j < 16; j += 8) {
     __m256i acc[M];
+    const int8_t* from = b + j * 4;
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-      acc[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + i * start_stride + j * 8));
-    for (i64 k = 0; k < quads; ++k) {
-      __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + (k * NB + j) * 32));
-      __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd = _mm256_srai_epi16(w, 8);
+    for (int i = 0; i < M; ++i) acc[i] = load(start + j);
+    for (int t = 0; t < n_taps; ++t)
+      for (i64 k = 0; k < quads; ++k, from += 64) {
+        __m256i w = load(from);
+        __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd = _mm256_srai_epi16(w, 8);
 #pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) {
-        int32_t quad;
-        std::memcpy(&quad, a[i] + offset + 4 * k, 4);
-        __m256i x = _mm256_set1_epi32(quad);
-        __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(x, low), even),
-                                       _mm256_madd_epi16(_mm256_srli_epi16(x, 8), odd));
-        acc[i] = _mm256_add_epi32(acc[i], sum);
+        for (int i = 0; i < M; ++i) {
+          int32_t quad;
+          std::memcpy(&quad, a[i] + taps[t] + 4 * k, 4);
+          __m256i x = _mm256_set1_epi32(quad);
+          __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(x, low), even),
+                                         _mm256_madd_epi16(_mm256_srli_epi16(x, 8), odd));
+          acc[i] = _mm256_add_epi32(acc[i], sum);
+        }
       }
-    }
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + i * stride + j * 8), acc[i]);
+    for (int i = 0; i < M; ++i) store(c + i * stride + j, acc[i]);
   }
 }
 
-template <int M, int NB>
-void tile(const uint8_t* const* a, i64 offset, i64 quads, const int8_t* b, const int32_t* start, i64 start_stride,
-          int32_t* c, i64 stride, i64, i64 group) {
+template <int M>
+void tile(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b, const int32_t* start, int32_t* c,
+          i64 stride, i64 group) {
   if (group >= 4)
-    tile_nested<M, NB>(a, offset, quads, b, start, start_stride, c, stride, group);
+    tile_nested<M>(a, taps, n_taps, quads, b, start, c, stride, group);
   else if (group > 0)
-    tile_single<M, NB>(a, offset, quads, b, start, start_stride, c, stride);
+    tile_single<M>(a, taps, n_taps, quads, b, start, c, stride);
   else
-    tile_wide<M, NB>(a, offset, quads, b, start, start_stride, c, stride);
+    tile_wide<M>(a, taps, n_taps, quads, b, start, c, stride);
 }
 
-using Tile = void (*)(const uint8_t* const*, i64, i64, const int8_t*, const int32_t*, i64, int32_t*, i64, i64, i64);
+using Tile = void (*)(const uint8_t* const*, const i64*, int, i64, const int8_t*, const int32_t*, int32_t*, i64, i64);
 
-// Columns come in sixteens, so a block is always two registers wide.
-constexpr Tile TILES[ROWS][2] = {{nullptr, tile<1, 2>}, {nullptr, tile<2, 2>}, {nullptr, tile<3, 2>},
-                                 {nullptr, tile<4, 2>}, {nullptr, tile<5, 2>}, {nullptr, tile<6, 2>}};
+constexpr Tile TILES[ROWS] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+
+// All taps of one tile. Columns come in sixteens, so a block is always two registers wide.
+inline void tile_taps(int m, int, const uint8_t* const* rows, const i64* taps, int n_taps, i64 quads, const int8_t* block,
+                      i64, const int32_t* start, int32_t* acc, i64, i64 group) {
+  TILES[m - 1](rows, taps, n_taps, quads, block, start, acc, BLOCK, group);
+}
 
 // One row of finished accumulators, 8 columns at a time.
 inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 first, i64 Co, float* out) {
@@ -229,6 +256,25 @@ inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64
 }
 
 #endif
+
+// Rows [rows, K] of unsigned bytes times packed columns, to c.
+inline void multiply_rows(const uint8_t* a, i64 lda, i64 rows, const int8_t* packed, const int32_t* starts, i64 columns,
+                          i64 quads, int32_t* c, i64 ldc, i64 group) {
+  i64 padded = (columns + 15) / 16 * 16;
+  for (i64 first = 0; first < padded; first += BLOCK)
+    for (i64 r = 0; r < rows; r += ROWS) {
+      int m = int(std::min<i64>(ROWS, rows - r));
+      const uint8_t* row[ROWS];
+      for (int i = 0; i < m; ++i) row[i] = a + (r + i) * lda;
+#if defined(__AVX512VNNI__)
+      int nb = int(std::min<i64>(BLOCK, padded - first) / LANES);
+      TILES[m - 1][nb - 1](row, 0, quads, packed + first * quads * 4, starts + first, 0, c + r * ldc + first, ldc, 0);
+#else
+      const i64 tap = 0;
+      TILES[m - 1](row, &tap, 1, quads, packed + first * quads * 4, starts + first, c + r * ldc + first, ldc, group);
+#endif
+    }
+}
 
 // How many pairs of products of codes up to `largest` with weights up to `weight` fit 16 bits.
 inline i64 pairs_in_16_bits(i64 largest, i64 weight) { return weight ? 32767 / (2 * largest * weight) : 1 << 20; }

@@ -103,7 +103,7 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* start
             const uint8_t* a[ROWS];
             for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * Cp;
             // The first tile fetches the next transform's weights: they come from memory, and each is needed once per group.
-            TILES[left - 1][nb - 1](a, 0, quads, block, start, 0, m + (x * size + t) * BLOCK, BLOCK, t ? 0 : Cp * width, 0);
+            TILES[left - 1][nb - 1](a, 0, quads, block, start, 0, m + (x * size + t) * BLOCK, BLOCK, t ? 0 : Cp * width);
           }
         }
         for (i64 t = 0; t < count; ++t) {
