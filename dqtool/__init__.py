@@ -19,13 +19,14 @@ __version__ = "0.1.0"
 install()
 
 
-def load(directory: str, runtime: str = "auto") -> nn.Module:
+def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.Module:
     """The quantized network of an exported directory, with the original's forward signature, in eval mode.
 
-    `runtime` is one of `dqtool.runtimes.RUNTIMES`, or `auto`: the fastest that this machine allows. Raises
+    `runtime` is one of `dqtool.runtimes.RUNTIMES`, or `auto`: the fastest that this machine allows, as far as
+    `dqtool bench` measured it; `batch` says how many samples a step will have, where that decides. Raises
     `dqtool.errors.ArtifactError` when the directory is no intact export, `UsageError` for an unknown runtime,
     `EnvironmentFault` when the one asked for can't run here.
     """
     from dqtool.runtimes import load as load_runtime
 
-    return load_runtime(directory, runtime)
+    return load_runtime(directory, runtime, batch)

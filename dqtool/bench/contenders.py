@@ -171,5 +171,6 @@ def contender_of(name: str) -> Contender:
         return CONTENDERS[name]
     from dqtool.runtimes import RUNTIMES, pick
 
-    taken = next(runtime for runtime, reason in pick() if reason is None) if name == "auto" else RUNTIMES[name]
-    return Contender(name, partial(load_runtime, runtime=name), libraries=("torch", "diffusers", taken.module))
+    taken = [RUNTIMES[name]] if name != "auto" else [runtime for runtime, reason in pick() if reason is None]
+    libraries = ("torch", "diffusers", *(runtime.module for runtime in taken))
+    return Contender(name, partial(load_runtime, runtime=name), libraries=libraries)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import save_tensors
@@ -10,23 +14,33 @@ from dqtool.core.cost import file_bytes
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, swapped
 from dqtool.models.export_layout import WEIGHTS
-from dqtool.models.families import family_of
+from dqtool.models.families import Family, family_of
 from dqtool.models.hub import quantization_config
 from dqtool.models.packed import plan_records, plans_of
+from dqtool.nn.integer import runs_as
 from dqtool.nn.surgery import state_shapes
 
 __all__ = ["prepare"]
 
 
 def prepare(distilled: Artifact) -> Exported:
-    """The distilled tensors as they are; the layers' bits stand in the `quantization_config`."""
+    """The distilled tensors as they are; the layers' bits stand in the `quantization_config`, and the manifest says of each
+    whether integer runtimes compute it in int8 (`runs`)."""
     manifest, tensors = distilled.manifest, distilled.tensors()
     config, timesteps = dict(manifest.model["config"]), len(tensors["timesteps"])
-    float_shapes = network_shapes(family_of(manifest.model["class"], distilled.given), config, manifest.layers)
+    family = family_of(manifest.model["class"], distilled.given)
+    float_shapes = network_shapes(family, config, manifest.layers)
     predicted = file_bytes(swapped(state_shapes(float_shapes, plans_of(manifest), timesteps)))
     config["quantization_config"] = quantization_config(plan_records(manifest.layers), timesteps)
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, tensors)
 
-    return Exported(config, manifest.layers, write, predicted)
+    return Exported(config, _with_runs(family, manifest.model["config"], manifest.layers), write, predicted)
+
+
+def _with_runs(family: Family, config: Mapping[str, Any], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers with `runs`: what integer runtimes compute in int8, and why not the rest."""
+    with torch.device("meta"):
+        modules = dict(family.build(config).named_modules())
+    return [{**x, "runs": runs_as(x["kind"], *x["bits"], module=modules.get(x["name"]))} for x in layers]

@@ -8,6 +8,7 @@ bits are u4 constants on disk, others int8; in memory all are int8.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +23,24 @@ from dqtool.formats import Exported, require
 from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import Family, family_of
 from dqtool.models.packed import packed_network, plans_of
+from dqtool.nn.integer import IntegerLayer, Operand
 from dqtool.nn.lowered import LoweredNetwork, Product
 
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["EXTRA", "IR", "build_ir", "compile_settings", "integer_layers", "prepare", "save_ir", "shrink_weights"]
+__all__ = [
+    "EXTRA",
+    "IR",
+    "OpenVINOProduct",
+    "build_ir",
+    "compile_settings",
+    "integer_layers",
+    "prepare",
+    "saturates",
+    "save_ir",
+    "shrink_weights",
+]
 
 EXTRA = "openvino"
 IR = "openvino_model.xml"
@@ -48,7 +61,8 @@ def prepare(distilled: Artifact) -> Exported:
     config = dict(manifest.model["config"])
     network = packed_network(manifest.model["class"], config, plans_of(manifest), distilled.tensors())
     example = family.example(config)
-    model = build_ir(network, family, example)
+    # Exact on any CPU it may be carried to. What that costs, only layers of 8 bits pay.
+    model = build_ir(network, family, example, saturating=True)
     integers = integer_layers(_compile(model, example))
     shrink_weights(model)
     layers = [{**layer, "runs": "int8" if layer["name"] in integers else "float"} for layer in manifest.layers]
@@ -59,18 +73,58 @@ def prepare(distilled: Artifact) -> Exported:
     return Exported(config, layers, write)
 
 
-class FusingProduct(Product):
-    """Group norms as multiply-adds: what follows one then fuses with it, in the layout that convolutions want."""
+class OpenVINOProduct(Product):
+    """Group norms as multiply-adds: what follows one then fuses with it, in the layout that convolutions want.
+
+    `saturating`: for CPUs whose int8 products sum pairs in 16 bits. A weight whose pairs may not fit is split into
+    `2 * half + odd`, two products that do.
+    """
 
     folds_norms = True
 
+    def __init__(self, saturating: bool = False) -> None:
+        self.saturating = saturating
 
-def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any]) -> openvino.Model:
-    """The OpenVINO model of a packed network, which is used up. `example` are arguments to trace it with."""
+    def fits(self, left: Operand, right: int) -> bool:
+        """See `Product.fits`. Signed codes are shifted by 128 on the way."""
+        largest = 128 + 2**left.bits - 1 if left.signed else 255
+        return not self.saturating or 2 * min(largest, 255) * right <= 32767
+
+    def layer(self, codes: Tensor, weight: Tensor, weight_scale: Tensor, layer: IntegerLayer) -> Tensor:
+        """See `Product.layer`."""
+        assert layer.input is not None
+        values = weight.detach().numpy()
+        if self.fits(layer.input, int(np.abs(values.astype(np.int16)).max())):
+            return super().layer(codes, weight, weight_scale, layer)
+        # Made outside of PyTorch, so that tracing sees constants.
+        half, odd = torch.from_numpy(values >> 1), torch.from_numpy(values & 1)
+        return super().layer(codes, half, weight_scale * 2, layer) + super().layer(codes, odd, weight_scale, layer)
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether OpenVINO's sums of wide codes go wrong on this CPU, as they do without VNNI. Found by trying."""
+    import openvino
+    from openvino import opset13
+
+    x = opset13.parameter([1, 64, 8, 8], np.float32)
+    bounds = [opset13.constant(np.float32(v)) for v in (0, 255, 0, 255)]
+    codes = opset13.fake_quantize(x, *bounds, 256)
+    weight = opset13.convert(opset13.constant(np.full((32, 64, 3, 3), 127, np.int8)), "f32")
+    scaled = opset13.multiply(weight, opset13.constant(np.ones((32, 1, 1, 1), np.float32)))
+    product = opset13.convolution(codes, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
+    compiled = openvino.Core().compile_model(openvino.Model([product], [x]), "CPU", compile_settings())
+    result = compiled([np.full((1, 64, 8, 8), 255, np.float32)])[0]
+    return bool((result != 255.0 * 127 * 64 * 9).any())
+
+
+def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], saturating: bool = False) -> openvino.Model:
+    """The OpenVINO model of a packed network, which is used up. `example` are arguments to trace it with; `saturating` makes
+    it exact on CPUs without VNNI too, where layers of 8 bits then take two products."""
     import openvino
 
     timesteps: Tensor = packed.timesteps  # type: ignore[assignment]
-    lowered = LoweredNetwork(packed.eval().requires_grad_(False), example, FusingProduct(), family.sample)
+    lowered = LoweredNetwork(packed.eval().requires_grad_(False), example, OpenVINOProduct(saturating), family.sample)
     tensors = traced_arguments(example)
     with torch.no_grad(), quiet_tracing():
         model = openvino.convert_model(lowered, example_input=tuple(tensors.values()))

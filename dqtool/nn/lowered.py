@@ -40,6 +40,10 @@ class Product:
 
     folds_norms = False
 
+    def fits(self, left: Operand, right: int) -> bool:
+        """Whether the engine's sums are exact for codes of `left` times int8 codes up to `right`."""
+        return True
+
     def mark(self, codes: Tensor, signed: bool) -> Tensor:
         """`codes` (integers in float) marked as int8 or uint8."""
         low, high = (-128, 127) if signed else (0, 255)
@@ -235,7 +239,12 @@ class LoweredAttention(QuantAttnProcessor):
         super().__init__(processor.bits, processor.probs_bits, processor.steps, processor.layout)
         form = integer_attention(attn)
         self.product = product
-        self.codes = {name: OperandCodes(operand, tables, product) for name, operand in form.operands.items()}
+        self.codes = {}
+        for left, right in (("q", "k"), ("probs", "v")):
+            ours = {name: form.operands[name] for name in (left, right) if name in form.operands}
+            exact = len(ours) < 2 or product.fits(ours[left], largest_code(ours[right]))
+            # In float32 these products are exact too: their sums stay below 2^24.
+            self.codes |= {name: OperandCodes(o, tables, product if exact else None) for name, o in ours.items()}
 
     def scores(self, attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
         """`q·kᵀ` on codes where both are quantized."""
@@ -353,6 +362,11 @@ def nested_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             holder = holder.setdefault(key, {})
         holder[leaf] = tensor
     return arguments
+
+
+def largest_code(operand: Operand) -> int:
+    """The largest magnitude of an operand's centred codes."""
+    return int(torch.maximum(-operand.low, operand.high).max())
 
 
 def is_signed(layer: IntegerLayer) -> bool:

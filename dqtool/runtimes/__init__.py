@@ -1,12 +1,14 @@
 """Engines that run an exported network, with one interface.
 
 A runtime is one module (or package) with `available() -> str | None`, the reason why it can't run here, and
-`load(artifact) -> nn.Module`, a network with the original's forward signature. All compute the same integers; `simulate`
+`load(artifact) -> nn.Module`, a network with the original's forward signature. An integer one has `integer_report(network)
+-> dict[str, str]` as well: "int8" or "float" for each layer and attention. All compute the same integers; `simulate`
 is the reference they are compared with. A new one is one module and one entry in `RUNTIMES`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -15,11 +17,12 @@ from typing import TYPE_CHECKING
 from dqtool import report
 from dqtool.artifacts import Artifact, open_artifact
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
+from dqtool.runtimes.choice import ORDER, order
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["RUNTIMES", "Runtime", "load", "pick"]
+__all__ = ["RUNTIMES", "Runtime", "integer_report", "load", "pick"]
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,19 @@ RUNTIMES = {
         ),
     )
 }
-"""All runtimes by the name they have on the command line, in the order `auto` tries them."""
+"""All runtimes by the name they have on the command line."""
 
 
 READERS = {"dense": ("simulate",), "openvino": ("openvino",), "onnx": (), "compressed-tensors": ()}
 """Export formats that not every runtime reads, and the runtimes that do."""
 
 
-def load(directory: str, runtime: str = "auto") -> nn.Module:
+def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.Module:
     """The network of an exported directory, verified against its manifest, ready to run.
 
-    `auto` takes the fastest runtime that this machine and this directory allow, and says which.
+    `auto` takes the fastest runtime that this machine and this directory allow, and says which: what `dqtool bench` found to
+    be the fastest here for this network (at the batch nearest to `batch`, where given), else in the order of
+    `choice.ORDER`.
 
     Raises:
         UsageError: an unknown runtime.
@@ -83,7 +88,7 @@ def load(directory: str, runtime: str = "auto") -> nn.Module:
     artifact = open_artifact(directory, ["export"])
     _check_format(artifact, runtime)
     if runtime == "auto":
-        return _load_fastest(artifact)
+        return _load_fastest(artifact, batch)
     chosen = RUNTIMES[runtime]
     reason = _unavailable(chosen)
     if reason is not None:
@@ -93,9 +98,16 @@ def load(directory: str, runtime: str = "auto") -> nn.Module:
     return _load(chosen, artifact)
 
 
-def pick() -> list[tuple[Runtime, str | None]]:
-    """All runtimes in the order `auto` tries them, each with the reason why it can't run here, or None."""
-    return [(runtime, _unavailable(runtime)) for runtime in RUNTIMES.values()]
+def pick(names: Iterable[str] = ORDER) -> list[tuple[Runtime, str | None]]:
+    """Runtimes in the order `auto` tries them, each with the reason why it can't run here, or None."""
+    return [(RUNTIMES[name], _unavailable(RUNTIMES[name])) for name in names]
+
+
+def integer_report(network: nn.Module) -> dict[str, str]:
+    """For each quantized layer and attention of a loaded network: "int8", or "float" where its products stay float. Empty
+    for `simulate`, and for `openvino` until the first step has compiled the graph."""
+    engine = RUNTIMES[str(network.runtime)].engine()
+    return engine.integer_report(network) if hasattr(engine, "integer_report") else {}
 
 
 def _check_format(artifact: Artifact, runtime: str) -> None:
@@ -117,14 +129,19 @@ def _check_format(artifact: Artifact, runtime: str) -> None:
 def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
     network = runtime.engine().load(artifact)
     network.runtime = runtime.name  # what `auto` took, for whoever reports it
+    floats = [name for name, form in integer_report(network).items() if form != "int8"]
+    if floats:
+        some = ", ".join(floats[:4]) + ", ..." * (len(floats) > 4)
+        report.say(f"{runtime.name}: the products of {len(floats)} layers and attentions stay in float: {some}")
     return network
 
 
-def _load_fastest(artifact: Artifact) -> nn.Module:
+def _load_fastest(artifact: Artifact, batch: int | None) -> nn.Module:
     readers = READERS.get(artifact.manifest.parameters["format"])
     if readers is not None:
         return load(artifact.given, readers[0])
-    for runtime, reason in pick():
+    names, why = order(artifact, batch)
+    for runtime, reason in pick(names):
         if reason is not None:
             report.say(f"runtime: not {runtime.name}, {reason}")
             continue
@@ -133,7 +150,9 @@ def _load_fastest(artifact: Artifact) -> nn.Module:
         except EnvironmentFault as e:
             report.say(f"runtime: not {runtime.name}. {e}")
             continue
-        report.say(f"runtime: {runtime.name} ({runtime.summary})")
+        report.say(
+            f"runtime: {runtime.name} ({runtime.summary}), {why if runtime.name == names[0] else 'the next best'}"
+        )
         return network
     raise AssertionError("simulate runs everywhere")
 

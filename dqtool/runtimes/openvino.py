@@ -25,16 +25,26 @@ from dqtool import report
 from dqtool.artifacts import Artifact, dqtool_version
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.formats import require
-from dqtool.formats.openvino import EXTRA, IR, TIMESTEPS, build_ir, compile_settings, save_ir, shrink_weights
+from dqtool.formats.openvino import (
+    EXTRA,
+    IR,
+    TIMESTEPS,
+    build_ir,
+    compile_settings,
+    integer_layers,
+    saturates,
+    save_ir,
+    shrink_weights,
+)
 from dqtool.models.export_layout import component_prefix, weights_file
 from dqtool.models.families import family_of
 from dqtool.models.packed import packed_network, plans_of
 from dqtool.nn.lowered import flat_arguments, nested_arguments
 from dqtool.nn.quantizers import StepIndex
 
-__all__ = ["OpenVINONetwork", "available", "load"]
+__all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of the cache's key: raise it when the graph changes."""
 
 KEPT = 2
@@ -60,6 +70,18 @@ def load(artifact: Artifact, precision: str = "f32") -> nn.Module:
     """
     require("openvino", EXTRA)
     return OpenVINONetwork(artifact, precision).eval()
+
+
+def integer_report(network: nn.Module) -> dict[str, str]:
+    """For each quantized layer and attention: "int8" or "float", as OpenVINO runs them in the graph that was used last; empty
+    before the first step."""
+    assert isinstance(network, OpenVINONetwork)
+    if not network._requests:
+        return {}
+    compiled = next(reversed(network._requests.values()))[0].get_compiled_model()
+    integers = integer_layers(compiled)
+    names = [layer["name"] for layer in network.artifact.manifest.layers]
+    return {name: "int8" if name in integers else "float" for name in names}
 
 
 class OpenVINONetwork(nn.Module):
@@ -190,7 +212,7 @@ class OpenVINONetwork(nn.Module):
         manifest = self.artifact.manifest
         state = self.artifact.tensors(file=weights_file(manifest.pipeline))
         network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
-        return build_ir(network, self.family, nested_arguments(tensors))
+        return build_ir(network, self.family, nested_arguments(tensors), saturates())
 
     def _write_ir(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir()

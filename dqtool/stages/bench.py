@@ -105,6 +105,11 @@ def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
         probes = _probes(names, subject, batches[0]) if options.memory else []
         loaded = {name: contender_of(name).load(subject) for name in names}
         speed = {batch: _time(loaded, subject, batch, options.seconds) for batch in batches}
+    from dqtool.runtimes.choice import remember
+
+    medians = {batch: {name: timing.median for name, timing in found.items()} for batch, found in speed.items()}
+    if remember(artifact, medians):
+        report.say("bench: --runtime auto will take what was fastest here for this network")
     result = {
         "command": _command(options),
         "model": _model(artifact, options),
@@ -149,6 +154,7 @@ def render(result: Mapping[str, Any]) -> list[str]:
             "",
             f"Loading and memory, each in a fresh process, caches warm, batch {result['load_batch']}; memory above the level "
             "after imports",
+            "float weights are mapped and read by the first step only, so loads compare by `with first step`",
             *_load_table(result["load"]),
         ]
     lines += [f"{name}: in memory a weight takes {form}" for name, form in result["weights_in_memory"].items()]

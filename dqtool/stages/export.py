@@ -17,7 +17,7 @@ from dqtool.stages.running import Common, Product, execute, input_artifact
 
 __all__ = ["FORMATS", "ExportOptions", "export", "network_shapes", "swapped"]
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 @dataclass(frozen=True)

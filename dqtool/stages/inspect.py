@@ -129,10 +129,11 @@ def _render_artifact(note: Mapping[str, Any]) -> list[str]:
 def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
     """The table of layers, with the columns that this stage knows, and their sums."""
     has_bits = any("bits" in layer for layer in layers)
+    has_runs = any("runs" in layer for layer in layers)
     has_scaling = any("scaling" in layer for layer in layers)
     per_layer = _per_layer(metrics, layers)
     columns = ["layer", "kind", "weight", "MACs"]
-    columns += ["bits"] * has_bits + ["unsaturated", "mean 1/s", "max s", "1/s in"] * has_scaling
+    columns += ["bits"] * has_bits + ["runs"] * has_runs + ["unsaturated", "mean 1/s", "max s", "1/s in"] * has_scaling
     columns += per_layer
     rows = []
     for layer in layers:
@@ -140,6 +141,8 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
         row: list[object] = [layer["name"], layer["kind"], _shape(layer), f"{layer['macs']:,}"]
         if has_bits:
             row.append("/".join(map(str, layer["bits"])) if "bits" in layer else None)
+        if has_runs:
+            row.append(layer.get("runs", "").partition(":")[0] or None)
         if has_scaling:
             row += (
                 [
@@ -162,9 +165,28 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{bops(plain) / 1e9:.3f} G bit operations, {bops_ratio(plain):.1f}x fewer than float32; {_shares(weights)}"
         )
+    if has_runs:
+        lines += _runs(layers)
     if has_scaling:
         lines.append(_whereabouts(layers))
     return [*lines, *table_lines(columns, rows)]
+
+
+def _runs(layers: Iterable[Layer]) -> list[str]:
+    """How many layers and attention products integer runtimes compute in int8, and why not the rest."""
+    lines = []
+    for what, kinds in (("layers", ("conv2d", "linear")), ("attention products", ("attention",))):
+        told = [layer for layer in layers if layer["kind"] in kinds and "runs" in layer]
+        if told:
+            count = sum(layer["runs"] == "int8" for layer in told)
+            lines.append(f"integer runtimes: {count} of {len(told)} {what} in int8")
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.get("runs", "int8") != "int8":
+            reasons.setdefault(layer["runs"], []).append(layer["name"])
+    return lines + [
+        f"in {reason}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for reason, names in reasons.items()
+    ]
 
 
 def _whereabouts(layers: Iterable[Layer]) -> str:

@@ -27,7 +27,7 @@ def test_graph_computes_what_the_packed_network_does(name: str, tmp_path: Path) 
     source = resolve_model(str(path))
     family, config = FAMILIES[source.class_name], source.config
     layers = [n for n, m in packed.named_modules() if isinstance(m, PackedLayer)]
-    model = build_ir(copy.deepcopy(packed), family, family.example(config))
+    model = build_ir(copy.deepcopy(packed), family, family.example(config), saturating=True)
     shrink_weights(model)
     assert [float(t) for t in model.get_rt_info(TIMESTEPS).astype(str).split()] == packed.timesteps.tolist()
     example = family.example(config, batch=2, seed=1)

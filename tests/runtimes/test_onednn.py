@@ -67,15 +67,6 @@ def engines(layer: IntegerLayer) -> list[type[Product]]:
     ]
 
 
-def accumulators(product: Product, codes: Codes) -> Tensor:
-    """What the product accumulates: its result without scales and bias."""
-    bare = copy.deepcopy(product)
-    bare.scales = [1.0] * len(bare.scales)
-    bare.weight_scale = torch.ones_like(bare.weight_scale)
-    bare.bias = None
-    return bare.multiply(codes)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_accumulators_equal_the_reference_in_every_layer_and_step(exported: dict[str, Path], bits: str) -> None:
     network = load(str(exported[bits]), "simulate")
@@ -98,7 +89,7 @@ def test_accumulators_equal_the_reference_in_every_layer_and_step(exported: dict
                 )
                 codes = integer.input.codes(x, step, channel_dim=1 if integer.is_conv else -1)
                 expected = accumulate(codes, integer)
-                assert torch.equal(accumulators(product, product.quantize(x)).to(torch.int64), expected), (name, engine)
+                assert torch.equal(product.accumulators(product.quantize(x)).to(torch.int64), expected), (name, engine)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -219,7 +210,7 @@ def test_convolutions_of_every_geometry_are_exact(co: int, ci: int, kernel: int,
         expected = accumulate(layer.input.codes(x, 0, channel_dim=1), layer)
         for engine in engines(layer):
             product = engine(layer, Clock())
-            assert torch.equal(accumulators(product, product.quantize(x)).to(torch.int64), expected), engine
+            assert torch.equal(product.accumulators(product.quantize(x)).to(torch.int64), expected), engine
 
 
 @needs_kernels
@@ -243,7 +234,7 @@ def test_grouped_convolution_is_exact() -> None:
     x = torch.randn(2, 8, 5, 5)
     product = OnednnProduct(layer, Clock())
     expected = accumulate(layer.input.codes(x, 0, channel_dim=1), layer)
-    assert torch.equal(accumulators(product, product.quantize(x)).to(torch.int64), expected)
+    assert torch.equal(product.accumulators(product.quantize(x)).to(torch.int64), expected)
 
 
 def test_bias_per_sample_residual_and_factor() -> None:

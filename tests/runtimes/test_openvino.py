@@ -16,9 +16,11 @@ import dqtool
 from dqtool.errors import ArtifactError, DqtoolWarning, EnvironmentFault, UsageError
 from dqtool.nn.integer import accumulate
 from dqtool.nn.layers import PackedLayer
-from dqtool.nn.lowered import LoweredLayer, Product, StepTables
+from dqtool.nn.lowered import LoweredLayer, StepTables
 
 openvino = pytest.importorskip("openvino")
+
+from dqtool.formats.openvino import OpenVINOProduct, saturates  # noqa: E402
 
 STEPS = 5
 
@@ -31,7 +33,8 @@ class Probe(nn.Module):
         self.tables = StepTables(network.timesteps)
         packed = {name: m for name, m in network.named_modules() if isinstance(m, PackedLayer)}
         self.names = list(packed)
-        self.layers = nn.ModuleList(LoweredLayer(m, self.tables, Product()) for m in packed.values())
+        product = OpenVINOProduct(saturates())
+        self.layers = nn.ModuleList(LoweredLayer(m, self.tables, product) for m in packed.values())
         self.tables.freeze()
 
     def forward(self, timestep: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -61,7 +61,7 @@ def test_load_and_memory_of_each_contender_but_not_of_layouts(made: Path):
     assert [row["contender"] for row in result["load"]] == ["simulate", "fp32"]
     assert all(0 < row["load"] < row["ready"] for row in result["load"])
     text = "\n".join(render(result))
-    header, _, *table = text.split("after imports\n")[1].splitlines()
+    _, header, _, *table = text.split("after imports\n")[1].splitlines()
     assert header.startswith("contender")
     assert [line.split()[0] for line in table[:2]] == ["simulate", "fp32"]
     assert "simulate: in memory a weight takes packed bits" in text

@@ -30,7 +30,7 @@ from dqtool.runtimes.onednn.blocks import fuse
 from dqtool.runtimes.onednn.codes import Clock, Product
 from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct, merge
 
-__all__ = ["available", "convert", "integer_report", "load"]
+__all__ = ["available", "choose", "convert", "integer_report", "load"]
 
 
 def available() -> str | None:
@@ -56,7 +56,10 @@ def load(artifact: Artifact) -> nn.Module:
             f"The onednn runtime can't run here: {reason}", where="--runtime", fix="Use --runtime simulate or openvino"
         )
     manifest = artifact.manifest
-    state = artifact.tensors(file=weights_file(manifest.pipeline))
+    mapped = artifact.tensors(file=weights_file(manifest.pipeline))
+    # Only packed codes stay views of the mapped file, until they are in the kernels' layout. Then the file is let go.
+    state = {name: t if name.endswith(".weight_packed") else t.clone() for name, t in mapped.items()}
+    del mapped
     return convert(packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state))
 
 
@@ -93,12 +96,13 @@ def _product(name: str, layer: PackedLayer, clock: Clock, kinds: dict[str, str])
     except TypeError:  # a geometry without integer form
         kinds[name] = "float"
         return layer
-    product = _choose(integer, clock)
+    product = choose(integer, clock)
     kinds[name] = "float" if product is None else "int8"
     return layer if product is None else product
 
 
-def _choose(layer: IntegerLayer, clock: Clock) -> Product | None:
+def choose(layer: IntegerLayer, clock: Clock) -> Product | None:
+    """The product that computes a layer exactly on this machine; None where it stays float."""
     if not layer.is_integer:
         return None
     if library.has_products() and layer.groups == 1 and not _has_amx():
@@ -119,7 +123,7 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
                 continue
             integers = [integer_layer(layer, keep_packed=True) for layer in layers]
             whole = merge(integers) if all(layer.is_integer for layer in integers) else None
-            product = None if whole is None else _choose(whole, clock)
+            product = None if whole is None else choose(whole, clock)
             if product is None or (target == "to_qkv" and layers[0].in_features != layers[1].in_features):
                 continue
             if target == "to_qkv" and getattr(attn, "is_cross_attention", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,9 @@ class Product(nn.Module):
         self.kernel = tuple(layer.weight.shape[2:]) if layer.is_conv else (1, 1)
         self.stride, self.padding, self.taps_dilation = layer.stride, layer.padding, layer.taps_dilation
         self.groups = layer.groups
-        self.register_buffer("weight", layer.weight.contiguous() if layer.source is None else torch.empty(0, dtype=torch.int8))
+        self.register_buffer(
+            "weight", layer.weight.contiguous() if layer.source is None else torch.empty(0, dtype=torch.int8)
+        )
         self.register_buffer("weight_scale", layer.weight_scale)
         self.register_buffer("bias", layer.bias)
         self.scales = self.operand.scale.tolist()
@@ -92,6 +95,13 @@ class Product(nn.Module):
         """`(product + bias + residual) * post`, float32, channels-last. `bias` `[N, C_out]` stands in for the layer's
         own; `residual` has the result's shape."""
         raise NotImplementedError
+
+    def accumulators(self, codes: Codes) -> Tensor:
+        """What the product sums up before scales and bias, as float32 (exact below 2^24). For checks: it copies the layer."""
+        bare = copy.deepcopy(self)
+        bare.scales = [1.0] * len(bare.scales)
+        bare.weight_scale, bare.bias = torch.ones_like(bare.weight_scale), None
+        return bare.multiply(codes)
 
     def zero_point(self) -> int:
         """The code of a real zero at the current step."""

@@ -1,0 +1,113 @@
+"""Whether an engine's accumulators are those of the int64 reference, for every layer and step of a packed network.
+
+Inputs are random and wide enough to meet both ends of every code range; each step of the tables is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.nn.integer import IntegerLayer, accumulate, integer_layer
+from dqtool.nn.layers import PackedLayer
+
+__all__ = ["ENGINES", "count_onednn", "count_openvino"]
+
+ROWS = 3
+SIZE = (5, 6)
+
+
+def count_onednn(network: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """(layer, accumulators compared, of them different) in the `onednn` runtime; nothing for layers that it runs in float."""
+    from dqtool.runtimes.onednn import choose
+    from dqtool.runtimes.onednn.codes import Clock
+
+    for name, form in _layers(network):
+        assert form.input is not None
+        clock = Clock()
+        product = choose(form, clock)
+        if product is None:
+            continue
+        compared = different = 0
+        for step in range(form.input.steps):
+            clock.row = step
+            x = _input(form, step)
+            expected = accumulate(form.input.codes(x, step, channel_dim=1 if form.is_conv else -1), form)
+            got = product.accumulators(product.quantize(x)).to(torch.int64)
+            compared += expected.numel()
+            different += int((got != expected).sum())
+        yield name, compared, different
+
+
+def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """The same in the `openvino` runtime, all layers as one graph, the steps along the batch. Its accumulators leave it as
+    float32, and are compared after that rounding."""
+    import openvino
+
+    from dqtool.formats.openvino import OpenVINOProduct, compile_settings, saturates
+    from dqtool.nn.lowered import LoweredLayer, StepTables
+
+    timesteps: Tensor = network.timesteps  # type: ignore[assignment]
+    steps = len(timesteps)
+    tables, product = StepTables(timesteps), OpenVINOProduct(saturates())
+    names = [name for name, _ in _layers(network)]
+    lowered = [LoweredLayer(network.get_submodule(name), tables, product) for name in names]  # type: ignore[arg-type]
+    tables.freeze()
+
+    class Probe(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables, self.layers = tables, nn.ModuleList(lowered)
+
+        def forward(self, timestep: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            self.tables.enter(timestep)
+            outputs = []
+            for layer, x in zip(lowered, inputs, strict=True):
+                ones = torch.ones(layer.weight.shape[0])
+                outputs.append(product.layer(layer.quantize(x), layer.weight, ones, layer.form))
+            self.tables.leave()
+            return tuple(outputs)
+
+    inputs = [torch.cat([_input(layer.form, step)[:1] for step in range(steps)]) for layer in lowered]
+    with torch.no_grad():
+        model = openvino.convert_model(Probe().eval(), example_input=(timesteps, *inputs))
+    compiled = openvino.Core().compile_model(model, "CPU", compile_settings())
+    results = compiled([timesteps.numpy(), *(x.numpy() for x in inputs)])
+    for index, (name, layer, x) in enumerate(zip(names, lowered, inputs, strict=True)):
+        form = layer.form
+        assert form.input is not None
+        dim = 1 if form.is_conv else -1
+        expected = torch.cat(
+            [accumulate(form.input.codes(x[t : t + 1], t, channel_dim=dim), form) for t in range(steps)]
+        )
+        if not form.input.signed:  # the engine multiplies stored codes
+            zero = form.input.zero_point.expand(steps).view(-1, *(1,) * (expected.dim() - 1)).long()
+            expected = expected + zero * form.weight_sum.view(
+                1, -1, *(1,) * (expected.dim() - 2) if form.is_conv else ()
+            )
+        got = torch.from_numpy(results[compiled.outputs[index]])
+        yield name, expected.numel(), int((got != expected.to(torch.float32)).sum())
+
+
+ENGINES = {"onednn": count_onednn, "openvino": count_openvino}
+
+
+def _layers(network: nn.Module) -> Iterator[tuple[str, IntegerLayer]]:
+    for name, module in network.named_modules():
+        if isinstance(module, PackedLayer):
+            form = integer_layer(module)
+            if form.is_integer:
+                yield name, form
+
+
+def _input(form: IntegerLayer, step: int) -> Tensor:
+    """`[ROWS, C, H, W]` or `[ROWS, 3, C]`, its codes beyond both ends of the range here and there."""
+    assert form.input is not None
+    channels = form.weight.shape[1] * form.groups
+    shape = (ROWS, channels, *SIZE) if form.is_conv else (ROWS, 3, channels)
+    generator = torch.Generator().manual_seed(step)
+    row = form.input.row(step)
+    x = torch.randn(shape, generator=generator) * float(form.input.scale[row]) * 2 ** (form.input.bits - 1)
+    return x if form.divisor is None else x * form.divisor.view(-1, *(1,) * (2 if form.is_conv else 0))

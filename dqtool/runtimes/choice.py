@@ -1,0 +1,96 @@
+"""Which runtime `auto` takes: the fastest one measured here for this network, else by the processor's instructions.
+
+`dqtool bench` times every runtime at several batches; what it found is kept in `$DQTOOL_CACHE` (default `~/.cache/dqtool`),
+per network, machine, number of threads and versions. Nothing is timed while a network loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dqtool.artifacts import Artifact, dqtool_version
+
+__all__ = ["ORDER", "order", "recall", "remember"]
+
+ORDER = ("onednn", "openvino", "simulate")
+"""Without a measurement. With AVX512-VNNI and with AVX2 alone, `onednn` was the fastest at every batch from 1 to 16
+(`dqtool bench --arch ddpm-cifar10 --runtime all`)."""
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def order(artifact: Artifact, batch: int | None = None) -> tuple[list[str], str]:
+    """(runtimes in the order to try them, why the first one is first). `batch` says how many samples a step will have."""
+    found = recall(artifact)
+    if not found:
+        return list(ORDER), "by default"
+    near = min(found, key=lambda b: abs(b - batch)) if batch is not None else min(found)
+    measured = sorted((name for name in found[near] if name in ORDER), key=lambda name: found[near][name])
+    rest = [name for name in ORDER if name not in measured]
+    return [*measured, *rest], f"the fastest that `dqtool bench` measured here at batch {near}"
+
+
+def recall(artifact: Artifact) -> dict[int, dict[str, float]]:
+    """Seconds of a step by batch and runtime, as far as they were measured here."""
+    try:
+        kept = json.loads(_file(artifact).read_text(encoding="utf-8"))
+        return {int(batch): {str(n): float(s) for n, s in times.items()} for batch, times in kept["seconds"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+
+
+def remember(artifact: Artifact, seconds: Mapping[int, Mapping[str, float]]) -> bool:
+    """Keep what was measured, if it compares two runtimes at least; whether it was kept. A cache that can't be written is
+    done without."""
+    useful = {batch: {n: s for n, s in times.items() if n in ORDER} for batch, times in seconds.items()}
+    useful = {batch: times for batch, times in useful.items() if len(times) > 1}
+    if not useful:
+        return False
+    path = _file(artifact)
+    merged: dict[str, Any] = {str(b): t for b, t in {**recall(artifact), **useful}.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"network": artifact.given, "seconds": merged}, indent=2), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        return False
+    return True
+
+
+def _file(artifact: Artifact) -> Path:
+    import torch
+
+    identity = (
+        artifact.sha256,
+        _processor(),
+        torch.get_num_threads(),
+        dqtool_version(),
+        *map(_version, ("torch", "openvino")),
+    )
+    root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool")
+    return root / "auto" / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.json"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(
+        sorted(line for line in lines if line.startswith(("model name", "flags", "Features", "cpu family")))
+    )
