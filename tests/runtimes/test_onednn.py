@@ -21,7 +21,7 @@ from dqtool.nn.quantizers import StepIndex
 from dqtool.runtimes.onednn import integer_report, library
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
 from dqtool.runtimes.onednn.blocks import NormActProduct
-from dqtool.runtimes.onednn.codes import Clock, Codes, Product
+from dqtool.runtimes.onednn.codes import Clock, Product
 from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct, merge
 
 BITS = ("4/4", "6/6", "8/8")
