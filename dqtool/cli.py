@@ -274,7 +274,11 @@ def evaluate(
     ] = None,
     output: Output = "eval.json",
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The full-precision model; left out: where it was.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The full-precision model (left out: where it was), or an exported directory in the simulate runtime.",
+        ),
     ] = None,
     metrics: Annotated[
         str | None,

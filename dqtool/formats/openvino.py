@@ -97,7 +97,7 @@ class OpenVINOProduct(Product):
         if self.fits(layer.input, int(np.abs(values.astype(np.int16)).max())):
             return super().layer(codes, weight, weight_scale, layer)
         # Made outside of PyTorch, so that tracing sees constants.
-        half, odd = torch.from_numpy(values >> 1), torch.from_numpy(values & 1)
+        half, odd = (torch.from_numpy(part) for part in (values >> 1, values & 1))
         return super().layer(codes, half, weight_scale * 2, layer) + super().layer(codes, odd, weight_scale, layer)
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest, sha256_file
-from dqtool.errors import ArtifactError, DqtoolError, UsageError
+from dqtool.errors import UsageError
 from dqtool.metrics import METRICS as IMAGE_METRICS
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.companions import companions_of_artifact
 from dqtool.models.export_layout import component_prefix
-from dqtool.models.sources import ModelSource, resolve_recorded
+from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
@@ -35,7 +35,8 @@ LAYER_SAMPLES = 256
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Options of `dqtool eval`. `samples` counts images; `reference` defaults to the model the artifact was made from."""
+    """Options of `dqtool eval`. `samples` counts images; `reference` defaults to the model the artifact was made from;
+    an exported directory stands for its samples in the `simulate` runtime."""
 
     artifact: str | None = None
     output: str = "eval.json"
@@ -79,7 +80,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     if artifact.stage in ("distill", "export"):
         check_steps(artifact, options.steps)
     metrics = chosen_metrics(options, artifact)
-    reference = find_reference(options, artifact)
+    reference = find_reference(options.reference, artifact)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     parameters = resolved(options, metrics, prompts)
     if options.correct_noise:
@@ -159,44 +160,14 @@ def image_shape(artifact: Artifact) -> tuple[Any, ...]:
     return shape if companions is None or size is None else companions.image_shape(shape)
 
 
-class NamesReference(Protocol):
-    """Options that may name the full-precision model."""
-
-    @property
-    def reference(self) -> str | None:
-        """Where it is; None: where it was."""
-
-
-def find_reference(options: NamesReference, artifact: Artifact) -> ModelSource | None:
-    """The full-precision model to compare with; None when it was not named and is no longer where it was."""
-    recorded = artifact.manifest.model
-    given = options.reference or recorded["source"]
-    try:
-        source = resolve_recorded(recorded, options.reference)
-        digest = source.sha256()
-    except DqtoolError:
-        if options.reference is not None:
-            raise
-        report.warn(f"the reference {given} is not there: figures against it are left out (name it with --reference)")
-        return None
-    if digest != recorded["source_sha256"]:
-        raise ArtifactError(
-            "The reference is not the model this artifact was made from",
-            where=f"{given} and {artifact.given}",
-            fix="Name the right one with --reference",
-        )
-    return source
-
-
 def produce(
     artifact: Artifact,
-    reference: ModelSource | None,
+    reference: Reference | None,
     metrics: tuple[str, ...],
     options: EvalOptions,
     prompts: Sequence[str] | None = None,
 ) -> Product:
     """Sample from both networks with the same seeds and compute every figure."""
-    from dqtool.models.loading import build_network, load_weights
     from dqtool.nn.surgery import steps_of
     from dqtool.stages.images import maker_of_artifact
 
@@ -209,10 +180,10 @@ def produce(
     network = network_of_artifact(artifact, options.runtime)
     float_network = None
     if reference is not None:
-        float_network = build_network(
-            manifest.model["class"], manifest.model["config"], load_weights(reference), reference.given
-        )
+        float_network = reference_network(reference, manifest.model)
     figures: dict[str, Any] = {}
+    if isinstance(reference, ExportedReference):
+        figures["reference_is"] = f"{reference.given} in the simulate runtime"
     expected = None
     needs_images = bool({"digits", "similarity", *IMAGE_METRICS} & set(metrics)) or bool(
         options.grid or options.save_samples
@@ -248,12 +219,16 @@ def produce(
         if options.grid is not None:
             from dqtool.metrics.grid import save_grid
 
-            columns = [("full precision", expected)] if expected is not None else []
+            columns = (
+                [("reference" if isinstance(reference, ExportedReference) else "full precision", expected)]
+                if expected is not None
+                else []
+            )
             save_grid([*columns, (bits_label(manifest.layers), images)], options.grid)
             figures["grid"] = {"file": os.path.basename(options.grid), "sha256": sha256_file(options.grid)}
     if "cost" in metrics:
         figures["cost"] = cost_figures(artifact)
-    if "layers" in metrics and float_network is not None:
+    if "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
         figures["layer_errors"] = layer_errors(float_network, network, maker, options)
     return Product(None, manifest.model, manifest.pipeline, manifest.layers, figures)
 
@@ -274,7 +249,7 @@ def network_of_artifact(artifact: Artifact, runtime: str) -> nn.Module:
     return teacher_of(manifest, artifact.tensors())
 
 
-def reference_images(network: nn.Module, reference: ModelSource, maker: ImageMaker, options: EvalOptions) -> Tensor:
+def reference_images(network: nn.Module, reference: Reference, maker: ImageMaker, options: EvalOptions) -> Tensor:
     """The full-precision model's images, from the cache when the same ones were made before."""
     from dqtool.models.image_cache import cached_images
     from dqtool.models.sampling import IMAGES
@@ -443,7 +418,9 @@ def tell(artifact: Artifact, figures: dict[str, Any]) -> None:
         rows.append(("bit operations (G)", f"{cost['bops'] / 1e9:.2f}", f"{cost['bops_float32'] / 1e9:.2f}"))
     label = bits_label(artifact.manifest.layers)
     count = f", {figures['samples']} images" if "samples" in figures else ""
-    report.table(f"{artifact.given}{count}", ["", label, "full precision"], rows)
+    report.table(
+        f"{artifact.given}{count}", ["", label, "reference" if "reference_is" in figures else "full precision"], rows
+    )
     worst = sorted(figures.get("layer_errors", {}).items(), key=lambda item: -item[1])[:8]
     if worst:
         report.table("Layers with the largest error", ["layer", "|y'-y|²/|y|²"], [(n, f"{e:.4f}") for n, e in worst])

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dqtool.artifacts import Artifact
-from dqtool.errors import EnvironmentFault
-from dqtool.models.sources import ModelSource
+from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.stages.eval_reference import ExportedReference, Reference
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,8 +25,14 @@ FIT_IMAGES = 64
 """Images whose sampling the statistics are taken from: none of them is judged, their noise is that of calibration."""
 
 
-def needs_reference(reference: ModelSource | None, artifact: Artifact) -> None:
-    """Raise `EnvironmentFault` where there is nothing to compare with."""
+def needs_reference(reference: Reference | None, artifact: Artifact) -> None:
+    """Raise `EnvironmentFault` where there is nothing to compare with, `UsageError` where that is quantized itself."""
+    if isinstance(reference, ExportedReference):
+        raise UsageError(
+            "Correcting the noise needs the full-precision model, and this one is quantized",
+            where=f"--correct-noise, --reference {reference.given}",
+            fix="Name the model that it was made from, or leave one of the two out",
+        )
     if reference is None:
         raise EnvironmentFault(
             "Correcting the noise needs the full-precision model, and it is not there",

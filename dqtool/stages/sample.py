@@ -9,6 +9,7 @@ from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.stages.common import Common, Execution
+from dqtool.stages.eval_reference import find_reference, reference_network
 from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.running import check_steps, set_up_torch
 
@@ -47,9 +48,7 @@ def sample(options: SampleOptions, common: Common) -> str:
     check_writable(options.output)
     reference = None
     if options.correct_noise:
-        from dqtool.stages.eval import find_reference
-
-        reference = find_reference(options, artifact)
+        reference = find_reference(options.reference, artifact)
         needs_reference(reference, artifact)
     source = {"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}
     common.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
@@ -57,7 +56,6 @@ def sample(options: SampleOptions, common: Common) -> str:
         return options.output
     set_up_torch(common.device)
     from dqtool.metrics.grid import save_grid
-    from dqtool.models.loading import build_network, load_weights
     from dqtool.runtimes import load
     from dqtool.stages.eval import bits_label
     from dqtool.stages.images import maker_of_artifact
@@ -68,8 +66,7 @@ def sample(options: SampleOptions, common: Common) -> str:
     )
     network = load(options.directory, options.runtime)
     if reference is not None:
-        recorded = artifact.manifest.model
-        exact = build_network(recorded["class"], recorded["config"], load_weights(reference), reference.given)
+        exact = reference_network(reference, artifact.manifest.model)
         correction = fitted(network, exact, maker, options.seed, min(FIT_IMAGES, options.batch_size))
         maker = with_correction(maker, correction)
     images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 import dqtool
 from dqtool import runtimes
+from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.nn.integer import runs_as
 from dqtool.runtimes import onednn
 
 
@@ -67,3 +70,39 @@ def test_every_runtime_documents_itself() -> None:
         assert runtime.name == name
         assert runtime.summary and runtime.weights_in_memory
         assert {"available", "load"} <= set(runtime.engine().__all__)
+
+
+def test_a_missing_extra_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EnvironmentFault, match=r"pip install \"dqtool\[openvino\]\"") as caught:
+        dqtool.load(str(made / "exported"), "openvino")
+    assert caught.value.exit_code == 4
+
+
+def test_an_unsupported_layer_stays_float_and_is_named(made: Path, capsys: pytest.CaptureFixture) -> None:
+    network = dqtool.load(str(made / "exported"), "simulate")
+    layer = network.mid_block.resnets[0].conv1
+    layer.padding = "same"  # what a convolution with another padding mode looks like here
+    x = torch.randn(1, 1, 8, 8)
+    expected = network(x, 0).sample
+    engine = onednn.convert(network)
+    engine.runtime = "onednn"
+    assert runtimes.integer_report(engine)["mid_block.resnets.0.conv1"] == "float"
+    assert (engine(x, 0).sample - expected).norm() < 0.1 * expected.norm()
+
+
+def test_the_manifest_tells_what_runs_in_integers() -> None:
+    reflecting = torch.nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
+    assert runs_as("conv2d", 4, 4, torch.nn.Conv2d(2, 2, 3, padding=1)) == "int8"
+    assert "padding 'reflect'" in runs_as("conv2d", 4, 4, reflecting)
+    assert "inputs are not quantized" in runs_as("linear", 4, 16)
+    assert "weights and inputs are not quantized" in runs_as("linear", 16, 16)
+    assert runs_as("attention", 8, 4) == "int8"
+    assert "not quantized" in runs_as("attention", 16, 16)
+
+
+def test_reports_of_loaded_networks(made: Path) -> None:
+    network = dqtool.load(str(made / "exported"), "onednn")
+    names = {layer["name"] for layer in open_artifact(made / "exported").manifest.layers}
+    assert set(runtimes.integer_report(network)) == names
+    assert runtimes.integer_report(dqtool.load(str(made / "exported"), "simulate")) == {}

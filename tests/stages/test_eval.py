@@ -51,6 +51,17 @@ def test_metrics_can_be_chosen(made: Path, tmp_path: Path) -> None:
     assert set(found) == {"cost"}
 
 
+def test_a_runtime_is_compared_with_the_simulation_of_a_directory(made: Path, tmp_path: Path) -> None:
+    directory = str(made / "exported")
+    options = EvalOptions(directory, str(tmp_path / "e.json"), directory, samples=3, runtime="onednn")
+    found = json.loads(Path(evaluate(options, QUIET)).read_text())["metrics"]
+    assert found["reference_is"] == f"{directory} in the simulate runtime"
+    assert found["psnr"]["mean"] > 20
+    assert "layer_errors" not in found
+    same = EvalOptions(directory, str(tmp_path / "s.json"), directory, samples=3, metrics=("similarity",))
+    assert json.loads(Path(evaluate(same, QUIET)).read_text())["metrics"]["psnr"]["mean"] > 90
+
+
 def test_another_model_is_no_reference(made: Path, tmp_path: Path) -> None:
     from helpers import tiny_pipeline
 
