@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons, by the targets' names: recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 $(RECIPES) full-size published
+.PHONY: setup demo test report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers $(RECIPES) full-size published
 
 setup: $(VENV)/.done
 
@@ -80,6 +80,10 @@ bench-sd14: setup
 
 bench-dit-xl2: setup
 	$(call bench,--arch dit-xl2 --against fp32$(,)bf16$(,)nncf-int8 --seconds 60)
+
+# Accumulators of the integer runtimes against int64, every layer and step of zoo:digits-ddpm: recipes/results/same-integers.md.
+same-integers: setup
+	$(BIN)/python recipes/same_integers.py
 
 # Every published architecture at full size with random weights through the chain: recipes/results/full-size.md (needs 24 GiB).
 full-size: setup
