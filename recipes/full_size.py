@@ -43,9 +43,14 @@ def write_model(name: str, directory: Path) -> None:
             state[key] = torch.randn(like.shape) / like[0].numel() ** 0.5
         else:
             state[key] = torch.full(like.shape, float("norm" in key and key.endswith("weight")))
-    directory.mkdir()
+    directory.mkdir(parents=True)
     save_file(state, directory / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(arch.network_config()))
+
+
+def written_model(name: str, directory: Path) -> None:
+    """`write_model` in a process of its own, whose memory is free again before a stage's is measured."""
+    subprocess.run([sys.executable, __file__, "--write", name, str(directory)], check=True)
 
 
 def stage(*arguments: str, cwd: Path) -> tuple[float, float]:
@@ -82,7 +87,7 @@ def measure(name: str) -> dict:
     block = BLOCK.get(arch.class_name, DEFAULT_BLOCK)
     with tempfile.TemporaryDirectory(prefix="dqtool-full-size-") as folder:
         work = Path(folder)
-        write_model(name, work / "model")
+        written_model(name, work / "model")
         commands = {
             "dilate": ("dilate", "model"),
             "calibrate": ("calibrate", "--steps", "2", "--samples", "2", "--batch-size", "1"),
@@ -136,6 +141,8 @@ def main() -> None:
     """Measure the models named, or all."""
     from dqtool.models.architectures import ARCHITECTURES, architecture
 
+    if sys.argv[1:2] == ["--write"]:
+        return write_model(sys.argv[2], Path(sys.argv[3]))
     names = sys.argv[1:] or list(ARCHITECTURES)
     for name in names:
         architecture(name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import file_tensor
+from dqtool.core.device import beside, place
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.models.companion_files import CARD, companion_files
 from dqtool.models.sources import ModelSource
@@ -128,18 +129,19 @@ class Companions:
                 )
             except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as e:
                 raise ArtifactError(f"The pipeline's text models can't be loaded: {e}", where="text_encoder") from e
-            yield pipeline
+            yield place(pipeline)
 
     def decoder(self) -> Callable[[Tensor], Tensor] | None:
-        """Latents `[N, C, H, W]` to images in [-1, 1]; None for a pipeline on pixels."""
+        """Latents `[N, C, H, W]` to images in [-1, 1], on the decoder's device; None for a pipeline on pixels."""
         if self.decoder_name is None:
             return None
         import torch
 
-        vae = self.load(self.decoder_name)
+        vae = place(self.load(self.decoder_name))
         scale, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
 
         def decode(latents: Tensor) -> Tensor:
+            latents = beside(vae, latents)
             part = max(1, 65536 // latents[0, 0].numel())
             with torch.no_grad():
                 images = [vae.decode(z / scale + shift, return_dict=False)[0] for z in latents.split(part)]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.core.device import main_memory
 from dqtool.errors import UsageError
 from dqtool.models.prompts import PROMPTS
 
@@ -191,9 +192,9 @@ def text_conditions(
     with companions.text_pipeline() as pipeline, torch.no_grad():
         for start in range(0, len(prompts), TOGETHER):
             given, null = encode(pipeline, prompts[start : start + TOGETHER])
-            parts.append(given)
+            parts.append(main_memory(given))
     if guidance > 1:
-        parts.append(null)
+        parts.append(main_memory(null))
     table = {name: torch.cat([part[name] for part in parts]).float().contiguous() for name in parts[0]}
     if digits is not None:
         digits = torch.cat([digits[chosen], torch.tensor([-1] * (guidance > 1), dtype=digits.dtype)])

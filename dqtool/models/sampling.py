@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqtool.core.device import beside
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.families import Family
 from dqtool.models.noise_correction import NoiseCorrection, noise_scale, response
@@ -114,7 +115,7 @@ class Sampler:
         observer: Observer | None = None,
         null: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape.
+        """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device.
 
         With guidance above 1, `null` is the condition of none, `[1, ...]` each, and every call of the network is for
         `2 N` inputs: without condition, then with it.
@@ -124,6 +125,7 @@ class Sampler:
         """
         scheduler = self._fresh()
         guided = self.guidance > 1 and null is not None
+        noise, conditions, null = beside(model, (noise, dict(conditions), None if null is None else dict(null)))
         if guided and null is not None:
             conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}
         generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -56,7 +56,7 @@ def attach(network: nn.Module, groups: Iterable[Sequence[str]], shifts: Mapping[
         for layer in layers:
             assert isinstance(layer, FakeQuantLayer)
             assert layer.dilation is not None
-            learned = learned or LearnedScaling(layer.dilation.numel(), names[0] in shifts)
+            learned = learned or LearnedScaling(layer.dilation.numel(), names[0] in shifts).to(layer.weight.device)
             layer.learned = learned
 
 

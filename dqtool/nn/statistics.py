@@ -44,7 +44,7 @@ class _Recorder:
         lo, hi = self.ranges[name].unbind(1)
         width = ((hi - lo) / BINS).clamp(min=torch.finfo(rows.dtype).tiny)
         bins = ((rows - lo[:, None]) / width[:, None]).long().clamp_(0, BINS - 1)
-        bins += torch.arange(len(rows))[:, None] * BINS
+        bins += torch.arange(len(rows), device=rows.device)[:, None] * BINS
         counts = torch.bincount(bins.flatten(), minlength=len(rows) * BINS).view(len(rows), BINS)
         self.counts[name] = self.counts.get(name, 0) + counts
 
@@ -104,6 +104,7 @@ def collect(
                 divisor: Tensor | None = divisor,
             ) -> None:
                 x = args[0]
+                divisor = None if divisor is None else divisor.to(x.device)
                 if not recorder.counting:
                     recorder.see_channels(name, x, channel_dim)
                 recorder.see(name, (x if divisor is None else x / divisor).reshape(1, -1))
@@ -118,8 +119,8 @@ def collect(
             recorder.counting = True
             run()
             for name in recorder.ranges:
-                ranges.setdefault(name, []).append(recorder.ranges[name])
-                counts.setdefault(name, []).append(recorder.counts[name])
+                ranges.setdefault(name, []).append(recorder.ranges[name].cpu())
+                counts.setdefault(name, []).append(recorder.counts[name].cpu())
     finally:
         for handle in handles:
             handle.remove()
@@ -132,7 +133,7 @@ def collect(
         result[f"{name}.histogram"] = histogram if name in attention else histogram[:, 0]
         result[f"{name}.range"] = span if name in attention else span[:, 0]
         if name in recorder.channels:
-            result[f"{name}.channel_range"] = recorder.channels[name]
+            result[f"{name}.channel_range"] = recorder.channels[name].cpu()
     return result
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import search_weight
 from dqtool.core.bits import FLOAT_BITS, LayerBits
+from dqtool.core.device import device_of
 from dqtool.errors import UsageError
 from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_bits, operand_state, operands_shapes
 from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
@@ -108,7 +109,7 @@ def insert_fake(
             continue
         layer = fake_layer(module, plan.bits, steps)
         if plan.info.name in dilation:
-            layer.dilation = dilation[plan.info.name].detach().clone()
+            layer.dilation = dilation[plan.info.name].detach().to(layer.weight.device, copy=True)
         _replace(model, plan.info.name, layer)
     return steps
 
@@ -190,6 +191,7 @@ def assign_tables(model: nn.Module, plans: Sequence[LayerPlan], tables: Mapping[
 
     Each value is (scale, zero point), `[T]` or `[T, H]`. Layers that share an input get the same parameters.
     """
+    device = device_of(model)
     for plan in plans:
         module = model.get_submodule(plan.info.name)
         if plan.info.kind == "attention":
@@ -197,17 +199,17 @@ def assign_tables(model: nn.Module, plans: Sequence[LayerPlan], tables: Mapping[
                 key = f"{plan.info.name}.{operand}"
                 if key in tables:
                     scale, zero_point = tables[key]
-                    setattr(module, f"{operand}_scale", nn.Parameter(scale.clone()))
+                    setattr(module, f"{operand}_scale", nn.Parameter(scale.to(device, copy=True)))
                     if has_zero_point(operand, operand_bits(operand, plan.bits.input, plan.bits.weight)):
-                        setattr(module, f"{operand}_zero_point", nn.Parameter(zero_point.clone()))
+                        setattr(module, f"{operand}_zero_point", nn.Parameter(zero_point.to(device, copy=True)))
         elif plan.bits.quantizes_input:
             if plan.info.shares is not None:
                 owner = model.get_submodule(plan.info.shares)
                 module.input_scale, module.input_zero_point = owner.input_scale, owner.input_zero_point
             else:
                 scale, zero_point = tables[plan.info.name]
-                module.input_scale = nn.Parameter(scale.clone())
-                module.input_zero_point = nn.Parameter(zero_point.clone())
+                module.input_scale = nn.Parameter(scale.to(device, copy=True))
+                module.input_zero_point = nn.Parameter(zero_point.to(device, copy=True))
 
 
 def initialise_weights(model: nn.Module) -> None:
@@ -220,7 +222,7 @@ def initialise_weights(model: nn.Module) -> None:
 
 def _attach_steps(model: nn.Module, timesteps: Tensor) -> StepIndex:
     steps = StepIndex(timesteps if timesteps.device.type != "meta" else torch.zeros(len(timesteps)))
-    model.register_buffer("timesteps", timesteps.detach().to(torch.float32).clone())
+    model.register_buffer("timesteps", timesteps.detach().to(device_of(model), torch.float32, copy=True))
     model.__dict__["_dqtool_steps"] = steps  # plain attribute: shared with the layers, not a module's state
     model.register_forward_pre_hook(step_hook, with_kwargs=True)
     return steps

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.bits import parse_bits, parse_keep
+from dqtool.core.device import place
 from dqtool.core.dilation import spread
 from dqtool.models.companions import companions_of_artifact
 from dqtool.models.conditioning import Conditions, Request
@@ -62,7 +63,8 @@ def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
     for name, scale in dilation.items():
         weight = state[f"{name}.weight"]
         state[f"{name}.weight"] = weight / spread(scale, weight, groups[name])
-    return build_network(manifest.model["class"], manifest.model["config"], state, "teacher")
+    # Shared, not copied: nobody writes into the teacher, and a large network should be in memory once.
+    return place(build_network(manifest.model["class"], manifest.model["config"], state, "teacher", share=True))
 
 
 def student_of(
@@ -70,7 +72,10 @@ def student_of(
 ) -> tuple[nn.Module, list[LayerPlan]]:
     """The trainable quantized network of a calibrated artifact, its quantizers initialised (PTQ)."""
     state, dilation = split_dilated(tensors)
-    network = build_network(manifest.model["class"], manifest.model["config"], state, "student")
+    # The layers that are quantized below copy their weights; what stays as it is may be views of the artifact's file.
+    copied = {f"{info.name}.{leaf}" for info in layer_infos(manifest.layers) for leaf in ("weight", "bias")}
+    state = {name: value if name in copied else value.clone() for name, value in state.items()}
+    network = place(build_network(manifest.model["class"], manifest.model["config"], state, "student", share=True))
     plans = assign_bits(
         layer_infos(manifest.layers),
         parse_bits(options.bits),

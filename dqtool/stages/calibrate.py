@@ -233,6 +233,7 @@ def record(
     """
     import torch
 
+    from dqtool.core.device import main_memory
     from dqtool.models.sampling import CALIBRATION
 
     steps, halves = len(timesteps), 1 + conditions.guided
@@ -247,7 +248,7 @@ def record(
         def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
             row = row_of[float(timestep)]
             # [n, halves, ...]: a point's inputs beside each other.
-            pools[row].append(torch.stack(x.chunk(halves), 1))
+            pools[row].append(main_memory(torch.stack(x.chunk(halves), 1)))
             owners[row].append(torch.arange(done, done + len(x) // halves))
             progress.advance()
 

@@ -146,6 +146,7 @@ def check_samples(wanted: int | None, manifest: Manifest) -> None:
 def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace) -> Product:
     """Initialise, train, pack."""
     from dqtool.core.allocator import return_freed_memory
+    from dqtool.core.device import main_memory
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
@@ -199,7 +200,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
             "training_cpu_seconds": time.process_time() - cpu,
             **memory.figures(),
         }
-    state = packed_state(student)
+    state = main_memory(packed_state(student))
     folded = fold_packed(manifest, state)
     layers = [
         record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated and plan.info.name not in folded}

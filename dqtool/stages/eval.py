@@ -235,15 +235,21 @@ def produce(
 
 def network_of_artifact(artifact: Artifact, runtime: str) -> nn.Module:
     """The network of an artifact of any stage."""
+    from dqtool.core.device import place
+
     manifest = artifact.manifest
     if artifact.stage == "export":
         from dqtool.runtimes import load
 
-        return load(artifact.given, runtime)
+        network = load(artifact.given, runtime)
+        return place(network) if runtime == "simulate" else network
     if artifact.stage == "distill":
         from dqtool.models.packed import packed_network, plans_of
 
-        return packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), artifact.tensors())
+        packed = packed_network(
+            manifest.model["class"], manifest.model["config"], plans_of(manifest), artifact.tensors()
+        )
+        return place(packed)
     from dqtool.stages.artifact_models import teacher_of
 
     return teacher_of(manifest, artifact.tensors())

@@ -72,10 +72,11 @@ def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
 
 
 def reference_network(reference: Reference, model: Mapping[str, Any]) -> nn.Module:
-    """Its network; `model` is the artifact's entry in the manifest."""
+    """Its network, where this process computes; `model` is the artifact's entry in the manifest."""
+    from dqtool.core.device import place
     from dqtool.models.loading import build_network, load_weights
     from dqtool.runtimes import load
 
     if isinstance(reference, ExportedReference):
-        return load(reference.given, "simulate")
-    return build_network(model["class"], model["config"], load_weights(reference), reference.given)
+        return place(load(reference.given, "simulate"))
+    return place(build_network(model["class"], model["config"], load_weights(reference), reference.given))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.artifacts import Artifact
+from dqtool.core.device import main_memory
 from dqtool.models.companions import Companions, companions_of_artifact, companions_of_source
 from dqtool.models.conditioning import Conditions, Request
 from dqtool.models.families import family_of
@@ -40,7 +41,7 @@ class ImageMaker:
                 network, self.shape, count, seed, batch_size, self.conditions.given, null=self.conditions.null
             ):
                 images = x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x)
-                batches.append(images)
+                batches.append(main_memory(images))
                 progress.advance(len(images))
         return torch.cat(batches)
 

@@ -158,7 +158,7 @@ def execute(
         return note(cached=True)
     with lock(output):
         start = time.perf_counter()
-        threads = set_up_torch(common.device)
+        threads, device = set_up_torch(common.device)
         product = produce(key)
         manifest = Manifest(
             stage=stage,
@@ -169,7 +169,7 @@ def execute(
             parameters=parameters,
             layers=product.layers,
             metrics=product.metrics,
-            environment=environment("cpu", threads),
+            environment=environment(device, threads),
             seconds=round(time.perf_counter() - start, 3),
         )
         if product.build is not None:
@@ -186,20 +186,18 @@ def execute(
     return note(cached=False)
 
 
-def set_up_torch(device: str) -> int:
-    """Deterministic algorithms; returns the number of threads.
+def set_up_torch(device: str) -> tuple[int, str]:
+    """Deterministic algorithms on that device; returns the number of threads and the device's name.
 
     Raises:
-        EnvironmentFault: a CUDA device is asked for; so far everything is computed on the CPU.
+        EnvironmentFault: there is no such device here.
     """
     from dqtool.core.allocator import keep_freed_memory
+    from dqtool.core.device import choose_device
 
     keep_freed_memory()
     import torch
 
-    if device.startswith("cuda"):
-        raise EnvironmentFault(
-            f"This version computes on the CPU only, not on {device}", fix="Use --device cpu or auto"
-        )
+    chosen = choose_device(device)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.get_num_threads()
+    return torch.get_num_threads(), str(chosen)

@@ -55,6 +55,7 @@ def sample(options: SampleOptions, common: Common) -> str:
     if common.dry_run:
         return options.output
     set_up_torch(common.device)
+    from dqtool.core.device import place
     from dqtool.metrics.grid import save_grid
     from dqtool.runtimes import load
     from dqtool.stages.eval import bits_label
@@ -65,6 +66,8 @@ def sample(options: SampleOptions, common: Common) -> str:
         artifact, options.number, options.seed, options.steps, guidance=options.guidance, prompts=prompts
     )
     network = load(options.directory, options.runtime)
+    if options.runtime == "simulate":
+        network = place(network)
     if reference is not None:
         exact = reference_network(reference, artifact.manifest.model)
         correction = fitted(network, exact, maker, options.seed, min(FIT_IMAGES, options.batch_size))

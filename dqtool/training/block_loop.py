@@ -193,7 +193,7 @@ def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
     """Mean squared error of a block's output against `target[rows]`; of one with several outputs (text and image
     streams) the mean over them."""
     losses = [
-        F.mse_loss(y, wanted[rows])
+        F.mse_loss(y, wanted[rows].to(y.device))
         for y, wanted in zip(tree_leaves(output), tree_leaves(target), strict=True)
         if isinstance(y, Tensor)
     ]

@@ -21,8 +21,9 @@ class LowRank(WeightAdapter):
         rows, columns = layer.weight.shape[0], layer.weight[0].numel()
         rank = min(rank, rows, columns)
         bound = 1 / math.sqrt(columns)  # Kaiming's uniform bound with a = sqrt(5), as in the LoRA paper's code
-        self.down = nn.Parameter((torch.rand(rank, columns, generator=generator) * 2 - 1) * bound)
-        self.up = nn.Parameter(torch.zeros(rows, rank))
+        drawn = (torch.rand(rank, columns, generator=generator) * 2 - 1) * bound
+        self.down = nn.Parameter(drawn.to(layer.weight.device))
+        self.up = nn.Parameter(layer.weight.new_zeros(rows, rank))
 
     def weight(self, layer: FakeQuantLayer) -> Tensor:
         """The float weight with its update."""

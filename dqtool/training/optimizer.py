@@ -126,7 +126,7 @@ class _Group:
         self.flat = self._cat([p.detach() for p in self.parameters])
         self.rate = self._cat([torch.full_like(p.detach(), rate) for p, rate in items])
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        self.count = torch.zeros(self.flat.shape[0], 1) if rows else torch.zeros(1)
+        self.count = self.flat.new_zeros(self.flat.shape[0], 1) if rows else self.flat.new_zeros(1)
         offset = 0
         for parameter in self.parameters:
             width = parameter[0].numel() if rows else parameter.numel()
@@ -145,9 +145,9 @@ class _Group:
         grad = self._cat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
         if self.relative:
             grad = grad.mul_(self.flat)
-        mask = torch.ones(1)
+        mask = self.flat.new_ones(1)
         if self.rows:
-            mask = (present if len(self.flat) > 1 else present.any()[None]).to(self.flat.dtype)[:, None]  # [T, 1]
+            mask = (present if len(self.flat) > 1 else present.any()[None]).to(self.flat)[:, None]  # [T, 1]
         self.count += mask
         beta1, beta2 = BETAS
         self.mean += (grad - self.mean).mul_((1 - beta1) * mask)

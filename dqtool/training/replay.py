@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from dqtool.core.device import device_of
 from dqtool.nn.trace import Trace
 
 __all__ = ["BlockInputs", "Replay"]
@@ -62,12 +63,12 @@ class BlockInputs:
     """The arguments of one block on all samples: what belongs to a sample as `[N, ...]`, all else (positions that every
     sample shares, for one) as the network passed it; `owned` says which is which."""
 
-    def __init__(self, structure: Any, leaves: list[Any], owned: list[bool]) -> None:
-        self.structure, self.leaves, self.owned = structure, leaves, owned
+    def __init__(self, structure: Any, leaves: list[Any], owned: list[bool], device: torch.device) -> None:
+        self.structure, self.leaves, self.owned, self.device = structure, leaves, owned, device
 
     def batch(self, rows: Tensor | slice) -> tuple[tuple, dict[str, Any]]:
-        """`args, kwargs` for these samples."""
-        picked = [x[rows] if own else x for x, own in zip(self.leaves, self.owned, strict=True)]
+        """`args, kwargs` for these samples, where the network computes."""
+        picked = [x[rows].to(self.device) if own else x for x, own in zip(self.leaves, self.owned, strict=True)]
         return tree_unflatten(picked, self.structure)
 
 
@@ -93,6 +94,7 @@ class Replay:
         self._cache: dict[str, Any] = {}
         self._shapes: dict[str, Any] = {}
         self._store = Store(budget_bytes)
+        self._device = device_of(model)
 
     def inputs(self, index: int) -> BlockInputs:
         """Arguments of block `index` on all samples, given the outputs of all earlier blocks."""
@@ -141,7 +143,7 @@ class Replay:
                 handle.remove()
         if gathered is None:
             raise RuntimeError(f"block {name} was not reached")
-        return BlockInputs(structure, gathered, owned)
+        return BlockInputs(structure, gathered, owned, self._device)
 
     def outputs(self, index: int, inputs: BlockInputs, select: Callable[[slice], None] = lambda rows: None) -> Any:
         """The block's outputs on all samples, `[N, ...]` (or several such, as it returns them); `select` is told the
@@ -187,10 +189,14 @@ class Replay:
         """The cached output of a finished block for the rows in flight, or zeros of its shape if nobody reads it."""
         held = self._cache[name]
         if held is not None:
-            return tree_map(lambda x: x[self._rows] if isinstance(x, Tensor) else x, held)
+            return tree_map(lambda x: x[self._rows].to(self._device) if isinstance(x, Tensor) else x, held)
         size = self._rows.stop - self._rows.start
         return tree_map(
-            lambda x: torch.zeros((), dtype=x.dtype).expand(size, *x.shape[1:]) if isinstance(x, Tensor) else x,
+            lambda x: (
+                torch.zeros((), dtype=x.dtype, device=self._device).expand(size, *x.shape[1:])
+                if isinstance(x, Tensor)
+                else x
+            ),
             self._shapes[name],
         )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dqtool.core.device import beside
 from dqtool.errors import ArtifactError
 from dqtool.models.amendments import amend
 from dqtool.models.conditioning import Conditions, Request, random_conditions
@@ -77,8 +78,9 @@ class Family(ABC):
         return {self.sample: x, "timestep": timestep, **conditions}
 
     def predict(self, model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """The network's prediction: shaped like `x`, or with twice the channels where it learned its variance too."""
-        return model(**self.arguments(x, timestep, conditions), return_dict=False)[0]
+        """The network's prediction: shaped like `x`, or with twice the channels where it learned its variance too, and
+        on the network's device, wherever what it is given is."""
+        return model(**beside(model, self.arguments(x, timestep, conditions)), return_dict=False)[0]
 
     def example(self, config: Mapping[str, Any], batch: int = 1, seed: int = 0) -> dict[str, Any]:
         """Arguments for one forward on random input, to trace and to compare networks with."""

@@ -65,7 +65,7 @@ class Flux(Family):
         else:
 
             def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-                given, pooled, _ = pipeline.encode_prompt(prompts, None, device="cpu")
+                given, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device)
                 return {"encoder_hidden_states": given, "pooled_projections": pooled}, {}
 
             found = text_conditions(plain, companions, 1.0, encode)

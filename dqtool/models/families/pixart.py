@@ -51,7 +51,7 @@ class PixArt(Family):
         height = companions.image_shape(self.sample_shape(config))[1]
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            given, mask, without, no_mask = pipeline.encode_prompt(prompts, device="cpu")
+            given, mask, without, no_mask = pipeline.encode_prompt(prompts, device=pipeline.device)
             return (
                 {"encoder_hidden_states": given, "encoder_attention_mask": mask.float()}
                 | _sizes(config, len(prompts), height),

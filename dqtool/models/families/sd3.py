@@ -48,7 +48,7 @@ class SD3(Family):
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             # Without a T5 the pipeline asks the transformer for its width.
             pipeline.transformer = _Widths(config)
-            given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, None, None, device="cpu")
+            given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, None, None, device=pipeline.device)
             return (
                 {"encoder_hidden_states": given, "pooled_projections": pooled},
                 {"encoder_hidden_states": without[:1], "pooled_projections": no_pooled[:1]},

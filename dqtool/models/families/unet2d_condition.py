@@ -87,9 +87,9 @@ class UNet2DCondition(Family):
 
             def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 if not xl:
-                    given, without = pipeline.encode_prompt(prompts, "cpu", 1, True)
+                    given, without = pipeline.encode_prompt(prompts, pipeline.device, 1, True)
                     return {"encoder_hidden_states": given}, {"encoder_hidden_states": without[:1]}
-                given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, device="cpu")
+                given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, device=pipeline.device)
                 ids = _time_ids(size)
                 return (
                     {"encoder_hidden_states": given, "text_embeds": pooled, "time_ids": ids.expand(len(prompts), -1)},

@@ -1,0 +1,124 @@
+"""Memory and time of `dqtool dilate` on a file of full size, next to reading and writing that file with safetensors.
+
+    python recipes/dilate_cost.py [NAME [RUNS]]
+
+Writes recipes/results/dilate-NAME.md and .json (default sd14: 3.4 GB). Each run is a process of its own; times are the
+best of RUNS (default 3), taken in turn, memory the largest. Memory is anonymous pages, so mapped files are not
+counted; the level after imports is that of a process which has imported what dilate imports and does nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from full_size import RESULTS, stage, written_model
+
+IMPORTS = """
+import sys
+from dqtool.stages.running import set_up_torch
+set_up_torch("cpu")
+import accelerate, diffusers, safetensors.torch
+import dqtool.stages.dilate, dqtool.nn.folding, dqtool.nn.scaled, dqtool.nn.trace, dqtool.stages.scaling_choice
+from dqtool.models.families import family_of
+family_of(sys.argv[1], "imports")
+getattr(diffusers, sys.argv[1])
+"""
+LEVEL = IMPORTS + "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')][0])\n"
+COPY = """
+import sys, time
+from safetensors.torch import load_file, save_file
+import os
+start = time.perf_counter()
+save_file(load_file(sys.argv[1]), sys.argv[2], metadata={"format": "pt"})
+with open(sys.argv[2], "rb+") as written:
+    os.fsync(written.fileno())
+print(time.perf_counter() - start)
+"""
+MOST_MEMORY, MOST_TIME = 1.3, 3.0
+
+
+def printed(code: str, *arguments: str) -> float:
+    """The number that a Python process prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure(name: str, runs: int) -> dict:
+    """The figures of one architecture."""
+    from dqtool.artifacts import read_manifest
+    from dqtool.models.architectures import architecture
+
+    class_name = architecture(name).class_name
+    with tempfile.TemporaryDirectory(prefix="dqtool-dilate-") as folder:
+        work = Path(folder)
+        written_model(name, work / "model")
+        weights = work / "model" / "diffusion_pytorch_model.safetensors"
+        size = weights.stat().st_size
+        level = printed(LEVEL, class_name) * 1024
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", IMPORTS, class_name], check=True)
+        importing = time.perf_counter() - start
+        copies, seconds, peaks = [], [], []
+        for _ in range(runs):
+            copies.append(printed(COPY, str(weights), str(work / "copy.safetensors")))
+            (work / "copy.safetensors").unlink()
+            took, peak = stage("dilate", "model", "--force", cwd=work)
+            seconds.append(took)
+            peaks.append(peak * 1e9)
+        inside = read_manifest(str(work / "dilated.safetensors")).seconds
+    memory, ratio = max(peaks) - level, min(seconds) / min(copies)
+    return {
+        "file_bytes": size,
+        "copy_seconds": [round(each, 2) for each in copies],
+        "dilate_seconds": [round(each, 2) for each in seconds],
+        "stage_seconds": inside,
+        "import_seconds": round(importing, 2),
+        "bytes_after_imports": int(level),
+        "peak_bytes": int(max(peaks)),
+        "memory_ratio": round(memory / size, 3),
+        "time_ratio": round(ratio, 2),
+        "met": memory <= MOST_MEMORY * size and ratio <= MOST_TIME,
+        "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
+    }
+
+
+def render(name: str, row: dict) -> str:
+    """The table."""
+    lines = [
+        f"# `dqtool dilate` on {name}, random weights",
+        "",
+        f"`python recipes/dilate_cost.py {name}` ({row['threads']} thread(s)). Memory is anonymous pages above the level",
+        "after imports; times are whole processes, the best of the runs, the copy's from its first read to its last byte on disk.",
+        "",
+        "| | dilate | bar |",
+        "| --- | --- | --- |",
+        f"| weights file | {row['file_bytes'] / 1e9:.2f} GB | |",
+        f"| level after imports | {row['bytes_after_imports'] / 1e6:.0f} MB | |",
+        f"| peak above it | {(row['peak_bytes'] - row['bytes_after_imports']) / 1e9:.2f} GB"
+        f" ({row['memory_ratio']:.2f}x the file) | {MOST_MEMORY}x |",
+        f"| read and written with safetensors | {min(row['copy_seconds']):.1f} s | |",
+        f"| time | {min(row['dilate_seconds']):.1f} s ({row['time_ratio']:.2f}x), of which imports take "
+        f"{row['import_seconds']:.1f} s | {MOST_TIME}x |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, write, say."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "sd14"
+    row = measure(name, int(sys.argv[2]) if len(sys.argv) > 2 else 3)
+    (RESULTS / f"dilate-{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+    (RESULTS / f"dilate-{name}.md").write_text(render(name, row))
+    print(render(name, row))
+    if not row["met"]:
+        raise SystemExit("a bar is not met")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""All five stages on a device that is not the CPU. Run by test_device.py in a process of its own.
+
+python device_chain.py MODEL DIR cpu|fenced
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dqtool.core import device as devices
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.eval import EvalOptions, evaluate
+from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.sample import SampleOptions, sample
+
+
+def main() -> None:
+    model, directory, where = sys.argv[1:]
+    if where == "fenced":
+        from fenced import DEVICE
+
+        devices.resolve_device = lambda _text: DEVICE
+    torch.set_num_threads(1)
+    work, quiet = Path(directory), Common(quiet=True)
+    at = {stage: str(work / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
+    metrics = ("similarity", "layers", "cost")
+    dilate(DilateOptions(model, at["dilated"]), quiet)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=8, eta=0.5, batch_size=2), quiet)
+    distill(DistillOptions(at["calibrated"], at["distilled"], iters=2, refine_iters=1, batch_size=4), quiet)
+    if where == "cpu":
+        return
+    export(ExportOptions(at["distilled"], str(work / "exported")), quiet)
+    evaluate(EvalOptions(str(work / "exported"), str(work / "eval.json"), metrics=metrics, samples=2), quiet)
+    sample(SampleOptions(str(work / "exported"), 2, str(work / "samples.png")), quiet)
+
+
+main()

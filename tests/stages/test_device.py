@@ -1,0 +1,68 @@
+"""Stages compute where `--device` says, and everything that meets a network follows it there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import dit_pipeline
+
+from dqtool.artifacts import open_artifact
+from dqtool.core.device import beside, device_of, main_memory, place, resolve_device
+from dqtool.errors import EnvironmentFault
+
+CHAIN = Path(__file__).with_name("device_chain.py")
+
+
+def chain(model: Path, directory: Path, where: str) -> dict[str, Any]:
+    """The artifacts of the stages, run in a process of its own: all five, or on the CPU those that are compared."""
+    directory.mkdir()
+    command = [sys.executable, str(CHAIN), str(model), str(directory), where]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    assert result.returncode == 0, result.stderr[-3000:]
+    names = ("calibrated.safetensors", "distilled.safetensors", "exported", "eval.json")
+    return {name: open_artifact(directory / name) for name in names if (directory / name).exists()}
+
+
+def test_a_whole_chain_runs_on_another_device(tmp_path: Path) -> None:
+    """On one that refuses to mix its tensors with the CPU's: guidance, attention, training, the autoencoder, eval."""
+    model = dit_pipeline(tmp_path / "model")
+    there, here = (chain(model, tmp_path / where, where) for where in ("fenced", "cpu"))
+    for name in ("calibrated.safetensors", "distilled.safetensors"):
+        assert there[name].manifest.environment["device"] == "fenced:0"
+        assert here[name].manifest.environment["device"] == "cpu"
+    assert there["eval.json"].manifest.environment["device"] == "fenced:0"
+    assert (tmp_path / "fenced" / "samples.png").stat().st_size > 100
+    x, same = (run["calibrated.safetensors"].tensors()["trajectory.x"] for run in (there, here))
+    torch.testing.assert_close(x, same, rtol=1e-4, atol=1e-5)
+    trained, expected = (run["distilled.safetensors"].tensors() for run in (there, here))
+    assert trained.keys() == expected.keys()
+    for name, tensor in trained.items():
+        if name.endswith("_scale"):  # rounding may differ; a training that did not happen would differ more
+            torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=1e-6, msg=name)
+    assert there["eval.json"].manifest.metrics["psnr"]["mean"] > 20
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert resolve_device("auto") == torch.device("cpu")
+    for text in ("cuda", "cuda:3"):
+        with pytest.raises(EnvironmentFault, match="no device cuda"):
+            resolve_device(text)
+
+
+def test_values_follow_a_network() -> None:
+    network = torch.nn.Linear(2, 2, device="meta")
+    moved = beside(network, {"x": torch.zeros(2), "more": [torch.ones(1), "text", 3]})
+    assert moved["x"].device == moved["more"][0].device == device_of(network) == torch.device("meta")
+    assert moved["more"][1:] == ["text", 3]
+    assert main_memory((torch.zeros(1), None))[0].device.type == "cpu"
+    assert device_of(torch.nn.SiLU()).type == "cpu"
+    layer = torch.nn.Linear(2, 2)
+    assert place(layer) is layer
