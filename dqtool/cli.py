@@ -139,7 +139,8 @@ def dilate(
         str | None, typer.Option(metavar="FILE", help="For generic: a tensor for each further argument, safetensors.")
     ] = None,
     components: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which network of a pipeline; left out: its denoiser.")
+        str | None,
+        typer.Option(metavar="NAME", help="Which network of a pipeline, one at a time; left out: its denoiser."),
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to add first; may be repeated.")

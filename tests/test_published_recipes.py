@@ -12,6 +12,8 @@ from dqtool.artifacts.header import file_header
 from dqtool.errors import UsageError
 from dqtool.models.architectures import ARCHITECTURES
 from dqtool.recipe import STAGE_ORDER, load_recipe
+from dqtool.stages.common import Common
+from dqtool.stages.plan import plan_recipe
 from dqtool.stages.registry import option_types
 from dqtool.stages.run import steps_of_recipe
 
@@ -59,6 +61,20 @@ def sparse_model(directory: Path, arch: str) -> Path:
         stream.write(header)
         stream.truncate(len(header) + data)
     return directory
+
+
+@pytest.mark.parametrize("name", ["bedroom-w4a4", "church-w6a6", "imagenet-plms20-w4a4", "dit-xl2-w8a8"])
+def test_the_plan_of_every_other_model_counts_what_was_published(tmp_path: Path, name: str) -> None:
+    arch = ARCHITECTURES[MODELS[name.split("-")[0]]]
+    model = sparse_model(tmp_path / "model", arch.name)
+    path = next(path for path in RECIPES if path.stem == name)
+    plan = plan_recipe(str(path), [f"model={model}"], Common(dry_run=True, quiet=True), str(tmp_path / "results"))
+    work = next(stage["work"] for stage in plan["stages"] if stage["stage"] == "distill")
+    assert work["parameters"] == pytest.approx(arch.parameters, rel=0.01)
+    bits = int(name[-1])
+    assert work["bytes_float32"] / work["bytes"] == pytest.approx(32 / bits, rel=0.05)
+    assert work["bops_float32"] / work["bops"] == pytest.approx((32 / bits) ** 2, rel=0.07)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("name", ["cifar10-w4a4", "coco-sd14-w6a6"])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool.core.device import beside, main_memory
 from dqtool.errors import ArtifactError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class ClipEncoder:
             prepared.append(torch.from_numpy(_array(picture.crop((left, top, left + side, top + side)))))
         pixels = torch.stack(prepared).permute(0, 3, 1, 2).float() / 255  # [N, 3, side, side]
         pixels = (pixels - torch.tensor(self._mean).view(1, 3, 1, 1)) / torch.tensor(self._std).view(1, 3, 1, 1)
-        vision = self.model.vision_model(pixel_values=pixels)
-        return F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1)
+        vision = self.model.vision_model(pixel_values=beside(self.model, pixels))
+        return main_memory(F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1))
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -81,8 +82,9 @@ class ClipEncoder:
         tokens = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
         )
-        text = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return F.normalize(self.model.text_projection(text.pooler_output), dim=-1)
+        given = beside(self.model, {name: tokens[name] for name in ("input_ids", "attention_mask")})
+        text = self.model.text_model(**given)
+        return main_memory(F.normalize(self.model.text_projection(text.pooler_output), dim=-1))
 
 
 def clip_score(images: Tensor, texts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqtool.core.device import beside, main_memory, place
 from dqtool.metrics.clip import ClipEncoder
 from dqtool.metrics.inception_weights import load_inception, weights_digest
 from dqtool.metrics.registry import path_digest
@@ -24,7 +25,7 @@ class InceptionExtractor:
     def __init__(self, path: str) -> None:
         self.model = load_inception(path)
         self.weights_sha256 = weights_digest(self.model)
-        self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = place(self.model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         self._about = {"name": "inception-2015-12-05", "file": os.path.basename(path), "sha256": path_digest(path)}
 
     def describe(self) -> dict[str, Any]:
@@ -33,7 +34,7 @@ class InceptionExtractor:
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: list[str] | None = None) -> Mapping[str, Tensor]:
         rgb = images.expand(*images.shape[:3], 3).permute(0, 3, 1, 2)
-        parts = [self.model(part) for part in rgb.split(BATCH)]
+        parts = [main_memory(self.model(beside(self.model, part))) for part in rgb.split(BATCH)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -42,6 +43,7 @@ class ClipExtractor:
 
     def __init__(self, path: str) -> None:
         self.encoder = ClipEncoder(path)
+        place(self.encoder.model)
         self._about = {"name": "clip", "file": os.path.basename(os.path.normpath(path)), "sha256": path_digest(path)}
 
     def describe(self) -> dict[str, Any]:

@@ -4,6 +4,9 @@
 `UNet2DModel` knows heads of one width only). `{"original": {"time_freq_shift": 0}}` sets the spacing of the timestep
 frequencies (facebookresearch/DiT divides by the number of frequencies, diffusers' DiT by one less). diffusers carries
 unknown keys of a config along, so they survive `save_pretrained`.
+
+One amendment needs no entry: diffusers' `DiTPipeline` asks for no class by the number 1000, whatever the network's
+classes are. A network of fewer takes any label past its classes for none, so that the stock pipeline can guide it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ __all__ = ["KEY", "amend"]
 
 KEY = "original"
 _KNOWN = ("attention_heads", "time_freq_shift")
+_NO_CLASS = 1000
 
 
 def amend(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
@@ -49,4 +53,11 @@ def amend(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
             module.scale = (inner // heads) ** -0.5  # type: ignore[assignment]
         if shift is not None and hasattr(module, "downscale_freq_shift"):
             module.downscale_freq_shift = shift
+        if hasattr(module, "embedding_table") and getattr(module, "num_classes", _NO_CLASS) < _NO_CLASS:
+            module.register_forward_pre_hook(_past_the_classes_is_none)
     return network
+
+
+def _past_the_classes_is_none(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook of a label embedding, whose row after the classes stands for none."""
+    return (args[0].clamp(max=module.num_classes), *args[1:])

@@ -206,10 +206,7 @@ def _pipeline(given: str, path: Path, component: str | None) -> ModelSource:
     index = _read_json(path / "model_index.json")
     there = [name for name, entry in index.items() if isinstance(entry, list) and (path / name).is_dir()]
     if component is not None:
-        if component not in there:
-            raise UsageError(
-                f"The pipeline has no component '{component}'", where="--components", fix=f"It has {', '.join(there)}"
-            )
+        _check_component(component, there, index)
         return _component(given, path / component, path, component, None)
     for name in NETWORKS:
         if name in there:
@@ -219,6 +216,25 @@ def _pipeline(given: str, path: Path, component: str | None) -> ModelSource:
         where=f"{given}, model_index.json",
         fix=f"One of {', '.join(NETWORKS)} must be among its components; name another one with --components",
     )
+
+
+def _check_component(component: str, there: Sequence[str], index: Mapping[str, Any]) -> None:
+    if "," in component:
+        raise UsageError(
+            f"One component at a time: '{component}' names several",
+            where="--components",
+            fix="Run the stages for the first, then `dqtool dilate` on the exported directory for the next",
+        )
+    if component not in there:
+        raise UsageError(
+            f"The pipeline has no component '{component}'", where="--components", fix=f"It has {', '.join(there)}"
+        )
+    if index[component][0] != "diffusers":
+        raise UsageError(
+            f"'{component}' is a {index[component][1]}, no denoising network: it stays float",
+            where="--components",
+            fix="Leave it out; the denoiser is what is quantized",
+        )
 
 
 def _component(given: str, path: Path, pipeline: Path | None, component: str, config: str | None) -> ModelSource:

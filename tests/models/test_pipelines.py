@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,8 +78,7 @@ def test_companions_travel_and_the_export_is_a_whole_pipeline(chain: Path) -> No
     index = json.loads((chain / "model" / "model_index.json").read_text())
     assert type(pipeline).__name__ == index["_class_name"]
     given = {"prompt": "the digit 3"} if hasattr(pipeline, "tokenizer") else {"class_labels": [3]}
-    guidance = 1.0 if index["_class_name"] == "DiTPipeline" else 2.0  # DiTPipeline takes 1000 for no class
-    images = pipeline(**given, num_inference_steps=STEPS, guidance_scale=guidance, output_type="np").images
+    images = pipeline(**given, num_inference_steps=STEPS, guidance_scale=2.0, output_type="np").images
     assert images.shape[-3:-1] == (16, 16)
     loaded = dqtool.load(str(chain / "exported"), runtime="simulate")
     assert set(loaded.state_dict()) == set((getattr(pipeline, "unet", None) or pipeline.transformer).state_dict())
@@ -221,3 +222,64 @@ def test_what_a_model_does_not_know_is_refused(tmp_path: Path) -> None:
     options = CalibrateOptions(dilated, str(tmp_path / "c.safetensors"), steps=2, samples=4)
     with pytest.raises(UsageError, match="classes, not on text"):
         calibrate(CalibrateOptions(**{**vars(options), "prompts": str(tmp_path / "prompts.txt")}), QUIET)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "pixart", "sd3", "flux", "unconditional"])
+def test_other_pipelines_go_through_all_stages_under_their_own_conditions(tmp_path: Path, kind: str) -> None:
+    from diffusers import DiffusionPipeline
+
+    from dqtool.errors import DqtoolWarning
+
+    text = kind != "unconditional"
+    model = text_pipeline(kind, tmp_path / "model") if text else unconditional_pipeline(tmp_path / "model")
+    at = {stage: str(tmp_path / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
+    dilate(DilateOptions(str(model), at["dilated"]), QUIET)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=8, batch_size=2), QUIET)
+    calibrated = open_artifact(at["calibrated"])
+    if text:
+        source = resolve_model(str(model))
+        asked = maker_of_source(source, 4, 0, 2).conditions
+        table = calibrated.tensors()
+        for name, values in asked.table.items():
+            torch.testing.assert_close(table[f"condition.{name}"], values, rtol=1e-4, atol=1e-5)
+        assert calibrated.manifest.pipeline["sampling"].get("guidance", 1.0) == asked.guidance
+        assert kind == "flux" or asked.guided
+    distill(DistillOptions(at["calibrated"], at["distilled"], bits="8/8", iters=1, refine_iters=1, batch_size=4), QUIET)
+    exported = export(ExportOptions(at["distilled"], str(tmp_path / "exported")), QUIET)
+    options = EvalOptions(exported, str(tmp_path / "eval.json"), metrics=("similarity", "cost"), samples=2)
+    figures = open_artifact(evaluate(options, QUIET)).manifest.metrics
+    assert figures["psnr"]["mean"] > 15
+    assert figures["missed_timesteps"] == []
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3" else {}
+    pipeline: Any = DiffusionPipeline.from_pretrained(exported, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16} if text else {}
+    if kind == "pixart":
+        size |= {"use_resolution_binning": False, "clean_caption": False}
+    given = {"prompt": "the digit 3"} if text else {"batch_size": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DqtoolWarning)
+        images = pipeline(**given, num_inference_steps=2, output_type="np", **size).images
+    assert images.shape[1:3] == (16, 16)
+
+
+def test_eval_with_another_sampler_than_calibrated(tmp_path: Path) -> None:
+    """Works, on the nearest steps, and says so; one of another noise schedule is refused with the reason."""
+    from dqtool.errors import DqtoolWarning
+
+    for kind in ("sd", "sd3"):
+        at = {stage: str(tmp_path / f"{kind}-{stage}.safetensors") for stage in ("dilated", "calibrated", "ptq")}
+        dilate(DilateOptions(str(text_pipeline(kind, tmp_path / kind)), at["dilated"]), QUIET)
+        calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=4, samples=8), QUIET)
+        distill(DistillOptions(at["calibrated"], at["ptq"], bits="8/8", iters=0), QUIET)
+    options = {"metrics": ("similarity",), "samples": 2}
+    for sampler in ("ddim", "ddpm", "plms", "dpmsolver", "euler"):
+        output = str(tmp_path / f"{sampler}.json")
+        with pytest.warns(DqtoolWarning) if sampler in ("plms", "dpmsolver", "euler") else contextlib.nullcontext():
+            evaluate(EvalOptions(str(tmp_path / "sd-ptq.safetensors"), output, sampler=sampler, **options), QUIET)
+        figures = open_artifact(output).manifest.metrics
+        assert bool(figures["missed_timesteps"]) == (sampler in ("plms", "dpmsolver", "euler"))
+        assert figures["psnr"]["mean"] > 10
+    with pytest.raises(UsageError, match="flow matching"):
+        output = str(tmp_path / "refused.json")
+        evaluate(EvalOptions(str(tmp_path / "sd3-ptq.safetensors"), output, sampler="ddim", **options), QUIET)

@@ -45,3 +45,13 @@ def test_dit_xl_has_the_published_number_of_parameters() -> None:
     tied = tie_repeats(network, names, FAMILY.repeats(published.config))
     count = sum(t.numel() for t in tied.state_dict().values())
     assert abs(count / published.parameters - 1) < 0.01
+
+
+def test_the_class_of_the_stock_pipeline_for_none_is_the_last_row() -> None:
+    """`DiTPipeline` asks for class 1000 when it means none; a network of ten takes that for its own."""
+    network = build("dit")
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 5])
+    with torch.no_grad():
+        theirs = network(x, t, torch.tensor([3, 1000])).sample
+        ours = network(x, t, torch.tensor([3, 10])).sample
+    assert torch.equal(theirs, ours)

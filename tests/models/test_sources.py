@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from families import text_pipeline
 from helpers import NETWORK, tiny_pipeline
 from original_networks import DdimModel, randomize
 
 from dqtool.artifacts import read_manifest
-from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.sources import resolve_model, resolve_recorded
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.export import ExportOptions, export
 
 
 def hub_cache(home: Path, name: str, model: Path, revision: str = "main") -> Path:
@@ -112,3 +118,35 @@ def test_a_config_given_for_a_file_wins(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"_class_name": "UNet2DModel", **NETWORK, "sample_size": 16}))
     source = resolve_model(str(tiny / "unet" / "diffusion_pytorch_model.safetensors"), str(tmp_path / "c.json"))
     assert source.config["sample_size"] == 16
+
+
+def test_what_stays_float_is_not_taken_for_a_denoiser(tmp_path: Path) -> None:
+    pipeline = text_pipeline("sd", tmp_path / "sd")
+    with pytest.raises(UsageError, match="stays float"):
+        resolve_model(str(pipeline), component="text_encoder")
+    with pytest.raises(UsageError, match="One component at a time"):
+        resolve_model(str(pipeline), component="unet,vae")
+    with pytest.raises(ArtifactError, match="no adapter for networks of class 'AutoencoderKL'"):
+        dilate(DilateOptions(str(pipeline), str(tmp_path / "d.safetensors"), components="vae"), Common(quiet=True))
+
+
+def test_a_second_network_is_quantized_after_the_first(tmp_path: Path) -> None:
+    """The exported directory is a pipeline again, whose other denoiser is still float."""
+    pipeline = tiny_pipeline(tmp_path / "two")
+    shutil.copytree(tiny_pipeline(tmp_path / "other", seed=1) / "unet", pipeline / "transformer_2")
+    index = json.loads((pipeline / "model_index.json").read_text())
+    (pipeline / "model_index.json").write_text(json.dumps({**index, "transformer_2": ["diffusers", "UNet2DModel"]}))
+    model, quiet = str(pipeline), Common(quiet=True)
+    for component in ("unet", "transformer_2"):
+        at = {stage: str(tmp_path / f"{component}-{stage}.safetensors") for stage in ("dilated", "calibrated", "ptq")}
+        dilate(DilateOptions(model, at["dilated"], components=component), quiet)
+        calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=2), quiet)
+        distill(DistillOptions(at["calibrated"], at["ptq"], iters=0), quiet)
+        model = export(ExportOptions(at["ptq"], str(tmp_path / f"{component}-exported")), quiet)
+    for component in ("unet", "transformer_2"):
+        config = json.loads((tmp_path / "transformer_2-exported" / component / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "dqtool"
+    first = (tmp_path / "unet-exported" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert (tmp_path / "transformer_2-exported" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == first
+    with pytest.raises(ArtifactError, match="quantized already"):
+        resolve_model(model, component="unet")
