@@ -13,6 +13,9 @@ __all__ = ["PSNR_CAP", "mse", "psnr", "ssim"]
 PSNR_CAP = 100.0
 """dB reported for images that are identical, or so close that float32 noise is all there is: keeps means finite."""
 
+BATCH = 256
+"""Images compared at a time."""
+
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference per image, `[N]` float64, of `a`, `b [N, ...]`. Raises `UsageError` if shapes differ."""
@@ -22,7 +25,8 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
             f"{tuple(b.shape)}.",
             fix="Compare with samples of the same count, from a model of the same resolution.",
         )
-    return (a.detach().double() - b.detach().double()).square().flatten(1).mean(dim=1)
+    pairs = zip(a.detach().split(BATCH), b.detach().split(BATCH), strict=True)  # the set may be as large as memory
+    return torch.cat([(x.double() - y.double()).square().flatten(1).mean(dim=1) for x, y in pairs])
 
 
 def psnr(a: Tensor, b: Tensor, data_range: float) -> Tensor:
@@ -57,9 +61,8 @@ def ssim(a: Tensor, b: Tensor, data_range: float, *, batch_size: int = 64) -> Te
         return F.conv2d(F.conv2d(flat, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1)).view(*x.shape[:2], -1)
 
     values = []
-    for x, y in zip(
-        a.detach().double().cpu().split(batch_size), b.detach().double().cpu().split(batch_size), strict=True
-    ):
+    for part, other in zip(a.detach().split(batch_size), b.detach().split(batch_size), strict=True):
+        x, y = part.double().cpu(), other.double().cpu()
         mean_x, mean_y = blur(x), blur(y)
         var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
         covariance = blur(x * y) - mean_x * mean_y

@@ -18,8 +18,12 @@ from dqtool.models.families import family_of
 from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.models.sources import ModelSource
 from dqtool.stages.artifact_models import conditions_of, sampler_of
+from dqtool.training.replay import Store
 
 __all__ = ["ImageMaker", "maker_of_artifact", "maker_of_source"]
+
+IN_MEMORY = 4 << 30
+"""Bytes of images past which they go to a file."""
 
 
 @dataclass
@@ -34,16 +38,20 @@ class ImageMaker:
     latents: bool = False
 
     def draw(self, network: nn.Module, count: int, seed: int, batch_size: int, what: str) -> Tensor:
-        """`count` images `[N, C, H, W]` in [-1, 1] (latents as they are); image i depends on `seed` and i alone."""
-        batches = []
+        """`count` images `[N, C, H, W]` in [-1, 1] (latents as they are); image i depends on `seed` and i alone. More than
+        `IN_MEMORY` bytes of them (50,000 of 256 pixels are 39 GB) lie in a mapped temporary file."""
+        images, done = torch.empty(0), 0
         with report.progress(what, count, "image") as progress:
             for x in self.sampler.batches(
                 network, self.shape, count, seed, batch_size, self.conditions.given, null=self.conditions.null
             ):
-                images = x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x)
-                batches.append(main_memory(images))
-                progress.advance(len(images))
-        return torch.cat(batches)
+                batch = main_memory(x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x))
+                if not done:
+                    images = Store(IN_MEMORY).empty(count, batch)
+                images[done : done + len(batch)] = batch
+                done += len(batch)
+                progress.advance(len(batch))
+        return images
 
 
 def maker_of_artifact(

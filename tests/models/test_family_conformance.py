@@ -117,8 +117,15 @@ def test_every_call_of_every_sampler_finds_its_own_step(name: str) -> None:
         assert set(asked) == set(timesteps.tolist())
 
 
-def test_all_stages_run_and_dilation_changes_nothing(chain: Path) -> None:
+def test_all_stages_run_and_dilation_changes_nothing(name: str, chain: Path) -> None:
     dilated = open_artifact(chain / "dilated.safetensors").manifest
+    layers = {n for n, m in build(name).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    reasons = dilated.metrics.get("kept_float", {})
+    assert layers == {record["name"] for record in dilated.layers if record["kind"] != "attention"} | set(reasons)
+    assert all(reasons.values())
+    exported = open_artifact(chain / "exported").manifest
+    assert [record["name"] for record in exported.layers] == [record["name"] for record in dilated.layers]
+    assert all(max(record["bits"]) <= 8 for record in exported.layers)
     assert dilated.metrics["equivalence_error"] < 1e-5
     assert dilated.metrics["unsaturated_share"] > 0.1
     figures = open_artifact(chain / "eval.json").manifest.metrics

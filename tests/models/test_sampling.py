@@ -128,3 +128,15 @@ def test_guidance_asks_for_both_and_extrapolates() -> None:
     sigma.set_timesteps(1)
     wanted = torch.tensor([9 + 3.0 * (1 - 9), 9 + 3.0 * (2 - 9)]).view(2, 1, 1, 1)
     torch.testing.assert_close(found, noise * sigma.init_noise_sigma - sigma.sigmas[0] * wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_images_past_the_budget_are_the_same_from_a_file(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqtool.models.conditioning import Conditions
+    from dqtool.stages import images
+
+    maker = images.ImageMaker(Sampler(FAMILY, make_sampler(SCHEDULE), 2), Conditions({}), (1, 8, 8))
+    held = maker.draw(model, 5, 0, 2, "test")
+    monkeypatch.setattr(images, "IN_MEMORY", 100)
+    spilled = maker.draw(model, 5, 0, 2, "test")
+    assert torch.equal(held, spilled)
+    assert held.shape == (5, 1, 8, 8)
