@@ -18,7 +18,7 @@ from dqtool.artifacts.tensorfile import file_tensor
 from dqtool.core.device import beside, place
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.models.companion_files import CARD, companion_files
-from dqtool.models.sources import ModelSource
+from dqtool.models.sources import ZOO, ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,11 +151,27 @@ class Companions:
 
 
 def attachments_of(source: ModelSource) -> dict[str, Tensor]:
-    """The files of a model's other components as an artifact carries them: uint8, mapped and not read."""
+    """The files of a model's other components as an artifact carries them: uint8, mapped and not read.
+
+    Embedded models are stored in half precision to be small, and are float32 wherever they are used (`dqtool zoo get`):
+    transformers would load a text encoder in the precision of its file, which does not mix with the rest.
+    """
     if source.pipeline is None:
         return {}
     files = companion_files(source.pipeline, source.model_index or {}, source.component)
-    return {name: file_tensor(path) for name, path in files.items()}
+    read = _float32_file if ZOO in source.pipeline.parents else file_tensor
+    return {name: read(path) for name, path in files.items()}
+
+
+def _float32_file(path: Path) -> Tensor:
+    """The bytes of a file, of a safetensors one with its tensors in float32."""
+    if path.suffix != ".safetensors":
+        return file_tensor(path)
+    import torch
+    from safetensors.torch import load_file, save
+
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    return torch.frombuffer(bytearray(save(tensors, metadata={"format": "pt"})), dtype=torch.uint8)
 
 
 def companions_of_source(source: ModelSource) -> Companions | None:
