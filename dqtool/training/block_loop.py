@@ -101,8 +101,8 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
         problem.predict(model, rows)
 
     budget = problem.cache_bytes // 2
-    teacher = Replay(problem.teacher, trace, samples, run, budget_bytes=budget)
-    student = Replay(problem.student, trace, samples, run, budget_bytes=budget)
+    teacher = Replay(problem.teacher, trace, samples, run, problem.replay_batch, budget)
+    student = Replay(problem.student, trace, samples, run, problem.replay_batch, budget)
     losses: dict[str, list[float]] = {}
     relative: list[list[float]] = []
     problem.student.requires_grad_(False)
@@ -185,7 +185,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 def mean_square(outputs: Sequence[Tensor]) -> float:
     """The mean over several tensors of their mean squares; 1 where that is 0."""
     # Part by part: a square of all samples at once would be the largest tensor around.
-    totals = [sum(float(part.square().sum()) for part in y.split(256)) / max(1, y.numel()) for y in outputs]
+    totals = [sum(float(part.square().sum()) for part in y.split(32)) / max(1, y.numel()) for y in outputs]
     return sum(totals) / len(totals) or 1.0
 
 

@@ -119,7 +119,8 @@ class Problem:
 
     `only` names the blocks to train (None: all), `shifts` who takes what learned scaling moves (`bake`);
     `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`, `cache_bytes` what the activations that blocks
-    read may take in memory, of the float and of the quantized network together, before they go to disk.
+    read may take in memory, of the float and of the quantized network together, before they go to disk; `replay_batch` how many
+    samples run together where nothing learns.
     """
 
     family: Family
@@ -134,6 +135,7 @@ class Problem:
     shifts: Mapping[str, Fold] = field(default_factory=dict)
     checkpoint_seconds: float = 30.0
     cache_bytes: int = 6 << 30
+    replay_batch: int = 256
 
     def predict(self, model: nn.Module, samples: Any) -> Tensor:
         """A network's prediction at trajectory points."""

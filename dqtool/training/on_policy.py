@@ -22,7 +22,7 @@ from dqtool.training.data import Problem, Reporter, Trajectory
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import BkdOptions
 
-__all__ = ["own_trajectory", "refine", "settle"]
+__all__ = ["own_trajectories", "own_trajectory", "refine", "settle"]
 
 
 def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
@@ -125,3 +125,15 @@ def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory
         sampler.run(problem.student, noise, given, seeds, see, null)
     own = Trajectory(torch.cat(points), torch.cat(rows), trajectory.timesteps, trajectory.conditions, torch.cat(asked))
     return own, torch.cat(answers)
+
+
+def own_trajectories(problem: Problem, images: int, together: int) -> Trajectory:
+    """Points that the student visits when it samples `images` new images, so many of them `together`."""
+    parts = [own_trajectory(problem, min(together, images - i), i)[0] for i in range(0, images, together)]
+    subjects = torch.cat([part.subjects for part in parts if part.subjects is not None])
+    return replace(
+        problem.trajectory,
+        x=torch.cat([part.x for part in parts]),
+        rows=torch.cat([part.rows for part in parts]),
+        subjects=subjects,
+    )

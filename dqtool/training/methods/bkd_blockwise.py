@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BlockwiseOptions:
     """`iters` for each block on the recorded trajectory, then `refine_iters` for each on the student's own, of
-    `refine_images` images."""
+    `refine_images` images. `replay_batch` samples run together where nothing learns: more would need more memory than
+    learning does."""
 
     iters: int = 300
     batch_size: int = 32
@@ -29,6 +30,7 @@ class BlockwiseOptions:
     refine_iters: int = 150
     refine_rates: Rates = FINE
     refine_images: int = 128
+    replay_batch: int = 32
 
 
 def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, Any]:
@@ -37,8 +39,9 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
 
     from dqtool.training.bkd import BkdLearner
     from dqtool.training.block_loop import train_blocks
-    from dqtool.training.on_policy import own_trajectory, settle
+    from dqtool.training.on_policy import own_trajectories, settle
 
+    problem = replace(problem, replay_batch=options.replay_batch)
     count = len(problem.trace.blocks if problem.only is None else problem.only)
     metrics: dict[str, Any] = {}
     if options.iters:
@@ -51,7 +54,7 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
     problem.bake()
     if options.refine_iters:
         settle(problem.student)
-        own, _ = own_trajectory(problem, options.refine_images, 0)
+        own = own_trajectories(problem, options.refine_images, options.replay_batch)
         there = replace(problem, trajectory=own)
 
         def second(block: nn.Module) -> BkdLearner:
