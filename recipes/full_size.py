@@ -34,8 +34,9 @@ def write_model(name: str, directory: Path) -> None:
     from dqtool.models.families import family_of
 
     arch = ARCHITECTURES[name]
+    family = family_of(arch.class_name, name)
     with torch.device("meta"):
-        network = family_of(arch.class_name, name).build(arch.config)
+        network = family.build(arch.config)
     torch.manual_seed(0)
     state = {}
     for key, like in network.state_dict().items():
@@ -43,6 +44,10 @@ def write_model(name: str, directory: Path) -> None:
             state[key] = torch.randn(like.shape) / like[0].numel() ** 0.5
         else:
             state[key] = torch.full(like.shape, float("norm" in key and key.endswith("weight")))
+    # What the class repeats is one module in the published model: random copies would be stored and counted each.
+    for copy, original in family.repeats(arch.config):
+        for key in [key for key in state if key.startswith(f"{original}.")]:
+            state[copy + key.removeprefix(original)] = state[key].clone()
     directory.mkdir(parents=True)
     save_file(state, directory / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(arch.network_config()))
