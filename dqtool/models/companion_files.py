@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import sha256_file
 
-__all__ = ["CARD", "companion_digest", "companion_files"]
+__all__ = ["CARD", "companion_digest", "companion_files", "config_in_float32"]
 
 CARD = "sampling.json"
 """File beside `model_index.json` that says how to sample: `{"guidance": 1.5, "prompts": [["a handwritten seven", 7]]}`."""
@@ -46,3 +47,10 @@ def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str) -
         return ""
     lines = [f"{name} {sha256_file(path)}" for name, path in sorted(files.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def config_in_float32(content: bytes) -> bytes:
+    """A config.json that names no other precision than float32 for its weights; as it is where it names none."""
+    config = json.loads(content)
+    changed = {key: "float32" for key in ("dtype", "torch_dtype") if config.get(key, "float32") != "float32"}
+    return json.dumps(config | changed, indent=2).encode() + b"\n" if changed else content

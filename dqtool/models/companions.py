@@ -17,13 +17,13 @@ from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import file_tensor
 from dqtool.core.device import beside, place
 from dqtool.errors import ArtifactError, EnvironmentFault
-from dqtool.models.companion_files import CARD, companion_files
-from dqtool.models.sources import ZOO, ModelSource
+from dqtool.models.companion_files import CARD, companion_files, config_in_float32
+from dqtool.models.sources import ModelSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Companions", "attachments_of", "companions_of_artifact", "companions_of_source"]
+__all__ = ["Companions", "attachments_of", "companions_of_artifact", "companions_of_source", "in_float32"]
 
 DECODERS = ("vae", "vqvae", "movq")
 
@@ -151,27 +151,11 @@ class Companions:
 
 
 def attachments_of(source: ModelSource) -> dict[str, Tensor]:
-    """The files of a model's other components as an artifact carries them: uint8, mapped and not read.
-
-    Embedded models are stored in half precision to be small, and are float32 wherever they are used (`dqtool zoo get`):
-    transformers would load a text encoder in the precision of its file, which does not mix with the rest.
-    """
+    """The files of a model's other components as an artifact carries them: uint8, mapped and not read."""
     if source.pipeline is None:
         return {}
     files = companion_files(source.pipeline, source.model_index or {}, source.component)
-    read = _float32_file if ZOO in source.pipeline.parents else file_tensor
-    return {name: read(path) for name, path in files.items()}
-
-
-def _float32_file(path: Path) -> Tensor:
-    """The bytes of a file, of a safetensors one with its tensors in float32."""
-    if path.suffix != ".safetensors":
-        return file_tensor(path)
-    import torch
-    from safetensors.torch import load_file, save
-
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
-    return torch.frombuffer(bytearray(save(tensors, metadata={"format": "pt"})), dtype=torch.uint8)
+    return {name: file_tensor(path) for name, path in files.items()}
 
 
 def companions_of_source(source: ModelSource) -> Companions | None:
@@ -190,3 +174,21 @@ def companions_of_artifact(artifact: Artifact) -> Companions | None:
     if pipeline is None or "model_index" not in pipeline:
         return None
     return Companions(pipeline, artifact.attachment_names(), artifact.attachment)
+
+
+def in_float32(name: str, data: Tensor) -> Tensor:
+    """The bytes of a companion's file, uint8: a safetensors file with its tensors in float32, a config that says so.
+
+    The embedded models are stored in half precision to be small, and are float32 wherever they are used: transformers
+    would load a text encoder in the precision of its config, which does not mix with the rest of a pipeline.
+    """
+    import torch
+    from safetensors.torch import load, save
+
+    content = data.numpy().tobytes()
+    if name.endswith(".safetensors"):
+        tensors = {key: t.float() if t.is_floating_point() else t for key, t in load(content).items()}
+        content = save(tensors, metadata={"format": "pt"})
+    elif name.endswith("/config.json"):
+        content = config_in_float32(content)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -56,6 +56,7 @@ def export(options: ExportOptions, common: Common) -> str:
 def produce(distilled: Artifact, format_name: str) -> Product:
     """Collect what the directory holds and predict its size."""
     from dqtool.core.cost import bops, file_bytes
+    from dqtool.models.companions import in_float32
     from dqtool.models.families import family_of
 
     exported = prepare(format_name, distilled)
@@ -74,11 +75,13 @@ def produce(distilled: Artifact, format_name: str) -> Product:
     keys = ("refine_loss", "activation_range_ratio", "unsaturated_share")
     metrics |= {key: manifest.metrics[key] for key in keys if key in manifest.metrics} | exported.notes
 
+    embedded = str(manifest.model["source"]).startswith("zoo:")
+
     def build(directory: Path) -> None:
         size = write_directory(directory, manifest.pipeline, exported.config, exported.write)
         for name, data in distilled.attachments().items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            data.numpy().tofile(directory / name)
+            (in_float32(name, data) if embedded else data).numpy().tofile(directory / name)
         metrics["bytes"] = size
         predicted = exported.predicted
         report.say(

@@ -20,6 +20,7 @@ from dqtool.artifacts import lock, read_header
 from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of
 from dqtool.errors import EnvironmentFault
 from dqtool.models import sources
+from dqtool.models.companion_files import config_in_float32
 from dqtool.stages.common import Common, Execution
 
 __all__ = ["CARD", "ZooGetOptions", "get_model", "list_models", "plan_get", "render"]
@@ -123,6 +124,8 @@ def _write_pipeline(source: Path, new: Path) -> None:
             tensors = {name: t.float() if name in halves else t for name, t in load_tensors(path).items()}
             target = target.with_name(target.name.replace(".fp16.", "."))
             save_tensors(target, tensors)
+        elif path.name == "config.json":
+            target.write_bytes(config_in_float32(path.read_bytes()))
         else:
             shutil.copyfile(path, target)
         os.chmod(target, 0o666 & ~_umask())  # safetensors makes its files private

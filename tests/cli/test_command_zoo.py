@@ -104,3 +104,14 @@ def umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def test_components_name_the_precision_that_they_are_written_in(run: Run, packaged: Path, tmp_path: Path):
+    """Or the stock pipeline's text encoder comes in half precision, which its float32 network does not take."""
+    config = packaged / "tiny-ddpm" / "unet" / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps({**json.loads(before), "dtype": "float16"}))
+    result = run("zoo", "get", "tiny-ddpm", "-o", "tiny", cwd=tmp_path)
+    config.write_text(before)
+    assert result.returncode == 0, result.stderr
+    assert load_json(tmp_path / "tiny" / "unet" / "config.json")["dtype"] == "float32"

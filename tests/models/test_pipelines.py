@@ -293,18 +293,20 @@ def test_eval_with_another_sampler_than_calibrated(tmp_path: Path) -> None:
 
 def test_embedded_companions_are_float32_in_what_is_exported(tmp_path: Path) -> None:
     """They are kept in half precision, which the stock pipelines don't mix with a float32 network."""
+    from diffusers import DiffusionPipeline
     from safetensors.torch import load_file
 
-    from dqtool.models.companions import attachments_of, companions_of_source
-
+    at = {stage: str(tmp_path / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "ptq")}
+    dilate(DilateOptions("zoo:digits-sd", at["dilated"]), QUIET)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4), QUIET)
+    distill(DistillOptions(at["calibrated"], at["ptq"], bits="8/8", iters=0), QUIET)
+    exported = export(ExportOptions(at["ptq"], str(tmp_path / "exported")), QUIET)
     source = resolve_model("zoo:digits-sd")
-    files = {name: data for name, data in attachments_of(source).items() if name.endswith(".safetensors")}
-    assert set(files) == {"text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
-    companions = companions_of_source(source)
-    assert companions is not None
-    for name, data in files.items():
-        (tmp_path / "wide.safetensors").write_bytes(data.numpy().tobytes())
-        wide = load_file(tmp_path / "wide.safetensors")
-        assert {str(tensor.dtype) for tensor in wide.values() if tensor.is_floating_point()} == {"torch.float32"}
-        half = load_file(source.pipeline / name)
+    assert source.pipeline is not None
+    for name in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        half, wide = load_file(source.pipeline / name), load_file(Path(exported) / name)
         assert all(torch.equal(wide[key], half[key].to(wide[key].dtype)) for key in half)
+        assert {str(tensor.dtype) for tensor in wide.values() if tensor.is_floating_point()} == {"torch.float32"}
+    pipeline: Any = DiffusionPipeline.from_pretrained(exported)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(["a handwritten seven"], num_inference_steps=2, guidance_scale=1.2).images[0].size == (16, 16)
