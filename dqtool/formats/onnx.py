@@ -3,7 +3,8 @@
 The component's directory holds `model.onnx` (with `model.onnx_data` where it is too large for one file) and the diffusers
 `config.json`. Inputs are the network's arguments by name; `timestep` is float32 `[1]`, or `[N]` for mixed steps. Batch,
 height, width and sequence lengths are dynamic where the network allows. ONNX Runtime has no integer product that reads
-4-bit weights, so weights of any width are int8 constants, on disk and in memory.
+4-bit weights, so weights of any width are int8 constants, on disk and in memory. On x86 CPUs without VNNI its 8-bit
+products overflow 16 bits unless the session is told `session.x64quantprecision = 1`, which takes slower, exact kernels.
 """
 
 from __future__ import annotations

@@ -114,4 +114,4 @@ def test_components_name_the_precision_that_they_are_written_in(run: Run, packag
     result = run("zoo", "get", "tiny-ddpm", "-o", "tiny", cwd=tmp_path)
     config.write_text(before)
     assert result.returncode == 0, result.stderr
-    assert load_json(tmp_path / "tiny" / "unet" / "config.json")["dtype"] == "float32"
+    assert json.loads((tmp_path / "tiny" / "unet" / "config.json").read_text())["dtype"] == "float32"

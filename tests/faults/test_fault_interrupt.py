@@ -15,7 +15,7 @@ import pytest
 from conftest import Run
 from helpers import listing
 
-from dqtool.training import bkd
+from dqtool.training import block_loop
 
 ARGUMENTS = ("distill", "--iters", "12", "--refine-iters", "2", "--seed", "5")
 
@@ -51,13 +51,13 @@ def test_distill_goes_on_from_the_finished_blocks_to_the_same_bits(
     assert left == before
 
     trained: list[str] = []
-    train_block = bkd.train_block
+    train_block = block_loop.train_block
 
     def counting(*arguments: Any, **options: Any) -> Any:
         trained.append(arguments[-1])
         return train_block(*arguments, **options)
 
-    monkeypatch.setattr(bkd, "train_block", counting)
+    monkeypatch.setattr(block_loop, "train_block", counting)
     result = run(*ARGUMENTS, "-o", "parted.safetensors", cwd=chain)
     assert result.returncode == 0, result.stderr
     assert trained
