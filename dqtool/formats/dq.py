@@ -43,4 +43,4 @@ def _with_runs(family: Family, config: Mapping[str, Any], layers: list[dict[str,
     """The layers with `runs`: what integer runtimes compute in int8, and why not the rest."""
     with torch.device("meta"):
         modules = dict(family.build(config).named_modules())
-    return [{**x, "runs": runs_as(x["kind"], *x["bits"], module=modules.get(x["name"]))} for x in layers]
+    return [{**x, "runs": runs_as(x["kind"], x["bits"][0], x["bits"][1], modules.get(x["name"]))} for x in layers]

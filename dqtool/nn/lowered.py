@@ -239,7 +239,7 @@ class LoweredAttention(QuantAttnProcessor):
         super().__init__(processor.bits, processor.probs_bits, processor.steps, processor.layout)
         form = integer_attention(attn)
         self.product = product
-        self.codes = {}
+        self.codes: dict[str, OperandCodes] = {}
         for left, right in (("q", "k"), ("probs", "v")):
             ours = {name: form.operands[name] for name in (left, right) if name in form.operands}
             exact = len(ours) < 2 or product.fits(ours[left], largest_code(ours[right]))

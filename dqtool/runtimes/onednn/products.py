@@ -127,7 +127,9 @@ class NativeProduct(Product):
         columns, ci = -(-self.out_channels // 16) * 16, self.in_channels
         source = self.source
         if source is None:
-            held = (self.weight.contiguous(),)  # a network may have been moved to channels-last as a whole
+            held: tuple[Tensor, ...] = (
+                self.weight.contiguous(),
+            )  # a network may have been moved to channels-last as a whole
             weight: tuple = (held[0].data_ptr(), None, 0, 8, None)
         else:
             held = (source.words.contiguous(), source.zero_points.contiguous())
