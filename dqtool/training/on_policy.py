@@ -21,6 +21,7 @@ from dqtool.training.curve import check_loss, curve, ends
 from dqtool.training.data import Problem, Reporter, Trajectory
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import BkdOptions
+from dqtool.training.recompute import recomputed_blocks
 
 __all__ = ["own_trajectories", "own_trajectory", "refine", "settle"]
 
@@ -59,9 +60,10 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
             sampling_seconds += time.perf_counter() - begin
         chosen = torch.randint(len(own), (options.refine_batch_size,), generator=generator)
         x, timestep, conditions = own.arguments(chosen)
-        loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
         optimizer.zero_grad()
-        loss.backward()
+        with recomputed_blocks(problem.student, problem.trace):
+            loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
+            loss.backward()
         optimizer.step(own.present(chosen), cosine(step, options.refine_iters))
         losses.append(loss.item())
         check_loss(losses[-1], "refine", step)

@@ -1,0 +1,50 @@
+"""Recomputing blocks changes what is kept for the backward pass, and no bit of what comes out of it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from dqtool.training.block_loop import trainable
+from dqtool.training.data import Problem
+from dqtool.training.recompute import recomputed_blocks
+
+
+def test_gradients_are_the_same_bits_and_less_is_kept(problem: Problem) -> None:
+    def gradients(again: bool) -> tuple[dict[str, Tensor], int]:
+        student = copy.deepcopy(problem.student)
+        trainable(student)
+        kept = 0
+
+        def pack(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel() * x.element_size()
+            return x
+
+        samples = slice(0, 4)
+        if again:
+            with recomputed_blocks(student, problem.trace):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                    loss = problem.predict(student, samples).square().mean()
+                loss.backward()
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                loss = problem.predict(student, samples).square().mean()
+            loss.backward()
+        return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}, kept
+
+    plain, much = gradients(False)
+    recomputed, little = gradients(True)
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, recomputed[name]), name
+    assert little < much / 2
+
+
+def test_blocks_are_themselves_again_afterwards(problem: Problem) -> None:
+    with recomputed_blocks(problem.student, problem.trace):
+        pass
+    for block in problem.trace.blocks:
+        assert "forward" not in problem.student.get_submodule(block.name).__dict__
