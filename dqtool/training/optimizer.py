@@ -2,13 +2,14 @@
 
 Adam's step has the size of its learning rate whatever the gradient's, so the rate must carry the unit: weights move by
 a fraction of their layer's quantization step, scales by a fraction of themselves, zero points by a fraction of a code.
-All parameters of a kind live in one flat buffer, which keeps a step at a dozen tensor operations.
+All parameters of a kind live in one flat buffer, which keeps a step at few tensor operations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TypeGuard
 
 import torch
@@ -21,6 +22,8 @@ from dqtool.training.options import Rates
 __all__ = ["QuantAdam", "cosine", "weight_unit"]
 
 BETAS, EPS = (0.9, 0.999), 1e-12
+ALONE = 1 << 14
+"""Values from which on a parameter is updated by itself."""
 LEARNED_SCALING_RATE = 1e-5
 """Of OmniQuant's log scale and shift, as in Table 14 of arXiv 2409.14307."""
 
@@ -82,10 +85,9 @@ class QuantAdam:
         return [parameter for group in self._groups for parameter in group.parameters]
 
     def zero_grad(self) -> None:
-        """Forget gradients."""
+        """Set gradients to 0."""
         for group in self._groups:
-            for parameter in group.parameters:
-                parameter.grad = None
+            group.zero_grad()
 
     @torch.no_grad()
     def step(self, present: Tensor, factor: float = 1.0) -> None:
@@ -114,55 +116,88 @@ class QuantAdam:
 
 
 class _Group:
-    """Parameters of one kind as views of one buffer: `[n]`, or `[T, n]` for tables."""
+    """Parameters of one kind as views of one buffer `[n]`, and their gradients of another. `row` says for each value of a
+    table which step it is for."""
 
     STATE = ("flat", "mean", "square", "count")
 
     def __init__(self, items: Sequence[tuple[nn.Parameter, float]], relative: bool, rows: bool) -> None:
         self.parameters = [parameter for parameter, _ in items]
-        self.relative, self.rows = relative, rows
+        self.relative = relative
         if not items:
             return
-        self.flat = self._cat([p.detach() for p in self.parameters])
-        self.rate = self._cat([torch.full_like(p.detach(), rate) for p, rate in items])
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        self.count = self.flat.new_zeros(self.flat.shape[0], 1) if rows else self.flat.new_zeros(1)
-        offset = 0
-        for parameter in self.parameters:
-            width = parameter[0].numel() if rows else parameter.numel()
-            view = self.flat[:, offset : offset + width] if rows else self.flat[offset : offset + width]
-            parameter.data = view.reshape(parameter.shape) if not rows else view.view(parameter.shape)
-            offset += width
+        self.flat = torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        self.grad, self.mean, self.square = (torch.zeros_like(self.flat) for _ in range(3))
+        self.row: Tensor | None = None
+        if rows:
+            each = [torch.arange(len(p)).repeat_interleave(p[0].numel()) for p in self.parameters]
+            self.row = torch.cat(each).to(self.flat.device)
+        self.count = self.flat.new_zeros(len(self.flat) if rows else 1)
+        widths = [p.numel() for p in self.parameters]
+        self.columns = [slice(end - width, end) for end, width in zip(accumulate(widths), widths, strict=True)]
+        self.parts = _parts(self.columns, [rate for _, rate in items], self.flat)
+        for parameter, where in zip(self.parameters, self.columns, strict=True):
+            parameter.data = self.flat[where].view(parameter.shape)
+        self.zero_grad()
 
-    def _cat(self, tensors: list[Tensor]) -> Tensor:
-        if self.rows:
-            return torch.cat([t.reshape(t.shape[0], -1) for t in tensors], 1)
-        return torch.cat([t.reshape(-1) for t in tensors])
+    def zero_grad(self) -> None:
+        """Gradients add up in the group's buffer, where no copy of them is needed."""
+        if not self.parameters:
+            return
+        self.grad.zero_()
+        for parameter, where in zip(self.parameters, self.columns, strict=True):
+            parameter.grad = self.grad[where].view(parameter.shape)
 
     def step(self, present: Tensor, factor: float) -> None:
         if not self.parameters:
             return
-        grad = self._cat([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
-        if self.relative:
-            grad = grad.mul_(self.flat)
         mask = self.flat.new_ones(1)
-        if self.rows:
-            mask = (present if len(self.flat) > 1 else present.any()[None]).to(self.flat)[:, None]  # [T, 1]
+        if self.row is not None:
+            static = len(self.parameters[0]) == 1
+            mask = (present.any()[None] if static else present).to(self.flat)[self.row]
         self.count += mask
         beta1, beta2 = BETAS
-        self.mean += (grad - self.mean).mul_((1 - beta1) * mask)
-        self.square += (grad.square() - self.square).mul_((1 - beta2) * mask)
         count = self.count.clamp(min=1)
-        correction = (1 - beta2**count).sqrt() / (1 - beta1**count)
-        update = self.mean / self.square.sqrt().add_(EPS) * (correction * factor * mask) * self.rate
-        if self.relative:
-            self.flat.mul_((-update).exp_())
-        else:
-            self.flat.sub_(update)
+        size = (1 - beta2**count).sqrt() / (1 - beta1**count) * factor * mask
+        for where, rate in self.parts:
+            flat, grad, mean, square = (x[where] for x in (self.flat, self.grad, self.mean, self.square))
+            here, amount = (mask, size) if len(mask) == 1 else (mask[where], size[where])
+            if self.relative:
+                grad.mul_(flat)
+            mean += (grad - mean).mul_((1 - beta1) * here)
+            square += (grad.square() - square).mul_((1 - beta2) * here)
+            update = mean / square.sqrt().add_(EPS) * (amount * rate)
+            if self.relative:
+                flat.mul_((-update).exp_())
+            else:
+                flat.sub_(update)
 
     def release(self) -> None:
         for parameter in self.parameters:
+            parameter.grad = None
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def _parts(columns: Sequence[slice], rates: Sequence[float], like: Tensor) -> list[tuple[slice, float | Tensor]]:
+    """Columns that are updated together, with their rates: a large parameter by itself, so that what is computed on the
+    way stays small; small ones in one part, so that there are few operations."""
+    parts: list[tuple[slice, float | Tensor]] = []
+    small: list[tuple[slice, float]] = []
+
+    def join() -> None:
+        if small:
+            each = [like.new_full((where.stop - where.start,), rate) for where, rate in small]
+            parts.append((slice(small[0][0].start, small[-1][0].stop), torch.cat(each)))
+            small.clear()
+
+    for where, rate in zip(columns, rates, strict=True):
+        if where.stop - where.start < ALONE:
+            small.append((where, rate))
+        else:
+            join()
+            parts.append((where, rate))
+    join()
+    return parts
 
 
 def weight_unit(layer: FakeQuantLayer) -> float:
