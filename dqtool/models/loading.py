@@ -101,9 +101,6 @@ def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
         real = dict(family.build(config).named_buffers())
     for name in ghosts:
         parent, _, leaf = name.rpartition(".")

@@ -145,6 +145,8 @@ def check_samples(wanted: int | None, manifest: Manifest) -> None:
 
 def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace) -> Product:
     """Initialise, train, pack."""
+    import torch
+
     from dqtool.core.allocator import return_freed_memory
     from dqtool.core.device import main_memory
     from dqtool.core.memory import MemoryMeter, resident
@@ -156,10 +158,13 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.training.data import Problem
 
     method, recipe = method_and_options(options)
+    manifest = calibrated.manifest
+    family, config = network_of(manifest.model)
+    with torch.device("meta"):
+        family.build(config)  # which imports all that the networks below need
     return_freed_memory()
     level = resident()
-    manifest, tensors = calibrated.manifest, calibrated.tensors()
-    family, config = network_of(manifest.model)
+    tensors = calibrated.tensors()
     start = time.perf_counter()
     student, plans = student_of(manifest, tensors, options)
     shifts = learn_scaling(manifest, student)
