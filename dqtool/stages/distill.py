@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillOptions", "distill"]
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 @dataclass(frozen=True)

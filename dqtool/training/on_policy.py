@@ -23,7 +23,7 @@ from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import BkdOptions
 from dqtool.training.recompute import recomputed_blocks
 
-__all__ = ["balanced", "own_trajectories", "own_trajectory", "refine", "settle"]
+__all__ = ["own_trajectories", "own_trajectory", "refine", "settle"]
 
 
 def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
@@ -38,7 +38,7 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
     start = saved = time.perf_counter()
     sampling_seconds = 0.0
     own: Trajectory | None = None
-    targets = weights = torch.empty(0)
+    targets = torch.empty(0)
     kept = problem.store.load("refine")
     if kept is not None:
         done = len(kept["losses"])
@@ -49,13 +49,12 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
             optimizer.load(kept)
             progress.skip(done)
             own = replace(problem.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
-            targets, weights = points["targets"], points["weights"]
+            targets = points["targets"]
     for step in range(len(losses), options.refine_iters):
         if own is None or step % options.refine_refresh == 0:
             begin = time.perf_counter()
-            own, targets, errors = own_trajectories(problem, options.refine_images, options.refine_batch_size, step)
-            weights = balanced(errors, options.refine_balance)
-            points = {"x": own.x, "rows": own.rows, "targets": targets, "weights": weights}
+            own, targets = own_trajectory(problem, options.refine_images, step)
+            points = {"x": own.x, "rows": own.rows, "targets": targets}
             subjects = {} if own.subjects is None else {"subjects": own.subjects}
             problem.store.save(f"refine {step}", points | subjects)
             sampling_seconds += time.perf_counter() - begin
@@ -63,9 +62,7 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
         optimizer.zero_grad()
         x, timestep, conditions = own.arguments(chosen)
         with recomputed_blocks(problem.student, problem.trace):
-            prediction = problem.family.predict(problem.student, x, timestep, conditions)
-            squares = F.mse_loss(prediction, targets[chosen], reduction="none").flatten(1).mean(1)
-            loss = (squares * weights[own.rows[chosen]]).mean()
+            loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
             loss.backward()
         optimizer.step(own.present(chosen), cosine(step, options.refine_iters))
         losses.append(loss.item())
@@ -100,38 +97,13 @@ def settle(module: nn.Module) -> None:
                 layer.weight.copy_(layer.quantized_weight())
 
 
-def balanced(errors: Tensor, power: float) -> Tensor:
-    """Weights of the steps `[T]`, of mean 1, for their `errors` `[T]`: proportional to their inverse to this power. 0 keeps
-    every step's error as it is, 1 counts each step's relative to what it is now."""
-    inverse = errors.clamp(min=float(errors.max()) * 1e-6 or 1.0) ** -power
-    return inverse / inverse.mean()
-
-
-def own_trajectories(problem: Problem, images: int, together: int, salt: int = 0) -> tuple[Trajectory, Tensor, Tensor]:
-    """Points that the student visits when it samples `images` new images, so many of them `together`; the teacher's
-    predictions there; and by step the mean squared difference between the two networks' `[T]`."""
-    parts = [own_trajectory(problem, min(together, images - i), salt * 4096 + i) for i in range(0, images, together)]
-    own = [trajectory for trajectory, _, _ in parts]
-    subjects = [part.subjects for part in own if part.subjects is not None]
-    whole = replace(
-        problem.trajectory,
-        x=torch.cat([part.x for part in own]),
-        rows=torch.cat([part.rows for part in own]),
-        subjects=torch.cat(subjects) if subjects else None,
-    )
-    answers, squares = torch.cat([part for _, part, _ in parts]), torch.cat([part for _, _, part in parts])
-    totals = torch.zeros(len(whole.timesteps)).index_add(0, whole.rows, squares)
-    return whole, answers, totals / torch.bincount(whole.rows, minlength=len(totals)).clamp(min=1)
-
-
-def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory, Tensor, Tensor]:
-    """As `own_trajectories`, all images at once (half as many with guidance, whose steps ask twice), and the squared
-    difference of each point. Conditions are drawn from those of the calibration set."""
+def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory, Tensor]:
+    """Points that the student visits when it samples `images` new images (half as many with guidance, whose steps ask
+    twice), and the teacher's predictions there. Conditions are drawn from those of the calibration set."""
     sampler, trajectory = problem.sampler, problem.trajectory
     seed = problem.seed * 7919 + salt + 1_000_000
     points: list[Tensor] = []
     answers: list[Tensor] = []
-    squares: list[Tensor] = []
     rows: list[Tensor] = []
     asked: list[Tensor] = []
     null = trajectory.null if sampler.guidance > 1 else None
@@ -144,11 +116,9 @@ def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory
             subjects = torch.cat([torch.full_like(subjects, trajectory.last_subject), subjects])
         everything = {k: v[subjects] for k, v in trajectory.conditions.items()}
 
-        def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
+        def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
             points.append(x.clone())
-            answer = problem.family.predict(problem.teacher, x, timestep, everything)
-            answers.append(answer)
-            squares.append((prediction - answer).square().flatten(1).mean(1))
+            answers.append(problem.family.predict(problem.teacher, x, timestep, everything))
             rows.append(((trajectory.timesteps - timestep).abs().argmin()).expand(len(x)).clone())
             asked.append(subjects)
 
@@ -156,4 +126,16 @@ def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory
         seeds = image_seeds(range(images), seed, CALIBRATION)
         sampler.run(problem.student, noise, given, seeds, see, null)
     own = Trajectory(torch.cat(points), torch.cat(rows), trajectory.timesteps, trajectory.conditions, torch.cat(asked))
-    return own, torch.cat(answers), torch.cat(squares)
+    return own, torch.cat(answers)
+
+
+def own_trajectories(problem: Problem, images: int, together: int) -> Trajectory:
+    """Points that the student visits when it samples `images` new images, so many of them `together`."""
+    parts = [own_trajectory(problem, min(together, images - i), i)[0] for i in range(0, images, together)]
+    subjects = torch.cat([part.subjects for part in parts if part.subjects is not None])
+    return replace(
+        problem.trajectory,
+        x=torch.cat([part.x for part in parts]),
+        rows=torch.cat([part.rows for part in parts]),
+        subjects=subjects,
+    )

@@ -41,7 +41,6 @@ class BkdOptions:
     refine_rates: Rates = FINE
     refine_images: int = 128
     refine_refresh: int = 300
-    refine_balance: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
     problem.bake()
     if options.refine_iters:
         settle(problem.student)
-        own, _, _ = own_trajectories(problem, options.refine_images, options.replay_batch)
+        own = own_trajectories(problem, options.refine_images, options.replay_batch)
         there = replace(problem, trajectory=own)
 
         def second(block: nn.Module) -> BkdLearner:
