@@ -1,0 +1,69 @@
+"""The command line: what can be typed. Each command parses, calls a stage and prints one line.
+
+A command is a file here, named in `COMMANDS`. Nothing heavy is imported, so that `dqtool --help` answers at once; the
+stages import torch when there is work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from dqtool.cli.app import COMMON, app
+from dqtool.errors import UsageError
+
+__all__ = ["COMMON", "app", "invoke"]
+
+COMMANDS = (
+    "dilate",
+    "calibrate",
+    "distill",
+    "export",
+    "eval",
+    "sample",
+    "stats",
+    "run",
+    "inspect",
+    "bench",
+    "report",
+    "zoo",
+)
+"""The commands' files, in the order of `dqtool --help`."""
+
+for _name in COMMANDS:
+    import_module(f"dqtool.cli.{_name}")
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Run one command line (without the program's name); returns the exit code.
+
+    Raises:
+        DqtoolError: whatever a stage raises.
+        UsageError: the command line can't be understood.
+    """
+    root = typer.main.get_command(app)
+    if not arguments:
+        with root.make_context("dqtool", [], resilient_parsing=True) as context:
+            print(root.get_help(context), file=sys.stderr)
+        return 2
+    try:
+        with root.make_context("dqtool", list(arguments)) as context:
+            root.invoke(context)
+    except typer.Exit as finished:
+        return finished.exit_code
+    except USAGE_ERRORS as error:
+        raise UsageError(error.format_message(), fix=_help_hint(error)) from error
+    return 0
+
+
+USAGE_ERRORS: Any = typer.BadParameter.__mro__[1]
+"""click's UsageError: newer typers carry a copy of click of their own, so it is not where click is."""
+
+
+def _help_hint(error: Any) -> str:
+    path = error.ctx.command_path if error.ctx is not None else "dqtool"
+    return f"`{path} --help` lists what there is"

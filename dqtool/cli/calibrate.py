@@ -1,0 +1,40 @@
+"""`dqtool calibrate`: sample the full-precision model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dqtool.cli.app import command
+from dqtool.cli.options import Artifact, Guidance, Output, Prompts
+from dqtool.cli.output import run_stage
+from dqtool.stages.common import Common
+
+
+@command("dqtool calibrate dilated.safetensors --steps 20 --samples 5120")
+def calibrate(
+    common: Common,
+    artifact: Artifact = None,
+    output: Output = "calibrated.safetensors",
+    steps: Annotated[int, typer.Option(metavar="N", help="Sampling steps the quantized model will take.")] = 20,
+    sampler: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="ddim, ddpm, plms, dpmsolver or euler; left out: the pipeline's own."),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="Pairs (x_t, t) to keep for training.")] = 5120,
+    draw: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of which steps: stratified (all alike), uniform, normal or density."),
+    ] = "stratified",
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the images that are sampled.")] = 0,
+    eta: Annotated[float, typer.Option(metavar="F", help="Noise added at each step of ddim.")] = 0.0,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 64,
+) -> None:
+    """Sample the full-precision model, keep statistics.
+
+    One calibration, with its trajectory, serves every bit width.
+    """
+    run_stage("calibrate", **locals())

@@ -1,0 +1,61 @@
+"""`dqtool dilate`: widen in-channels."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dqtool.cli.app import command
+from dqtool.cli.options import Output
+from dqtool.cli.output import run_stage
+from dqtool.stages.common import Common
+
+
+@command("dqtool dilate model.safetensors -o dilated.safetensors", "dqtool dilate zoo:digits-ddpm")
+def dilate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A .safetensors file with config.json beside it, a diffusers directory, an original checkpoint, "
+            "a Hub id, or zoo:NAME."
+        ),
+    ],
+    common: Common,
+    output: Output = "dilated.safetensors",
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Its config.json, or the authors' YAML.")] = None,
+    scaling: Annotated[
+        str, typer.Option(metavar="NAME", help="How channels are scaled; wd is Weight Dilation, exactly.")
+    ] = "wd",
+    stats: Annotated[
+        str | None, typer.Option(metavar="CALIBRATED", help="Activation statistics, for methods that look at them.")
+    ] = None,
+    cap: Annotated[float, typer.Option(metavar="F", help="The largest factor of a channel.")] = 64.0,
+    threshold: Annotated[
+        float, typer.Option(metavar="F", help="Of wd: leave channels alone whose factor would be smaller.")
+    ] = 1.0,
+    family: Annotated[
+        str | None, typer.Option(metavar="NAME", help="generic: take a network of a class that has no adapter.")
+    ] = None,
+    example: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For generic: a tensor for each further argument, safetensors.")
+    ] = None,
+    components: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which network of a pipeline, one at a time; left out: its denoiser."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to add first; may be repeated.")
+    ] = None,
+    bits: Annotated[
+        str, typer.Option(metavar="W/A", help="The bits that osplus and auto, which compare outputs, choose for.")
+    ] = "4/4",
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Divide in what makes the input (norms, v, adaLN) where the algebra allows.")
+    ] = False,
+) -> None:
+    """Widen the unsaturated in-channels (Weight Dilation).
+
+    The inputs they read are divided by the same factors, so that activations need a smaller range. Reads weights only.
+    """
+    run_stage("dilate", **locals())

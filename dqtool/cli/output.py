@@ -1,0 +1,61 @@
+"""Running a stage for a command, and printing what came of it: results on standard output, the rest elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_format
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dqtool.stages.common import Common
+
+__all__ = ["on_standard_error", "print_report", "print_result", "run_stage"]
+
+
+def run_stage(name: str, common: Common, **values: Any) -> None:
+    """Run a stage with options by field name (a command's arguments are just that), or print what it would do."""
+    from dqtool.stages.registry import make_options, stage_function
+
+    options = make_options(name, values)
+    with on_standard_error():
+        path = stage_function(name)(options, common)
+    if common.dry_run:
+        from dqtool.stages.plan import plan_stage, render
+
+        with on_standard_error():
+            plan = plan_stage(common.log[-1], options)
+        print_report(plan, render(plan), common)
+    else:
+        print_result(path, common)
+
+
+@contextlib.contextmanager
+def on_standard_error() -> Any:
+    """Whatever a library prints in here goes to standard error: standard output is the result's alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def print_result(path: str, common: Common) -> None:
+    """The path, or with --json the manifest, where it is and which stages were cached."""
+    if not common.json:
+        print(path)
+        return
+    from dqtool.artifacts import manifest_path
+
+    last = common.log[-1] if common.log else None
+    found: dict[str, Any] = {}
+    if last is not None and manifest_path(path).is_file():
+        found = json_format.loads(manifest_path(path).read_text(encoding="utf-8"))
+    if len(common.log) > 1:
+        found["stages"] = [{"stage": e.stage, "path": e.output, "cached": e.cached} for e in common.log]
+    print(json_format.dumps(found | {"path": path, "cached": last is not None and last.cached}, sort_keys=True))
+
+
+def print_report(content: Any, lines: Sequence[str], common: Common) -> None:
+    """A report: its lines, or with --json its content."""
+    if common.json:
+        print(json_format.dumps(content, sort_keys=True))
+    else:
+        print("\n".join(lines))

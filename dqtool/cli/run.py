@@ -1,0 +1,42 @@
+"""`dqtool run`: a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dqtool.cli.app import command
+from dqtool.cli.output import on_standard_error, print_report, print_result
+from dqtool.stages.common import Common
+
+
+@command(
+    "dqtool run recipes/digits-ddpm-w4a4.yaml",
+    "dqtool run recipes/digits-ddpm-w4a4.yaml --set distill.iters=0 --set distill.output=ptq.safetensors",
+)
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Names a model and, stage by stage, options.")],
+    common: Common,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="Override the recipe; may be repeated."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Left out: results/NAME of the recipe.")
+    ] = None,
+) -> None:
+    """Run the stages that a recipe describes.
+
+    Each works on the output of the one before; what is cached is not done again.
+    """
+    from dqtool.stages.plan import plan_recipe, render
+    from dqtool.stages.run import run as run_recipe
+
+    if common.dry_run:
+        plan = plan_recipe(recipe, overrides or [], common, output)
+        print_report(plan, render(plan), common)
+        return
+    with on_standard_error():
+        path = run_recipe(recipe, overrides or [], common, output)
+    print_result(path, common)

@@ -1,0 +1,47 @@
+"""`dqtool zoo`: the embedded models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dqtool.cli.app import app, command
+from dqtool.cli.output import on_standard_error, print_report, print_result
+from dqtool.stages.common import Common
+
+zoo_app = typer.Typer(help="The embedded models.", rich_markup_mode=None, epilog="Example: dqtool zoo list")
+app.add_typer(zoo_app, name="zoo")
+
+
+@command("dqtool zoo list", group=zoo_app, name="list")
+def zoo_list(common: Common) -> None:
+    """List the embedded models and their sizes."""
+    from dqtool.stages.zoo import list_models, render
+
+    models = list_models()
+    print_report({"models": models}, render(models), common)
+
+
+@command("dqtool zoo get digits-ddpm -o model", group=zoo_app, name="get")
+def zoo_get(
+    name: Annotated[str, typer.Argument(help="A name from `dqtool zoo list`.")],
+    common: Common,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="The directory to write; left out: NAME.")
+    ] = None,
+) -> None:
+    """Write one as a diffusers pipeline directory.
+
+    Its weights become float32.
+    """
+    from dqtool.stages.zoo import ZooGetOptions, get_model, plan_get
+
+    options = ZooGetOptions(name, output or name.removeprefix("zoo:"))
+    if common.dry_run:
+        plan = plan_get(options)
+        print_report(plan, [f"{key:<10}{value}" for key, value in plan.items()], common)
+        return
+    with on_standard_error():
+        path = get_model(options, common)
+    print_result(path, common)
