@@ -1,11 +1,12 @@
 """The command line: what can be typed. Each command parses, calls a stage and prints one line.
 
-A command is a file here, named in `COMMANDS`. Nothing heavy is imported, so that `dqtool --help` answers at once; the
-stages import torch when there is work.
+A command is a file here. Nothing heavy is imported, so that `dqtool --help` answers at once; the stages import torch when
+there is work.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,24 +19,16 @@ from dqtool.errors import UsageError
 
 __all__ = ["COMMON", "app", "invoke"]
 
-COMMANDS = (
-    "dilate",
-    "calibrate",
-    "distill",
-    "export",
-    "eval",
-    "sample",
-    "stats",
-    "run",
-    "inspect",
-    "bench",
-    "report",
-    "zoo",
-)
-"""The commands' files, in the order of `dqtool --help`."""
+ORDER = ("dilate", "calibrate", "distill", "export", "eval", "sample", "stats", "run", "inspect", "bench", "report")
+"""The commands' files in the order of `dqtool --help`; others come after them."""
 
-for _name in COMMANDS:
-    import_module(f"dqtool.cli.{_name}")
+
+def _position(name: str) -> tuple[int, str]:
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
+
+
+for _name in sorted((info.name for info in pkgutil.iter_modules(__path__)), key=_position):
+    import_module(f"{__name__}.{_name}")
 
 
 def invoke(arguments: Sequence[str]) -> int:
