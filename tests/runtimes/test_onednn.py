@@ -102,23 +102,23 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
         )
     fused = ("FusedResnetBlock2D", "FusedDownsample2D", "FusedUpsample2D", "Attention", "NormActProduct")
     generator = torch.Generator().manual_seed(0)
+    differences: dict[tuple[str, float], float] = {}
     for step in simulated.timesteps.tolist():
         x = torch.randn(2, 1, 8, 8, generator=generator)
         simulated(x, step)
         engine(x, step)  # sets the step
-        compared = 0
         for name, module in engine.named_modules():
             if type(module).__name__ in fused and name in seen:
                 args, kwargs, expected = seen[name]
                 if isinstance(module, NormActProduct):
                     args = seen["conv_norm_out"][0]
-                difference = (module(*args, **kwargs) - expected).abs()
-                # Where a value falls on a rounding tie, the last bit of the norm decides: rare, and one code apart. A 3x3
-                # convolution hands one such code to 9 of these 128 pixels.
-                assert (difference > 1e-4 * expected.abs().max()).float().mean() < 0.15, (name, step)
-                assert difference.norm() < 0.03 * expected.norm(), (name, step)
-                compared += 1
-        assert compared >= 8
+                differences[name, step] = float((module(*args, **kwargs) - expected).norm() / expected.norm())
+    assert len(differences) >= 8 * len(simulated.timesteps)
+    # Where a value falls on a rounding tie, the last bit of the norm before it decides, and another processor may take the
+    # other code. Rare (10 of 5000 blocks here, other inputs), but the norm after it spreads such a code over all pixels.
+    apart = {key: value for key, value in differences.items() if value > 1e-5}
+    assert len(apart) <= 3, apart
+    assert all(value < 0.03 for value in apart.values()), apart
 
 
 @pytest.mark.parametrize("bits", BITS)
