@@ -105,9 +105,9 @@ import sys, time
 from dqtool.__main__ import main
 for arguments in {CHAIN!r}:
     sys.argv = ["dqtool", *arguments]
-    start = time.perf_counter()
+    start = time.process_time()
     assert main() == 0
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 1
 assert "torch" not in sys.modules and "diffusers" not in sys.modules and "numpy" not in sys.modules
 """
         before = listing(made)
