@@ -31,7 +31,12 @@ CHAIN = (
 
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["DQTOOL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["DQTOOL_CACHE"] = str(cache)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # kernels take seconds to compile and are the same for all workers
+        kernels = tmp_path_factory.getbasetemp().parent / "kernels"
+        kernels.mkdir(exist_ok=True)
+        (cache / "kernels").symlink_to(kernels)
 
 
 @pytest.fixture(scope="session")
