@@ -116,15 +116,9 @@ def search_weight(
     """
     rows = weight.detach().flatten(1)
     lo, hi = rows.amin(1), rows.amax(1)
-    low = lowest_code(bits, symmetric)
-    best = torch.full_like(lo, torch.inf)
-    scale, zero_point = affine_parameters(lo, hi, bits, symmetric)
-    for factor in torch.linspace(1.0, smallest, candidates).tolist():
-        s, z = affine_parameters(lo * factor, hi * factor, bits, symmetric)
-        error = (fake_quantize(rows, s[:, None], z[:, None], bits, low) - rows).square().sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
+    factors = torch.linspace(1.0, smallest, candidates).tolist()
+    lows, highs = (torch.stack([end * factor for factor in factors]) for end in (lo, hi))
+    _, _, scale, zero_point = _least_error(rows, None, lows, highs, bits, symmetric)
     return scale, zero_point
 
 
@@ -141,28 +135,36 @@ def search_histogram(
     width = (hi - lo) / bins
     centres = lo[:, None] + (torch.arange(bins) + 0.5) * width[:, None]  # [R, B]
     counts = histogram.to(centres.dtype)
-    low = lowest_code(bits, symmetric)
-    best = torch.full_like(lo, torch.inf)
-    scale, zero_point = affine_parameters(lo, hi, bits, symmetric)
-    best_below, best_above = torch.ones_like(lo), torch.ones_like(lo)
+    coarse = torch.linspace(1.0, 0.1, max(2, int(candidates**0.5) + 2))
+    pairs = torch.cartesian_prod(coarse, coarse) if not symmetric else torch.stack([coarse, coarse], 1)
+    above, below = pairs.to(lo).unbind(1)  # [K]
+    lows, highs = lo * below[:, None], hi * above[:, None]
+    error, chosen, scale, zero_point = _least_error(centres, counts, lows, highs, bits, symmetric)
+    factors = torch.linspace(1.15, 0.85, candidates).to(lo)[:, None]
+    lows, highs = (end * (part[chosen] * factors).clamp(max=1) for end, part in ((lo, below), (hi, above)))
+    fine_error, _, fine_scale, fine_zero_point = _least_error(centres, counts, lows, highs, bits, symmetric)
+    better = fine_error < error
+    return torch.where(better, fine_scale, scale), torch.where(better, fine_zero_point, zero_point)
 
-    def consider(below: Tensor, above: Tensor) -> None:
-        nonlocal best, scale, zero_point, best_below, best_above
-        s, z = affine_parameters(lo * below, hi * above, bits, symmetric)
-        error = (fake_quantize(centres, s[:, None], z[:, None], bits, low) - centres).square_().mul_(counts).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
-        best_below, best_above = torch.where(better, below, best_below), torch.where(better, above, best_above)
 
-    coarse = torch.linspace(1.0, 0.1, max(2, int(candidates**0.5) + 2)).tolist()
-    for a in coarse:
-        for b in coarse if not symmetric else [a]:
-            consider(torch.full_like(lo, b), torch.full_like(lo, a))
-    below, above = best_below.clone(), best_above.clone()
-    for factor in torch.linspace(1.15, 0.85, candidates).tolist():
-        consider((below * factor).clamp(max=1), (above * factor).clamp(max=1))
-    return scale, zero_point
+AT_ONCE = 2**17
+"""Values that candidates are tried on in one go: small quantizers take few operations, large ones no more memory."""
+
+
+def _least_error(
+    values: Tensor, counts: Tensor | None, lo: Tensor, hi: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of K candidate ranges `lo`, `hi` `[K, R]`, for each row of `values` `[R, B]` (`counts` `[R, B]` times each) the first
+    with the least squared error: that error, which one it is, its scale and its zero point, all `[R]`."""
+    scales, zero_points = affine_parameters(lo, hi, bits, symmetric)
+    low, n = lowest_code(bits, symmetric), max(1, AT_ONCE // max(1, values.numel()))
+    errors = []
+    for scale, zero_point in zip(scales.split(n), zero_points.split(n), strict=True):
+        error = (fake_quantize(values, scale[..., None], zero_point[..., None], bits, low) - values).square_()
+        errors.append((error if counts is None else error.mul_(counts)).sum(-1))
+    error, chosen = torch.cat(errors).nan_to_num_(nan=torch.inf, posinf=torch.inf).min(0)
+    row = torch.arange(len(chosen), device=chosen.device)
+    return error, chosen, scales[chosen, row], zero_points[chosen, row]
 
 
 def _multiplier(scale: Tensor, divisor: Tensor | None) -> Tensor:
