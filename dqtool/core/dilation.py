@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dqtool.errors import NumericError, UsageError
 
-__all__ = ["CAP", "dilate_weight", "in_channels", "spread", "weight_dilation", "weight_ranges"]
+__all__ = ["CAP", "channel_slack", "dilate_weight", "in_channels", "spread", "weight_dilation", "weight_ranges"]
 
 CAP = 64.0
 _CACHED = 1 << 19
@@ -41,11 +41,16 @@ def weight_ranges(weight: Tensor) -> tuple[Tensor, Tensor]:
     return lo.clamp(max=0), hi.clamp(min=0)
 
 
-def weight_dilation(weights: Tensor | Sequence[Tensor], groups: int = 1, cap: float = CAP) -> Tensor:
+def weight_dilation(
+    weights: Tensor | Sequence[Tensor],
+    groups: int = 1,
+    cap: float = CAP,
+    slacks: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """The dilation `s [C_in]` (float32, in [1, cap]) of one weight, or of several that read the same input (Eq. 20-21).
 
     Weights that share an input (q, k, v) get the minimum over them. Channels that hold some out-channel's bound, and
-    channels no weight of which is non-zero, get exactly 1.
+    channels no weight of which is non-zero, get exactly 1. `slacks` are those weights' `channel_slack` where known.
 
     Raises `UsageError` for shapes that don't fit together or a cap below 1, `NumericError` for NaN or Inf.
     """
@@ -55,9 +60,29 @@ def weight_dilation(weights: Tensor | Sequence[Tensor], groups: int = 1, cap: fl
         raise UsageError(f"Weights that share one dilation must have the same in-channels, got {shapes}.")
     if not cap >= 1 or math.isinf(cap):
         raise UsageError(f"The cap of the dilation must be finite and at least 1, got {cap}.", where="--cap")
-    s = torch.stack([_slack(weight.detach().float(), groups) for weight in weights]).amin(dim=0)
+    known = slacks or [None] * len(weights)
+    found = [
+        channel_slack(weight, groups) if slack is None else slack for weight, slack in zip(weights, known, strict=True)
+    ]
+    s = torch.stack(found).amin(dim=0)
     # A channel without weights has no bound to reach: stretching its activations would change nothing but their range.
     return torch.where(torch.isinf(s), torch.ones_like(s), s).clamp(1, cap)
+
+
+def channel_slack(weight: Tensor, groups: int = 1) -> Tensor:
+    """`min r[j,k,u]` per in-channel, `[C_in]`: how far a channel can grow; +inf where all its weights are zero.
+
+    Raises `UsageError` for a shape that is no weight's, `NumericError` for NaN or Inf.
+    """
+    weight = weight.detach().float()
+    width = in_channels(weight, groups) // groups
+    every = [_group_slack(rows.flatten(1)).view(width, -1) for rows in weight.chunk(groups)]
+    slack = torch.cat(every).amin(dim=1)
+    if bool(torch.isinf(slack).any()):
+        # Infinite over a denormal is not dead, and its answer is the cap.
+        largest = [rows.abs().reshape(len(rows), width, -1).amax(dim=(0, 2)) for rows in weight.chunk(groups)]
+        slack = torch.where(torch.cat(largest) > 0, slack.clamp(max=torch.finfo(slack.dtype).max), slack)
+    return slack
 
 
 def dilate_weight(weight: Tensor, s: Tensor, groups: int = 1) -> Tensor:
@@ -65,15 +90,20 @@ def dilate_weight(weight: Tensor, s: Tensor, groups: int = 1) -> Tensor:
 
     `s` must come from `weight_dilation`. The clip undoes rounding only: a product may land one ulp past the bound (or
     one short of it, which is harmless). Other scaling methods change ranges and go through `scaling.scale_weight`.
+    Rows need no others: of one group, any run of them may be dilated by itself.
     """
     weight = weight.detach().float()
-    factors = spread(s, weight, groups)
-    dilated = torch.empty_like(weight)
-    for part in _parts(weight):
-        rows = weight[part]
-        lo, hi = (_rows(bound, rows) for bound in weight_ranges(rows))
-        into = dilated[part]
-        torch.minimum(torch.maximum(torch.mul(rows, factors[part], out=into), lo, out=into), hi, out=into)
+    width = in_channels(weight, groups) // groups
+    if s.shape != (width * groups,):
+        raise _misfit(s, weight, groups)
+    # One factor for each entry of a row, since a kernel's few entries are too short a run to be multiplied fast.
+    factors = s.float().view(groups, width, 1).expand(-1, -1, weight[0, 0].numel()).reshape(groups, -1)
+    dilated = torch.empty(weight.shape, device=weight.device)
+    for factor, old, new in zip(factors, weight.chunk(groups), dilated.chunk(groups), strict=True):
+        for part in _parts(old):
+            rows, into = old[part].flatten(1), new[part].flatten(1)
+            lo, hi = (bound[:, None] for bound in weight_ranges(rows))
+            torch.minimum(torch.maximum(torch.mul(rows, factor, out=into), lo, out=into), hi, out=into)
     return dilated
 
 
@@ -90,27 +120,13 @@ def in_channels(weight: Tensor, groups: int) -> int:
 def spread(s: Tensor, weight: Tensor, groups: int) -> Tensor:
     """`s [C_in]` laid out to multiply `weight`: `[C_out, C_in / groups, 1, ...]`. Raises `UsageError` on a misfit."""
     if s.shape != (in_channels(weight, groups),):
-        raise UsageError(
-            f"A scale of shape {tuple(s.shape)} doesn't fit a weight {tuple(weight.shape)}, groups {groups}."
-        )
+        raise _misfit(s, weight, groups)
     per_row = s.to(weight.dtype).view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
     return per_row.view(*per_row.shape, *[1] * (weight.ndim - 2))
 
 
-def _rows(bound: Tensor, weight: Tensor) -> Tensor:
-    return bound.view(-1, *[1] * (weight.ndim - 1))
-
-
-def _slack(weight: Tensor, groups: int) -> Tensor:
-    """`min r[j,k,u]` per in-channel `[C_in]`: how far a channel can grow; +inf where all its weights are zero."""
-    width = in_channels(weight, groups) // groups
-    every = [_group_slack(rows.flatten(1)).view(width, -1) for rows in weight.chunk(groups)]
-    slack = torch.cat(every).amin(dim=1)
-    if bool(torch.isinf(slack).any()):
-        # Infinite over a denormal is not dead, and its answer is the cap.
-        largest = [rows.abs().reshape(len(rows), width, -1).amax(dim=(0, 2)) for rows in weight.chunk(groups)]
-        slack = torch.where(torch.cat(largest) > 0, slack.clamp(max=torch.finfo(slack.dtype).max), slack)
-    return slack
+def _misfit(s: Tensor, weight: Tensor, groups: int) -> UsageError:
+    return UsageError(f"A scale of shape {tuple(s.shape)} doesn't fit a weight {tuple(weight.shape)}, groups {groups}.")
 
 
 def _group_slack(rows: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class ScalingInput:
     threshold: float = 1.0  # `wd` leaves channels alone that could not grow by as much
     samples: Samples | None = None
     shiftable: bool = False  # whether a shift of the input can be taken by what makes it, and by the layer's bias
+    slacks: Sequence[Tensor | None] | None = None  # of each weight its `channel_slack` where known, `wd` only
 
     @property
     def channels(self) -> int:

@@ -16,7 +16,7 @@ __all__ = ["awq", "dgq", "none", "smoothquant", "wd"]
 def wd(inputs: ScalingInput) -> ScalingResult:
     """Weight Dilation (section 4.1 of the paper): weights only. A channel counts as unsaturated when it can grow by the
     threshold, in the paper by anything."""
-    scale = weight_dilation(inputs.weights, inputs.groups, inputs.cap)
+    scale = weight_dilation(inputs.weights, inputs.groups, inputs.cap, inputs.slacks)
     return ScalingResult(torch.where(scale >= inputs.threshold, scale, torch.ones_like(scale)))
 
 
