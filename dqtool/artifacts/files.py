@@ -69,13 +69,13 @@ def content_digest(path: str | os.PathLike[str], piece: int = 256 << 20) -> str:
             return sha256_file(path)
 
         def digest(start: int) -> bytes:
-            part = hashlib.sha256()
-            with open(path, "rb") as stream:
+            part, buffer = hashlib.sha256(), memoryview(bytearray(1 << 19))
+            with open(path, "rb", buffering=0) as stream:
                 stream.seek(start)
                 left = piece
-                while left and (data := stream.read(min(left, 1 << 20))):
-                    part.update(data)
-                    left -= len(data)
+                while left and (count := stream.readinto(buffer[: min(left, len(buffer))])):
+                    part.update(buffer[:count])
+                    left -= count
             return part.digest()
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

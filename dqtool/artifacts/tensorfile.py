@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import os_fault
+from dqtool.artifacts.hashed_file import HashedFile
 from dqtool.artifacts.header import METADATA, file_header
 from dqtool.errors import ArtifactError, NumericError
 
@@ -104,32 +105,23 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 def _save_one_by_one(path: Path, tensors: DeferredTensors) -> str:
     """The same file as the library's, byte for byte."""
-    import hashlib
-    from concurrent.futures import Future, ThreadPoolExecutor
-
     import torch
 
     like = {name: tensors.like(name) for name in tensors}
     header, order, _ = file_header({name: (str(t.dtype), tuple(t.shape)) for name, t in like.items()})
-    digest = hashlib.sha256()
-    with (
-        library_faults(path),
-        open(path, "wb") as stream,
-        ThreadPoolExecutor(1) as writer,
-        ThreadPoolExecutor(1) as hasher,
-    ):
-        pending: list[Future] = [writer.submit(stream.write, header), hasher.submit(digest.update, header)]
+    with library_faults(path), HashedFile(path) as file:
+        file.write(header)
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if (tensor.dtype, tensor.shape) != (like[name].dtype, like[name].shape):
+            rows = 0
+            for piece in tensors.pieces(name, HashedFile.PIECE):
+                tensor = piece.detach().cpu().contiguous()
+                if (tensor.dtype, tensor.shape[1:]) != (like[name].dtype, like[name].shape[1:]):
+                    raise ValueError(f"deferred tensor {name} is not what was announced")
+                rows += len(tensor) if tensor.dim() else 1
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            if rows != (len(like[name]) if like[name].dim() else 1):
                 raise ValueError(f"deferred tensor {name} is not what was announced")
-            data = tensor.flatten().view(torch.uint8).numpy().data
-            for task in pending:  # at most two tensors are in memory
-                task.result()
-            pending = [writer.submit(stream.write, data), hasher.submit(digest.update, data)]
-        for task in pending:
-            task.result()
-    return digest.hexdigest()
+        return file.finish()
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dqtool.artifacts import DeferredTensors, sha256_file
+from dqtool.artifacts.hashed_file import HashedFile
 from dqtool.artifacts.tensorfile import save_tensors
 
 
@@ -34,6 +35,21 @@ def test_the_file_is_the_one_of_the_library(tmp_path: Path) -> None:
     digest = save_tensors(tmp_path / "deferred", deferred)
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "deferred").read_bytes()
     assert digest == sha256_file(tmp_path / "plain")
+
+
+def test_rows_are_made_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HashedFile, "PIECE", 100)
+    plain, deferred, asked = tensors(), DeferredTensors(tensors()), []
+
+    def rows(part: slice) -> torch.Tensor:
+        asked.append(part)
+        return plain["a.weight"][part].clone()
+
+    deferred.defer("a.weight", plain["a.weight"], plain["a.weight"].clone, rows)
+    save_tensors(tmp_path / "plain", plain)
+    save_tensors(tmp_path / "deferred", deferred)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "deferred").read_bytes()
+    assert [part.start for part in asked] == [0, 1, 2, 3]
 
 
 def test_it_is_a_mapping_that_can_be_changed() -> None:
@@ -79,5 +95,8 @@ def test_few_are_in_memory_at_once(tmp_path: Path) -> None:
 def test_a_function_that_breaks_its_word_is_found_out(tmp_path: Path) -> None:
     deferred = DeferredTensors({})
     deferred.defer("x", torch.empty(4), lambda: torch.zeros(5))
+    with pytest.raises(ValueError, match="x"):
+        save_tensors(tmp_path / "file", deferred)
+    deferred.defer("x", torch.empty(4), lambda: torch.zeros(4), lambda part: torch.zeros(4)[part][:3])
     with pytest.raises(ValueError, match="x"):
         save_tensors(tmp_path / "file", deferred)
