@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dqtool.artifacts.committing import commit, commit_directory, commit_report
+from dqtool.artifacts.committing import Written, commit, commit_directory, commit_report
 from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import sha256_file
 from dqtool.artifacts.locking import lock
@@ -30,6 +30,7 @@ __all__ = [
     "DeferredTensors",
     "Manifest",
     "Workspace",
+    "Written",
     "check_finite",
     "check_writable",
     "commit",

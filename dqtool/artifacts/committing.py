@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of, write_text
 from dqtool.artifacts.manifest import Manifest
 from dqtool.artifacts.store import DIRECTORY_MANIFEST, Artifact, check_writable, manifest_path
-from dqtool.artifacts.tensorfile import library_faults, save_tensors
+from dqtool.artifacts.tensorfile import library_faults, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["commit", "commit_directory", "commit_report"]
+__all__ = ["Written", "commit", "commit_directory", "commit_report"]
+
+Written = Callable[[], "dict[str, torch.Tensor]"]
+"""Waits for a file that is being written; then its tensors, mapped."""
 
 
-def commit(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> Artifact:
+def commit(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    manifest: Manifest,
+    proof: Callable[[Written], Mapping[str, Any]] | None = None,
+) -> Artifact:
     """Write a safetensors artifact and its manifest; `manifest.file` is filled in.
+
+    `proof` runs in a thread while the data is being written. It is given a function that waits for the end of that and
+    maps the new file's tensors; its result is added to the metrics. What it raises is raised, and nothing is committed.
 
     Equal tensors give byte-identical files. After a failure or interrupt what stood at `path` before still stands,
     whole (or, in the instant after the last move, the new artifact), and no temporary file is left. Raises `EnvironmentFault` for a full, read-only or missing place, `NumericError` for a
@@ -32,9 +45,12 @@ def commit(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], ma
         with staging(target) as area:
             data, note = area / "data.safetensors", area / "manifest.json"
             note.touch()
-            digest = save_tensors(data, tensors)
-            data.chmod(note.stat().st_mode)  # safetensors makes its files private
-            fsync_path(data)
+            with _meanwhile(proof) as (written, found):
+                digest = save_tensors(data, tensors)
+                written.set_result(data)
+                data.chmod(note.stat().st_mode)  # safetensors makes its files private
+                fsync_path(data)
+                manifest.metrics.update(found.result())
             manifest.file = {"name": target.name, "bytes": data.stat().st_size, "sha256": digest or sha256_file(data)}
             manifest.files = None
             _write(note, manifest.to_json())
@@ -84,6 +100,25 @@ def commit_report(path: str | os.PathLike[str], report: Manifest | Mapping[str, 
     else:
         text = json.dumps(report, sort_keys=True, indent=1, allow_nan=False) + "\n"
     write_text(target_of(path), text)
+
+
+@contextlib.contextmanager
+def _meanwhile(
+    proof: Callable[[Written], Mapping[str, Any]] | None,
+) -> Iterator[tuple[Future[Path], Future[Mapping[str, Any]]]]:
+    """Run the proof in a thread: the future of the written file, to be set within the block, and that of its result."""
+    written: Future[Path] = Future()
+    found: Future[Mapping[str, Any]] = Future()
+    if proof is None:
+        found.set_result({})
+        yield written, found
+        return
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield written, pool.submit(proof, lambda: load_tensors(written.result()))
+        except BaseException:
+            written.cancel()  # for a proof that waits for it
+            raise
 
 
 def _write(path: Path, text: str) -> None:

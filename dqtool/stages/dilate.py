@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, DeferredTensors, open_artifact, sha256_file
+from dqtool.artifacts import Artifact, DeferredTensors, Written, check_writable, open_artifact, sha256_file
 from dqtool.core.bits import parse_bits
 from dqtool.errors import ArtifactError, NumericError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
+from dqtool.stages.ahead import channel_slacks, file_tensors, importing
 from dqtool.stages.running import Common, Product, execute
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dqtool.core.scaling import ScalingMethod
     from dqtool.models.families import Family
     from dqtool.nn.trace import LayerInfo, Trace
 
@@ -56,6 +59,15 @@ def dilate(options: DilateOptions, common: Common) -> str:
     parse_bits(options.bits)
     source = resolve_model(options.model, options.config, options.components, options.lora)
     stats = None if options.stats is None else open_artifact(options.stats, ["calibrate"])
+    reads = [*source.weights, *(lora.path for lora in source.loras)]
+    check_writable(options.output, inputs=[options.model, *reads])
+    slacks: dict[str, Tensor] | None = None
+    if not common.dry_run and (common.force or not os.path.lexists(options.output)):
+        # Nothing is cached, so that there is work: what needs the file only is done beside the imports.
+        with importing(source.class_name) as torch_is_there:
+            source.sha256()
+            torch_is_there()
+            slacks = channel_slacks(file_tensors(source)) if options.scaling == "wd" else {}
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
     if stats is not None:
         inputs.append({"name": stats.given, "sha256": stats.sha256, "stage": stats.stage})
@@ -67,8 +79,8 @@ def dilate(options: DilateOptions, common: Common) -> str:
         parameters,
         inputs,
         common,
-        lambda _key: produce(source, stats, options),
-        reads=[*source.weights, *(lora.path for lora in source.loras)],
+        lambda _key: produce(source, stats, options, slacks),
+        reads=reads,
     )
     return options.output
 
@@ -89,11 +101,17 @@ def resolved(options: DilateOptions) -> dict[str, Any]:
     return parameters
 
 
-def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions) -> Product:
-    """Load, scale, prove the equivalence."""
+def produce(
+    source: ModelSource, stats: Artifact | None, options: DilateOptions, slacks: dict[str, Tensor] | None = None
+) -> Product:
+    """Load and scale; the proof of the equivalence is left to be run while the file is written.
+
+    `slacks` are the weights' `channel_slack` where they are known already.
+    """
     import torch
 
     from dqtool.core.scaling import scaling_method
+    from dqtool.core.threads import operation_threads
     from dqtool.models.companions import attachments_of
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
@@ -105,7 +123,9 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
 
     class_name, config = described(source, options)
     family = family_of(class_name, str(source.config_path))
-    state = drop_repeats(load_weights(source), family.repeats(config))
+    if slacks is None:
+        slacks = channel_slacks(file_tensors(source)) if options.scaling == "wd" else {}
+    state = drop_repeats(load_weights(source, finite=slacks.keys()), family.repeats(config))
     network = build_network(class_name, config, state, source.given, share=True)
     traced = traced_network(network, family, config)
     float_parts = kept_float(network, traced.layers)
@@ -117,7 +137,16 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     if asked.shifts:
         shifts = shiftable(network, traced.layers, find_shifts(network, family.example(config), traced.layers))
     chosen = choose_scaling(
-        network, family, traced.layers, stats, options.scaling, options.cap, options.bits, shifts, options.threshold
+        network,
+        family,
+        traced.layers,
+        stats,
+        options.scaling,
+        options.cap,
+        options.bits,
+        shifts,
+        options.threshold,
+        slacks,
     )
     scales = {
         info.name: chosen[owner].scale.clone()
@@ -133,8 +162,9 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         if scale is not None:
             name, result = f"{info.name}.weight", chosen[info.shares or info.name]
             method = asked if result.method is None else scaling_method(result.method)
-            # Made when it is proved and again when it is written, so that the whole network need not fit twice.
-            tensors.defer(name, state[name], partial(method.apply, state[name], scale, info.groups))
+            # Made when it is written, so that the whole network need not fit twice.
+            whole = partial(scaled_rows, method, state[name], scale, info.groups)
+            tensors.defer(name, state[name], whole, whole if info.groups == 1 else None)
             tensors[f"{info.name}.dilation"] = scale
             unsaturated = scale > 1
             record["scaling"] = {
@@ -156,13 +186,6 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         folded = fold_all(tensors, find_folds(network, family.example(config), traced.layers), crossing=True)
         scales = {name: scale for name, scale in scales.items() if name not in folded}
         mark_folded(records, folded)
-    error = equivalence_error(network, tensors, scales, family, config)
-    if not error <= TOLERANCE:
-        raise NumericError(
-            f"The dilated network's output differs from the original's by {error:.2g} relative, more than {TOLERANCE:g}",
-            where=source.given,
-            fix="A layer's input range may exceed what float32 resolves; lower --cap",
-        )
     model = {
         "class": class_name,
         "config": config,
@@ -175,7 +198,6 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         "parameters": sum(t.numel() for t in state.values()),
     }
     metrics: dict[str, Any] = {
-        "equivalence_error": error,
         "unsaturated_share": float((every > 1).float().mean()),
         "mean_dilation": float(every.mean()),
         "mean_inverse": float((1 / every).mean()),
@@ -184,8 +206,31 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     }
     if float_parts:
         metrics["kept_float"] = float_parts
-    _tell(records, metrics)
-    return Product(tensors, model, source.pipeline_record(), records, metrics, attachments=attachments_of(source))
+    threads = torch.get_num_threads()
+
+    def proof(written: Written) -> dict[str, float]:
+        with operation_threads(max(1, threads - 1), then=threads):
+            error = equivalence_error(network, written, scales, family, config)
+        if not error <= TOLERANCE:
+            raise NumericError(
+                f"The dilated network's output differs from the original's by {error:.2g} relative, more than "
+                f"{TOLERANCE:g}",
+                where=source.given,
+                fix="A layer's input range may exceed what float32 resolves; lower --cap",
+            )
+        _tell(records, metrics, error)
+        return {"equivalence_error": error}
+
+    pipeline, attachments = source.pipeline_record(), attachments_of(source)
+    return Product(tensors, model, pipeline, records, metrics, attachments=attachments, proof=proof)
+
+
+def scaled_rows(method: ScalingMethod, weight: Tensor, scale: Tensor, groups: int, rows: slice = slice(None)) -> Tensor:
+    """Those rows of the scaled weight (all of them, where there are groups), made by one thread."""
+    from dqtool.core.threads import operation_threads
+
+    with operation_threads(1):
+        return method.apply(weight[rows], scale, groups)
 
 
 def traced_network(network: nn.Module, family: Family, config: dict[str, Any]) -> Trace:
@@ -250,28 +295,34 @@ def absorb_shift(tensors: MutableMapping[str, Tensor], info: LayerInfo, weight: 
 
 def equivalence_error(
     network: nn.Module,
-    dilated: MutableMapping[str, Tensor],
+    written: Written,
     scales: dict[str, Tensor],
     family: Family,
     config: dict[str, Any],
 ) -> float:
-    """Largest |y' - y| over the output's largest magnitude, on random inputs at random steps; `network` is left as it was.
+    """Largest |y' - y| over the output's largest magnitude, on a random input at a random step; `network` is left as it was.
 
-    y' runs the dilated weights on `x / s`, where s is in `scales`, and whatever else `dilated` changed.
+    y' runs the tensors that `written` waits for on `x / s`, where s is in `scales`.
     """
     import torch
 
     from dqtool.nn.scaled import other_parameters, scaled_inputs
 
-    arguments = family.example(family.proof_config(config), batch=2)
-    with torch.no_grad():
-        original = network(**arguments, return_dict=False)[0]
-        with scaled_inputs(network, scales), other_parameters(network, dilated):
-            changed = network(**arguments, return_dict=False)[0]
+    arguments = family.example(family.proof_config(config))
+    onednn = torch.backends.mkldnn.enabled
+    # It would bring every weight into a layout of its own, which takes longer than multiplying by it once.
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            original = network(**arguments, return_dict=False)[0]
+            with scaled_inputs(network, scales), other_parameters(network, written()):
+                changed = network(**arguments, return_dict=False)[0]
+    finally:
+        torch.backends.mkldnn.enabled = onednn
     return float((changed - original).abs().max() / original.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _tell(records: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
+def _tell(records: list[dict[str, Any]], metrics: dict[str, Any], error: float) -> None:
     rows = [
         (
             record["name"],
@@ -285,6 +336,6 @@ def _tell(records: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
     ]
     report.table("Weight dilation", ["layer", "weight", "unsaturated", "mean 1/s", "max s"], rows)
     report.say(
-        f"output unchanged to {metrics['equivalence_error']:.1e} relative; {metrics['unsaturated_share']:.1%} of "
+        f"output unchanged to {error:.1e} relative; {metrics['unsaturated_share']:.1%} of "
         f"in-channels dilated, mean 1/s {metrics['mean_inverse']:.3f}"
     )

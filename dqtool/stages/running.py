@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from dqtool.artifacts import (
     Artifact,
     DeferredTensors,
     Manifest,
+    Written,
     check_writable,
     commit,
     commit_directory,
@@ -64,6 +66,9 @@ class Product:
     build: Callable[[Path], object] | None = None
     attachments: Mapping[str, Tensor] = field(default_factory=dict)
     """Files that travel with `tensors`: a pipeline's other components, by relative path, uint8."""
+    proof: Callable[[Written], Mapping[str, Any]] | None = None
+    """Run while `tensors` are being written, which counts only if it does not raise; returns further metrics. What it is
+    given waits for the file and maps it."""
 
 
 def input_artifact(given: str | None, stages: Collection[str], default: str) -> Artifact:
@@ -178,12 +183,20 @@ def execute(
             attached = {ATTACHMENT + name: data for name, data in product.attachments.items()}
             tensors = product.tensors if isinstance(product.tensors, DeferredTensors) else dict(product.tensors)
             tensors.update(attached)
-            commit(output, tensors, manifest)
+            commit(output, tensors, manifest, product.proof and partial(_timed, product.proof, manifest, start))
         else:
             commit_report(output, manifest)
         after(key)
     report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
     return note(cached=False)
+
+
+def _timed(
+    proof: Callable[[Written], Mapping[str, Any]], manifest: Manifest, start: float, written: Written
+) -> Mapping[str, Any]:
+    found = proof(written)
+    manifest.seconds = round(time.perf_counter() - start, 3)
+    return found
 
 
 def set_up_torch(device: str) -> tuple[int, str]:
@@ -200,4 +213,6 @@ def set_up_torch(device: str) -> tuple[int, str]:
 
     chosen = choose_device(device)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # An aid to debugging that writes every new tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return torch.get_num_threads(), str(chosen)

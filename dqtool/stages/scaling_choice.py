@@ -50,10 +50,12 @@ def choose_scaling(
     bits: str,
     shifts: Mapping[str, Fold],
     threshold: float = 1.0,
+    slacks: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ScalingResult]:
     """What the method chooses for every group, by owner; groups that it leaves alone have no entry.
 
-    `network` is the float one; `shifts` are the groups whose input can be moved, by owner.
+    `network` is the float one; `shifts` are the groups whose input can be moved, by owner;
+    `slacks` the `channel_slack` of ungrouped weights, by name, where it is known.
 
     Raises:
         UsageError: an unknown method, or one that needs statistics when there are none, or those of another network.
@@ -65,7 +67,9 @@ def choose_scaling(
         members = groups[owner]
         weights = [network.get_parameter(f"{member.name}.weight").detach() for member in members]
         lo, hi = statistics.get(f"{owner}.channel_range", (None, None))
-        return method(ScalingInput(weights, members[0].groups, lo, hi, cap, threshold, samples, owner in shifts))
+        groups_in = members[0].groups
+        known = [(slacks or {}).get(f"{member.name}.weight") for member in members] if groups_in == 1 else None
+        return method(ScalingInput(weights, groups_in, lo, hi, cap, threshold, samples, owner in shifts, known))
 
     if method.needs_samples:
         found = _with_samples(network, family, groups, statistics, layers, parse_bits(bits), choose)

@@ -13,7 +13,9 @@ import torch
 
 from dqtool.artifacts import (
     DIRECTORY_MANIFEST,
+    DeferredTensors,
     Manifest,
+    Written,
     check_writable,
     commit,
     commit_directory,
@@ -282,6 +284,30 @@ class TestCommit:
                 else:
                     assert not exists and not manifest_path(path).exists()
         assert interrupted or function == "rename"
+
+    def test_a_proof_sees_the_file_and_adds_its_metrics(self, artifact: Path):
+        def proof(written: Written) -> dict[str, Any]:
+            return {"sum": float(written()["a"].sum())}
+
+        note = commit(artifact, {"a": torch.ones(3)}, manifest(metrics={"other": 1}), proof).manifest
+        assert note.metrics == read_manifest(artifact).metrics == {"other": 1, "sum": 3.0}
+
+    def test_a_proof_that_fails_leaves_what_stood_there(self, artifact: Path):
+        def proof(written: Written) -> dict[str, Any]:
+            written()
+            raise ValueError("not equal")
+
+        with pytest.raises(ValueError, match="not equal"):
+            commit(artifact, {"a": torch.ones(3)}, manifest(), proof)
+        assert open_artifact(artifact).tensor_names() == sorted(TENSORS)
+        assert listing(artifact.parent) == ["dilated.json", "dilated.safetensors"]
+
+    def test_a_proof_does_not_wait_for_a_file_that_never_comes(self, artifact: Path):
+        tensors = DeferredTensors({})
+        tensors.defer("a", torch.ones(3), lambda: torch.ones(4))
+        with pytest.raises(ValueError, match="announced"):
+            commit(artifact, tensors, manifest(), lambda written: {"n": len(written())})
+        assert open_artifact(artifact).tensor_names() == sorted(TENSORS)
 
     def test_a_write_cut_short_by_the_system(self, artifact: Path):
         import resource
