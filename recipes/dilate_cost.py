@@ -5,6 +5,9 @@
 Writes recipes/results/dilate-NAME.md and .json (default sd14: 3.4 GB). Each run is a process of its own; times are the
 best of RUNS (default 3), taken in turn, memory the largest. Memory is anonymous pages, so mapped files are not
 counted; the level after imports is that of a process which has imported what dilate imports and does nothing more.
+
+The copy's time starts after its imports. dilate's is told in both ways: of the whole process, and less the time of a
+process that only imports (dilate hashes and searches the file while it imports, so that this is not all its work).
 """
 
 from __future__ import annotations
@@ -68,11 +71,12 @@ def measure(name: str, runs: int) -> dict:
         weights = work / "model" / "diffusion_pytorch_model.safetensors"
         size = weights.stat().st_size
         level = printed(LEVEL, class_name)[0] * 1024
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", IMPORTS, class_name], check=True)
-        importing = time.perf_counter() - start
-        copies, seconds, peaks, copying, dilating = [], [], [], [], []
+        imports, copies, seconds, peaks, copying, dilating, loads = [], [], [], [], [], [], []
         for _ in range(runs):
+            loads.append(os.getloadavg()[0])
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", IMPORTS, class_name], check=True)
+            imports.append(time.perf_counter() - start)
             took, used = printed(COPY, str(weights), str(work / "copy.safetensors"))
             copies.append(took)
             copying.append(used)
@@ -84,6 +88,7 @@ def measure(name: str, runs: int) -> dict:
             peaks.append(peak * 1e9)
         inside = read_manifest(str(work / "dilated.safetensors")).seconds
     memory, ratio = max(peaks) - level, min(seconds) / min(copies)
+    after = min(seconds) - min(imports)
     return {
         "file_bytes": size,
         "copy_seconds": [round(each, 2) for each in copies],
@@ -91,15 +96,23 @@ def measure(name: str, runs: int) -> dict:
         "copy_processor_seconds": [round(each, 2) for each in copying],
         "dilate_processor_seconds": [round(each, 2) for each in dilating],
         "stage_seconds": inside,
-        "import_seconds": round(importing, 2),
+        "import_seconds": [round(each, 2) for each in imports],
         "bytes_after_imports": int(level),
         "peak_bytes": int(max(peaks)),
         "memory_ratio": round(memory / size, 3),
         "time_ratio": round(ratio, 2),
+        "time_ratio_after_imports": round(after / min(copies), 2),
         "processor_time_ratio": round(min(dilating) / min(copying), 2),
         "met": memory <= MOST_MEMORY * size and ratio <= MOST_TIME,
+        "met_after_imports": memory <= MOST_MEMORY * size and after <= MOST_TIME * min(copies),
+        "load_average": round(max(loads), 1),
+        "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
     }
+
+
+def _met(ratio: float) -> str:
+    return f"{'met' if ratio <= MOST_TIME else 'not met'} ({ratio:.2f}x)"
 
 
 def render(name: str, row: dict) -> str:
@@ -108,7 +121,14 @@ def render(name: str, row: dict) -> str:
         f"# `dqtool dilate` on {name}, random weights",
         "",
         f"`python recipes/dilate_cost.py {name}` ({row['threads']} thread(s)). Memory is anonymous pages above the level",
-        "after imports; times are whole processes, the best of the runs, the copy's from its first read to its last byte on disk.",
+        f"after imports; times are the best of {len(row['dilate_seconds'])} runs taken in turn, at a load average of "
+        f"{row['load_average']:.1f} on {row['cores']} cores.",
+        "The copy's time is from its first read to its last byte on disk, its imports not counted. dilate's is told in both",
+        "ways: of the whole process, and less the time of a process that only imports. While dilate imports, it hashes and",
+        "searches the file, so that the second reading leaves out some of its work.",
+        "",
+        f"The bar for the time is {_met(row['time_ratio'])} by the whole process and "
+        f"{_met(row['time_ratio_after_imports'])} without the imports.",
         "",
         "| | dilate | bar |",
         "| --- | --- | --- |",
@@ -117,8 +137,10 @@ def render(name: str, row: dict) -> str:
         f"| peak above it | {(row['peak_bytes'] - row['bytes_after_imports']) / 1e9:.2f} GB"
         f" ({row['memory_ratio']:.2f}x the file) | {MOST_MEMORY}x |",
         f"| read and written with safetensors | {min(row['copy_seconds']):.1f} s | |",
-        f"| time | {min(row['dilate_seconds']):.1f} s ({row['time_ratio']:.2f}x), of which imports take "
-        f"{row['import_seconds']:.1f} s | {MOST_TIME}x |",
+        f"| time, whole process | {min(row['dilate_seconds']):.1f} s ({row['time_ratio']:.2f}x) | {MOST_TIME}x |",
+        f"| imports alone | {min(row['import_seconds']):.1f} s | |",
+        f"| time without them | {min(row['dilate_seconds']) - min(row['import_seconds']):.1f} s "
+        f"({row['time_ratio_after_imports']:.2f}x) | {MOST_TIME}x |",
         f"| processor time | {min(row['dilate_processor_seconds']):.1f} s, copy {min(row['copy_processor_seconds']):.1f} s"
         f" ({row['processor_time_ratio']:.2f}x) | |",
     ]
