@@ -35,7 +35,7 @@ def distill(
         str,
         typer.Option(
             metavar="NAME",
-            help="How weights are learned: bkd, bkd-blockwise, ptq, adaround, lsq, lora-qat, qat-partial or per-step.",
+            help="How weights are learned: bkd, bkd-blockwise, on-policy, ptq, adaround, lsq, lora-qat, qat-partial or per-step.",
         ),
     ] = "bkd",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the training.")] = 0,

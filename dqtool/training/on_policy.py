@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +18,24 @@ from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import steps_of
 from dqtool.training.block_loop import trainable
-from dqtool.training.curve import check_loss, curve, ends
+from dqtool.training.curve import check_loss
 from dqtool.training.data import Problem, Reporter, Trajectory
 from dqtool.training.optimizer import QuantAdam, cosine
-from dqtool.training.options import BkdOptions
+from dqtool.training.options import OnPolicyOptions
 from dqtool.training.recompute import recomputed_blocks
 
 __all__ = ["own_trajectories", "own_trajectory", "refine", "settle"]
 
 
-def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
+def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
     """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target. The state
-    is kept in the store from time to time, and the trajectory when it is new; a later run goes on from them."""
+    is kept in the store from time to time, and the trajectory when it is new; a later run goes on from them.
+
+    Returns `losses`, of every iteration, `seconds`, and how many of them went to sampling, `sampling_seconds`.
+    """
     settle(problem.student)
     trainable(problem.student)
-    optimizer = QuantAdam(problem.student, options.refine_rates)
+    optimizer = QuantAdam(problem.student, options.rates)
     generator = torch.Generator().manual_seed(problem.seed + 1)
     steps = steps_of(problem.student)
     losses: list[float] = []
@@ -42,7 +46,7 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
     kept = problem.store.load("refine")
     if kept is not None:
         done = len(kept["losses"])
-        points = problem.store.load(f"refine {(done - 1) // options.refine_refresh * options.refine_refresh}")
+        points = problem.store.load(f"refine {(done - 1) // options.refresh * options.refresh}")
         if points is not None:
             generator.set_state(kept["generator"])
             losses = kept["losses"].tolist()
@@ -50,21 +54,21 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
             progress.skip(done)
             own = replace(problem.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
             targets = points["targets"]
-    for step in range(len(losses), options.refine_iters):
-        if own is None or step % options.refine_refresh == 0:
+    for step in range(len(losses), options.iters):
+        if own is None or step % options.refresh == 0:
             begin = time.perf_counter()
-            own, targets = own_trajectory(problem, options.refine_images, step)
+            own, targets = own_trajectory(problem, options.images, step)
             points = {"x": own.x, "rows": own.rows, "targets": targets}
             subjects = {} if own.subjects is None else {"subjects": own.subjects}
             problem.store.save(f"refine {step}", points | subjects)
             sampling_seconds += time.perf_counter() - begin
-        chosen = torch.randint(len(own), (options.refine_batch_size,), generator=generator)
+        chosen = torch.randint(len(own), (options.batch_size,), generator=generator)
         optimizer.zero_grad()
         x, timestep, conditions = own.arguments(chosen)
         with recomputed_blocks(problem.student, problem.trace):
             loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
             loss.backward()
-        optimizer.step(own.present(chosen), cosine(step, options.refine_iters))
+        optimizer.step(own.present(chosen), cosine(step, options.iters))
         losses.append(loss.item())
         check_loss(losses[-1], "refine", step)
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
@@ -77,10 +81,9 @@ def refine(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
     problem.student.requires_grad_(False)
     steps.select(torch.zeros(1, dtype=torch.long))
     return {
-        "refine_loss": ends(losses, 100),
-        "refine_curve": curve(losses),
-        "refine_seconds": time.perf_counter() - start,
-        "refine_sampling_seconds": sampling_seconds,
+        "losses": losses,
+        "seconds": time.perf_counter() - start,
+        "sampling_seconds": sampling_seconds,
     }
 
 

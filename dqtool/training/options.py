@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["FINE", "BkdOptions", "Rates", "RoundingOptions"]
+__all__ = ["FINE", "BkdOptions", "OnPolicyOptions", "Rates", "RoundingOptions"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,20 @@ FINE = Rates(weight=0.004, bias=1e-3, weight_scale=1e-4, table_scale=1e-3, zero_
 
 
 @dataclass(frozen=True)
+class OnPolicyOptions:
+    """`iters` of the whole network on its own trajectory; `images` are sampled anew every `refresh` iterations.
+
+    Small batches: half the memory of 32, and the points of an image are much alike.
+    """
+
+    iters: int = 900
+    batch_size: int = 16
+    rates: Rates = field(default_factory=lambda: Rates(weight=0.02))
+    images: int = 64
+    refresh: int = 150
+
+
+@dataclass(frozen=True)
 class BkdOptions:
     """Iterations: `iters` for each block, `refine_iters` for the pass over all blocks; 0 skips that part.
 
@@ -41,6 +55,12 @@ class BkdOptions:
     refine_rates: Rates = FINE
     refine_images: int = 128
     refine_refresh: int = 300
+
+    def second_pass(self) -> OnPolicyOptions:
+        """That over all blocks, by itself."""
+        return OnPolicyOptions(
+            self.refine_iters, self.refine_batch_size, self.refine_rates, self.refine_images, self.refine_refresh
+        )
 
 
 @dataclass(frozen=True)

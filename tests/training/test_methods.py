@@ -29,6 +29,7 @@ from dqtool.training.methods import METHODS, resolve
 FEW = {
     "bkd": {"iters": 4, "refine_iters": 2, "refine_images": 2, "batch_size": 8},
     "bkd-blockwise": {"iters": 3, "refine_iters": 3, "refine_images": 2, "batch_size": 8},
+    "on-policy": {"iters": 12, "batch_size": 4, "images": 2, "refresh": 4},
     "adaround": {"iters": 6, "batch_size": 8},
     "per-step": {"iters": 8, "batch_size": 4},
     "lsq": {"iters": 12, "batch_size": 8},

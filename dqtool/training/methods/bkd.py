@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def train(problem: Problem, options: BkdOptions, bars: Bars) -> dict[str, Any]:
     """Blocks, then all blocks."""
     from dqtool.training.bkd import distill_blocks
+    from dqtool.training.curve import curve, ends
     from dqtool.training.on_policy import refine
 
     metrics: dict[str, Any] = {}
@@ -26,7 +27,13 @@ def train(problem: Problem, options: BkdOptions, bars: Bars) -> dict[str, Any]:
     problem.bake()
     if options.refine_iters:
         with bars("all blocks", options.refine_iters) as progress:
-            metrics |= refine(problem, options, progress)
+            second = refine(problem, options.second_pass(), progress)
+        metrics |= {
+            "refine_loss": ends(second["losses"], 100),
+            "refine_curve": curve(second["losses"]),
+            "refine_seconds": second["seconds"],
+            "refine_sampling_seconds": second["sampling_seconds"],
+        }
     return metrics
 
 
