@@ -28,15 +28,12 @@ FINE = Rates(weight=0.004, bias=1e-3, weight_scale=1e-4, table_scale=1e-3, zero_
 
 @dataclass(frozen=True)
 class OnPolicyOptions:
-    """`iters` of the whole network on its own trajectory; `images` are sampled anew every `refresh` iterations.
+    """`iters` of the whole network on its own trajectory; `images` are sampled anew every `refresh` iterations."""
 
-    Small batches: half the memory of 32, and the points of an image are much alike.
-    """
-
-    iters: int = 900
-    batch_size: int = 16
+    iters: int = 600
+    batch_size: int = 32
     rates: Rates = field(default_factory=lambda: Rates(weight=0.02))
-    images: int = 64
+    images: int = 128
     refresh: int = 150
 
 
