@@ -115,7 +115,7 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
                 differences[name, step] = float((module(*args, **kwargs) - expected).norm() / expected.norm())
     assert len(differences) >= 8 * len(simulated.timesteps)
     # Where a value falls on a rounding tie, the last bit of the norm before it decides, and another processor may take the
-    # other code. Rare (10 of 5000 blocks here, other inputs), but the norm after it spreads such a code over all pixels.
+    # other code. Rare, but the norm after it spreads such a code over all pixels.
     apart = {key: value for key, value in differences.items() if value > 1e-5}
     assert len(apart) <= 3, apart
     assert all(value < 0.03 for value in apart.values()), apart

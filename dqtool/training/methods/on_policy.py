@@ -1,8 +1,8 @@
 """`on-policy`: the whole network at once on its own trajectory, from the calibrated quantizers on.
 
 End-to-end training sees the points that the float network visits; here it sees where its own errors lead, and is told
-the float network's answer there. It takes the memory of one block and of what goes between blocks, and no calibration
-points: only the quantizers' start.
+the float network's answer there. Blocks are computed again when their gradients are wanted. Of the calibration it takes
+the quantizers' start and, where there are any, conditions.
 """
 
 from __future__ import annotations
