@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["beside", "choose_device", "device_of", "main_memory", "place", "resolve_device"]
+__all__ = ["beside", "choose_device", "device_of", "main_memory", "peak_bytes", "place", "resolve_device"]
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound="nn.Module")
@@ -64,6 +64,17 @@ def resolve_device(text: str) -> torch.device:
 def place(module: Module) -> Module:
     """`module`, moved to the device that was chosen (the CPU before any choice)."""
     return module if _chosen is None or _chosen.type == "cpu" else module.to(_chosen)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most bytes that tensors took on a CUDA device since it was last asked; None elsewhere."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -69,7 +69,7 @@ class QuantAttnProcessor:
         if zero_point is None:
             zero_point = torch.full_like(scale, 0 if name == "probs" else 2 ** (bits - 1), requires_grad=False)
         low = lowest_code(bits, symmetric=name != "probs")
-        return quantize_operand(x, scale, zero_point, self.steps.rows, bits, low)
+        return quantize_operand(x, scale, zero_point, self.steps.rows_beside(x), bits, low)
 
     def scores(self, attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
         """`q·kᵀ`, `[N, H, S, S']`, of `[N, H, S, D]` operands. Engines override this product and the next."""

@@ -73,7 +73,7 @@ class QuantLayer(nn.Module):
         if self.input_scale is None or self.input_zero_point is None:
             return x if divisor is None else x * divisor.reciprocal()
         return quantize_operand(
-            x, self.input_scale, self.input_zero_point, self.steps.rows, self.bits.input, 0, divisor
+            x, self.input_scale, self.input_zero_point, self.steps.rows_beside(x), self.bits.input, 0, divisor
         )
 
     def quantized_weight(self) -> Tensor:

@@ -29,7 +29,8 @@ class StepIndex:
 
     def __init__(self, timesteps: Tensor) -> None:
         self.timesteps = timesteps.detach().double().cpu()
-        self.rows: Tensor = torch.zeros(1, dtype=torch.long)
+        self._rows: Tensor = torch.zeros(1, dtype=torch.long)
+        self._moved: Tensor = self._rows
         self.missed: set[float] = set()
         spacing = self.timesteps.sort().values.diff()
         self._tolerance = float(spacing.min()) * 1e-3 if len(spacing) else torch.inf
@@ -51,11 +52,22 @@ class StepIndex:
                         stacklevel=3,
                     )
                 self.missed.add(value)
-        self.rows = rows if len(rows) == 1 or bool((rows != rows[0]).any()) else rows[:1]
+        self.select(rows if len(rows) == 1 or bool((rows != rows[0]).any()) else rows[:1])
 
     def select(self, rows: Tensor) -> None:
         """Use these rows of the tables, `[N]` (or `[1]` for all samples)."""
-        self.rows = rows
+        self._rows = self._moved = rows
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows in use, where they were looked up."""
+        return self._rows
+
+    def rows_beside(self, x: Tensor) -> Tensor:
+        """The rows in use on the device of `x`; moved once for all layers, since each transfer waits for the device."""
+        if self._moved.device != x.device:
+            self._moved = self._rows.to(x.device)
+        return self._moved
 
 
 def step_hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

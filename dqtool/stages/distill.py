@@ -148,7 +148,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     import torch
 
     from dqtool.core.allocator import return_freed_memory
-    from dqtool.core.device import main_memory
+    from dqtool.core.device import device_of, main_memory, peak_bytes
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
@@ -196,6 +196,8 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     )
     return_freed_memory()
     begin, cpu = time.perf_counter(), time.process_time()
+    device = device_of(student)
+    peak_bytes(device)
     with MemoryMeter(level) as memory:
         trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
     problem.bake()
@@ -205,6 +207,8 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
             "training_cpu_seconds": time.process_time() - cpu,
             **memory.figures(),
         }
+        on_device = peak_bytes(device)
+        trained |= {} if on_device is None else {"peak_device_bytes": on_device}
     state = main_memory(packed_state(student))
     folded = fold_packed(manifest, state)
     layers = [

@@ -51,6 +51,8 @@ def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]
     """Mean seconds per unit of work by (stage, model, method), and by (stage,) alone."""
     sums: dict[tuple[str, ...], tuple[float, float]] = {}
     for record in records:
+        if record["environment"]["device"] != "cpu":
+            continue
         steps = _sampling_steps(entry["parameters"] for entry in record["stages"])
         for entry in record["stages"]:
             stage, seconds = entry["stage"], entry.get("cpu_seconds")

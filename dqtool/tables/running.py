@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import dqtool_version, environment
+from dqtool.core.device import resolve_device
 from dqtool.errors import NumericError
 from dqtool.stages.common import Common
 from dqtool.stages.registry import make_options, stage_function
@@ -74,7 +75,7 @@ class Runner:
                 {"stage": step.stage, "parameters": dict(step.parameters), "key": step.key} for step in cell.steps
             ],
             "model": cell.steps[0].model,
-            "environment": environment("cpu"),
+            "environment": environment(str(resolve_device(self.common.device))),
             "dqtool": dqtool_version(),
             "measures": MEASURES_VERSION,
         }
