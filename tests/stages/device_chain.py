@@ -1,6 +1,6 @@
 """All five stages on a device that is not the CPU. Run by test_device.py in a process of its own.
 
-python device_chain.py MODEL DIR cpu|fenced
+python device_chain.py MODEL DIR cpu|fenced|cuda
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
         # A device written in Python has no autocast, which checkpointing would enter again; the process dies of it.
         checkpoint._infer_device_type = lambda *_: "cpu"
     torch.set_num_threads(1)
-    work, quiet = Path(directory), Common(quiet=True)
+    work, quiet = Path(directory), Common(quiet=True, device="cuda" if where == "cuda" else "cpu")
     at = {stage: str(work / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
     metrics = ("similarity", "layers", "cost")
     dilate(DilateOptions(model, at["dilated"]), quiet)

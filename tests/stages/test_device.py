@@ -28,15 +28,20 @@ def chain(model: Path, directory: Path, where: str) -> dict[str, Any]:
     return {name: open_artifact(directory / name) for name in names if (directory / name).exists()}
 
 
-def test_a_whole_chain_runs_on_another_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["fenced", "cuda"])
+def test_a_whole_chain_runs_on_another_device(tmp_path: Path, where: str) -> None:
     """On one that refuses to mix its tensors with the CPU's: guidance, attention, training, the autoencoder, eval."""
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
     model = dit_pipeline(tmp_path / "model")
-    there, here = (chain(model, tmp_path / where, where) for where in ("fenced", "cpu"))
+    there, here = (chain(model, tmp_path / place, place) for place in (where, "cpu"))
     for name in ("calibrated.safetensors", "distilled.safetensors"):
-        assert there[name].manifest.environment["device"] == "fenced:0"
+        assert there[name].manifest.environment["device"] == f"{where}:0"
         assert here[name].manifest.environment["device"] == "cpu"
-    assert there["eval.json"].manifest.environment["device"] == "fenced:0"
-    assert (tmp_path / "fenced" / "samples.png").stat().st_size > 100
+    assert there["eval.json"].manifest.environment["device"] == f"{where}:0"
+    assert (tmp_path / where / "samples.png").stat().st_size > 100
+    if where == "cuda":
+        assert there["distilled.safetensors"].manifest.metrics["peak_device_bytes"] > 0
     x, same = (run["calibrated.safetensors"].tensors()["trajectory.x"] for run in (there, here))
     torch.testing.assert_close(x, same, rtol=1e-4, atol=1e-5)
     trained, expected = (run["distilled.safetensors"].tensors() for run in (there, here))
