@@ -74,7 +74,7 @@ def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.
 
     `auto` takes the fastest runtime that this machine and this directory allow, and says which: what `dqtool bench` found to
     be the fastest here for this network (at the batch nearest to `batch`, where given), else in the order of
-    `choice.ORDER`.
+    `choice.ORDER` (`choice.AMX_ORDER` on processors with AMX).
 
     Raises:
         UsageError: an unknown runtime.

@@ -17,11 +17,15 @@ from typing import Any
 
 from dqtool.artifacts import Artifact, dqtool_version
 
-__all__ = ["ORDER", "order", "recall", "remember"]
+__all__ = ["AMX_ORDER", "ORDER", "order", "recall", "remember"]
 
 ORDER = ("onednn", "openvino", "simulate")
 """Without a measurement. With AVX512-VNNI and with AVX2 alone, `onednn` was the fastest at every batch from 1 to 16
 (`dqtool bench --arch ddpm-cifar10 --runtime all`)."""
+
+AMX_ORDER = ("openvino", "onednn", "simulate")
+"""Where products are the smallest part of a step, and what a graph compiler saves between them the largest: with AMX
+`openvino` was the fastest at every batch from 1 to 16 (the same command)."""
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -30,11 +34,15 @@ def order(artifact: Artifact, batch: int | None = None) -> tuple[list[str], str]
     """(runtimes in the order to try them, why the first one is first). `batch` says how many samples a step will have."""
     found = recall(artifact)
     if not found:
-        return list(ORDER), "by default"
+        return list(_default_order()), "by default"
     near = min(found, key=lambda b: abs(b - batch)) if batch is not None else min(found)
     measured = sorted((name for name in found[near] if name in ORDER), key=lambda name: found[near][name])
-    rest = [name for name in ORDER if name not in measured]
+    rest = [name for name in _default_order() if name not in measured]
     return [*measured, *rest], f"the fastest that `dqtool bench` measured here at batch {near}"
+
+
+def _default_order() -> tuple[str, ...]:
+    return AMX_ORDER if "amx_int8" in _processor().split() else ORDER
 
 
 def recall(artifact: Artifact) -> dict[int, dict[str, float]]:

@@ -11,18 +11,32 @@ import dqtool
 from dqtool import runtimes
 from dqtool.artifacts import Artifact, open_artifact
 from dqtool.runtimes import choice
-from dqtool.runtimes.choice import ORDER, order, recall, remember
+from dqtool.runtimes.choice import AMX_ORDER, ORDER, order, recall, remember
 
 
 @pytest.fixture
 def artifact(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
-    monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path))
+    monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path / "cache"))
+    processor(tmp_path, monkeypatch, "avx2 avx512_vnni")
     return open_artifact(made / "exported")
+
+
+def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    """From here on the machine says that it has these instructions."""
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some\nflags\t\t: {flags}\n\n")
+    monkeypatch.setattr(choice, "CPUINFO", tmp_path / "cpuinfo")
 
 
 def test_without_measurements_the_usual_order(artifact: Artifact) -> None:
     assert order(artifact) == (list(ORDER), "by default")
-    assert set(ORDER) == set(runtimes.RUNTIMES)
+    assert set(ORDER) == set(AMX_ORDER) == set(runtimes.RUNTIMES)
+
+
+def test_with_amx_another_order(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(tmp_path, monkeypatch, "avx2 avx512_vnni amx_bf16 amx_int8 amx_tile")
+    assert order(artifact) == (["openvino", "onednn", "simulate"], "by default")
+    remember(artifact, {1: {"onednn": 1.0, "simulate": 2.0}})
+    assert order(artifact)[0] == ["onednn", "simulate", "openvino"]
 
 
 def test_the_fastest_measured_at_the_nearest_batch_comes_first(artifact: Artifact) -> None:
