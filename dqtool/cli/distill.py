@@ -44,7 +44,9 @@ def distill(
     ] = None,
     softmax_bits: Annotated[int, typer.Option(metavar="N", help="Bits of the attention's softmax output.")] = 8,
     static: Annotated[bool, typer.Option("--static", help="One activation range for all steps.")] = False,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Samples per iteration.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Samples per iteration; left out: 32.", show_default=False)
+    ] = None,
     blocks: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Train these blocks only; the others stay as initialised.")
     ] = None,

@@ -42,7 +42,7 @@ class DistillOptions:
     keep: tuple[str, ...] = ()
     softmax_bits: int = 8
     static: bool = False
-    batch_size: int = 32
+    batch_size: int | None = None
     blocks: str | None = None
     preset: str = "standard"
     train_samples: int | None = None

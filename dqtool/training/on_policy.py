@@ -101,6 +101,7 @@ def stream(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
     T = len(problem.trajectory.timesteps)
     gain = torch.ones(T)
     seen = torch.zeros(T)
+    size = torch.zeros(T)
     walks = None
     for step in range(options.iters):
         if step % options.refresh == 0:
@@ -114,6 +115,12 @@ def stream(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
         with recomputed_blocks(problem.student, problem.trace):
             predicted = problem.family.predict(problem.student, at.x, at.timesteps, at.conditions)
             each = (predicted - goal).square().flatten(1).mean(1)
+            if options.late:
+                now = each.detach().cpu()
+                for row, e in zip(at.rows.tolist(), now.tolist(), strict=True):
+                    size[row] = e if size[row] == 0 else size[row] * 0.95 + 0.05 * e
+                weight = (size[at.rows] / size[size > 0].mean()) ** options.late
+                each = each * (weight / weight.mean()).to(each)
             loss = each.mean()
             loss.backward()
         present = torch.zeros(T, dtype=torch.bool)
@@ -123,7 +130,7 @@ def stream(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
         walks.go_on(predicted)
         if options.unbias:
             slope = ((predicted * target).flatten(1).sum(1) / target.square().flatten(1).sum(1)).cpu()
-            for row, b in zip(at.rows.tolist(), slope.tolist()):
+            for row, b in zip(at.rows.tolist(), slope.tolist(), strict=True):
                 gain[row] *= 1 + options.unbias * (1 - b)
                 seen[row] = b if step < 20 else seen[row] * 0.9 + 0.1 * b
         losses.append(float((predicted - target).square().mean()))

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import UsageError
 from dqtool.training.methods import Method
-from dqtool.training.options import BkdOptions
 
 if TYPE_CHECKING:
     from dqtool.training.data import Bars, Problem
 
 
-def train(problem: Problem, options: BkdOptions, bars: Bars) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PtqOptions:
+    """No iterations; those of other methods' options that say how many there are, so that none can be asked for."""
+
+    iters: int = 0
+    refine_iters: int = 0
+    batch_size: int = 0
+
+
+def train(problem: Problem, options: PtqOptions, bars: Bars) -> dict[str, Any]:
     """Nothing."""
     return {}
 
 
-def settle(options: BkdOptions, given: Mapping[str, Any]) -> BkdOptions:
+def settle(_options: PtqOptions, given: Mapping[str, Any]) -> PtqOptions:
     """No iterations.
 
     Raises:
@@ -27,9 +35,9 @@ def settle(options: BkdOptions, given: Mapping[str, Any]) -> BkdOptions:
     """
     if given.get("iters") or given.get("refine_iters"):
         raise UsageError("--method ptq trains nothing", where="--iters, --refine-iters", fix="Leave them out")
-    return replace(options, iters=0, refine_iters=0)
+    return PtqOptions()
 
 
 METHOD = Method(
-    "ptq", "calibrated only", BkdOptions, train, lambda _options, _blocks: "none", by_blocks=True, settle=settle
+    "ptq", "calibrated only", PtqOptions, train, lambda _options, _blocks: "none", by_blocks=True, settle=settle
 )
