@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ __all__ = [
     "CALIBRATION",
     "IMAGES",
     "SAMPLERS",
-    "Call",
     "Sampler",
     "image_seeds",
     "initial_noise",
@@ -84,14 +83,6 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
     return getattr(diffusers, class_name).from_config(config)
 
 
-class Call(NamedTuple):
-    """What the network is given at one step: `x` `[N, C, H, W]`, one timestep for all, `conditions` `[N, ...]` each."""
-
-    x: Tensor
-    timestep: Tensor
-    conditions: Mapping[str, Tensor]
-
-
 @dataclass
 class Sampler:
     """A family's reverse process with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
@@ -114,6 +105,7 @@ class Sampler:
         seen: dict[float, None] = dict.fromkeys(self._fresh().timesteps.double().tolist())
         return self._given(torch.tensor(list(seen), dtype=torch.float32))
 
+    @torch.no_grad()
     def run(
         self,
         model: nn.Module,
@@ -131,31 +123,9 @@ class Sampler:
         `seeds` gives each sample its own noise source, for stochastic samplers: a sample does not depend on the batch
         it is in. `observer` sees every call of the network.
         """
-        noise, conditions, null = beside(model, (noise, dict(conditions), None if null is None else dict(null)))
-        walk = self.walk(noise, conditions, seeds, null)
-        with torch.no_grad():
-            call = next(walk)
-            while True:
-                prediction = self.family.predict(model, call.x, call.timestep, call.conditions)
-                if observer is not None:
-                    observer(call.x, call.timestep, prediction)
-                try:
-                    call = walk.send(prediction)
-                except StopIteration as end:
-                    return end.value
-
-    @torch.no_grad()
-    def walk(
-        self,
-        noise: Tensor,
-        conditions: Mapping[str, Tensor],
-        seeds: list[int] | None = None,
-        null: Mapping[str, Tensor] | None = None,
-    ) -> Generator[Call, Tensor, Tensor]:
-        """The reverse process without a network: yields what one is to predict at, takes the prediction, and returns the
-        samples. Arguments as of `run`, all on the device of `noise`."""
         scheduler = self._fresh()
         guided = self.guidance > 1 and null is not None
+        noise, conditions, null = beside(model, (noise, dict(conditions), None if null is None else dict(null)))
         if guided and null is not None:
             conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}
         generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -166,7 +136,10 @@ class Sampler:
             x_in = scale(x, timestep)
             if guided:
                 x_in = torch.cat([x_in, x_in])
-            prediction = yield Call(x_in, self._given(timestep), conditions)
+            given = self._given(timestep)
+            prediction = self.family.predict(model, x_in, given, conditions)
+            if observer is not None:
+                observer(x_in, given, prediction)
             if guided:
                 without, with_it = prediction.chunk(2)
                 prediction = without + self.guidance * (with_it - without)

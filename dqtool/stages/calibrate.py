@@ -182,6 +182,7 @@ def quotas_by_step(
     from the middle one of `blocks` (in execution order; the UNets' own middle where there is one)."""
     import torch
 
+    from dqtool.core.device import main_memory
     from dqtool.core.draws import DrawInput, draw_method
     from dqtool.models.sampling import CALIBRATION
 
@@ -197,7 +198,7 @@ def quotas_by_step(
         latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
 
     def see(_x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-        found.setdefault(float(timestep), latest[0].detach().clone())
+        found.setdefault(float(timestep), main_memory(latest[0].detach().clone()))
 
     images = min(options.batch_size, options.samples)
     handle = network.get_submodule(middle).register_forward_hook(keep)

@@ -33,8 +33,6 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
 
     Returns `losses`, of every iteration, `seconds`, and how many of them went to sampling, `sampling_seconds`.
     """
-    if options.stream:
-        return stream(problem, options, progress)
     settle(problem.student)
     trainable(problem.student)
     optimizer = QuantAdam(problem.student, options.rates)
@@ -87,62 +85,6 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
         "seconds": time.perf_counter() - start,
         "sampling_seconds": sampling_seconds,
     }
-
-
-def stream(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
-    from dqtool.training.walks import Walks
-
-    settle(problem.student)
-    trainable(problem.student)
-    optimizer = QuantAdam(problem.student, options.rates)
-    steps = steps_of(problem.student)
-    losses: list[float] = []
-    start = time.perf_counter()
-    T = len(problem.trajectory.timesteps)
-    gain = torch.ones(T)
-    seen = torch.zeros(T)
-    size = torch.zeros(T)
-    walks = None
-    for step in range(options.iters):
-        if step % options.refresh == 0:
-            walks = Walks(problem, options.batch_size, problem.seed * 7919 + step + 1_000_000)
-        assert walks is not None
-        at = walks.points()
-        with torch.no_grad():
-            target = problem.family.predict(problem.teacher, at.x, at.timesteps, at.conditions)
-        goal = target * gain[at.rows].to(target).view(-1, 1, 1, 1) if options.unbias else target
-        optimizer.zero_grad()
-        with recomputed_blocks(problem.student, problem.trace):
-            predicted = problem.family.predict(problem.student, at.x, at.timesteps, at.conditions)
-            each = (predicted - goal).square().flatten(1).mean(1)
-            if options.late:
-                now = each.detach().cpu()
-                for row, e in zip(at.rows.tolist(), now.tolist(), strict=True):
-                    size[row] = e if size[row] == 0 else size[row] * 0.95 + 0.05 * e
-                weight = (size[at.rows] / size[size > 0].mean()) ** options.late
-                each = each * (weight / weight.mean()).to(each)
-            loss = each.mean()
-            loss.backward()
-        present = torch.zeros(T, dtype=torch.bool)
-        present[at.rows] = True
-        optimizer.step(present, cosine(step, options.iters))
-        predicted = predicted.detach()
-        walks.go_on(predicted)
-        if options.unbias:
-            slope = ((predicted * target).flatten(1).sum(1) / target.square().flatten(1).sum(1)).cpu()
-            for row, b in zip(at.rows.tolist(), slope.tolist(), strict=True):
-                gain[row] *= 1 + options.unbias * (1 - b)
-                seen[row] = b if step < 20 else seen[row] * 0.9 + 0.1 * b
-        losses.append(float((predicted - target).square().mean()))
-        check_loss(losses[-1], "refine", step)
-        progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
-    if options.unbias:
-        print("gain", [round(float(g), 4) for g in gain], "slope", [round(float(g), 4) for g in seen])
-    optimizer.zero_grad()
-    optimizer.release()
-    problem.student.requires_grad_(False)
-    steps.select(torch.zeros(1, dtype=torch.long))
-    return {"losses": losses, "seconds": time.perf_counter() - start, "sampling_seconds": 0.0}
 
 
 def settle(module: nn.Module) -> None:

@@ -35,9 +35,6 @@ class OnPolicyOptions:
     rates: Rates = field(default_factory=lambda: Rates(weight=0.02))
     images: int = 128
     refresh: int = 150
-    stream: bool = False
-    unbias: float = 0.0
-    late: float = 0.0
 
 
 @dataclass(frozen=True)
