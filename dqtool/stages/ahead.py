@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from dqtool.core.allocator import keep_freed_memory
 from dqtool.errors import DqtoolError
 from dqtool.models.sources import ModelSource
 
@@ -28,28 +28,16 @@ STAGE = (
 )
 """What the stage imports when it comes to its work."""
 
-NARROW = 0.0005
-"""Seconds after which an import lets another thread have Python's lock, which that one gives back within microseconds."""
-
 
 @contextlib.contextmanager
-def importing(class_name: str) -> Iterator[Callable[[], object]]:
+def importing(class_name: str) -> Iterator[None]:
     """Import what a network of this diffusers class needs in a thread, which has ended when the block is left.
 
-    Gives a function that waits until torch and `dqtool.core` can be used; the block must import nothing else. What
-    can't be imported is left for the stage to find out.
+    The block must import nothing and ask for Python's lock seldom: whoever waits for it there makes the imports wait too.
+    What can't be imported is left for the stage to find out.
     """
-    ready = threading.Event()
 
     def work() -> None:
-        try:
-            import torch  # noqa: F401
-            from safetensors.torch import load_file  # noqa: F401
-
-            import dqtool.core.dilation
-            import dqtool.core.threads  # noqa: F401
-        finally:
-            ready.set()
         import diffusers
 
         for name in STAGE:
@@ -61,14 +49,11 @@ def importing(class_name: str) -> Iterator[Callable[[], object]]:
             work()
 
     thread = threading.Thread(target=quietly)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(NARROW)
     thread.start()
     try:
-        yield ready.wait
+        yield
     finally:
         thread.join()
-        sys.setswitchinterval(interval)
 
 
 def file_tensors(source: ModelSource) -> dict[str, Tensor]:
@@ -91,6 +76,7 @@ def channel_slacks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from dqtool.core.dilation import channel_slack
     from dqtool.core.threads import operation_threads
 
+    keep_freed_memory()
     threads = torch.get_num_threads()
 
     def slack(name: str) -> Tensor | None:
@@ -101,6 +87,6 @@ def channel_slacks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 return None
 
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dim() > 1]
-    with ThreadPoolExecutor(max(1, threads - 1)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         found = dict(zip(names, pool.map(slack, names), strict=True))
     return {name: each for name, each in found.items() if each is not None}

@@ -64,10 +64,9 @@ def dilate(options: DilateOptions, common: Common) -> str:
     slacks: dict[str, Tensor] | None = None
     if not common.dry_run and (common.force or not os.path.lexists(options.output)):
         # Nothing is cached, so that there is work: what needs the file only is done beside the imports.
-        with importing(source.class_name) as torch_is_there:
+        with importing(source.class_name):
             source.sha256()
-            torch_is_there()
-            slacks = channel_slacks(file_tensors(source)) if options.scaling == "wd" else {}
+        slacks = channel_slacks(file_tensors(source)) if options.scaling == "wd" else {}
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
     if stats is not None:
         inputs.append({"name": stats.given, "sha256": stats.sha256, "stage": stats.stage})
@@ -209,8 +208,13 @@ def produce(
     threads = torch.get_num_threads()
 
     def proof(written: Written) -> dict[str, float]:
+        def waited() -> dict[str, Tensor]:
+            found = written()
+            torch.set_num_threads(threads)  # nothing else is left to do
+            return found
+
         with operation_threads(max(1, threads - 1), then=threads):
-            error = equivalence_error(network, written, scales, family, config)
+            error = equivalence_error(network, waited, scales, family, config)
         if not error <= TOLERANCE:
             raise NumericError(
                 f"The dilated network's output differs from the original's by {error:.2g} relative, more than "

@@ -37,7 +37,8 @@ def main() -> None:
     metrics = ("similarity", "layers", "cost")
     dilate(DilateOptions(model, at["dilated"]), quiet)
     calibrate(
-        CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=8, eta=0.5, batch_size=2, draw="density"), quiet
+        CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=8, eta=0.5, batch_size=2, draw="density"),
+        quiet,
     )
     distill(DistillOptions(at["calibrated"], at["distilled"], iters=2, refine_iters=1, batch_size=4), quiet)
     if where == "cpu":

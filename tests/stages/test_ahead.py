@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
 
@@ -39,9 +38,8 @@ def test_tensors_of_a_file_that_loading_leaves_alone(made: Path) -> None:
 
 
 def test_imports_end_with_the_block() -> None:
-    interval, running = sys.getswitchinterval(), threading.active_count()
+    running = threading.active_count()
     for name in ("UNet2DModel", "NoSuchClass"):
-        with importing(name) as torch_is_there:
-            torch_is_there()
+        with importing(name):
+            pass
         assert threading.active_count() == running
-        assert sys.getswitchinterval() == interval
