@@ -6,9 +6,8 @@ Writes recipes/results/dilate-NAME.md and .json (default sd14: 3.4 GB). Each run
 best of RUNS (default 3), taken in turn, memory the largest. Memory is anonymous pages, so mapped files are not
 counted; the level after imports is that of a process which has imported what dilate imports and does nothing more.
 
-The copy's time starts after its imports; that of its whole process is told as well. dilate's is told in both ways: of the
-whole process, and less the time of a process that only imports (dilate hashes the file while it imports, so that this
-is not all its work).
+Like is compared with like: both without imports (the copy's time starts after its own; of dilate's is taken that of a process
+that only imports, though it hashes the file meanwhile), and both as whole processes. The bar must be met in both ways.
 """
 
 from __future__ import annotations
@@ -108,8 +107,9 @@ def measure(name: str, runs: int) -> dict:
         "time_ratio_of_processes": round(min(seconds) / min(copiers), 2),
         "time_ratio_after_imports": round(after / min(copies), 2),
         "processor_time_ratio": round(min(dilating) / min(copying), 2),
-        "met": memory <= MOST_MEMORY * size and ratio <= MOST_TIME,
-        "met_after_imports": memory <= MOST_MEMORY * size and after <= MOST_TIME * min(copies),
+        "met": memory <= MOST_MEMORY * size
+        and after <= MOST_TIME * min(copies)
+        and min(seconds) <= MOST_TIME * min(copiers),
         "load_average": round(max(loads), 1),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
@@ -128,13 +128,12 @@ def render(name: str, row: dict) -> str:
         f"`python recipes/dilate_cost.py {name}` ({row['threads']} thread(s)). Memory is anonymous pages above the level",
         f"after imports; times are the best of {len(row['dilate_seconds'])} runs taken in turn, at a load average of "
         f"{row['load_average']:.1f} on {row['cores']} cores.",
-        "The copy's time is from its first read to its last byte on disk, its imports not counted. dilate's is told in both",
-        "ways: of the whole process, and less the time of a process that only imports. While dilate imports, it hashes the",
-        "file, so that the second reading leaves out some of its work.",
+        "The copy's time is from its first read to its last byte on disk. dilate's without imports is that of its process less",
+        "that of a process that only imports; while it imports, dilate hashes the file, so that this leaves out some of its work.",
         "",
-        f"The bar for the time is {_met(row['time_ratio'])} by the whole process, "
-        f"{_met(row['time_ratio_after_imports'])} without the imports and {_met(row['time_ratio_of_processes'])} where the",
-        "copy's whole process counts as well.",
+        f"The bar for the time is {_met(row['time_ratio_after_imports'])} without imports and "
+        f"{_met(row['time_ratio_of_processes'])} for whole processes;",
+        f"dilate's whole process takes {row['time_ratio']:.2f}x the copy without its imports.",
         "",
         "| | dilate | bar |",
         "| --- | --- | --- |",
