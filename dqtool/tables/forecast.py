@@ -30,7 +30,8 @@ def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
                 counted.add(step.key)
                 kind = (step.stage, step.model, str(step.parameters.get("method")))
                 work = _work(step.stage, step.parameters, _sampling_steps(step.parameters for step in cell.steps))
-                seconds += rates.get(kind, rates.get(kind[:1], PRIOR[step.stage])) * work
+                known = (rates[kind[:length]] for length in (3, 2, 1) if kind[:length] in rates)
+                seconds += next(known, PRIOR[step.stage]) * work
     problems = [cell for cell in cells if cell.problem]
     return {"cells": len(unique), "finished": len(done), "problems": len(problems), "seconds": seconds}
 
@@ -48,7 +49,7 @@ def _work(stage: str, parameters: Mapping[str, Any], sampling_steps: int) -> flo
 
 
 def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
-    """Mean seconds per unit of work by (stage, model, method), and by (stage,) alone."""
+    """Mean seconds per unit of work by (stage, model, method), by (stage, model), and by (stage,) alone."""
     sums: dict[tuple[str, ...], tuple[float, float]] = {}
     for record in records:
         if record["environment"]["device"] != "cpu":
@@ -59,7 +60,8 @@ def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]
             if seconds is None:
                 continue
             work = _work(stage, entry["parameters"], steps)
-            for kind in ((stage, record["model"], str(entry["parameters"].get("method"))), (stage,)):
+            whole = (stage, record["model"], str(entry["parameters"].get("method")))
+            for kind in (whole, whole[:2], whole[:1]):
                 before = sums.get(kind, (0.0, 0.0))
                 sums[kind] = (before[0] + seconds, before[1] + work)
     return {kind: total / work for kind, (total, work) in sums.items() if work}
