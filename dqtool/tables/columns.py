@@ -46,10 +46,11 @@ def _eval(key: str, label: str, better: int, decimals: int = 2, scale: float = 1
 
 
 def _excess(metrics: Metrics, baseline: Metrics) -> float | None:
-    """What the cell adds to the full-precision model's distance, as a share of what the baseline adds, in percent."""
+    """What the cell adds to the full-precision model's distance, as a share of what the baseline adds, in percent; None where
+    that adds nothing."""
     mine, full, base = _at("eval", "fd.digits")(metrics), _at("eval", "reference", "fd.digits")(metrics), None
     base = _at("eval", "fd.digits")(baseline)
-    if mine is None or full is None or base is None or base == full:
+    if mine is None or full is None or base is None or base <= full:
         return None
     return 100 * (mine - full) / (base - full)
 

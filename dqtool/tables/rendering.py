@@ -233,7 +233,8 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     if summary["baseline"] and any(column["key"] == "excess" for column in summary["columns"]):
         lines += [
             "",
-            f"Excess left: what a row adds to full precision's fd.digits, as a share of what {summary['baseline']} adds.",
+            f"Excess left: what a row adds to full precision's fd.digits, as a share of what {summary['baseline']} adds; "
+            "none where that adds nothing.",
         ]
     if len(summary["seeds"]) > 1:
         lines += [

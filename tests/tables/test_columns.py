@@ -1,0 +1,22 @@
+"""Figures of a cell that are made from those of two."""
+
+from __future__ import annotations
+
+import pytest
+
+from dqtool.tables.columns import COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("distance", "baseline", "left"),
+    [(2.0, 6.0, 0.0), (3.0, 6.0, 25.0), (1.0, 6.0, -25.0), (6.0, 6.0, 100.0), (1.0, 2.0, None), (3.0, 1.5, None)],
+)
+def test_excess_is_a_share_of_what_the_baseline_adds(distance: float, baseline: float, left: float | None) -> None:
+    """And is none where quantization brought the images no further from real ones than full precision's are."""
+
+    def metrics(value: float) -> dict:
+        return {"eval": {"fd.digits": value, "reference": {"fd.digits": 2.0}}}
+
+    relative = COLUMNS["excess"].relative
+    assert relative is not None
+    assert relative(metrics(distance), metrics(baseline)) == left
