@@ -24,7 +24,7 @@ class HashedFile:
     """Bytes that are handed on at once: few enough to be in a core's cache still when they are hashed."""
     CALL: ClassVar[int] = 512 << 10
     """Bytes to a system call. For one of a mebibyte and more Linux takes its page cache in blocks so large that a virtual
-    machine often has to ask its host for them: 3.4 GB took 3.4 to 4.5 s of kernel time in place of 1.2 to 1.8."""
+    machine often has to ask its host for them, which takes several times the kernel time."""
     WAITING: ClassVar[int] = 8
     """Pieces in memory that are not yet written and hashed."""
     FLUSHED: ClassVar[int] = 256 << 20

@@ -63,3 +63,15 @@ def test_uniform_batch_collapses_to_one_row() -> None:
     steps = StepIndex(torch.tensor([900.0, 500.0, 100.0]))
     steps.set(torch.tensor([100, 100, 100]))
     assert steps.rows.tolist() == [2]
+
+
+def test_rows_move_to_a_device_once_and_anew_when_they_change() -> None:
+    steps = StepIndex(torch.tensor([900.0, 500.0]))
+    here, there = torch.zeros(1), torch.zeros(1, device="meta")
+    steps.select(torch.tensor([1]))
+    moved = steps.rows_beside(there)
+    assert moved.device.type == "meta"
+    assert steps.rows_beside(there) is moved
+    assert steps.rows_beside(here).tolist() == steps.rows.tolist() == [1]
+    steps.select(torch.tensor([0]))
+    assert steps.rows_beside(here).tolist() == [0]

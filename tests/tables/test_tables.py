@@ -13,7 +13,7 @@ from dqtool.stages.common import Common
 from dqtool.stages.registry import option_types
 from dqtool.tables.__main__ import main
 from dqtool.tables.cells import CellStore, claim
-from dqtool.tables.forecast import forecast
+from dqtool.tables.forecast import _rates, forecast
 from dqtool.tables.planning import Target, plan_table
 from dqtool.tables.rendering import render_markdown, summarise
 from dqtool.tables.running import Runner
@@ -255,6 +255,17 @@ def test_a_row_that_the_version_can_not_run_is_said(tiny: Path, tmp_path: Path) 
     problems = [cell for cell in cells if cell.problem]
     assert {cell.row for cell in problems} == {"SmoothQuant"}
     assert forecast(cells, CellStore(tmp_path / "none"))["problems"] == len(problems) == 1
+
+
+def test_hours_come_from_the_same_model_and_from_the_cpu() -> None:
+    def record(model: str, seconds: float, device: str = "cpu") -> dict:
+        stage = {"stage": "eval", "parameters": {"samples": 10}, "cpu_seconds": seconds}
+        return {"model": model, "environment": {"device": device}, "stages": [stage]}
+
+    rates = _rates([record("a", 200.0), record("b", 600.0), record("b", 1e6, "cuda:0")])
+    assert rates["eval", "a"] == rates["eval", "a", "None"] == 1.0
+    assert rates["eval", "b"] == 3.0
+    assert rates["eval",] == 2.0
 
 
 def test_a_published_model_takes_the_place_of_the_embedded_one(tiny: Path, tmp_path: Path, made: Path) -> None:
