@@ -63,6 +63,13 @@ def distill(
     cache_memory: Annotated[
         int, typer.Option(metavar="MIB", help="Cached activations beyond this go to disk (TMPDIR).")
     ] = 6144,
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="All cached activations to disk, few samples at once: the same up to rounding, slower.",
+        ),
+    ] = False,
 ) -> None:
     """Choose the bits, train block by block, and pack.
 

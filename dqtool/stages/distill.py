@@ -24,12 +24,17 @@ __all__ = ["DistillOptions", "distill"]
 
 CODE_VERSION = 3
 
+LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 64, 8
+"""With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
+network learns or samples."""
+
 
 @dataclass(frozen=True)
 class DistillOptions:
     """Options of `dqtool distill`. `iters` per block, or of the network where a method trains it whole; `refine_iters` for
     the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on.
-    `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result."""
+    `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result.
+    `low_memory`: all of them go there, and few samples run together."""
 
     artifact: str | None = None
     output: str = "distilled.safetensors"
@@ -47,6 +52,7 @@ class DistillOptions:
     preset: str = "standard"
     train_samples: int | None = None
     cache_memory: int = 6144
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
         """Refuse, before anything runs, what no artifact could make right.
@@ -121,6 +127,8 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
         chosen["preset"] = options.preset
     if options.train_samples is not None:
         chosen["train_samples"] = options.train_samples
+    if options.low_memory:  # sums in another order
+        chosen["low_memory"] = True
     return chosen | {
         "bits": options.bits,
         "method": options.method,
@@ -192,7 +200,9 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         store=workspace,
         only=chosen_blocks(trace, options.blocks),
         shifts=shifts,
-        cache_bytes=options.cache_memory << 20,
+        cache_bytes=0 if options.low_memory else options.cache_memory << 20,
+        replay_batch=LOW_MEMORY_BLOCK if options.low_memory else Problem.replay_batch,
+        network_batch=LOW_MEMORY_NETWORK if options.low_memory else Problem.network_batch,
     )
     return_freed_memory()
     begin, cpu = time.perf_counter(), time.process_time()

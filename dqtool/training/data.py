@@ -43,9 +43,11 @@ class Trajectory:
 
     def given(self, rows: Any) -> dict[str, Tensor]:
         """The conditions of the samples `rows`."""
-        if self.subjects is None:
-            return {}
-        return {k: v[self.subjects[rows]] for k, v in self.conditions.items()}
+        return {} if self.subjects is None else self.tabled(self.subjects[rows])
+
+    def tabled(self, subjects: Tensor) -> dict[str, Tensor]:
+        """These rows of the conditions' tables."""
+        return {k: v[subjects] for k, v in self.conditions.items()}
 
     @property
     def last_subject(self) -> int:
@@ -120,7 +122,8 @@ class Problem:
     `only` names the blocks to train (None: all), `shifts` who takes what learned scaling moves (`bake`);
     `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`, `cache_bytes` what the activations that blocks
     read may take in memory, of the float and of the quantized network together, before they go to disk; `replay_batch` how many
-    samples run together where nothing learns.
+    samples run together where a block's inputs and outputs are computed, `network_batch` how many
+    where a whole network learns or samples (None: all there are).
     """
 
     family: Family
@@ -136,6 +139,7 @@ class Problem:
     checkpoint_seconds: float = 30.0
     cache_bytes: int = 6 << 30
     replay_batch: int = 256
+    network_batch: int | None = None
 
     def predict(self, model: nn.Module, samples: Any) -> Tensor:
         """A network's prediction at trajectory points."""

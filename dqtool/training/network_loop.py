@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.nn.surgery import steps_of
+from dqtool.training.accumulation import backward
 from dqtool.training.curve import check_loss, curve, ends
 from dqtool.training.data import Problem, Reporter
 from dqtool.training.optimizer import QuantAdam, cosine
@@ -79,13 +80,15 @@ def train_network(
         optimizer.load(kept)
         progress.skip(len(losses))
     saved = time.perf_counter()
+
+    def error(part: Tensor) -> Tensor:
+        return F.mse_loss(problem.predict(problem.student, part), targets[part])
+
     for step in range(len(losses), iters):
         chosen = choose(step, generator)
-        loss = F.mse_loss(problem.predict(problem.student, chosen), targets[chosen])
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(backward(error, chosen, problem.network_batch))
         optimizer.step(trajectory.present(chosen), cosine(step, iters))
-        losses.append(loss.item())
         check_loss(losses[-1], key, step)
         progress.advance(1, f"loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
         if time.perf_counter() - saved >= problem.checkpoint_seconds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import steps_of
+from dqtool.training.accumulation import backward
 from dqtool.training.block_loop import trainable
 from dqtool.training.curve import check_loss
 from dqtool.training.data import Problem, Reporter, Trajectory
@@ -24,7 +26,7 @@ from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import OnPolicyOptions
 from dqtool.training.recompute import recomputed_blocks
 
-__all__ = ["own_trajectories", "own_trajectory", "refine", "settle"]
+__all__ = ["own_trajectory", "refine", "settle"]
 
 
 def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
@@ -64,12 +66,9 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
             sampling_seconds += time.perf_counter() - begin
         chosen = torch.randint(len(own), (options.batch_size,), generator=generator)
         optimizer.zero_grad()
-        x, timestep, conditions = own.arguments(chosen)
         with recomputed_blocks(problem.student, problem.trace):
-            loss = F.mse_loss(problem.family.predict(problem.student, x, timestep, conditions), targets[chosen])
-            loss.backward()
+            losses.append(backward(partial(_error, problem, own, targets), chosen, problem.network_batch))
         optimizer.step(own.present(chosen), cosine(step, options.iters))
-        losses.append(loss.item())
         check_loss(losses[-1], "refine", step)
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
         if time.perf_counter() - saved >= problem.checkpoint_seconds:
@@ -87,6 +86,11 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
     }
 
 
+def _error(problem: Problem, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
+    """The student's mean squared error at some of the points."""
+    return F.mse_loss(problem.family.predict(problem.student, *points.arguments(rows)), targets[rows])
+
+
 def settle(module: nn.Module) -> None:
     """Move every weight to the centre of its code. The function stays what it is, bit for bit.
 
@@ -102,43 +106,45 @@ def settle(module: nn.Module) -> None:
 
 def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory, Tensor]:
     """Points that the student visits when it samples `images` new images (half as many with guidance, whose steps ask
-    twice), and the teacher's predictions there. Conditions are drawn from those of the calibration set."""
-    sampler, trajectory = problem.sampler, problem.trajectory
+    twice), and the teacher's predictions there. Conditions are drawn from those of the calibration set. How many images
+    are sampled together changes neither the points nor their order."""
+    trajectory = problem.trajectory
     seed = problem.seed * 7919 + salt + 1_000_000
-    points: list[Tensor] = []
-    answers: list[Tensor] = []
-    rows: list[Tensor] = []
-    asked: list[Tensor] = []
-    null = trajectory.null if sampler.guidance > 1 else None
-    if null is not None:
-        images = -(-images // 2)
-    with torch.no_grad():
-        subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided=null is not None)
-        given = {k: v[subjects] for k, v in trajectory.conditions.items()}
-        if null is not None:
-            subjects = torch.cat([torch.full_like(subjects, trajectory.last_subject), subjects])
-        everything = {k: v[subjects] for k, v in trajectory.conditions.items()}
-
-        def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-            points.append(x.clone())
-            answers.append(problem.family.predict(problem.teacher, x, timestep, everything))
-            rows.append(((trajectory.timesteps - timestep).abs().argmin()).expand(len(x)).clone())
-            asked.append(subjects)
-
-        noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
-        seeds = image_seeds(range(images), seed, CALIBRATION)
-        sampler.run(problem.student, noise, given, seeds, see, null)
-    own = Trajectory(torch.cat(points), torch.cat(rows), trajectory.timesteps, trajectory.conditions, torch.cat(asked))
-    return own, torch.cat(answers)
-
-
-def own_trajectories(problem: Problem, images: int, together: int) -> Trajectory:
-    """Points that the student visits when it samples `images` new images, so many of them `together`."""
-    parts = [own_trajectory(problem, min(together, images - i), i)[0] for i in range(0, images, together)]
-    subjects = torch.cat([part.subjects for part in parts if part.subjects is not None])
-    return replace(
-        problem.trajectory,
-        x=torch.cat([part.x for part in parts]),
-        rows=torch.cat([part.rows for part in parts]),
-        subjects=subjects,
+    guided = problem.sampler.guidance > 1 and trajectory.null is not None
+    halves = 2 if guided else 1
+    images, together = -(-images // halves), max(1, (problem.network_batch or 2 * images) // halves)
+    subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided)
+    parts = [
+        _visited(problem, subjects[start : start + together], start, seed, guided)
+        for start in range(0, images, together)
+    ]
+    x, answers, rows, asked = (
+        torch.cat([each.unflatten(1, (halves, -1)) for each in kind], 2).flatten(0, 2)
+        for kind in zip(*parts, strict=True)
     )
+    return Trajectory(x, rows, trajectory.timesteps, trajectory.conditions, asked), answers
+
+
+def _visited(
+    problem: Problem, subjects: Tensor, first: int, seed: int, guided: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sampling images `first` and on, one for each of `subjects`: the network's inputs, the teacher's answers, the rows of the
+    step tables and of the conditions, `[calls, inputs, ...]` each."""
+    trajectory = problem.trajectory
+    images = range(first, first + len(subjects))
+    given = trajectory.tabled(subjects)
+    if guided:
+        subjects = torch.cat([torch.full_like(subjects, trajectory.last_subject), subjects])
+    everything = trajectory.tabled(subjects)
+    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
+        answer = problem.family.predict(problem.teacher, x, timestep, everything)
+        row = (trajectory.timesteps - timestep).abs().argmin()
+        seen.append((x.clone(), answer, row.expand(len(x)), subjects))
+
+    noise = initial_noise(tuple(trajectory.x.shape[1:]), images, seed, CALIBRATION)
+    null = trajectory.null if guided else None
+    problem.sampler.run(problem.student, noise, given, image_seeds(images, seed, CALIBRATION), see, null)
+    x, answers, rows, asked = (torch.stack(each) for each in zip(*seen, strict=True))
+    return x, answers, rows, asked

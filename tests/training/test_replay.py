@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from diffusers import UNet2DModel
 from helpers import NETWORK
 from torch import nn
 
+from dqtool.errors import EnvironmentFault
 from dqtool.models.families import FAMILIES
 from dqtool.nn.trace import trace
 from dqtool.training.replay import Replay
@@ -76,3 +79,13 @@ def test_what_nobody_reads_is_dropped(replay: Replay) -> None:
         replay.advance(index, replay.outputs(index, given), given)
     held = {name for name, tensor in replay._cache.items() if tensor is not None}
     assert held == replay.trace.output_reads
+
+
+def test_a_full_disk_is_said_before_anything_is_written(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_file: int, _start: int, _size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    replay._store.budget = 0
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(EnvironmentFault, match=r"No space left.*TMPDIR"):
+        replay.inputs(0)

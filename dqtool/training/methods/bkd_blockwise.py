@@ -39,9 +39,11 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
 
     from dqtool.training.bkd import BkdLearner
     from dqtool.training.block_loop import train_blocks
-    from dqtool.training.on_policy import own_trajectories, settle
+    from dqtool.training.on_policy import own_trajectory, settle
 
-    problem = replace(problem, replay_batch=options.replay_batch)
+    problem = replace(
+        problem, replay_batch=options.replay_batch, network_batch=problem.network_batch or options.replay_batch
+    )
     count = len(problem.trace.blocks if problem.only is None else problem.only)
     metrics: dict[str, Any] = {}
     if options.iters:
@@ -54,7 +56,7 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
     problem.bake()
     if options.refine_iters:
         settle(problem.student)
-        own = own_trajectories(problem, options.refine_images, options.replay_batch)
+        own, _ = own_trajectory(problem, options.refine_images, 0)
         there = replace(problem, trajectory=own)
 
         def second(block: nn.Module) -> BkdLearner:
