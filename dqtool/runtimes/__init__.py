@@ -2,8 +2,8 @@
 
 A runtime is one module (or package) with `available() -> str | None`, the reason why it can't run here, and
 `load(artifact) -> nn.Module`, a network with the original's forward signature. An integer one has `integer_report(network)
--> dict[str, str]` as well: "int8" or "float" for each layer and attention. All compute the same integers; `simulate`
-is the reference they are compared with. A new one is one module and one entry in `RUNTIMES`.
+-> dict[str, str]` as well: "int8" or "float" for each layer and attention. All but `openvino-bf16` compute the same integers;
+`simulate` is the reference they are compared with. A new one is one module and one entry in `RUNTIMES`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ RUNTIMES = {
             "one byte",
         ),
         Runtime(
+            "openvino-bf16",
+            "dqtool.runtimes.openvino_bf16",
+            "the same with bf16 around the int8 products: rounds before it quantizes",
+            "one byte",
+        ),
+        Runtime(
             "simulate",
             "dqtool.runtimes.simulate",
             "float fake-quantization, the reference",
@@ -65,7 +71,7 @@ RUNTIMES = {
 """All runtimes by the name they have on the command line."""
 
 
-READERS = {"dense": ("simulate",), "openvino": ("openvino",), "onnx": (), "compressed-tensors": ()}
+READERS = {"dense": ("simulate",), "openvino": ("openvino", "openvino-bf16"), "onnx": (), "compressed-tensors": ()}
 """Export formats that not every runtime reads, and the runtimes that do."""
 
 

@@ -63,7 +63,7 @@ def available() -> str | None:
 def load(artifact: Artifact, precision: str = "f32") -> nn.Module:
     """The network of an exported directory, of format `dq` or `openvino`.
 
-    `precision` ("f32", "bf16" or "f16") is that of everything but the integer products; less than f32 flips codes.
+    `precision` ("f32" or "bf16") is that of everything but the integer products; less than f32 flips codes.
 
     Raises:
         EnvironmentFault: OpenVINO is not installed.

@@ -181,9 +181,9 @@ def _runtimes(asked: Sequence[str]) -> list[str]:
 
 
 def _available() -> list[str]:
-    from dqtool.runtimes import pick
+    from dqtool.runtimes import RUNTIMES, pick
 
-    return [runtime.name for runtime, reason in pick() if reason is None and runtime.name != "simulate"]
+    return [runtime.name for runtime, reason in pick(RUNTIMES) if reason is None and runtime.name != "simulate"]
 
 
 def _own_batches(arch: str | None) -> tuple[int, ...]:

@@ -13,10 +13,13 @@ from synthetic import synthetic_network
 from torch import Tensor, nn
 
 import dqtool
+from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, DqtoolWarning, EnvironmentFault, UsageError
 from dqtool.nn.integer import accumulate
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.lowered import LoweredLayer, StepTables
+from dqtool.runtimes import openvino_bf16
+from dqtool.runtimes.choice import order
 
 openvino = pytest.importorskip("openvino")
 
@@ -116,6 +119,23 @@ def test_network_follows_the_simulation_at_any_batch_resolution_and_step(exporte
         assert got.dtype == torch.float32
         assert (got - expected).norm() < 0.1 * expected.norm()  # a code on a rounding tie may fall either way
     assert torch.equal(engine(x, steps[1], return_dict=False)[0], engine(sample=x, timestep=int(steps[1])).sample)
+
+
+def test_bf16_around_the_products_is_refused_or_near(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = str(exported["dq"])
+    assert "openvino-bf16" not in order(open_artifact(directory))[0]
+    if openvino_bf16.available() is not None:
+        with pytest.raises(EnvironmentFault, match="no bf16 instructions"):
+            dqtool.load(directory, "openvino-bf16")
+        # A processor without them computes in float32 whatever it is told: the way there is the same.
+        monkeypatch.setattr(openvino_bf16, "available", lambda: None)
+    network, simulated = dqtool.load(directory, "openvino-bf16"), dqtool.load(directory, "simulate")
+    assert network.precision == "bf16"
+    x, step = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), simulated.timesteps[1]
+    expected, got = simulated(x, step).sample, network(x, step).sample
+    assert (got - expected).norm() < 0.3 * expected.norm()
 
 
 def test_a_step_never_compiles_and_a_second_process_finds_the_graphs(

@@ -1,0 +1,37 @@
+"""OpenVINO with bf16 around the int8 products, for CPUs that compute in it (AMX, AVX512-BF16): faster, and not the same codes.
+
+A bf16 number has 8 bits of precision. What is rounded to it before it is quantized falls on the other side of some
+thresholds, the more of them the more bits the codes have. `auto` therefore never takes it; `dqtool eval DIR --runtime
+openvino-bf16 --reference DIR` says what it costs.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dqtool.artifacts import Artifact
+from dqtool.runtimes import openvino
+from dqtool.runtimes.openvino import integer_report
+
+__all__ = ["available", "integer_report", "load"]
+
+
+def available() -> str | None:
+    """Why it can't run here, or None."""
+    reason = openvino.available()
+    if reason is not None:
+        return reason
+    from openvino import Core
+
+    if "BF16" not in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "the processor has no bf16 instructions (AVX512-BF16 or AMX)"
+    return None
+
+
+def load(artifact: Artifact) -> nn.Module:
+    """The network of an exported directory, of format `dq` or `openvino`.
+
+    Raises:
+        EnvironmentFault: OpenVINO is not installed.
+    """
+    return openvino.load(artifact, "bf16")
