@@ -24,7 +24,7 @@ __all__ = ["DistillOptions", "distill"]
 
 CODE_VERSION = 3
 
-LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 64, 8
+LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 11
 """With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
 network learns or samples."""
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dqtool.core.allocator import return_freed_memory
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.curve import check_loss, ends, mean_curve
@@ -132,6 +133,7 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
             problem.store.save(salt + info.name, {**block_state(block), **extra})
         teacher.advance(index, target, wanted)
         student.advance(index, student.outputs(index, given, problem.select_rows), given)
+        return_freed_memory()
     total = time.perf_counter() - start
     return {
         "block_loss": losses,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqtool.core.allocator import return_freed_memory
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import steps_of
@@ -63,6 +64,7 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
             points = {"x": own.x, "rows": own.rows, "targets": targets}
             subjects = {} if own.subjects is None else {"subjects": own.subjects}
             problem.store.save(f"refine {step}", points | subjects)
+            return_freed_memory()
             sampling_seconds += time.perf_counter() - begin
         chosen = torch.randint(len(own), (options.batch_size,), generator=generator)
         optimizer.zero_grad()
