@@ -29,7 +29,8 @@ def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> No
 
 def test_without_measurements_the_usual_order(artifact: Artifact) -> None:
     assert order(artifact) == (list(ORDER), "by default")
-    assert set(ORDER) == set(AMX_ORDER) == set(runtimes.RUNTIMES)
+    # Never one that does not compute the same integers.
+    assert set(ORDER) == set(AMX_ORDER) == set(runtimes.RUNTIMES) - {"openvino-bf16"}
 
 
 def test_with_amx_another_order(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
