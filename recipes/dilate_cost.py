@@ -84,7 +84,7 @@ def measure(name: str, runs: int) -> dict:
             copying.append(used)
             (work / "copy.safetensors").unlink()
             before = processor_seconds()
-            took, peak = stage("dilate", "model", "--force", cwd=work)
+            took, peak = stage("dilate", "model", "--scaling", "wd", "--force", cwd=work)
             dilating.append(processor_seconds() - before)
             seconds.append(took)
             peaks.append(peak * 1e9)

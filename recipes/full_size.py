@@ -94,7 +94,7 @@ def measure(name: str) -> dict:
         work = Path(folder)
         written_model(name, work / "model")
         commands = {
-            "dilate": ("dilate", "model"),
+            "dilate": ("dilate", "model", "--scaling", "wd"),
             "calibrate": ("calibrate", "--steps", "2", "--samples", "2", "--batch-size", "1"),
             "distill": ("distill", "--bits", BITS, "--iters", "2", "--refine-iters", "0", "--batch-size", "2", "--blocks", block),
             "export": ("export",),

@@ -25,8 +25,13 @@ def dilate(
     output: Output = "dilated.safetensors",
     config: Annotated[str | None, typer.Option(metavar="FILE", help="Its config.json, or the authors' YAML.")] = None,
     scaling: Annotated[
-        str, typer.Option(metavar="NAME", help="How channels are scaled; wd is Weight Dilation, exactly.")
-    ] = "wd",
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How channels are scaled: auto chooses for every layer (in calibrate, unless --stats is given) and learns "
+            "on in distill; wd is Weight Dilation, exactly.",
+        ),
+    ] = "auto",
     stats: Annotated[
         str | None, typer.Option(metavar="CALIBRATED", help="Activation statistics, for methods that look at them.")
     ] = None,
@@ -54,8 +59,8 @@ def dilate(
         bool, typer.Option("--fold", help="Divide in what makes the input (norms, v, adaLN) where the algebra allows.")
     ] = False,
 ) -> None:
-    """Widen the unsaturated in-channels (Weight Dilation).
+    """Widen in-channels of weights, and divide the inputs they read by the same factors.
 
-    The inputs they read are divided by the same factors, so that activations need a smaller range. Reads weights only.
+    Weight Dilation (wd) reads weights only. By default factors balance weights and activations, which calibrate sees.
     """
     run_stage("dilate", **locals())

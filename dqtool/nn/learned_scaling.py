@@ -1,4 +1,4 @@
-"""OmniQuant's learnable equivalent transformation (arXiv 2308.13137): scale and shift of a layer's input as parameters.
+"""Learnable equivalent transformation (OmniQuant, arXiv 2308.13137): scale and shift of a layer's input as parameters.
 
 While it trains, a layer reads `(x − d)·e^−r`, multiplies with `W·e^r` and adds `W d`: in float, whatever r and d are,
 what it did before. `bake` makes them part of the network: r of the dilation, d of biases.
@@ -19,13 +19,14 @@ __all__ = ["LearnedScaling", "attach", "bake"]
 
 
 class LearnedScaling(nn.Module):
-    """`log_scale` and, where the input can be moved, `shift`, both `[C_in]` and zero at first. Layers that share an input
-    share it."""
+    """`log_scale` and, where the input can be moved, `shift`, both `[C_in]` and zero at first, learned at `rate`. Layers
+    that share an input share it."""
 
     shift: nn.Parameter | None
 
-    def __init__(self, channels: int, shifts: bool) -> None:
+    def __init__(self, channels: int, shifts: bool, rate: float) -> None:
         super().__init__()
+        self.rate = rate
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_parameter("shift", nn.Parameter(torch.zeros(channels)) if shifts else None)
 
@@ -47,16 +48,17 @@ class LearnedScaling(nn.Module):
         return bias + (weight * spread(by, weight, groups)).flatten(1).sum(1)
 
 
-def attach(network: nn.Module, groups: Iterable[Sequence[str]], shifts: Mapping[str, Fold]) -> None:
-    """Make scale and shift of these groups of layers learnable; the first of a group is its owner. `shifts`: who can
-    take an owner's shift."""
-    for names in groups:
+def attach(network: nn.Module, groups: Iterable[tuple[Sequence[str], float]], shifts: Mapping[str, Fold]) -> None:
+    """Make scale and shift of these groups of layers learnable, each at a rate of its own; the first of a group is its
+    owner. `shifts`: who can take an owner's shift."""
+    for names, rate in groups:
         layers = [network.get_submodule(name) for name in names]
         learned: LearnedScaling | None = None
         for layer in layers:
             assert isinstance(layer, FakeQuantLayer)
             assert layer.dilation is not None
-            learned = learned or LearnedScaling(layer.dilation.numel(), names[0] in shifts).to(layer.weight.device)
+            if learned is None:
+                learned = LearnedScaling(layer.dilation.numel(), names[0] in shifts, rate).to(layer.weight.device)
             layer.learned = learned
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.affine import lowest_code
+from dqtool.core.dilation import spread
 from dqtool.core.packing import unpack
 from dqtool.core.quantization_error import error_parts, histogram_error
 from dqtool.models.loading import network_of
@@ -68,6 +69,9 @@ def quantization_errors(result: Result) -> Errors:
     Weights: dequantized against dilated full-precision ones, so that training shows in `total`; the two parts are those
     of the full-precision weights on the artifact's grid. Activations: the artifact's tables on the calibrated histograms.
 
+    Where training moved a layer's factors, weights follow channel by channel, and its histograms, which know no
+    channels, by the geometric mean. Layers whose learned factors were folded away afterwards have no entry.
+
     Raises:
         ArtifactError: an artifact is missing or damaged.
     """
@@ -88,9 +92,16 @@ def quantization_errors(result: Result) -> Errors:
                 if parts is not None:
                     activations[f"{name}.{operand}"] = parts
             continue
+        if (layer.get("scaling") or {}).get("learned") and _folded_into(layer):
+            continue
+        moved = _moved(packed, known, name)
         if f"{name}.weight_packed" in packed:
-            weights[name] = _weight(packed, known[f"{name}.weight"], name, weight_bits, name in producers)
-        parts = _activation(packed, known, name, f"{name}.input", input_bits, 0, 0, steps)
+            reference = known[f"{name}.weight"]
+            if moved is not None:
+                reference = reference * spread(moved, reference, int(layer["groups"]))
+            weights[name] = _weight(packed, reference, name, weight_bits, name in producers)
+        mean = 1.0 if moved is None else float(moved.log().mean().exp())
+        parts = _activation(packed, known, name, f"{name}.input", input_bits, 0, 0, steps, 1 / mean)
         if parts is not None:
             activations[name] = parts
     return Errors(known["timesteps"].tolist(), weights, activations)
@@ -168,15 +179,17 @@ def _activation(
     low: int,
     default_zero: int,
     steps: int,
+    factor: float = 1.0,
 ) -> list[Parts] | None:
-    """Parts per step, heads summed; None where this activation stays float, or another layer's quantizer serves it."""
+    """Parts per step, heads summed; None where this activation stays float, or another layer's quantizer serves it. The
+    values are those of the histogram times `factor`."""
     scale = packed.get(f"{table}_scale" if table.endswith(".input") else f"{name}_scale")
     histogram = known.get(f"{name}.histogram")
     if scale is None or histogram is None:
         return None
     zero_point = packed.get(f"{table}_zero_point")
     zero_point = torch.full_like(scale, default_zero) if zero_point is None else zero_point.to(scale.dtype)
-    span = known[f"{name}.range"]
+    span = known[f"{name}.range"] * factor
     shape = histogram.shape[:-1]  # [T] or [T, H]; a static table has one row for all steps
     lo, hi, scale, zero_point = (x.expand(shape).flatten() for x in (span[..., 0], span[..., 1], scale, zero_point))
     sums = histogram_error(histogram.flatten(0, -2), lo, hi, scale, zero_point, bits, low)
@@ -186,6 +199,14 @@ def _activation(
 
 def _parts(clipping: float, rounding: float, total: float, power: float) -> Parts:
     return Parts(clipping / power, rounding / power, total / power) if power else Parts(0.0, 0.0, 0.0)
+
+
+def _moved(packed: Mapping[str, Tensor], known: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Trained factors over calibrated ones, `[C_in]`; None where they are as they were, or folded away."""
+    before, after = known.get(f"{name}.dilation"), packed.get(f"{name}.dilation")
+    if before is None or after is None or torch.equal(before, after):
+        return None
+    return after / before
 
 
 def _folded_into(layer: Mapping[str, Any]) -> Sequence[str]:

@@ -24,7 +24,7 @@ STAGE = (
     "dqtool.models.loading",
     "dqtool.nn.folding",
     "dqtool.nn.scaled",
-    "dqtool.stages.scaling_choice",
+    "dqtool.stages.scaling_records",
 )
 """What the stage imports when it comes to its work."""
 

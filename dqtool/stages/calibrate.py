@@ -13,6 +13,7 @@ from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.sources import finite_config
+from dqtool.stages.late_scaling import LATER, scale_now
 from dqtool.stages.running import Common, Product, execute, input_artifact
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     trajectory, seen = record(network, shape, sampler, timesteps, conditions, options, quotas, generator)
     points = trajectory_of({**seen, "timesteps": timesteps})
 
-    def per_step() -> Iterator[Callable[[], None]]:
-        with report.progress("calibrate: statistics", len(timesteps)) as progress:
+    def per_step(what: str) -> Iterator[Callable[[], None]]:
+        with report.progress(f"calibrate: {what}", len(timesteps)) as progress:
             for step, timestep in enumerate(timesteps):
                 mine = (points.rows == step).nonzero()[:STATISTICS_SAMPLES, 0]
 
@@ -146,7 +147,15 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
                 yield run
                 progress.advance()
 
-    statistics = collect(network, layer_infos(manifest.layers), dilation, per_step())
+    everything, records, chosen = dict(tensors), manifest.layers, dict(manifest.metrics)
+    if chosen.pop(LATER, None) is not None:
+        points_seen = {**seen, "timesteps": timesteps}
+        changed, records, found = scale_now(
+            manifest, tensors, network, family, config, points_seen, per_step("ranges of channels")
+        )
+        everything, chosen = everything | changed, chosen | found
+        _, dilation = split_dilated(everything)
+    statistics = collect(network, layer_infos(records), dilation, per_step("statistics"))
     ratios = range_ratios(statistics, dilation)
     metrics = {
         "activation_range_ratio": sum(ratios.values()) / len(ratios) if ratios else 1.0,
@@ -163,9 +172,10 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     }
     if conditions.guided:
         pipeline["sampling"]["guidance"] = conditions.guidance
-    everything = dict(tensors) | trajectory | statistics | {"timesteps": timesteps}
-    metrics = {**manifest.metrics, **metrics}
-    return Product(everything, manifest.model, pipeline, manifest.layers, metrics, attachments=dilated.attachments())
+    everything |= trajectory | statistics | {"timesteps": timesteps}
+    return Product(
+        everything, manifest.model, pipeline, records, {**chosen, **metrics}, attachments=dilated.attachments()
+    )
 
 
 def quotas_by_step(

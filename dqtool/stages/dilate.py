@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, DeferredTensors, Written, check_writable, open_artifact, sha256_file
 from dqtool.core.bits import parse_bits
-from dqtool.errors import ArtifactError, NumericError, UsageError
+from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.stages.ahead import channel_slacks, file_tensors, importing
+from dqtool.stages.equivalence import check_equivalence
+from dqtool.stages.late_scaling import CHOSEN_IN_CALIBRATE, LATER
 from dqtool.stages.running import Common, Product, execute
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dqtool.core.scaling import ScalingMethod
+    from dqtool.core.scaling import ScalingMethod, ScalingResult
     from dqtool.models.families import Family
     from dqtool.nn.trace import LayerInfo, Trace
 
 __all__ = ["DilateOptions", "dilate"]
 
 CODE_VERSION = 1
-TOLERANCE = 1e-5
-"""Largest allowed |dilated - original| relative to the output's largest magnitude: float32 round-off."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DilateOptions:
     model: str
     output: str = "dilated.safetensors"
     config: str | None = None
-    scaling: str = "wd"
+    scaling: str = "auto"
     stats: str | None = None
     cap: float = 64.0
     threshold: float = 1.0
@@ -53,12 +53,18 @@ def dilate(options: DilateOptions, common: Common) -> str:
     """Scale the model's in-channels and write the dilated artifact; returns its path as given.
 
     Raises:
-        UsageError: an unknown scaling, or one that needs `stats`.
+        UsageError: an unknown scaling, one that needs `stats`, or `fold` before there are factors.
         NumericError: the dilated network's output differs from the original's by more than round-off.
     """
     parse_bits(options.bits)
     source = resolve_model(options.model, options.config, options.components, options.lora)
     stats = None if options.stats is None else open_artifact(options.stats, ["calibrate"])
+    if options.fold and waits(options):
+        raise UsageError(
+            f"With --scaling {options.scaling} and no --stats the factors are chosen in calibrate",
+            where="--fold",
+            fix="Give a calibrated artifact with --stats, or use --scaling wd",
+        )
     reads = [*source.weights, *(lora.path for lora in source.loras)]
     check_writable(options.output, inputs=[options.model, *reads])
     slacks: dict[str, Tensor] | None = None
@@ -89,7 +95,7 @@ def resolved(options: DilateOptions) -> dict[str, Any]:
     parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
     if options.threshold != 1:
         parameters["threshold"] = options.threshold
-    if options.stats is not None:
+    if options.stats is not None or waits(options):
         parameters["bits"] = options.bits
     if options.lora:
         parameters["lora"] = list(options.lora)
@@ -98,6 +104,11 @@ def resolved(options: DilateOptions) -> dict[str, Any]:
     if options.example is not None:
         parameters["example"] = sha256_file(options.example)
     return parameters
+
+
+def waits(options: DilateOptions) -> bool:
+    """Whether the factors are left to be chosen in `calibrate`, which sees activations."""
+    return options.stats is None and options.scaling in CHOSEN_IN_CALIBRATE
 
 
 def produce(
@@ -118,7 +129,8 @@ def produce(
     from dqtool.nn.folding import Fold, find_folds, find_shifts, fold_all, shift
     from dqtool.nn.trace import kept_float
     from dqtool.stages.scale_moves import mark_folded
-    from dqtool.stages.scaling_choice import choose_scaling, groups_of, shiftable
+    from dqtool.stages.scaling_choice import choose_scaling, shiftable, statistics_for
+    from dqtool.stages.scaling_records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
 
     class_name, config = described(source, options)
     family = family_of(class_name, str(source.config_path))
@@ -135,24 +147,22 @@ def produce(
     shifts: dict[str, Fold] = {}
     if asked.shifts:
         shifts = shiftable(network, traced.layers, find_shifts(network, family.example(config), traced.layers))
-    chosen = choose_scaling(
-        network,
-        family,
-        traced.layers,
-        stats,
-        options.scaling,
-        options.cap,
-        options.bits,
-        shifts,
-        options.threshold,
-        slacks,
-    )
-    scales = {
-        info.name: chosen[owner].scale.clone()
-        for owner, members in groups_of(traced.layers).items()
-        if owner in chosen
-        for info in members
-    }
+    later = waits(options)
+    chosen: dict[str, ScalingResult] = {}
+    if not later:
+        chosen = choose_scaling(
+            network,
+            family,
+            traced.layers,
+            statistics_for(asked, stats),
+            asked,
+            options.cap,
+            options.bits,
+            shifts,
+            options.threshold,
+            slacks,
+        )
+    scales = scales_of(traced.layers, chosen)
     tensors = DeferredTensors(state)
     records = []
     for info in traced.layers:
@@ -160,19 +170,11 @@ def produce(
         record = asdict(info)
         if scale is not None:
             name, result = f"{info.name}.weight", chosen[info.shares or info.name]
-            method = asked if result.method is None else scaling_method(result.method)
             # Made when it is written, so that the whole network need not fit twice.
-            whole = partial(scaled_rows, method, state[name], scale, info.groups)
+            whole = partial(scaled_rows, method_used(asked, result), state[name], scale, info.groups)
             tensors.defer(name, state[name], whole, whole if info.groups == 1 else None)
             tensors[f"{info.name}.dilation"] = scale
-            unsaturated = scale > 1
-            record["scaling"] = {
-                "method": method.name,
-                "unsaturated_share": float(unsaturated.float().mean()),
-                "mean": float(scale.mean()),
-                "max": float(scale.max()),
-                "mean_inverse": float((1 / scale).mean()),
-            }
+            record["scaling"] = scaling_record(asked, result)
             if result.shift is not None:
                 absorb_shift(tensors, info, state[name], result.shift)
                 record["scaling"]["shifted_in"] = shifts[info.shares or info.name].names
@@ -180,7 +182,6 @@ def produce(
     for owner, result in chosen.items():
         if result.shift is not None:
             shift(tensors, shifts[owner], result.shift)
-    every = torch.cat(list(scales.values())) if scales else torch.ones(1)
     if options.fold:
         folded = fold_all(tensors, find_folds(network, family.example(config), traced.layers), crossing=True)
         scales = {name: scale for name, scale in scales.items() if name not in folded}
@@ -197,14 +198,19 @@ def produce(
         "parameters": sum(t.numel() for t in state.values()),
     }
     metrics: dict[str, Any] = {
-        "unsaturated_share": float((every > 1).float().mean()),
-        "mean_dilation": float(every.mean()),
-        "mean_inverse": float((1 / every).mean()),
+        **scaling_metrics(scales),
         "blocks": [{"name": block.name, "reads": sorted(block.reads)} for block in traced.blocks],
         "output_reads": sorted(traced.output_reads),
     }
     if float_parts:
         metrics["kept_float"] = float_parts
+    if later:
+        metrics[LATER] = {
+            "scaling": options.scaling,
+            "cap": options.cap,
+            "threshold": options.threshold,
+            "bits": options.bits,
+        }
     threads = torch.get_num_threads()
 
     def proof(written: Written) -> dict[str, float]:
@@ -214,15 +220,13 @@ def produce(
             return found
 
         with operation_threads(max(1, threads - 1), then=threads):
-            error = equivalence_error(network, waited, scales, family, config)
-        if not error <= TOLERANCE:
-            raise NumericError(
-                f"The dilated network's output differs from the original's by {error:.2g} relative, more than "
-                f"{TOLERANCE:g}",
-                where=source.given,
-                fix="A layer's input range may exceed what float32 resolves; lower --cap",
+            error = check_equivalence(network, waited, scales, family, config, source.given)
+        if later:
+            report.say(
+                f"weights left as they are: calibrate, which sees activations, chooses the factors ({options.scaling})"
             )
-        _tell(records, metrics, error)
+        else:
+            tell_scaling(records, metrics, error)
         return {"equivalence_error": error}
 
     pipeline, attachments = source.pipeline_record(), attachments_of(source)
@@ -295,51 +299,3 @@ def absorb_shift(tensors: MutableMapping[str, Tensor], info: LayerInfo, weight: 
     moved = (weight.double() * spread(by, weight, info.groups).double()).flatten(1).sum(1)
     bias = tensors[f"{info.name}.bias"]
     tensors[f"{info.name}.bias"] = (bias.double() + moved).to(bias.dtype)
-
-
-def equivalence_error(
-    network: nn.Module,
-    written: Written,
-    scales: dict[str, Tensor],
-    family: Family,
-    config: dict[str, Any],
-) -> float:
-    """Largest |y' - y| over the output's largest magnitude, on a random input at a random step; `network` is left as it was.
-
-    y' runs the tensors that `written` waits for on `x / s`, where s is in `scales`.
-    """
-    import torch
-
-    from dqtool.nn.scaled import other_parameters, scaled_inputs
-
-    arguments = family.example(family.proof_config(config))
-    onednn = torch.backends.mkldnn.enabled
-    # It would bring every weight into a layout of its own, which takes longer than multiplying by it once.
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        with torch.no_grad():
-            original = network(**arguments, return_dict=False)[0]
-            with scaled_inputs(network, scales), other_parameters(network, written()):
-                changed = network(**arguments, return_dict=False)[0]
-    finally:
-        torch.backends.mkldnn.enabled = onednn
-    return float((changed - original).abs().max() / original.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def _tell(records: list[dict[str, Any]], metrics: dict[str, Any], error: float) -> None:
-    rows = [
-        (
-            record["name"],
-            "x".join(map(str, record["shape"])),
-            f"{record['scaling']['unsaturated_share']:.1%}",
-            f"{record['scaling']['mean_inverse']:.3f}",
-            f"{record['scaling']['max']:.2f}",
-        )
-        for record in records
-        if "scaling" in record
-    ]
-    report.table("Weight dilation", ["layer", "weight", "unsaturated", "mean 1/s", "max s"], rows)
-    report.say(
-        f"output unchanged to {error:.1e} relative; {metrics['unsaturated_share']:.1%} of "
-        f"in-channels dilated, mean 1/s {metrics['mean_inverse']:.3f}"
-    )

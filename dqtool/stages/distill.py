@@ -162,7 +162,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.nn.surgery import packed_state
     from dqtool.stages.artifact_models import student_of, teacher_of, trace_of, trajectory_of
-    from dqtool.stages.scale_moves import fold_packed, learn_scaling, mark_folded
+    from dqtool.stages.scale_moves import fold_packed, learn_scaling, mark_folded, mark_learned
     from dqtool.training.data import Problem
 
     method, recipe = method_and_options(options)
@@ -220,11 +220,13 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         on_device = peak_bytes(device)
         trained |= {} if on_device is None else {"peak_device_bytes": on_device}
     state = main_memory(packed_state(student))
+    learned = {name: value for name, value in state.items() if name.endswith(".dilation")}
     folded = fold_packed(manifest, state)
     layers = [
         record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated and plan.info.name not in folded}
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
+    mark_learned(layers, tensors, learned)
     mark_folded(layers, folded)
     metrics = {**manifest.metrics, **trained}
     return Product(state, manifest.model, manifest.pipeline, layers, metrics, attachments=calibrated.attachments())

@@ -17,8 +17,17 @@ from dqtool.nn.folding import Fold, find_folds, find_shifts, fold_all
 from dqtool.nn.learned_scaling import attach
 from dqtool.nn.trace import LayerInfo
 from dqtool.stages.scaling_choice import Groups, groups_of, shiftable
+from dqtool.stages.scaling_records import figures
 
-__all__ = ["dilated_layers", "fold_packed", "learn_scaling", "mark_folded", "pending_folds", "structure_of"]
+__all__ = [
+    "dilated_layers",
+    "fold_packed",
+    "learn_scaling",
+    "mark_folded",
+    "mark_learned",
+    "pending_folds",
+    "structure_of",
+]
 
 
 def pending_folds(manifest: Manifest) -> list[Fold]:
@@ -44,6 +53,14 @@ def fold_packed(manifest: Manifest, state: dict[str, Tensor]) -> dict[str, list[
     return fold_all(state, pending_folds(manifest), crossing=False)
 
 
+def mark_learned(records: Sequence[dict[str, Any]], before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Note in a manifest's layers whose factors training moved, and what they are now; `X.dilation` before and after."""
+    for record in records:
+        name = f"{record['name']}.dilation"
+        if name in before and name in after and not torch.equal(before[name], after[name]):
+            record["scaling"] = record["scaling"] | figures(after[name]) | {"learned": True}
+
+
 def mark_folded(records: Sequence[dict[str, Any]], folded: Mapping[str, list[str]]) -> None:
     """Note in a manifest's layers where their factors went."""
     for record in records:
@@ -52,23 +69,26 @@ def mark_folded(records: Sequence[dict[str, Any]], folded: Mapping[str, list[str
 
 
 def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
-    """Make the scales that a method wants learned (omniquant) parameters of the student's layers; `bake` ends it.
+    """Make the scales that a method wants learned (auto, omniquant) parameters of the student's layers; `bake` ends it.
 
     Returns what can take the shift of each group that was shifted, by the group's owner. Folded scales stay as they are.
     """
     groups: Groups = {}
+    rates: dict[str, float] = {}
     for owner, members in groups_of(layer_infos(manifest.layers)).items():
-        method = SCALINGS.get(_scaling(manifest, owner).get("method", ""))
-        if method is not None and method.learned and "folded_into" not in _scaling(manifest, owner):
-            groups[owner] = members
+        scaling = _scaling(manifest, owner)
+        method = SCALINGS.get(scaling.get("asked", scaling.get("method", "")))
+        if method is not None and method.learning_rate and "folded_into" not in scaling:
+            groups[owner], rates[owner] = members, method.learning_rate
     shifts: dict[str, Fold] = {}
     if any("shifted_in" in _scaling(manifest, owner) for owner in groups):
         network, example, infos = structure_of(manifest)
         found = shiftable(network, infos, find_shifts(network, example, infos))
         shifts = {owner: each for owner, each in found.items() if "shifted_in" in _scaling(manifest, owner)}
-    attach(
-        student, [[owner, *(m.name for m in members if m.name != owner)] for owner, members in groups.items()], shifts
-    )
+    shared = [
+        ([owner, *(m.name for m in members if m.name != owner)], rates[owner]) for owner, members in groups.items()
+    ]
+    attach(student, shared, shifts)
     return shifts
 
 

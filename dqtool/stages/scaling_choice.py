@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.bits import LayerBits, parse_bits
-from dqtool.core.scaling import Samples, ScalingInput, ScalingMethod, ScalingResult, scaling_method
+from dqtool.core.device import beside, main_memory
+from dqtool.core.scaling import Samples, ScalingInput, ScalingMethod, ScalingResult
 from dqtool.errors import UsageError
 from dqtool.models.families import Family
 from dqtool.nn.folding import Fold
@@ -22,7 +24,7 @@ from dqtool.nn.trace import LayerInfo
 from dqtool.stages.artifact_models import trajectory_of
 from dqtool.training.data import Trajectory
 
-__all__ = ["Groups", "choose_scaling", "groups_of", "shiftable"]
+__all__ = ["Groups", "choose_scaling", "groups_of", "shiftable", "statistics_for"]
 
 STEPS, PER_STEP = 8, 2
 """Of the recorded trajectory: steps, and points of each, whose layer inputs the searching methods look at."""
@@ -44,8 +46,8 @@ def choose_scaling(
     network: nn.Module,
     family: Family,
     layers: list[LayerInfo],
-    stats: Artifact | None,
-    method_name: str,
+    statistics: Mapping[str, Tensor],
+    method: ScalingMethod,
     cap: float,
     bits: str,
     shifts: Mapping[str, Fold],
@@ -54,22 +56,23 @@ def choose_scaling(
 ) -> dict[str, ScalingResult]:
     """What the method chooses for every group, by owner; groups that it leaves alone have no entry.
 
-    `network` is the float one; `shifts` are the groups whose input can be moved, by owner;
+    `network` is the float one; `statistics` hold what the method needs of `X.channel_range` by layer and of the
+    trajectory (`statistics_for`), `shifts` are the groups whose input can be moved, by owner;
     `slacks` the `channel_slack` of ungrouped weights, by name, where it is known.
 
     Raises:
-        UsageError: an unknown method, or one that needs statistics when there are none, or those of another network.
+        UsageError: the method needs statistics, and these are of another network.
     """
-    method, groups = scaling_method(method_name), groups_of(layers)
-    statistics = _statistics(method, stats)
+    groups = groups_of(layers)
 
     def choose(owner: str, samples: Samples | None = None) -> ScalingResult:
         members = groups[owner]
         weights = [network.get_parameter(f"{member.name}.weight").detach() for member in members]
-        lo, hi = statistics.get(f"{owner}.channel_range", (None, None))
+        lo, hi = beside(network, statistics.get(f"{owner}.channel_range", (None, None)))
         groups_in = members[0].groups
         known = [(slacks or {}).get(f"{member.name}.weight") for member in members] if groups_in == 1 else None
-        return method(ScalingInput(weights, groups_in, lo, hi, cap, threshold, samples, owner in shifts, known))
+        result = method(ScalingInput(weights, groups_in, lo, hi, cap, threshold, samples, owner in shifts, known))
+        return replace(result, scale=main_memory(result.scale), shift=main_memory(result.shift))
 
     if method.needs_samples:
         found = _with_samples(network, family, groups, statistics, layers, parse_bits(bits), choose)
@@ -78,7 +81,7 @@ def choose_scaling(
     return {
         owner: result
         for owner, result in found.items()
-        if method.learned or result.shift is not None or bool((result.scale != 1).any())
+        if method.learning_rate or result.shift is not None or bool((result.scale != 1).any())
     }
 
 
@@ -98,7 +101,12 @@ def _pads(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or any(layer.padding))
 
 
-def _statistics(method: ScalingMethod, stats: Artifact | None) -> Mapping[str, Tensor]:
+def statistics_for(method: ScalingMethod, stats: Artifact | None) -> Mapping[str, Tensor]:
+    """What the method may look at of a calibrated artifact: its tensors, or nothing where it needs none.
+
+    Raises:
+        UsageError: it needs some and there is no artifact, or one of a network that was changed before.
+    """
     if not method.needs_statistics:
         return {}
     if stats is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dqtool.artifacts import fingerprint
 from dqtool.errors import UsageError
+from dqtool.stages.late_scaling import CHOSEN_IN_CALIBRATE
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Group, Options, Row, Table
@@ -143,22 +144,23 @@ def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
 
 
 def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step]:
-    """The steps of one cell. A scaling that looks at activations is preceded by a calibration of the undilated model."""
+    """The steps of one cell. A scaling that looks at activations is preceded by a calibration of the undilated model, unless
+    it waits for the calibration that follows."""
     from dqtool.core.scaling import scaling_method
 
     digest = model_digest(model)
     dilate = dict(options.get("dilate", {}))
-    method = scaling_method(dilate.get("scaling", "wd"))
+    method = scaling_method(dilate.get("scaling", "auto"))
+    if method.needs_samples:  # the bits whose outputs it compares are those the cell will have
+        dilate.setdefault("bits", options.get("distill", {}).get("bits", "4/4"))
     statistics = None
-    if method.needs_statistics:
+    if method.needs_statistics and method.name not in CHOSEN_IN_CALIBRATE:
         plain = {k: v for k, v in dilate.items() if k not in ("scaling", "bits")} | {"scaling": "none"}
         first = _step("dilate", plain, model, [digest])
         yield first
         seen = _step("calibrate", options["calibrate"], model, [first.key], source=first.key)
         yield seen
         statistics = seen.key
-        if method.needs_samples:  # the bits whose outputs it compares are those the cell will have
-            dilate.setdefault("bits", options.get("distill", {}).get("bits", "4/4"))
     inputs = [digest] if statistics is None else [digest, statistics]
     step = _step("dilate", dilate, model, inputs, statistics=statistics)
     yield step

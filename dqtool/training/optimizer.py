@@ -24,8 +24,6 @@ __all__ = ["QuantAdam", "cosine", "weight_unit"]
 BETAS, EPS = (0.9, 0.999), 1e-12
 ALONE = 1 << 14
 """Values from which on a parameter is updated by itself."""
-LEARNED_SCALING_RATE = 1e-5
-"""Of OmniQuant's log scale and shift, as in Table 14 of arXiv 2409.14307."""
 
 
 class QuantAdam:
@@ -52,7 +50,7 @@ class QuantAdam:
                     rms = float(layer.bias.detach().square().mean().sqrt())
                     biases.append((layer.bias, rates.bias * max(rms, 1e-3)))
                 if layer.learned is not None and layer.weight.requires_grad:
-                    learned.update(dict.fromkeys(layer.learned.parameters(), LEARNED_SCALING_RATE))
+                    learned.update(dict.fromkeys(layer.learned.parameters(), layer.learned.rate))
                 if _learns(layer.weight_scale):
                     scales.append((layer.weight_scale, rates.weight_scale))
                 if _learns(layer.weight_zero_point) and layer.low == 0:

@@ -16,7 +16,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPE = """\
 model: tiny
 stages:
-  dilate: {scaling: wd}
+  dilate: {scaling: auto}
   calibrate: {steps: 4, samples: 16}
   distill: {bits: 4/4, iters: 2, refine-iters: 2}
   export:

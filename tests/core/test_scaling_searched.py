@@ -60,8 +60,9 @@ def test_auto_is_at_least_as_good_as_each_of_its_methods() -> None:
         for bits in ("4/4", "8/8", "4/16"):
             inputs = layer(kind, bits)
             error, chosen = OutputError(inputs), SCALINGS["auto"](inputs)
-            errors = {name: error(SCALINGS[name](inputs)) for name in ("none", "wd", "smoothquant", "dgq", "awq")}
-            assert errors[str(chosen.method)] == min(errors.values()) == error(chosen)
+            errors = {name: error(SCALINGS[name](inputs)) for name in ("none", "wd", "smoothquant")}
+            assert error(chosen) <= min(errors.values())
+            assert chosen.method in errors
 
 
 def test_auto_depends_on_the_layer() -> None:
@@ -76,9 +77,10 @@ def test_auto_depends_on_the_layer() -> None:
     picks = []
     for x in (flat, outlier):
         samples = Samples([x], [product], LayerBits(4, 4))
-        picks.append(SCALINGS["auto"](ScalingInput([weight], 1, x.amin(0), x.amax(0), samples=samples)).method)
-    assert picks[1] in ("smoothquant", "dgq", "awq")  # WD and none leave the outlier alone
-    assert picks[0] != picks[1]
+        picks.append(SCALINGS["auto"](ScalingInput([weight], 1, x.amin(0), x.amax(0), samples=samples)))
+    assert picks[1].method == "smoothquant"  # WD and none leave the outlier alone
+    spread_of = [float(pick.scale[0] / pick.scale[1:].mean()) for pick in picks]
+    assert spread_of[1] > 3 * spread_of[0]
 
 
 def test_the_error_falls_with_bits_and_vanishes_without_quantizers() -> None:
@@ -102,8 +104,7 @@ def test_a_shift_and_its_bias_are_equivalent(name: str) -> None:
 def test_omniquant_starts_as_smoothquant() -> None:
     inputs = layer("conv")
     assert torch.equal(SCALINGS["omniquant"](inputs).scale, SCALINGS["smoothquant"](inputs).scale)
-    assert SCALINGS["omniquant"].learned
-    assert not any(SCALINGS[name].learned for name in SCALINGS if name != "omniquant")
+    assert {name for name, method in SCALINGS.items() if method.learning_rate} == {"omniquant", "auto"}
 
 
 @pytest.mark.parametrize("name", [name for name in SCALINGS if SCALINGS[name].needs_samples])

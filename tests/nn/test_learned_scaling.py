@@ -76,7 +76,7 @@ def test_only_groups_whose_producer_has_a_bias_are_moved() -> None:
 def test_in_float_nothing_changes_whatever_is_learned() -> None:
     block, shifts = quantized(LayerBits(16, 16))
     before = block(**inputs())
-    attach(block, [["one", "two"], ["conv"]], shifts)
+    attach(block, [(["one", "two"], 1e-5), (["conv"], 1e-5)], shifts)
     assert block.one.learned is block.two.learned
     assert torch.equal(block(**inputs()), before) or torch.allclose(block(**inputs()), before, atol=1e-6)
     moved(block)
@@ -88,7 +88,7 @@ def test_in_float_nothing_changes_whatever_is_learned() -> None:
 def test_baking_keeps_the_quantized_function_and_leaves_plain_layers() -> None:
     block, shifts = quantized(LayerBits(8, 8))
     names = set(packed_state(block))
-    attach(block, [["one", "two"], ["conv"]], shifts)
+    attach(block, [(["one", "two"], 1e-5), (["conv"], 1e-5)], shifts)
     moved(block)
     learned = block(**inputs())
     bake(block, shifts)
@@ -102,7 +102,7 @@ def test_baking_keeps_the_quantized_function_and_leaves_plain_layers() -> None:
 def test_scale_and_shift_train_at_their_own_rate() -> None:
     block, shifts = quantized(LayerBits(4, 4))
     target = torch.randn(4, 4, 1, 1, generator=torch.Generator().manual_seed(1))
-    attach(block, [["one", "two"], ["conv"]], shifts)
+    attach(block, [(["one", "two"], 1e-5), (["conv"], 1e-5)], shifts)
     for layer in (block.one, block.two, block.conv):
         layer.requires_grad_(True)
     optimizer = QuantAdam(block, Rates())
@@ -119,7 +119,7 @@ def test_scale_and_shift_train_at_their_own_rate() -> None:
 
 def test_in_float_the_gradients_of_both_halves_cancel() -> None:
     block, shifts = quantized(LayerBits(16, 16))
-    attach(block, [["one", "two"], ["conv"]], shifts)
+    attach(block, [(["one", "two"], 1e-5), (["conv"], 1e-5)], shifts)
     block.one.learned.requires_grad_(True)
     block(**inputs()).square().sum().backward()
     for p in block.one.learned.parameters():

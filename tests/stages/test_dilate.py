@@ -8,16 +8,24 @@ import pytest
 import torch
 from helpers import NETWORK
 
-from dqtool.artifacts import open_artifact
+from dqtool.artifacts import Artifact, open_artifact
 from dqtool.core.scaling import SCALINGS
 from dqtool.models.sources import resolve_model
 from dqtool.stages.artifact_models import split_dilated, teacher_of
 from dqtool.stages.common import Common
-from dqtool.stages.dilate import TOLERANCE, DilateOptions, dilate
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.equivalence import TOLERANCE
 
 
-def test_output_is_unchanged_and_the_manifest_reports_it(made: Path) -> None:
-    manifest = open_artifact(made / "dilated.safetensors").manifest
+@pytest.fixture(scope="module")
+def widened(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny model after Weight Dilation."""
+    output = str(tmp_path_factory.mktemp("wd") / "dilated.safetensors")
+    return open_artifact(dilate(DilateOptions(str(made / "tiny"), output, scaling="wd"), Common(quiet=True)))
+
+
+def test_output_is_unchanged_and_the_manifest_reports_it(widened: Artifact) -> None:
+    manifest = widened.manifest
     assert manifest.metrics["equivalence_error"] <= TOLERANCE
     assert 0 < manifest.metrics["unsaturated_share"] < 1
     assert 0 < manifest.metrics["mean_inverse"] < 1
@@ -26,11 +34,11 @@ def test_output_is_unchanged_and_the_manifest_reports_it(made: Path) -> None:
     assert all(layer["scaling"]["max"] >= 1 for layer in scaled)
 
 
-def test_every_out_channel_keeps_its_range(made: Path) -> None:
+def test_every_out_channel_keeps_its_range(made: Path, widened: Artifact) -> None:
     from dqtool.models.loading import load_weights
 
     original = load_weights(resolve_model(str(made / "tiny")))
-    state, dilation = split_dilated(open_artifact(made / "dilated.safetensors").tensors())
+    state, dilation = split_dilated(widened.tensors())
     assert dilation
     for name in dilation:
         before, after = original[f"{name}.weight"].flatten(1), state[f"{name}.weight"].flatten(1)
@@ -38,11 +46,11 @@ def test_every_out_channel_keeps_its_range(made: Path) -> None:
         assert torch.equal(before.amax(1).clamp(min=0), after.amax(1).clamp(min=0))
 
 
-def test_the_teacher_comes_back_to_one_unit_in_the_last_place(made: Path) -> None:
+def test_the_teacher_comes_back_to_one_unit_in_the_last_place(made: Path, widened: Artifact) -> None:
     from dqtool.models.loading import build_network, load_weights
 
     source = resolve_model(str(made / "tiny"))
-    artifact = open_artifact(made / "dilated.safetensors")
+    artifact = widened
     original = build_network(source.class_name, source.config, load_weights(source), source.given)
     teacher = teacher_of(artifact.manifest, artifact.tensors())
     for name, value in original.state_dict().items():
@@ -63,7 +71,7 @@ def test_layers_that_share_an_input_share_their_factors() -> None:
     network = nn.ModuleDict({name: nn.Linear(16, 2) for name in names})
     layers = [LayerInfo(n, "linear", (2, 16), 32, shares="to_q" if n[-1] in "kv" else None) for n in names]
     family = SimpleNamespace()  # only methods that compare outputs run the network
-    chosen = choose_scaling(network, family, layers, None, "wd", 64.0, "4/4", {})  # type: ignore[arg-type]
+    chosen = choose_scaling(network, family, layers, {}, SCALINGS["wd"], 64.0, "4/4", {})  # type: ignore[arg-type]
     assert {owner: len(members) for owner, members in groups_of(layers).items()} == {"to_q": 3, "to_out": 1}
     assert bool((chosen["to_q"].scale > 1).any())
     assert not torch.equal(chosen["to_q"].scale, chosen["to_out"].scale)

@@ -17,8 +17,9 @@ from dqtool.models.packed import packed_network, plans_of
 from dqtool.stages.artifact_models import teacher_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
-from dqtool.stages.dilate import TOLERANCE, DilateOptions, dilate
+from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.equivalence import TOLERANCE
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.inspect import describe, render
 
@@ -48,7 +49,9 @@ def loose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("plain", "folded"):
         at = root / name
         at.mkdir()
-        first = dilate(DilateOptions(model, str(at / "dilated.safetensors"), fold=name == "folded"), QUIET)
+        first = dilate(
+            DilateOptions(model, str(at / "dilated.safetensors"), scaling="wd", fold=name == "folded"), QUIET
+        )
         second = calibrate(CalibrateOptions(first, str(at / "calibrated.safetensors"), steps=4, samples=16), QUIET)
         options = DistillOptions(second, str(at / "distilled.safetensors"), bits="6/6", iters=3, refine_iters=0)
         third = distill(options, QUIET)
@@ -109,7 +112,7 @@ def test_a_fully_foldable_model_becomes_a_plain_checkpoint(tmp_path: Path) -> No
         if value.dim() > 1 and "attentions" not in name
     }
     rewrite_weights(model, flat)
-    output = dilate(DilateOptions(str(model), str(tmp_path / "plain.safetensors"), fold=True), QUIET)
+    output = dilate(DilateOptions(str(model), str(tmp_path / "plain.safetensors"), scaling="wd", fold=True), QUIET)
     assert all(homes(opened(Path(output))).values())
     plain = load_file(output)
     original = UNet2DModel.from_pretrained(str(model / "unet"))

@@ -11,11 +11,13 @@ from test_dilate_fold import loose_pipeline
 
 import dqtool
 from dqtool.artifacts import Artifact, open_artifact
+from dqtool.core.scaling import SCALINGS
 from dqtool.errors import UsageError
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
-from dqtool.stages.dilate import TOLERANCE, DilateOptions, dilate
+from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.equivalence import TOLERANCE
 from dqtool.stages.export import ExportOptions, export
 
 QUIET = Common(quiet=True)
@@ -76,20 +78,81 @@ def test_auto_records_whose_scale_each_layer_has(stats: Path, tmp_path: Path) ->
     assert artifact.manifest.parameters["scaling"] == "auto"
     assert artifact.manifest.parameters["bits"] == "4/4"
     methods = {each["method"] for each in scalings(artifact).values()}
-    assert methods <= {"wd", "smoothquant", "dgq", "awq"}
+    assert methods <= {"none", "wd", "smoothquant"}
     assert len(methods) > 1
+    assert {each["asked"] for each in scalings(artifact).values()} == {"auto"}
+
+
+@pytest.fixture(scope="module")
+def late(stats: Path) -> dict[str, Artifact]:
+    """What `dilate` and `calibrate` make of the default scaling when no statistics are given."""
+    first = dilate(DilateOptions(str(stats / "model"), str(stats / "late.safetensors")), QUIET)
+    second = calibrate(CalibrateOptions(first, str(stats / "late-c.safetensors"), steps=4, samples=16), QUIET)
+    return {"dilated": open_artifact(first), "calibrated": open_artifact(second)}
+
+
+def test_without_statistics_auto_is_chosen_in_calibrate(stats: Path, late: dict[str, Artifact], tmp_path: Path) -> None:
+    before, after = late["dilated"], late["calibrated"]
+    original = load_file(stats / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not scalings(before)
+    assert all(torch.equal(before.tensors()[name], value) for name, value in original.items())
+    assert after.manifest.metrics["equivalence_error"] <= TOLERANCE
+    assert "scaling_in_calibrate" not in after.manifest.metrics
+    given = dilated(stats, tmp_path / "given.safetensors", scaling="auto")
+    there, here = scalings(given), scalings(after)  # the same points were seen
+    assert {name: each["method"] for name, each in here.items()} == {n: each["method"] for n, each in there.items()}
+    for name in here:
+        for leaf in ("dilation", "weight"):
+            torch.testing.assert_close(after.tensors()[f"{name}.{leaf}"], given.tensors()[f"{name}.{leaf}"])
+
+
+def test_statistics_are_of_the_inputs_after_they_were_scaled(stats: Path, late: dict[str, Artifact]) -> None:
+    scaled, plain = late["calibrated"].tensors(), open_artifact(stats / "calibrated.safetensors").tensors()
+    for name in scalings(late["calibrated"]):
+        if f"{name}.channel_range" in plain:
+            torch.testing.assert_close(scaled[f"{name}.channel_range"], plain[f"{name}.channel_range"])
+            divided = plain[f"{name}.channel_range"] / scaled[f"{name}.dilation"]
+            span = torch.stack([scaled[f"{name}.range"][:, 0].min(), scaled[f"{name}.range"][:, 1].max()])
+            torch.testing.assert_close(span, torch.stack([divided[0].min(), divided[1].max()]), rtol=1e-4, atol=1e-5)
+
+
+def test_auto_is_learned_on(late: dict[str, Artifact], tmp_path: Path) -> None:
+    runs = {}
+    for iters in (0, 8):
+        options = DistillOptions(
+            late["calibrated"].given, str(tmp_path / f"{iters}.safetensors"), iters=iters, refine_iters=iters
+        )
+        runs[iters] = open_artifact(distill(options, QUIET)).tensors()
+    name = "mid_block.resnets.0.conv1.dilation"
+    assert torch.equal(runs[0][name], late["calibrated"].tensors()[name])
+    change = (runs[8][name] / runs[0][name]).log().abs().max()
+    assert 0 < change <= 8 * SCALINGS["auto"].learning_rate
+    trained = scalings(open_artifact(tmp_path / "8.safetensors"))["mid_block.resnets.0.conv1"]
+    assert trained["learned"]
+    assert trained["mean"] == pytest.approx(float(runs[8][name].mean()))
+    assert not any(each.get("learned") for each in scalings(open_artifact(tmp_path / "0.safetensors")).values())
+
+
+def test_what_waits_for_calibrate_can_not_be_folded_before(stats: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"chosen in calibrate.*--stats"):
+        dilate(DilateOptions(str(stats / "model"), str(tmp_path / "d.safetensors"), fold=True), QUIET)
+    assert not (tmp_path / "d.safetensors").exists()
 
 
 def test_the_bits_belong_to_what_looks_at_activations(stats: Path, tmp_path: Path) -> None:
     assert dilated(stats, tmp_path / "a.safetensors", scaling="auto", bits="8/8").manifest.parameters["bits"] == "8/8"
-    plain = dilate(DilateOptions(str(stats / "model"), str(tmp_path / "b.safetensors"), bits="8/8"), QUIET)
+    plain = dilate(
+        DilateOptions(str(stats / "model"), str(tmp_path / "b.safetensors"), scaling="wd", bits="8/8"), QUIET
+    )
     assert "bits" not in open_artifact(plain).manifest.parameters
     with pytest.raises(UsageError, match="bits"):
-        dilated(stats, tmp_path / "c.safetensors", bits="nine")
+        dilated(stats, tmp_path / "c.safetensors", scaling="auto", bits="nine")
 
 
 def test_statistics_of_a_folded_model_are_refused(stats: Path, tmp_path: Path) -> None:
-    folded = dilate(DilateOptions(str(stats / "model"), str(tmp_path / "f.safetensors"), fold=True), QUIET)
+    folded = dilate(
+        DilateOptions(str(stats / "model"), str(tmp_path / "f.safetensors"), scaling="wd", fold=True), QUIET
+    )
     calibrated = calibrate(CalibrateOptions(folded, str(tmp_path / "c.safetensors"), steps=4, samples=16), QUIET)
     options = DilateOptions(str(stats / "model"), str(tmp_path / "d.safetensors"), scaling="dgq", stats=calibrated)
     with pytest.raises(UsageError, match=r"changed before they were recorded"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,7 +91,8 @@ class ScalingMethod:
 
     `needs_statistics`: it reads the input's range, hence a calibrated artifact; `needs_samples`: inputs themselves.
     `keeps_range`: no out-channel's range moves, so that quantizers of the weights fitted before it still fit. `shifts`:
-    it moves the input too where that is possible. `learned`: scale (and shift) are where training starts.
+    it moves the input too where that is possible. `learning_rate`: of log scale and shift, which training starts from
+    and moves; 0 where it leaves them.
     """
 
     name: str
@@ -99,7 +101,7 @@ class ScalingMethod:
     needs_samples: bool = False
     keeps_range: bool = False
     shifts: bool = False
-    learned: bool = False
+    learning_rate: float = 0.0
 
     def __call__(self, inputs: ScalingInput) -> ScalingResult:
         """Scale (and shift) for these weights.
@@ -141,14 +143,13 @@ class ScalingMethod:
 
 
 SCALINGS: dict[str, ScalingMethod] = {}
+Function = TypeVar("Function", bound=Callable[..., ScalingResult])
 
 
-def register(
-    name: str, **properties: bool
-) -> Callable[[Callable[[ScalingInput], ScalingResult]], Callable[[ScalingInput], ScalingResult]]:
+def register(name: str, **properties: Any) -> Callable[[Function], Function]:
     """Decorator that offers a function under `--scaling name`; `properties` are those of `ScalingMethod`."""
 
-    def add(function: Callable[[ScalingInput], ScalingResult]) -> Callable[[ScalingInput], ScalingResult]:
+    def add(function: Function) -> Function:
         SCALINGS[name] = ScalingMethod(name, function, **properties)
         return function
 

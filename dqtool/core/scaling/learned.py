@@ -10,8 +10,11 @@ from dqtool.core.scaling.searched import middle
 
 __all__ = ["omniquant"]
 
+LEARNING_RATE = 1e-5
+"""As in Table 14 of arXiv 2409.14307."""
 
-@register("omniquant", needs_statistics=True, shifts=True, learned=True)
+
+@register("omniquant", needs_statistics=True, shifts=True, learning_rate=LEARNING_RATE)
 def omniquant(inputs: ScalingInput) -> ScalingResult:
     """SmoothQuant's scale of the input that OS+' shift has centred (arXiv 2308.13137, section 3.3)."""
     assert inputs.input_min is not None

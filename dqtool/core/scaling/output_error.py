@@ -66,6 +66,7 @@ def _quantized_inputs(steps: list[Tensor], bits: int) -> list[Tensor]:
     lo, hi = torch.stack([torch.stack(torch.aminmax(x)) for x in steps]).unbind(1)  # [T]
     # A step of one value only gets some range: its histogram has one bin, and zero is exact on any grid.
     hi = torch.where(lo < hi, hi, lo + 1)
-    counts = [torch.histc(x, BINS, float(a), float(b)) for x, a, b in zip(steps, lo, hi, strict=True)]
-    scale, zero_point = search_histogram(torch.stack(counts), lo, hi, bits, candidates=CANDIDATES)
+    counts = torch.stack([torch.histc(x, BINS, float(a), float(b)) for x, a, b in zip(steps, lo, hi, strict=True)])
+    found = search_histogram(counts.cpu(), lo.cpu(), hi.cpu(), bits, candidates=CANDIDATES)
+    scale, zero_point = (table.to(lo.device) for table in found)
     return [fake_quantize(x, s, z, bits) for x, s, z in zip(steps, scale, zero_point, strict=True)]

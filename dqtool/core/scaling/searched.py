@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dqtool.core.scaling.base import SCALINGS, ScalingInput, ScalingResult, register
+from dqtool.core.scaling.base import ScalingInput, ScalingResult, register
+from dqtool.core.scaling.closed_form import none, smoothquant, wd
 from dqtool.core.scaling.output_error import OutputError
 
 __all__ = ["auto", "middle", "osplus"]
@@ -15,8 +16,11 @@ __all__ = ["auto", "middle", "osplus"]
 THRESHOLDS = 16
 """Values of osplus' threshold that are tried, from the largest |x − z| down to a tenth of it."""
 
-CANDIDATES = ("none", "wd", "smoothquant", "dgq", "awq")
-"""What `auto` chooses from; the first of equals wins."""
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+"""SmoothQuant's α that `auto` tries: 1 makes all channels of the input as wide as each other, 0 those of the weight."""
+
+LEARNING_RATE = 3e-3
+"""Of `auto`'s log scales in training, an iteration."""
 
 
 def middle(inputs: ScalingInput) -> Tensor:
@@ -46,9 +50,10 @@ def osplus(inputs: ScalingInput) -> ScalingResult:
     return min(choices, key=error)
 
 
-@register("auto", needs_statistics=True, needs_samples=True)
+@register("auto", needs_statistics=True, needs_samples=True, learning_rate=LEARNING_RATE)
 def auto(inputs: ScalingInput) -> ScalingResult:
-    """Of several methods the one with the least output error at the layer's bits."""
-    error = OutputError(inputs)
-    results = [replace(SCALINGS[name](inputs), method=name) for name in CANDIDATES]
-    return min(results, key=error)
+    """Of no scaling, Weight Dilation and SmoothQuant of several strengths the one with the least output error at the
+    layer's bits; the first of equals. Training moves it on."""
+    results = [replace(method(inputs), method=method.__name__) for method in (none, wd)]
+    results += [replace(smoothquant(inputs, alpha), method="smoothquant") for alpha in STRENGTHS]
+    return min(results, key=OutputError(inputs))

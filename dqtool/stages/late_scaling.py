@@ -1,0 +1,71 @@
+"""The scaling that `dilate` leaves to `calibrate`, which samples the model anyway and so sees what its layers read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dqtool.artifacts import Manifest
+    from dqtool.models.families import Family
+
+__all__ = ["CHOSEN_IN_CALIBRATE", "LATER", "scale_now"]
+
+CHOSEN_IN_CALIBRATE = frozenset({"auto"})
+"""The methods for which `dilate` does so, where it is given no statistics."""
+
+LATER = "scaling_in_calibrate"
+"""The metric of a dilated artifact that says which method is waited for, and its options."""
+
+
+def scale_now(
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    family: Family,
+    config: dict[str, Any],
+    trajectory: Mapping[str, Tensor],
+    steps: Iterable[Callable[[], None]],
+) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Any]]:
+    """Choose the factors that a dilated artifact waits for; returns what changes: tensors (scaled weights, `X.dilation`), the
+    layers' records, metrics.
+
+    `network` is the float one and stays as it is; `trajectory` holds the points that searching methods look at, `steps`
+    what `nn.statistics` wants.
+
+    Raises:
+        NumericError: the scaled network's output differs from the original's by more than round-off.
+    """
+    from dqtool.core.device import beside
+    from dqtool.core.scaling import scaling_method
+    from dqtool.models.packed import layer_infos
+    from dqtool.nn.statistics import channel_ranges
+    from dqtool.stages.equivalence import check_equivalence
+    from dqtool.stages.scaling_choice import choose_scaling
+    from dqtool.stages.scaling_records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
+
+    wanted = manifest.metrics[LATER]
+    asked, layers = scaling_method(wanted["scaling"]), layer_infos(manifest.layers)
+    statistics = {**trajectory, **channel_ranges(network, layers, steps)}
+    chosen = choose_scaling(
+        network, family, layers, statistics, asked, wanted["cap"], wanted["bits"], {}, wanted["threshold"]
+    )
+    scales = scales_of(layers, chosen)
+    changed: dict[str, Tensor] = {}
+    records = []
+    for info, record in zip(layers, manifest.layers, strict=True):
+        if info.name in scales:
+            result, name = chosen[info.shares or info.name], f"{info.name}.weight"
+            scaled = method_used(asked, result).apply(tensors[name], scales[info.name], info.groups)
+            changed[name] = scaled.to(tensors[name].dtype)
+            changed[f"{info.name}.dilation"] = scales[info.name]
+            record = record | {"scaling": scaling_record(asked, result)}
+        records.append(record)
+    metrics = scaling_metrics(scales)
+    error = check_equivalence(
+        network, lambda: beside(network, {**tensors, **changed}), scales, family, config, "calibrate"
+    )
+    tell_scaling(records, metrics, error)
+    return changed, records, {**metrics, "equivalence_error": error}
