@@ -24,7 +24,7 @@ __all__ = ["DistillOptions", "distill"]
 
 CODE_VERSION = 3
 
-LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 11
+LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
 """With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
 network learns or samples."""
 
@@ -128,7 +128,7 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
     if options.train_samples is not None:
         chosen["train_samples"] = options.train_samples
     if options.low_memory:  # sums in another order
-        chosen["low_memory"] = True
+        chosen["low_memory"] = [LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
     return chosen | {
         "bits": options.bits,
         "method": options.method,

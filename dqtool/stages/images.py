@@ -18,7 +18,7 @@ from dqtool.models.families import family_of
 from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.models.sources import ModelSource
 from dqtool.stages.artifact_models import conditions_of, sampler_of
-from dqtool.training.replay import Store
+from dqtool.training.spilling import Store
 
 __all__ = ["ImageMaker", "maker_of_artifact", "maker_of_source"]
 

@@ -141,6 +141,15 @@ class Problem:
     replay_batch: int = 256
     network_batch: int | None = None
 
+    @property
+    def short_of_memory(self) -> bool:
+        """Whether few samples run together, and what isn't needed now should not be in memory."""
+        return self.network_batch is not None
+
+    def drop_teacher(self) -> None:
+        """The float network is not needed any more: let go of its weights."""
+        self.teacher.to("meta")
+
     def predict(self, model: nn.Module, samples: Any) -> Tensor:
         """A network's prediction at trajectory points."""
         x, timestep, conditions = self.trajectory.arguments(samples)

@@ -26,6 +26,7 @@ from dqtool.training.data import Problem, Reporter, Trajectory
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import OnPolicyOptions
 from dqtool.training.recompute import recomputed_blocks
+from dqtool.training.spilling import Store
 
 __all__ = ["own_trajectory", "refine", "settle"]
 
@@ -39,6 +40,7 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
     settle(problem.student)
     trainable(problem.student)
     optimizer = QuantAdam(problem.student, options.rates)
+    return_freed_memory()
     generator = torch.Generator().manual_seed(problem.seed + 1)
     steps = steps_of(problem.student)
     losses: list[float] = []
@@ -61,6 +63,11 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
         if own is None or step % options.refresh == 0:
             begin = time.perf_counter()
             own, targets = own_trajectory(problem, options.images, step)
+            if problem.short_of_memory:
+                store = Store(0)
+                own, targets = replace(own, x=store.keep(own.x)), store.keep(targets)
+                if step + options.refresh >= options.iters:
+                    problem.drop_teacher()
             points = {"x": own.x, "rows": own.rows, "targets": targets}
             subjects = {} if own.subjects is None else {"subjects": own.subjects}
             problem.store.save(f"refine {step}", points | subjects)

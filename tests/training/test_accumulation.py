@@ -82,16 +82,19 @@ def test_the_pass_over_all_blocks_in_parts_is_the_same_pass(problem: Problem, si
     assert got[0] == pytest.approx(expected[0], rel=1e-4)
     # Weights start at the centres of their codes, where a scale's gradient is 0: its first step goes where rounding says.
     assert got == pytest.approx(expected, rel=0.25)
+    # Short of memory, the float network goes once it has answered for the last time.
+    assert all(p.is_meta for p in parts.teacher.parameters())
+    assert not any(p.is_meta for p in whole.teacher.parameters())
 
 
 def test_low_memory_keeps_activations_on_disk_and_is_another_result_to_the_cache(
     chain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dqtool.training.replay as replay
+    import dqtool.training.spilling as spilling
 
     spilled: list[int] = []
-    allocate = replay._allocate
-    monkeypatch.setattr(replay, "_allocate", lambda path, size: (spilled.append(size), allocate(path, size))[1])
+    allocate = spilling._allocate
+    monkeypatch.setattr(spilling, "_allocate", lambda path, size: (spilled.append(size), allocate(path, size))[1])
 
     def made(name: str, **options: Any) -> Any:
         given = DistillOptions(
