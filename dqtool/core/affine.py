@@ -66,13 +66,14 @@ def centred_codes(
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int = 0, divisor: Tensor | None = None
 ) -> Tensor:
-    """`scale * centred_codes(x)`: what an integer kernel computes with, in float. Differentiable in `x`, `scale`, `zero_point`.
+    """`scale * centred_codes(x)`: what an integer kernel computes with, in float. Differentiable in all tensors.
 
     With a `divisor` s (Weight Dilation) the result is the quantized `x / s`; the division costs nothing because it is
-    part of the multiplier. The gradient is straight-through for `round`, exact in `scale` through it (LSQ), and
+    part of the multiplier, also where s is learned. The gradient is straight-through for `round`, exact in `scale` through it (LSQ), and
     `zero_point` is a float rounded with a straight-through gradient.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
+    learns = x.requires_grad or scale.requires_grad or zero_point.requires_grad
+    if torch.is_grad_enabled() and (learns or (divisor is not None and divisor.requires_grad)):
         return FakeQuantize.apply(x, scale, zero_point, bits, low, divisor)
     codes = x * _multiplier(scale, divisor)
     return _codes(codes, zero_point, bits, low).mul_(scale)
@@ -92,11 +93,11 @@ class FakeQuantize(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         scaled, result, scale, divisor = ctx.saved_tensors
         codes = (result * scale.reciprocal()).round_()
-        grad_x = grad_scale = grad_zero = None
+        grad_x = grad_scale = grad_zero = grad_divisor = None
         # In place, since memory is what this costs: |error| <= 1/2 where the code was not clipped.
         inside = (scaled - codes).abs_().le_(0.5).mul_(grad)
         if ctx.needs_input_grad[1]:
@@ -104,9 +105,11 @@ class FakeQuantize(torch.autograd.Function):
             grad_scale = _dot_to(grad, codes, scale.shape) - _dot_to(inside, scaled, scale.shape)
         if ctx.needs_input_grad[2]:
             grad_zero = (inside.sum_to_size(scale.shape) - grad.sum_to_size(scale.shape)) * scale
+        if ctx.needs_input_grad[5]:
+            grad_divisor = (inside * scaled).mul_(scale).sum_to_size(divisor.shape) / -divisor
         if ctx.needs_input_grad[0]:
             grad_x = inside if divisor is None else inside.mul_(divisor.reciprocal())
-        return grad_x, grad_scale, grad_zero, None, None, None
+        return grad_x, grad_scale, grad_zero, None, None, grad_divisor
 
 
 def search_weight(

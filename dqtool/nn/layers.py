@@ -69,12 +69,17 @@ class QuantLayer(nn.Module):
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """The fake-quantized `x / dilation`, `[N, C, H, W]` or `[N, ..., C]` like `x`. What `multiply` wants."""
-        divisor = None if self.dilation is None else self.dilation.view(-1, 1, 1) if self.is_conv else self.dilation
+        divisor = self.input_divisor()
+        divisor = divisor.view(-1, 1, 1) if divisor is not None and self.is_conv else divisor
         if self.input_scale is None or self.input_zero_point is None:
             return x if divisor is None else x * divisor.reciprocal()
         return quantize_operand(
             x, self.input_scale, self.input_zero_point, self.steps.rows_beside(x), self.bits.input, 0, divisor
         )
+
+    def input_divisor(self) -> Tensor | None:
+        """What the input's channels are divided by, `[C_in]`; None where by nothing."""
+        return self.dilation
 
     def quantized_weight(self) -> Tensor:
         """The dequantized weight, `[C_out, C_in/groups, kh, kw]` or `[C_out, C_in]`."""
@@ -137,8 +142,12 @@ class FakeQuantLayer(QuantLayer):
         self.register_module("adapter", None)
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """As in the base class, of what `learned` makes of it."""
-        return super().quantize_input(x if self.learned is None else self.learned.divide(x, self.is_conv))
+        """As in the base class, of the input that `learned` has moved."""
+        return super().quantize_input(x if self.learned is None else self.learned.move(x, self.is_conv))
+
+    def input_divisor(self) -> Tensor | None:
+        """As in the base class, with what is learned."""
+        return self.dilation if self.learned is None else self.learned.widen(self.dilation)
 
     def output_bias(self) -> Tensor | None:
         """As in the base class, with what `learned` took from the input."""

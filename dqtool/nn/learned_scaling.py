@@ -30,11 +30,14 @@ class LearnedScaling(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.register_parameter("shift", nn.Parameter(torch.zeros(channels)) if shifts else None)
 
-    def divide(self, x: Tensor, is_conv: bool) -> Tensor:
-        """The moved and divided input, `[N, C, H, W]` or `[N, ..., C]`."""
-        shape = (-1, 1, 1) if is_conv else (-1,)
-        moved = x if self.shift is None else x - self.shift.view(shape)
-        return moved * (-self.log_scale).exp().view(shape)
+    def move(self, x: Tensor, is_conv: bool) -> Tensor:
+        """The moved input, `[N, C, H, W]` or `[N, ..., C]`."""
+        return x if self.shift is None else x - self.shift.view((-1, 1, 1) if is_conv else (-1,))
+
+    def widen(self, dilation: Tensor | None) -> Tensor:
+        """What the input is divided by, `[C]`, where it was `dilation` before."""
+        factor = self.log_scale.exp()
+        return factor if dilation is None else dilation * factor
 
     def multiply(self, weight: Tensor, groups: int) -> Tensor:
         """The weight that this input belongs to."""

@@ -115,3 +115,23 @@ def test_histogram_search_finds_a_better_grid_than_the_full_range() -> None:
         return (fake_quantize(x, s[:, None], z[:, None], 4) - x).square().mean(1)
 
     assert (error(scale, zero_point) < error(*full)).all()
+
+
+def test_the_gradient_of_a_divisor_is_that_of_dividing_first() -> None:
+    torch.manual_seed(0)
+    x, divisor = torch.randn(6, 5, 4, 4), torch.rand(5) + 0.5
+    scale, zero_point = torch.rand(6, 1, 1, 1) * 0.2 + 0.1, torch.full((6, 1, 1, 1), 7.0)
+    weight = torch.randn_like(x)
+    grads = []
+    for fused in (True, False):
+        leaves = [each.clone().requires_grad_(True) for each in (x, scale, divisor)]
+        given, step, s = leaves
+        wide = s.view(-1, 1, 1)
+        if fused:
+            y = fake_quantize(given, step, zero_point, 4, 0, wide)
+        else:
+            y = fake_quantize(given / wide, step, zero_point, 4)
+        (y * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
