@@ -56,11 +56,12 @@ class CalibrateOptions:
 
 
 def calibrate(options: CalibrateOptions, common: Common) -> str:
-    """Record the trajectory and the statistics of every quantizer at every step; returns the output's path as given.
+    """Record the trajectory and the statistics of every quantizer at every step, and choose the factors of channels that
+    `dilate` left open; returns the output's path as given.
 
     Raises:
         UsageError: fewer samples than steps, or guidance or prompts for a model that knows none.
-        NumericError: the model's own samples are not finite.
+        NumericError: the model's own samples are not finite, or the scaled network's output is not the original's.
     """
     if options.samples < options.steps:
         raise UsageError(

@@ -25,6 +25,7 @@ class OutputError:
         assert inputs.samples is not None
         self.inputs, self.samples = inputs, inputs.samples
         self.weights = [weight.detach().float() for weight in inputs.weights]
+        self._expected: list[list[Tensor]] | None = None  # of the input as it is, for every step and weight
 
     @torch.no_grad()
     def __call__(self, result: ScalingResult) -> float:
@@ -38,12 +39,26 @@ class OutputError:
         wrong = [0.0] * len(weights)
         whole = [0.0] * len(weights)
         inputs = [x.float() if shift is None else x.float() - shift for x in samples.steps]
-        for moved, quantized in zip(inputs, _quantized_inputs([x / divisor for x in inputs], bits.input), strict=True):
-            for i, (product, weight, scaled) in enumerate(zip(samples.products, self.weights, weights, strict=True)):
-                expected = product(moved, weight)
-                wrong[i] += float((product(quantized, scaled) - expected).square().sum())
-                whole[i] += float(expected.square().sum())
+        expected = self._outputs(inputs, keep=shift is None)
+        for wanted, quantized in zip(
+            expected, _quantized_inputs([x / divisor for x in inputs], bits.input), strict=True
+        ):
+            for i, (product, y, scaled) in enumerate(zip(samples.products, wanted, weights, strict=True)):
+                wrong[i] += float((product(quantized, scaled) - y).square().sum())
+                whole[i] += float(y.square().sum())
         return sum(w / n for w, n in zip(wrong, whole, strict=True) if n)
+
+    def _outputs(self, inputs: list[Tensor], keep: bool) -> list[list[Tensor]]:
+        """What the float weights make of every step's input; `keep`: the same next time."""
+        if keep and self._expected is not None:
+            return self._expected
+        found = [
+            [product(x, weight) for product, weight in zip(self.samples.products, self.weights, strict=True)]
+            for x in inputs
+        ]
+        if keep:
+            self._expected = found
+        return found
 
     def _laid_out(self, channels: Tensor) -> Tensor:
         dim = self.samples.channel_dim
