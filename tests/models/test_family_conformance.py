@@ -126,8 +126,13 @@ def test_all_stages_run_and_dilation_changes_nothing(name: str, chain: Path) -> 
     exported = open_artifact(chain / "exported").manifest
     assert [record["name"] for record in exported.layers] == [record["name"] for record in dilated.layers]
     assert all(max(record["bits"]) <= 8 for record in exported.layers)
-    assert dilated.metrics["equivalence_error"] < 1e-5
-    assert dilated.metrics["unsaturated_share"] > 0.1
+    calibrated = open_artifact(chain / "calibrated.safetensors").manifest  # where the default scaling is chosen
+    assert calibrated.metrics["equivalence_error"] < 1e-5
+    assert calibrated.metrics["unsaturated_share"] > 0.1
+    widened = dilate(DilateOptions(str(chain / "model"), str(chain / "wd.safetensors"), scaling="wd"), QUIET)
+    metrics = open_artifact(widened).manifest.metrics
+    assert metrics["equivalence_error"] < 1e-5
+    assert metrics["unsaturated_share"] > 0.1
     figures = open_artifact(chain / "eval.json").manifest.metrics
     assert figures["psnr"]["mean"] > 5
     assert figures["missed_timesteps"] == []

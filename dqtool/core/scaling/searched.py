@@ -56,4 +56,5 @@ def auto(inputs: ScalingInput) -> ScalingResult:
     layer's bits; the first of equals. Training moves it on."""
     results = [replace(method(inputs), method=method.__name__) for method in (none, wd)]
     results += [replace(smoothquant(inputs, alpha), method="smoothquant") for alpha in STRENGTHS]
-    return min(results, key=OutputError(inputs))
+    wrong = [result for result in results if not bool(torch.isfinite(result.scale).all())]
+    return wrong[0] if wrong else min(results, key=OutputError(inputs))  # the caller's check finds it
