@@ -100,6 +100,7 @@ def test_without_statistics_auto_is_chosen_in_calibrate(stats: Path, late: dict[
     assert "scaling_in_calibrate" not in after.manifest.metrics
     given = dilated(stats, tmp_path / "given.safetensors", scaling="auto")
     there, here = scalings(given), scalings(after)  # the same points were seen
+    assert here
     assert {name: each["method"] for name, each in here.items()} == {n: each["method"] for n, each in there.items()}
     for name in here:
         for leaf in ("dilation", "weight"):
@@ -108,12 +109,13 @@ def test_without_statistics_auto_is_chosen_in_calibrate(stats: Path, late: dict[
 
 def test_statistics_are_of_the_inputs_after_they_were_scaled(stats: Path, late: dict[str, Artifact]) -> None:
     scaled, plain = late["calibrated"].tensors(), open_artifact(stats / "calibrated.safetensors").tensors()
-    for name in scalings(late["calibrated"]):
-        if f"{name}.channel_range" in plain:
-            torch.testing.assert_close(scaled[f"{name}.channel_range"], plain[f"{name}.channel_range"])
-            divided = plain[f"{name}.channel_range"] / scaled[f"{name}.dilation"]
-            span = torch.stack([scaled[f"{name}.range"][:, 0].min(), scaled[f"{name}.range"][:, 1].max()])
-            torch.testing.assert_close(span, torch.stack([divided[0].min(), divided[1].max()]), rtol=1e-4, atol=1e-5)
+    names = [name for name in scalings(late["calibrated"]) if f"{name}.channel_range" in plain]
+    assert names
+    for name in names:
+        torch.testing.assert_close(scaled[f"{name}.channel_range"], plain[f"{name}.channel_range"])
+        divided = plain[f"{name}.channel_range"] / scaled[f"{name}.dilation"]
+        span = torch.stack([scaled[f"{name}.range"][:, 0].min(), scaled[f"{name}.range"][:, 1].max()])
+        torch.testing.assert_close(span, torch.stack([divided[0].min(), divided[1].max()]), rtol=1e-4, atol=1e-5)
 
 
 def test_auto_is_learned_on(late: dict[str, Artifact], tmp_path: Path) -> None:
