@@ -70,6 +70,15 @@ def distill(
             help="All cached activations to disk, few samples at once: the same up to rounding, slower.",
         ),
     ] = False,
+    correct_noise: Annotated[
+        bool | None,
+        typer.Option(
+            "--correct-noise/--no-correct-noise",
+            help="Take the errors of slope and mean out of every step's predictions, with tables fitted after training; "
+            "left out: where bkd, bkd-blockwise or on-policy trained something.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Choose the bits, train block by block, and pack.
 

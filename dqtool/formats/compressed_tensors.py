@@ -23,6 +23,7 @@ from dqtool.errors import ArtifactError
 from dqtool.formats import Exported, require
 from dqtool.models.export_layout import WEIGHTS
 from dqtool.models.packed import plans_of
+from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import LayerPlan
 
 __all__ = ["EXTRA", "FORMAT", "prepare"]
@@ -63,6 +64,8 @@ def refuse(plans: Sequence[LayerPlan], tensors: Mapping[str, Tensor], where: str
         reason = _obstacle(plan, tensors)
         if reason is not None:
             problems.setdefault(reason, []).append(plan.info.name)
+    if f"{PREDICTION}.scale" in tensors:
+        problems.setdefault("predictions are corrected at each step (distill --no-correct-noise leaves that out)", [])
     if not any(plan.bits.quantizes_weight and plan.info.kind == "linear" for plan in plans):
         problems.setdefault("there is no quantized linear layer", [])
     if not problems:

@@ -17,6 +17,7 @@ from dqtool.models.export_layout import WEIGHTS
 from dqtool.models.families import family_of
 from dqtool.models.packed import packed_network, plans_of
 from dqtool.models.repeats import restore_repeats
+from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import quant_layers
 
 __all__ = ["dense_state", "prepare"]
@@ -49,6 +50,7 @@ def dense_state(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, 
         for name, value in tensors.items()
         if name not in owned
         and name != "timesteps"
+        and not name.startswith(f"{PREDICTION}.")  # what quantized activations did to predictions is not there
         and not (name.endswith(("_scale", "_zero_point")) and name.startswith(tuple(tables)))
     }
     for name, layer in layers.items():

@@ -8,6 +8,7 @@ into it. Preparing is putting packed layers in place; the tensors load by name. 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,13 @@ class _Method(StrEnum):
     DQTOOL = METHOD
 
 
-def quantization_config(records: list[dict[str, Any]], timesteps: int) -> dict[str, Any]:
-    """The `quantization_config` of an exported `config.json`: the layers with their bits, in execution order."""
-    return {"quant_method": METHOD, "format": FORMAT, "timesteps": timesteps, "layers": records}
+def quantization_config(
+    records: list[dict[str, Any]], timesteps: int, prediction: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of an exported `config.json`: the layers with their bits, in execution order, and the shape
+    of a row of the tables that correct predictions, where there are some."""
+    known = {"quant_method": METHOD, "format": FORMAT, "timesteps": timesteps, "layers": records}
+    return known if prediction is None else {**known, "prediction": list(prediction)}
 
 
 def register(auto: ModuleType) -> None:
@@ -45,9 +50,10 @@ def register(auto: ModuleType) -> None:
             self.format = kwargs["format"]
             self.timesteps = kwargs["timesteps"]
             self.layers = kwargs["layers"]
+            self.prediction = kwargs.get("prediction")
 
         def to_dict(self) -> dict[str, Any]:
-            return quantization_config(self.layers, self.timesteps)
+            return quantization_config(self.layers, self.timesteps, self.prediction)
 
         def to_diff_dict(self) -> dict[str, Any]:
             """Everything: nothing here has a default."""
@@ -94,7 +100,8 @@ def register(auto: ModuleType) -> None:
             family = FAMILIES.get(type(model).__name__)
             if family is not None and self.loaded:
                 tie_repeats(model, self.loaded, family.repeats(model.config))  # type: ignore[arg-type]
-            insert_packed(model, plans_from(self.quantization_config.layers), self.quantization_config.timesteps)
+            ours = self.quantization_config
+            insert_packed(model, plans_from(ours.layers), ours.timesteps, ours.prediction)
             model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
             self.expected = set(model.state_dict())
             if self.loaded and self.loaded != self.expected:
@@ -132,11 +139,13 @@ def register(auto: ModuleType) -> None:
 
         def _is_ours(self, model: nn.Module, name: str) -> bool:
             from dqtool.nn.layers import QuantLayer
+            from dqtool.nn.prediction import PredictionTables
             from dqtool.nn.trace import is_attention
 
             parent, _, leaf = name.rpartition(".")
             holder = model.get_submodule(parent) if parent else model
-            return isinstance(holder, QuantLayer) or leaf == "timesteps" or (is_attention(holder) and leaf != "bias")
+            ours = isinstance(holder, QuantLayer | PredictionTables) or leaf == "timesteps"
+            return ours or (is_attention(holder) and leaf != "bias")
 
         @property
         def is_serializable(self) -> bool:

@@ -14,10 +14,11 @@ from dqtool.errors import ArtifactError
 from dqtool.models.families import family_of
 from dqtool.models.loading import materialise
 from dqtool.models.repeats import tie_repeats
+from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
 from dqtool.nn.trace import LayerInfo
 
-__all__ = ["layer_infos", "packed_network", "plan_records", "plans_from", "plans_of"]
+__all__ = ["layer_infos", "packed_network", "plan_records", "plans_from", "plans_of", "prediction_row"]
 
 INFO_FIELDS = tuple(LayerInfo.__dataclass_fields__)
 
@@ -54,6 +55,12 @@ def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def prediction_row(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """The shape of a row of the tables that correct a packed network's predictions; None where it has none."""
+    table = state.get(f"{PREDICTION}.scale")
+    return None if table is None else tuple(table.shape[1:])
+
+
 def packed_network(
     class_name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan], state: Mapping[str, Tensor]
 ) -> nn.Module:
@@ -65,7 +72,7 @@ def packed_network(
     family = family_of(class_name, "manifest, key model.class")
     with torch.device("meta"):
         network = tie_repeats(family.build(config), state, family.repeats(config))
-    insert_packed(network, plans, len(state["timesteps"]))
+    insert_packed(network, plans, len(state["timesteps"]), prediction_row(state))
     try:
         network.load_state_dict(dict(state), assign=True)
     except RuntimeError as e:

@@ -170,7 +170,7 @@ class Sampler:
         for generator, state in zip(copies, states, strict=True):
             generator.set_state(state)
         noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=generator, dtype=x.dtype) for generator in copies])
-        return after - (sigma - max(sigma**2 - brought, 0.0) ** 0.5) * noise
+        return after - (sigma - max(sigma**2 - brought, 0.0) ** 0.5) * noise.to(after.device)
 
     def batches(
         self,

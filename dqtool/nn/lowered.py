@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_flatten_with_path
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import IntegerLayer, Operand, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
+from dqtool.nn.prediction import NAME as PREDICTION
+from dqtool.nn.prediction import PredictionTables, correct_hook
 from dqtool.nn.quantizers import step_hook
 
 __all__ = [
@@ -315,6 +317,7 @@ class LoweredNetwork(nn.Module):
         for key, hook in list(packed._forward_pre_hooks.items()):
             if hook is step_hook:
                 del packed._forward_pre_hooks[key], packed._forward_pre_hooks_with_kwargs[key]
+        self.prediction = self._take_prediction(packed)
         made: dict[nn.Module, nn.Module] = {}
         for name, module in list(packed.named_modules(remove_duplicate=False)):
             if isinstance(getattr(module, "processor", None), QuantAttnProcessor) and module not in made:
@@ -337,9 +340,26 @@ class LoweredNetwork(nn.Module):
         batch = arguments[self.sample].shape[0]
         arguments["timestep"] = arguments["timestep"].expand(batch)
         try:
-            return self.network(**arguments, return_dict=False)
+            outputs = self.network(**arguments, return_dict=False)
+            return outputs if self.prediction is None else (self._corrected(outputs[0]), *outputs[1:])
         finally:
             self.tables.leave()
+
+    def _take_prediction(self, packed: nn.Module) -> tuple[tuple[int, ...], int, int] | None:
+        """Of a network that corrects its predictions: the shape of its tables' rows, and their slots. It does so no more by
+        itself."""
+        for key, hook in list(packed._forward_hooks.items()):
+            if hook is correct_hook:
+                del packed._forward_hooks[key]
+                tables: PredictionTables = getattr(packed, PREDICTION)
+                return tuple(tables.scale.shape[1:]), self.tables.add(tables.scale), self.tables.add(tables.bias)
+        return None
+
+    def _corrected(self, prediction: Tensor) -> Tensor:
+        assert self.prediction is not None
+        row, *slots = self.prediction
+        scale, bias = (self.tables._now[slot].view(-1, *row) for slot in slots)
+        return prediction * scale + bias
 
 
 def flat_arguments(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from dqtool.core.device import device_of
 from dqtool.errors import UsageError
 from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_bits, operand_state, operands_shapes
 from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
+from dqtool.nn.prediction import attach_prediction, prediction_shapes
 from dqtool.nn.quantizers import StepIndex, step_hook
 from dqtool.nn.trace import LayerInfo, is_attention
 
@@ -114,10 +115,13 @@ def insert_fake(
     return steps
 
 
-def insert_packed(model: nn.Module, plans: Sequence[LayerPlan], timesteps: int) -> StepIndex:
+def insert_packed(
+    model: nn.Module, plans: Sequence[LayerPlan], timesteps: int, prediction: Sequence[int] | None = None
+) -> StepIndex:
     """Replace the planned layers by packed ones with empty buffers, in place, ready for `load_state_dict`.
 
-    The table of timesteps is the root's buffer `timesteps`; call `refresh_steps` after loading.
+    The table of timesteps is the root's buffer `timesteps`; call `refresh_steps` after loading. `prediction`: the shape of a
+    row of the tables that correct its predictions, where it has some.
     """
     device = next(model.parameters()).device
     steps = _attach_steps(model, torch.zeros(timesteps, device=device))
@@ -130,6 +134,9 @@ def insert_packed(model: nn.Module, plans: Sequence[LayerPlan], timesteps: int) 
                 module.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
             continue
         _replace(model, plan.info.name, packed_layer(module, plan.bits, steps, shapes))
+    if prediction is not None:
+        scale, bias = (torch.empty(timesteps, *prediction, device=device) for _ in range(2))
+        attach_prediction(model, scale, bias)
     return steps
 
 
@@ -167,11 +174,17 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def state_shapes(
-    float_shapes: Mapping[str, tuple[tuple[int, ...], str]], plans: Sequence[LayerPlan], timesteps: int
+    float_shapes: Mapping[str, tuple[tuple[int, ...], str]],
+    plans: Sequence[LayerPlan],
+    timesteps: int,
+    prediction: tuple[int, ...] | None = None,
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor of the packed form, from the float network's: what the cost model sums."""
+    """Shape and dtype of every tensor of the packed form, from the float network's: what the cost model sums. `prediction` as
+    of `insert_packed`."""
     shapes = dict(float_shapes)
     shapes["timesteps"] = ((timesteps,), "float32")
+    if prediction is not None:
+        shapes |= prediction_shapes(timesteps, prediction)
     for plan in plans:
         if plan.info.kind != "attention":
             for key in ("weight", "bias"):

@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from dqtool.nn.trace import Trace
     from dqtool.training.data import Trajectory
 
-__all__ = ["DistillOptions", "distill"]
+__all__ = ["DistillOptions", "corrects", "distill"]
 
 CODE_VERSION = 3
+
+CORRECT_IMAGES = 64
+"""With `--correct-noise`, how many images the prediction tables are fitted on."""
 
 LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
 """With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
@@ -34,7 +37,8 @@ class DistillOptions:
     """Options of `dqtool distill`. `iters` per block, or of the network where a method trains it whole; `refine_iters` for
     the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on.
     `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result.
-    `low_memory`: all of them go there, and few samples run together."""
+    `low_memory`: all of them go there, and few samples run together. `correct_noise`: whether predictions are corrected at
+    each step; None: where the method says so and something was trained."""
 
     artifact: str | None = None
     output: str = "distilled.safetensors"
@@ -53,6 +57,7 @@ class DistillOptions:
     train_samples: int | None = None
     cache_memory: int = 6144
     low_memory: bool = False
+    correct_noise: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse, before anything runs, what no artifact could make right.
@@ -73,6 +78,12 @@ class DistillOptions:
         if self.blocks is not None and not method.by_blocks:
             raise UsageError(
                 f"--method {method.name} trains the network as a whole", where="--blocks", fix="Leave it out"
+            )
+        if self.correct_noise and self.static:
+            raise UsageError(
+                "--static leaves one quantizer for all steps, and the correction is one of each step",
+                where="--correct-noise",
+                fix="Leave one of the two out",
             )
         try:
             re.compile(self.blocks or "")
@@ -120,6 +131,15 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
     return method, resolve(method, given)
 
 
+def corrects(options: DistillOptions) -> bool:
+    """Whether the network's predictions will be corrected at each step."""
+    if options.correct_noise is not None:
+        return options.correct_noise
+    method, recipe = method_and_options(options)
+    trains = any(getattr(recipe, name, 0) for name in ("iters", "refine_iters"))
+    return method.corrects and trains and not options.static
+
+
 def resolved(options: DistillOptions) -> dict[str, Any]:
     """All parameters that decide the result, with defaults filled in."""
     chosen: dict[str, Any] = {} if options.blocks is None else {"blocks": options.blocks}
@@ -129,6 +149,8 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
         chosen["train_samples"] = options.train_samples
     if options.low_memory:  # sums in another order
         chosen["low_memory"] = [LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
+    if corrects(options):
+        chosen["correct_images"] = CORRECT_IMAGES
     return chosen | {
         "bits": options.bits,
         "method": options.method,
@@ -164,6 +186,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.stages.artifact_models import student_of, teacher_of, trace_of, trajectory_of
     from dqtool.stages.scale_moves import fold_packed, learn_scaling, mark_folded, mark_learned
     from dqtool.training.data import Problem
+    from dqtool.training.prediction import correct_predictions
 
     method, recipe = method_and_options(options)
     manifest = calibrated.manifest
@@ -210,7 +233,12 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     peak_bytes(device)
     with MemoryMeter(level) as memory:
         trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
-    problem.bake()
+        problem.bake()
+        if corrects(options):
+            if problem.short_of_memory:  # which let go of the float network
+                problem = replace(problem, teacher=teacher_of(manifest, tensors))
+            with report.progress("distill: predictions", len(problem.trajectory.timesteps), "step") as progress:
+                trained |= correct_predictions(problem, config, CORRECT_IMAGES, progress)
     if trained:
         trained |= {
             "training_seconds": time.perf_counter() - begin,

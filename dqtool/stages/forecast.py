@@ -21,8 +21,10 @@ def forecast(
     softmax_bits: int = 8,
     dilated: bool = True,
     preset: str = "standard",
+    corrected: bool = False,
 ) -> dict[str, Any]:
-    """Counts of the network that `distill --bits W/A` and `export` would make, with tables for `steps` steps.
+    """Counts of the network that `distill --bits W/A` and `export` would make, with tables for `steps` steps; `corrected`: of
+    its predictions too.
 
     `parameters` are those of the float network, what the class builds repeatedly counted once; `bops` and `macs` are of
     one forward pass of one sample. `bytes` is exact when every layer is `dilated`, an upper bound when some are not.
@@ -56,6 +58,7 @@ def forecast(
     scaled = [info.name for info in layers if info.kind != "attention"] if dilated else []
     plans = assign_bits(layers, parse_bits(bits), [parse_keep(text) for text in keep], softmax_bits, dilated=scaled)
     shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in network.state_dict().items()}
+    row = family.prediction_row(config) if corrected else None
     rows = [
         {"name": p.info.name, "shape": p.info.shape, "bits": [p.bits.weight, p.bits.input], "macs": p.info.macs}
         for p in plans
@@ -63,7 +66,7 @@ def forecast(
     return {
         "network": class_name,
         "parameters": sum(prod(shape) for shape, _ in shapes.values()),
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, steps))),
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, steps, row))),
         "bytes_float32": file_bytes(swapped(shapes)),
         "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
         "bops_float32": bops({"macs": info.macs, "bits": None} for info in layers),

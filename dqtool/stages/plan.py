@@ -78,6 +78,7 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
 def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int) -> Work:
     from dqtool.models.companions import companions_of_source
     from dqtool.models.families import family_of
+    from dqtool.stages.distill import corrects
     from dqtool.stages.forecast import forecast
     from dqtool.stages.registry import make_options
 
@@ -87,7 +88,14 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int) -> Wor
     config = source.config if companions is None else source.config | family.hints(companions)
     steps = 1 if options.static else steps
     return forecast(
-        source.class_name, config, options.bits, steps, options.keep, options.softmax_bits, preset=options.preset
+        source.class_name,
+        config,
+        options.bits,
+        steps,
+        options.keep,
+        options.softmax_bits,
+        preset=options.preset,
+        corrected=corrects(options),
     )
 
 
@@ -143,7 +151,7 @@ def _distill(execution: Execution, options: Any) -> Work:
     from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.models.packed import layer_infos
     from dqtool.nn.surgery import assign_bits
-    from dqtool.stages.distill import method_and_options
+    from dqtool.stages.distill import corrects, method_and_options
     from dqtool.stages.scale_moves import dilated_layers, pending_folds
 
     calibrated = read_manifest(execution.inputs[0]["name"])
@@ -164,22 +172,25 @@ def _distill(execution: Execution, options: Any) -> Work:
     return {
         "blocks": blocks,
         "iterations": method.work(recipe, blocks),
-        **_size(calibrated, plans, steps),
+        **_size(calibrated, plans, steps, corrects(options)),
         "layers": layers,
     }
 
 
 def _export(execution: Execution, _: Any) -> Work:
     from dqtool.models.packed import plans_of
+    from dqtool.nn.prediction import NAME as PREDICTION
 
     distilled = read_manifest(execution.inputs[0]["name"])
     if execution.parameters["format"] == "dense":
-        return {"bytes": _size(distilled, [], 0)["bytes_float32"]}
+        return {"bytes": _size(distilled, [], 0, corrected=False)["bytes_float32"]}
     keys = ("name", "shape", "bits", "macs")
     layers = [{key: layer[key] for key in keys} for layer in distilled.layers]
     if execution.parameters["format"] != "dq":  # other formats' files are not known to the byte beforehand
         return {"layers": layers}
-    return {**_size(distilled, plans_of(distilled), _timesteps(execution.inputs[0]["name"])), "layers": layers}
+    path = execution.inputs[0]["name"]
+    corrected = f"{PREDICTION}.scale" in read_header(path)
+    return {**_size(distilled, plans_of(distilled), _timesteps(path), corrected), "layers": layers}
 
 
 def _eval(execution: Execution, _: Any) -> Work:
@@ -215,7 +226,7 @@ _WORK: dict[str, Callable[[Execution, Any], Work]] = {
 }
 
 
-def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int) -> Work:
+def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int, corrected: bool) -> Work:
     """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
     from dqtool.core.cost import bops, file_bytes
     from dqtool.models.families import family_of
@@ -224,8 +235,9 @@ def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int) -> Work:
 
     family = family_of(manifest.model["class"], "manifest")
     shapes = network_shapes(family, manifest.model["config"], manifest.layers)
+    row = family.prediction_row(manifest.model["config"]) if corrected else None
     return {
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps))),
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, row))),
         "bytes_float32": file_bytes(swapped(shapes)),
         "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
         "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),

@@ -72,6 +72,26 @@ def test_blocks_come_in_execution_order_and_every_layer_is_accounted_for(name: s
     assert all(order.index(r) < order.index(b.name) for b in traced.blocks for r in b.reads)
 
 
+def test_one_number_a_channel_reaches_that_channel_of_what_the_network_returns(name: str) -> None:
+    config, network = NETWORKS[name], build(name)
+    family = family_of(config["_class_name"], "test")
+    example = family.example(config, batch=2)
+    x = torch.randn(2, *family.sample_shape(config), generator=torch.Generator().manual_seed(0))
+    channels = x.shape[1]
+    factors = 1 + torch.arange(channels, dtype=torch.float32)
+    conditions = family.conditions(config, 2, torch.Generator().manual_seed(0))
+    timestep = example["timestep"][:1].reshape(()) if example["timestep"].dim() else example["timestep"]
+    rows = family.per_channel(factors[None], 1.0, config)
+    assert rows.shape[1:] == family.prediction_row(config)
+    with torch.no_grad():
+        plain = family.predict(network, x, timestep, conditions)
+        network.register_forward_hook(lambda _m, _a, y: (y[0] * rows, *y[1:]))
+        scaled = family.predict(network, x, timestep, conditions)
+    expected = plain.clone()
+    expected[:, :channels] *= factors.view(1, -1, *(1,) * (x.dim() - 2))
+    assert torch.allclose(scaled, expected)
+
+
 def test_attention_on_float_operands_is_that_of_diffusers(name: str) -> None:
     config, network = NETWORKS[name], build(name)
     family = family_of(config["_class_name"], "test")

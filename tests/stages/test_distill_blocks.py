@@ -17,7 +17,9 @@ BLOCK = "mid_block.resnets.0"
 
 
 def distilled(chain: Path, name: str, **options: Any) -> Any:
-    given = DistillOptions(str(chain / "calibrated.safetensors"), str(chain / name), refine_iters=0, **options)
+    given = DistillOptions(
+        str(chain / "calibrated.safetensors"), str(chain / name), refine_iters=0, correct_noise=False, **options
+    )
     return open_artifact(distill(given, Common(quiet=True)))
 
 

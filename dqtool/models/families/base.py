@@ -91,6 +91,18 @@ class Family(ABC):
             timestep = timestep / self.timestep_divisor
         return self.arguments(x, timestep, self.conditions(config, batch, generator))
 
+    def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape that holds one number for each channel the network returns, and broadcasts against one sample of it."""
+        sample = self.sample_shape(config)
+        return (int(config.get("out_channels") or sample[0]), *(1,) * (len(sample) - 1))
+
+    def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:
+        """`values` `[T, C]`, one for each channel of a sample, as `[T, *prediction_row]`; `fill` for what the network returns
+        beyond a sample's channels (a learned variance)."""
+        row = self.prediction_row(config)
+        beyond = values.new_full((len(values), row[0] - values.shape[1]), fill)
+        return torch.cat([values, beyond], 1).view(-1, *row)
+
     def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The config of the least work that runs every layer on every channel: what a comparison of weights needs."""
         return config

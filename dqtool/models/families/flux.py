@@ -47,6 +47,14 @@ class Flux(Family):
         _, height, width = self.sample_shape(config)
         return (height // PATCH) * (width // PATCH)
 
+    def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Packed squares hold their channels one after the other."""
+        return 1, self.sample_shape(config)[0] * PATCH**2
+
+    def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:
+        """Each channel's number for all places of a square."""
+        return values.repeat_interleave(PATCH**2, 1)[:, None]
+
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random text `[N, S, D]`, pooled text, and the guidance of distilled models."""
         tokens, width = config.get(CONTEXT_TOKENS, 512), config.get("joint_attention_dim", 4096)

@@ -31,6 +31,7 @@ class Method:
     `options`: a frozen dataclass whose defaults hold for every model; all of it goes into the manifest. `train`: see above.
     `settle(options, given)`: the options that follow from what the user gave (by field name). `by_blocks`: blocks are
     trained one after another, so that some of them can be left out. `work(options, blocks)`: the iterations in words.
+    `corrects`: once something has been trained, `distill --correct-noise` is the default.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Method:
     train: Callable[[Problem, Any, Bars], dict[str, Any]]
     work: Callable[[Any, int], str]
     by_blocks: bool = False
+    corrects: bool = False
     settle: Callable[[Any, Mapping[str, Any]], Any] = _as_given
 
 

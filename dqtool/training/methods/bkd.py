@@ -52,4 +52,5 @@ METHOD = Method(
     lambda options, blocks: f"{blocks} x {options.iters} + {options.refine_iters} over all blocks",
     by_blocks=True,
     settle=settle,
+    corrects=True,
 )

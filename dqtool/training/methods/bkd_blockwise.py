@@ -83,4 +83,5 @@ METHOD = Method(
     lambda options, blocks: f"{blocks} x {options.iters} + {blocks} x {options.refine_iters}",
     by_blocks=True,
     settle=settle_options,
+    corrects=True,
 )

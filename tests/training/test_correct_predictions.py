@@ -1,0 +1,109 @@
+"""Correcting predictions after training: what is fitted vanishes, whatever runs together; off where it would mean nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import Silent
+from torch import Tensor
+
+from dqtool.artifacts import open_artifact
+from dqtool.errors import UsageError
+from dqtool.models.noise_correction import fit_noise
+from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.stages.common import Common
+from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill
+from dqtool.stages.export import ExportOptions, export
+from dqtool.training.data import Problem
+from dqtool.training.prediction import SEED_OFFSET, correct_predictions
+
+
+def errors(problem: Problem, images: int) -> list[tuple[float, float]]:
+    """|slope| and |bias| of every step while the student samples the images that the tables are fitted on."""
+    found: list[tuple[float, float]] = []
+
+    def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
+        step = fit_noise(prediction, problem.family.predict(problem.teacher, x, timestep, {}))
+        found.append((abs(step.slope), float(step.bias.abs().max())))
+
+    seed = SEED_OFFSET
+    noise = initial_noise(tuple(problem.trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
+    problem.sampler.run(problem.student, noise, {}, image_seeds(range(images), seed, CALIBRATION), see)
+    return found
+
+
+def test_slope_and_bias_vanish_at_every_step(problem: Problem, silent: Silent) -> None:
+    before = errors(problem, 32)
+    metrics = correct_predictions(problem, problem.teacher.config, 32, silent)
+    after = errors(problem, 32)
+    assert max(slope for slope, _ in before) > 0.01
+    assert max(bias for _, bias in before) > 0.01
+    assert max(max(pair) for pair in after) < 1e-4
+    assert abs(metrics["prediction_slope"]) > 0.001
+    assert metrics["prediction_bias"] > 0.001
+
+
+def test_how_many_samples_run_together_changes_nothing(problem: Problem, silent: Silent) -> None:
+    tables = []
+    for together in (None, 5):
+        problem.network_batch = together
+        correct_predictions(problem, problem.teacher.config, 16, silent)
+        tables.append(problem.student.prediction.scale.clone())
+        del problem.student.prediction
+        problem.student._forward_hooks.clear()
+    assert torch.allclose(*tables, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"method": "on-policy"}, True),
+        ({"method": "lsq"}, False),
+        ({"method": "lsq", "correct_noise": True}, True),
+        ({"method": "ptq"}, False),
+        ({"iters": 0}, False),
+        ({"iters": 0, "refine_iters": 5}, True),
+        ({"static": True}, False),
+        ({"correct_noise": False}, False),
+    ],
+)
+def test_what_is_trained_by_our_methods_is_corrected(given: dict[str, Any], expected: bool) -> None:
+    assert corrects(DistillOptions(**given)) is expected
+
+
+def test_static_quantizers_have_no_steps_to_correct() -> None:
+    with pytest.raises(UsageError, match="--static"):
+        DistillOptions(static=True, correct_noise=True)
+
+
+def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) -> None:
+    given = {"iters": 1, "refine_iters": 2, "bits": "4/4"}
+    found = {}
+    for low in (False, True):
+        path = str(tmp_path / f"{low}.safetensors")
+        options = DistillOptions(str(made / "calibrated.safetensors"), path, low_memory=low, **given)
+        found[low] = open_artifact(distill(options, Common(quiet=True)))
+        assert found[low].manifest.parameters["correct_images"] == CORRECT_IMAGES
+    scales = [found[low].tensors()["prediction.scale"] for low in (False, True)]
+    assert torch.allclose(*scales, atol=0.02)
+    assert float((scales[0] - 1).abs().max()) > 1e-3
+
+
+def test_the_dense_export_leaves_out_what_quantized_activations_call_for(made: Path, tmp_path: Path) -> None:
+    options = DistillOptions(
+        str(made / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), iters=1, refine_iters=1
+    )
+    dense = export(
+        ExportOptions(distill(options, Common(quiet=True)), str(tmp_path / "dense"), "dense"), Common(quiet=True)
+    )
+    names = [
+        name
+        for path in Path(dense).rglob("*.safetensors")
+        for name in open_artifact(dense).tensors(file=str(path.relative_to(dense)))
+    ]
+    assert names
+    assert not [name for name in names if name.startswith("prediction.")]
