@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dqtool.core.allocator import return_freed_memory
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
+from dqtool.training.accumulation import backward
 from dqtool.training.curve import check_loss, ends, mean_curve
 from dqtool.training.data import Problem, Reporter
 from dqtool.training.optimizer import QuantAdam
@@ -159,13 +160,19 @@ def train_block(
     history: list[float] = []
     for step in range(learner.iters):
         chosen = learner.choose(step, generator)
-        problem.select_rows(chosen)
-        args, kwargs = given.batch(chosen)
-        loss = output_loss(block(*args, **kwargs), target, chosen)
+        losses: list[float] = []
+
+        def error(part: Tensor, step: int = step, losses: list[float] = losses) -> Tensor:
+            problem.select_rows(part)
+            args, kwargs = given.batch(part)
+            loss = output_loss(block(*args, **kwargs), target, part)
+            losses.append(loss.item() * len(part))
+            return learner.objective(loss, step)
+
         learner.optimizer.zero_grad()
-        learner.objective(loss, step).backward()
+        backward(error, chosen, problem.block_batch)
         learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step))
-        history.append(loss.item())
+        history.append(sum(losses) / len(chosen))
         check_loss(history[-1], name, step)
         progress.advance(1, name)
     learner.finish()

@@ -7,6 +7,7 @@ was trained on. Here it samples, the teacher is asked at the points it visits, a
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from dqtool.training.accumulation import backward
 from dqtool.training.block_loop import trainable
 from dqtool.training.curve import check_loss
 from dqtool.training.data import Problem, Reporter, Trajectory
+from dqtool.training.held_weights import held_weights
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import OnPolicyOptions
 from dqtool.training.recompute import recomputed_blocks
@@ -75,7 +77,8 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
             sampling_seconds += time.perf_counter() - begin
         chosen = torch.randint(len(own), (options.batch_size,), generator=generator)
         optimizer.zero_grad()
-        with recomputed_blocks(problem.student, problem.trace):
+        together = held_weights(problem.student) if problem.short_of_memory else nullcontext()
+        with together, recomputed_blocks(problem.student, problem.trace):
             losses.append(backward(partial(_error, problem, own, targets), chosen, problem.network_batch))
         optimizer.step(own.present(chosen), cosine(step, options.iters))
         check_loss(losses[-1], "refine", step)

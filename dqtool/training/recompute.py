@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from dqtool.nn.trace import Trace
@@ -21,8 +22,8 @@ __all__ = ["recomputed_blocks"]
 
 @contextmanager
 def recomputed_blocks(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Within it, the blocks of `model` keep nothing but their inputs for the backward pass. Gradients stay what they are,
-    bit for bit."""
+    """Within it, the blocks of `model` keep nothing but their inputs for the backward pass, those of them that are given
+    something to pass gradients on to. Gradients stay what they are, up to the order in which they are added."""
     modules = [model.get_submodule(block.name) for block in trace.blocks]
     for module in modules:
         module.forward = _recomputing(module.forward)  # type: ignore[method-assign]
@@ -35,8 +36,21 @@ def recomputed_blocks(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 def _recomputing(forward: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        leaves, structure = tree_flatten((args, kwargs))
+        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        returned: list[Any] = []
+
+        def again(*given: Any) -> tuple[Any, ...]:
+            args, kwargs = tree_unflatten(given, structure)
+            outputs, form = tree_flatten(forward(*args, **kwargs))
+            returned[:] = [form]
+            return tuple(outputs)
+
+        # The reentrant form: its first pass runs without gradients, which leaves out what each layer would make for them.
+        # It wants every tensor as an argument, and as an output, of its own.
+        outputs = checkpoint(again, *leaves, use_reentrant=True, preserve_rng_state=False)
+        return tree_unflatten(outputs, returned[0])
 
     return run
