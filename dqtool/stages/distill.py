@@ -27,9 +27,9 @@ CODE_VERSION = 3
 CORRECT_IMAGES = 64
 """With `--correct-noise`, how many images the prediction tables are fitted on."""
 
-LOW_MEMORY_REPLAY, LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 16, 8
-"""With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, where a block learns,
-and where a whole network learns or samples."""
+LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
+"""With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
+network learns or samples."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
     if options.train_samples is not None:
         chosen["train_samples"] = options.train_samples
     if options.low_memory:  # sums in another order
-        chosen["low_memory"] = [LOW_MEMORY_REPLAY, LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
+        chosen["low_memory"] = [LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
     if corrects(options):
         chosen["correct_images"] = CORRECT_IMAGES
     return chosen | {
@@ -224,8 +224,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         only=chosen_blocks(trace, options.blocks),
         shifts=shifts,
         cache_bytes=0 if options.low_memory else options.cache_memory << 20,
-        replay_batch=LOW_MEMORY_REPLAY if options.low_memory else Problem.replay_batch,
-        block_batch=LOW_MEMORY_BLOCK if options.low_memory else Problem.block_batch,
+        replay_batch=LOW_MEMORY_BLOCK if options.low_memory else Problem.replay_batch,
         network_batch=LOW_MEMORY_NETWORK if options.low_memory else Problem.network_batch,
     )
     return_freed_memory()

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from dqtool.core.allocator import return_freed_memory
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.training.accumulation import backward
 from dqtool.training.curve import check_loss, ends, mean_curve
 from dqtool.training.data import Problem, Reporter
 from dqtool.training.optimizer import QuantAdam
@@ -160,19 +159,13 @@ def train_block(
     history: list[float] = []
     for step in range(learner.iters):
         chosen = learner.choose(step, generator)
-        losses: list[float] = []
-
-        def error(part: Tensor, step: int = step, losses: list[float] = losses) -> Tensor:
-            problem.select_rows(part)
-            args, kwargs = given.batch(part)
-            loss = output_loss(block(*args, **kwargs), target, part)
-            losses.append(loss.item() * len(part))
-            return learner.objective(loss, step)
-
+        problem.select_rows(chosen)
+        args, kwargs = given.batch(chosen)
+        loss = output_loss(block(*args, **kwargs), target, chosen)
         learner.optimizer.zero_grad()
-        backward(error, chosen, problem.block_batch)
+        learner.objective(loss, step).backward()
         learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step))
-        history.append(sum(losses) / len(chosen))
+        history.append(loss.item())
         check_loss(history[-1], name, step)
         progress.advance(1, name)
     learner.finish()

@@ -122,8 +122,8 @@ class Problem:
     `only` names the blocks to train (None: all), `shifts` who takes what learned scaling moves (`bake`);
     `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`, `cache_bytes` what the activations that blocks
     read may take in memory, of the float and of the quantized network together, before they go to disk; `replay_batch` how many
-    samples run together where a block's inputs and outputs are computed, `block_batch` how many where a block learns,
-    `network_batch` where a whole network learns or samples (None: all there are).
+    samples run together where a block's inputs and outputs are computed, `network_batch` how many
+    where a whole network learns or samples (None: all there are).
     """
 
     family: Family
@@ -139,7 +139,6 @@ class Problem:
     checkpoint_seconds: float = 30.0
     cache_bytes: int = 6 << 30
     replay_batch: int = 256
-    block_batch: int | None = None
     network_batch: int | None = None
 
     @property

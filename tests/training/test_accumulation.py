@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Memory
 from torch import Tensor, nn
 
 from dqtool.artifacts import open_artifact
 from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.training.accumulation import backward
-from dqtool.training.bkd import distill_blocks
 from dqtool.training.data import Problem
 from dqtool.training.on_policy import own_trajectory, refine
 from dqtool.training.options import BkdOptions
@@ -75,17 +73,6 @@ class Unconditional:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.family, name)
-
-
-def test_a_block_in_parts_learns_as_in_one(problem: Problem, silent: Any) -> None:
-    options = BkdOptions(iters=3, batch_size=8)
-    metrics = []
-    for together in (None, 3):
-        mine = replace(copy.deepcopy(problem), block_batch=together, only=["mid_block.resnets.0"], store=Memory())
-        metrics.append(distill_blocks(mine, options, silent))
-    (expected, got) = (each["block_loss"]["mid_block.resnets.0"] for each in metrics)
-    assert got == pytest.approx(expected, rel=1e-3)
-    assert expected[1] != expected[0]
 
 
 def test_the_pass_over_all_blocks_in_parts_is_the_same_pass(problem: Problem, silent: Any) -> None:
