@@ -10,13 +10,16 @@ import torch
 from problems import Silent
 from torch import Tensor
 
+import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
 from dqtool.models.noise_correction import fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.runtimes import RUNTIMES
 from dqtool.stages.common import Common
 from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.plan import plan_stage
 from dqtool.training.data import Problem
 from dqtool.training.prediction import SEED_OFFSET, correct_predictions
 
@@ -91,6 +94,32 @@ def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) 
     scales = [found[low].tensors()["prediction.scale"] for low in (False, True)]
     assert torch.allclose(*scales, atol=0.02)
     assert float((scales[0] - 1).abs().max()) > 1e-3
+
+
+def test_exports_hold_the_tables_and_every_runtime_reads_them(made: Path, tmp_path: Path) -> None:
+    given = DistillOptions(
+        str(made / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), iters=1, refine_iters=1
+    )
+    dry = Common(quiet=True, dry_run=True)
+    distill(given, dry)
+    foreseen = plan_stage(dry.log[-1], given)["work"]["bytes"]
+    directory = export(
+        ExportOptions(distill(given, Common(quiet=True)), str(tmp_path / "exported")), Common(quiet=True)
+    )
+    exported = open_artifact(directory)
+    metrics = exported.manifest.metrics
+    assert metrics["bytes"] == metrics["bytes_predicted"] == foreseen
+    state = open_artifact(given.output).tensors()
+    x, timestep = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), state["timesteps"][1]
+    network = dqtool.load(directory, "simulate")
+    expected = network(x, timestep).sample
+    scale, bias = (state[f"prediction.{name}"][1:2] for name in ("scale", "bias"))
+    network._forward_hooks.clear()
+    assert torch.equal(expected, network(x, timestep).sample * scale + bias)
+    for runtime in ("onednn", "openvino"):
+        if RUNTIMES[runtime].engine().available() is None:
+            got = dqtool.load(directory, runtime)(x, timestep).sample
+            assert float((got - expected).norm()) < 0.1 * float(expected.norm())  # codes on a tie may flip
 
 
 def test_the_dense_export_leaves_out_what_quantized_activations_call_for(made: Path, tmp_path: Path) -> None:
