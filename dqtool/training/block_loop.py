@@ -124,6 +124,7 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
             losses[info.name] = ends(history, 20)
             relative.append(in_units(history, target))
         else:
+            return_freed_memory()  # what was cut for whole replays does not fit what one batch wants
             begin = time.perf_counter()
             history = train_block(problem, block, given, target, make, generator, progress, info.name)
             training_seconds += time.perf_counter() - begin
@@ -131,6 +132,7 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
             relative.append(in_units(history, target))
             extra = {"generator": generator.get_state(), "history": torch.tensor(history, dtype=torch.float64)}
             problem.store.save(salt + info.name, {**block_state(block), **extra})
+        return_freed_memory()
         teacher.advance(index, target, wanted)
         student.advance(index, student.outputs(index, given, problem.select_rows), given)
         return_freed_memory()
