@@ -82,8 +82,6 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
             losses.append(backward(partial(_error, problem, own, targets), chosen, problem.network_batch))
         optimizer.step(own.present(chosen), cosine(step, options.iters))
         check_loss(losses[-1], "refine", step)
-        if problem.short_of_memory:  # before it is in too many pieces
-            return_freed_memory()
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
         if time.perf_counter() - saved >= problem.checkpoint_seconds:
             state = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
