@@ -1,7 +1,7 @@
 """What training leaves in a quantized network's prediction, taken out of it: one gain and one offset a channel for every step.
 
-A network that learned by squared error gives predictions that are a little too small, and off by a constant, at each step of
-its own; a sampler adds that up. The tables undo it (PTQD's Eq. 10 and its bias, arXiv 2305.10657, as a part of the network).
+A network that learned by squared error gives predictions that are, at each step, a little too small and off by a constant; a
+sampler adds that up. The tables undo it (PTQD's Eq. 10 and its bias, arXiv 2305.10657, as a part of the network).
 """
 
 from __future__ import annotations
