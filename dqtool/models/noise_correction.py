@@ -8,14 +8,17 @@ the rest stands in for a part of it: the noise's variance is lowered by what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.models.families import Family
+
+if TYPE_CHECKING:
+    from dqtool.models.sampling import Sampler
 
 __all__ = ["NoiseCorrection", "NoiseFit", "StepNoise", "fit_noise", "noise_scale", "response"]
 
@@ -116,6 +119,30 @@ class NoiseFit(NoiseCorrection):
             exact = self.family.predict(self.exact, x, timestep, self.conditions)
         pair = [self._guided(each)[:, : x.shape[1]] for each in (prediction, exact)]
         self.steps[float(timestep)] = fit_noise(pair[0], pair[1])
+
+    @classmethod
+    def while_sampling(
+        cls,
+        sampler: Sampler,
+        quantized: nn.Module,
+        exact: nn.Module,
+        noise: Tensor,
+        seeds: list[int],
+        given: Mapping[str, Tensor],
+        null: Mapping[str, Tensor] | None,
+        advance: Callable[[], None],
+    ) -> Self:
+        """The fit of `quantized` while it samples from `noise` as `Sampler.run` does; `advance` is called after each step."""
+        guided = sampler.guidance > 1 and null is not None
+        asked = {k: torch.cat([null[k].expand_as(v), v]) for k, v in given.items()} if guided and null else given
+        fit = cls(sampler.family, exact, asked, sampler.guidance, 1 + guided)
+
+        def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
+            fit(x, timestep, prediction)
+            advance()
+
+        replace(sampler, correction=fit).run(quantized, noise, given, seeds, see, null)
+        return fit
 
     def _guided(self, prediction: Tensor) -> Tensor:
         if self.halves == 1:

@@ -45,27 +45,16 @@ def fitted(
     network: nn.Module, exact: nn.Module, maker: ImageMaker, seed: int, images: int = FIT_IMAGES
 ) -> NoiseCorrection:
     """The correction of `network` for this maker's sampler, from `images` images that are sampled together."""
-    import torch
-
     from dqtool import report
     from dqtool.models.noise_correction import NoiseCorrection, NoiseFit
     from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 
     sampler, conditions = maker.sampler, maker.conditions
     given = conditions.given(0, images)
-    asked = given
-    if conditions.null is not None:
-        asked = {k: torch.cat([conditions.null[k].expand_as(v), v]) for k, v in given.items()}
-    fit = NoiseFit(sampler.family, exact, asked, conditions.guidance, 1 + conditions.guided)
     noise = initial_noise(maker.shape, range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)
     with report.progress("noise correction", sampler.steps) as progress:
-
-        def see(x: torch.Tensor, timestep: torch.Tensor, prediction: torch.Tensor) -> None:
-            fit(x, timestep, prediction)
-            progress.advance()
-
-        replace(sampler, correction=fit).run(network, noise, given, seeds, see, conditions.null)
+        fit = NoiseFit.while_sampling(sampler, network, exact, noise, seeds, given, conditions.null, progress.advance)
     return NoiseCorrection(fit.steps)
 
 

@@ -50,16 +50,11 @@ def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int
     subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided)
     given = trajectory.tabled(subjects)
     null = trajectory.null if guided else None
-    asked = given if null is None else {k: torch.cat([null[k].expand_as(v), v]) for k, v in given.items()}
-    fit = StepFit(family, problem.teacher, asked, sampler.guidance, 1 + guided)
-
-    def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
-        fit(x, timestep, prediction)
-        progress.advance()
-
     noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)
-    replace(sampler, family=family, correction=fit).run(problem.student, noise, given, seeds, see, null)
+    fit = StepFit.while_sampling(
+        replace(sampler, family=family), problem.student, problem.teacher, noise, seeds, given, null, progress.advance
+    )
     steps_of(problem.student).select(torch.zeros(1, dtype=torch.long))
     found = [fit.steps[min(fit.steps, key=lambda t: abs(t - asked_at))] for asked_at in trajectory.timesteps.tolist()]
     factors = torch.tensor([[1 / max(1 + step.slope, LEAST_FACTOR)] for step in found])

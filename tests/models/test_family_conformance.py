@@ -78,7 +78,7 @@ def test_one_number_a_channel_reaches_that_channel_of_what_the_network_returns(n
     example = family.example(config, batch=2)
     x = torch.randn(2, *family.sample_shape(config), generator=torch.Generator().manual_seed(0))
     channels = x.shape[1]
-    factors = 1 + torch.arange(channels, dtype=torch.float32)
+    factors = 2 + torch.arange(channels, dtype=torch.float32)  # 1 would show nothing
     conditions = family.conditions(config, 2, torch.Generator().manual_seed(0))
     timestep = example["timestep"][:1].reshape(()) if example["timestep"].dim() else example["timestep"]
     rows = family.per_channel(factors[None], 1.0, config)

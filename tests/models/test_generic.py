@@ -12,6 +12,7 @@ import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.families import FAMILIES, family_of
+from dqtool.models.families.generic import EXAMPLE, Generic
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -82,3 +83,11 @@ def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.tensor([999.0, 999.0])
     with torch.no_grad():
         assert torch.equal(ours(x, text, t).sample, theirs(x, text, t).sample)
+
+
+def test_tokens_have_one_number_for_all_of_them() -> None:
+    family = Generic("AuraFlowTransformer2DModel")
+    config = {EXAMPLE: {family.sample: {"shape": [6, 16]}}, "out_channels": 4}
+    rows = family.per_channel(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]), 1.0, config)
+    assert rows.tolist() == [[[3.5]]]
+    assert rows.shape[1:] == family.prediction_row(config)

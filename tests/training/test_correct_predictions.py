@@ -11,10 +11,12 @@ from problems import Silent
 from torch import Tensor
 
 import dqtool
+import dqtool.training.prediction
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
 from dqtool.models.noise_correction import fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.nn.prediction import attach_prediction
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.common import Common
 from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill
@@ -96,7 +98,15 @@ def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) 
     assert float((scales[0] - 1).abs().max()) > 1e-3
 
 
-def test_exports_hold_the_tables_and_every_runtime_reads_them(made: Path, tmp_path: Path) -> None:
+def test_exports_hold_the_tables_and_every_runtime_reads_them(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tripled(problem: Problem, _config: Any, _images: int, _progress: Any) -> dict[str, Any]:
+        rows = torch.ones(len(problem.trajectory.timesteps), 1, 1, 1)
+        attach_prediction(problem.student, 3 * rows, rows)  # far from what a rounding tie could do
+        return {}
+
+    monkeypatch.setattr(dqtool.training.prediction, "correct_predictions", tripled)
     given = DistillOptions(
         str(made / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), iters=1, refine_iters=1
     )
@@ -113,9 +123,8 @@ def test_exports_hold_the_tables_and_every_runtime_reads_them(made: Path, tmp_pa
     x, timestep = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), state["timesteps"][1]
     network = dqtool.load(directory, "simulate")
     expected = network(x, timestep).sample
-    scale, bias = (state[f"prediction.{name}"][1:2] for name in ("scale", "bias"))
     network._forward_hooks.clear()
-    assert torch.equal(expected, network(x, timestep).sample * scale + bias)
+    assert torch.equal(expected, network(x, timestep).sample * 3 + 1)
     for runtime in ("onednn", "openvino"):
         if RUNTIMES[runtime].engine().available() is None:
             got = dqtool.load(directory, runtime)(x, timestep).sample

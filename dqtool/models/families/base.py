@@ -92,14 +92,20 @@ class Family(ABC):
         return self.arguments(x, timestep, self.conditions(config, batch, generator))
 
     def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """The shape that holds one number for each channel the network returns, and broadcasts against one sample of it."""
+        """The shape that holds one number for each channel the network returns, and broadcasts against one sample of it. Samples
+        of fewer than three dimensions (tokens, whose number may change) have one number for all."""
         sample = self.sample_shape(config)
-        return (int(config.get("out_channels") or sample[0]), *(1,) * (len(sample) - 1))
+        if len(sample) < 3:
+            return (1,) * len(sample)
+        learns_variance = config.get("out_channels") == 2 * sample[0]
+        return (sample[0] * (1 + learns_variance), *(1,) * (len(sample) - 1))
 
     def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:
         """`values` `[T, C]`, one for each channel of a sample, as `[T, *prediction_row]`; `fill` for what the network returns
         beyond a sample's channels (a learned variance)."""
         row = self.prediction_row(config)
+        if len(row) < 3:
+            return values.mean(1).view(-1, *row)
         beyond = values.new_full((len(values), row[0] - values.shape[1]), fill)
         return torch.cat([values, beyond], 1).view(-1, *row)
 
