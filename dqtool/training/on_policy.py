@@ -32,6 +32,10 @@ from dqtool.training.spilling import Store
 
 __all__ = ["own_trajectory", "refine", "settle"]
 
+ITERATIONS_A_TRIM = 10
+"""Where memory is short: iterations after which what they freed goes back to the system. It costs as much as a tenth of
+an iteration."""
+
 
 def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
     """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target. The state
@@ -81,6 +85,8 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
         with together, recomputed_blocks(problem.student, problem.trace):
             losses.append(backward(partial(_error, problem, own, targets), chosen, problem.network_batch))
         optimizer.step(own.present(chosen), cosine(step, options.iters))
+        if problem.short_of_memory and step % ITERATIONS_A_TRIM == 0:
+            return_freed_memory()  # batches leave holes that the next ones do not fit in
         check_loss(losses[-1], "refine", step)
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
         if time.perf_counter() - saved >= problem.checkpoint_seconds:
