@@ -16,7 +16,7 @@ from dqtool.formats.shapes import network_shapes, swapped
 from dqtool.models.export_layout import WEIGHTS
 from dqtool.models.families import Family, family_of
 from dqtool.models.hub import quantization_config
-from dqtool.models.packed import plan_records, plans_of, prediction_row
+from dqtool.models.packed import plan_records, plans_of, prediction_rows
 from dqtool.nn.integer import runs_as
 from dqtool.nn.surgery import state_shapes
 
@@ -30,9 +30,9 @@ def prepare(distilled: Artifact) -> Exported:
     config, timesteps = dict(manifest.model["config"]), len(tensors["timesteps"])
     family = family_of(manifest.model["class"], distilled.given)
     float_shapes = network_shapes(family, config, manifest.layers)
-    row = prediction_row(tensors)
-    predicted = file_bytes(swapped(state_shapes(float_shapes, plans_of(manifest), timesteps, row)))
-    config["quantization_config"] = quantization_config(plan_records(manifest.layers), timesteps, row)
+    rows = prediction_rows(tensors)
+    predicted = file_bytes(swapped(state_shapes(float_shapes, plans_of(manifest), timesteps, rows)))
+    config["quantization_config"] = quantization_config(plan_records(manifest.layers), timesteps, rows)
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, tensors)

@@ -8,7 +8,7 @@ into it. Preparing is putting packed layers in place; the tensors load by name. 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,12 @@ class _Method(StrEnum):
 
 
 def quantization_config(
-    records: list[dict[str, Any]], timesteps: int, prediction: Sequence[int] | None = None
+    records: list[dict[str, Any]], timesteps: int, prediction: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, Any]:
-    """The `quantization_config` of an exported `config.json`: the layers with their bits, in execution order, and the shape
-    of a row of the tables that correct predictions, where there are some."""
+    """The `quantization_config` of an exported `config.json`: the layers with their bits, in execution order, and by name
+    the shape of a row of each table that corrects predictions, where there are some."""
     known = {"quant_method": METHOD, "format": FORMAT, "timesteps": timesteps, "layers": records}
-    return known if prediction is None else {**known, "prediction": list(prediction)}
+    return known if prediction is None else {**known, "prediction": {k: list(row) for k, row in prediction.items()}}
 
 
 def register(auto: ModuleType) -> None:
@@ -50,7 +50,10 @@ def register(auto: ModuleType) -> None:
             self.format = kwargs["format"]
             self.timesteps = kwargs["timesteps"]
             self.layers = kwargs["layers"]
-            self.prediction = kwargs.get("prediction")
+            rows = kwargs.get("prediction")
+            if isinstance(rows, list):  # of the first exports that had such tables, which were these two
+                rows = dict.fromkeys(("scale", "bias"), rows)
+            self.prediction = rows
 
         def to_dict(self) -> dict[str, Any]:
             return quantization_config(self.layers, self.timesteps, self.prediction)

@@ -20,7 +20,7 @@ from dqtool.models.families import Family
 if TYPE_CHECKING:
     from dqtool.models.sampling import Sampler
 
-__all__ = ["NoiseCorrection", "NoiseFit", "StepNoise", "fit_noise", "noise_scale", "response"]
+__all__ = ["NoiseCorrection", "NoiseFit", "StepFit", "StepNoise", "fit_noise", "noise_scale", "response"]
 
 LEAST_FACTOR = 0.1
 """Of 1 + k: a network that lost the prediction altogether can not be scaled back."""
@@ -36,13 +36,13 @@ class StepNoise:
     variance: float
     correlation: float = 0.0
 
-    def corrected(self, prediction: Tensor) -> Tensor:
-        """`(e^ - b_c) / (1 + k)`, `[N, C, ...]`."""
+    def corrected(self, prediction: Tensor, inputs: Tensor) -> Tensor:
+        """`(e^ - b_c) / (1 + k)`, `[N, C, ...]`, whatever the inputs were."""
         bias = self.bias.to(prediction.dtype).view(1, -1, *[1] * (prediction.dim() - 2))
         return (prediction - bias) / max(1 + self.slope, LEAST_FACTOR)
 
 
-def fit_noise(quantized: Tensor, exact: Tensor) -> StepNoise:
+def fit_noise(quantized: Tensor, exact: Tensor, _inputs: Tensor | None = None) -> StepNoise:
     """Least squares of `quantized - exact` on `exact` with one intercept a channel, both `[N, C, ...]`."""
     e = exact.double().transpose(0, 1).flatten(1)  # [C, n]
     error = quantized.double().transpose(0, 1).flatten(1) - e
@@ -57,16 +57,20 @@ def fit_noise(quantized: Tensor, exact: Tensor) -> StepNoise:
     return StepNoise(slope, bias.float(), variance, correlation)
 
 
+StepFit = Callable[[Tensor, Tensor, Tensor], StepNoise]
+"""What is wrong with one step, of the quantized prediction, the exact one and the inputs, `[N, C, ...]` each."""
+
+
 @dataclass
 class NoiseCorrection:
     """The correction of every step, by timestep; the sampler asks it at each. A timestep without one is left alone."""
 
     steps: dict[float, StepNoise] = field(default_factory=dict)
 
-    def corrected(self, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """What the sampler is to take in place of `prediction`."""
+    def corrected(self, prediction: Tensor, timestep: Tensor, inputs: Tensor) -> Tensor:
+        """What the sampler is to take in place of `prediction`, the network's answer to `inputs`, both `[N, C, ...]`."""
         found = self.steps.get(float(timestep))
-        return prediction if found is None else found.corrected(prediction)
+        return prediction if found is None else found.corrected(prediction, inputs)
 
     def variance(self, timestep: Tensor) -> float:
         """Mean square of the rest at this step."""
@@ -103,22 +107,29 @@ class NoiseFit(NoiseCorrection):
     """Fits each step when the quantized network's sampling comes to it, and corrects it at once: later steps are fitted at
     the points that corrected sampling visits. To be given to `Sampler.run` both as `correction` and as `observer`.
 
-    `conditions` are those of the network's inputs, `[N, ...]` each, with guidance of both halves.
+    `conditions` are those of the network's inputs, `[N, ...]` each, with guidance of both halves. `fit` makes of the quantized
+    and the exact prediction and of the inputs, `[N, C, ...]` each, what corrects the step.
     """
 
     def __init__(
-        self, family: Family, exact: nn.Module, conditions: Mapping[str, Tensor], guidance: float, halves: int
+        self,
+        family: Family,
+        exact: nn.Module,
+        conditions: Mapping[str, Tensor],
+        guidance: float,
+        halves: int,
+        fit: StepFit = fit_noise,
     ) -> None:
         super().__init__()
         self.family, self.exact, self.conditions = family, exact, conditions
-        self.guidance, self.halves = guidance, halves
+        self.guidance, self.halves, self.fit = guidance, halves, fit
 
     def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
         """Compare with the float network at the inputs `x` `[N, C, H, W]`."""
         with torch.no_grad():
             exact = self.family.predict(self.exact, x, timestep, self.conditions)
         pair = [self._guided(each)[:, : x.shape[1]] for each in (prediction, exact)]
-        self.steps[float(timestep)] = fit_noise(pair[0], pair[1])
+        self.steps[float(timestep)] = self.fit(pair[0], pair[1], x[: len(pair[0])])
 
     @classmethod
     def while_sampling(
@@ -131,18 +142,19 @@ class NoiseFit(NoiseCorrection):
         given: Mapping[str, Tensor],
         null: Mapping[str, Tensor] | None,
         advance: Callable[[], None],
+        fit: StepFit = fit_noise,
     ) -> Self:
         """The fit of `quantized` while it samples from `noise` as `Sampler.run` does; `advance` is called after each step."""
         guided = sampler.guidance > 1 and null is not None
         asked = {k: torch.cat([null[k].expand_as(v), v]) for k, v in given.items()} if guided and null else given
-        fit = cls(sampler.family, exact, asked, sampler.guidance, 1 + guided)
+        found = cls(sampler.family, exact, asked, sampler.guidance, 1 + guided, fit)
 
         def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
-            fit(x, timestep, prediction)
+            found(x, timestep, prediction)
             advance()
 
-        replace(sampler, correction=fit).run(quantized, noise, given, seeds, see, null)
-        return fit
+        replace(sampler, correction=found).run(quantized, noise, given, seeds, see, null)
+        return found
 
     def _guided(self, prediction: Tensor) -> Tensor:
         if self.halves == 1:

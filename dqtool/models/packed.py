@@ -18,7 +18,7 @@ from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
 from dqtool.nn.trace import LayerInfo
 
-__all__ = ["layer_infos", "packed_network", "plan_records", "plans_from", "plans_of", "prediction_row"]
+__all__ = ["layer_infos", "packed_network", "plan_records", "plans_from", "plans_of", "prediction_rows"]
 
 INFO_FIELDS = tuple(LayerInfo.__dataclass_fields__)
 
@@ -55,10 +55,10 @@ def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def prediction_row(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
-    """The shape of a row of the tables that correct a packed network's predictions; None where it has none."""
-    table = state.get(f"{PREDICTION}.scale")
-    return None if table is None else tuple(table.shape[1:])
+def prediction_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
+    """By name the shape of a row of each table that corrects a packed network's predictions; None where it has none."""
+    prefix = f"{PREDICTION}."
+    return {n.removeprefix(prefix): tuple(t.shape[1:]) for n, t in state.items() if n.startswith(prefix)} or None
 
 
 def packed_network(
@@ -72,7 +72,7 @@ def packed_network(
     family = family_of(class_name, "manifest, key model.class")
     with torch.device("meta"):
         network = tie_repeats(family.build(config), state, family.repeats(config))
-    insert_packed(network, plans, len(state["timesteps"]), prediction_row(state))
+    insert_packed(network, plans, len(state["timesteps"]), prediction_rows(state))
     try:
         network.load_state_dict(dict(state), assign=True)
     except RuntimeError as e:

@@ -146,17 +146,19 @@ class Sampler:
             if prediction.shape[1] == 2 * x.shape[1] and not _learns_variance(scheduler):
                 prediction = prediction[:, : x.shape[1]]
             if self.correction is not None:
-                x = self._corrected_step(scheduler, prediction, timestep, x, extra)
+                x = self._corrected_step(scheduler, prediction, timestep, x, x_in[: len(x)], extra)
             else:
                 x = scheduler.step(prediction, timestep, x, **extra).prev_sample
         return x
 
-    def _corrected_step(self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, extra: dict) -> Tensor:
+    def _corrected_step(
+        self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, x_in: Tensor, extra: dict
+    ) -> Tensor:
         """A step from the corrected prediction; noise that the rest of the quantization error brings is added less of."""
         assert self.correction is not None
         given = self._given(timestep)
         channels = x.shape[1]  # behind them may be a learned variance
-        corrected = self.correction.corrected(prediction[:, :channels], given)
+        corrected = self.correction.corrected(prediction[:, :channels], given, x_in)
         prediction = torch.cat([corrected, prediction[:, channels:]], 1)
         sigma = noise_scale(scheduler, timestep, self.eta)
         generators = extra.get("generator")

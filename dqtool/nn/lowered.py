@@ -20,7 +20,7 @@ from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import IntegerLayer, Operand, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.prediction import NAME as PREDICTION
-from dqtool.nn.prediction import PredictionTables, correct_hook
+from dqtool.nn.prediction import PredictionTables, correct_hook, corrected
 from dqtool.nn.quantizers import step_hook
 
 __all__ = [
@@ -341,25 +341,26 @@ class LoweredNetwork(nn.Module):
         arguments["timestep"] = arguments["timestep"].expand(batch)
         try:
             outputs = self.network(**arguments, return_dict=False)
-            return outputs if self.prediction is None else (self._corrected(outputs[0]), *outputs[1:])
+            if self.prediction is None:
+                return outputs
+            return (self._corrected(outputs[0], arguments[self.sample]), *outputs[1:])
         finally:
             self.tables.leave()
 
-    def _take_prediction(self, packed: nn.Module) -> tuple[tuple[int, ...], int, int] | None:
-        """Of a network that corrects its predictions: the shape of its tables' rows, and their slots. It does so no more by
-        itself."""
+    def _take_prediction(self, packed: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]] | None:
+        """Of a network that corrects its predictions: by name the slot of each table and the shape of its rows. It does so no
+        more by itself."""
         for key, hook in list(packed._forward_hooks.items()):
             if hook is correct_hook:
-                del packed._forward_hooks[key]
+                del packed._forward_hooks[key], packed._forward_hooks_with_kwargs[key]
                 tables: PredictionTables = getattr(packed, PREDICTION)
-                return tuple(tables.scale.shape[1:]), self.tables.add(tables.scale), self.tables.add(tables.bias)
+                return {name: (self.tables.add(t), tuple(t.shape[1:])) for name, t in tables.tables().items()}
         return None
 
-    def _corrected(self, prediction: Tensor) -> Tensor:
+    def _corrected(self, prediction: Tensor, sample: Tensor) -> Tensor:
         assert self.prediction is not None
-        row, *slots = self.prediction
-        scale, bias = (self.tables._now[slot].view(-1, *row) for slot in slots)
-        return prediction * scale + bias
+        now = {name: self.tables._now[slot].view(-1, *row) for name, (slot, row) in self.prediction.items()}
+        return corrected(prediction, sample, now)
 
 
 def flat_arguments(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

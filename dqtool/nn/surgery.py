@@ -116,12 +116,15 @@ def insert_fake(
 
 
 def insert_packed(
-    model: nn.Module, plans: Sequence[LayerPlan], timesteps: int, prediction: Sequence[int] | None = None
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    timesteps: int,
+    prediction: Mapping[str, Sequence[int]] | None = None,
 ) -> StepIndex:
     """Replace the planned layers by packed ones with empty buffers, in place, ready for `load_state_dict`.
 
-    The table of timesteps is the root's buffer `timesteps`; call `refresh_steps` after loading. `prediction`: the shape of a
-    row of the tables that correct its predictions, where it has some.
+    The table of timesteps is the root's buffer `timesteps`; call `refresh_steps` after loading. `prediction`: by name the
+    shape of a row of each table that corrects its predictions, where it has some.
     """
     device = next(model.parameters()).device
     steps = _attach_steps(model, torch.zeros(timesteps, device=device))
@@ -135,8 +138,7 @@ def insert_packed(
             continue
         _replace(model, plan.info.name, packed_layer(module, plan.bits, steps, shapes))
     if prediction is not None:
-        scale, bias = (torch.empty(timesteps, *prediction, device=device) for _ in range(2))
-        attach_prediction(model, scale, bias)
+        attach_prediction(model, {k: torch.empty(timesteps, *row, device=device) for k, row in prediction.items()})
     return steps
 
 
@@ -177,7 +179,7 @@ def state_shapes(
     float_shapes: Mapping[str, tuple[tuple[int, ...], str]],
     plans: Sequence[LayerPlan],
     timesteps: int,
-    prediction: tuple[int, ...] | None = None,
+    prediction: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor of the packed form, from the float network's: what the cost model sums. `prediction` as
     of `insert_packed`."""

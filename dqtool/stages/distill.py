@@ -150,7 +150,7 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
     if options.low_memory:  # sums in another order
         chosen["low_memory"] = [LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
     if corrects(options):
-        chosen["correct_images"] = CORRECT_IMAGES
+        chosen |= {"correct_images": CORRECT_IMAGES, "correct_detail": True}
     return chosen | {
         "bits": options.bits,
         "method": options.method,

@@ -40,6 +40,7 @@ def forecast(
     from dqtool.formats.shapes import swapped
     from dqtool.models.families import family_of
     from dqtool.models.repeats import tie_repeats
+    from dqtool.nn.prediction import row_shapes
     from dqtool.nn.roles import find_roles
     from dqtool.nn.surgery import assign_bits, state_shapes
     from dqtool.nn.trace import trace
@@ -58,7 +59,7 @@ def forecast(
     scaled = [info.name for info in layers if info.kind != "attention"] if dilated else []
     plans = assign_bits(layers, parse_bits(bits), [parse_keep(text) for text in keep], softmax_bits, dilated=scaled)
     shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in network.state_dict().items()}
-    row = family.prediction_row(config) if corrected else None
+    tables = row_shapes(family.prediction_row(config)) if corrected else None
     rows = [
         {"name": p.info.name, "shape": p.info.shape, "bits": [p.bits.weight, p.bits.input], "macs": p.info.macs}
         for p in plans
@@ -66,7 +67,7 @@ def forecast(
     return {
         "network": class_name,
         "parameters": sum(prod(shape) for shape, _ in shapes.values()),
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, steps, row))),
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, steps, tables))),
         "bytes_float32": file_bytes(swapped(shapes)),
         "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
         "bops_float32": bops({"macs": info.macs, "bits": None} for info in layers),

@@ -230,14 +230,15 @@ def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int, corrected: b
     """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
     from dqtool.core.cost import bops, file_bytes
     from dqtool.models.families import family_of
+    from dqtool.nn.prediction import row_shapes
     from dqtool.nn.surgery import state_shapes
     from dqtool.stages.export import network_shapes, swapped
 
     family = family_of(manifest.model["class"], "manifest")
     shapes = network_shapes(family, manifest.model["config"], manifest.layers)
-    row = family.prediction_row(manifest.model["config"]) if corrected else None
+    tables = row_shapes(family.prediction_row(manifest.model["config"])) if corrected else None
     return {
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, row))),
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, tables))),
         "bytes_float32": file_bytes(swapped(shapes)),
         "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
         "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),

@@ -1,38 +1,89 @@
-"""What a trained network's predictions still lack, step by step: gain and offset, fitted while it samples and then part of it.
+"""What a trained network's predictions still lack, step by step, fitted while it samples and from then on part of it.
 
 The float network is asked at the points that the quantized one visits, each step corrected before the next is fitted. By
-squared error alone training ends with predictions a little too small, which no further pass on that error undoes.
+squared error alone training ends with predictions a little too small, their detail most of all, which no further pass on
+that error undoes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.models.families import Family
-from dqtool.models.noise_correction import LEAST_FACTOR, NoiseFit
+from dqtool.models.noise_correction import NoiseFit, StepNoise, fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
-from dqtool.nn.prediction import attach_prediction
+from dqtool.nn.prediction import attach_prediction, corrected, detail, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of
 from dqtool.training.data import Problem, Reporter
 
-__all__ = ["correct_predictions"]
+__all__ = ["correct_predictions", "fit_step", "fit_tables"]
+
+DAMPING = 0.1
+"""Of a prediction that was lost altogether, a factor of at most its inverse stays."""
 
 SEED_STRIDE, SEED_OFFSET = 7919, 2_000_000
 """Of the images it is fitted on: neither calibration's nor those that `on_policy` samples."""
 
 
-class StepFit(NoiseFit):
-    """As it will be shipped: predictions are corrected, the sampler's own noise is left alone."""
+@dataclass(frozen=True)
+class StepTables(StepNoise):
+    """What was found at one step, and what undoes it: a row of each table by name, `[C]`."""
 
-    def variance(self, timestep: Tensor) -> float:
-        """None is taken from that noise."""
-        return 0.0
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def corrected(self, prediction: Tensor, inputs: Tensor) -> Tensor:
+        """What the network will return once it has these rows."""
+        along = (1, -1, *[1] * (prediction.dim() - 2))
+        rows = {name: row.to(prediction).view(along) for name, row in self.rows.items()}
+        return corrected(prediction, inputs, rows)
+
+
+def fit_step(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> StepTables:
+    """A step's error and its tables, see `fit_tables`. As it will be shipped: the sampler's own noise is left alone."""
+    found = fit_noise(quantized, exact)
+    rows = fit_tables(quantized, exact, inputs, of_images)
+    return StepTables(found.slope, found.bias, 0.0, found.correlation, rows)
+
+
+def fit_tables(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> dict[str, Tensor]:
+    """The rows, `[C]` each, that take out of `quantized` what of its error is correlated with `exact`, and of images also with
+    the detail of `exact`, with `inputs` and with their detail. One number serves all channels, but for `bias`.
+
+    With the terms q of the quantized prediction and e of the exact one (the inputs' are the same), the factors w solve
+    `<e, exact - quantized - w q> = 0`: instrumental variables, where least squares on q would make predictions smaller.
+    Of one term that is PTQD's `1 / (1 + k)`. A tenth of the power of `q - e` is added to the products: it counts only where
+    there is more noise than prediction, and bounds what a prediction that was lost is multiplied with.
+
+    Args:
+        quantized: `[N, C, ...]`, as are `exact` and `inputs`.
+    """
+    names = ("scale", "input", "detail", "input_detail") if of_images else ("scale",)
+    inputs = same_channels(inputs, exact.shape[1]) if of_images else inputs
+
+    def terms(prediction: Tensor) -> Tensor:
+        found = [prediction, inputs, detail(prediction), detail(inputs)] if of_images else [prediction]
+        return torch.stack([each.double().transpose(0, 1).flatten(1) for each in found])  # [K, C, n]
+
+    def centred(of_channels: Tensor) -> Tensor:
+        return (of_channels - of_channels.mean(-1, keepdim=True)).flatten(-2)
+
+    ours, theirs = terms(quantized), terms(exact)
+    q, e = centred(ours), centred(theirs)
+    noise = q - e
+    products = e @ q.T + DAMPING * noise @ noise.T
+    missing = theirs[0] - ours[0]
+    factors = torch.linalg.pinv(products) @ (e @ centred(missing))
+    bias = missing.mean(1) - (factors[:, None] * ours.mean(2)).sum(0)
+    factors[0] += 1
+    rows = {name: factor.expand(len(bias)).float() for name, factor in zip(names, factors, strict=True)}
+    return {**rows, "bias": bias.float()}
 
 
 def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int, progress: Reporter) -> dict[str, Any]:
@@ -40,7 +91,8 @@ def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int
     guidance, whose steps ask twice).
 
     Returns `prediction_slope` and `prediction_bias`, what was found and is taken out: the mean over the steps of the
-    slope's error, and the root mean square of the biases.
+    slope's error, and the root mean square of the biases. Of images also `prediction_detail`, the mean of the factor by
+    which detail is raised.
     """
     family = problem.family if problem.network_batch is None else in_parts(problem.family, problem.network_batch)
     sampler, trajectory = problem.sampler, problem.trajectory
@@ -52,19 +104,28 @@ def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int
     null = trajectory.null if guided else None
     noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)
-    fit = StepFit.while_sampling(
-        replace(sampler, family=family), problem.student, problem.teacher, noise, seeds, given, null, progress.advance
+    names = tuple(row_shapes(family.prediction_row(config)))
+    fit = NoiseFit.while_sampling(
+        replace(sampler, family=family),
+        problem.student,
+        problem.teacher,
+        noise,
+        seeds,
+        given,
+        null,
+        progress.advance,
+        partial(fit_step, of_images="detail" in names),
     )
     steps_of(problem.student).select(torch.zeros(1, dtype=torch.long))
     found = [fit.steps[min(fit.steps, key=lambda t: abs(t - asked_at))] for asked_at in trajectory.timesteps.tolist()]
-    factors = torch.tensor([[1 / max(1 + step.slope, LEAST_FACTOR)] for step in found])
-    biases = torch.stack([step.bias.cpu() for step in found])
-    scale, bias = factors.expand_as(biases), -factors * biases
-    attach_prediction(problem.student, family.per_channel(scale, 1.0, config), family.per_channel(bias, 0.0, config))
-    return {
+    rows = {name: torch.stack([step.rows[name].cpu() for step in found]) for name in names}  # type: ignore[attr-defined]
+    tables = {name: family.per_channel(row, float(name == "scale"), config) for name, row in rows.items()}
+    attach_prediction(problem.student, tables)
+    metrics = {
         "prediction_slope": sum(step.slope for step in found) / len(found),
-        "prediction_bias": float(biases.square().mean().sqrt()),
+        "prediction_bias": float(torch.stack([step.bias for step in found]).square().mean().sqrt()),
     }
+    return metrics | ({"prediction_detail": float(rows["detail"].mean())} if "detail" in rows else {})
 
 
 def in_parts(family: Family, size: int) -> Family:

@@ -14,6 +14,8 @@ from dqtool.artifacts import open_artifact
 from dqtool.core.bits import LayerBits
 from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
+from dqtool.nn.prediction import attach_prediction, detail, row_shapes
+from dqtool.nn.quantizers import StepIndex
 from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
 from dqtool.nn.trace import is_attention, trace
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
@@ -90,6 +92,30 @@ def test_one_number_a_channel_reaches_that_channel_of_what_the_network_returns(n
     expected = plain.clone()
     expected[:, :channels] *= factors.view(1, -1, *(1,) * (x.dim() - 2))
     assert torch.allclose(scaled, expected)
+
+
+def test_predictions_of_images_are_corrected_with_the_input_that_they_answer(name: str) -> None:
+    config, network = NETWORKS[name], build(name)
+    family = family_of(config["_class_name"], "test")
+    rows = row_shapes(family.prediction_row(config))
+    if "detail" not in rows:
+        assert set(rows) == {"scale", "bias"}
+        return
+    x = torch.randn(2, *family.sample_shape(config), generator=torch.Generator().manual_seed(0))
+    conditions = family.conditions(config, 2, torch.Generator().manual_seed(0))
+    numbers = {"scale": 2.0, "bias": 0.5, "detail": 0.25, "input": -1.0, "input_detail": 3.0}
+    one = torch.ones(1, x.shape[1])
+    tables = {k: family.per_channel(v * one, float(k == "scale"), config) for k, v in numbers.items()}
+    timestep = torch.tensor(10.0)
+    with torch.no_grad():
+        plain = family.predict(network, x, timestep, conditions)
+        network.__dict__["_dqtool_steps"] = StepIndex(timestep[None])
+        attach_prediction(network, tables)
+        changed = family.predict(network, x, timestep, conditions)
+    first = plain[:, : x.shape[1]]
+    expected = 2 * first + 0.5 - x + detail(0.25 * first + 3 * x)
+    assert torch.allclose(changed[:, : x.shape[1]], expected, atol=1e-4)
+    assert torch.equal(changed[:, x.shape[1] :], plain[:, x.shape[1] :])
 
 
 def test_attention_on_float_operands_is_that_of_diffusers(name: str) -> None:

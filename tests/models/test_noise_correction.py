@@ -22,7 +22,7 @@ def test_corrected_noise_is_uncorrelated_with_the_prediction_and_unbiased() -> N
     assert found.bias.tolist() == pytest.approx([0.1, -0.3, 0.0], abs=0.02)
     assert found.variance == pytest.approx((0.2 / 0.8) ** 2, rel=0.05)
     assert found.correlation < -0.5
-    left = (found.corrected(quantized) - exact).double()
+    left = (found.corrected(quantized, exact) - exact).double()
     by_channel = left.transpose(0, 1).flatten(1)
     e = exact.double().transpose(0, 1).flatten(1)
     assert by_channel.mean(1).abs().max() < 1e-6
@@ -35,7 +35,7 @@ def test_an_exact_prediction_is_left_alone_bit_for_bit() -> None:
     exact = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(1))
     found = fit_noise(exact, exact)
     assert (found.slope, found.variance, found.correlation) == (0.0, 0.0, 0.0)
-    assert torch.equal(found.corrected(exact), exact)
+    assert torch.equal(found.corrected(exact, exact), exact)
 
 
 def test_corrections_survive_json() -> None:
@@ -43,8 +43,8 @@ def test_corrections_survive_json() -> None:
     again = NoiseCorrection.from_json(correction.to_json())
     assert again.to_json() == correction.to_json()
     x = torch.ones(1, 2, 1, 1)
-    assert torch.equal(again.corrected(x, torch.tensor(999.0)), correction.corrected(x, torch.tensor(999.0)))
-    assert torch.equal(again.corrected(x, torch.tensor(1.0)), x)
+    assert torch.equal(again.corrected(x, torch.tensor(999.0), x), correction.corrected(x, torch.tensor(999.0), x))
+    assert torch.equal(again.corrected(x, torch.tensor(1.0), x), x)
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])

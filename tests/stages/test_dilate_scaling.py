@@ -13,6 +13,7 @@ import dqtool
 from dqtool.artifacts import Artifact, open_artifact
 from dqtool.core.scaling import SCALINGS
 from dqtool.errors import UsageError
+from dqtool.nn.prediction import OF_IMAGES
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -174,7 +175,7 @@ def test_omniquant_learns_in_distill_and_ships_as_any_other(stats: Path, tmp_pat
         )
         runs[iters] = open_artifact(distill(options, QUIET))
     start, trained = (runs[iters].tensors() for iters in (0, 8))
-    assert set(trained) - set(start) == {"prediction.scale", "prediction.bias"}  # of what was trained
+    assert set(trained) - set(start) == {f"prediction.{name}" for name in OF_IMAGES}  # of what was trained
     assert set(start) < set(trained)
     name = "mid_block.resnets.0.conv1.dilation"
     assert torch.equal(start[name], first.tensors()[name])

@@ -16,14 +16,14 @@ from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
 from dqtool.models.noise_correction import fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
-from dqtool.nn.prediction import attach_prediction
+from dqtool.nn.prediction import attach_prediction, corrected, detail
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.common import Common
 from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.plan import plan_stage
 from dqtool.training.data import Problem
-from dqtool.training.prediction import SEED_OFFSET, correct_predictions
+from dqtool.training.prediction import DAMPING, SEED_OFFSET, correct_predictions, fit_tables
 
 
 def errors(problem: Problem, images: int) -> list[tuple[float, float]]:
@@ -40,13 +40,74 @@ def errors(problem: Problem, images: int) -> list[tuple[float, float]]:
     return found
 
 
+@pytest.fixture
+def exact() -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(16, 2, 12, 12, generator=generator) + torch.tensor([0.5, -1.0]).view(1, 2, 1, 1)
+
+
+@pytest.fixture
+def inputs(exact: Tensor) -> Tensor:
+    return exact + torch.randn(exact.shape, generator=torch.Generator().manual_seed(5))
+
+
+def left(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool = True) -> Tensor:
+    """What is wrong after correction."""
+    rows = {n: row.view(1, -1, 1, 1) for n, row in fit_tables(quantized, exact, inputs, of_images).items()}
+    return corrected(quantized, inputs, rows) - exact
+
+
+def test_what_was_lost_of_prediction_detail_and_input_is_found(exact: Tensor, inputs: Tensor) -> None:
+    rest = 0.1 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(6))
+    lost = 0.9 * exact - 0.3 * detail(exact) + 0.05 * inputs - 0.1 * detail(inputs) + 0.2
+    after = left(lost + rest, exact, inputs)
+    assert float(after.mean((0, 2, 3)).abs().max()) < 1e-5
+    for term in (exact, detail(exact), inputs, detail(inputs)):
+        assert abs(float((after * term).mean() / term.square().mean())) < 0.02
+        assert abs(float(((lost + rest - exact) * term).mean() / term.square().mean())) > 0.05
+    assert float(after.std()) < 1.6 * float(rest.std())  # raising what was lost raises noise with it
+
+
+def test_of_tokens_and_without_noise_the_factor_is_that_of_ptqd(exact: Tensor, inputs: Tensor) -> None:
+    rows = fit_tables(0.95 * exact + 0.1, exact, inputs, of_images=False)
+    found = fit_noise(0.95 * exact + 0.1, exact)
+    assert set(rows) == {"scale", "bias"}
+    assert rows["scale"].tolist() == pytest.approx([1 / (1 + found.slope)] * 2, rel=1e-3)
+    assert rows["bias"].tolist() == pytest.approx([-0.1 / 0.95] * 2, abs=1e-3)
+
+
+def test_a_prediction_that_was_lost_is_multiplied_by_a_bounded_factor(exact: Tensor, inputs: Tensor) -> None:
+    rows = fit_tables(0.001 * exact, exact, inputs, of_images=False)
+    assert 5 < float(rows["scale"][0]) <= 1 + 1 / DAMPING
+
+
+def test_an_exact_prediction_is_left_alone(exact: Tensor, inputs: Tensor) -> None:
+    rows = fit_tables(exact, exact, inputs, of_images=True)
+    assert float((rows["scale"] - 1).abs().max()) < 1e-6
+    assert max(float(rows[name].abs().max()) for name in ("bias", "detail", "input", "input_detail")) < 1e-6
+
+
+def test_noise_is_not_raised_where_the_input_says_it_all(exact: Tensor) -> None:
+    """Early steps of networks that predict noise: the prediction is the input."""
+    rest = 0.3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(7))
+    after = left(exact + rest, exact, exact)
+    assert float(after.square().mean()) < 1.01 * float(rest.square().mean())
+
+
+def test_a_prediction_that_is_mostly_noise_is_not_blown_up(exact: Tensor, inputs: Tensor) -> None:
+    rest = 5 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(8))
+    rows = fit_tables(0.05 * exact + rest, exact, inputs, of_images=True)
+    assert float(rows["scale"].abs().max()) < 1.5
+
+
 def test_slope_and_bias_vanish_at_every_step(problem: Problem, silent: Silent) -> None:
     before = errors(problem, 32)
     metrics = correct_predictions(problem, problem.teacher.config, 32, silent)
     after = errors(problem, 32)
     assert max(slope for slope, _ in before) > 0.01
     assert max(bias for _, bias in before) > 0.01
-    assert max(max(pair) for pair in after) < 1e-4
+    assert max(slope for slope, _ in after) < 0.1 * max(slope for slope, _ in before)
+    assert max(bias for _, bias in after) < 0.1 * max(bias for _, bias in before)
     assert abs(metrics["prediction_slope"]) > 0.001
     assert metrics["prediction_bias"] > 0.001
 
@@ -103,7 +164,8 @@ def test_exports_hold_the_tables_and_every_runtime_reads_them(
 ) -> None:
     def tripled(problem: Problem, _config: Any, _images: int, _progress: Any) -> dict[str, Any]:
         rows = torch.ones(len(problem.trajectory.timesteps), 1, 1, 1)
-        attach_prediction(problem.student, 3 * rows, rows)  # far from what a rounding tie could do
+        factors = {"scale": 3 * rows, "bias": rows, "detail": rows, "input": 0.5 * rows, "input_detail": -rows}
+        attach_prediction(problem.student, factors)  # far from what a rounding tie could do
         return {}
 
     monkeypatch.setattr(dqtool.training.prediction, "correct_predictions", tripled)
@@ -124,7 +186,8 @@ def test_exports_hold_the_tables_and_every_runtime_reads_them(
     network = dqtool.load(directory, "simulate")
     expected = network(x, timestep).sample
     network._forward_hooks.clear()
-    assert torch.equal(expected, network(x, timestep).sample * 3 + 1)
+    plain = network(x, timestep).sample
+    assert torch.allclose(expected, plain * 3 + 1 + 0.5 * x + detail(plain - x), atol=1e-5)
     for runtime in ("onednn", "openvino"):
         if RUNTIMES[runtime].engine().available() is None:
             got = dqtool.load(directory, runtime)(x, timestep).sample
