@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool.core.detail import detail
 from dqtool.errors import UsageError
 
-__all__ = ["PSNR_CAP", "mse", "psnr", "ssim"]
+__all__ = ["PSNR_CAP", "detail_ratio", "mse", "psnr", "ssim"]
 
 PSNR_CAP = 100.0
 """dB reported for images that are identical, or so close that float32 noise is all there is: keeps means finite."""
@@ -70,3 +71,14 @@ def ssim(a: Tensor, b: Tensor, data_range: float, *, batch_size: int = 64) -> Te
         structure = (2 * covariance + c2) / (var_x + var_y + c2)
         values.append((luminance * structure).mean(dim=(1, 2)))
     return torch.cat(values)
+
+
+def detail_ratio(a: Tensor, b: Tensor) -> float:
+    """The power of fine detail (`dqtool.core.detail`) in the images `a [N, C, H, W]` over that in `b`: below 1 they are softer, as a
+    set, however near each is to its reference. 1 where `b` has none."""
+
+    def power(images: Tensor) -> float:
+        return sum(float(detail(part.double()).square().sum()) for part in images.detach().split(BATCH)) / len(images)
+
+    of_reference = power(b)
+    return power(a) / of_reference if of_reference > 0 else 1.0

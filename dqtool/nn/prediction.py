@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqtool.core.detail import detail
 from dqtool.core.device import device_of
 from dqtool.nn.quantizers import gather_rows
 
@@ -24,7 +24,6 @@ __all__ = [
     "attach_prediction",
     "correct_hook",
     "corrected",
-    "detail",
     "prediction_shapes",
     "row_shapes",
     "same_channels",
@@ -45,13 +44,6 @@ def row_shapes(row: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The tables that a network has, and the shape of a row of each, where `row` holds one number for every channel and
     broadcasts against the prediction for one sample."""
     return dict.fromkeys(OF_IMAGES if len(row) == 3 else ALWAYS, row)
-
-
-def detail(x: Tensor) -> Tensor:
-    """What `x` `[N, C, H, W]` has beyond a blurred copy of itself: 1 2 1 in both directions, borders repeated."""
-    padded = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
-    padded = torch.cat([padded[..., :1], padded, padded[..., -1:]], 3)
-    return x - F.avg_pool2d(F.avg_pool2d(padded, 2, 1), 2, 1)  # two means of 2 x 2 are that blur
 
 
 def corrected(prediction: Tensor, sample: Tensor, tables: Mapping[str, Tensor]) -> Tensor:

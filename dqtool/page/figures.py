@@ -55,6 +55,7 @@ _KNOWN = {
     "same_digit_share": Figure("same digit, %", 1, 1, 100),
     "psnr": Figure("PSNR, dB", 1, 1),
     "ssim": Figure("SSIM", 1, 3),
+    "detail_power": Figure("detail, x reference", 0, 3),
     "clip": Figure("CLIP score", 1),
     "clip_score": Figure("CLIP score", 1),
     "aesthetic": Figure("aesthetic score", 1),

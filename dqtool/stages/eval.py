@@ -284,7 +284,7 @@ def image_figures(
 ) -> dict[str, Any]:
     """Figures on images, and where there is a reference the same figures of it and how they compare. `asked` is the
     digit that each image should show, where the model can be asked for one."""
-    from dqtool.metrics.similarity import psnr, ssim
+    from dqtool.metrics.similarity import detail_ratio, psnr, ssim
 
     figures: dict[str, Any] = {"samples": len(images)}
     if "digits" in metrics:
@@ -307,6 +307,7 @@ def image_figures(
         for name, measure in (("psnr", psnr), ("ssim", ssim)):
             values = measure(images, expected, 2.0)
             figures[name] = {"mean": float(values.mean()), "median": float(values.median())}
+        figures["detail_power"] = detail_ratio(images, expected)
     return figures
 
 
@@ -418,6 +419,8 @@ def tell(artifact: Artifact, figures: dict[str, Any]) -> None:
     if "psnr" in figures:
         rows.append(("PSNR to the reference, dB", f"{figures['psnr']['mean']:.2f}", ""))
         rows.append(("SSIM to the reference", f"{figures['ssim']['mean']:.4f}", ""))
+    if "detail_power" in figures:
+        rows.append(("power of detail over the reference's", f"{figures['detail_power']:.3f}", ""))
     if "cost" in figures:
         cost = figures["cost"]
         rows.append(("bytes", f"{cost['bytes']:,}", f"{cost['bytes_float32']:,}"))

@@ -80,6 +80,7 @@ COLUMNS: dict[str, Column] = {
     "asked_digit": _eval("asked_digit_share", "digit asked for, %", 1, 1, 100),
     "psnr": Column("PSNR, dB", _at("eval", "psnr", "mean"), 1),
     "ssim": Column("SSIM", _at("eval", "ssim", "mean"), 1, 4),
+    "detail_power": Column("detail, of full precision", _at("eval", "detail_power"), 0, 3),
     "fid": _eval("fid", "FID", -1),
     "sfid": _eval("sfid", "sFID", -1),
     "is": _eval("is", "IS", 1),

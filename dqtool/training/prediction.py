@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqtool.core.detail import detail
 from dqtool.models.families import Family
 from dqtool.models.noise_correction import NoiseFit, StepNoise, fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
-from dqtool.nn.prediction import attach_prediction, corrected, detail, row_shapes, same_channels
+from dqtool.nn.prediction import attach_prediction, corrected, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of
 from dqtool.training.data import Problem, Reporter
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from dqtool.core.detail import detail
 from dqtool.errors import UsageError
-from dqtool.metrics.similarity import PSNR_CAP, mse, psnr, ssim
+from dqtool.metrics.similarity import PSNR_CAP, detail_ratio, mse, psnr, ssim
 
 
 def test_values_per_image() -> None:
@@ -59,3 +60,12 @@ def test_ssim_needs_pairs() -> None:
         ssim(torch.rand(2, 1, 8, 8), torch.rand(3, 1, 8, 8), 1.0)
     with pytest.raises(UsageError):
         ssim(torch.rand(2, 8), torch.rand(2, 8), 1.0)
+
+
+def test_softer_images_have_less_detail_whatever_their_order() -> None:
+    images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    soft = images - 0.2 * detail(images)
+    assert detail_ratio(images.flip(0), images) == pytest.approx(1)
+    assert detail_ratio(2 * images, images) == pytest.approx(4)
+    assert 0.4 < detail_ratio(soft, images) < 0.9
+    assert detail_ratio(images, torch.ones(4, 1, 8, 8)) == 1.0

@@ -12,6 +12,7 @@ from helpers import tiny_pipeline
 from synthetic import synthetic_network
 from torch import Tensor, nn
 
+from dqtool.core.detail import detail
 from dqtool.models.families import FAMILIES
 from dqtool.nn.lowered import LoweredNetwork
 from dqtool.nn.prediction import (
@@ -20,7 +21,6 @@ from dqtool.nn.prediction import (
     PredictionTables,
     attach_prediction,
     corrected,
-    detail,
     row_shapes,
     same_channels,
 )
@@ -49,14 +49,6 @@ def undo(prediction: Tensor, x: Tensor, tables: dict[str, Tensor], rows: list[in
     kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])[None, None] / 16
     fine = [each - F.conv2d(F.pad(each, (1, 1, 1, 1), mode="replicate"), kernel) for each in (prediction, x)]
     return expected + x * at["input"] + fine[0] * at["detail"] + fine[1] * at["input_detail"]
-
-
-def test_detail_is_what_a_binomial_blur_takes_away() -> None:
-    x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
-    kernel = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]).expand(3, 1, 3, 3) / 16
-    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
-    assert torch.allclose(detail(x), x - blurred, atol=1e-6)
-    assert torch.allclose(detail(torch.full((1, 1, 4, 4), 3.0)), torch.zeros(1, 1, 4, 4), atol=1e-6)
 
 
 def test_only_images_have_tables_for_detail() -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 import dqtool
 import dqtool.training.prediction
 from dqtool.artifacts import open_artifact
+from dqtool.core.detail import detail
 from dqtool.errors import UsageError
 from dqtool.models.noise_correction import fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
-from dqtool.nn.prediction import attach_prediction, corrected, detail
+from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.common import Common
 from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill
