@@ -74,7 +74,7 @@ def distill(
         bool | None,
         typer.Option(
             "--correct-noise/--no-correct-noise",
-            help="Take the errors of slope and mean out of every step's predictions, with tables fitted after training; "
+            help="Take the errors of slope, detail and mean out of every step's predictions, with tables fitted after training; "
             "left out: where bkd, bkd-blockwise or on-policy trained something.",
             show_default=False,
         ),

@@ -18,8 +18,10 @@ from dqtool.core.device import device_of
 from dqtool.nn.quantizers import gather_rows
 
 __all__ = [
+    "ALWAYS",
     "NAME",
     "OF_IMAGES",
+    "SAMPLE_NAMES",
     "PredictionTables",
     "attach_prediction",
     "correct_hook",
@@ -36,7 +38,7 @@ ALWAYS = ("scale", "bias")
 OF_IMAGES = (*ALWAYS, "detail", "input", "input_detail")
 """The tables of networks whose samples are images or latents, `[C, H, W]`; others have the first two."""
 
-SAMPLE_NAMES = ("sample", "hidden_states")
+SAMPLE_NAMES = ("sample", "hidden_states", "x")
 """What networks call the input that is shaped like their prediction, their first argument."""
 
 
@@ -82,7 +84,7 @@ class PredictionTables(nn.Module):
         """`prediction` `[N, ...]` of samples at the steps `rows`; computed in float32, returned as it came."""
         tables = {name: gather_rows(table, rows, len(prediction)) for name, table in self.tables().items()}
         dtype = tables["scale"].dtype
-        return corrected(prediction.to(dtype), sample.to(dtype), tables).to(prediction.dtype)
+        return corrected(prediction.to(dtype), sample.to(prediction.device, dtype), tables).to(prediction.dtype)
 
 
 def attach_prediction(model: nn.Module, tables: Mapping[str, Tensor]) -> None:
@@ -100,7 +102,7 @@ def correct_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output:
     """
     tables, steps = getattr(module, NAME), module.__dict__["_dqtool_steps"]
     sample = next((kwargs[name] for name in SAMPLE_NAMES if name in kwargs), None)
-    sample = args[0] if sample is None else sample
+    sample = args[0] if sample is None else sample  # by position it comes first
     if isinstance(output, tuple):
         return (tables(output[0], sample, steps.rows_beside(output[0])), *output[1:])
     first = next(iter(output))

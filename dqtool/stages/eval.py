@@ -28,8 +28,8 @@ __all__ = ["METRICS", "EvalOptions", "evaluate"]
 
 CODE_VERSION = 2
 METRICS = ("digits", "similarity", "layers", "cost")
-"""Groups of figures beside those of `dqtool.metrics.METRICS`: digit scores; PSNR and SSIM against the reference's samples of
-the same seeds; error per layer; size and BOPs."""
+"""Groups of figures beside those of `dqtool.metrics.METRICS`: digit scores; PSNR, SSIM and detail against the reference's samples
+of the same seeds; error per layer; size and BOPs."""
 LAYER_SAMPLES = 256
 
 

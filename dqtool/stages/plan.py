@@ -172,7 +172,7 @@ def _distill(execution: Execution, options: Any) -> Work:
     return {
         "blocks": blocks,
         "iterations": method.work(recipe, blocks),
-        **_size(calibrated, plans, steps, corrects(options)),
+        **_size(calibrated, plans, steps, _prediction_rows(calibrated) if corrects(options) else {}),
         "layers": layers,
     }
 
@@ -181,16 +181,18 @@ def _export(execution: Execution, _: Any) -> Work:
     from dqtool.models.packed import plans_of
     from dqtool.nn.prediction import NAME as PREDICTION
 
+    prefix = f"{PREDICTION}."
     distilled = read_manifest(execution.inputs[0]["name"])
     if execution.parameters["format"] == "dense":
-        return {"bytes": _size(distilled, [], 0, corrected=False)["bytes_float32"]}
+        return {"bytes": _size(distilled, [], 0)["bytes_float32"]}
     keys = ("name", "shape", "bits", "macs")
     layers = [{key: layer[key] for key in keys} for layer in distilled.layers]
     if execution.parameters["format"] != "dq":  # other formats' files are not known to the byte beforehand
         return {"layers": layers}
     path = execution.inputs[0]["name"]
-    corrected = f"{PREDICTION}.scale" in read_header(path)
-    return {**_size(distilled, plans_of(distilled), _timesteps(path), corrected), "layers": layers}
+    header = read_header(path)
+    rows = {n.removeprefix(prefix): tuple(e["shape"][1:]) for n, e in header.items() if n.startswith(prefix)}
+    return {**_size(distilled, plans_of(distilled), _timesteps(path), rows), "layers": layers}
 
 
 def _eval(execution: Execution, _: Any) -> Work:
@@ -226,19 +228,27 @@ _WORK: dict[str, Callable[[Execution, Any], Work]] = {
 }
 
 
-def _size(manifest: Manifest, plans: Sequence[Any], timesteps: int, corrected: bool) -> Work:
+def _prediction_rows(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """By name the shape of a row of each table that will correct the network's predictions."""
+    from dqtool.models.families import family_of
+    from dqtool.nn.prediction import row_shapes
+
+    return row_shapes(family_of(manifest.model["class"], "manifest").prediction_row(manifest.model["config"]))
+
+
+def _size(
+    manifest: Manifest, plans: Sequence[Any], timesteps: int, prediction: Mapping[str, tuple[int, ...]] | None = None
+) -> Work:
     """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
     from dqtool.core.cost import bops, file_bytes
     from dqtool.models.families import family_of
-    from dqtool.nn.prediction import row_shapes
     from dqtool.nn.surgery import state_shapes
     from dqtool.stages.export import network_shapes, swapped
 
     family = family_of(manifest.model["class"], "manifest")
     shapes = network_shapes(family, manifest.model["config"], manifest.layers)
-    tables = row_shapes(family.prediction_row(manifest.model["config"])) if corrected else None
     return {
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, tables))),
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, prediction))),
         "bytes_float32": file_bytes(swapped(shapes)),
         "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
         "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),

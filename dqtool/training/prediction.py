@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dqtool.core.detail import detail
 from dqtool.models.families import Family
-from dqtool.models.noise_correction import NoiseFit, StepNoise, fit_noise
+from dqtool.models.noise_correction import LEAST_FACTOR, NoiseFit, StepNoise, fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of
@@ -27,7 +27,7 @@ from dqtool.training.data import Problem, Reporter
 __all__ = ["correct_predictions", "fit_step", "fit_tables"]
 
 DAMPING = 0.1
-"""Of a prediction that was lost altogether, a factor of at most its inverse stays."""
+"""Share of the error's power that is added to the products, see `fit_tables`."""
 
 SEED_STRIDE, SEED_OFFSET = 7919, 2_000_000
 """Of the images it is fitted on: neither calibration's nor those that `on_policy` samples."""
@@ -42,8 +42,7 @@ class StepTables(StepNoise):
     def corrected(self, prediction: Tensor, inputs: Tensor) -> Tensor:
         """What the network will return once it has these rows."""
         along = (1, -1, *[1] * (prediction.dim() - 2))
-        rows = {name: row.to(prediction).view(along) for name, row in self.rows.items()}
-        return corrected(prediction, inputs, rows)
+        return corrected(prediction, inputs, {name: row.to(prediction).view(along) for name, row in self.rows.items()})
 
 
 def fit_step(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> StepTables:
@@ -59,8 +58,9 @@ def fit_tables(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool
 
     With the terms q of the quantized prediction and e of the exact one (the inputs' are the same), the factors w solve
     `<e, exact - quantized - w q> = 0`: instrumental variables, where least squares on q would make predictions smaller.
-    Of one term that is PTQD's `1 / (1 + k)`. A tenth of the power of `q - e` is added to the products: it counts only where
-    there is more noise than prediction, and bounds what a prediction that was lost is multiplied with.
+    Of one term that is PTQD's `1 / (1 + k)`. A tenth of the power of `q - e` is added to the products, which counts only where
+    there is more noise than prediction. Where less than `LEAST_FACTOR` is left of any combination of the terms there is
+    nothing to scale back: then the prediction gets one factor for the whole, as if that much were left of it.
 
     Args:
         quantized: `[N, C, ...]`, as are `exact` and `inputs`.
@@ -77,14 +77,31 @@ def fit_tables(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool
 
     ours, theirs = terms(quantized), terms(exact)
     q, e = centred(ours), centred(theirs)
-    noise = q - e
-    products = e @ q.T + DAMPING * noise @ noise.T
+    powers, products, noise = e @ e.T, e @ q.T, (q - e) @ (q - e).T
     missing = theirs[0] - ours[0]
-    factors = torch.linalg.pinv(products) @ (e @ centred(missing))
+    wanted = e @ centred(missing)
+    if least_kept(powers, products) >= LEAST_FACTOR:
+        factors = torch.linalg.pinv(products + DAMPING * noise) @ wanted
+    else:
+        factors = torch.zeros_like(wanted)
+        left = products[0, 0].clamp_min(LEAST_FACTOR * powers[0, 0]) + DAMPING * noise[0, 0]
+        factors[0] = wanted[0] / left if left > 0 else 0.0
     bias = missing.mean(1) - (factors[:, None] * ours.mean(2)).sum(0)
     factors[0] += 1
     rows = {name: factor.expand(len(bias)).float() for name, factor in zip(names, factors, strict=True)}
     return {**rows, "bias": bias.float()}
+
+
+def least_kept(powers: Tensor, products: Tensor) -> float:
+    """Of all combinations of the exact terms, how much the quantized prediction keeps of the one of which it keeps least: 1 of
+    every one where nothing was lost. `powers` `<e, e>` and `products` `<e, q>`, `[K, K]`."""
+    values, vectors = torch.linalg.eigh(powers)
+    there = values > 1e-9 * values.max()
+    if not bool(there.any()):
+        return 1.0
+    whitening = vectors[:, there] * values[there].rsqrt()
+    kept = whitening.T @ products @ whitening
+    return float(torch.linalg.eigvalsh((kept + kept.T) / 2).min())
 
 
 def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int, progress: Reporter) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dqtool
 from dqtool.errors import ArtifactError
@@ -83,3 +84,26 @@ def test_what_does_not_fit_is_refused(exported: Path, tmp_path: Path, edit: str)
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError):
         UNet2DModel.from_pretrained(str(directory))
+
+
+def test_exports_from_when_predictions_had_two_tables_load(exported: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    found = {}
+    for name in ("plain", "corrected"):
+        directory = tmp_path / name
+        shutil.copytree(exported / "unet", directory)
+        weights = directory / "diffusion_pytorch_model.safetensors"
+        config = json.loads((directory / "config.json").read_text())
+        state = {k: v for k, v in load_file(weights).items() if not k.startswith("prediction.")}
+        config["quantization_config"].pop("prediction", None)
+        if name == "corrected":
+            config["quantization_config"]["prediction"] = [1, 1, 1]
+            rows = torch.ones(len(state["timesteps"]), 1, 1, 1)
+            state |= {"prediction.scale": 2 * rows, "prediction.bias": 0.5 * rows}
+        (directory / "config.json").write_text(json.dumps(config))
+        save_file(state, weights)
+        found[name] = UNet2DModel.from_pretrained(str(directory))
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(found["corrected"](x, 999).sample, 2 * found["plain"](x, 999).sample + 0.5, atol=1e-6)

@@ -15,7 +15,7 @@ import dqtool.training.prediction
 from dqtool.artifacts import open_artifact
 from dqtool.core.detail import detail
 from dqtool.errors import UsageError
-from dqtool.models.noise_correction import fit_noise
+from dqtool.models.noise_correction import LEAST_FACTOR, fit_noise
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
@@ -24,7 +24,7 @@ from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, dist
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.plan import plan_stage
 from dqtool.training.data import Problem
-from dqtool.training.prediction import DAMPING, SEED_OFFSET, correct_predictions, fit_tables
+from dqtool.training.prediction import SEED_OFFSET, correct_predictions, fit_tables
 
 
 def errors(problem: Problem, images: int) -> list[tuple[float, float]]:
@@ -77,9 +77,20 @@ def test_of_tokens_and_without_noise_the_factor_is_that_of_ptqd(exact: Tensor, i
     assert rows["bias"].tolist() == pytest.approx([-0.1 / 0.95] * 2, abs=1e-3)
 
 
-def test_a_prediction_that_was_lost_is_multiplied_by_a_bounded_factor(exact: Tensor, inputs: Tensor) -> None:
-    rows = fit_tables(0.001 * exact, exact, inputs, of_images=False)
-    assert 5 < float(rows["scale"][0]) <= 1 + 1 / DAMPING
+@pytest.mark.parametrize("of_images", [False, True])
+@pytest.mark.parametrize("kept", [0.05, 0.001, -0.05, -0.127, -0.3])
+def test_a_prediction_that_was_lost_is_multiplied_by_a_bounded_factor(
+    exact: Tensor, inputs: Tensor, kept: float, of_images: bool
+) -> None:
+    rows = fit_tables(kept * exact + 0.1, exact, inputs, of_images)
+    assert 3 < float(rows["scale"][0]) < 1 / LEAST_FACTOR
+    assert all(float(rows[name].abs().max()) == 0 for name in rows if name not in ("scale", "bias"))
+
+
+def test_detail_that_was_lost_is_not_multiplied_without_bound(exact: Tensor, inputs: Tensor) -> None:
+    rows = fit_tables(exact - 0.99 * detail(exact), exact, inputs, of_images=True)
+    assert 1 <= float(rows["scale"][0]) <= 1 / LEAST_FACTOR
+    assert float(rows["detail"].abs().max()) == 0
 
 
 def test_an_exact_prediction_is_left_alone(exact: Tensor, inputs: Tensor) -> None:

@@ -19,6 +19,7 @@ from dqtool.artifacts import read_header
 from dqtool.artifacts.tensorfile import load_tensors
 from dqtool.errors import ArtifactError
 from dqtool.models.families.base import Family, square_sample
+from dqtool.nn.prediction import SAMPLE_NAMES
 
 __all__ = ["EXAMPLE", "PREFIX", "Generic", "example_shapes"]
 
@@ -28,7 +29,6 @@ PREFIX = "generic:"
 EXAMPLE = "_example"
 """Config key: shape, dtype and (integers') largest value of one sample's further arguments, by name."""
 
-SAMPLES = ("sample", "hidden_states", "x")
 TIMES = ("timestep", "timesteps", "t")
 
 
@@ -64,12 +64,12 @@ class Generic(Family):
         if cls is None:
             raise ArtifactError(f"diffusers has no class '{class_name}'", where="model config, key _class_name")
         parameters = inspect.signature(cls.forward).parameters
-        found = [name for name in SAMPLES if name in parameters]
+        found = [name for name in SAMPLE_NAMES if name in parameters]
         if not found or "timestep" not in parameters:
             raise ArtifactError(
                 f"{class_name}.forward takes no sample and timestep",
                 where="--family generic",
-                fix=f"A denoising network is needed: forward({SAMPLES[0]} or {SAMPLES[1]}, timestep, ...)",
+                fix=f"A denoising network is needed: forward({SAMPLE_NAMES[0]} or {SAMPLE_NAMES[1]}, timestep, ...)",
             )
         self.sample = found[0]
         empty = inspect.Parameter.empty
