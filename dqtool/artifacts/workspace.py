@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ class Workspace:
     Pieces of another fingerprint belong to another run and are discarded when the workspace is opened. The directory
     is made by the first `save` and removed by `clear`, after the commit. Only the holder of the lock on `path` may
     use it. Every method raises `EnvironmentFault` when the disk is in the way.
+
+    Beside the pieces stands what they took, so that work done in several runs knows its whole cost (`spent`).
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
@@ -34,6 +37,8 @@ class Workspace:
         self.fingerprint = fingerprint
         self._index = self.directory / "index.json"
         self._pieces: dict[str, dict[str, Any]] = {}
+        self._earlier = (0.0, 0.0)
+        self.restart_clock()
         if os.path.lexists(self.directory):
             pieces = self._read_index()
             if pieces is None:
@@ -68,14 +73,25 @@ class Workspace:
             digest = sha256_file(new)
             os.replace(new, self._file(key))
             self._pieces[key] = {"sha256": digest}
-            index = {"fingerprint": self.fingerprint, "pieces": self._pieces}
+            index = {"fingerprint": self.fingerprint, "pieces": self._pieces, "spent": self.spent()}
             write_text(self._index, json.dumps(index, indent=1) + "\n")
         except OSError as error:
             raise os_fault(error, self.directory) from error
 
+    def restart_clock(self) -> None:
+        """Count this run's seconds from here (without it, since the workspace was opened)."""
+        self._began = (time.perf_counter(), time.process_time())
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds and processor's seconds: this run's, and those of earlier runs up to their last `save`."""
+        now = (time.perf_counter(), time.process_time())
+        first, second = (e + n - b for e, n, b in zip(self._earlier, now, self._began, strict=True))
+        return first, second
+
     def clear(self) -> None:
         """Remove the workspace."""
         self._pieces = {}
+        self._earlier = (0.0, 0.0)
         try:
             shutil.rmtree(self.directory)
         except FileNotFoundError:
@@ -91,6 +107,8 @@ class Workspace:
             index = json.loads(self._index.read_bytes())
             if index["fingerprint"] != self.fingerprint:
                 return None
+            seconds, processor = index.get("spent", (0.0, 0.0))
+            self._earlier = (float(seconds), float(processor))
             return {str(key): {"sha256": piece["sha256"]} for key, piece in index["pieces"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

@@ -135,12 +135,12 @@ CONTENDERS = {
         _float("bf16", dtype="bfloat16"),
         _float("bf16-channels-last", dtype="bfloat16", channels_last=True),
         _float("bf16-compile", dtype="bfloat16", compiled=True),
-        _ir("openvino-fp32", quantized=False, precision="f32"),
-        _ir("openvino-bf16", quantized=False, precision="bf16"),
+        _ir("fp32-openvino", quantized=False, precision="f32"),
+        _ir("bf16-openvino", quantized=False, precision="bf16"),
         _ir("nncf-int8", quantized=True, precision=None),
     )
 }
-"""What the network is measured against, by name."""
+"""What the network is measured against, by name. None is the name of a runtime."""
 
 GROUPS = {"fp32": ("fp32", "fp32-channels-last"), "bf16": ("bf16", "bf16-channels-last")}
 """Names that stand for the same thing in more than one memory format: the faster one counts."""

@@ -34,7 +34,7 @@ def bench(
         str,
         typer.Option(
             metavar="A,B,...",
-            help="fp32, bf16, fp32-compile, bf16-compile, openvino-fp32, openvino-bf16, nncf-int8, or none.",
+            help="fp32, bf16, fp32-compile, bf16-compile, fp32-openvino, bf16-openvino, nncf-int8, or none.",
         ),
     ] = "fp32,bf16",
     batch: Annotated[

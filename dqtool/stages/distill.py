@@ -228,7 +228,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         network_batch=LOW_MEMORY_NETWORK if options.low_memory else Problem.network_batch,
     )
     return_freed_memory()
-    begin, cpu = time.perf_counter(), time.process_time()
+    workspace.restart_clock()
     device = device_of(student)
     peak_bytes(device)
     with MemoryMeter(level) as memory:
@@ -240,11 +240,8 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
             with report.progress("distill: predictions", len(problem.trajectory.timesteps), "step") as progress:
                 trained |= correct_predictions(problem, config, CORRECT_IMAGES, progress)
     if trained:
-        trained |= {
-            "training_seconds": time.perf_counter() - begin,
-            "training_cpu_seconds": time.process_time() - cpu,
-            **memory.figures(),
-        }
+        seconds, processor = workspace.spent()
+        trained |= {"training_seconds": seconds, "training_cpu_seconds": processor, **memory.figures()}
         on_device = peak_bytes(device)
         trained |= {} if on_device is None else {"peak_device_bytes": on_device}
     state = main_memory(packed_state(student))

@@ -141,13 +141,19 @@ def _print_plan(tables: Sequence[Table], plans: Sequence[Sequence[Cell]], store:
         rows.append(_plan_row(table.name, found))
     everything = forecast([cell for cells in plans for cell in cells], store)
     rows.append(_plan_row("all (shared cells once)", everything))
-    print("\n".join(report.table_lines(["table", "cells", "finished", "can't run", "hours of one core"], rows)))
+    print("\n".join(report.table_lines(["table", "cells", "finished", "can't run", "core hours left", "in all"], rows)))
     for text in sorted({cell.problem for cells in plans for cell in cells if cell.problem}):
         print(f"can't run: {text}")
 
 
 def _plan_row(name: str, found: dict[str, Any]) -> tuple[Any, ...]:
-    return (name, found["cells"], found["finished"], found["problems"], f"{found['seconds'] / 3600:.2f}")
+    return (
+        name,
+        found["cells"],
+        found["finished"],
+        found["problems"],
+        *(f"{found[each] / 3600:.2f}" for each in ("seconds", "whole_seconds")),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long pending cells will take, from what finished ones took."""
+"""How long cells take that are pending, and all of them, from what finished ones took."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dqtool.tables.cells import CellStore
-from dqtool.tables.planning import Cell
+from dqtool.tables.planning import Cell, Step
 
 __all__ = ["forecast"]
 
@@ -16,24 +16,37 @@ iteration (of a block and of the pass over all blocks), a step of an image."""
 
 
 def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
-    """Cells in all (each once), finished ones, those that can't run, and seconds of one worker for the rest."""
+    """Cells in all (each once), finished ones, those that can't run, and seconds of one worker: `seconds` for what is left,
+    `whole_seconds` for all of it, as if nothing were there."""
     rates = _rates(store.every())
     unique = {cell.key: cell for cell in cells if cell.key}
     done = {key for key in unique if store.load(key) is not None}
     made = {step.key for key in done for step in unique[key].steps}
-    seconds, counted = 0.0, set(made)
-    for key, cell in unique.items():
-        if key in done:
-            continue
+    left, whole = 0.0, 0.0
+    counted: set[str] = set()
+    for cell in unique.values():
         for step in cell.steps:
-            if step.key not in counted:
-                counted.add(step.key)
-                kind = (step.stage, step.model, str(step.parameters.get("method")))
-                work = _work(step.stage, step.parameters, _sampling_steps(step.parameters for step in cell.steps))
-                known = (rates[kind[:length]] for length in (3, 2, 1) if kind[:length] in rates)
-                seconds += next(known, PRIOR[step.stage]) * work
+            if step.key in counted:
+                continue
+            counted.add(step.key)
+            seconds = _seconds(step, _sampling_steps(step.parameters for step in cell.steps), rates)
+            whole += seconds
+            left += seconds if step.key not in made else 0.0
     problems = [cell for cell in cells if cell.problem]
-    return {"cells": len(unique), "finished": len(done), "problems": len(problems), "seconds": seconds}
+    return {
+        "cells": len(unique),
+        "finished": len(done),
+        "problems": len(problems),
+        "seconds": left,
+        "whole_seconds": whole,
+    }
+
+
+def _seconds(step: Step, sampling_steps: int, rates: Mapping[tuple[str, ...], float]) -> float:
+    """Of one stage, by the closest rate that was measured."""
+    kind = (step.stage, step.model, str(step.parameters.get("method")))
+    known = (rates[kind[:length]] for length in (3, 2, 1) if kind[:length] in rates)
+    return next(known, PRIOR[step.stage]) * _work(step.stage, step.parameters, sampling_steps)
 
 
 def _sampling_steps(parameters: Iterable[Mapping[str, Any]]) -> int:

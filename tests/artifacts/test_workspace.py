@@ -30,6 +30,26 @@ def test_keeps_pieces_across_runs_in_order(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [] and again.keys() == []
 
 
+def test_what_earlier_runs_spent_counts_up_to_their_last_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0, 10.0]
+    monkeypatch.setattr("dqtool.artifacts.workspace.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dqtool.artifacts.workspace.time.process_time", lambda: now[1])
+    first = Workspace(tmp_path / "x", "f")
+    now[:] = [105.0, 12.0]
+    first.restart_clock()
+    now[:] = [115.0, 20.0]
+    first.save("a", A)
+    now[:] = [200.0, 90.0]  # lost with the interrupt
+    assert first.spent() == (95.0, 78.0)
+
+    again = Workspace(tmp_path / "x", "f")
+    now[:] = [201.0, 90.5]
+    assert again.spent() == (11.0, 8.5)
+    again.save("b", B)
+    assert Workspace(tmp_path / "x", "f").spent() == (11.0, 8.5)
+    assert Workspace(tmp_path / "x", "g").spent() == (0.0, 0.0)
+
+
 def test_of_another_fingerprint_is_discarded(tmp_path: Path):
     Workspace(tmp_path / "x", "f").save("a", A)
     assert Workspace(tmp_path / "x", "g").keys() == []
