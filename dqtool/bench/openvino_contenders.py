@@ -93,11 +93,11 @@ def require(package: str, extra: str) -> Any:
 def _convert(subject: Subject) -> Any:
     """The float network as an OpenVINO model whose inputs are the tensors of the arguments, in their order."""
     import diffusers
-    import openvino
     import torch
     from torch import nn
     from torch.utils._pytree import tree_flatten, tree_unflatten
 
+    from dqtool.formats.openvino import converted
     from dqtool.models.amendments import amend
 
     network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory)
@@ -116,8 +116,7 @@ def _convert(subject: Subject) -> Any:
             filled = [next(queue) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             return self.network(**tree_unflatten(filled, structure), return_dict=False)[0]
 
-    with torch.no_grad():
-        return openvino.convert_model(Positional(), example_input=tuple(tensors))
+    return converted(Positional(), tuple(tensors))
 
 
 def _feed(arguments: Arguments) -> list[Any]:

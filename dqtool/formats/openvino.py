@@ -35,6 +35,7 @@ __all__ = [
     "OpenVINOProduct",
     "build_ir",
     "compile_settings",
+    "converted",
     "integer_layers",
     "prepare",
     "saturates",
@@ -126,8 +127,8 @@ def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], satu
     timesteps: Tensor = packed.timesteps  # type: ignore[assignment]
     lowered = LoweredNetwork(packed.eval().requires_grad_(False), example, OpenVINOProduct(saturating), family.sample)
     tensors = traced_arguments(example)
-    with torch.no_grad(), quiet_tracing():
-        model = openvino.convert_model(lowered, example_input=tuple(tensors.values()))
+    with quiet_tracing():
+        model = converted(lowered, tuple(tensors.values()))
     shapes = {}
     for port, (name, tensor) in zip(model.inputs, tensors.items(), strict=True):
         port.get_node().set_friendly_name(name)
@@ -139,6 +140,17 @@ def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], satu
     model.reshape(shapes)
     model.set_rt_info(" ".join(f"{t:.9g}" for t in timesteps.tolist()), TIMESTEPS)
     return model
+
+
+def converted(network: nn.Module, inputs: tuple[Tensor, ...]) -> openvino.Model:
+    """The OpenVINO model of a network that takes `inputs`, which it is traced with, once: PyTorch's check of a trace would
+    trace it again and run it three times, minutes for the largest."""
+    import openvino
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with torch.no_grad():
+        decoder = TorchScriptPythonDecoder(network, example_input=inputs, trace_kwargs={"check_trace": False})
+        return openvino.convert_model(decoder, example_input=inputs)
 
 
 def save_ir(model: openvino.Model, path: Path) -> None:
