@@ -60,6 +60,12 @@ def _sum_seconds(metrics: Metrics) -> float | None:
     return None if parts[-1] is None else sum(part or 0.0 for part in parts)
 
 
+def _training_memory(metrics: Metrics) -> float | None:
+    """Of the device where there is one beside main memory."""
+    on_device = _at("distill", "peak_device_bytes", scale=1e-6)(metrics)
+    return _at("distill", "peak_memory_bytes", scale=1e-6)(metrics) if on_device is None else on_device
+
+
 def _curve_end(index: int) -> Callable[[Metrics], float | None]:
     def value(metrics: Metrics) -> float | None:
         curve = (metrics.get("distill") or {}).get("loss_curve") or []
@@ -98,10 +104,10 @@ COLUMNS: dict[str, Column] = {
     "size_ratio": Column("smaller", _at("eval", "cost", "size_ratio"), 1, 1),
     "bops_ratio": Column("fewer BOPs", _at("eval", "cost", "bops_ratio"), 1, 1),
     "train_points": Column("points", _at("distill", "train_points"), -1, 0),
-    "train_seconds": Column("training, s", _at("distill", "seconds"), -1, 0),
+    "train_seconds": Column("training, s", _at("distill", "training_seconds"), -1, 0),
     "quantize_seconds": Column("dilate to distill, s", _sum_seconds, -1, 0),
     "train_cpu": Column("processor, s", _at("distill", "training_cpu_seconds"), -1, 0),
-    "train_memory": Column("training memory, MB", _at("distill", "peak_memory_bytes", scale=1e-6), -1, 0),
+    "train_memory": Column("training memory, MB", _training_memory, -1, 0),
     "train_allocated": Column("without mapped files, MB", _at("distill", "peak_anonymous_bytes", scale=1e-6), -1, 0),
     "unsaturated": Column("unsaturated in-channels, %", _at("dilate", "unsaturated_share", scale=100), 0, 1),
     "mean_dilation": Column("mean s", _at("dilate", "mean_dilation"), 0, 3),

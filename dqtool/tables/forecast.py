@@ -56,7 +56,7 @@ def _sampling_steps(parameters: Iterable[Mapping[str, Any]]) -> int:
 def _work(stage: str, parameters: Mapping[str, Any], sampling_steps: int) -> float:
     if stage == "distill":
         recipe = parameters.get("recipe") or {}
-        return 10.0 + float(recipe.get("iters") or 0) + float(recipe.get("refine_iters") or 0)
+        return 10.0 + sum(float(recipe.get(name) or 0) for name in ("iters", "refine_iters", "temporal_iters"))
     samples = float(parameters.get("samples", 1))
     return samples * sampling_steps if stage == "eval" else samples
 

@@ -24,6 +24,7 @@ __all__ = ["Cell", "Step", "Target", "plan_table"]
 NEEDED_STATISTICS = "statistics"
 """Stands for the path of `--stats` until there is one."""
 METRICS = ("digits", "similarity", "cost")
+ITERATIONS = ("iters", "refine_iters")
 PUBLISHED_METRICS = ("similarity", "cost")
 
 
@@ -101,10 +102,11 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     if target.model is None or target.schedule is not None:
         base = _merged([base, {stage: dict(values) for stage, values in schedule.options.items()}])
     merged = _merged([base, *layers])
-    if target.model is not None:
+    if target.model is not None and "metrics" not in target.overrides.get("eval", {}):
         merged["eval"]["metrics"] = _with_files(merged["eval"])
     model = target.model or group.model or table.model
     try:
+        merged["distill"] = _of_the_method(merged.get("distill", {}), row.options.get("distill", {}))
         if "distill" in table.stages and (target.model is None or target.schedule is not None):
             merged["distill"] = _shortened(merged.get("distill", {}), schedule.share)
         for stage in ("calibrate", "distill", "eval"):
@@ -119,15 +121,19 @@ def _merged(layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> Options:
 
 
 def _with_files(values: Mapping[str, Any]) -> list[str]:
-    """The metrics of a published model: those named, else those that the files given are enough for."""
+    """The metrics of a published model: those named, and those that the files given are enough for."""
     named = list(values["metrics"])
-    if tuple(named) != PUBLISHED_METRICS:
-        return named
     inception = "inception_weights" in values
     named += ["is"] if inception else []
     named += ["fid", "sfid", "pr"] if inception and "ref_stats" in values else []
     named += ["clip"] if "clip" in values else []
     return named + (["aesthetic"] if "clip" in values and "aesthetic_weights" in values else [])
+
+
+def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any]) -> dict[str, Any]:
+    """Without iterations that a whole table was given and that the row's method has no use for."""
+    has = _parameters("distill", make_options("distill", {"method": values.get("method")}))["recipe"]
+    return {k: v for k, v in values.items() if k not in ITERATIONS or has.get(k) or k in of_row}
 
 
 def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
     defaults = _parameters("distill", make_options("distill", {"method": values.get("method")}))["recipe"]
     given = dict(values)
     plain = given.get("iters") == 0  # which is PTQ
-    for key in ("iters", "refine_iters"):
+    for key in ITERATIONS:
         if defaults.get(key) and key not in given and not plain:
             given[key] = max(1, round(defaults[key] * share))
     return given
@@ -148,8 +154,8 @@ def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step
     it waits for the calibration that follows."""
     from dqtool.core.scaling import scaling_method
 
-    digest = model_digest(model)
     dilate = dict(options.get("dilate", {}))
+    digest = model_digest(model, dilate.get("config"), dilate.get("components"), tuple(dilate.get("lora", ())))
     method = scaling_method(dilate.get("scaling", "auto"))
     if method.needs_samples:  # the bits whose outputs it compares are those the cell will have
         dilate.setdefault("bits", options.get("distill", {}).get("bits", "4/4"))
@@ -195,12 +201,12 @@ def _parameters(stage: str, options: Any) -> dict[str, Any]:
 
 
 @lru_cache
-def model_digest(model: str) -> str:
-    """sha256 of the model's weights.
+def model_digest(model: str, config: str | None, components: str | None, lora: tuple[str, ...]) -> str:
+    """sha256 of the model's weights, as `dilate` records it with these options.
 
     Raises:
         EnvironmentFault: it is not there.
     """
     from dqtool.models.sources import resolve_model
 
-    return resolve_model(model).sha256()
+    return resolve_model(model, config, components, lora).sha256()

@@ -68,6 +68,8 @@ class Runner:
                 time.sleep(POLL)
 
     def _finish(self, cell: Cell) -> None:
+        import torch
+
         start = time.perf_counter()
         artifacts: dict[str, Path] = {}
         record: dict[str, Any] = {
@@ -75,7 +77,7 @@ class Runner:
                 {"stage": step.stage, "parameters": dict(step.parameters), "key": step.key} for step in cell.steps
             ],
             "model": cell.steps[0].model,
-            "environment": environment(str(resolve_device(self.common.device))),
+            "environment": environment(str(resolve_device(self.common.device)), torch.get_num_threads()),
             "dqtool": dqtool_version(),
             "measures": MEASURES_VERSION,
         }
@@ -86,11 +88,20 @@ class Runner:
                     entry["cpu_seconds"] = round(seconds, 1)
             bits = next((str(step.parameters["bits"]) for step in cell.steps if step.stage == "distill"), "4/4")
             record["metrics"] = measure(artifacts, bits)
+            self._count_earlier_runs(record)
         except NumericError as error:
             record["failed"] = str(error)
             tell(f"  the numbers failed: {error}")
         record["seconds"] = round(time.perf_counter() - start, 1)
         self.store.save(cell.key, record)
+
+    @staticmethod
+    def _count_earlier_runs(record: dict[str, Any]) -> None:
+        """A training that was interrupted knows what all its runs took."""
+        whole = record["metrics"].get("distill", {}).get("training_cpu_seconds", 0.0)
+        for entry in record["stages"]:
+            if entry["stage"] == "distill" and "cpu_seconds" in entry:
+                entry["cpu_seconds"] = round(max(entry["cpu_seconds"], whole), 1)
 
     def _make(self, step: Step) -> tuple[Path, float | None]:
         """The artifact of a step, made unless it is there, and the processor's seconds it took (None: it was there)."""

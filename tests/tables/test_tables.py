@@ -77,8 +77,10 @@ def test_every_table_is_valid_and_plans_cells(path: Path) -> None:
     cells = plan_table(table, Target())
     rows = {row.name for row in table.rows if not row.paper_only}
     assert {cell.row for cell in cells} == rows
-    assert {cell.row for cell in plan_table(table, Target(model="zoo:digits-ddpm"))} == rows
-    assert all(cell.steps or cell.problem for cell in cells)
+    published = plan_table(table, Target(model="zoo:digits-ddpm"))
+    assert {cell.row for cell in published} == rows
+    assert [cell.problem for cell in (*cells, *published) if cell.problem] == []
+    assert all(cell.steps for cell in (*cells, *published))
     labels = [(cell.group, cell.row, cell.seed) for cell in cells]
     assert len(set(labels)) == len(labels)
     assert {cell.seed for cell in cells if cell.steps} <= {0, 1, 2}
@@ -157,7 +159,8 @@ def test_a_finished_table_is_never_run_again_even_without_its_artifacts(
     capsys.readouterr()
     assert main([str(tiny), "--dry-run", "--results", str(finished / "results")]) == 0
     row = capsys.readouterr().out.splitlines()[2].split()
-    assert row == ["tiny", "4", "4", "0", "0.00"]
+    assert row[:5] == ["tiny", "4", "4", "0", "0.00"]
+    assert float(row[5]) >= 0
 
 
 def test_a_killed_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

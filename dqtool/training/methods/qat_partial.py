@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QatPartialOptions:
-    """`temporal_iters` for the timestep's path, then `iters` for the network; rates as in `Rates`."""
+    """`temporal_iters` for the timestep's path, then `iters` for the network (who gives those gets as much less of the
+    others); rates as in `Rates`."""
 
     iters: int = 3000
     temporal_iters: int = 500
@@ -65,9 +66,12 @@ def train(problem: Problem, options: QatPartialOptions, bars: Bars) -> dict[str,
     return metrics | {"trained_layers": list(chosen)}
 
 
-def settle(options: QatPartialOptions, _given: Mapping[str, Any]) -> QatPartialOptions:
-    """`--iters 0` is plain PTQ."""
-    return options if options.iters else replace(options, temporal_iters=0)
+def settle(options: QatPartialOptions, given: Mapping[str, Any]) -> QatPartialOptions:
+    """A given `iters` is another length for all of it; 0 is plain PTQ."""
+    if given.get("iters") is None:
+        return options
+    share = options.iters / QatPartialOptions.iters
+    return replace(options, temporal_iters=round(QatPartialOptions.temporal_iters * share))
 
 
 METHOD = Method(
