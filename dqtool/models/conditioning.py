@@ -91,6 +91,17 @@ class Conditions:
         rows = self.rows(start, stop)
         return {name: values[rows] for name, values in self.table.items()}
 
+    def evenly(self, images: int) -> Conditions:
+        """Those of as many images: where there are more conditions, some of them, evenly over the list."""
+        kinds = len(self) - self.guided
+        if not self.table or images >= kinds:
+            return self
+        rows = _spread(kinds, images)
+        names = [self.names[row] for row in rows.tolist()] if self.names else []
+        rows = torch.cat([rows, torch.arange(kinds, len(self))])
+        table = {name: values[rows] for name, values in self.table.items()}
+        return Conditions(table, self.guidance, names, None if self.digits is None else self.digits[rows])
+
     @property
     def null(self) -> dict[str, Tensor] | None:
         """The null condition, `[1, ...]` each; None without guidance."""

@@ -115,7 +115,8 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     from dqtool.models.packed import layer_infos
     from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.nn.statistics import collect
-    from dqtool.stages.artifact_models import conditions_of, split_dilated, teacher_of, trajectory_of
+    from dqtool.stages.artifact_models import conditions_of, split_dilated, teacher_of
+    from dqtool.training.data import Trajectory
 
     manifest = dilated.manifest
     family, config = network_of(manifest.model)
@@ -133,8 +134,9 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     generator = torch.Generator().manual_seed(options.seed)
     blocks = [block["name"] for block in manifest.metrics["blocks"]]
     quotas = quotas_by_step(network, shape, sampler, timesteps, conditions, options, blocks, generator)
+    conditions = conditions.evenly(images_of(quotas, conditions))
     trajectory, seen = record(network, shape, sampler, timesteps, conditions, options, quotas, generator)
-    points = trajectory_of({**seen, "timesteps": timesteps})
+    points = Trajectory.of({**seen, "timesteps": timesteps})
 
     def per_step(what: str) -> Iterator[Callable[[], None]]:
         with report.progress(f"calibrate: {what}", len(timesteps)) as progress:
@@ -212,6 +214,7 @@ def quotas_by_step(
         found.setdefault(float(timestep), main_memory(latest[0].detach().clone()))
 
     images = min(options.batch_size, options.samples)
+    conditions = conditions.evenly(images)
     handle = network.get_submodule(middle).register_forward_hook(keep)
     try:
         batches = sampler.batches(
@@ -223,6 +226,11 @@ def quotas_by_step(
         handle.remove()
     features = torch.stack([found[float(t)] for t in timesteps])
     return draw.function(DrawInput(len(timesteps), options.samples, generator, features))
+
+
+def images_of(quotas: Tensor, conditions: Conditions) -> int:
+    """How many images are sampled: with guidance a step of one makes two points."""
+    return -(-int(quotas.max()) // (1 + conditions.guided))
 
 
 def record(
@@ -249,7 +257,7 @@ def record(
     from dqtool.models.sampling import CALIBRATION
 
     steps, halves = len(timesteps), 1 + conditions.guided
-    images = -(-int(quotas.max()) // halves)
+    images = images_of(quotas, conditions)
     row_of = {float(t): i for i, t in enumerate(timesteps)}
     pools: list[list[Tensor]] = [[] for _ in range(steps)]
     owners: list[list[Tensor]] = [[] for _ in range(steps)]

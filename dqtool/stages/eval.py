@@ -354,7 +354,7 @@ def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, op
     sampler, conditions = maker.sampler, maker.conditions
     halves = 1 + conditions.guided
     images = max(1, LAYER_SAMPLES // (sampler.steps * halves))
-    given = conditions.given(0, images)
+    given = conditions.evenly(images).given(0, images)
     if conditions.null is not None:
         given = {k: torch.cat([conditions.null[k].expand_as(v), v]) for k, v in given.items()}
     seen: dict[str, Tensor] = {}

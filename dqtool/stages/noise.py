@@ -50,7 +50,7 @@ def fitted(
     from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 
     sampler, conditions = maker.sampler, maker.conditions
-    given = conditions.given(0, images)
+    given = conditions.evenly(images).given(0, images)
     noise = initial_noise(maker.shape, range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)
     with report.progress("noise correction", sampler.steps) as progress:
