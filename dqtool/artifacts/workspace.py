@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -28,7 +28,7 @@ class Workspace:
     is made by the first `save` and removed by `clear`, after the commit. Only the holder of the lock on `path` may
     use it. Every method raises `EnvironmentFault` when the disk is in the way.
 
-    Beside the pieces stands what they took, so that work done in several runs knows its whole cost (`spent`).
+    Beside the pieces stands what they took, so that work done in several runs knows its whole cost (`spent`, `peaks`).
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
@@ -37,7 +37,7 @@ class Workspace:
         self.fingerprint = fingerprint
         self._index = self.directory / "index.json"
         self._pieces: dict[str, dict[str, Any]] = {}
-        self._earlier = (0.0, 0.0)
+        self._earlier, self._earlier_peaks = (0.0, 0.0), dict[str, int]()
         self.restart_clock()
         if os.path.lexists(self.directory):
             pieces = self._read_index()
@@ -73,14 +73,21 @@ class Workspace:
             digest = sha256_file(new)
             os.replace(new, self._file(key))
             self._pieces[key] = {"sha256": digest}
-            index = {"fingerprint": self.fingerprint, "pieces": self._pieces, "spent": self.spent()}
+            index = {
+                "fingerprint": self.fingerprint,
+                "pieces": self._pieces,
+                "spent": self.spent(),
+                "peaks": self.peaks(),
+            }
             write_text(self._index, json.dumps(index, indent=1) + "\n")
         except OSError as error:
             raise os_fault(error, self.directory) from error
 
-    def restart_clock(self) -> None:
-        """Count this run's seconds from here (without it, since the workspace was opened)."""
+    def restart_clock(self, figures: Callable[[], Mapping[str, int]] = dict) -> None:
+        """Count this run's seconds from here (without it, since the workspace was opened). `figures` tells the peaks so far
+        of what else is to be known of all runs."""
         self._began = (time.perf_counter(), time.process_time())
+        self._figures = figures
 
     def spent(self) -> tuple[float, float]:
         """Seconds and processor's seconds: this run's, and those of earlier runs up to their last `save`."""
@@ -88,10 +95,21 @@ class Workspace:
         first, second = (e + n - b for e, n, b in zip(self._earlier, now, self._began, strict=True))
         return first, second
 
+    def peaks(self) -> dict[str, int]:
+        """The largest of each of `figures`, of this run and of earlier ones up to their last `save`."""
+        found = dict(self._earlier_peaks)
+        for name, value in self._figures().items():
+            found[name] = max(value, found.get(name, 0))
+        return found
+
+    def earlier_seconds(self) -> float:
+        """Seconds that earlier runs spent."""
+        return self._earlier[0]
+
     def clear(self) -> None:
         """Remove the workspace."""
         self._pieces = {}
-        self._earlier = (0.0, 0.0)
+        self._earlier, self._earlier_peaks = (0.0, 0.0), {}
         try:
             shutil.rmtree(self.directory)
         except FileNotFoundError:
@@ -109,6 +127,7 @@ class Workspace:
                 return None
             seconds, processor = index.get("spent", (0.0, 0.0))
             self._earlier = (float(seconds), float(processor))
+            self._earlier_peaks = {str(name): int(value) for name, value in index.get("peaks", {}).items()}
             return {str(key): {"sha256": piece["sha256"]} for key, piece in index["pieces"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

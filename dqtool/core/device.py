@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["beside", "choose_device", "device_of", "main_memory", "peak_bytes", "place", "resolve_device"]
+__all__ = [
+    "beside",
+    "choose_device",
+    "device_of",
+    "main_memory",
+    "peak_bytes",
+    "place",
+    "resolve_device",
+    "restart_peak",
+]
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound="nn.Module")
@@ -66,15 +75,19 @@ def place(module: Module) -> Module:
     return module if _chosen is None or _chosen.type == "cpu" else module.to(_chosen)
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    """The most bytes that tensors took on a CUDA device since it was last asked; None elsewhere."""
+def restart_peak(device: torch.device) -> None:
+    """Measure `peak_bytes` from here on."""
     import torch
 
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> dict[str, int]:
+    """`peak_device_bytes`, the most that tensors took on a CUDA device since `restart_peak`; nothing elsewhere."""
+    import torch
+
+    return {"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def device_of(module: nn.Module) -> torch.device:

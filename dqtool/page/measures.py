@@ -20,6 +20,7 @@ from dqtool.models.packed import layer_infos
 from dqtool.nn.attention import OPERANDS, operand_bits
 from dqtool.nn.statistics import collect
 from dqtool.page.results import Result
+from dqtool.training.data import Trajectory
 
 __all__ = ["DilatedInput", "Errors", "Parts", "dilated_inputs", "quantization_errors"]
 
@@ -219,14 +220,13 @@ def _steps(
 ) -> Iterator[Callable[[], None]]:
     """One function per step that runs `network` over the step's first samples, as `calibrate` chooses them."""
     family, _ = network_of(manifest.model)
-    x, timesteps = tensors["trajectory.x"], tensors["timesteps"]
-    conditions = {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")}
+    points = Trajectory.of(tensors)
     with report.progress("report: activations before dilation", len(rows)) as progress:
         for row in rows:
-            mine = (tensors["trajectory.rows"] == row).nonzero()[:samples, 0]
+            mine = (points.rows == row).nonzero()[:samples, 0]
 
-            def run(mine: Tensor = mine, timestep: Tensor = timesteps[row]) -> None:
-                family.predict(network, x[mine], timestep, {k: v[mine] for k, v in conditions.items()})
+            def run(mine: Tensor = mine, timestep: Tensor = points.timesteps[row]) -> None:
+                family.predict(network, points.x[mine], timestep, points.given(mine))
 
             yield run
             progress.advance()

@@ -20,7 +20,6 @@ from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import LayerPlan, assign_bits, assign_tables, initialise_weights, insert_fake
 from dqtool.nn.trace import BlockInfo, Trace
-from dqtool.training.data import Trajectory
 
 if TYPE_CHECKING:
     from dqtool.stages.distill import DistillOptions
@@ -32,7 +31,6 @@ __all__ = [
     "student_of",
     "teacher_of",
     "trace_of",
-    "trajectory_of",
 ]
 
 STATISTICS = (".histogram", ".range", ".channel_range")
@@ -88,17 +86,6 @@ def student_of(
     assign_tables(network, plans, initial_tables(plans, tensors, options.static))
     initialise_weights(network)
     return network, plans
-
-
-def trajectory_of(tensors: Mapping[str, Tensor]) -> Trajectory:
-    """The trajectory that a calibrated artifact holds."""
-    return Trajectory(
-        tensors["trajectory.x"],
-        tensors["trajectory.rows"],
-        tensors["timesteps"],
-        {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")},
-        tensors.get("trajectory.subjects"),
-    )
 
 
 def conditions_of(artifact: Artifact, request: Request) -> Conditions:

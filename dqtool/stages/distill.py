@@ -178,14 +178,14 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     import torch
 
     from dqtool.core.allocator import return_freed_memory
-    from dqtool.core.device import device_of, main_memory, peak_bytes
+    from dqtool.core.device import device_of, main_memory, peak_bytes, restart_peak
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.nn.surgery import packed_state
-    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of, trajectory_of
+    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
     from dqtool.stages.scale_moves import fold_packed, learn_scaling, mark_folded, mark_learned
-    from dqtool.training.data import Problem
+    from dqtool.training.data import Problem, Trajectory
     from dqtool.training.prediction import correct_predictions
 
     method, recipe = method_and_options(options)
@@ -210,7 +210,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         teacher=teacher_of(manifest, tensors),
         student=student,
         trace=trace,
-        trajectory=training_points(trajectory_of(tensors), options),
+        trajectory=training_points(Trajectory.of(tensors), options),
         sampler=Sampler(
             family,
             make_sampler(sampling["scheduler"]),
@@ -228,10 +228,10 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         network_batch=LOW_MEMORY_NETWORK if options.low_memory else Problem.network_batch,
     )
     return_freed_memory()
-    workspace.restart_clock()
     device = device_of(student)
-    peak_bytes(device)
+    restart_peak(device)
     with MemoryMeter(level) as memory:
+        workspace.restart_clock(lambda: memory.figures() | peak_bytes(device))
         trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
         problem.bake()
         if corrects(options):
@@ -241,9 +241,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
                 trained |= correct_predictions(problem, config, CORRECT_IMAGES, progress)
     if trained:
         seconds, processor = workspace.spent()
-        trained |= {"training_seconds": seconds, "training_cpu_seconds": processor, **memory.figures()}
-        on_device = peak_bytes(device)
-        trained |= {} if on_device is None else {"peak_device_bytes": on_device}
+        trained |= {"training_seconds": seconds, "training_cpu_seconds": processor, **workspace.peaks()}
     state = main_memory(packed_state(student))
     learned = {name: value for name, value in state.items() if name.endswith(".dilation")}
     folded = fold_packed(manifest, state)
@@ -254,7 +252,15 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     mark_learned(layers, tensors, learned)
     mark_folded(layers, folded)
     metrics = {**manifest.metrics, **trained}
-    return Product(state, manifest.model, manifest.pipeline, layers, metrics, attachments=calibrated.attachments())
+    return Product(
+        state,
+        manifest.model,
+        manifest.pipeline,
+        layers,
+        metrics,
+        attachments=calibrated.attachments(),
+        earlier_seconds=workspace.earlier_seconds(),
+    )
 
 
 def training_points(trajectory: Trajectory, options: DistillOptions) -> Trajectory:

@@ -69,6 +69,8 @@ class Product:
     proof: Callable[[Written], Mapping[str, Any]] | None = None
     """Run while `tensors` are being written, which counts only if it does not raise; returns further metrics. What it is
     given waits for the file and maps it."""
+    earlier_seconds: float = 0.0
+    """What runs before this one spent on it, which were interrupted."""
 
 
 def input_artifact(given: str | None, stages: Collection[str], default: str) -> Artifact:
@@ -175,7 +177,7 @@ def execute(
             layers=product.layers,
             metrics=product.metrics,
             environment=environment(device, threads),
-            seconds=round(time.perf_counter() - start, 3),
+            seconds=round(product.earlier_seconds + time.perf_counter() - start, 3),
         )
         if product.build is not None:
             commit_directory(output, product.build, manifest)

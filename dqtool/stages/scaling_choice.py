@@ -21,7 +21,6 @@ from dqtool.models.families import Family
 from dqtool.nn.folding import Fold
 from dqtool.nn.surgery import assign_bits
 from dqtool.nn.trace import LayerInfo
-from dqtool.stages.artifact_models import trajectory_of
 from dqtool.training.data import Trajectory
 
 __all__ = ["Groups", "choose_scaling", "groups_of", "shiftable", "statistics_for"]
@@ -140,7 +139,7 @@ def _with_samples(
 ) -> dict[str, ScalingResult]:
     """Run the float network over a few trajectory points and choose while each layer's inputs are at hand."""
     planned = {plan.info.name: plan.bits for plan in assign_bits(layers, bits)}
-    trajectory = trajectory_of(statistics)
+    trajectory = Trajectory.of(statistics)
     index, counts = _points(trajectory)
     points = trajectory.arguments(index)
     found: dict[str, ScalingResult] = {}

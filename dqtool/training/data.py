@@ -34,6 +34,13 @@ class Trajectory:
     conditions: dict[str, Tensor] = field(default_factory=dict)
     subjects: Tensor | None = None
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Trajectory:
+        """The one that a calibrated artifact holds."""
+        conditions = {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")}
+        points, rows = tensors["trajectory.x"], tensors["trajectory.rows"]
+        return cls(points, rows, tensors["timesteps"], conditions, tensors.get("trajectory.subjects"))
+
     def __len__(self) -> int:
         return len(self.x)
 

@@ -38,13 +38,18 @@ an iteration."""
 
 
 def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
-    """Train all blocks together on the student's own trajectory, with the teacher's answer there as the target. The state
-    is kept in the store from time to time, and the trajectory when it is new; a later run goes on from them.
+    """Train all blocks (or those that `problem.only` names) together on the student's own trajectory, with the teacher's
+    answer there as the target. The state is kept in the store from time to time, and the trajectory when it is new; a later run goes on from them.
 
     Returns `losses`, of every iteration, `seconds`, and how many of them went to sampling, `sampling_seconds`.
     """
     settle(problem.student)
-    trainable(problem.student)
+    if problem.only is None:
+        trainable(problem.student)
+    else:
+        problem.student.requires_grad_(False)
+        for name in problem.only:
+            trainable(problem.student.get_submodule(name))
     optimizer = QuantAdam(problem.student, options.rates)
     return_freed_memory()
     generator = torch.Generator().manual_seed(problem.seed + 1)
@@ -106,7 +111,8 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
 
 def _error(problem: Problem, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
     """The student's mean squared error at some of the points."""
-    return F.mse_loss(problem.family.predict(problem.student, *points.arguments(rows)), targets[rows])
+    predictions = problem.family.predict(problem.student, *points.arguments(rows))
+    return F.mse_loss(predictions, targets[rows].to(predictions.device))
 
 
 def settle(module: nn.Module) -> None:

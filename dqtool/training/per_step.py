@@ -35,7 +35,7 @@ class PerStepLearner(RoundingLearner):
         self.rounding_iters = round(options.iters * options.rounding)
         self.each = max(1, (options.iters - self.rounding_iters) // len(self.groups)) if options.iters else 0
         self.iters = self.rounding_iters + self.each * len(self.groups) if layers else 0
-        self._float = ExitStack()
+        self._float, self._rounds = ExitStack(), True
         if self.iters:
             self._float.enter_context(float_activations(module))
 
@@ -56,14 +56,14 @@ class PerStepLearner(RoundingLearner):
 
     def finish(self) -> None:
         """Everything is hard and quantized."""
-        if self.roundings:
+        if self._rounds:
             self._end_rounding()
         self.optimizer.release()
 
     def _end_rounding(self) -> None:
         self.optimizer.release()
         merge_adapters(self.block)
-        self.roundings = []
+        self.roundings, self._rounds = [], False
         self._float.close()
         self.block.requires_grad_(False)
         learn_scales(self.layers, self.block)

@@ -50,6 +50,17 @@ def test_what_earlier_runs_spent_counts_up_to_their_last_save(tmp_path: Path, mo
     assert Workspace(tmp_path / "x", "g").spent() == (0.0, 0.0)
 
 
+def test_peaks_are_the_largest_of_all_runs(tmp_path: Path):
+    first = Workspace(tmp_path / "x", "f")
+    first.restart_clock(lambda: {"bytes": 7, "more": 1})
+    first.save("a", A)
+    again = Workspace(tmp_path / "x", "f")
+    assert again.peaks() == {"bytes": 7, "more": 1}
+    again.restart_clock(lambda: {"bytes": 5, "more": 3})
+    assert again.peaks() == {"bytes": 7, "more": 3}
+    assert Workspace(tmp_path / "x", "g").peaks() == {}
+
+
 def test_of_another_fingerprint_is_discarded(tmp_path: Path):
     Workspace(tmp_path / "x", "f").save("a", A)
     assert Workspace(tmp_path / "x", "g").keys() == []

@@ -17,7 +17,6 @@ from dqtool.errors import UsageError
 from dqtool.models.loading import build_network, load_weights
 from dqtool.models.sampling import IMAGES, initial_noise
 from dqtool.models.sources import resolve_model
-from dqtool.stages.artifact_models import trajectory_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -26,6 +25,7 @@ from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.images import maker_of_source
 from dqtool.stages.sample import SampleOptions, sample
+from dqtool.training.data import Trajectory
 
 QUIET = Common(quiet=True)
 STEPS, SAMPLES = 3, 18
@@ -52,7 +52,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_point_is_kept_with_and_without_its_condition(chain: Path) -> None:
     artifact = open_artifact(chain / "calibrated.safetensors")
-    points = trajectory_of(artifact.tensors())
+    points = Trajectory.of(artifact.tensors())
     assert artifact.manifest.pipeline["sampling"]["guidance"] > 1
     assert torch.bincount(points.rows).tolist() == [SAMPLES // STEPS] * STEPS
     pairs, asked = points.x.unflatten(0, (-1, 2)), points.subjects.unflatten(0, (-1, 2))

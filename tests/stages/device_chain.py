@@ -6,6 +6,7 @@ python device_chain.py MODEL DIR cpu|fenced|cuda
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,9 +41,11 @@ def main() -> None:
         CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=8, eta=0.5, batch_size=2, draw="density"),
         quiet,
     )
-    distill(DistillOptions(at["calibrated"], at["distilled"], iters=2, refine_iters=1, batch_size=4), quiet)
+    trained = DistillOptions(at["calibrated"], at["distilled"], iters=2, refine_iters=1, batch_size=4)
+    distill(trained, quiet)
     if where == "cpu":
         return
+    distill(replace(trained, output=str(work / "low.safetensors"), low_memory=True), quiet)
     export(ExportOptions(at["distilled"], str(work / "exported")), quiet)
     evaluate(EvalOptions(str(work / "exported"), str(work / "eval.json"), metrics=metrics, samples=2), quiet)
     sample(SampleOptions(str(work / "exported"), 2, str(work / "samples.png")), quiet)

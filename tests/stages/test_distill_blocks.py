@@ -17,14 +17,18 @@ BLOCK = "mid_block.resnets.0"
 
 
 def distilled(chain: Path, name: str, **options: Any) -> Any:
-    given = DistillOptions(
-        str(chain / "calibrated.safetensors"), str(chain / name), refine_iters=0, correct_noise=False, **options
-    )
+    options = {"refine_iters": 0} | options
+    given = DistillOptions(str(chain / "calibrated.safetensors"), str(chain / name), correct_noise=False, **options)
     return open_artifact(distill(given, Common(quiet=True)))
 
 
-def test_one_block_is_trained_and_the_others_stay_as_initialised(chain: Path) -> None:
-    one = distilled(chain, "one.safetensors", iters=2, blocks=r"mid_block\.resnets\.0")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"refine_iters": 2}, {"method": "per-step", "refine_iters": None}],
+    ids=["blocks", "both", "per-step"],
+)
+def test_one_block_is_trained_and_the_others_stay_as_initialised(chain: Path, options: dict[str, Any]) -> None:
+    one = distilled(chain, "one.safetensors", iters=2, blocks=r"mid_block\.resnets\.0", **options)
     none = distilled(chain, "none.safetensors", iters=0)
     assert list(one.manifest.metrics["block_loss"]) == [BLOCK]
     a, b = one.tensors(), none.tensors()

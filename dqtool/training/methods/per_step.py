@@ -26,7 +26,7 @@ class PerStepOptions(RoundingOptions):
 
 
 def train(problem: Problem, options: PerStepOptions, bars: Bars) -> dict[str, Any]:
-    """The timestep's path, then the blocks."""
+    """The timestep's path, where all blocks are trained, then the blocks."""
     from torch import nn
 
     from dqtool.training.block_loop import train_blocks
@@ -36,7 +36,7 @@ def train(problem: Problem, options: PerStepOptions, bars: Bars) -> dict[str, An
 
     problem.bake()
     roles = problem.roles()
-    temporal = temporal_layers(problem, roles)
+    temporal = temporal_layers(problem, roles) if problem.only is None else []
     metrics: dict[str, Any] = {}
     problem.student.requires_grad_(False)
     if temporal:

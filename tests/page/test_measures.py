@@ -1,0 +1,35 @@
+"""What the page measures again: networks are asked with the conditions of the points they are run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from families import dit_pipeline
+
+from dqtool.artifacts import open_artifact
+from dqtool.page.measures import dilated_inputs
+from dqtool.stages.artifact_models import teacher_of
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
+
+
+def test_inputs_before_dilation_are_those_of_the_points_conditions(tmp_path: Path) -> None:
+    """More points than conditions, with guidance: as measured before is what calibration saw, the factors undone."""
+    quiet = Common(quiet=True)
+    dilated, calibrated = str(tmp_path / "dilated.safetensors"), str(tmp_path / "calibrated.safetensors")
+    dilate(DilateOptions(str(dit_pipeline(tmp_path / "model")), dilated, scaling="wd"), quiet)
+    calibrate(CalibrateOptions(dilated, calibrated, steps=2, samples=48, batch_size=8, guidance=1.5), quiet)
+    artifact = open_artifact(calibrated)
+    tensors = artifact.tensors()
+    assert len(tensors["trajectory.x"]) > max(len(v) for k, v in tensors.items() if k.startswith("condition."))
+    found = dilated_inputs(artifact, lambda: teacher_of(artifact.manifest, tensors), per_step=24)
+    assert found
+    for entry in found:
+        scale = tensors[f"{entry.name}.dilation"]
+        for before, after in zip(entry.range_before, entry.range_after, strict=True):
+            # Channels divided by factors of at least 1: narrower, by the largest factor at most.
+            widest, narrowed = max(map(abs, before)), max(map(abs, after))
+            assert widest / float(scale.max()) - 1e-5 <= narrowed <= widest + 1e-5
+    assert torch.isfinite(torch.tensor([e.range_before for e in found])).all()
