@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["BASELINES", "CONTENDERS", "Contender", "Loaded", "contender_of", "expand"]
 
 
+COMPILATIONS = 256
+"""Of one network that `torch.compile` may make: one a batch and a contender."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A network ready to run: `adapt` converts arguments beforehand (dtype, layout: not timed), `run` is one step.
@@ -59,6 +63,9 @@ def load_float(subject: Subject, dtype: str, channels_last: bool = False, compil
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
+        # Past a number of compilations of the same code, those of all contenders and batches, it would quietly run eager.
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Static shapes and frozen weights: the strongest form of it.
         network = torch.compile(network, dynamic=False, options={"freezing": True})
 
@@ -172,5 +179,5 @@ def contender_of(name: str) -> Contender:
     from dqtool.runtimes import RUNTIMES, pick
 
     taken = [RUNTIMES[name]] if name != "auto" else [runtime for runtime, reason in pick() if reason is None]
-    libraries = ("torch", "diffusers", *(runtime.module for runtime in taken))
+    libraries = ("torch", "diffusers", *(name for runtime in taken for name in (*runtime.libraries, runtime.module)))
     return Contender(name, partial(load_runtime, runtime=name), libraries=libraries)

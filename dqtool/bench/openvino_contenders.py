@@ -54,6 +54,12 @@ def load_ir(subject: Subject, quantized: bool, precision: str | None) -> Loaded:
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": subject.threads, "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise EnvironmentFault(
+            "This processor has no bf16 instructions, and OpenVINO would compute in float32 under that name",
+            where="--against bf16-openvino",
+            fix="Leave it out",
+        )
     path = _ir_path(subject, quantized)
     compiled: dict[tuple, Any] = {}
 

@@ -32,9 +32,30 @@ def float_network(subject: Subject) -> nn.Module:
                 fix="Give the model that was quantized as --reference, or leave it out",
             )
         network = build_network(source.class_name, source.config, load_weights(source), source.given)
+        _same_shapes(network, subject)
     else:
         network = build_network(subject.class_name, subject.config, _exported_state(subject), subject.directory)
     return network
+
+
+def _same_shapes(network: nn.Module, subject: Subject) -> None:
+    """Raises `ArtifactError` where the reference's tensors are not of the shapes that the exported network's were."""
+    import torch
+
+    from dqtool.models.families import family_of
+
+    with torch.device("meta"):
+        exported = family_of(subject.class_name, subject.directory).build(subject.config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in exported.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    other = next((name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)), None)
+    if other is not None:
+        raise ArtifactError(
+            f"The reference is another network: its {other} is {found.get(other, 'missing')}, the exported network's "
+            f"{wanted.get(other, 'missing')}",
+            where=str(subject.reference),
+            fix="Give the model that was quantized as --reference, or leave it out",
+        )
 
 
 def _exported_state(subject: Subject) -> dict:

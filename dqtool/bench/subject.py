@@ -52,10 +52,9 @@ class Subject:
         x = torch.randn(batch, *family.sample_shape(self.config), generator=generator)
         conditions = family.conditions(self.config, batch, generator)
         stride = max(1, len(self.timesteps) // STEPS)
-        return [
-            family.arguments(x, torch.tensor(int(t) if float(t).is_integer() else t), conditions)
-            for t in self.timesteps[::stride][:STEPS]
-        ]
+        chosen = self.timesteps[::stride][:STEPS]
+        whole = all(float(t).is_integer() for t in chosen)  # of one type: what compiles looks at it
+        return [family.arguments(x, torch.tensor(int(t) if whole else float(t)), conditions) for t in chosen]
 
     @staticmethod
     def cast(arguments: Mapping[str, Any], dtype: Any, channels_last: bool = False) -> Arguments:

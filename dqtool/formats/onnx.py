@@ -63,7 +63,8 @@ def prepare(distilled: Artifact) -> Exported:
                 str(Path(scratch) / GRAPH),
                 input_names=list(tensors),
                 output_names=["out_sample"],
-                dynamic_axes={n: dynamic_axes(tensor) for n, tensor in tensors.items()} | {"timestep": {0: "steps"}},
+                dynamic_axes={n: dynamic_axes(tensor, family.traced_size) for n, tensor in tensors.items()}
+                | {"timestep": {0: "steps"}},
                 opset_version=OPSET,
                 dynamo=False,
             )

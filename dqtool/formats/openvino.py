@@ -134,7 +134,7 @@ def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], satu
         port.get_node().set_friendly_name(name)
         port.get_tensor().set_names({name})
         shapes[port] = openvino.PartialShape(
-            [-1 if dim in dynamic_axes(tensor) else size for dim, size in enumerate(tensor.shape)]
+            [-1 if dim in dynamic_axes(tensor, family.traced_size) else size for dim, size in enumerate(tensor.shape)]
         )
     model.outputs[0].get_tensor().set_names({"sample"})
     model.reshape(shapes)

@@ -28,9 +28,11 @@ def traced_arguments(example: Mapping[str, Any]) -> dict[str, Tensor]:
     return {**tensors, "timestep": tensors["timestep"].reshape(-1)[:1].to(torch.float32)}
 
 
-def dynamic_axes(tensor: Tensor) -> dict[int, str]:
-    """An input's free dimensions: the batch, height and width of images, the length of sequences."""
-    return _FREE.get(tensor.dim(), {0: "batch"})
+def dynamic_axes(tensor: Tensor, traced_size: bool = False) -> dict[int, str]:
+    """An input's free dimensions: the batch, height and width of images (but with `Family.traced_size`), the length of
+    sequences."""
+    free = _FREE.get(tensor.dim(), {0: "batch"})
+    return {0: free[0]} if traced_size and tensor.dim() == 4 else free
 
 
 @contextmanager

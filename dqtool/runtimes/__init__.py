@@ -27,12 +27,14 @@ __all__ = ["RUNTIMES", "Runtime", "integer_report", "load", "pick"]
 
 @dataclass(frozen=True)
 class Runtime:
-    """One engine: its module (imported on use), what it is, and what a 4-bit weight is in memory while it runs."""
+    """One engine: its module (imported on use), what it is, what a 4-bit weight is in memory while it runs, and the packages
+    it imports when it loads a network."""
 
     name: str
     module: str
     summary: str
     weights_in_memory: str
+    libraries: tuple[str, ...] = ()
 
     def engine(self) -> ModuleType:
         """The module itself."""
@@ -53,12 +55,14 @@ RUNTIMES = {
             "dqtool.runtimes.openvino",
             "int8 through OpenVINO, step tables in the graph",
             "one byte",
+            ("openvino",),
         ),
         Runtime(
             "openvino-bf16",
             "dqtool.runtimes.openvino_bf16",
             "the same with bf16 around the int8 products: rounds before it quantizes",
             "one byte",
+            ("openvino",),
         ),
         Runtime(
             "simulate",

@@ -44,7 +44,7 @@ from dqtool.nn.quantizers import StepIndex
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of the cache's key: raise it when the graph changes."""
 
 KEPT = 2
@@ -104,7 +104,7 @@ class OpenVINONetwork(nn.Module):
         self._function = inspect.unwrap(cls.forward)
         self._signature = inspect.signature(self._function)
         self._core = openvino.Core()
-        self._folder = cache_folder(artifact, self._core)
+        self._cache = cache_folder(artifact, self._core)
         self._requests: OrderedDict[tuple, Any] = OrderedDict()
         self.steps = StepIndex(self._timesteps())
 
@@ -128,6 +128,7 @@ class OpenVINONetwork(nn.Module):
         bound.apply_defaults()
         given = {k: v for k, v in list(bound.arguments.items())[1:] if v is not None}
         as_dict = given.pop("return_dict", True)
+        _only_tensors({k: v for k, v in given.items() if v is not self._signature.parameters[k].default})
         timestep = torch.as_tensor(given["timestep"])
         self.steps.set(timestep)
         timestep = timestep.detach().reshape(-1).to(torch.float32)
@@ -156,11 +157,12 @@ class OpenVINONetwork(nn.Module):
         settings = compile_settings(self.precision, torch.get_num_threads())
         shapes = {name: list(array.shape) for name, array in feed.items()}
         identity = hashlib.sha256(repr((sorted(shapes.items()), sorted(settings.items()))).encode()).hexdigest()[:24]
-        blob = self._folder / f"{identity}.blob"
+        folder = self._cache / hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:8]  # a graph has its inputs
+        blob = folder / f"{identity}.blob"
         compiled = self._import(blob, settings)
         if compiled is None:
             report.say(f"openvino: compiling for {', '.join(f'{k} {v}' for k, v in shapes.items())}")
-            compiled = self._core.compile_model(self._graph(tensors, shapes), "CPU", settings)
+            compiled = self._core.compile_model(self._graph(tensors, shapes, folder), "CPU", settings)
             keep(blob, lambda path: path.write_bytes(compiled.export_model().getbuffer()))
         return compiled.create_infer_request(), [input_name(port, feed) for port in compiled.inputs]
 
@@ -178,14 +180,14 @@ class OpenVINONetwork(nn.Module):
             report.warn(f"the compiled graph {blob} can't be used and is made again")
             return None
 
-    def _graph(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> Any:
-        """The graph at these shapes."""
+    def _graph(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], folder: Path) -> Any:
+        """The graph at these shapes; without them it is kept in `folder`."""
         if self.artifact.manifest.parameters["format"] == "openvino":
             model = self._core.read_model(self._exported_ir())
         else:
-            path = self._folder / IR
+            path = folder / IR
             if not path.exists():
-                keep(self._folder, lambda folder: self._write_ir(folder, tensors), directory=True)
+                keep(folder, lambda partial: self._write_ir(partial, tensors), directory=True)
             model = self._core.read_model(path) if path.exists() else self._build(tensors)
         known = {input_name(port, shapes): port for port in model.inputs}
         unknown = sorted(set(shapes) - set(known))
@@ -196,6 +198,7 @@ class OpenVINONetwork(nn.Module):
                 fix=f"Its inputs are {', '.join(known)}; leave the argument out, or use another runtime",
             )
         try:
+            self._check_size(known, shapes)
             model.reshape({port: shapes[name] for name, port in known.items()})
         except RuntimeError as e:
             if self.artifact.manifest.parameters["format"] == "openvino":
@@ -208,11 +211,26 @@ class OpenVINONetwork(nn.Module):
             model.reshape({port: shapes[input_name(port, shapes)] for port in model.inputs})
         return model
 
+    def _check_size(self, inputs: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
+        """Raises `RuntimeError` where the graph was traced at another height and width, which it can't do without."""
+        port = inputs[self.family.sample]
+        if self.family.traced_size:
+            for known, wanted in zip(port.get_partial_shape(), shapes[self.family.sample], strict=True):
+                if known.is_static and known.get_length() != wanted:
+                    raise RuntimeError(f"traced at {port.get_partial_shape()}")
+
     def _build(self, tensors: Mapping[str, Tensor]) -> Any:
         manifest = self.artifact.manifest
         state = self.artifact.tensors(file=weights_file(manifest.pipeline))
         network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
-        return build_ir(network, self.family, nested_arguments(tensors), saturates())
+        try:
+            return build_ir(network, self.family, nested_arguments(tensors), saturates())
+        except RuntimeError as e:
+            raise UsageError(
+                f"The network can't be traced with the arguments {', '.join(tensors)}: {str(e).strip().splitlines()[-1]:.200}",
+                where="openvino runtime",
+                fix="Leave out what the network was not made for, or use another runtime",
+            ) from e
 
     def _write_ir(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         folder.mkdir()
@@ -239,6 +257,19 @@ class OpenVINONetwork(nn.Module):
         return next((found for found in named if inspect.isclass(found) and issubclass(found, BaseOutput)), None)
 
 
+def _only_tensors(arguments: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for what a graph has no input for: anything but tensors, and dicts of them."""
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            _only_tensors({f"{name}.{key}": each for key, each in value.items() if each is not None})
+        elif name != "timestep" and not isinstance(value, Tensor):
+            raise UsageError(
+                f"The argument '{name}' is {value!r:.60}, and the compiled graph takes tensors alone",
+                where="openvino runtime",
+                fix="Leave it out, or use another runtime",
+            )
+
+
 def input_name(port: Any, names: Collection[str]) -> str:
     """Which of `names` a graph's input is. OpenVINO gives an input more names when it removes operations behind it.
 
@@ -255,6 +286,7 @@ def input_name(port: Any, names: Collection[str]) -> str:
 
 def cache_folder(artifact: Artifact, core: Any) -> Path:
     """Where graphs of this artifact are kept, for this version of everything and this kind of CPU."""
+    import diffusers
     import openvino
 
     identity = (
@@ -263,6 +295,8 @@ def cache_folder(artifact: Artifact, core: Any) -> Path:
         CODE_VERSION,
         openvino.__version__,
         torch.__version__,
+        diffusers.__version__,
+        saturates(),
         core.get_property("CPU", "FULL_DEVICE_NAME"),
         core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
     )

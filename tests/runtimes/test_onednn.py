@@ -137,7 +137,12 @@ def test_network_follows_the_simulation_at_any_batch_resolution_and_step(exporte
             assert torch.equal(first, got)
 
 
-def test_batch_of_mixed_steps_equals_its_samples_one_by_one(exported: dict[str, Path]) -> None:
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "float attention"])
+def test_batch_of_mixed_steps_equals_its_samples_one_by_one(
+    exported: dict[str, Path], kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(library, "has_products", lambda: False)
     engine = load(str(exported["4/4"]), "onednn")
     x, timesteps = torch.randn(3, 1, 8, 8), engine.timesteps[[2, 0, 2]]
     mixed = engine(x, timesteps, return_dict=False)[0]

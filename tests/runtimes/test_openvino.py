@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run
+from families import dit_pipeline
 from synthetic import synthetic_network
 from torch import Tensor, nn
 
@@ -20,6 +21,11 @@ from dqtool.nn.layers import PackedLayer
 from dqtool.nn.lowered import LoweredLayer, StepTables
 from dqtool.runtimes import openvino_bf16
 from dqtool.runtimes.choice import order
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.export import ExportOptions, export
 
 openvino = pytest.importorskip("openvino")
 
@@ -186,7 +192,7 @@ def test_faults(exported: dict[str, Path], made: Path, tmp_path: Path, run: Run,
     x = torch.randn(1, 1, 8, 8)
     with pytest.warns(DqtoolWarning, match="not among"):
         engine(x, 123)
-    with pytest.raises(UsageError, match="no input 'class_labels'"):
+    with pytest.raises(UsageError, match="with the arguments .*class_labels"):
         engine(x, 0, class_labels=torch.tensor([1]))
     result = run("export", str(made / "distilled.safetensors"), "--format", "dense", "-o", "dense", cwd=tmp_path)
     assert result.returncode == 0
@@ -218,3 +224,34 @@ def test_four_bits_stay_four_bits_on_disk(made: Path, tmp_path: Path, run: Run) 
     widths = [layer["bits"][0] for layer in layers if layer["kind"] != "attention"]
     # Where sums would overflow, a weight of 8 bits is split, and its odd part fits four bits too.
     assert types.count("u4") == widths.count(4) + (widths.count(8) if saturates() else 0)
+
+
+def test_sizes_of_as_many_tokens_have_positions_of_their_own(tmp_path: Path) -> None:
+    """A transformer's positions are constants of a trace."""
+    quiet = Common(quiet=True)
+    at = {name: str(tmp_path / name) for name in ("dilated", "calibrated", "distilled", "dq", "ir")}
+    dilate(DilateOptions(str(dit_pipeline(tmp_path / "model")), at["dilated"], scaling="wd"), quiet)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4), quiet)
+    distill(DistillOptions(at["calibrated"], at["distilled"], bits="6/6", method="ptq"), quiet)
+    export(ExportOptions(at["distilled"], at["dq"]), quiet)
+    export(ExportOptions(at["distilled"], at["ir"], format="openvino"), quiet)
+    simulated, engine, of_ir = (
+        dqtool.load(at[d], r) for d, r in (("dq", "simulate"), ("dq", "openvino"), ("ir", "openvino"))
+    )
+    size, channels = simulated.config.sample_size, simulated.config.in_channels
+    labels, step = torch.tensor([1]), simulated.timesteps[:1].float()
+    for height, width in ((size, size), (size * 2, size // 2), (size // 2, size * 2)):
+        x = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(1))
+        expected = simulated(x, step, class_labels=labels).sample
+        assert (engine(x, step, class_labels=labels).sample - expected).norm() < 0.1 * expected.norm()
+        if height == width:
+            of_ir(x, step, class_labels=labels)
+            continue
+        with pytest.raises(UsageError, match="can't take inputs of the shapes"):
+            of_ir(x, step, class_labels=labels)
+
+
+def test_what_is_no_tensor_is_refused(exported: dict[str, Path]) -> None:
+    engine = dqtool.load(str(exported["dq"]), "openvino")
+    with pytest.raises(UsageError, match="'class_labels' is 'seven'"):
+        engine(torch.randn(1, 1, 8, 8), 0, class_labels="seven")

@@ -13,7 +13,7 @@ from helpers import tiny_pipeline
 
 from dqtool.bench import openvino_contenders, probe
 from dqtool.bench.contenders import CONTENDERS, expand
-from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, NumericError, UsageError
+from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
 from dqtool.stages.bench import BenchOptions, bench, render
 from dqtool.stages.common import Common
 
@@ -114,9 +114,10 @@ def test_a_reference_of_another_class_is_refused(made: Path, tmp_path: Path):
         float_network(subject)
 
 
-def test_a_reference_of_another_size_is_refused(made: Path, tmp_path: Path):
-    other = tiny_pipeline(tmp_path / "other", in_channels=1, out_channels=2)
-    with pytest.raises(DqtoolError):
+@pytest.mark.parametrize("change", [{"out_channels": 2}, {"layers_per_block": 2}], ids=str)
+def test_a_reference_of_another_size_is_refused(made: Path, tmp_path: Path, change: dict[str, Any]):
+    other = tiny_pipeline(tmp_path / "other", **{"in_channels": 1} | change)
+    with pytest.raises(ArtifactError, match="another network"):
         measure(made, against=("fp32",), reference=str(other))
 
 

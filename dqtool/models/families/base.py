@@ -26,7 +26,8 @@ class Family(ABC):
     A denoising input is `x` `[N, C, H, W]`, a timestep and a dict of conditions, tensors whose first dimension is the
     sample. `sample` names the argument of the network's forward that holds `x`; the network is given the scheduler's
     timestep divided by `timestep_divisor`; `guidance` is what pipelines of this family guide with unless they are told
-    otherwise (1: not at all), `scheduler` the noise schedule of a network that comes without its pipeline (None: that of
+    otherwise (1: not at all), `traced_size` whether a trace of it holds for the height and width it was made with alone, as
+    where positions become constants, `scheduler` the noise schedule of a network that comes without its pipeline (None: that of
     `models/sampling.py`).
     """
 
@@ -36,6 +37,7 @@ class Family(ABC):
     sample: str = "sample"
     timestep_divisor: float = 1.0
     guidance: float = 1.0
+    traced_size: bool = False
     scheduler: Mapping[str, Any] | None = None
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:

@@ -25,6 +25,7 @@ class DiT(Family):
     class_name = "DiTTransformer2DModel"
     block_classes = ("BasicTransformerBlock",)
     sample = "hidden_states"
+    traced_size = True
     guidance = 4.0
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ class PixArt(Family):
     class_name = "PixArtTransformer2DModel"
     block_classes = ("BasicTransformerBlock",)
     sample = "hidden_states"
+    traced_size = True
     guidance = 4.5
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:

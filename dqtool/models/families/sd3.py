@@ -25,6 +25,7 @@ class SD3(Family):
     class_name = "SD3Transformer2DModel"
     block_classes = ("JointTransformerBlock",)
     sample = "hidden_states"
+    traced_size = True
     guidance = 7.0
     scheduler: Mapping[str, Any] | None = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 

@@ -144,7 +144,8 @@ def _step_by_step(network: nn.Module, clock: Clock) -> None:
     original: Any = type(network)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = steps_of(self).rows
+        steps = steps_of(self)
+        rows = asked = steps.rows
         clock_: Clock = self.__dict__["_dqtool_clock"]
         if len(rows) == 1:
             clock_.row = int(rows[0])
@@ -152,15 +153,19 @@ def _step_by_step(network: nn.Module, clock: Clock) -> None:
         batch = len(args[0] if args else next(iter(kwargs.values())))
         rows = rows.repeat_interleave(batch // len(rows))
         outputs: list[tuple[Tensor, Any]] = []
-        for row in rows.unique().tolist():
-            chosen = (rows == row).nonzero().flatten()
+        try:
+            for row in rows.unique().tolist():
+                chosen = (rows == row).nonzero().flatten()
 
-            def pick(value: Any, chosen: Tensor = chosen) -> Any:
-                mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-                return value[chosen] if mixed else value
+                def pick(value: Any, chosen: Tensor = chosen) -> Any:
+                    mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+                    return value[chosen] if mixed else value
 
-            clock_.row = int(row)
-            outputs.append((chosen, original.forward(self, *tree_map(pick, args), **tree_map(pick, kwargs))))
+                clock_.row = int(row)
+                steps.select(torch.tensor([row]))  # for what stayed float
+                outputs.append((chosen, original.forward(self, *tree_map(pick, args), **tree_map(pick, kwargs))))
+        finally:
+            steps.select(asked)
         order = torch.cat([chosen for chosen, _ in outputs]).argsort()
         first = outputs[0][1]
         if isinstance(first, tuple) and not hasattr(first, "to_tuple"):

@@ -127,13 +127,15 @@ def _compiled(compiler: str) -> Path:
         library = folder / name
     report.say("onednn: compiling kernels for this machine (once)")
     source, built = Path(scratch) / "all.cpp", Path(scratch) / name
-    source.write_text(text, encoding="utf-8")
-    subprocess.run(
-        [compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
-    )
-    os.replace(built, library)  # atomic: several processes may compile at once
-    if Path(scratch) != folder:
-        shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        source.write_text(text, encoding="utf-8")
+        subprocess.run(
+            [compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
+        )
+        os.replace(built, library)  # atomic: several processes may compile at once
+    finally:
+        if Path(scratch) != folder or not library.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
     return library
 
 
