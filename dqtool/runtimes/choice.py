@@ -36,9 +36,13 @@ def order(artifact: Artifact, batch: int | None = None) -> tuple[list[str], str]
     if not found:
         return list(_default_order()), "by default"
     near = min(found, key=lambda b: abs(b - batch)) if batch is not None else min(found)
+    # Those measured change places among themselves: nothing is known of them against the others.
     measured = sorted((name for name in found[near] if name in ORDER), key=lambda name: found[near][name])
-    rest = [name for name in _default_order() if name not in measured]
-    return [*measured, *rest], f"the fastest that `dqtool bench` measured here at batch {near}"
+    fastest = iter(measured)
+    names = [next(fastest) if name in measured else name for name in _default_order()]
+    if names[0] not in measured:
+        return names, "by default"
+    return names, f"the fastest that `dqtool bench` measured here at batch {near}"
 
 
 def _default_order() -> tuple[str, ...]:
@@ -62,7 +66,8 @@ def remember(artifact: Artifact, seconds: Mapping[int, Mapping[str, float]]) -> 
     if not useful:
         return False
     path = _file(artifact)
-    merged: dict[str, Any] = {str(b): t for b, t in {**recall(artifact), **useful}.items()}
+    kept = recall(artifact)
+    merged: dict[str, Any] = {str(b): kept.get(b, {}) | useful.get(b, {}) for b in kept | useful}
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,6 +95,7 @@ def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
         plan = {"contenders": names, "batches": list(batches), "seconds": options.seconds, "arch": options.arch}
         return {"plan": plan, "directory": options.artifact}
     artifact = _subject_artifact(options, common)
+    names = [*_runtimes(options.runtime, artifact.manifest.parameters["format"]), *expand(options.against)]
     import torch
 
     if options.threads is not None:
@@ -161,14 +162,15 @@ def render(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _runtimes(asked: Sequence[str]) -> list[str]:
-    """The runtimes to measure: those named, once each; `all` stands for every one that can run here, and `auto`."""
+def _runtimes(asked: Sequence[str], kind: str = "dq") -> list[str]:
+    """The runtimes to measure: those named, once each; `all` stands for every one that can run a directory of this format
+    here, and `auto`."""
     from dqtool.runtimes import RUNTIMES
 
     names: dict[str, None] = {}
     for name in asked or ("auto",):
         if name == "all":
-            names.update(dict.fromkeys([*_available(), "auto"]))
+            names.update(dict.fromkeys([*_available(kind), "auto"]))
         elif name == "auto" or name in RUNTIMES:
             names[name] = None
         elif name != "none":
@@ -180,10 +182,11 @@ def _runtimes(asked: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _available() -> list[str]:
-    from dqtool.runtimes import RUNTIMES, pick
+def _available(kind: str) -> list[str]:
+    from dqtool.runtimes import READERS, RUNTIMES, pick
 
-    return [runtime.name for runtime, reason in pick(RUNTIMES) if reason is None and runtime.name != "simulate"]
+    fast = [name for name in RUNTIMES if name != "simulate"]
+    return [runtime.name for runtime, reason in pick(READERS.get(kind, fast)) if reason is None]
 
 
 def _own_batches(arch: str | None) -> tuple[int, ...]:

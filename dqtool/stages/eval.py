@@ -177,7 +177,7 @@ def produce(
     maker = maker_of_artifact(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts
     )
-    network = network_of_artifact(artifact, options.runtime)
+    network = network_of_artifact(artifact, options.runtime, options.batch_size)
     float_network = None
     if reference is not None:
         float_network = reference_network(reference, manifest.model)
@@ -233,15 +233,15 @@ def produce(
     return Product(None, manifest.model, manifest.pipeline, manifest.layers, figures)
 
 
-def network_of_artifact(artifact: Artifact, runtime: str) -> nn.Module:
-    """The network of an artifact of any stage."""
+def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = None) -> nn.Module:
+    """The network of an artifact of any stage, to run `batch` samples at a time."""
     from dqtool.core.device import place
 
     manifest = artifact.manifest
     if artifact.stage == "export":
         from dqtool.runtimes import load
 
-        network = load(artifact.given, runtime)
+        network = load(artifact.given, runtime, batch)
         return place(network) if runtime == "simulate" else network
     if artifact.stage == "distill":
         from dqtool.models.packed import packed_network, plans_of

@@ -65,7 +65,7 @@ def sample(options: SampleOptions, common: Common) -> str:
     maker = maker_of_artifact(
         artifact, options.number, options.seed, options.steps, guidance=options.guidance, prompts=prompts
     )
-    network = load(options.directory, options.runtime)
+    network = load(options.directory, options.runtime, options.batch_size)
     if options.runtime == "simulate":
         network = place(network)
     if reference is not None:

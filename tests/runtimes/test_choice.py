@@ -36,7 +36,9 @@ def test_without_measurements_the_usual_order(artifact: Artifact) -> None:
 def test_with_amx_another_order(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor(tmp_path, monkeypatch, "avx2 avx512_vnni amx_bf16 amx_int8 amx_tile")
     assert order(artifact) == (["openvino", "onednn", "simulate"], "by default")
-    remember(artifact, {1: {"onednn": 1.0, "simulate": 2.0}})
+    remember(artifact, {1: {"onednn": 2.0, "simulate": 1.0}})
+    assert order(artifact) == (["openvino", "simulate", "onednn"], "by default")
+    remember(artifact, {1: {"onednn": 0.5, "openvino": 3.0}})
     assert order(artifact)[0] == ["onednn", "simulate", "openvino"]
 
 
@@ -46,6 +48,9 @@ def test_the_fastest_measured_at_the_nearest_batch_comes_first(artifact: Artifac
     assert set(recall(artifact)) == {1, 4, 16}
     assert order(artifact)[0][:2] == ["openvino", "onednn"]
     assert order(artifact, 12)[0] == ["onednn", "openvino", "simulate"]
+    remember(artifact, {16: {"simulate": 9.0, "openvino": 2.0}})
+    assert recall(artifact)[16] == {"onednn": 3.0, "openvino": 2.0, "simulate": 9.0}
+    assert order(artifact, 12)[0] == ["openvino", "onednn", "simulate"]
     assert order(artifact, 2)[0][0] == "openvino"
     assert "batch 16" in order(artifact, 100)[1]
 

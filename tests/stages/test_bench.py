@@ -14,7 +14,8 @@ from helpers import tiny_pipeline
 from dqtool.bench import openvino_contenders, probe
 from dqtool.bench.contenders import CONTENDERS, expand
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
-from dqtool.stages.bench import BenchOptions, bench, render
+from dqtool.runtimes import RUNTIMES
+from dqtool.stages.bench import BenchOptions, _runtimes, bench, render
 from dqtool.stages.common import Common
 
 HAS_NNCF = all(importlib.util.find_spec(name) for name in ("openvino", "nncf"))
@@ -88,9 +89,16 @@ def test_auto_says_what_it_took(made: Path):
 
 
 def test_all_is_every_runtime_that_can_run_here_and_auto(made: Path):
-    names = [row["contender"] for row in measure(made, runtime=("all",))["speed"]["1"]]
-    assert "auto" in names
-    assert "simulate" not in names
+    names = {row["contender"] for row in measure(made, runtime=("all",))["speed"]["1"]}
+    able = {name for name, runtime in RUNTIMES.items() if runtime.engine().available() is None}
+    assert names == (able - {"simulate"}) | {"auto"}
+    assert "onednn" in names
+
+
+@pytest.mark.parametrize(("kind", "names"), [("dense", {"simulate"}), ("openvino", {"openvino", "openvino-bf16"})])
+def test_all_is_what_can_run_the_format(kind: str, names: set[str]):
+    able = {name for name in names if RUNTIMES[name].engine().available() is None}
+    assert set(_runtimes(("all",), kind)) == able | {"auto"}
 
 
 @pytest.mark.skipif(not HAS_NNCF, reason="needs the extra nncf")
