@@ -35,7 +35,7 @@ def test_other_pipelines_go_through_all_stages_under_their_own_conditions(tmp_pa
     model = text_pipeline(kind, tmp_path / "model") if text else unconditional_pipeline(tmp_path / "model")
     at = {stage: str(tmp_path / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
     dilate(DilateOptions(str(model), at["dilated"]), QUIET)
-    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4, batch_size=2), QUIET)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=8, batch_size=2), QUIET)
     calibrated = open_artifact(at["calibrated"])
     if text:
         source = resolve_model(str(model))
