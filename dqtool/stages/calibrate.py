@@ -158,6 +158,8 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
         )
         everything, chosen = everything | changed, chosen | found
         _, dilation = split_dilated(everything)
+        if any("shifted_in" in record.get("scaling", {}) for record in records):
+            network = teacher_of(manifest, everything)  # whose layers read what was moved
     statistics = collect(network, layer_infos(records), dilation, per_step("statistics"))
     ratios = range_ratios(statistics, dilation)
     metrics = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from dqtool.core.scaling import ScalingMethod, ScalingResult
     from dqtool.models.families import Family
-    from dqtool.nn.trace import LayerInfo, Trace
+    from dqtool.nn.trace import Trace
 
 __all__ = ["DilateOptions", "dilate"]
 
@@ -128,7 +127,7 @@ def produce(
     from dqtool.models.repeats import drop_repeats
     from dqtool.nn.folding import Fold, find_folds, find_shifts, fold_all, shift
     from dqtool.nn.trace import kept_float
-    from dqtool.stages.scale_moves import mark_folded
+    from dqtool.stages.scale_moves import absorb_shift, mark_folded
     from dqtool.stages.scaling_choice import choose_scaling, shiftable, statistics_for
     from dqtool.stages.scaling_records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
 
@@ -290,12 +289,3 @@ def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[st
     family = family_of(class_name, str(source.config_path))
     companions = companions_of_source(source)
     return class_name, config if companions is None else config | family.hints(companions)
-
-
-def absorb_shift(tensors: MutableMapping[str, Tensor], info: LayerInfo, weight: Tensor, by: Tensor) -> None:
-    """`b + W z`, in place: what the layer adds for its input being moved by `-z`. `weight` is the original one."""
-    from dqtool.core.dilation import spread
-
-    moved = (weight.double() * spread(by, weight, info.groups).double()).flatten(1).sum(1)
-    bias = tensors[f"{info.name}.bias"]
-    tensors[f"{info.name}.bias"] = (bias.double() + moved).to(bias.dtype)

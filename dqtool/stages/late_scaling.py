@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,8 @@ def scale_now(
     trajectory: Mapping[str, Tensor],
     steps: Iterable[Callable[[], None]],
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Any]]:
-    """Choose the factors that a dilated artifact waits for; returns what changes: tensors (scaled weights, `X.dilation`), the
-    layers' records, metrics.
+    """Choose the factors that a dilated artifact waits for; returns what changes: tensors (scaled weights, `X.dilation`, biases
+    where inputs were moved), the layers' records, metrics.
 
     `network` is the float one and stays as it is; `trajectory` holds the points that searching methods look at, `steps`
     what `nn.statistics` wants.
@@ -41,19 +42,23 @@ def scale_now(
     from dqtool.core.device import beside
     from dqtool.core.scaling import scaling_method
     from dqtool.models.packed import layer_infos
+    from dqtool.nn.folding import find_shifts, shift
     from dqtool.nn.statistics import channel_ranges
     from dqtool.stages.equivalence import check_equivalence
-    from dqtool.stages.scaling_choice import choose_scaling
+    from dqtool.stages.scale_moves import absorb_shift
+    from dqtool.stages.scaling_choice import choose_scaling, shiftable
     from dqtool.stages.scaling_records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
 
     wanted = manifest.metrics[LATER]
     asked, layers = scaling_method(wanted["scaling"]), layer_infos(manifest.layers)
     statistics = {**trajectory, **channel_ranges(network, layers, steps)}
+    shifts = shiftable(network, layers, find_shifts(network, family.example(config), layers)) if asked.shifts else {}
     chosen = choose_scaling(
-        network, family, layers, statistics, asked, wanted["cap"], wanted["bits"], {}, wanted["threshold"]
+        network, family, layers, statistics, asked, wanted["cap"], wanted["bits"], shifts, wanted["threshold"]
     )
     scales = scales_of(layers, chosen)
     changed: dict[str, Tensor] = {}
+    everything = ChainMap(changed, dict(tensors))  # what is set goes to the first
     records = []
     for info, record in zip(layers, manifest.layers, strict=True):
         if info.name in scales:
@@ -62,10 +67,14 @@ def scale_now(
             changed[name] = scaled.to(tensors[name].dtype)
             changed[f"{info.name}.dilation"] = scales[info.name]
             record = record | {"scaling": scaling_record(asked, result)}
+            if result.shift is not None:
+                absorb_shift(everything, info, tensors[name], result.shift)
+                record["scaling"]["shifted_in"] = shifts[info.shares or info.name].names
         records.append(record)
+    for owner, result in chosen.items():
+        if result.shift is not None:
+            shift(everything, shifts[owner], result.shift)
     metrics = scaling_metrics(scales)
-    error = check_equivalence(
-        network, lambda: beside(network, {**tensors, **changed}), scales, family, config, "calibrate"
-    )
+    error = check_equivalence(network, lambda: beside(network, dict(everything)), scales, family, config, "calibrate")
     tell_scaling(records, metrics, error)
     return changed, records, {**metrics, "equivalence_error": error}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
+from dqtool.core.dilation import spread
 from dqtool.core.scaling import SCALINGS
 from dqtool.models.loading import network_of
 from dqtool.models.packed import layer_infos
@@ -20,6 +21,7 @@ from dqtool.stages.scaling_choice import Groups, groups_of, shiftable
 from dqtool.stages.scaling_records import figures
 
 __all__ = [
+    "absorb_shift",
     "dilated_layers",
     "fold_packed",
     "learn_scaling",
@@ -28,6 +30,13 @@ __all__ = [
     "pending_folds",
     "structure_of",
 ]
+
+
+def absorb_shift(tensors: MutableMapping[str, Tensor], info: LayerInfo, weight: Tensor, by: Tensor) -> None:
+    """`b + W z`, in place: what the layer adds for its input being moved by `-z`. `weight` is the original one."""
+    moved = (weight.double() * spread(by, weight, info.groups).double()).flatten(1).sum(1)
+    bias = tensors[f"{info.name}.bias"]
+    tensors[f"{info.name}.bias"] = (bias.double() + moved).to(bias.dtype)
 
 
 def pending_folds(manifest: Manifest) -> list[Fold]:
@@ -71,20 +80,24 @@ def mark_folded(records: Sequence[dict[str, Any]], folded: Mapping[str, list[str
 def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
     """Make the scales that a method wants learned (auto, omniquant) parameters of the student's layers; `bake` ends it.
 
-    Returns what can take the shift of each group that was shifted, by the group's owner. Folded scales stay as they are.
+    Returns what can take the shift of each group whose shift is learned too, by the group's owner. Folded scales stay as they
+    are.
     """
     groups: Groups = {}
     rates: dict[str, float] = {}
+    moving: set[str] = set()
     for owner, members in groups_of(layer_infos(manifest.layers)).items():
         scaling = _scaling(manifest, owner)
         method = SCALINGS.get(scaling.get("asked", scaling.get("method", "")))
         if method is not None and method.learning_rate and "folded_into" not in scaling:
             groups[owner], rates[owner] = members, method.learning_rate
+            if method.learns_shift and "shifted_in" in scaling:
+                moving.add(owner)
     shifts: dict[str, Fold] = {}
-    if any("shifted_in" in _scaling(manifest, owner) for owner in groups):
+    if moving:
         network, example, infos = structure_of(manifest)
         found = shiftable(network, infos, find_shifts(network, example, infos))
-        shifts = {owner: each for owner, each in found.items() if "shifted_in" in _scaling(manifest, owner)}
+        shifts = {owner: each for owner, each in found.items() if owner in moving}
     shared = [
         ([owner, *(m.name for m in members if m.name != owner)], rates[owner]) for owner, members in groups.items()
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import spread
 from dqtool.core.scaling import SCALINGS, OutputError, Samples, ScalingInput, ScalingResult, scaling_method
+from dqtool.core.scaling.searched import middle
 from dqtool.errors import UsageError
 
 STEPS = 3
@@ -63,6 +66,32 @@ def test_auto_is_at_least_as_good_as_each_of_its_methods() -> None:
             errors = {name: error(SCALINGS[name](inputs)) for name in ("none", "wd", "smoothquant")}
             assert error(chosen) <= min(errors.values())
             assert chosen.method in errors
+
+
+def test_auto_centres_where_that_is_better() -> None:
+    inputs = layer("linear", shiftable=True)  # whose channels lie off zero
+    error, chosen = OutputError(inputs), SCALINGS["auto"](inputs)
+    assert chosen.shift is not None
+    assert torch.equal(chosen.shift, middle(inputs))
+    assert error(chosen) <= min(error(SCALINGS[name](inputs)) for name in ("none", "wd", "smoothquant", "omniquant"))
+    assert SCALINGS["auto"](replace(inputs, shiftable=False)).shift is None
+
+
+def test_the_error_of_a_moved_input_is_of_the_same_output() -> None:
+    """A large mean makes the whole output large: what a moved input gets wrong is not divided by what is left of it."""
+    inputs = layer("linear", "16/16", shiftable=True)
+    assert inputs.samples is not None
+    (weight,) = inputs.weights
+    lost = LayerBits(16, 4)
+    of_input = replace(inputs, samples=replace(inputs.samples, bits=lost))
+    shift = middle(inputs)
+    (product,) = inputs.samples.products
+    whole = sum(float(product(x, weight).square().sum()) for x in inputs.samples.steps)
+    moved = replace(inputs.samples, steps=[x - shift for x in inputs.samples.steps], bits=lost)
+    rest = sum(float(product(x, weight).square().sum()) for x in moved.steps)
+    one = torch.ones(16)
+    by_rest = OutputError(replace(inputs, samples=moved))(ScalingResult(one))
+    torch.testing.assert_close(OutputError(of_input)(ScalingResult(one, shift)), by_rest * rest / whole)
 
 
 def test_auto_depends_on_the_layer() -> None:

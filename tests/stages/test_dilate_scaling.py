@@ -76,6 +76,8 @@ def test_moved_and_folded_together_are_still_equivalent(stats: Path, tmp_path: P
 
 def test_auto_records_whose_scale_each_layer_has(stats: Path, tmp_path: Path) -> None:
     artifact = dilated(stats, tmp_path / "d.safetensors", scaling="auto")
+    assert artifact.manifest.metrics["equivalence_error"] <= TOLERANCE
+    assert any("shifted_in" in each for each in scalings(artifact).values())
     assert artifact.manifest.parameters["scaling"] == "auto"
     assert artifact.manifest.parameters["bits"] == "4/4"
     methods = {each["method"] for each in scalings(artifact).values()}
@@ -103,9 +105,12 @@ def test_without_statistics_auto_is_chosen_in_calibrate(stats: Path, late: dict[
     there, here = scalings(given), scalings(after)  # the same points were seen
     assert here
     assert {name: each["method"] for name, each in here.items()} == {n: each["method"] for n, each in there.items()}
-    for name in here:
-        for leaf in ("dilation", "weight"):
-            torch.testing.assert_close(after.tensors()[f"{name}.{leaf}"], given.tensors()[f"{name}.{leaf}"])
+    assert {name: each.get("shifted_in") for name, each in here.items()} == {
+        name: each.get("shifted_in") for name, each in there.items()
+    }
+    assert any("shifted_in" in each for each in here.values())
+    for name in original.keys() | {f"{name}.dilation" for name in here}:  # biases that were moved among them
+        torch.testing.assert_close(after.tensors()[name], given.tensors()[name])
 
 
 def test_statistics_are_of_the_inputs_after_they_were_scaled(stats: Path, late: dict[str, Artifact]) -> None:
@@ -113,8 +118,13 @@ def test_statistics_are_of_the_inputs_after_they_were_scaled(stats: Path, late: 
     names = [name for name in scalings(late["calibrated"]) if f"{name}.channel_range" in plain]
     assert names
     for name in names:
-        torch.testing.assert_close(scaled[f"{name}.channel_range"], plain[f"{name}.channel_range"])
-        divided = plain[f"{name}.channel_range"] / scaled[f"{name}.dilation"]
+        moved = "shifted_in" in scalings(late["calibrated"])[name]
+        lo, hi = plain[f"{name}.channel_range"]
+        middle = (lo + hi) / 2 if moved else torch.zeros_like(lo)
+        torch.testing.assert_close(
+            scaled[f"{name}.channel_range"], plain[f"{name}.channel_range"] - middle, rtol=1e-4, atol=1e-5
+        )
+        divided = scaled[f"{name}.channel_range"] / scaled[f"{name}.dilation"]
         span = torch.stack([scaled[f"{name}.range"][:, 0].min(), scaled[f"{name}.range"][:, 1].max()])
         torch.testing.assert_close(span, torch.stack([divided[0].min(), divided[1].max()]), rtol=1e-4, atol=1e-5)
 

@@ -91,8 +91,8 @@ class ScalingMethod:
 
     `needs_statistics`: it reads the input's range, hence a calibrated artifact; `needs_samples`: inputs themselves.
     `keeps_range`: no out-channel's range moves, so that quantizers of the weights fitted before it still fit. `shifts`:
-    it moves the input too where that is possible. `learning_rate`: of log scale and shift, which training starts from
-    and moves; 0 where it leaves them.
+    it moves the input too where that is possible. `learning_rate`: of the log scale, which training starts from and
+    moves; 0 where it leaves it. `learns_shift`: training moves the shift as well, at that rate.
     """
 
     name: str
@@ -102,6 +102,7 @@ class ScalingMethod:
     keeps_range: bool = False
     shifts: bool = False
     learning_rate: float = 0.0
+    learns_shift: bool = False
 
     def __call__(self, inputs: ScalingInput) -> ScalingResult:
         """Scale (and shift) for these weights.

@@ -16,16 +16,18 @@ CANDIDATES = 20
 
 
 class OutputError:
-    """`‖Q(W s) Q((x − z)/s) − W (x − z)‖² / ‖W (x − z)‖²` for one scaling, summed over the weights that read the input.
+    """`‖Q(W s) Q((x − z)/s) − W (x − z)‖² / ‖W x‖²` for one scaling, summed over the weights that read the input.
 
-    Every step's input has its own quantizer, as in the model (Eq. 22).
+    Every step's input has its own quantizer, as in the model (Eq. 22). What is divided by is the same for every scaling,
+    so that moved inputs compare with those that were not.
     """
 
     def __init__(self, inputs: ScalingInput) -> None:
         assert inputs.samples is not None
         self.inputs, self.samples = inputs, inputs.samples
         self.weights = [weight.detach().float() for weight in inputs.weights]
-        self._expected: list[list[Tensor]] | None = None  # of the input as it is, for every step and weight
+        self._unmoved: list[list[Tensor]] | None = None  # of the input as it is, for every step and weight
+        self._energy: list[float] = []  # of that, for every weight
 
     @torch.no_grad()
     def __call__(self, result: ScalingResult) -> float:
@@ -37,28 +39,28 @@ class OutputError:
             _quantized_weight(scale_weight(w, result.scale, self.inputs.groups), bits.weight) for w in self.weights
         ]
         wrong = [0.0] * len(weights)
-        whole = [0.0] * len(weights)
+        unmoved = self._of_the_input()
         inputs = [x.float() if shift is None else x.float() - shift for x in samples.steps]
-        expected = self._outputs(inputs, keep=shift is None)
+        expected = unmoved if shift is None else self._outputs(inputs)
         for wanted, quantized in zip(
             expected, _quantized_inputs([x / divisor for x in inputs], bits.input), strict=True
         ):
             for i, (product, y, scaled) in enumerate(zip(samples.products, wanted, weights, strict=True)):
                 wrong[i] += float((product(quantized, scaled) - y).square().sum())
-                whole[i] += float(y.square().sum())
-        return sum(w / n for w, n in zip(wrong, whole, strict=True) if n)
+        return sum(w / n for w, n in zip(wrong, self._energy, strict=True) if n)
 
-    def _outputs(self, inputs: list[Tensor], keep: bool) -> list[list[Tensor]]:
-        """What the float weights make of every step's input; `keep`: the same next time."""
-        if keep and self._expected is not None:
-            return self._expected
-        found = [
+    def _of_the_input(self) -> list[list[Tensor]]:
+        if self._unmoved is None:
+            self._unmoved = self._outputs([x.float() for x in self.samples.steps])
+            self._energy = [sum(float(y.square().sum()) for y in of_one) for of_one in zip(*self._unmoved, strict=True)]
+        return self._unmoved
+
+    def _outputs(self, inputs: list[Tensor]) -> list[list[Tensor]]:
+        """What the float weights make of every step's input."""
+        return [
             [product(x, weight) for product, weight in zip(self.samples.products, self.weights, strict=True)]
             for x in inputs
         ]
-        if keep:
-            self._expected = found
-        return found
 
     def _laid_out(self, channels: Tensor) -> Tensor:
         dim = self.samples.channel_dim
