@@ -28,6 +28,9 @@ __all__ = ["DilateOptions", "dilate"]
 
 CODE_VERSION = 1
 
+SCALING_VERSIONS = {"auto": 2}
+"""Of methods whose results have changed: what an older one made is made again, and nothing else."""
+
 
 @dataclass(frozen=True)
 class DilateOptions:
@@ -92,6 +95,8 @@ def dilate(options: DilateOptions, common: Common) -> str:
 def resolved(options: DilateOptions) -> dict[str, Any]:
     """All parameters that decide the result; what they are applied to, model and statistics, are inputs."""
     parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
+    if options.scaling in SCALING_VERSIONS:
+        parameters["scaling_version"] = SCALING_VERSIONS[options.scaling]
     if options.threshold != 1:
         parameters["threshold"] = options.threshold
     if options.stats is not None or waits(options):

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from dqtool.artifacts import Manifest
     from dqtool.models.families import Family
+    from dqtool.nn.folding import Fold
 
 __all__ = ["CHOSEN_IN_CALIBRATE", "LATER", "scale_now"]
 
@@ -45,14 +46,17 @@ def scale_now(
     from dqtool.nn.folding import find_shifts, shift
     from dqtool.nn.statistics import channel_ranges
     from dqtool.stages.equivalence import check_equivalence
-    from dqtool.stages.scale_moves import absorb_shift
+    from dqtool.stages.scale_moves import absorb_shift, structure_of
     from dqtool.stages.scaling_choice import choose_scaling, shiftable
     from dqtool.stages.scaling_records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
 
     wanted = manifest.metrics[LATER]
     asked, layers = scaling_method(wanted["scaling"]), layer_infos(manifest.layers)
     statistics = {**trajectory, **channel_ranges(network, layers, steps)}
-    shifts = shiftable(network, layers, find_shifts(network, family.example(config), layers)) if asked.shifts else {}
+    shifts: dict[str, Fold] = {}
+    if asked.shifts:
+        structure, example, infos = structure_of(manifest)
+        shifts = shiftable(structure, infos, find_shifts(structure, example, infos))
     chosen = choose_scaling(
         network, family, layers, statistics, asked, wanted["cap"], wanted["bits"], shifts, wanted["threshold"]
     )

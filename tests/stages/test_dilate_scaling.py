@@ -16,7 +16,7 @@ from dqtool.errors import UsageError
 from dqtool.nn.prediction import OF_IMAGES
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
-from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.dilate import SCALING_VERSIONS, DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.equivalence import TOLERANCE
 from dqtool.stages.export import ExportOptions, export
@@ -80,6 +80,7 @@ def test_auto_records_whose_scale_each_layer_has(stats: Path, tmp_path: Path) ->
     assert any("shifted_in" in each for each in scalings(artifact).values())
     assert artifact.manifest.parameters["scaling"] == "auto"
     assert artifact.manifest.parameters["bits"] == "4/4"
+    assert artifact.manifest.parameters["scaling_version"] == SCALING_VERSIONS["auto"]  # hence in keys of what it makes
     methods = {each["method"] for each in scalings(artifact).values()}
     assert methods <= {"none", "wd", "smoothquant"}
     assert len(methods) > 1
