@@ -138,8 +138,10 @@ def staging(path: Path) -> Iterator[Path]:
 
 def sweep(path: Path) -> None:
     """Remove what killed writers of `path` left beside it. Only safe for the holder of the lock on `path`."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
+    before = f".{path.name}."
+    for stale in path.parent.glob(f"{glob.escape(before)}*.tmp"):
+        if stale.name.removeprefix(before).removesuffix(".tmp").isdigit():  # and not that of `NAME.onnx`
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def swap_in(area: Path, moves: Sequence[tuple[Path, Path]]) -> None:

@@ -35,6 +35,16 @@ def _at(stage: str, *keys: str, scale: float = 1.0) -> Callable[[Metrics], float
     return value
 
 
+def _scaling(key: str, scale: float = 1.0) -> Callable[[Metrics], float | None]:
+    """Of the stage that chose the factors: `calibrate` where that waits for activations."""
+
+    def value(metrics: Metrics) -> float | None:
+        late = _at("calibrate", key, scale=scale)(metrics)
+        return _at("dilate", key, scale=scale)(metrics) if late is None else late
+
+    return value
+
+
 def _eval(key: str, label: str, better: int, decimals: int = 2, scale: float = 1.0) -> Column:
     return Column(
         label,
@@ -109,8 +119,8 @@ COLUMNS: dict[str, Column] = {
     "train_cpu": Column("processor, s", _at("distill", "training_cpu_seconds"), -1, 0),
     "train_memory": Column("training memory, MB", _training_memory, -1, 0),
     "train_allocated": Column("without mapped files, MB", _at("distill", "peak_anonymous_bytes", scale=1e-6), -1, 0),
-    "unsaturated": Column("unsaturated in-channels, %", _at("dilate", "unsaturated_share", scale=100), 0, 1),
-    "mean_dilation": Column("mean s", _at("dilate", "mean_dilation"), 0, 3),
+    "unsaturated": Column("scaled in-channels, %", _scaling("unsaturated_share", scale=100), 0, 1),
+    "mean_dilation": Column("mean s", _scaling("mean_dilation"), 0, 3),
     "range_ratio": Column("Δx'/Δx", _at("calibrate", "activation_range_ratio"), -1, 3),
     "weight_scale_ratio": Column("Δw'/Δw", _at("errors", "weight_scale_ratio"), 0, 3),
     "weight_clipping": Column("weights: clipped, %", _at("errors", "weight_clipping", scale=100), 0, 1),

@@ -106,7 +106,8 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
         merged["eval"]["metrics"] = _with_files(merged["eval"])
     model = target.model or group.model or table.model
     try:
-        merged["distill"] = _of_the_method(merged.get("distill", {}), row.options.get("distill", {}))
+        asked = target.overrides.get("distill", {})
+        merged["distill"] = _of_the_method(merged.get("distill", {}), row.options.get("distill", {}), asked)
         if "distill" in table.stages and (target.model is None or target.schedule is not None):
             merged["distill"] = _shortened(merged.get("distill", {}), schedule.share)
         for stage in ("calibrate", "distill", "eval"):
@@ -130,17 +131,25 @@ def _with_files(values: Mapping[str, Any]) -> list[str]:
     return named + (["aesthetic"] if "clip" in values and "aesthetic_weights" in values else [])
 
 
-def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any]) -> dict[str, Any]:
-    """Without iterations that a whole table was given and that the row's method has no use for."""
-    has = _parameters("distill", make_options("distill", {"method": values.get("method")}))["recipe"]
-    return {k: v for k, v in values.items() if k not in ITERATIONS or has.get(k) or k in of_row}
+def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Iterations that a whole table was given are those of a block. A method that trains everything at once has as many times
+    its own, one that trains nothing has none; those of the row, and those `asked` for all rows, stay what they are."""
+    has, of_block = _recipe(values.get("method")), _recipe("bkd")
+    found = dict(values)
+    for key in ITERATIONS:
+        if key in values and key not in of_row:
+            if not has.get(key):
+                del found[key]
+            elif key not in asked:
+                found[key] = max(min(1, values[key]), round(values[key] * has[key] / of_block[key]))
+    return found
 
 
 def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
     """Iterations that nobody chose, brought down to a share of the method's own."""
     if share == 1:
         return dict(values)
-    defaults = _parameters("distill", make_options("distill", {"method": values.get("method")}))["recipe"]
+    defaults = _recipe(values.get("method"))
     given = dict(values)
     plain = given.get("iters") == 0  # which is PTQ
     for key in ITERATIONS:
@@ -192,6 +201,12 @@ def _step(
     version = import_module(f"dqtool.stages.{stage}").CODE_VERSION
     key = fingerprint(stage, version, parameters, inputs)
     return Step(stage, dict(values), parameters, key, model, source, statistics)
+
+
+def _recipe(method: str | None) -> dict[str, Any]:
+    """A training method's numbers, as it has them by itself."""
+    recipe: dict[str, Any] = _parameters("distill", make_options("distill", {"method": method}))["recipe"]
+    return recipe
 
 
 def _parameters(stage: str, options: Any) -> dict[str, Any]:

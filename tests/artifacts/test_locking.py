@@ -62,6 +62,14 @@ def test_dies_with_its_holder_and_clears_what_that_one_left(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [bystander]
 
 
+def test_what_another_writes_under_a_longer_name_is_left_alone(tmp_path: Path):
+    process = holder(tmp_path / "exported.onnx")
+    with lock(tmp_path / "exported"):
+        assert (tmp_path / f".exported.onnx.{process.pid}.tmp" / "data").read_text() == "half"
+    process.communicate("")
+    assert process.returncode == 0
+
+
 def test_is_not_entered_twice_and_is_released_on_failure(tmp_path: Path):
     output = tmp_path / "x.safetensors"
     with pytest.raises(RuntimeError), lock(output):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,17 @@ def test_two_workers_share_cells_and_a_claimed_cell_is_waited_for(
     assert ran == [cells[1].key]
 
 
+def test_an_interrupt_reaches_a_worker_in_the_background(tiny: Path, tmp_path: Path) -> None:
+    """A shell that is not interactive starts its background jobs with interrupts ignored, as `make bench-all` does."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main([str(tiny), "--dry-run", "--results", str(tmp_path)]) == 0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_numbers_that_fail_are_a_result(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(_self: Runner, _step: Any) -> Any:
         raise NumericError("The distillation loss is no longer finite.")
@@ -310,3 +322,28 @@ def test_a_published_model_takes_the_place_of_the_embedded_one(tiny: Path, tmp_p
     summary = summarise(table, Target(model=str(made / "tiny")), cells, CellStore(tmp_path / "none"), "x")
     assert [column["key"] for column in summary["columns"]] == ["psnr"]
     assert summary["runs_on"] == f"on {made / 'tiny'}"
+
+
+def test_iterations_of_a_published_table_are_those_of_a_block(made: Path) -> None:
+    """What trains everything at once has ten times as many, here as on the embedded models; what trains nothing has none."""
+    table = load_table(next(path for path in TABLES if path.stem == "table-cifar10"))
+
+    def iterations(**options: Any) -> dict[str, int]:
+        cells = plan_table(table, Target(str(made / "tiny"), **options))
+        recipes = {cell.row: cell.steps[-2].parameters["recipe"] for cell in cells if cell.group == "4/4"}
+        return {row: recipe["iters"] for row, recipe in recipes.items() if "iters" in recipe}
+
+    found = iterations()
+    assert {found[row] for row in ("EDA-DM", "TFMQ-DM", "DilateQuant")} == {5000}
+    assert {found[row] for row in ("LSQ", "EfficientDM")} == {50000}
+    assert not found.get("PTQ")
+    asked = iterations(overrides={"distill": {"iters": 7}})
+    assert {asked[row] for row in ("EDA-DM", "LSQ", "EfficientDM", "DilateQuant")} == {7}
+
+
+def test_guidance_of_the_published_samplers_is_that_of_their_recipe() -> None:
+    table = load_table(next(path for path in TABLES if path.stem == "table-samplers"))
+    cells = plan_table(table, Target("zoo:digits-ldm"))
+    found = {c.group: s.parameters["guidance"] for c in cells for s in c.steps if s.stage == "calibrate"}
+    assert {found[group] for group in found if "100" in group} == {1.5}
+    assert {found[group] for group in found if "20" in group} == {3}
