@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dqtool.metrics.measuring import Batch, Meter
 
-__all__ = ["choose", "files_of", "ready", "save_samples", "scores"]
+__all__ = ["choose", "enough_for", "files_of", "ready", "save_samples", "scores"]
 
 BATCH = 64
 
@@ -37,6 +37,16 @@ def files_of(options: _Options) -> Files:
     return Files(options.inception_weights, options.clip, options.aesthetic_weights, options.ref_stats)
 
 
+def enough_for(files: Files, *, prompts: bool) -> tuple[str, ...]:
+    """The metrics that the files, and what the reference statistics hold, are enough for."""
+    chosen = available(files, prompts=prompts)
+    if files.ref_stats is not None and "fid" in chosen and not _has(files.ref_stats, "arr_0"):
+        chosen = tuple(name for name in chosen if name != "pr")
+    if files.ref_stats is not None and "sfid" in chosen and not _has(files.ref_stats, "mu_s", "arr_0"):
+        chosen = tuple(name for name in chosen if name != "sfid")
+    return chosen
+
+
 def choose(asked: Sequence[str] | None, files: Files, *, prompts: bool) -> tuple[str, ...]:
     """The metrics of the registry among those `asked` for; None stands for all that the files are enough for.
 
@@ -48,11 +58,7 @@ def choose(asked: Sequence[str] | None, files: Files, *, prompts: bool) -> tuple
         chosen = tuple(name for name in asked if name in METRICS)
         check_needs(chosen, files)
     else:
-        chosen = available(files, prompts=prompts)
-        if files.ref_stats is not None and "fid" in chosen and not _has(files.ref_stats, "arr_0"):
-            chosen = tuple(name for name in chosen if name != "pr")
-        if files.ref_stats is not None and "sfid" in chosen and not _has(files.ref_stats, "mu_s", "arr_0"):
-            chosen = tuple(name for name in chosen if name != "sfid")
+        chosen = enough_for(files, prompts=prompts)
         for field in files.given():
             users = [name for name, m in METRICS.items() if field in (EXTRACTORS[m.extractor].needs, *m.needs)]
             if not set(users) & set(chosen):

@@ -65,8 +65,13 @@ def _run(args: argparse.Namespace) -> int:
     chosen = Target(args.model, target.overrides, seeds, args.schedule)
     store = CellStore(args.results / "cells")
     tables = [load_table(file) for file in args.files]
-    plans = [(table, plan_table(table, target)) for table in tables]
-    wanted = [_wanted(plan_table(table, chosen), args.groups) for table in tables]
+    asked = [plan_table(table, chosen) for table in tables]
+    _check_groups(args.groups, asked)
+    wanted = [[cell for cell in cells if args.groups is None or cell.group in args.groups] for cells in asked]
+    # Tables are written with all their groups and seeds, and with those that were asked for beside.
+    plans = [
+        (table, _with_others(plan_table(table, target), cells)) for table, cells in zip(tables, wanted, strict=True)
+    ]
     if args.dry_run:
         _print_plan(tables, wanted, store)
         return 0
@@ -82,8 +87,16 @@ def _run(args: argparse.Namespace) -> int:
     return 2 if any(cell.problem for cells in wanted for cell in cells) else 0
 
 
-def _wanted(cells: list[Cell], groups: Sequence[str] | None) -> list[Cell]:
-    return [cell for cell in cells if groups is None or cell.group in groups]
+def _with_others(cells: list[Cell], others: list[Cell]) -> list[Cell]:
+    known = {(cell.row, cell.group, cell.seed) for cell in cells}
+    return cells + [cell for cell in others if (cell.row, cell.group, cell.seed) not in known]
+
+
+def _check_groups(asked: Sequence[str] | None, plans: Sequence[Sequence[Cell]]) -> None:
+    known = sorted({cell.group for cells in plans for cell in cells})
+    for name in asked or ():
+        if name not in known:
+            raise UsageError(f"No group is called {name}", where="--groups", fix=nearest(name, known))
 
 
 def _write(

@@ -14,6 +14,7 @@ from typing import Any
 
 from dqtool.artifacts import fingerprint
 from dqtool.errors import UsageError
+from dqtool.stages.image_metrics import enough_for, files_of
 from dqtool.stages.late_scaling import CHOSEN_IN_CALIBRATE
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
@@ -95,7 +96,7 @@ def plan_table(table: Table, target: Target) -> list[Cell]:
 def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Cell:
     layers = [table.options, group.options, row.options]
     if target.model is not None:
-        layers = [table.options, group.options, table.published, group.published, row.options]
+        layers = [table.options, group.options, table.published.options, group.published, row.options]
     layers.append(target.overrides)
     schedule = SCHEDULES[target.schedule or table.schedule]
     base: Options = {"eval": {"metrics": list(METRICS if target.model is None else PUBLISHED_METRICS)}}
@@ -104,6 +105,10 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     merged = _merged([base, *layers])
     if target.model is not None and "metrics" not in target.overrides.get("eval", {}):
         merged["eval"]["metrics"] = _with_files(merged["eval"])
+    missing = [name for name in table.published.needs if not _given(merged, name)] if target.model is not None else []
+    if missing:
+        options = " ".join(f"--set {name}=FILE" for name in missing)
+        return Cell(row.name, group.name, seed, problem=f"{table.name} needs {options}")
     model = target.model or group.model or table.model
     try:
         asked = target.overrides.get("distill", {})
@@ -121,14 +126,15 @@ def _merged(layers: Sequence[Mapping[str, Mapping[str, Any]]]) -> Options:
     return {stage: {k: v for layer in layers for k, v in layer.get(stage, {}).items()} for stage in STAGES}
 
 
+def _given(options: Options, name: str) -> bool:
+    stage, _, option = name.partition(".")
+    return option.replace("-", "_") in options.get(stage, {})
+
+
 def _with_files(values: Mapping[str, Any]) -> list[str]:
     """The metrics of a published model: those named, and those that the files given are enough for."""
-    named = list(values["metrics"])
-    inception = "inception_weights" in values
-    named += ["is"] if inception else []
-    named += ["fid", "sfid", "pr"] if inception and "ref_stats" in values else []
-    named += ["clip"] if "clip" in values else []
-    return named + (["aesthetic"] if "clip" in values and "aesthetic_weights" in values else [])
+    files = files_of(make_options("eval", values))
+    return [*values["metrics"], *enough_for(files, prompts=files.clip is not None)]
 
 
 def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

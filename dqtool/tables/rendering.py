@@ -20,7 +20,7 @@ __all__ = ["render_markdown", "summarise"]
 
 def summarise(table: Table, target: Target, cells: Sequence[Cell], store: CellStore, command: str) -> dict[str, Any]:
     """Everything a reader of the table needs, plain JSON. Rows without finished cells have no values."""
-    columns = list(table.published_columns if target.model and table.published_columns else table.columns)
+    columns = list(table.published.columns if target.model and table.published.columns else table.columns)
     records = {cell.key: store.load(cell.key) for cell in cells if cell.key}
     rows: list[dict[str, Any]] = []
     groups = _groups(table, cells)

@@ -17,7 +17,7 @@ from dqtool.yamltree import compose, convert, entries, items, listed, nearest, r
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-__all__ = ["STAGES", "Group", "Options", "Row", "Table", "load_table"]
+__all__ = ["STAGES", "Group", "Options", "Published", "Row", "Table", "load_table"]
 
 STAGES = ("dilate", "calibrate", "distill", "eval")
 """What a cell can consist of, in order. Exporting changes no figure: what is measured is what would be exported."""
@@ -77,8 +77,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What changes when the model of the paper is given, and options of it, as `stage.option`, that name files which the
+    comparison is nothing without."""
+
+    options: Options = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Table:
-    """A checked table. `published` is what changes when the model of the paper is given."""
+    """A checked table."""
 
     name: str
     path: Path
@@ -94,8 +104,7 @@ class Table:
     baseline: str | None
     curve: str | None
     options: Options
-    published: Options
-    published_columns: tuple[str, ...]
+    published: Published
     groups: tuple[Group, ...]
     rows: tuple[Row, ...]
     paper_columns: str
@@ -120,7 +129,6 @@ def load_table(path: str | os.PathLike[str]) -> Table:
             )
     text = {k: _text(top, k, given) for k in ("title", "source", "about", "model", "stands-for", "paper-columns")}
     stages = _names(top, "stages", STAGES, "stage", given) or STAGES
-    published, published_columns = _published(top, given)
     groups = tuple(_group(node, given) for node in _list(top, "groups", given)) or (
         Group("", paper_reference=_text(top, "paper-reference", given)),
     )
@@ -155,8 +163,7 @@ def load_table(path: str | os.PathLike[str]) -> Table:
         baseline=baseline,
         curve=_text(top, "curve", given) or None,
         options=_options(top, given),
-        published=published,
-        published_columns=published_columns,
+        published=_published(top, given),
         groups=groups,
         rows=rows,
         paper_columns=text["paper-columns"],
@@ -174,7 +181,7 @@ def _group(node: Node, given: str) -> Group:
         stands_for=_text(found, "stands-for", given) or None,
         seeds=_seeds(found, given) or None,
         options=_options(found, given),
-        published=_published(found, given)[0],
+        published=_published(found, given).options,
         published_only=_flag(found, "published-only", given),
         paper_reference=_text(found, "paper-reference", given),
     )
@@ -205,11 +212,16 @@ def _flag(found: Entries, key: str, given: str) -> bool:
     return key in found and convert(found[key][1], bool, _where(found, key, given), key)
 
 
-def _published(found: Entries, given: str) -> tuple[Options, tuple[str, ...]]:
+def _published(found: Entries, given: str) -> Published:
     if "published" not in found:
-        return {}, ()
-    inner = entries(found["published"][1], given, ("columns", "options"), "key of published")
-    return _options(inner, given), _names(inner, "columns", COLUMNS, "column", given)
+        return Published()
+    inner = entries(found["published"][1], given, ("columns", "options", "needs"), "key of published")
+    known = [f"{stage}.{option}" for stage in STAGES for option in option_types(stage)]
+    return Published(
+        _options(inner, given),
+        _names(inner, "columns", COLUMNS, "column", given),
+        _names(inner, "needs", known, "option", given),
+    )
 
 
 def _options(found: Entries, given: str) -> Options:

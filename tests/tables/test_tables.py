@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dqtool.errors import NumericError, UsageError
@@ -70,7 +71,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_table_is_valid_and_plans_cells(path: Path) -> None:
+def test_every_table_is_valid_and_plans_cells(path: Path, tmp_path: Path) -> None:
     later = {"preset", "train-samples"} - set(option_types("distill"))
     if any(f"{option}:" in path.read_text() for option in later):
         pytest.skip(f"needs distill --{next(iter(later))}")
@@ -78,7 +79,13 @@ def test_every_table_is_valid_and_plans_cells(path: Path) -> None:
     cells = plan_table(table, Target())
     rows = {row.name for row in table.rows if not row.paper_only}
     assert {cell.row for cell in cells} == rows
-    published = plan_table(table, Target(model="zoo:digits-ddpm"))
+    given: dict[str, dict[str, Any]] = {}
+    for name in table.published.needs:
+        stage, _, option = name.partition(".")
+        prompts = tmp_path / "captions.txt"
+        prompts.write_text("one")
+        given.setdefault(stage, {})[option] = str(prompts)
+    published = plan_table(table, Target(model="zoo:digits-ddpm", overrides=given))
     assert {cell.row for cell in published} == rows
     assert [cell.problem for cell in (*cells, *published) if cell.problem] == []
     assert all(cell.steps for cell in (*cells, *published))
@@ -309,6 +316,47 @@ def test_hours_come_from_the_same_model_and_from_the_cpu() -> None:
     assert rates["eval", "a"] == rates["eval", "a", "None"] == 1.0
     assert rates["eval", "b"] == 3.0
     assert rates["eval",] == 2.0
+
+
+def test_groups_and_seeds_that_are_asked_for(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny), "--dry-run", "--groups", "4/5", "--results", str(tmp_path)]) == 2
+    assert "Did you mean 4/4?" in capsys.readouterr().err
+    command = [
+        str(tiny),
+        "--results",
+        str(tmp_path),
+        "--work",
+        str(tmp_path / "work"),
+        "--groups",
+        "8/8",
+        "--seeds",
+        "7",
+    ]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "tiny.json").read_text())
+    assert summary["cells"]["finished"] == 1
+    assert summary["seeds"] == [0, 1, 7]
+    assert [row["seeds"] for row in summary["rows"] if row["group"] == "8/8" and row.get("seeds")] == [[7]]
+
+
+def test_a_published_table_says_which_files_it_needs_before_anything_runs(tmp_path: Path) -> None:
+    table = load_table(next(path for path in TABLES if path.stem == "table-coco"))
+    cells = plan_table(table, Target("zoo:digits-sd"))
+    expected = "table-coco needs --set calibrate.prompts=FILE --set eval.prompts=FILE"
+    assert {cell.problem for cell in cells} == {expected}
+    prompts = tmp_path / "captions.txt"
+    prompts.write_text("a cat\na dog\n")
+    given = {"calibrate": {"prompts": str(prompts)}, "eval": {"prompts": str(prompts)}}
+    assert not any(cell.problem for cell in plan_table(table, Target("zoo:digits-sd", overrides=given)))
+
+
+def test_metrics_of_a_published_model_are_those_that_its_statistics_hold(tmp_path: Path) -> None:
+    table = load_table(next(path for path in TABLES if path.stem == "table-cifar10"))
+    statistics = tmp_path / "fid-only.npz"
+    np.savez(statistics, mu=np.zeros(2048), sigma=np.eye(2048))
+    given = {"inception_weights": str(Path(__file__)), "ref_stats": str(statistics)}
+    cell = plan_table(table, Target("zoo:digits-ddpm", overrides={"eval": given}))[0]
+    assert cell.steps[-1].parameters["metrics"] == ["similarity", "cost", "fid", "is"]
 
 
 def test_a_published_model_takes_the_place_of_the_embedded_one(tiny: Path, tmp_path: Path, made: Path) -> None:
