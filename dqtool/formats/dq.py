@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import save_tensors
@@ -14,7 +10,7 @@ from dqtool.core.cost import file_bytes
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, swapped
 from dqtool.models.export_layout import WEIGHTS
-from dqtool.models.families import Family, family_of
+from dqtool.models.families import family_of
 from dqtool.models.hub import quantization_config
 from dqtool.models.packed import plan_records, plans_of, prediction_rows
 from dqtool.nn.integer import runs_as
@@ -37,11 +33,6 @@ def prepare(distilled: Artifact) -> Exported:
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, tensors)
 
-    return Exported(config, _with_runs(family, manifest.model["config"], manifest.layers), write, predicted)
-
-
-def _with_runs(family: Family, config: Mapping[str, Any], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The layers with `runs`: what integer runtimes compute in int8, and why not the rest."""
-    with torch.device("meta"):
-        modules = dict(family.build(config).named_modules())
-    return [{**x, "runs": runs_as(x["kind"], x["bits"][0], x["bits"][1], modules.get(x["name"]))} for x in layers]
+    # `runs`: what integer runtimes compute in int8, and why not the rest.
+    layers = [{**each, "runs": runs_as(each["kind"], *each["bits"][:2])} for each in manifest.layers]
+    return Exported(config, layers, write, predicted)

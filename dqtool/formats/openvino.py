@@ -154,10 +154,17 @@ def converted(network: nn.Module, inputs: tuple[Tensor, ...]) -> openvino.Model:
 
 
 def save_ir(model: openvino.Model, path: Path) -> None:
-    """Write `path` (.xml) and the weights beside it (.bin)."""
+    """Write `path` (.xml) and the weights beside it (.bin).
+
+    Raises:
+        OSError: it can't be written; OpenVINO's own error, a RuntimeError, does not tell a full disk from a bug.
+    """
     import openvino
 
-    openvino.save_model(model, path, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as e:
+        raise OSError(f"OpenVINO could not write {path.name}: {e}") from e
 
 
 def shrink_weights(model: openvino.Model) -> None:

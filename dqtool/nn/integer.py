@@ -236,10 +236,10 @@ def integer_attention(attn: nn.Module) -> IntegerAttention:
     return IntegerAttention(operands, int(attn.heads))  # type: ignore[arg-type]
 
 
-def runs_as(kind: str, weight_bits: int, input_bits: int, module: nn.Module | None = None) -> str:
+def runs_as(kind: str, weight_bits: int, input_bits: int) -> str:
     """How an integer runtime computes one layer of a manifest: "int8", or "float" and why.
 
-    `module` is the float layer, for its padding. What a machine lacks beyond that, its runtime says when it loads.
+    What a machine lacks, its runtime says when it loads.
     """
     if kind == "attention":
         wide = max(weight_bits, input_bits) > 8
@@ -247,8 +247,6 @@ def runs_as(kind: str, weight_bits: int, input_bits: int, module: nn.Module | No
     if weight_bits > 8 or input_bits > 8:
         which = "weights and inputs are" if min(weight_bits, input_bits) > 8 else "weights are"
         return f"float: its {which if weight_bits > 8 else 'inputs are'} not quantized"
-    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"float: padding '{module.padding_mode if module.padding_mode != 'zeros' else module.padding}' has no integer form"
     return "int8"
 
 

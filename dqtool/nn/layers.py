@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
 from dqtool.core.packing import pack, packed_words, unpack
+from dqtool.nn.padding import zero_padding
 from dqtool.nn.quantizers import StepIndex, quantize_operand
 
 if TYPE_CHECKING:
@@ -52,12 +53,11 @@ class QuantLayer(nn.Module):
         self.bits, self.steps = bits, steps
         self.is_conv = isinstance(like, nn.Conv2d)
         if isinstance(like, nn.Conv2d):
-            self.stride, self.padding, self.dilation_taps, self.groups = (
-                like.stride,
-                like.padding,
-                like.dilation,
-                like.groups,
-            )
+            padding = zero_padding(like)
+            if padding is None:
+                raise TypeError(f"padding {like.padding!r} with {like.padding_mode} has no integer form")
+            self.padding = padding
+            self.stride, self.dilation_taps, self.groups = like.stride, like.dilation, like.groups
             self.in_channels, self.out_channels = like.in_channels, like.out_channels
             self.kernel_size = like.kernel_size
         elif isinstance(like, nn.Linear):

@@ -292,6 +292,7 @@ class LoweredGroupNorm(nn.Module):
             positions = positions * x.shape[dim]  # not `numel`: a tracer takes that for a constant
         square = torch.linalg.vector_norm(x, 2, dims).square() / positions
         variance = square.view(grouped).mean(2, keepdim=True) - mean.square()
+        variance = variance.clamp(min=0)  # a difference of large numbers, where the mean is far from zero
         scale = torch.rsqrt(variance + self.eps)
         scale = scale * self.weight if self.affine else scale.expand(-1, -1, grouped[2])  # [N, G, C / G]
         shift = self.bias - mean * scale if self.affine else -mean * scale

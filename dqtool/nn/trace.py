@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtool.nn.attention import attention_layout
+from dqtool.nn.padding import zero_padding
 
 __all__ = ["BlockInfo", "LayerInfo", "Trace", "is_attention", "is_quantizable", "kept_float", "trace"]
 
@@ -67,7 +68,7 @@ class Trace:
 
 def is_quantizable(module: nn.Module) -> bool:
     """Whether this is a leaf dqtool quantizes."""
-    return isinstance(module, nn.Conv2d | nn.Linear)
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and zero_padding(module) is not None)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -78,13 +79,15 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def kept_float(model: nn.Module, layers: Collection[LayerInfo]) -> dict[str, str]:
-    """What of `model` is not among the traced `layers`, and why: Conv2d and Linear that no forward pass runs, and
-    attention products that nobody here knows how to compute."""
+    """What of `model` is not among the traced `layers`, and why: Conv2d and Linear that no forward pass runs, convolutions
+    that pad with something else than zeros, and attention products that nobody here knows how to compute."""
     seen = {info.name for info in layers}
     found = {}
     for name, module in model.named_modules():
         if is_quantizable(module) and name not in seen:
             found[name] = "never runs in a forward pass"
+        elif isinstance(module, nn.Conv2d) and not is_quantizable(module):
+            found[name] = f"its padding has no integer form ({module.padding}, {module.padding_mode})"
         elif all(hasattr(module, part) for part in ("to_q", "to_k", "to_v", "processor")) and not is_attention(module):
             found[name] = f"the two products of {type(module.processor).__name__} are not known"  # type: ignore[union-attr]
     return found

@@ -99,13 +99,7 @@ def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.
     _check_format(artifact, runtime)
     if runtime == "auto":
         return _load_fastest(artifact, batch)
-    chosen = RUNTIMES[runtime]
-    reason = _unavailable(chosen)
-    if reason is not None:
-        raise EnvironmentFault(
-            f"The {runtime} runtime can't run here: {reason}", where="--runtime", fix="Use --runtime auto"
-        )
-    return _load(chosen, artifact)
+    return _load(_ready(RUNTIMES[runtime]), artifact)
 
 
 def pick(names: Iterable[str] = ORDER) -> list[tuple[Runtime, str | None]]:
@@ -136,6 +130,15 @@ def _check_format(artifact: Artifact, runtime: str) -> None:
         )
 
 
+def _ready(runtime: Runtime) -> Runtime:
+    reason = _unavailable(runtime)
+    if reason is not None:
+        raise EnvironmentFault(
+            f"The {runtime.name} runtime can't run here: {reason}", where="--runtime", fix="Use --runtime auto"
+        )
+    return runtime
+
+
 def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
     network = runtime.engine().load(artifact)
     network.runtime = runtime.name  # what `auto` took, for whoever reports it
@@ -149,7 +152,7 @@ def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
 def _load_fastest(artifact: Artifact, batch: int | None) -> nn.Module:
     readers = READERS.get(artifact.manifest.parameters["format"])
     if readers is not None:
-        return load(artifact.given, readers[0])
+        return _load(_ready(RUNTIMES[readers[0]]), artifact)
     names, why = order(artifact, batch)
     for runtime, reason in pick(names):
         if reason is not None:

@@ -44,7 +44,7 @@ from dqtool.nn.quantizers import StepIndex
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Part of the cache's key: raise it when the graph changes."""
 
 KEPT = 2

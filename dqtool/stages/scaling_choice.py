@@ -19,6 +19,7 @@ from dqtool.core.scaling import Samples, ScalingInput, ScalingMethod, ScalingRes
 from dqtool.errors import UsageError
 from dqtool.models.families import Family
 from dqtool.nn.folding import Fold
+from dqtool.nn.padding import zero_padding
 from dqtool.nn.surgery import assign_bits
 from dqtool.nn.trace import LayerInfo
 from dqtool.training.data import Trajectory
@@ -97,7 +98,7 @@ def shiftable(network: nn.Module, layers: list[LayerInfo], found: list[Fold]) ->
 
 
 def _pads(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or any(layer.padding))
+    return isinstance(layer, nn.Conv2d) and zero_padding(layer) != (0, 0)
 
 
 def statistics_for(method: ScalingMethod, stats: Artifact | None) -> Mapping[str, Tensor]:

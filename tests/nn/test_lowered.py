@@ -49,6 +49,8 @@ def test_group_norm_as_a_multiply_add() -> None:
             nn.init.normal_(norm.bias)
         x = torch.randn(shape) * 3 + 1
         assert torch.allclose(LoweredGroupNorm(norm)(x), norm(x), atol=1e-5)
+    norm = nn.GroupNorm(1, 4)
+    assert bool(torch.isfinite(LoweredGroupNorm(norm)(torch.randn(1, 4, 8, 8) * 0.02 + 100)).all())
 
 
 def test_arguments_flatten_and_nest() -> None:

@@ -14,7 +14,7 @@ from synthetic import synthetic_network
 from torch import Tensor, nn
 
 import dqtool
-from dqtool.artifacts import open_artifact
+from dqtool.artifacts import open_artifact, store
 from dqtool.errors import ArtifactError, DqtoolWarning, EnvironmentFault, UsageError
 from dqtool.nn.integer import accumulate
 from dqtool.nn.layers import PackedLayer
@@ -175,6 +175,38 @@ def test_a_read_only_cache_is_done_without(
     tmp_path.chmod(0o500)
     monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path))
     assert dqtool.load(str(exported["dq"]), "openvino")(torch.randn(1, 1, 8, 8), 0).sample.shape == (1, 1, 8, 8)
+
+
+def test_a_full_disk_is_no_bug(
+    exported: dict[str, Path],
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """OpenVINO says it with a RuntimeError."""
+
+    def full(*_args: object, **_options: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path / "cache"))
+    assert dqtool.load(str(exported["dq"]), "openvino")(torch.randn(1, 1, 8, 8), 0).sample.shape == (1, 1, 8, 8)
+    assert "can't be kept" in capsys.readouterr().err
+    options = ExportOptions(str(made / "distilled.safetensors"), str(tmp_path / "ir"), format="openvino")
+    with pytest.raises(EnvironmentFault, match="iostream"):
+        export(options, Common(quiet=True))
+    assert not (tmp_path / "ir").exists()
+
+
+def test_auto_reads_each_file_once(made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("export", str(made / "distilled.safetensors"), "--format", "dense", "-o", "dense", cwd=tmp_path)
+    assert result.returncode == 0
+    seen: list[Path] = []
+    verify = store._verify
+    monkeypatch.setattr(store, "_verify", lambda path, *rest: seen.append(path) or verify(path, *rest))
+    dqtool.load(str(tmp_path / "dense"))
+    assert len(seen) == len(set(seen)) > 0
 
 
 def test_pipeline_takes_it(exported: dict[str, Path]) -> None:
