@@ -50,6 +50,11 @@ class Result:
         """sha256 of what was measured."""
         return str(self.manifest.inputs[0]["sha256"]) if self.manifest.inputs else ""
 
+    @property
+    def quantized_reference(self) -> str | None:
+        """What took the place of the full-precision model in comparisons, in eval's words; None where nothing did."""
+        return self.metrics.get("reference_is")
+
     def open(self, stage: str) -> Artifact:
         """The artifact of a stage, its data verified.
 
@@ -282,7 +287,7 @@ def _names(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def chain_key(result: Result) -> str:
-    """Equal for results of one model sampled in one way, in equal numbers: what may be compared.
+    """Equal for results of one model sampled in one way, in equal numbers, beside one reference: what may be compared.
 
     The bias of a Fréchet distance depends on the number of images; their seed may differ.
     """
@@ -294,5 +299,6 @@ def chain_key(result: Result) -> str:
         "steps": result.manifest.parameters.get("steps") or sampling.get("steps"),
         "eta": sampling.get("eta"),
         "images": result.metrics.get("samples"),
+        "reference": None if result.quantized_reference is None else result.manifest.inputs[1]["sha256"],
     }
     return canonical_json(identity)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from dqtool.metrics.frechet import minimum_samples
 from dqtool.page.charts import Line, Point, bands, dots, heatmap, lines, ridges, scatter
+from dqtool.page.comparison import REFERENCE
 from dqtool.page.document import Block, Charts, Note, Paragraph, Picture, Pictures, Section
 from dqtool.page.figures import COSTS, extractors, figure, figures_of, quality_key
 from dqtool.page.measures import DilatedInput, Errors
@@ -56,6 +57,7 @@ def quality_section(results: Sequence[Result], benches: Sequence[Bench]) -> Sect
     label = figure(key).heading
     references = [figures_of(r.metrics.get("reference", {})) for r in results]
     full = {values[key] * figure(key).scale for values in references if key in values}
+    quantized = results[0].quantized_reference
     charts, missing = [], []
     for cost in COSTS:
         points = []
@@ -68,16 +70,16 @@ def quality_section(results: Sequence[Result], benches: Sequence[Bench]) -> Sect
             continue
         base = None
         if full:
-            costs = [cost.of_reference(result, benches) for result in results]
+            costs = [cost.of_reference(result, benches) for result in results] if quantized is None else []
             base = (
-                "full precision",
+                REFERENCE if quantized is None else "reference",
                 statistics.mean(full),
                 next((value for value in costs if value is not None), None),
             )
         svg = scatter(f"{label} against {cost.label}", cost.label, label, points, base)
         charts.append((f"{figure(key).label} by {cost.label.split(',')[0]}", svg, ""))
     if charts:
-        text = "Numbers are those of the table." + (" The dashed line is full precision." if full else "")
+        text = "Numbers are those of the table." + (f" The dashed line is {quantized or REFERENCE}." if full else "")
         section.blocks += [Paragraph(text), Charts(charts)]
     if missing:
         section.blocks.append(Note(f"Left out: {'; '.join(missing)}."))

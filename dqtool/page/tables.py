@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dqtool.page.comparison import REFERENCE
 from dqtool.page.document import Cell, Table
 from dqtool.page.figures import RATIO, extractors, figure, figures_of, method_of, seconds_of
 from dqtool.page.measures import Errors, Parts
@@ -18,7 +19,7 @@ NOTHING = Cell("–")
 
 
 def result_table(results: Sequence[Result]) -> Table:
-    """All results of one model: method, bits, figures, size, bit operations, time to quantize; full precision first."""
+    """All results of one model: method, bits, figures, size, bit operations, time to quantize; the reference first."""
     keys = list(dict.fromkeys(key for result in results for key in figures_of(result.metrics)))
     best = {key: _best(key, results) for key in keys}
     columns = ["#", "result", "bits", "method", "images", *(figure(key).heading for key in keys)]
@@ -32,8 +33,10 @@ def result_table(results: Sequence[Result]) -> Table:
         row += [_figure_cell(result.metrics, key, best[key] is result) if key in values else NOTHING for key in keys]
         row += _costs(result.metrics.get("cost"))
         rows.append([*row, NOTHING if seconds is None else Cell(format_seconds(seconds))])
+    quantized = results[0].quantized_reference
+    compared = "× and ÷ compare" if quantized is None else f"× compares with {quantized}, ÷"
     caption = (
-        "× and ÷ compare with full precision; size is that of the network's weights, and operations are those of a step"
+        f"{compared} with full precision; size is that of the network's weights, and operations are those of a step"
     )
     return Table(caption, columns, rows, heads=2)
 
@@ -174,15 +177,17 @@ def _with_own_reference(results: Sequence[Result]) -> list[Result]:
             reference = result.metrics.get("reference", {})
             found.setdefault((reference.get("samples"), result.manifest.parameters.get("seed")), result)
     several = [result for (images, _), result in found.items() if images is not None]
-    return several or list(found.values())[:1]
+    return several or [result for result in found.values() if result.quantized_reference is None][:1]
 
 
 def _reference_row(result: Result, keys: Sequence[str]) -> list[Cell]:
     reference, cost = result.metrics.get("reference", {}), result.metrics.get("cost", {})
     values = figures_of(reference)
-    row = [Cell(""), Cell("full precision"), Cell("32/32"), NOTHING, _images(reference)]
+    quantized = result.quantized_reference
+    named = [Cell(REFERENCE), Cell("32/32")] if quantized is None else [Cell(quantized), NOTHING]
+    row = [Cell(""), *named, NOTHING, _images(reference)]
     row += [_figure_cell(reference, key, False) if key in values else NOTHING for key in keys]
-    size, operations = cost.get("bytes_float32"), cost.get("bops_float32")
+    size, operations = (cost.get(f"{each}_float32") if quantized is None else None for each in ("bytes", "bops"))
     row += [NOTHING if size is None else Cell(f"{size / 1e6:.2f}")]
     row += [NOTHING if operations is None else Cell(f"{operations / 1e9:.2f}")]
     return [*row, NOTHING]
