@@ -7,6 +7,7 @@ with none.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,9 @@ from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 from dqtool.page.comparison import FORMAT as TABLE_FORMAT
+from dqtool.page.comparison import REFERENCE
 
-__all__ = ["Bench", "Result", "chain_key", "find_results", "find_tables"]
+__all__ = ["Bench", "Result", "chain_key", "differences", "find_results", "find_tables"]
 
 LARGEST_JSON = 64 << 20
 LARGEST_PICTURE = 8 << 20
@@ -287,18 +289,48 @@ def _names(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def chain_key(result: Result) -> str:
-    """Equal for results of one model sampled in one way, in equal numbers, beside one reference: what may be compared.
+    """Equal for results of one model sampled and judged in one way: what may be compared.
 
     The bias of a Fréchet distance depends on the number of images; their seed may differ.
     """
-    model, pipeline = result.manifest.model, result.manifest.pipeline or {}
-    sampling = pipeline.get("sampling") or {}
-    identity = {
-        "model": model.get("source_sha256") or model.get("source"),
-        "sampler": [sampling.get("scheduler", {}).get("_class_name"), result.manifest.parameters.get("sampler")],
-        "steps": result.manifest.parameters.get("steps") or sampling.get("steps"),
-        "eta": sampling.get("eta"),
-        "images": result.metrics.get("samples"),
-        "reference": None if result.quantized_reference is None else result.manifest.inputs[1]["sha256"],
+    model = result.manifest.model
+    identity = {name: value for name, (value, _) in _conditions(result).items()}
+    return canonical_json({"model": model.get("source_sha256") or model.get("source")} | identity)
+
+
+def differences(result: Result, others: Sequence[Result]) -> list[str]:
+    """What sets a result apart from `others` of its model that it must not be compared with, in words."""
+    there = [_conditions(other) for other in others]
+    own = _conditions(result).items()
+    return [said for name, (value, said) in own if any(value != other[name][0] for other in there)]
+
+
+def _conditions(result: Result) -> dict[str, tuple[Any, str]]:
+    """All that figures depend on beside the networks and the seed: by name its value and how that is said."""
+    given, metrics = result.manifest.parameters, result.metrics
+    sampling = (result.manifest.pipeline or {}).get("sampling") or {}
+    images, steps, eta = metrics.get("samples"), given.get("steps") or sampling.get("steps"), sampling.get("eta")
+    scheduler, sampler = sampling.get("scheduler", {}).get("_class_name"), given.get("sampler")
+    guidance = sampling.get("guidance") if given.get("guidance") is None else max(float(given["guidance"]), 1.0)
+    prompts, side, corrected = given.get("prompts"), given.get("image_size"), bool(given.get("correct_noise"))
+    digest = None if prompts is None else hashlib.sha256(canonical_json(prompts).encode()).hexdigest()
+    statistics = given.get("files", {}).get("ref_stats", {})
+    judged = statistics.get("sha256")
+    reference = None if result.quantized_reference is None else result.manifest.inputs[1]["sha256"]
+    return {
+        "images": (images, "no images" if images is None else f"{images} images"),
+        "sampler": ([scheduler, sampler], sampler or scheduler or "the pipeline's own sampler"),
+        "steps": (steps, f"{steps or 'default'} steps"),
+        "eta": (eta, f"eta {eta or 0:g}"),
+        "guidance": (guidance, "the model's own guidance" if guidance is None else f"guidance {guidance:g}"),
+        "prompts": (digest, _or("the model's own prompts", digest, f"{len(prompts or ())} prompts")),
+        "image_size": (side, "whole images" if side is None else f"centres of {side} pixels"),
+        "correct_noise": (corrected, f"with{'' if corrected else 'out'} PTQD's correction"),
+        "ref_stats": (judged, _or("no reference statistics", judged, f"reference statistics {statistics.get('file')}")),
+        "reference": (reference, _or(f"against {REFERENCE}", reference, f"against {result.quantized_reference}")),
     }
-    return canonical_json(identity)
+
+
+def _or(otherwise: str, digest: str | None, said: str) -> str:
+    """`said` with the digest's beginning, by which equal names differ; without a digest `otherwise`."""
+    return otherwise if digest is None else f"{said} ({digest[:12]}…)"

@@ -11,7 +11,7 @@ from dqtool.page.comparison import REFERENCE
 from dqtool.page.document import Block, Charts, Note, Paragraph, Picture, Pictures, Section
 from dqtool.page.figures import COSTS, extractors, figure, figures_of, quality_key
 from dqtool.page.measures import DilatedInput, Errors
-from dqtool.page.results import Bench, Result
+from dqtool.page.results import Bench, Result, differences
 from dqtool.page.svg import SERIES
 from dqtool.page.tables import error_table, extractor_text, layer_table, result_table
 
@@ -26,8 +26,8 @@ RIDGES = 10
 """Time steps that are drawn one under the other."""
 
 
-def results_section(results: Sequence[Result], several: bool) -> Section:
-    """The model, and its table of results; `several`: another section has the same model, sampled otherwise."""
+def results_section(results: Sequence[Result], others: Sequence[Result] = ()) -> Section:
+    """The model, and its table of results; `others` of the same model are in other sections, and the heading says why."""
     model, parameters = results[0].manifest.model, results[0].manifest.parameters
     source = str(model.get("source", "?")).rstrip("/")
     sampling = (results[0].manifest.pipeline or {}).get("sampling") or {}
@@ -35,9 +35,7 @@ def results_section(results: Sequence[Result], several: bool) -> Section:
     if sampling:
         steps = parameters.get("steps") or sampling.get("steps")
         parts.append(f"{sampling['scheduler']['_class_name']}, {steps} steps, eta {sampling.get('eta', 0):g}")
-    title = source.removeprefix("zoo:").rsplit("/", 1)[-1]
-    if several and "samples" in results[0].metrics:
-        title += f", {results[0].metrics['samples']} images"
+    title = ", ".join([source.removeprefix("zoo:").rsplit("/", 1)[-1], *differences(results[0], others)])
     section = Section(title, [Paragraph("; ".join(parts) + ".")], level=2)
     section.blocks.append(result_table(results))
     features = extractor_text(results)

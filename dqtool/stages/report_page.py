@@ -131,7 +131,9 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
     sections: list[Section] = []
     models = [group[0].manifest.model.get("source_sha256") for group in groups.values()]
     for group, model in zip(groups.values(), models, strict=True):
-        sections += _group_sections(group, benches, models.count(model) > 1)
+        heads = [each[0] for each in groups.values() if each is not group]
+        others = [head for head in heads if head.manifest.model.get("source_sha256") == model]
+        sections += _group_sections(group, benches, others)
     sections += [comparison_section(table) for table in tables]
     if benches:
         speed = Section("Speed", level=2)
@@ -157,13 +159,13 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
     return Page("Quantization report", f"{', '.join(counts)}; page made by dqtool {dqtool_version()}.", sections)
 
 
-def _group_sections(group: Sequence[Result], benches: Sequence[Bench], several: bool) -> list[Section]:
-    """All of what may be compared."""
+def _group_sections(group: Sequence[Result], benches: Sequence[Bench], others: Sequence[Result]) -> list[Section]:
+    """All of what may be compared; `others` of its model may not."""
     from dqtool.page import sections
 
     errors, missing = _errors(group)
     return [
-        sections.results_section(group, several),
+        sections.results_section(group, others),
         sections.quality_section(group, benches),
         sections.samples_section(group),
         *sections.error_sections(group, errors, missing),

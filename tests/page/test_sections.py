@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dqtool.artifacts import Manifest
 from dqtool.page.document import Charts, Paragraph, Table
 from dqtool.page.results import Result, chain_key
-from dqtool.page.sections import quality_section
+from dqtool.page.sections import quality_section, results_section
 from dqtool.page.tables import result_table
 
 
@@ -96,3 +98,45 @@ def test_results_beside_different_references_are_not_compared() -> None:
     ]
     assert keys[1] == keys[2]  # one directory, wherever it lies
     assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"guidance": 7.5}, ("guidance 7.5", "the model's own guidance")),
+        ({"prompts": ["a three", "a four"]}, ("2 prompts (77366d424572…)", "the model's own prompts")),
+        ({"image_size": 256}, ("centres of 256 pixels", "whole images")),
+        ({"correct_noise": True}, ("with PTQD's correction", "without PTQD's correction")),
+        (
+            {"files": {"ref_stats": {"file": "church.npz", "sha256": "c" * 64}}},
+            ("reference statistics church.npz (cccccccccccc…)", "no reference statistics"),
+        ),
+        ({"steps": 50}, ("50 steps", "20 steps")),
+        ({"sampler": "plms"}, ("plms", "DDIMScheduler")),
+    ],
+)
+def test_results_sampled_or_judged_otherwise_are_apart_and_the_heading_says_why(
+    given: dict[str, Any], said: tuple[str, str]
+) -> None:
+    changed, plain = made("changed", **given), made("plain")
+    assert chain_key(changed) != chain_key(plain)
+    assert chain_key(changed) == chain_key(made("again", seed=1, **given))
+    titles = [results_section([a], [b]).title for a, b in ((changed, plain), (plain, changed))]
+    assert titles == [f"digits-ddpm, {each}" for each in said]
+
+
+def test_headings_tell_equal_names_apart_by_their_contents() -> None:
+    named = "exported in the simulate runtime"
+    first, second = made("first", named), made("second", named, "c")
+    assert results_section([first], [second]).title == f"digits-ddpm, against {named} (eeeeeeeeeeee…)"
+    assert results_section([second], [first, made("float")]).title.endswith("(cccccccccccc…)")
+    assert results_section([made("float")], [first]).title == "digits-ddpm, against full precision"
+    assert results_section([first]).title == "digits-ddpm"
+
+
+def test_guidance_that_was_calibrated_is_the_one_that_is_asked_for() -> None:
+    calibrated, asked, other = made("calibrated"), made("asked", guidance=1.5), made("other", guidance=3.0)
+    for result in (calibrated, asked, other):
+        assert result.manifest.pipeline is not None
+        result.manifest.pipeline["sampling"]["guidance"] = 1.5
+    assert chain_key(calibrated) == chain_key(asked) != chain_key(other)
