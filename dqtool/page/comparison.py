@@ -18,8 +18,9 @@ ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
 def comparison_section(summary: Mapping[str, Any]) -> Section:
     """The table with the paper's numbers beside, its curves, and how it was made."""
     source = f" ({summary['source']})" if summary["source"] else ""
+    variant = f", {summary['variant']}" if summary.get("variant") else ""
     section = Section(
-        summary["title"] + source, [Paragraph(f"{summary['runs_on'].capitalize()}. {summary['said']}")], 2
+        summary["title"] + source + variant, [Paragraph(f"{summary['runs_on'].capitalize()}. {summary['said']}")], 2
     )
     if summary["about"]:
         section.blocks.append(Paragraph(summary["about"]))

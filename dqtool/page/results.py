@@ -143,14 +143,15 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[Bench]]:
 
 
 def find_tables(places: Sequence[str]) -> list[dict[str, Any]]:
-    """Every table of comparisons in `places` (files or directories that are there), by name."""
+    """Every table of comparisons in `places` (files or directories that are there), by name; copies of one count once."""
     found = _Found()
     for place in map(Path, places):
         if place.is_dir():
             _search(place, found, strict=False)
         else:
             _take(place, found, strict=False)
-    return sorted({table["name"]: table for table in found.tables}.values(), key=lambda table: table["name"])
+    unique = {json.dumps(table, sort_keys=True): table for table in found.tables}
+    return sorted(unique.values(), key=lambda table: table["name"])
 
 
 def _search(directory: Path, found: _Found, strict: bool = True, deep: bool = True) -> None:

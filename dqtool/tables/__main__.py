@@ -19,6 +19,7 @@ from dqtool.stages.registry import option_types
 from dqtool.tables.cells import CellStore
 from dqtool.tables.figure import curve_figure
 from dqtool.tables.forecast import forecast
+from dqtool.tables.naming import variant_of
 from dqtool.tables.planning import Cell, Target, plan_table
 from dqtool.tables.rendering import render_markdown, summarise
 from dqtool.tables.running import Runner, tell
@@ -69,8 +70,10 @@ def _run(args: argparse.Namespace) -> int:
     _check_groups(args.groups, asked)
     wanted = [[cell for cell in cells if args.groups is None or cell.group in args.groups] for cells in asked]
     # Tables are written with all their groups and seeds, and with those that were asked for beside.
+    planned = [(table, plan_table(table, target)) for table in tables]
     plans = [
-        (table, _with_others(plan_table(table, target), cells)) for table, cells in zip(tables, wanted, strict=True)
+        (table, _with_others(cells, mine), variant_of(table, target, cells))
+        for (table, cells), mine in zip(planned, wanted, strict=True)
     ]
     if args.dry_run:
         _print_plan(tables, wanted, store)
@@ -100,16 +103,15 @@ def _check_groups(asked: Sequence[str] | None, plans: Sequence[Sequence[Cell]]) 
 
 
 def _write(
-    plans: Sequence[tuple[Table, list[Cell]]], target: Target, store: CellStore, args: argparse.Namespace
+    plans: Sequence[tuple[Table, list[Cell], str]], target: Target, store: CellStore, args: argparse.Namespace
 ) -> list[Path]:
-    """Every table that has a finished cell."""
+    """Every table that has a finished cell, under its name and its variant's."""
     written = []
-    for table, cells in plans:
-        summary = summarise(table, target, cells, store, _command(table, args))
+    for table, cells, variant in plans:
+        summary = summarise(table, target, cells, store, _command(table, args), variant)
         if not summary["cells"]["finished"]:
             continue
-        suffix = "" if target.model is None else "-published"
-        path = args.results / f"{table.name}{suffix}.md"
+        path = args.results / f"{summary['name']}.md"
         _write_if_changed(path.with_suffix(".json"), json.dumps(summary, indent=1, sort_keys=True) + "\n")
         _write_if_changed(path, render_markdown(summary))
         figure = curve_figure(summary)

@@ -20,7 +20,7 @@ from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Group, Options, Row, Table
 
-__all__ = ["Cell", "Step", "Target", "plan_table"]
+__all__ = ["Cell", "Step", "Target", "model_digest", "plan_table"]
 
 NEEDED_STATISTICS = "statistics"
 """Stands for the path of `--stats` until there is one."""

@@ -18,8 +18,11 @@ from dqtool.tables.spec import Group, Row, Table
 __all__ = ["render_markdown", "summarise"]
 
 
-def summarise(table: Table, target: Target, cells: Sequence[Cell], store: CellStore, command: str) -> dict[str, Any]:
-    """Everything a reader of the table needs, plain JSON. Rows without finished cells have no values."""
+def summarise(
+    table: Table, target: Target, cells: Sequence[Cell], store: CellStore, command: str, variant: str = ""
+) -> dict[str, Any]:
+    """Everything a reader of the table needs, plain JSON. Rows without finished cells have no values. `variant` is what the
+    results' name says of the target."""
     columns = list(table.published.columns if target.model and table.published.columns else table.columns)
     records = {cell.key: store.load(cell.key) for cell in cells if cell.key}
     rows: list[dict[str, Any]] = []
@@ -35,9 +38,9 @@ def summarise(table: Table, target: Target, cells: Sequence[Cell], store: CellSt
                 continue
             rows.append(_row(table, group, row, columns, mine, records))
     done = sum(record is not None for record in records.values())
-    return {
+    return ({"variant": variant} if variant else {}) | {
         "format": FORMAT,
-        "name": table.name,
+        "name": f"{table.name}-{variant}" if variant else table.name,
         "title": table.title,
         "source": table.source,
         "about": table.about,

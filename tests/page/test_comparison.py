@@ -63,3 +63,16 @@ def test_tables_are_found_among_other_files(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(summary()))
     (tmp_path / "other.json").write_text("{}")
     assert [table["name"] for table in find_tables([str(tmp_path)])] == ["t"]
+
+
+def test_tables_of_one_name_are_all_found_and_copies_once(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(summary()))
+    (tmp_path / "copy.json").write_text(json.dumps(summary(), indent=1))
+    (tmp_path / "t-published.json").write_text(json.dumps(summary(runs_on="on model.ckpt")))
+    found = find_tables([str(tmp_path), str(tmp_path / "t.json")])
+    assert sorted(table["runs_on"] for table in found) == ["on model.ckpt", "on the embedded digits-ddpm"]
+
+
+def test_the_heading_says_the_variant() -> None:
+    assert comparison_section(summary()).title == "Scaling (Table 14)"
+    assert comparison_section(summary(variant="smoke")).title == "Scaling (Table 14), smoke"

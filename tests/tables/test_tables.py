@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import tiny_pipeline
 
 from dqtool.errors import NumericError, UsageError
+from dqtool.page.results import find_tables
 from dqtool.stages.common import Common
 from dqtool.stages.registry import option_types
 from dqtool.tables.__main__ import main
 from dqtool.tables.cells import CellStore, claim
 from dqtool.tables.forecast import _rates, forecast
+from dqtool.tables.naming import variant_of
 from dqtool.tables.planning import Target, plan_table
 from dqtool.tables.rendering import render_markdown, summarise
 from dqtool.tables.running import Runner
@@ -357,6 +360,52 @@ def test_metrics_of_a_published_model_are_those_that_its_statistics_hold(tmp_pat
     given = {"inception_weights": str(Path(__file__)), "ref_stats": str(statistics)}
     cell = plan_table(table, Target("zoo:digits-ddpm", overrides={"eval": given}))[0]
     assert cell.steps[-1].parameters["metrics"] == ["similarity", "cost", "fid", "is"]
+
+
+def test_results_of_another_model_schedule_or_option_have_names_of_their_own(
+    tiny: Path, made: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.yaml"  # without training and images, for speed
+    short.write_text(tiny.read_text().replace("schedule: full", "schedule: full\nstages: [dilate, calibrate]", 1))
+    other = tiny_pipeline(tmp_path / "other" / "tiny", seed=1)
+    results = tmp_path / "results"
+    command = [str(short), "--seeds", "0", "--groups", "8/8"]
+    command += ["--results", str(results), "--work", str(tmp_path / "work")]
+
+    def written(*more: str) -> set[str]:
+        before = {path: path.read_bytes() for path in results.glob("*.json")}
+        assert main([*command, *more]) == 0
+        assert all(path.read_bytes() == content for path, content in before.items())
+        return {path.stem for path in set(results.glob("*.json")) - set(before)}
+
+    assert written() == {"short"}
+    (first,), (second,) = written("--model", str(made / "tiny")), written("--model", str(other))
+    assert first[:-8] == second[:-8] == "short-published-tiny-"
+    assert written("--schedule", "smoke") == {"short-smoke"}
+    (changed,) = written("--set", "calibrate.samples=8")
+    assert changed.startswith("short-set-")
+    assert written("--model", str(other), "--set", "calibrate.samples=8") == {second + changed.removeprefix("short")}
+    stems = sorted(path.stem for path in results.glob("*.json"))
+    assert [table["name"] for table in find_tables([str(results)])] == stems
+
+
+def test_what_a_table_says_itself_is_no_variant(tiny: Path) -> None:
+    table = load_table(tiny)
+    for target in (Target(), Target(schedule="full"), Target(overrides={"calibrate": {"samples": 4}})):
+        assert variant_of(table, target, plan_table(table, target)) == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("there/model-790000.ckpt", "model-790000"),
+        ("stable-diffusion-v1.4/", "stable-diffusion-v1.4"),
+        ("org/model@main", "model-main"),
+        ("zoo:digits-ddpm", "digits-ddpm"),
+    ],
+)
+def test_a_published_model_is_named_by_its_last_part(tiny: Path, model: str, name: str) -> None:
+    assert variant_of(load_table(tiny), Target(model), []) == f"published-{name}"
 
 
 def test_a_published_model_takes_the_place_of_the_embedded_one(tiny: Path, tmp_path: Path, made: Path) -> None:

@@ -1,0 +1,55 @@
+"""What results of a table are called when it is run otherwise than its file says: nothing of one run overwrites another's."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dqtool.artifacts.manifest import canonical_json
+from dqtool.errors import DqtoolError
+from dqtool.models.original.checkpoint import PICKLES
+from dqtool.tables.planning import Cell, Step, Target, model_digest, plan_table
+from dqtool.tables.spec import Table
+
+__all__ = ["variant_of"]
+
+WEIGHTS = (*PICKLES, ".safetensors")
+
+
+def variant_of(table: Table, target: Target, cells: Sequence[Cell]) -> str:
+    """What follows the table's name: the published model, and what `--schedule` and `--set` change; "" where nothing is
+    other than the table says. `cells` are those of the target."""
+    parts = []
+    if target.model is not None:
+        first = next((cell.steps[0] for cell in cells if cell.steps), None)
+        parts += ["published", _short(target.model), *([] if first is None else [_digest(first)[:8]])]
+    own = table.schedule if target.model is None else None
+    if target.schedule is not None and target.schedule != own:
+        parts.append(target.schedule)
+    if target.overrides and _changed(table, target, cells):
+        parts += ["set", hashlib.sha256(canonical_json(target.overrides).encode()).hexdigest()[:8]]
+    return "-".join(parts)
+
+
+def _short(model: str) -> str:
+    """A model's own name, as a file's name can hold it."""
+    name = re.split(r"[/:]", model.rstrip("/"))[-1]
+    ending = next((suffix for suffix in WEIGHTS if name.lower().endswith(suffix)), "")
+    return re.sub(r"[^\w.]+", "-", name[: len(name) - len(ending)], flags=re.ASCII).strip("-.") or "model"
+
+
+def _digest(step: Step) -> str:
+    """sha256 of the model that a chain's first step reads: many checkpoints are called model.ckpt."""
+    given = step.values
+    return model_digest(step.model, given.get("config"), given.get("components"), tuple(given.get("lora", ())))
+
+
+def _changed(table: Table, target: Target, cells: Sequence[Cell]) -> bool:
+    """Whether the overrides say anything that the table does not."""
+    try:
+        plain = plan_table(table, replace(target, overrides={}))
+    except DqtoolError:  # a model that can't be read without them
+        return True
+    return [(cell.key, cell.problem) for cell in plain] != [(cell.key, cell.problem) for cell in cells]
