@@ -55,7 +55,8 @@ zoo: setup
 	for name in ddpm ldm sd dit; do $(BIN)/python -m dqtool.zoo.measure digits-$$name || exit; done
 
 # A comparison of the paper: recipes/results/NAME.md and .json (`make bench-plan` says how long each takes). On the embedded
-# models, or with MODEL=path/to/checkpoint on a published one; ARGS="--set eval.ref-stats=FILE ..." goes to the runner.
+# models, or with MODEL=path/to/checkpoint on a published one; ARGS="--set eval.ref-stats=FILE ..." goes to the runner;
+# either makes names of their own (NAME-published-..., NAME-set-...).
 tables = OMP_NUM_THREADS=1 $(BIN)/python -m dqtool.tables $(1) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 $(TABLES): setup
 	$(call tables,recipes/tables/$@.yaml)
