@@ -37,12 +37,24 @@ def pairwise(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.maximum(norm_u - u.dtype.type(2) * products + norm_v, u.dtype.type(0)).astype(np.float32)
 
 
-def precision_recall(reference: np.ndarray, samples: np.ndarray, dtype: type, k: int = 3) -> tuple[float, float]:
-    """Radii are the (k + 1)-th smallest squared distance within a set; a point is in where any ball covers it."""
-    reference, samples = reference.astype(dtype), samples.astype(dtype)
-    radii_reference = np.partition(pairwise(reference, reference), k, axis=1)[:, k]
-    radii_samples = np.partition(pairwise(samples, samples), k, axis=1)[:, k]
-    between = pairwise(reference, samples)
+def suite_distances(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Squared distances in float16, or in float32 where one of them is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = pairwise(u.astype(np.float16), v.astype(np.float16))
+    return half if np.isfinite(half).all() else pairwise(u.astype(np.float32), v.astype(np.float32))
+
+
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, dtype: type | None = None, k: int = 3
+) -> tuple[float, float]:
+    """Radii are the (k + 1)-th smallest squared distance within a set; a point is in where any ball covers it. Without
+    `dtype` by the suite's distances."""
+    distances = suite_distances if dtype is None else pairwise
+    if dtype is not None:
+        reference, samples = reference.astype(dtype), samples.astype(dtype)
+    radii_reference = np.partition(distances(reference, reference), k, axis=1)[:, k]
+    radii_samples = np.partition(distances(samples, samples), k, axis=1)[:, k]
+    between = distances(reference, samples)
     return (
         float((between <= radii_reference[:, None]).any(axis=0).mean()),
         float((between <= radii_samples[None]).any(axis=1).mean()),

@@ -94,9 +94,9 @@ class Reference:
 
     @cached_property
     def manifold(self) -> Manifold:
-        """The manifold of the images' `pool_3`; see `check_images`."""
+        """The manifold of the images' `pool_3`, by the suite's distances; see `check_images`."""
         self.check_images()
-        return Manifold.of(self._from_images[1])
+        return Manifold.of(self._from_images[1], half=True)
 
     @cached_property
     def _from_images(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:

@@ -30,6 +30,8 @@ CODE_VERSION = 2
 METRICS = ("digits", "similarity", "layers", "cost")
 """Groups of figures beside those of `dqtool.metrics.METRICS`: digit scores; PSNR, SSIM and detail against the reference's samples
 of the same seeds; error per layer; size and BOPs."""
+METRIC_VERSIONS = {"pr": 2}
+"""Of metrics whose figures have changed: reports that hold an older one are made again, and no others."""
 LAYER_SAMPLES = 256
 
 
@@ -120,6 +122,8 @@ def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str
         "runtime": options.runtime,
         "grid": options.grid,
     }
+    if versions := {name: METRIC_VERSIONS[name] for name in metrics if name in METRIC_VERSIONS}:
+        parameters["metric_versions"] = versions
     if files.given():
         parameters["files"] = files.describe()
     if options.image_size is not None:

@@ -18,7 +18,7 @@ from dqtool.metrics import METRICS, Files, available
 from dqtool.metrics.batches import NpzImages
 from dqtool.metrics.measuring import Meter
 from dqtool.metrics.reference import Reference, save_statistics
-from dqtool.metrics.registry import EXTRACTORS, check_needs, option, path_digest
+from dqtool.metrics.registry import EXTRACTORS, Kind, check_needs, option, path_digest
 
 
 def noise(count: int, seed: int, smooth: int) -> Tensor:
@@ -58,7 +58,7 @@ def test_images_to_figures_as_the_suite_takes_them(
     with torch.no_grad():
         a, b = (model.model(images.permute(0, 3, 1, 2)) for images in (real, fake))
     pools = [x["pool_3"].double().numpy() for x in (a, b)]
-    expected = adm.precision_recall(*pools, np.float64)
+    expected = adm.precision_recall(*pools)
     assert (found["precision"], found["recall"]) == pytest.approx(expected, rel=1e-4)
     assert found["is"] == pytest.approx(adm.inception_score(b["logits"].double().softmax(1).numpy()), rel=1e-4)
     # Of fewer samples than features the suite's root of a singular product is rough; the same number through the
@@ -74,6 +74,33 @@ def test_images_to_figures_as_the_suite_takes_them(
         "sha256": path_digest(inception_weights),
     }
     assert any("fid of 7 images is biased" in text and "20480" in text for text in warnings)
+
+
+class Features:
+    """In place of the network: `pool_3` from the first pixels of an image, near each other and far from the origin."""
+
+    weights_sha256 = "abc"
+
+    def __call__(self, images: Tensor, _texts: list[str] | None = None) -> dict[str, Tensor]:
+        flat = images.flatten(1)[:, :256].float() / 255 + 8
+        return {"pool_3": flat, "mixed_6": flat[:, :2], "logits": flat}
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+
+def test_precision_and_recall_are_of_the_suites_half_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    monkeypatch.setitem(EXTRACTORS, "inception", Kind("inception_weights", lambda _path: Features()))
+    real, fake = noise(140, 5, 3), noise(150, 6, 3)
+    reference = suite_file(tmp_path / "ref.npz", arr_0=real.numpy())
+    found = Meter(["pr"], Files(inception_weights="w", ref_stats=reference)).measure(in_batches(fake, 64))
+    pools = [Features()(images)["pool_3"].numpy() for images in (real, fake)]
+    half, full = adm.precision_recall(*pools, np.float16), adm.precision_recall(*pools, np.float64)
+    assert (found["precision"], found["recall"]) == pytest.approx(half, rel=1e-4)
+    for rounded, exact in zip(half, full, strict=True):
+        assert abs(rounded - exact) > 0.01, "this would not tell one from the other"
 
 
 class Folder:
