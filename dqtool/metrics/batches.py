@@ -13,7 +13,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from dqtool.artifacts.files import fsync_path, os_fault, staging, target_of
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["IMAGES", "IMAGE_SUFFIXES", "ImageFolder", "NpzImages", "npz_arrays", "npz_names", "write_npz"]
 
@@ -74,10 +77,26 @@ class ImageFolder:
 
         try:
             with Image.open(path) as image:
-                rgb = image.convert("RGB")
+                rgb = _in_8_bits(image, path).convert("RGB")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ArtifactError("This image can't be read", where=str(path), fix="Repair or remove it") from error
         return np.array(rgb if self.size is None else center_crop(rgb, self.size), dtype=np.uint8)
+
+
+def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
+    """The image, or 16-bit grey in 8 bits, which Pillow's own conversion clips. `ArtifactError` for 32 bits."""
+    from PIL import Image
+
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() >= 1 << 16:
+        raise ArtifactError(
+            f"This image has pixels of 32 bits (mode {image.mode}), of which nothing says what is white",
+            where=str(path),
+            fix="Store it with 8 or 16 bits",
+        )
+    return Image.fromarray(((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 class NpzImages:

@@ -129,3 +129,24 @@ def test_folders_that_will_not_do(tmp_path: Path) -> None:
     (root / "broken.png").write_bytes((root / "000.png").read_bytes()[:60])
     with pytest.raises(ArtifactError, match=r"broken\.png"):
         list(ImageFolder(root).read(8))
+
+
+@pytest.mark.parametrize("name", ["native.png", "native.tif", "big.tif", "wide.tif"])
+def test_grey_of_16_bits_is_brought_to_8(tmp_path: Path, name: str) -> None:
+    values = np.array([[0, 128, 129], [257, 32768, 65535]])
+    dtype = {"big.tif": ">u2", "wide.tif": "<i4"}.get(name, "<u2")
+    Image.fromarray(values.astype(dtype)).save(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        assert image.mode.startswith("I")
+    whole = torch.cat(list(ImageFolder(tmp_path).read(1)))
+    assert whole.shape == (1, 2, 3, 3)
+    for channel in range(3):
+        assert whole[0, ..., channel].tolist() == [[0, 0, 1], [1, 128, 255]]
+
+
+@pytest.mark.parametrize("values", [np.full((2, 2), 0.5, "<f4"), np.full((2, 2), 1 << 16), np.full((2, 2), -1)])
+def test_pixels_of_32_bits_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values if values.dtype.kind == "f" else values.astype("<i4")).save(tmp_path / "deep.tif")
+    with pytest.raises(ArtifactError, match="32 bits") as caught:
+        list(ImageFolder(tmp_path).read(1))
+    assert "deep.tif" in str(caught.value)
