@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: i
 
     Raises:
         EnvironmentFault: the file can't be read.
-        ArtifactError: it holds no prompts, or is not text.
+        ArtifactError: it holds no prompts, is not text, or is a table whose quotes do not match.
     """
     given = os.fspath(path)
     suffix = Path(path).suffix.lower()
@@ -42,7 +44,7 @@ def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: i
     elif suffix == ".json":
         prompts = _json(text, given, count, seed)
     else:
-        prompts = text.splitlines()
+        prompts = text.split("\n")  # str.splitlines knows more ends of lines, which prompts may hold
     prompts = [stripped for prompt in prompts if (stripped := prompt.strip())]
     if not prompts:
         raise ArtifactError("This file holds no prompts", where=given, fix="Write one prompt a line")
@@ -50,7 +52,7 @@ def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: i
 
 
 def _table(text: str, given: str, delimiter: str) -> list[str]:
-    rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=delimiter) if any(row)]
+    rows = [row for row in _rows(text, given, delimiter) if any(row)]
     if not rows:
         return []
     heads = [head.strip().lower() for head in rows[0]]
@@ -64,6 +66,23 @@ def _table(text: str, given: str, delimiter: str) -> list[str]:
         where=f"{given}:1",
         fix="Head the column of prompts so, or write one prompt a line into a .txt file",
     )
+
+
+def _rows(text: str, given: str, delimiter: str) -> Iterator[list[str]]:
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ArtifactError(
+                f"The row of this table that begins here can't be read: {error}",
+                where=f"{given}:{line}",
+                fix="Close the quotes of every field that begins with them, and double those inside it",
+            ) from error
+        yield row
 
 
 def _json(text: str, given: str, count: int | None, seed: int) -> list[str]:

@@ -31,6 +31,29 @@ def test_drawbench_and_parti(tmp_path: Path) -> None:
         read_prompts(written(tmp_path, "other.csv", "a,b\n1,2\n"))
 
 
+def test_only_newlines_end_a_prompt(tmp_path: Path) -> None:
+    text = "a cat\u2028on a mat\r\na\x85dog\x0cand a\x1ccow\n"
+    prompts = ["a cat\u2028on a mat", "a\x85dog\x0cand a\x1ccow"]
+    for name, head in (("p.txt", ""), ("p.csv", "prompt\n"), ("p.tsv", "prompt\n")):
+        assert read_prompts(written(tmp_path, name, head + text)) == prompts
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        '"a cat\tx\na dog\ty\na cow\tz\n',
+        '"a cat\tx\na dog\ty\n"a cow"\tz\n',
+        f"{'a' * 131073}\tx\n",
+    ],
+)
+def test_a_row_that_can_not_be_read_is_named(tmp_path: Path, rows: str) -> None:
+    """A quote that is never closed would take in the rows that follow."""
+    path = written(tmp_path, "p.tsv", 'prompt\tkind\n"two\nlines"\tx\n' + rows)
+    with pytest.raises(ArtifactError) as caught:
+        read_prompts(path)
+    assert f"{path}:4" in str(caught.value)
+
+
 def test_coco_gives_one_caption_an_image(tmp_path: Path) -> None:
     annotations = [
         {"image_id": image, "id": 10 * image + n, "caption": f"caption {n}\nof {image} "}
