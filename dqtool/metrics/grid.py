@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dqtool.artifacts.files import staging, target_of
 from dqtool.errors import EnvironmentFault
 
 __all__ = ["save_grid", "to_uint8"]
@@ -54,11 +53,10 @@ def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, co
     for side in sides:
         whole.paste(side, (left, 0))
         left += side.width + gap
-    target = Path(path)
+    target = target_of(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".png", delete=False) as stream:
-            whole.save(stream, format="PNG")
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, target)
+        with staging(target) as area:
+            whole.save(area / "new.png", format="PNG")
+            os.replace(area / "new.png", target)
     except OSError as e:
         raise EnvironmentFault(f"The picture can't be written: {e.strerror or e}", where=path) from e

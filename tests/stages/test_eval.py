@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,19 @@ def test_grid_has_a_panel_for_each_network(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault):
         save_grid([("a", images)], str(tmp_path / "no" / "g.png"))
     assert to_uint8(torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3)).flatten().tolist() == [0, 128, 255]
+
+
+def test_a_grid_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    def fails(_image: Image.Image, target: Any, **_options: object) -> None:
+        (target.write if hasattr(target, "write") else Path(target).write_bytes)(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(EnvironmentFault, match="No space"):
+        save_grid([("a", torch.zeros(1, 1, 4, 4))], str(tmp_path / "g.png"))
+    assert os.listdir(tmp_path) == []
 
 
 def test_label_is_the_width_of_most_of_the_work() -> None:
