@@ -73,7 +73,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     """Sample, compare, write the report; returns its path as given.
 
     Raises:
-        UsageError: an unknown metric, or one that does not apply to this model.
+        UsageError: an unknown metric, or one that does not apply to this model; a runtime for what is no exported directory.
         ArtifactError: the reference is not the model the artifact was made from.
         EnvironmentFault: a metric was asked for without the file it needs, or a correction without the reference.
     """
@@ -81,6 +81,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
     if artifact.stage in ("distill", "export"):
         check_steps(artifact, options.steps)
+    check_runtime(artifact, options.runtime)
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options.reference, artifact)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
@@ -105,6 +106,16 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     if not common.dry_run:
         tell(artifact, read_manifest(options.output).metrics)
     return options.output
+
+
+def check_runtime(artifact: Artifact, runtime: str) -> None:
+    """Raise `UsageError` for a runtime that would not be used: only exported directories have a choice."""
+    if artifact.stage != "export" and runtime != "simulate":
+        raise UsageError(
+            f"The runtime '{runtime}' can't run what `dqtool {artifact.stage}` wrote: runtimes are for exported directories",
+            where="--runtime",
+            fix="Run `dqtool export` first, or leave it out",
+        )
 
 
 def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str] | None = None) -> dict[str, Any]:

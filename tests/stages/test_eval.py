@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dqtool.artifacts import open_artifact
-from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.metrics.grid import save_grid, to_uint8
 from dqtool.models.image_cache import cached_images
 from dqtool.stages.common import Common
@@ -61,6 +61,15 @@ def test_a_runtime_is_compared_with_the_simulation_of_a_directory(made: Path, tm
     assert "layer_errors" not in found
     same = EvalOptions(directory, str(tmp_path / "s.json"), directory, samples=3, metrics=("similarity",))
     assert json.loads(Path(evaluate(same, QUIET)).read_text())["metrics"]["psnr"]["mean"] > 90
+
+
+@pytest.mark.parametrize("runtime", ["onednn", "auto", "magic"])
+def test_runtimes_are_for_exported_directories(made: Path, tmp_path: Path, runtime: str) -> None:
+    for name in ("calibrated.safetensors", "distilled.safetensors"):
+        options = EvalOptions(str(made / name), str(tmp_path / "e.json"), samples=2, runtime=runtime)
+        with pytest.raises(UsageError, match=f"'{runtime}'.*exported directories"):
+            evaluate(options, QUIET)
+    assert os.listdir(tmp_path) == []
 
 
 def test_another_model_is_no_reference(made: Path, tmp_path: Path) -> None:
