@@ -32,6 +32,8 @@ METRICS = ("digits", "similarity", "layers", "cost")
 of the same seeds; error per layer; size and BOPs."""
 METRIC_VERSIONS = {"pr": 2}
 """Of metrics whose figures have changed: reports that hold an older one are made again, and no others."""
+LEAST_SAMPLES = {"digits": 10, "fid": 2, "sfid": 2, "pr": 4}
+"""Images below which a metric has no figures: splits of an Inception score, a covariance, neighbours; without torch here."""
 LAYER_SAMPLES = 256
 
 
@@ -151,6 +153,19 @@ def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str
 
 
 def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
+    """Those asked for, else all that apply to the model. Raises `UsageError` where the samples are too few for one."""
+    chosen = applicable_metrics(options, artifact)
+    for name in chosen:
+        if options.samples < LEAST_SAMPLES.get(name, 0):
+            raise UsageError(
+                f"The metric '{name}' needs at least {LEAST_SAMPLES[name]} samples, and {options.samples} are to be drawn",
+                where="--samples",
+                fix=f"Raise it to {LEAST_SAMPLES[name]} or more, or leave {name} out of --metrics",
+            )
+    return chosen
+
+
+def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
     """Those asked for, else all that apply to the model."""
     shape = image_shape(artifact)
     is_digits = shape == (1, 16, 16)

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Run
 from helpers import load_json, refused
 
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.metrics import Files
+from dqtool.metrics.digits import evaluate_digits
+from dqtool.metrics.frechet import statistics
+from dqtool.metrics.manifold import Manifold
 from dqtool.metrics.registry import path_digest
+from dqtool.stages.eval import LEAST_SAMPLES
 from dqtool.stages.image_metrics import choose
 
 
@@ -48,7 +53,7 @@ def test_figures_name_their_files_and_samples_are_kept(run: Run, references: Pat
 
 
 def test_what_is_refused(run: Run, references: Path, inception_weights: Path) -> None:
-    command = ["eval", "exported", "--samples", "2"]
+    command = ["eval", "exported", "--samples", "4"]
     weights = ["--inception-weights", str(inception_weights)]
     assert "--inception-weights" in refused(run, references, 4, *command, "--metrics", "fid")
     assert "--ref-stats" in refused(run, references, 4, *command, *weights, "--metrics", "fid")
@@ -63,6 +68,28 @@ def test_what_is_refused(run: Run, references: Path, inception_weights: Path) ->
     )
     (references / "bad.pth").write_text("no weights")
     assert "bad.pth" in refused(run, references, 3, *command, "--metrics", "is", "--inception-weights", "bad.pth")
+
+
+@pytest.mark.parametrize(("metric", "least"), LEAST_SAMPLES.items())
+def test_too_few_samples_are_refused_before_any_is_drawn(run: Run, references: Path, metric: str, least: int) -> None:
+    (references / "w.pth").write_text("never read")
+    command = ["eval", "exported", "--metrics", metric, "--inception-weights", "w.pth", "--ref-stats", "ref.npz"]
+    text = refused(run, references, 2, *command, "--samples", str(least - 1))
+    assert f"'{metric}' needs at least {least} samples" in text
+    assert run(*command, "--samples", str(least), "--dry-run", cwd=references).returncode == 0
+
+
+def test_the_least_samples_are_those_the_metrics_accept() -> None:
+    images = torch.randn(LEAST_SAMPLES["digits"], 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    evaluate_digits(images)
+    with pytest.raises(UsageError):
+        evaluate_digits(images[1:])
+    Manifold.of(images[: LEAST_SAMPLES["pr"]].flatten(1), half=True)
+    with pytest.raises(UsageError):
+        Manifold.of(images[: LEAST_SAMPLES["pr"] - 1].flatten(1), half=True)
+    statistics(images[: LEAST_SAMPLES["fid"]].flatten(1))
+    with pytest.raises(UsageError):
+        statistics(images[: LEAST_SAMPLES["fid"] - 1].flatten(1))
 
 
 def test_left_out_metrics_are_those_the_files_allow(tmp_path: Path) -> None:
@@ -88,7 +115,6 @@ def test_left_out_metrics_are_those_the_files_allow(tmp_path: Path) -> None:
 
 def test_prompts_reach_the_clip_score(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    import torch
     from tiny_text import D, tiny_clip, tiny_stable_diffusion
 
     from dqtool.metrics.batches import NpzImages
