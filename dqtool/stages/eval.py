@@ -199,10 +199,12 @@ def produce(
 ) -> Product:
     """Sample from both networks with the same seeds and compute every figure."""
     from dqtool.nn.surgery import steps_of
-    from dqtool.stages.images import maker_of_artifact
+    from dqtool.stages.images import first_channels, maker_of_artifact, makes_latents
 
     manifest = artifact.manifest
     files = files_of(options)
+    if makes_latents(artifact):
+        check_needs_no_pixels(metrics, options)
     meter = ready([name for name in metrics if name in IMAGE_METRICS], files)
     maker = maker_of_artifact(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts
@@ -254,13 +256,26 @@ def produce(
                 if expected is not None
                 else []
             )
-            save_grid([*columns, (bits_label(manifest.layers), images)], options.grid)
+            panels = [*columns, (bits_label(manifest.layers), images)]
+            save_grid(first_channels(panels) if maker.latents else panels, options.grid)
             figures["grid"] = {"file": os.path.basename(options.grid), "sha256": sha256_file(options.grid)}
     if "cost" in metrics:
         figures["cost"] = cost_figures(artifact)
     if "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
         figures["layer_errors"] = layer_errors(float_network, network, maker, options)
     return Product(None, manifest.model, manifest.pipeline, manifest.layers, figures)
+
+
+def check_needs_no_pixels(metrics: Sequence[str], options: EvalOptions) -> None:
+    """Raise `UsageError` for what can't be had of latents, which is all that a model without its decoder samples."""
+    named = [name for name in metrics if name in IMAGE_METRICS]
+    asked = [f"--metrics {','.join(named)}"] * bool(named) + ["--save-samples"] * (options.save_samples is not None)
+    if asked:
+        raise UsageError(
+            "This model comes without its decoder: its samples are latents, and this needs images",
+            where=" and ".join(asked),
+            fix="Start from a pipeline that has its autoencoder, or ask for similarity, layers and cost alone",
+        )
 
 
 def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = None) -> nn.Module:

@@ -15,12 +15,13 @@ from dqtool.core.device import main_memory
 from dqtool.models.companions import Companions, companions_of_artifact, companions_of_source
 from dqtool.models.conditioning import Conditions, Request
 from dqtool.models.families import family_of
+from dqtool.models.loading import network_of
 from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.models.sources import ModelSource
 from dqtool.stages.artifact_models import conditions_of, sampler_of
 from dqtool.training.spilling import Store
 
-__all__ = ["ImageMaker", "maker_of_artifact", "maker_of_source"]
+__all__ = ["ImageMaker", "first_channels", "maker_of_artifact", "maker_of_source", "makes_latents"]
 
 IN_MEMORY = 4 << 30
 """Bytes of images past which they go to a file."""
@@ -91,4 +92,20 @@ def _maker(
 ) -> ImageMaker:
     shape = sampler.family.sample_shape(config)
     decode = None if companions is None else companions.decoder()
-    return ImageMaker(sampler, conditions, shape, decode, latents=decode is None and shape[0] not in (1, 3))
+    return ImageMaker(sampler, conditions, shape, decode, latents=_are_latents(shape, companions))
+
+
+def _are_latents(shape: tuple[int, ...], companions: Companions | None) -> bool:
+    return (companions is None or companions.decoder_name is None) and shape[0] not in (1, 3)
+
+
+def makes_latents(artifact: Artifact) -> bool:
+    """Whether the samples of an artifact's networks stay latents, for lack of their decoder. Loads nothing."""
+    family, config = network_of(artifact.manifest.model)
+    return _are_latents(family.sample_shape(config), companions_of_artifact(artifact))
+
+
+def first_channels(panels: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """What a picture shows of latents, of each (caption, latents `[N, C, H, W]`): the first channel, with a warning."""
+    report.warn("this model comes without its decoder: the picture shows the first channel of its latents")
+    return [(caption, latents[:, :1]) for caption, latents in panels]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from dqtool import report
 from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -59,7 +58,7 @@ def sample(options: SampleOptions, common: Common) -> str:
     from dqtool.metrics.grid import save_grid
     from dqtool.runtimes import load
     from dqtool.stages.eval import bits_label
-    from dqtool.stages.images import maker_of_artifact
+    from dqtool.stages.images import first_channels, maker_of_artifact
 
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     maker = maker_of_artifact(
@@ -73,9 +72,7 @@ def sample(options: SampleOptions, common: Common) -> str:
         correction = fitted(network, exact, maker, options.seed, min(FIT_IMAGES, options.batch_size))
         maker = with_correction(maker, correction)
     images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")
-    if maker.latents:
-        report.warn("this model comes without its decoder: the picture shows the first channel of its latents")
-        images = images[:, :1]
+    panels = [(bits_label(artifact.manifest.layers), images)]
     side = max(1, round(options.number**0.5))
-    save_grid([(bits_label(artifact.manifest.layers), images)], options.output, -(-options.number // side), side)
+    save_grid(first_channels(panels) if maker.latents else panels, options.output, -(-options.number // side), side)
     return options.output

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
-from helpers import load_json, refused
+from helpers import NETWORK, load_json, refused
 
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.metrics import Files
@@ -90,6 +90,33 @@ def test_the_least_samples_are_those_the_metrics_accept() -> None:
     statistics(images[: LEAST_SAMPLES["fid"]].flatten(1))
     with pytest.raises(UsageError):
         statistics(images[: LEAST_SAMPLES["fid"] - 1].flatten(1))
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_latents_are_compared_and_shown_but_are_no_images(run: Run, tmp_path: Path, channels: int) -> None:
+    from diffusers import UNet2DModel
+    from PIL import Image
+
+    torch.manual_seed(0)
+    UNet2DModel(**NETWORK | {"in_channels": channels, "out_channels": channels}).save_pretrained(tmp_path / "bare")
+    assert run("dilate", "bare", "--scaling", "wd", cwd=tmp_path).returncode == 0
+    (tmp_path / "w.pth").write_text("never read")
+    command = ["eval", "dilated.safetensors", "--samples", "3", "--steps", "2"]
+    images = ["--metrics", "is,similarity", "--inception-weights", "w.pth"]
+    for arguments, where in ((images, "--metrics is"), (["--save-samples", "s.npz"], "--save-samples")):
+        failed = run(*command, *arguments, cwd=tmp_path)
+        assert failed.returncode == 2
+        assert "samples are latents" in failed.stderr
+        assert where in failed.stderr
+        assert "samples:" not in failed.stderr, "nothing was drawn"
+        assert not (tmp_path / "eval.json").exists()
+    done = run(*command, "--metrics", "similarity", "--grid", "g.png", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load_json(done.stdout)["metrics"]["psnr"]["mean"] > 80
+    assert "first channel" in done.stderr
+    with Image.open(tmp_path / "g.png") as picture:
+        red, green, blue = picture.convert("RGB").split()
+    assert red.tobytes() == green.tobytes() == blue.tobytes()
 
 
 def test_left_out_metrics_are_those_the_files_allow(tmp_path: Path) -> None:
