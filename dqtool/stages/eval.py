@@ -149,6 +149,8 @@ def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str
         parameters["prompts"] = prompts
     if options.correct_noise:
         parameters["correct_noise"] = True
+        if options.batch_size < FIT_IMAGES:  # these were fitted on one batch at first
+            parameters["fit_images"] = FIT_IMAGES
     return parameters
 
 
@@ -225,9 +227,8 @@ def produce(
             expected = reference_images(float_network, reference, maker, options)
         sampled = maker
         if options.correct_noise and float_network is not None:
-            fit_images = min(FIT_IMAGES, options.batch_size)
-            correction = fitted(network, float_network, maker, options.seed, fit_images)
-            figures["noise_correction"] = {"images": fit_images, "steps": correction.to_json()}
+            correction = fitted(network, float_network, maker, options.seed, options.batch_size)
+            figures["noise_correction"] = {"images": FIT_IMAGES, "steps": correction.to_json()}
             sampled = with_correction(maker, correction)
         images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples")
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))

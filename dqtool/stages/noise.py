@@ -42,14 +42,18 @@ def needs_reference(reference: Reference | None, artifact: Artifact) -> None:
 
 
 def fitted(
-    network: nn.Module, exact: nn.Module, maker: ImageMaker, seed: int, images: int = FIT_IMAGES
+    network: nn.Module, exact: nn.Module, maker: ImageMaker, seed: int, batch_size: int, images: int = FIT_IMAGES
 ) -> NoiseCorrection:
-    """The correction of `network` for this maker's sampler, from `images` images that are sampled together."""
+    """The correction of `network` for this maker's sampler, from `images` images that are sampled side by side: every step
+    is fitted on all of them, `batch_size` at a time."""
     from dqtool import report
     from dqtool.models.noise_correction import NoiseCorrection, NoiseFit
     from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+    from dqtool.training.prediction import in_parts
 
     sampler, conditions = maker.sampler, maker.conditions
+    if batch_size < images:
+        sampler = replace(sampler, family=in_parts(sampler.family, batch_size * (1 + conditions.guided)))
     given = conditions.evenly(images).given(0, images)
     noise = initial_noise(maker.shape, range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)

@@ -9,7 +9,7 @@ from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.eval_reference import find_reference, reference_network
-from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
+from dqtool.stages.noise import fitted, needs_reference, with_correction
 from dqtool.stages.running import check_steps, set_up_torch
 
 __all__ = ["SampleOptions", "sample"]
@@ -69,7 +69,7 @@ def sample(options: SampleOptions, common: Common) -> str:
         network = place(network)
     if reference is not None:
         exact = reference_network(reference, artifact.manifest.model)
-        correction = fitted(network, exact, maker, options.seed, min(FIT_IMAGES, options.batch_size))
+        correction = fitted(network, exact, maker, options.seed, options.batch_size)
         maker = with_correction(maker, correction)
     images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")
     panels = [(bits_label(artifact.manifest.layers), images)]

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dqtool.artifacts import open_artifact
 from dqtool.models.noise_correction import NoiseCorrection, StepNoise, fit_noise, noise_scale, response
 from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.stages.eval import network_of_artifact
+from dqtool.stages.images import maker_of_artifact
+from dqtool.stages.noise import FIT_IMAGES, fitted
 
 
 def test_corrected_noise_is_uncorrelated_with_the_prediction_and_unbiased() -> None:
@@ -127,6 +131,21 @@ def test_eval_and_sample_correct_and_say_what_they_need(chain: Path, run) -> Non
     done = run("sample", "exported", "-n", "4", "--correct-noise", "--reference", "moved", "-o", "e.png", cwd=chain)
     assert done.returncode == 0, done.stderr
     assert (chain / "a.png").read_bytes() == (chain / "e.png").read_bytes()
+
+
+def test_the_fit_is_of_as_many_images_whatever_the_batch_size(made: Path) -> None:
+    artifact, seen = open_artifact(str(made / "exported")), []
+    maker = maker_of_artifact(artifact, 4, 0)
+    network = network_of_artifact(artifact, "simulate")
+    exact = network_of_artifact(open_artifact(str(made / "dilated.safetensors")), "simulate")
+    for each in (network, exact):
+        each.register_forward_pre_hook(lambda _m, _a, given: seen.append(len(given["sample"])), with_kwargs=True)
+    whole, parts = (fitted(network, exact, maker, 0, batch_size).to_json() for batch_size in (128, 24))
+    steps = 2 * len(whole)
+    assert seen == [FIT_IMAGES] * steps + [24, 24, 16] * steps
+    for one, other in zip(whole, parts, strict=True):
+        for key in ("slope", "variance", "bias"):
+            assert other[key] == pytest.approx(one[key], rel=1e-2, abs=1e-4)
 
 
 def test_nothing_is_corrected_where_both_networks_are_one(chain: Path, run) -> None:
