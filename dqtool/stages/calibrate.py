@@ -175,7 +175,7 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
         "steps": options.steps,
         "eta": options.eta,
     }
-    if conditions.guided:
+    if conditions.table:  # none (1) as well: what was calibrated is not what the model's card says
         pipeline["sampling"]["guidance"] = conditions.guidance
     everything |= trajectory | statistics | {"timesteps": timesteps}
     return Product(

@@ -23,7 +23,7 @@ from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.images import maker_of_source
+from dqtool.stages.images import maker_of_artifact, maker_of_source
 from dqtool.stages.sample import SampleOptions, sample
 from dqtool.training.data import Trajectory
 
@@ -209,7 +209,8 @@ def test_prompts_of_the_user_and_of_nobody(tmp_path: Path) -> None:
     assert open_artifact(at).sha256 != before
     calibrate(CalibrateOptions(dilated, at, **{**options, "guidance": 1.0}), QUIET)
     artifact = open_artifact(at)
-    assert "guidance" not in artifact.manifest.pipeline["sampling"]
+    assert artifact.manifest.pipeline["sampling"]["guidance"] == 1.0
+    assert not maker_of_artifact(artifact, 2, 0).conditions.guided  # nor is it evaluated with the card's
     assert artifact.tensors()["condition.encoder_hidden_states"].shape == (2, 16, 12)
 
 
