@@ -78,7 +78,8 @@ def shift(tensors: MutableMapping[str, Tensor], found: Fold, by: Tensor) -> None
     """Subtract `by` `[C_in]` from what the targets of `find_shifts` make, in place of their entries in `tensors`."""
     for target in found.targets:
         name = f"{target.name}.bias" if target.rows else target.name
-        moved = torch.where(target.channels == FREE, 0.0, by[target.channels.clamp(min=0)])
+        channels = target.channels.to(by.device)
+        moved = torch.where(channels == FREE, 0.0, by[channels.clamp(min=0)])
         tensors[name] = tensors[name] - moved.to(tensors[name].dtype)
 
 
@@ -88,7 +89,8 @@ def fold(tensors: MutableMapping[str, Tensor], found: Fold, scale: Tensor) -> No
     Works on float networks and on packed ones, where the rows' `weight_scale` shrinks and the codes stay as they are.
     """
     for target in found.targets:
-        factor = torch.where(target.channels == FREE, 1.0, scale[target.channels.clamp(min=0)])
+        channels = target.channels.to(scale.device)
+        factor = torch.where(channels == FREE, 1.0, scale[channels.clamp(min=0)])
 
         def divided(value: Tensor, factor: Tensor = factor, offset: Tensor = target.offset) -> Tensor:
             # In double: (1 + b)/s - 1 cancels.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact
+from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -71,7 +71,7 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         )
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
     prompts = None if options.prompts is None else read_prompts(options.prompts)
-    parameters = resolved(options, prompts)
+    parameters = resolved(options, prompts) | awaited(dilated.manifest)
     inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
     execute(
         "calibrate",
@@ -83,6 +83,13 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         lambda _key: produce(dilated, options, prompts),
     )
     return options.output
+
+
+def awaited(manifest: Manifest) -> dict[str, Any]:
+    """The scaling that `dilate` left to be chosen here: its tensors are the same whichever that is."""
+    waits = manifest.metrics.get(LATER)
+    version = manifest.parameters.get("scaling_version")
+    return {} if waits is None else {"scaling": {**waits, "version": version}}
 
 
 def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:

@@ -147,11 +147,10 @@ def produce(
     if float_parts:
         name, reason = next(iter(float_parts.items()))
         report.warn(f"{len(float_parts)} layers or products stay float, first {name}: {reason}")
-    asked = scaling_method(options.scaling)
+    asked, later = scaling_method(options.scaling), waits(options)
     shifts: dict[str, Fold] = {}
-    if asked.shifts:
+    if asked.shifts and not later:
         shifts = shiftable(network, traced.layers, find_shifts(network, family.example(config), traced.layers))
-    later = waits(options)
     chosen: dict[str, ScalingResult] = {}
     if not later:
         chosen = choose_scaling(

@@ -149,6 +149,8 @@ def _with_samples(
         def see(layer: nn.Module, args: tuple[Tensor, ...], owner: str) -> None:
             if owner in found:
                 return  # it runs several times: its first inputs stand for all
+            if len(args[0]) % sum(counts):
+                return  # it reads no sample (a class embedder of one row, say): it stays as it is
             products = [_product(network.get_submodule(member.name)) for member in groups[owner]]
             parts = list(args[0].split([n * (len(args[0]) // sum(counts)) for n in counts]))
             channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
@@ -164,7 +166,6 @@ def _with_samples(
         finally:
             for handle in handles:
                 handle.remove()
-    # A layer that reads no sample (a class embedder of one row, say) was split unevenly or not seen: it stays as it is.
     return found
 
 

@@ -21,8 +21,10 @@ def curve(losses: Sequence[float]) -> list[float]:
 
 
 def mean_curve(histories: Sequence[Sequence[float]]) -> list[float]:
-    """The curve of the mean over several histories, iteration by iteration; all have the same length."""
-    return curve([sum(each) / len(each) for each in zip(*histories, strict=True)])
+    """The curve of the mean over several histories, iteration by iteration over those that got so far."""
+    longest = max(map(len, histories), default=0)
+    going = ([history[i] for history in histories if i < len(history)] for i in range(longest))
+    return curve([sum(each) / len(each) for each in going])
 
 
 def ends(losses: Sequence[float], most: int) -> list[float]:

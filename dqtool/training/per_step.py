@@ -15,7 +15,7 @@ from dqtool.training.data import Problem
 from dqtool.training.network_loop import rows_by_step
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import Rates
-from dqtool.training.reconstruction import RoundingLearner, learn_scales
+from dqtool.training.reconstruction import RoundingLearner, activation_scales, learn_scales
 from dqtool.training.rounding import float_activations, merge_adapters
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ class PerStepLearner(RoundingLearner):
     ) -> None:
         super().__init__(problem, module, layers, options, scales=False)
         self.layers, self.groups = layers, rows_by_step(problem)
-        self.rounding_iters = round(options.iters * options.rounding)
-        self.each = max(1, (options.iters - self.rounding_iters) // len(self.groups)) if options.iters else 0
-        self.iters = self.rounding_iters + self.each * len(self.groups) if layers else 0
+        share = round(options.iters * options.rounding)
+        self.rounding_iters = share if self.roundings else 0
+        steps = bool(options.iters and layers and activation_scales(layers, module))
+        self.each = max(1, (options.iters - share) // len(self.groups)) if steps else 0
+        self.iters = self.rounding_iters + self.each * len(self.groups)
         self._float, self._rounds = ExitStack(), True
-        if self.iters:
+        if self.rounding_iters:
             self._float.enter_context(float_activations(module))
 
     def choose(self, step: int, generator: torch.Generator) -> Tensor:

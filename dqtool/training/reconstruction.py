@@ -18,7 +18,7 @@ from dqtool.training.rounding import Annealing, learn_rounding, merge_adapters, 
 if TYPE_CHECKING:
     from dqtool.training.options import RoundingOptions
 
-__all__ = ["RoundingLearner", "learn_scales"]
+__all__ = ["RoundingLearner", "activation_scales", "learn_scales"]
 
 
 class RoundingLearner(Learner):
@@ -62,11 +62,13 @@ class RoundingLearner(Learner):
 
 def learn_scales(layers: Sequence[FakeQuantLayer], operands_of: nn.Module | None = None) -> None:
     """Let gradients reach the activation scales of these layers, and of the attention operands in a module."""
-    for layer in layers:
-        if isinstance(layer.input_scale, nn.Parameter):
-            layer.input_scale.requires_grad_(True)
+    for scale in activation_scales(layers, operands_of):
+        scale.requires_grad_(True)
+
+
+def activation_scales(layers: Sequence[FakeQuantLayer], operands_of: nn.Module | None = None) -> list[nn.Parameter]:
+    """Those scales; none where activations stay float."""
+    found = [layer.input_scale for layer in layers]
     for module in () if operands_of is None else operands_of.modules():
-        for name in OPERANDS:
-            scale = getattr(module, f"{name}_scale", None)
-            if isinstance(scale, nn.Parameter):
-                scale.requires_grad_(True)
+        found += [getattr(module, f"{name}_scale", None) for name in OPERANDS]
+    return [scale for scale in found if isinstance(scale, nn.Parameter)]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.core.bits import LayerBits
-from dqtool.nn.folding import find_shifts
+from dqtool.nn.folding import find_shifts, fold, shift
 from dqtool.nn.learned_scaling import attach, bake
 from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake, packed_state
 from dqtool.nn.trace import LayerInfo
@@ -71,6 +71,14 @@ def moved(block: nn.Module) -> None:
 def test_only_groups_whose_producer_has_a_bias_are_moved() -> None:
     _, shifts = quantized(LayerBits(16, 16))
     assert {owner: found.names for owner, found in shifts.items()} == {"one": ["norm"]}
+
+
+def test_shifts_and_folds_go_to_the_tensors_device() -> None:
+    _, shifts = quantized(LayerBits(16, 16))
+    tensors = {"norm.bias": torch.zeros(8, device="meta"), "norm.weight": torch.ones(8, device="meta")}
+    shift(tensors, shifts["one"], torch.ones(8, device="meta"))
+    fold(tensors, shifts["one"], torch.ones(8, device="meta"))
+    assert {value.device.type for value in tensors.values()} == {"meta"}
 
 
 def test_in_float_nothing_changes_whatever_is_learned() -> None:

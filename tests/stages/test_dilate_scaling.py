@@ -114,6 +114,19 @@ def test_without_statistics_auto_is_chosen_in_calibrate(stats: Path, late: dict[
         torch.testing.assert_close(after.tensors()[name], given.tensors()[name])
 
 
+def test_what_calibrate_waits_for_is_part_of_its_key(stats: Path, tmp_path: Path) -> None:
+    """The tensors that `dilate` leaves for a later choice are those of no scaling."""
+    at, output = tmp_path / "d.safetensors", str(tmp_path / "c.safetensors")
+    found = {}
+    for scaling, bits in (("none", "4/4"), ("auto", "4/4"), ("auto", "8/8"), ("auto", "8/8")):
+        dilate(DilateOptions(str(stats / "model"), str(at), scaling=scaling, bits=bits), QUIET)
+        log = Common(quiet=True)
+        calibrate(CalibrateOptions(str(at), output, steps=2, samples=4), log)
+        found[scaling, bits] = log.log[-1].cached
+        assert any(scalings(open_artifact(output))) == (scaling == "auto")
+    assert found == {("none", "4/4"): False, ("auto", "4/4"): False, ("auto", "8/8"): True}
+
+
 def test_statistics_are_of_the_inputs_after_they_were_scaled(stats: Path, late: dict[str, Artifact]) -> None:
     scaled, plain = late["calibrated"].tensors(), open_artifact(stats / "calibrated.safetensors").tensors()
     names = [name for name in scalings(late["calibrated"]) if f"{name}.channel_range" in plain]

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import Run
 from helpers import quantized_conv
@@ -155,6 +156,16 @@ def test_per_step_scales_come_from_their_own_step_alone(problem: Problem, silent
     a, b = (each.student.get_submodule("conv_in").input_scale.detach() for each in (problem, other))
     assert torch.equal(a[:3], b[:3])
     assert not torch.equal(a[3], b[3])
+
+
+@pytest.mark.parametrize(
+    "given", [{"bits": "4/16"}, {"preset": "nonstandard"}, {"keep": ("conv_in=16/8",)}, {"keep": ("conv_in=16/16",)}]
+)
+def test_per_step_passes_where_there_is_nothing_to_learn(make_problem: Any, silent: Any, given: dict[str, Any]) -> None:
+    """Float activations everywhere; and blocks of float weights, of both, beside others that learn."""
+    losses = train("per-step", make_problem(**given), silent.bars, iters=8)["block_loss"]
+    assert bool(losses["conv_in"]) == (given.get("keep") != ("conv_in=16/16",))
+    assert losses["mid_block.resnets.0"]
 
 
 def test_the_timesteps_path_alone_gives_what_the_network_gives(problem: Problem) -> None:
