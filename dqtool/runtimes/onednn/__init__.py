@@ -6,6 +6,8 @@ Nothing is recompiled when the step, the batch or the resolution changes.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import platform
 from typing import Any
 
@@ -142,7 +144,9 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
 def _step_by_step(network: nn.Module, clock: Clock) -> None:
     """Set the clock before each forward; a batch of several steps runs once per step."""
     original: Any = type(network)
+    sample = list(inspect.signature(original.forward).parameters)[1]
 
+    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         steps = steps_of(self)
         rows = asked = steps.rows
@@ -150,7 +154,7 @@ def _step_by_step(network: nn.Module, clock: Clock) -> None:
         if len(rows) == 1:
             clock_.row = int(rows[0])
             return original.forward(self, *args, **kwargs)
-        batch = len(args[0] if args else next(iter(kwargs.values())))
+        batch = len(args[0] if args else kwargs[sample])
         rows = rows.repeat_interleave(batch // len(rows))
         outputs: list[tuple[Tensor, Any]] = []
         try:

@@ -1,0 +1,63 @@
+"""Loaded networks in the hands of pipelines: arguments, attributes, threads and dtypes as of the network they stand for."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import component_directory
+from synthetic import synthetic_network
+from torch import nn
+
+from dqtool.models.families import family_of
+from dqtool.runtimes.onednn import convert
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`simulated(name)`: a fresh network of that family at 6/6, made up."""
+    made: dict[str, nn.Module] = {}
+
+    def network(name: str) -> nn.Module:
+        if name not in made:
+            path: Path = component_directory(name, tmp_path_factory.mktemp(name) / "model")
+            made[name] = synthetic_network(str(path), "6/6")
+        return copy.deepcopy(made[name])
+
+    return network
+
+
+def example(network: nn.Module, batch: int = 2, row: int = 1) -> dict[str, Any]:
+    """Arguments for one call, at a timestep of the table."""
+    family = family_of(type(network).__name__, "test")
+    hints = {"_context_tokens": 5, "_sample_size": 8}
+    torch.manual_seed(0)
+    arguments = family.example(hints | dict(network.config), batch=batch)
+    return arguments | {"timestep": network.timesteps[row].expand(batch).clone(), "return_dict": False}
+
+
+@pytest.mark.parametrize("name", ["unet2d_condition", "pixart", "sd3", "flux"])
+def test_arguments_by_place_are_those_by_name(simulated: Any, name: str) -> None:
+    network = simulated(name)
+    engine = convert(copy.deepcopy(network))
+    arguments = example(network)
+    expected = engine(**arguments)[0]
+    names = list(inspect.signature(type(network).forward).parameters)[1:]
+    assert list(inspect.signature(engine.forward).parameters) == names
+    last = max(names.index(key) for key in arguments if key != "return_dict")
+    found = engine(*(arguments.get(key) for key in names[: last + 1]), return_dict=False)[0]
+    assert torch.equal(found, expected)
+    assert not engine.__dict__["_dqtool_steps"].missed
+
+
+def test_mixed_steps_with_any_argument_first(simulated: Any) -> None:
+    engine = convert(simulated("unet2d_condition"))
+    arguments = example(engine) | {"timestep": engine.timesteps[[0, 3]]}
+    assert torch.equal(engine(**{"return_dict": False, **arguments})[0], engine(**arguments)[0])
+    backwards = dict(reversed(arguments.items()))
+    assert next(iter(backwards)) == "return_dict"
+    assert torch.equal(engine(**backwards)[0], engine(**arguments)[0])
