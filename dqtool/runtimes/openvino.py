@@ -13,8 +13,10 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,7 +87,8 @@ def integer_report(network: nn.Module) -> dict[str, str]:
 
 
 class OpenVINONetwork(nn.Module):
-    """Has the original network's forward signature, `config`, `dtype` and `device`, so that a pipeline takes it as its own.
+    """Has the original network's forward signature, `config`, `dtype` and `device`, so that a pipeline takes it as its own,
+    and what pipelines read besides: `add_embedding.linear_1.in_features` of SDXL's, `cache_context` of transformers.
 
     `steps` warns of timesteps that the tables are not for, and remembers them.
     """
@@ -100,6 +103,9 @@ class OpenVINONetwork(nn.Module):
         self.artifact, self.precision = artifact, precision
         self.family = family_of(model["class"], artifact.given)
         self.config = FrozenDict(model["config"])
+        if self.config.get("addition_embed_type") == "text_time":
+            width = self.config["projection_class_embeddings_input_dim"]
+            self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
         cls = getattr(diffusers, self.family.class_name)
         self._function = inspect.unwrap(cls.forward)
         self._signature = inspect.signature(self._function)
@@ -117,6 +123,10 @@ class OpenVINONetwork(nn.Module):
     def device(self) -> torch.device:
         """OpenVINO's CPU plugin."""
         return torch.device("cpu")
+
+    def cache_context(self, _name: str) -> AbstractContextManager[None]:
+        """Nothing is cached from step to step."""
+        return nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's.

@@ -13,8 +13,14 @@ from families import component_directory
 from synthetic import synthetic_network
 from torch import nn
 
+import dqtool
 from dqtool.models.families import family_of
 from dqtool.runtimes.onednn import convert
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.export import ExportOptions, export
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +67,27 @@ def test_mixed_steps_with_any_argument_first(simulated: Any) -> None:
     backwards = dict(reversed(arguments.items()))
     assert next(iter(backwards)) == "return_dict"
     assert torch.equal(engine(**backwards)[0], engine(**arguments)[0])
+
+
+def exported(name: str, directory: Path) -> str:
+    """An export of the family's tiny network with random conditions, calibrated and not trained."""
+    quiet = Common(quiet=True)
+    model = component_directory(name, directory / "model")
+    at = {stage: str(directory / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
+    dilate(DilateOptions(str(model), at["dilated"], scaling="wd"), quiet)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4), quiet)
+    distill(DistillOptions(at["calibrated"], at["distilled"], bits="6/6", method="ptq"), quiet)
+    export(ExportOptions(at["distilled"], str(directory / "exported")), quiet)
+    return str(directory / "exported")
+
+
+@pytest.mark.parametrize("runtime", ["onednn", "openvino"])
+def test_what_pipelines_read_of_a_network(tmp_path: Path, runtime: str) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    unet = dqtool.load(exported("sdxl", tmp_path / "sdxl"), runtime)
+    assert unet.add_embedding.linear_1.in_features == unet.config.projection_class_embeddings_input_dim
+    transformer = dqtool.load(exported("flux", tmp_path / "flux"), runtime)
+    assert not hasattr(transformer, "add_embedding")
+    with transformer.cache_context("cond"):
+        pass

@@ -26,7 +26,7 @@ class SharedInput(nn.Module):
     def __init__(self, merged: Product, start: int, out_features: int) -> None:
         super().__init__()
         self._merged = [merged]  # in a list: it is a child of the attention module, not of this one
-        self.start, self.out_features = start, out_features
+        self.start, self.in_features, self.out_features = start, merged.in_channels, out_features
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """`[..., C]` to `[..., out_features]`."""

@@ -58,6 +58,8 @@ class Product(nn.Module):
         self.operand, self.clock = layer.input, clock
         self.is_conv = layer.is_conv
         self.out_channels, self.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+        if not self.is_conv:  # the names that `nn.Linear` has for them: pipelines read these
+            self.in_features, self.out_features = self.in_channels, self.out_channels
         self.kernel = tuple(layer.weight.shape[2:]) if layer.is_conv else (1, 1)
         self.stride, self.padding, self.taps_dilation = layer.stride, layer.padding, layer.taps_dilation
         self.groups = layer.groups
