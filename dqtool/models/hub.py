@@ -135,10 +135,11 @@ def register(auto: ModuleType) -> None:
             holder.register_buffer(leaf, state_dict[param_name].to(target_device))
 
         def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+            from dqtool.nn.calls import one_call_at_a_time
             from dqtool.nn.surgery import refresh_steps
 
             refresh_steps(model)
-            return model
+            return one_call_at_a_time(model)
 
         def _is_ours(self, model: nn.Module, name: str) -> bool:
             from dqtool.nn.layers import QuantLayer

@@ -41,6 +41,7 @@ from dqtool.formats.openvino import (
 from dqtool.models.export_layout import component_prefix, weights_file
 from dqtool.models.families import family_of
 from dqtool.models.packed import packed_network, plans_of
+from dqtool.nn.calls import CallLock
 from dqtool.nn.lowered import flat_arguments, nested_arguments
 from dqtool.nn.quantizers import StepIndex
 
@@ -112,7 +113,19 @@ class OpenVINONetwork(nn.Module):
         self._core = openvino.Core()
         self._cache = cache_folder(artifact, self._core)
         self._requests: OrderedDict[tuple, Any] = OrderedDict()
+        self._lock = CallLock()
         self.steps = StepIndex(self._timesteps())
+
+    def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
+        """A copy compiles its own graphs, or finds them in the cache."""
+        made = ("_function", "_signature", "_core", "_requests", "_lock", "_mapped", "_output_class", "steps")
+        state = {name: value for name, value in self.__dict__.items() if name not in made}
+        return OpenVINONetwork, (self.artifact, self.precision), state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` with its hooks; calls of other threads wait."""
+        with self._lock:
+            return super().__call__(*args, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ from dqtool.artifacts import Artifact
 from dqtool.models.export_layout import weights_file
 from dqtool.models.loading import build_network
 from dqtool.models.packed import packed_network, plans_of
+from dqtool.nn.calls import one_call_at_a_time
 
 __all__ = ["available", "load"]
 
@@ -18,7 +19,9 @@ def load(artifact: Artifact) -> nn.Module:
     state = artifact.tensors(file=weights_file(manifest.pipeline))
     if manifest.parameters["format"] == "dense":
         return build_network(manifest.model["class"], manifest.model["config"], state, artifact.given)
-    return packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
+    return one_call_at_a_time(
+        packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
+    )
 
 
 def available() -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import pytest
 import torch
 from families import component_directory
 from synthetic import synthetic_network
-from torch import nn
+from torch import Tensor, nn
 
 import dqtool
 from dqtool.models.families import family_of
+from dqtool.nn.calls import CallLock
 from dqtool.runtimes.onednn import convert
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
@@ -91,3 +94,41 @@ def test_what_pipelines_read_of_a_network(tmp_path: Path, runtime: str) -> None:
     assert not hasattr(transformer, "add_embedding")
     with transformer.cache_context("cond"):
         pass
+
+
+def in_threads(network: nn.Module, calls: list[dict[str, Any]], times: int) -> list[list[Tensor]]:
+    """What each call gave, `times` times over, one thread per call."""
+
+    def repeat(arguments: dict[str, Any]) -> list[Tensor]:
+        with torch.no_grad():
+            return [network(**arguments)[0] for _ in range(times)]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(repeat, calls))
+
+
+@pytest.mark.parametrize("runtime", ["simulate", "onednn", "openvino"])
+def test_calls_from_several_threads_keep_their_steps(tmp_path: Path, runtime: str) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    network = dqtool.load(exported("unet2d", tmp_path), runtime)
+    steps = dqtool.load(str(tmp_path / "exported"), "simulate").timesteps
+    calls = [
+        {"sample": torch.randn(1, 3, 8, 8), "timestep": steps[row], "return_dict": False} for row in range(len(steps))
+    ]
+    with torch.no_grad():
+        alone = [network(**arguments)[0] for arguments in calls]
+    for gave, expected in zip(in_threads(network, calls, 12), alone, strict=True):
+        assert all(torch.equal(each, expected) for each in gave)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert type(twin).__name__ == type(network).__name__ and twin.runtime == runtime
+        with torch.no_grad():
+            assert all(torch.equal(twin(**arguments)[0], y) for arguments, y in zip(calls, alone, strict=True))
+            with lock_of(network), ThreadPoolExecutor(1) as pool:  # a copy waits for itself alone
+                pool.submit(twin, **calls[0]).result(timeout=60)
+
+
+def lock_of(network: nn.Module) -> CallLock:
+    """The one lock of a loaded network."""
+    (lock,) = (value for value in network.__dict__.values() if isinstance(value, CallLock))
+    return lock

@@ -22,6 +22,7 @@ from dqtool.errors import EnvironmentFault
 from dqtool.models.export_layout import weights_file
 from dqtool.models.packed import packed_network, plans_of
 from dqtool.nn.attention import QuantAttnProcessor
+from dqtool.nn.calls import one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.surgery import steps_of
@@ -82,8 +83,8 @@ def convert(network: nn.Module) -> nn.Module:
     if library.get() is not None:
         fuse(network)
     network.__dict__["_dqtool_integer"] = kinds
-    _step_by_step(network, clock)
-    return network.eval()
+    network.__dict__["_dqtool_clock"] = clock
+    return one_call_at_a_time(network, _step_by_step).eval()
 
 
 def integer_report(network: nn.Module) -> dict[str, str]:
@@ -141,9 +142,8 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
     return "int8" if native else "float"
 
 
-def _step_by_step(network: nn.Module, clock: Clock) -> None:
-    """Set the clock before each forward; a batch of several steps runs once per step."""
-    original: Any = type(network)
+def _step_by_step(original: Any) -> dict[str, Any]:
+    """A forward that sets the clock first; a batch of several steps runs once per step."""
     sample = list(inspect.signature(original.forward).parameters)[1]
 
     @functools.wraps(original.forward)
@@ -177,8 +177,7 @@ def _step_by_step(network: nn.Module, clock: Clock) -> None:
         keys = list(first.keys())
         return type(first)(**{key: torch.cat([out[key] for _, out in outputs])[order] for key in keys})
 
-    network.__dict__["_dqtool_clock"] = clock
-    network.__class__ = type(original.__name__, (original,), {"forward": forward, "__module__": original.__module__})
+    return {"forward": forward}
 
 
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
