@@ -160,9 +160,17 @@ def operands_shapes(bits: int, probs_bits: int, timesteps: int, heads: int) -> d
 
 
 def attach_operands(attn: nn.Module, bits: int, probs_bits: int, steps: StepIndex) -> None:
-    """Give a diffusers attention module the quantizing processor; its tables are set afterwards."""
+    """Give a diffusers attention module the quantizing processor; its tables are set afterwards.
+
+    A pipeline's `enable_attention_slicing` and `disable_attention_slicing` leave it in place.
+    """
     layout = attention_layout(attn) or "single"
     attn.set_processor(QuantAttnProcessor(bits, probs_bits, steps, layout))  # type: ignore[operator]
+    attn.__dict__["set_attention_slice"] = _keep_processor
+
+
+def _keep_processor(_slice_size: object) -> None:
+    """Instead of diffusers' `set_attention_slice`, which puts a processor of float products in."""
 
 
 def operand_state(attn: nn.Module) -> dict[str, Tensor]:

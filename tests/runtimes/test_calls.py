@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import dqtool
 from dqtool.models.families import family_of
 from dqtool.nn.calls import CallLock
+from dqtool.nn.trace import is_attention
 from dqtool.runtimes.onednn import convert
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
@@ -132,3 +133,19 @@ def lock_of(network: nn.Module) -> CallLock:
     """The one lock of a loaded network."""
     (lock,) = (value for value in network.__dict__.values() if isinstance(value, CallLock))
     return lock
+
+
+@pytest.mark.parametrize("runtime", ["simulate", "onednn"])
+def test_attention_slicing_leaves_the_quantized_products(simulated: Any, runtime: str) -> None:
+    network = simulated("unet2d_condition")
+    network = convert(network) if runtime == "onednn" else network
+    arguments = example(network)
+    expected = network(**arguments)[0]
+    processors = [m.processor for m in network.modules() if is_attention(m)]
+    for pipeline_call in ("auto", "max", 1, None):
+        network.set_attention_slice(pipeline_call)
+        assert torch.equal(network(**arguments)[0], expected)
+    assert [m.processor for m in network.modules() if is_attention(m)] == processors
+    twin = copy.deepcopy(network)
+    twin.set_attention_slice("auto")
+    assert torch.equal(twin(**arguments)[0], expected)
