@@ -7,6 +7,7 @@ import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from synthetic import synthetic_network
 from torch import Tensor, nn
 
 import dqtool
+from dqtool.errors import UsageError
 from dqtool.models.families import family_of
 from dqtool.nn.calls import CallLock
 from dqtool.nn.trace import is_attention
@@ -149,3 +151,27 @@ def test_attention_slicing_leaves_the_quantized_products(simulated: Any, runtime
     twin = copy.deepcopy(network)
     twin.set_attention_slice("auto")
     assert torch.equal(twin(**arguments)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["unet2d", "unet2d_condition", "pixart"])
+def test_networks_moved_to_another_dtype_compute_as_before(simulated: Any, name: str, dtype: torch.dtype) -> None:
+    engine = convert(simulated(name))
+    arguments = example(engine)
+    expected = engine(**arguments)[0]
+    assert engine.dtype == expected.dtype == torch.float32
+    moved = copy.deepcopy(engine).to(dtype)
+    assert moved.dtype == dtype
+    assert torch.equal(moved(**arguments)[0], expected)
+    low = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    rounded = {k: v.float() if isinstance(v, Tensor) else v for k, v in low.items()}
+    assert torch.equal(moved(**low)[0], engine(**rounded)[0].to(dtype))
+    assert moved.dtype == dtype
+    assert moved.to("cpu").dtype == dtype and moved.float().dtype == torch.float32
+    assert torch.equal(moved(**arguments)[0], expected)
+
+
+def test_a_network_on_integers_stays_on_the_cpu(simulated: Any) -> None:
+    engine = convert(simulated("unet2d"))
+    with pytest.raises(UsageError, match="can't move to"):
+        engine._apply(lambda t: SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype))

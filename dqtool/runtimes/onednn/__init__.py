@@ -2,6 +2,9 @@
 
 In memory a weight is one byte, 16/9 of a byte where a 3x3 convolution of up to 5 bits runs as a Winograd transform.
 Nothing is recompiled when the step, the batch or the resolution changes.
+
+A network computes in float32 around its products. `.to(torch.float16)` and the like, of a whole pipeline say, are accepted
+and change what its `dtype` says, not its tensors; outputs have the dtype of the input.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from torch.utils._pytree import tree_map
 from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.allocator import keep_freed_memory
-from dqtool.errors import EnvironmentFault
+from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.models.export_layout import weights_file
 from dqtool.models.packed import packed_network, plans_of
 from dqtool.nn.attention import QuantAttnProcessor
@@ -67,7 +71,10 @@ def load(artifact: Artifact) -> nn.Module:
 
 
 def convert(network: nn.Module) -> nn.Module:
-    """Put integer layers in the place of a network's packed ones, in place. `integer_report` tells what came of each."""
+    """Put integer layers in the place of a network's packed ones, in place. `integer_report` tells what came of each.
+
+    Its tensors keep their dtypes from then on, and stay on the CPU; `dtype` says what was asked for last.
+    """
     if library.get() is None:
         report.warn(f"onednn: its own kernels are missing, so it runs slower than it could: {library.problem()}")
     keep_freed_memory()
@@ -84,7 +91,7 @@ def convert(network: nn.Module) -> nn.Module:
         fuse(network)
     network.__dict__["_dqtool_integer"] = kinds
     network.__dict__["_dqtool_clock"] = clock
-    return one_call_at_a_time(network, _step_by_step).eval()
+    return one_call_at_a_time(network, _methods).eval()
 
 
 def integer_report(network: nn.Module) -> dict[str, str]:
@@ -142,42 +149,85 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
     return "int8" if native else "float"
 
 
-def _step_by_step(original: Any) -> dict[str, Any]:
-    """A forward that sets the clock first; a batch of several steps runs once per step."""
+def _methods(original: Any) -> dict[str, Any]:
+    """What a converted network does otherwise than its class."""
     sample = list(inspect.signature(original.forward).parameters)[1]
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steps = steps_of(self)
-        rows = asked = steps.rows
-        clock_: Clock = self.__dict__["_dqtool_clock"]
-        if len(rows) == 1:
-            clock_.row = int(rows[0])
-            return original.forward(self, *args, **kwargs)
-        batch = len(args[0] if args else kwargs[sample])
-        rows = rows.repeat_interleave(batch // len(rows))
-        outputs: list[tuple[Tensor, Any]] = []
+        given = args[0] if args else kwargs[sample]
+        asked, self.__dict__["_dqtool_dtype"] = dtype(self), torch.float32
         try:
-            for row in rows.unique().tolist():
-                chosen = (rows == row).nonzero().flatten()
-
-                def pick(value: Any, chosen: Tensor = chosen) -> Any:
-                    mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-                    return value[chosen] if mixed else value
-
-                clock_.row = int(row)
-                steps.select(torch.tensor([row]))  # for what stayed float
-                outputs.append((chosen, original.forward(self, *tree_map(pick, args), **tree_map(pick, kwargs))))
+            output = _step_by_step(original, self, given, tree_map(_float32, args), tree_map(_float32, kwargs))
         finally:
-            steps.select(asked)
-        order = torch.cat([chosen for chosen, _ in outputs]).argsort()
-        first = outputs[0][1]
-        if isinstance(first, tuple) and not hasattr(first, "to_tuple"):
-            return tuple(torch.cat(parts)[order] for parts in zip(*(out for _, out in outputs), strict=True))
-        keys = list(first.keys())
-        return type(first)(**{key: torch.cat([out[key] for _, out in outputs])[order] for key in keys})
+            self.__dict__["_dqtool_dtype"] = asked
+        if given.dtype == torch.float32:
+            return output
+        return _joined([output], lambda parts: parts[0].to(given.dtype))
 
-    return {"forward": forward}
+    def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        probe = fn(torch.empty(0, dtype=dtype(self)))
+        if probe.device.type not in ("cpu", "meta"):
+            raise UsageError(
+                f"The onednn runtime computes on the CPU, and its network can't move to {probe.device}",
+                where="onednn runtime",
+                fix="Leave it where it is, or use --runtime simulate",
+            )
+
+        def keep(t: Tensor) -> Tensor:  # the kernels read float32 by address
+            changed = fn(t)
+            return changed if changed.dtype == t.dtype else t
+
+        original._apply(self, keep, recurse)
+        self.__dict__["_dqtool_dtype"] = probe.dtype
+        return self
+
+    def dtype(self: Any) -> torch.dtype:
+        return self.__dict__.get("_dqtool_dtype", torch.float32)
+
+    return {"forward": forward, "_apply": apply, "dtype": property(dtype)}
+
+
+def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Set the clock, then the forward of the class `original`; a batch of several steps runs once per step."""
+    steps = steps_of(network)
+    rows = asked = steps.rows
+    clock_: Clock = network.__dict__["_dqtool_clock"]
+    if len(rows) == 1:
+        clock_.row = int(rows[0])
+        return original.forward(network, *args, **kwargs)
+    batch = len(sample)
+    rows = rows.repeat_interleave(batch // len(rows))
+    outputs: list[tuple[Tensor, Any]] = []
+    try:
+        for row in rows.unique().tolist():
+            chosen = (rows == row).nonzero().flatten()
+
+            def pick(value: Any, chosen: Tensor = chosen) -> Any:
+                mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+                return value[chosen] if mixed else value
+
+            clock_.row = int(row)
+            steps.select(torch.tensor([row]))  # for what stayed float
+            outputs.append((chosen, original.forward(network, *tree_map(pick, args), **tree_map(pick, kwargs))))
+    finally:
+        steps.select(asked)
+    order = torch.cat([chosen for chosen, _ in outputs]).argsort()
+    return _joined([out for _, out in outputs], lambda parts: torch.cat(parts)[order])
+
+
+def _joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """One output of the outputs' form, each of its tensors made by `join` of theirs."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return join(outputs)
+    if isinstance(first, tuple) and not hasattr(first, "to_tuple"):
+        return tuple(join(list(parts)) for parts in zip(*outputs, strict=True))
+    return type(first)(**{key: join([out[key] for out in outputs]) for key in first})
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
