@@ -52,7 +52,7 @@ class StepIndex:
                         stacklevel=3,
                     )
                 self.missed.add(value)
-        self.select(rows if len(rows) == 1 or bool((rows != rows[0]).any()) else rows[:1])
+        self.select(rows[:1] if bool((rows == rows[:1]).all()) else rows)
 
     def select(self, rows: Tensor) -> None:
         """Use these rows of the tables, `[N]` (or `[1]` for all samples)."""

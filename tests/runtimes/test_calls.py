@@ -175,3 +175,16 @@ def test_a_network_on_integers_stays_on_the_cpu(simulated: Any) -> None:
     engine = convert(simulated("unet2d"))
     with pytest.raises(UsageError, match="can't move to"):
         engine._apply(lambda t: SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype))
+
+
+@pytest.mark.parametrize("name", ["unet2d_condition", "sd3"])
+def test_a_batch_of_none_gives_none(simulated: Any, name: str) -> None:
+    network = simulated(name)
+    engine = convert(copy.deepcopy(network))
+    arguments = {k: v[:0] if isinstance(v, Tensor) else v for k, v in example(network).items()}
+    for timestep in (arguments["timestep"], network.timesteps[1:2]):
+        expected = network(**arguments | {"timestep": timestep.expand(0)})[0]
+        found = engine(**arguments | {"timestep": timestep})[0]
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        assert len(found) == 0
+    assert engine(**example(engine))[0].isfinite().all()

@@ -193,6 +193,14 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
     steps = steps_of(network)
     rows = asked = steps.rows
     clock_: Clock = network.__dict__["_dqtool_clock"]
+    if not len(sample):  # the kernels divide by sizes: one sample of zeros runs, and none of it is returned
+        args, kwargs = tree_map(_one_of_zeros, args), tree_map(_one_of_zeros, kwargs)
+        steps.select(asked if len(asked) else torch.zeros(1, dtype=torch.long))
+        try:
+            output = _step_by_step(original, network, sample.new_zeros(1), args, kwargs)
+        finally:
+            steps.select(asked)
+        return _joined([output], lambda parts: parts[0][:0])
     if len(rows) == 1:
         clock_.row = int(rows[0])
         return original.forward(network, *args, **kwargs)
@@ -224,6 +232,11 @@ def _joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
     if isinstance(first, tuple) and not hasattr(first, "to_tuple"):
         return tuple(join(list(parts)) for parts in zip(*outputs, strict=True))
     return type(first)(**{key: join([out[key] for out in outputs]) for key in first})
+
+
+def _one_of_zeros(value: Any) -> Any:
+    empty = isinstance(value, Tensor) and value.dim() > 0 and not len(value)
+    return value.new_zeros(1, *value.shape[1:]) if empty else value
 
 
 def _float32(value: Any) -> Any:
