@@ -188,3 +188,14 @@ def test_a_batch_of_none_gives_none(simulated: Any, name: str) -> None:
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert len(found) == 0
     assert engine(**example(engine))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["sample", "encoder_hidden_states"])
+def test_nan_is_not_lost(simulated: Any, where: str) -> None:
+    engine = convert(simulated("unet2d_condition"))
+    arguments = example(engine)
+    expected = engine(**arguments)[0]
+    arguments[where].view(2, -1)[1, 3] = torch.nan
+    found = engine(**arguments)[0]
+    assert torch.equal(found[0], expected[0])
+    assert found[1].isnan().all()

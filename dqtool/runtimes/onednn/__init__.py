@@ -4,7 +4,7 @@ In memory a weight is one byte, 16/9 of a byte where a 3x3 convolution of up to 
 Nothing is recompiled when the step, the batch or the resolution changes.
 
 A network computes in float32 around its products. `.to(torch.float16)` and the like, of a whole pipeline say, are accepted
-and change what its `dtype` says, not its tensors; outputs have the dtype of the input.
+and change what its `dtype` says, not its tensors; outputs have the dtype of the input. A sample with a NaN gives NaN alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtool import report
 from dqtool.artifacts import Artifact
@@ -161,9 +161,10 @@ def _methods(original: Any) -> dict[str, Any]:
             output = _step_by_step(original, self, given, tree_map(_float32, args), tree_map(_float32, kwargs))
         finally:
             self.__dict__["_dqtool_dtype"] = asked
-        if given.dtype == torch.float32:
+        lost = _nan_samples((args, kwargs), len(given))
+        if given.dtype == torch.float32 and not bool(lost.any()):
             return output
-        return _joined([output], lambda parts: parts[0].to(given.dtype))
+        return _joined([output], lambda parts: _without(parts[0].to(given.dtype), lost))
 
     def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         probe = fn(torch.empty(0, dtype=dtype(self)))
@@ -232,6 +233,20 @@ def _joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
     if isinstance(first, tuple) and not hasattr(first, "to_tuple"):
         return tuple(join(list(parts)) for parts in zip(*outputs, strict=True))
     return type(first)(**{key: join([out[key] for out in outputs]) for key in first})
+
+
+def _nan_samples(arguments: Any, batch: int) -> Tensor:
+    """Which samples `[N]` have a NaN in one of their inputs. Codes have none, so that it would be lost in the first layer."""
+    lost = torch.zeros(batch, dtype=torch.bool)
+    for value in tree_leaves(arguments):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and len(value) == batch:
+            lost |= value.isnan().flatten(1).any(1)
+    return lost
+
+
+def _without(output: Tensor, lost: Tensor) -> Tensor:
+    """`output` `[N, ...]` with NaN for those samples."""
+    return output.masked_fill(lost.view(-1, *(1,) * (output.dim() - 1)), torch.nan)
 
 
 def _one_of_zeros(value: Any) -> Any:
