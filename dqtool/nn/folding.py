@@ -92,7 +92,9 @@ def fold(tensors: MutableMapping[str, Tensor], found: Fold, scale: Tensor) -> No
         channels = target.channels.to(scale.device)
         factor = torch.where(channels == FREE, 1.0, scale[channels.clamp(min=0)])
 
-        def divided(value: Tensor, factor: Tensor = factor, offset: Tensor = target.offset.to(scale.device)) -> Tensor:
+        offset = target.offset.to(scale.device)
+
+        def divided(value: Tensor, factor: Tensor = factor, offset: Tensor = offset) -> Tensor:
             # In double: (1 + b)/s - 1 cancels.
             return ((value.double() + offset) / factor.double() - offset).to(value.dtype)
 
