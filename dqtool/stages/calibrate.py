@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["CalibrateOptions", "calibrate"]
 
 CODE_VERSION = 1
+
+RANGE = ".channel_range"
 STATISTICS_SAMPLES = 64
 """Samples of a step that its histograms are made of: each brings thousands of values per layer, more change nothing."""
 STRATIFIED = "stratified"
@@ -158,17 +160,20 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
                 progress.advance()
 
     everything, records, chosen = dict(tensors), manifest.layers, dict(manifest.metrics)
+    moved: dict[str, torch.Tensor] = {}
     if chosen.pop(LATER, None) is not None:
         points_seen = {**seen, "timesteps": timesteps}
-        changed, records, found = scale_now(
+        changed, records, found, moved = scale_now(
             manifest, tensors, network, family, config, points_seen, per_step("ranges of channels")
         )
         everything, chosen = everything | changed, chosen | found
         _, dilation = split_dilated(everything)
-        if any("shifted_in" in record.get("scaling", {}) for record in records):
+        if moved:
             network = teacher_of(manifest, everything)  # whose layers read what was moved
     statistics = collect(network, layer_infos(records), dilation, per_step("statistics"))
     ratios = range_ratios(statistics, dilation)
+    for name in moved.keys() & {name.removesuffix(RANGE) for name in statistics}:
+        statistics[name + RANGE] += moved[name]  # of the inputs as the model makes them, which other scalings look at
     metrics = {
         "activation_range_ratio": sum(ratios.values()) / len(ratios) if ratios else 1.0,
         "activation_range_ratios": ratios,

@@ -30,9 +30,9 @@ def scale_now(
     config: dict[str, Any],
     trajectory: Mapping[str, Tensor],
     steps: Iterable[Callable[[], None]],
-) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
     """Choose the factors that a dilated artifact waits for; returns what changes: tensors (scaled weights, `X.dilation`, biases
-    where inputs were moved), the layers' records, metrics.
+    where inputs were moved), the layers' records, metrics; and by how much the inputs of which layers were moved, `[C_in]`.
 
     `network` is the float one and stays as it is; `trajectory` holds the points that searching methods look at, `steps`
     what `nn.statistics` wants.
@@ -62,6 +62,7 @@ def scale_now(
     )
     scales = scales_of(layers, chosen)
     changed: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
     everything = ChainMap(changed, dict(tensors))  # what is set goes to the first
     records = []
     for info, record in zip(layers, manifest.layers, strict=True):
@@ -73,6 +74,7 @@ def scale_now(
             record = record | {"scaling": scaling_record(asked, result)}
             if result.shift is not None:
                 absorb_shift(everything, info, tensors[name], result.shift)
+                moved[info.name] = result.shift
                 record["scaling"]["shifted_in"] = shifts[info.shares or info.name].names
         records.append(record)
     for owner, result in chosen.items():
@@ -81,4 +83,4 @@ def scale_now(
     metrics = scaling_metrics(scales)
     error = check_equivalence(network, lambda: beside(network, dict(everything)), scales, family, config, "calibrate")
     tell_scaling(records, metrics, error)
-    return changed, records, {**metrics, "equivalence_error": error}
+    return changed, records, {**metrics, "equivalence_error": error}, moved

@@ -115,11 +115,10 @@ def statistics_for(method: ScalingMethod, stats: Artifact | None) -> Mapping[str
             where="--stats",
             fix="Name a calibrated artifact of this model: dilate with `none`, calibrate, then give it as --stats",
         )
-    moved = [
-        layer["name"]
-        for layer in stats.manifest.layers
-        if layer.get("scaling", {}).keys() & {"folded_into", "shifted_in"}
-    ]
+    changes = {"folded_into"}
+    if "scaling" not in stats.manifest.parameters:  # else calibrate itself moved inputs, and recorded them as they were
+        changes.add("shifted_in")
+    moved = [layer["name"] for layer in stats.manifest.layers if layer.get("scaling", {}).keys() & changes]
     if moved:
         raise UsageError(
             f"The activations of {len(moved)} layers, first {moved[0]}, were changed before they were recorded",

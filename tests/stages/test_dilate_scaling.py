@@ -134,13 +134,24 @@ def test_statistics_are_of_the_inputs_after_they_were_scaled(stats: Path, late: 
     for name in names:
         moved = "shifted_in" in scalings(late["calibrated"])[name]
         lo, hi = plain[f"{name}.channel_range"]
+        torch.testing.assert_close(scaled[f"{name}.channel_range"], torch.stack([lo, hi]), rtol=1e-4, atol=1e-5)
         middle = (lo + hi) / 2 if moved else torch.zeros_like(lo)
-        torch.testing.assert_close(
-            scaled[f"{name}.channel_range"], plain[f"{name}.channel_range"] - middle, rtol=1e-4, atol=1e-5
-        )
-        divided = scaled[f"{name}.channel_range"] / scaled[f"{name}.dilation"]
+        divided = (torch.stack([lo, hi]) - middle) / scaled[f"{name}.dilation"]
         span = torch.stack([scaled[f"{name}.range"][:, 0].min(), scaled[f"{name}.range"][:, 1].max()])
         torch.testing.assert_close(span, torch.stack([divided[0].min(), divided[1].max()]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_calibrate_moved_serves_other_scalings(stats: Path, late: dict[str, Artifact], tmp_path: Path) -> None:
+    """Its ranges are those of the inputs as the model makes them."""
+    assert any("shifted_in" in each for each in scalings(late["calibrated"]).values())
+    chosen = []
+    for number, given in enumerate((late["calibrated"].given, str(stats / "calibrated.safetensors"))):
+        options = DilateOptions(
+            str(stats / "model"), str(tmp_path / f"{number}.safetensors"), scaling="smoothquant", stats=given
+        )
+        chosen.append(open_artifact(dilate(options, QUIET)).tensors())
+    for name, value in chosen[1].items():
+        torch.testing.assert_close(chosen[0][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_auto_is_learned_on(late: dict[str, Artifact], tmp_path: Path) -> None:
