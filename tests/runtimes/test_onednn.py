@@ -100,7 +100,7 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
         module.register_forward_hook(
             lambda _m, args, kwargs, out, n=name: seen.__setitem__(n, (args, kwargs, out)), with_kwargs=True
         )
-    fused = ("FusedResnetBlock2D", "FusedDownsample2D", "FusedUpsample2D", "Attention", "NormActProduct")
+    fused = ("FusedResnetBlock2D", "FusedDownsample2D", "FusedUpsample2D", "FusedAttention", "NormActProduct")
     generator = torch.Generator().manual_seed(0)
     differences: dict[tuple[str, float], float] = {}
     for step in simulated.timesteps.tolist():
@@ -311,13 +311,39 @@ def test_transformer_blocks_compute_what_the_simulation_does(norm_type: str) -> 
     assert (got - expected).norm() < 0.03 * expected.norm()
 
 
+@needs_kernels
+@pytest.mark.parametrize("linear", [False, True])
+def test_transformers_on_images_compute_what_the_simulation_does(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    from dqtool.runtimes.onednn import blocks, convert
+
+    monkeypatch.setattr(blocks, "PIECE", 1)  # a feed-forward in pieces of 48 rows
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Transformer2DModel(
+                2, 8, in_channels=16, norm_num_groups=4, cross_attention_dim=12, use_linear_projection=linear
+            )
+
+        def forward(self, hidden: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            return self.block(hidden, context, timestep=timestep, return_dict=False)[0]
+
+    torch.manual_seed(0)
+    simulated = _quantized(Root())
+    engine = convert(copy.deepcopy(simulated))
+    assert type(engine.block).__name__ == "FusedTransformer2DModel"
+    x, context = torch.randn(2, 16, 5, 10), torch.randn(2, 4, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, got = simulated(x, torch.tensor([1, 1]), context), engine(x, torch.tensor([1, 1]), context)
+    assert (got - expected).norm() < 0.03 * (expected - x).norm()
+
+
 def _transformer(norm_type: str) -> nn.Module:
     """One quantized BasicTransformerBlock at 6/6 behind a root that passes its arguments on."""
     from diffusers.models.attention import BasicTransformerBlock
-
-    from dqtool.core.affine import affine_parameters, search_weight
-    from dqtool.nn.layers import fake_layer, packed_layer, packed_shapes
-    from dqtool.nn.trace import is_attention
 
     class Root(nn.Module):
         def __init__(self) -> None:
@@ -333,7 +359,16 @@ def _transformer(norm_type: str) -> nn.Module:
             return self.block(hidden, timestep=timestep, **kwargs)
 
     torch.manual_seed(0)
-    root = Root().eval().requires_grad_(False)
+    return _quantized(Root())
+
+
+def _quantized(root: nn.Module) -> nn.Module:
+    """`root` with its layers (but embeddings') and attention modules packed at 6/6, one step, plain ranges."""
+    from dqtool.core.affine import affine_parameters, search_weight
+    from dqtool.nn.layers import fake_layer, packed_layer, packed_shapes
+    from dqtool.nn.trace import is_attention, is_quantizable
+
+    root.eval().requires_grad_(False)
     steps = StepIndex(torch.tensor([1.0]))
     bits = LayerBits(6, 6)
     for name, module in list(root.named_modules()):
@@ -343,12 +378,12 @@ def _transformer(norm_type: str) -> nn.Module:
                 module.register_buffer(f"{operand}_zero_point", torch.full((1, 2), 32, dtype=torch.uint8))
             module.register_buffer("probs_scale", torch.full((1, 2), 1 / 255))
             module.set_processor(QuantAttnProcessor(6, 8, steps))
-        elif isinstance(module, nn.Linear) and "emb" not in name:
+        elif is_quantizable(module) and "emb" not in name:
             fake = fake_layer(module, bits, steps)
             fake.weight_scale, fake.weight_zero_point = map(nn.Parameter, search_weight(module.weight, 6, False))
             scale, zero_point = affine_parameters(torch.tensor([-3.0]), torch.tensor([3.0]), 6)
             fake.input_scale, fake.input_zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
-            shapes = packed_shapes(tuple(module.weight.shape), bits, 1, 0, module.bias is not None)
+            shapes = packed_shapes(tuple(fake.weight.shape), bits, 1, 0, module.bias is not None)
             packed = packed_layer(module, bits, steps, shapes)
             packed.load_state_dict(fake.packed_state(), assign=True)
             parent, _, leaf = name.rpartition(".")

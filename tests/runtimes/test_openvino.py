@@ -254,8 +254,8 @@ def test_four_bits_stay_four_bits_on_disk(made: Path, tmp_path: Path, run: Run) 
     types = [str(op.get_element_type().get_type_name()) for op in model.get_ops() if op.get_type_name() == "Constant"]
     layers = json.loads((tmp_path / "ir" / "dqtool.json").read_text())["layers"]
     widths = [layer["bits"][0] for layer in layers if layer["kind"] != "attention"]
-    # Where sums would overflow, a weight of 8 bits is split, and its odd part fits four bits too.
-    assert types.count("u4") == widths.count(4) + (widths.count(8) if saturates() else 0)
+    # Sums must not overflow on any machine: a weight of 8 bits is split, and its odd part fits four bits too.
+    assert types.count("u4") == widths.count(4) + widths.count(8)
 
 
 def test_sizes_of_as_many_tokens_have_positions_of_their_own(tmp_path: Path) -> None:

@@ -52,7 +52,100 @@ void pack_columns(const float* x, i64 stride, i64 K, i64 live, i64 width, float 
   }
 }
 
+// 2^x for x <= 0, relative error below 2e-7 (a polynomial of degree 5 on [-1/2, 1/2], exact at 0); 2^-126 below -126.
+inline __m512 exp2_of_negative(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+  __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 f = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.326472731e-3f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.671512991e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550733581e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402224243e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931470037e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Codes of softmax(sums * scale (+ add)), zero point 0, over `n` sums, which are overwritten; a row of `padded` codes ends in
+// zeros. `sums` has room for whole registers and is aligned to them.
+void softmax_codes(int32_t* sums, i64 n, i64 padded, float scale, const float* add, float m, float hi, uint8_t* codes) {
+  float* s = reinterpret_cast<float*>(sums);
+  const __m512 factor = _mm512_set1_ps(scale * 1.44269504088896341f);  // powers of 2 from here on
+  const i64 whole = n / 16 * 16;
+  const __mmask16 rest = tail(n - whole);
+  __m512 total = _mm512_setzero_ps();
+  if (!add && scale > 0) {  // the largest sum has the largest score, and differences of sums are exact
+    __m512i top = _mm512_set1_epi32(INT32_MIN);
+    for (i64 j = 0; j < whole; j += 16) top = _mm512_max_epi32(top, _mm512_load_si512(sums + j));
+    if (rest) top = _mm512_mask_max_epi32(top, rest, top, _mm512_load_si512(sums + whole));
+    top = _mm512_set1_epi32(_mm512_reduce_max_epi32(top));
+    auto power = [&](i64 j) {
+      __m512i below = _mm512_sub_epi32(_mm512_load_si512(sums + j), top);
+      return exp2_of_negative(_mm512_mul_ps(_mm512_cvtepi32_ps(below), factor));
+    };
+    for (i64 j = 0; j < whole; j += 16) {
+      __m512 y = power(j);
+      _mm512_store_ps(s + j, y);
+      total = _mm512_add_ps(total, y);
+    }
+    if (rest) {
+      __m512 y = _mm512_maskz_mov_ps(rest, power(whole));
+      _mm512_store_ps(s + whole, y);
+      total = _mm512_add_ps(total, y);
+    }
+  } else {
+    const __m512 of_add = _mm512_set1_ps(1.44269504088896341f);
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    for (i64 j = 0; j < n; j += 16) {
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + j)), factor);
+      if (add) y = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(tail(n - j), add + j), of_add, y);
+      _mm512_store_ps(s + j, y);
+      top = _mm512_mask_max_ps(top, tail(n - j), top, y);
+    }
+    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (i64 j = 0; j < n; j += 16) {
+      __m512 y = _mm512_maskz_mov_ps(tail(n - j), exp2_of_negative(_mm512_sub_ps(_mm512_load_ps(s + j), top)));
+      _mm512_store_ps(s + j, y);
+      total = _mm512_add_ps(total, y);
+    }
+  }
+  const __m512 to_code = _mm512_set1_ps(m / _mm512_reduce_add_ps(total));
+  const __m512i largest = _mm512_set1_epi32(int(hi));
+  i64 j = 0;
+  for (; j < whole; j += 16) {  // the conversion rounds to the nearest, ties to even
+    __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(s + j), to_code));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + j), _mm512_cvtepi32_epi8(_mm512_min_epi32(c, largest)));
+  }
+  if (rest) {  // powers past `n` are zeros
+    __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(s + j), to_code));
+    _mm_mask_storeu_epi8(codes + j, tail(padded - j), _mm512_cvtepi32_epi8(_mm512_min_epi32(c, largest)));
+  }
+}
+
 #else
+
+// The same where the compiler chooses the instructions.
+void softmax_codes(int32_t* sums, i64 n, i64 padded, float scale, const float* add, float m, float hi, uint8_t* codes) {
+  float* s = reinterpret_cast<float*>(sums);
+#pragma omp simd
+  for (i64 j = 0; j < n; ++j) {  // in place: an integer becomes the float it stands for
+    int32_t sum;
+    std::memcpy(&sum, s + j, 4);
+    s[j] = float(sum) * scale + (add ? add[j] : 0.0f);
+  }
+  float top = -INFINITY, total = 0;
+#pragma omp simd reduction(max : top)
+  for (i64 j = 0; j < n; ++j) top = std::max(top, s[j]);
+#pragma omp simd reduction(+ : total)
+  for (i64 j = 0; j < n; ++j) {
+    s[j] = exp_(s[j] - top);
+    total += s[j];
+  }
+  float inverse = 1.0f / total;
+#pragma omp simd
+  for (i64 j = 0; j < n; ++j) codes[j] = code(s[j] * inverse * m, 0.0f, hi, 0);
+  for (i64 j = n; j < padded; ++j) codes[j] = 0;
+}
 
 inline void signed_codes(const float* x, i64 n, float m, float lo, float hi, int8_t* out) {
 #pragma omp simd
@@ -152,30 +245,9 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
       for (i64 d = D; d < Dp; ++d) row[d] = static_cast<uint8_t>(zq);
     }
     multiply_rows(codes, Dp, count, keys, start, Sk, Dp / 4, scores, Sc, group_k);
-    float scale = score_scale[h], m = tp[h], lo = tp[H + h], hi = tp[2 * H + h];
-    for (i64 r = 0; r < count; ++r) {
-      float* s = reinterpret_cast<float*>(scores + r * Sc);
-      const float* add = mask ? mask + n * mask_n + h * mask_h + (from + r) * mask_q : nullptr;
-#pragma omp simd
-      for (i64 j = 0; j < Sk; ++j) {  // in place: an integer becomes the float it stands for
-        int32_t sum;
-        std::memcpy(&sum, s + j, 4);
-        s[j] = float(sum) * scale + (add ? add[j] : 0.0f);
-      }
-      float top = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : top)
-      for (i64 j = 0; j < Sk; ++j) top = std::max(top, s[j]);
-#pragma omp simd reduction(+ : sum)
-      for (i64 j = 0; j < Sk; ++j) {
-        s[j] = exp_(s[j] - top);
-        sum += s[j];
-      }
-      float inverse = 1.0f / sum;
-      uint8_t* row = probs + r * Sp;
-#pragma omp simd
-      for (i64 j = 0; j < Sk; ++j) row[j] = code(s[j] * inverse * m, lo, hi, 0);
-      for (i64 j = Sk; j < Sp; ++j) row[j] = 0;
-    }
+    for (i64 r = 0; r < count; ++r)
+      softmax_codes(scores + r * Sc, Sk, Sp, score_scale[h],
+                    mask ? mask + n * mask_n + h * mask_h + (from + r) * mask_q : nullptr, tp[h], tp[2 * H + h], probs + r * Sp);
     multiply_rows(probs, Sp, count, keys + k_bytes, start + Sc, D, Sp / 4, result, Dc, group_v);
     for (i64 r = 0; r < count; ++r) {
       float* row = out + ((n * Sq + from + r) * H + h) * D;

@@ -15,6 +15,9 @@ from dqtool.runtimes.onednn.library import pointer
 
 __all__ = ["GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
 
+LAYOUTS = 64
+"""Shapes of inputs for which a layer remembers how its codes lie."""
+
 NONE, SILU, GELU_TANH, GELU = range(4)
 """Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`."""
 
@@ -73,6 +76,7 @@ class Product(nn.Module):
         self.offsets = self.operand.offset.tolist()
         self.kernels = library.get()
         self._cached: tuple[int, Any] = (-1, None)
+        self._layouts: dict[tuple, tuple] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what refers to memory by address: a copy finds its own."""
@@ -191,19 +195,17 @@ class Product(nn.Module):
         )
         return Codes(data, (n, s))
 
-    def geglu(self, x: Tensor) -> Codes:
-        """Codes of `value * gelu(gate)` for a linear layer; `x` is `[..., 2 C]` = (value, gate)."""
+    def geglu(self, x: Tensor, into: Tensor) -> None:
+        """Write codes `[rows, channel_bytes]` of `value * gelu(gate)` for a linear layer; `x` is `[rows, 2 C]` =
+        (value, gate)."""
         kernels = self.kernels
         if kernels is None:
             value, gate = x.chunk(2, dim=-1)
-            return self._torch_codes(value * F.gelu(gate))
-        x = x.contiguous()
-        rows = x.numel() // x.shape[-1]
-        data = torch.empty(rows, self.channel_bytes, dtype=torch.uint8)
+            into.copy_(self._torch_codes(value * F.gelu(gate)).data)
+            return
         kernels.dq_geglu_quantize(
-            x.data_ptr(), data.data_ptr(), rows, self.in_channels, self.channel_bytes, *self.quantizer()
+            x.data_ptr(), into.data_ptr(), len(x), self.in_channels, self.channel_bytes, *self.quantizer()
         )
-        return Codes(data, tuple(x.shape[:-1]))
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """As the layer it replaces; computed in float32, returned in the dtype of `x`."""
@@ -227,22 +229,32 @@ class Product(nn.Module):
         self, x: Tensor, image: bool, up: int = 1, extra: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
         """Input in the kernels' layout, empty codes, the result's shape, and the kernels' size arguments."""
+        key = (x.shape, image, up, extra)
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[key] = self._layout(x.shape, image, up, extra)
+        wanted, shape, sizes = layout
+        x = x.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)
+        return x, torch.empty(wanted, dtype=torch.uint8), shape, sizes
+
+    def _layout(
+        self, given: torch.Size, image: bool, up: int, extra: tuple[int, int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shape of the codes of an input of shape `given`, the result's shape, and the kernels' size arguments."""
         if not image:
-            c = x.shape[-1]
-            rows = x.numel() // c
-            x = x.contiguous()
-            data = torch.empty(rows, self.channel_bytes, dtype=torch.uint8)
-            return x, data, tuple(x.shape[:-1]), (1, rows, 1, c, self.channel_bytes, 0, 0, 0, 0)
-        n, c, h, w = x.shape
-        x = x.contiguous(memory_format=torch.channels_last)
+            c = given[-1]
+            rows = given.numel() // c
+            return (rows, self.channel_bytes), tuple(given[:-1]), (1, rows, 1, c, self.channel_bytes, 0, 0, 0, 0)
+        n, c, h, w = given
         if not self.is_conv:
-            data = torch.empty(n * h * w, self.channel_bytes, dtype=torch.uint8)
-            return x, data, (n, h * w), (n, h, w, c, self.channel_bytes, 0, 0, 0, 0)
+            return (n * h * w, self.channel_bytes), (n, h * w), (n, h, w, c, self.channel_bytes, 0, 0, 0, 0)
         full = (h * up + extra[0], w * up + extra[1])
         top, bottom, left, right = self.padding_of(*full)
         bottom, right = bottom + extra[0], right + extra[1]
-        data = torch.empty(n, h * up + top + bottom, w * up + left + right, self.channel_bytes, dtype=torch.uint8)
-        return x, data, (n, *self._out_size(*full)), (n, h, w, c, self.channel_bytes, top, bottom, left, right)
+        codes = (n, h * up + top + bottom, w * up + left + right, self.channel_bytes)
+        return codes, (n, *self._out_size(*full)), (n, h, w, c, self.channel_bytes, top, bottom, left, right)
 
     def _torch_codes(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
         """`quantize` in PyTorch's own operations: what is left without a C++ compiler."""

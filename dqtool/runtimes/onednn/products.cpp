@@ -120,8 +120,9 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
   for (i64 r = 0; r < kh; ++r)
     for (i64 s = 0; s < kw; ++s) taps[r * kw + s] = (r * dy * Wp + s * dx) * Cp;
   // Work is cut into (pixels x a stripe of columns); runs of pixels keep a stripe of weights in cache. With one tap results
-  // weigh as much as products: a wide stripe writes them in longer pieces.
-  const i64 stripe = n_taps == 1 ? WIDEST : BLOCK, stripes = (Cop + stripe - 1) / stripe;
+  // weigh as much as products: a stripe as wide as the cache allows writes them in long pieces.
+  const i64 widest = std::max<i64>(BLOCK, std::min<i64>(WIDEST, STRIPE_BYTES / Cp / BLOCK * BLOCK));
+  const i64 stripe = n_taps == 1 ? widest : BLOCK, stripes = (Cop + stripe - 1) / stripe;
   int threads = omp_get_max_threads();
   i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * stripes / (4 * threads) / ROWS + 1) * ROWS));
   if (n_taps == 1) run = std::min<i64>(run, 48);

@@ -7,7 +7,13 @@
 #define DQ_PRODUCTS 1
 namespace {
 
-constexpr int WIDEST = 64;  // columns that one piece of work may have
+// Columns that one piece of work may have, and bytes of their weights, where results weigh as much as products.
+#if defined(__AVX512VNNI__)
+constexpr int WIDEST = 640;
+#else
+constexpr int WIDEST = 128;
+#endif
+constexpr i64 STRIPE_BYTES = 256 << 10;
 
 struct Epilogue {  // y = (acc * scale + bias + residual) * post
   const float* scale;
