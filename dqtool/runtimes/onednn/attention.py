@@ -42,7 +42,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
     def __init__(self, like: QuantAttnProcessor, products: IntegerAttention | None, clock: Clock) -> None:
         super().__init__(like.bits, like.probs_bits, like.steps, like.layout)
         self.products, self.clock = products, clock
-        self._cached: tuple[int, Any] = (-1, None)
+        self._steps: tuple[float, Tensor, Tensor, Tensor] | None = None
 
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `QuantAttnProcessor.attend`."""
@@ -132,18 +132,23 @@ class IntegerAttnProcessor(QuantAttnProcessor):
 
     def _tables(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
         """(m, low, high) `[4, 3, H]` of the operands, scale of the scores `[H]`, scale of the result `[H]`."""
-        row = self.clock.row
-        if self._cached[0] != row:
-            assert self.products is not None
-            operands = [self.products.operands[name] for name in OPERANDS]
-            rows = [operand.row(row) for operand in operands]
-            tables = torch.stack(
-                [
-                    torch.stack([o.multiplier(row), o.low[r].float(), o.high[r].float()])
-                    for o, r in zip(operands, rows, strict=True)
-                ]
-            ).contiguous()
-            q, k, v, probs = (o.scale[r] for o, r in zip(operands, rows, strict=True))
-            scale = getattr(attn, "scale", None)
-            self._cached = (row, (tables, q * k * (d**-0.5 if scale is None else scale), probs * v))
-        return self._cached[1]
+        scale = getattr(attn, "scale", None)
+        scale = d**-0.5 if scale is None else scale
+        if self._steps is None or self._steps[0] != scale:
+            self._steps = (scale, *self._all_steps(scale))
+        _, tables, scores, results = self._steps
+        row = self.clock.row if len(tables) > 1 else 0
+        return tables[row], scores[row], results[row]
+
+    def _all_steps(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_tables` gives, of all steps: `[T, 4, 3, H]`, `[T, H]` and `[T, H]`; T is 1 where no operand has steps."""
+        assert self.products is not None
+        operands = [self.products.operands[name] for name in OPERANDS]
+        steps = max(operand.steps for operand in operands)
+        each = [
+            torch.stack([operand.multipliers(), operand.low.float(), operand.high.float()], 1).expand(steps, -1, -1)
+            for operand in operands
+        ]
+        q, k, v, probs = (operand.scale for operand in operands)
+        scores, results = (q * k * scale).expand(steps, -1), (probs * v).expand(steps, -1)
+        return torch.stack(each, 1).contiguous(), scores.contiguous(), results.contiguous()

@@ -282,10 +282,10 @@ class FusedAttention(Attention):
         **cross_attention_kwargs: Any,
     ) -> Tensor:
         """As the original."""
-        if cross_attention_kwargs or not isinstance(self.processor, IntegerAttnProcessor):
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
         processor: Any = self.processor
-        return processor(self, hidden_states, encoder_hidden_states, attention_mask)
+        if not isinstance(processor, IntegerAttnProcessor) or not cross_attention_kwargs.keys() <= {"temb"}:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+        return processor(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[return-value]
 
 
 class NormActProduct(nn.Module):

@@ -18,6 +18,9 @@ __all__ = ["GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
 LAYOUTS = 64
 """Shapes of inputs for which a layer remembers how its codes lie."""
 
+TABLE = 1 << 15
+"""Multipliers of all steps and channels that a layer keeps ready."""
+
 NONE, SILU, GELU_TANH, GELU = range(4)
 """Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`."""
 
@@ -77,6 +80,10 @@ class Product(nn.Module):
         self.kernels = library.get()
         self._cached: tuple[int, Any] = (-1, None)
         self._layouts: dict[tuple, tuple] = {}
+        channels = 1 if self.operand.divisor is None else len(self.operand.divisor)
+        # Steps follow each other: one table instead of one computation a step, where it is small.
+        small = len(self.scales) * channels <= TABLE
+        self._multipliers = self.operand.multipliers().contiguous() if small else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what refers to memory by address: a copy finds its own."""
@@ -119,7 +126,7 @@ class Product(nn.Module):
         centred codes, zero point."""
         row = self.clock.row if len(self.scales) > 1 else 0
         if self._cached[0] != row:
-            m = self.operand.multiplier(row).contiguous()
+            m = self.operand.multiplier(row).contiguous() if self._multipliers is None else self._multipliers[row]
             values = (m.data_ptr(), int(m.dim()), float(self.lows[row]), float(self.highs[row]), self.zero_point())
             self._cached = (row, (m, values))
         return self._cached[1][1]

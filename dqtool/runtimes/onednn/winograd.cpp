@@ -75,7 +75,7 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* start
   i64 rows = (Ho + 1) / 2, cols = (Wo + 1) / 2, tiles = N * rows * cols;
   i64 quads = Cp / 4, Cop = (Co + 15) / 16 * 16, blocks = (Cop + BLOCK - 1) / BLOCK;
   int threads = omp_get_max_threads();
-  i64 most = std::max<i64>(2 * ROWS, std::min<i64>(48, 448 * 1024 / (16 * Cp) / ROWS * ROWS));
+  i64 most = std::max<i64>(2 * ROWS, std::min<i64>(72, 448 * 1024 / (16 * Cp) / ROWS * ROWS));
   bool by_columns = tiles < 2 * ROWS * threads && blocks > 1;
   i64 share = by_columns ? tiles : (tiles + threads - 1) / threads;
   i64 passes = std::max<i64>(1, (share + most - 1) / most);
