@@ -13,8 +13,8 @@ from dqtool.errors import UsageError
 from dqtool.metrics import METRICS as IMAGE_METRICS
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.companions import companions_of_artifact
-from dqtool.models.export_layout import component_prefix
 from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
+from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
@@ -34,7 +34,6 @@ METRIC_VERSIONS = {"pr": 2}
 """Of metrics whose figures have changed: reports that hold an older one are made again, and no others."""
 LEAST_SAMPLES = {"digits": 10, "fid": 2, "sfid": 2, "pr": 4}
 """Images below which a metric has no figures: splits of an Inception score, a covariance, neighbours; without torch here."""
-LAYER_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ def produce(
     if "cost" in metrics:
         figures["cost"] = cost_figures(artifact)
     if "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
-        figures["layer_errors"] = layer_errors(float_network, network, maker, options)
+        figures["layer_errors"] = layer_errors(float_network, network, maker, options.seed)
     return Product(None, manifest.model, manifest.pipeline, manifest.layers, figures)
 
 
@@ -323,119 +322,6 @@ def reference_images(network: nn.Module, reference: Reference, maker: ImageMaker
     return cached_images(
         key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, "eval: reference")
     )
-
-
-def image_figures(
-    images: Tensor, expected: Tensor | None, metrics: tuple[str, ...], asked: Tensor | None = None
-) -> dict[str, Any]:
-    """Figures on images, and where there is a reference the same figures of it and how they compare. `asked` is the
-    digit that each image should show, where the model can be asked for one."""
-    from dqtool.metrics.similarity import detail_ratio, psnr, ssim
-
-    figures: dict[str, Any] = {"samples": len(images)}
-    if "digits" in metrics:
-        from dqtool.metrics.digits import FEATURES, classify, evaluate_digits
-        from dqtool.metrics.frechet import minimum_samples
-
-        if len(images) < minimum_samples(FEATURES):
-            report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
-        figures |= evaluate_digits(images)
-        if asked is not None:
-            figures["asked_digit_share"] = float((classify(images)[0] == asked).float().mean())
-        if expected is not None:
-            figures["reference"] = evaluate_digits(expected)
-            if asked is not None:
-                figures["reference"]["asked_digit_share"] = float((classify(expected)[0] == asked).float().mean())
-            figures["fd.digits_ratio"] = figures["fd.digits"] / figures["reference"]["fd.digits"]
-            same = classify(images)[0] == classify(expected)[0]
-            figures["same_digit_share"] = float(same.float().mean())
-    if "similarity" in metrics and expected is not None:
-        for name, measure in (("psnr", psnr), ("ssim", ssim)):
-            values = measure(images, expected, 2.0)
-            figures[name] = {"mean": float(values.mean()), "median": float(values.median())}
-        figures["detail_power"] = detail_ratio(images, expected)
-    return figures
-
-
-def cost_figures(artifact: Artifact) -> dict[str, Any]:
-    """Bytes of the weights' file and bit operations, beside those of float32."""
-    from dqtool.core.cost import bops, file_bytes, size_ratio
-    from dqtool.models.families import family_of
-    from dqtool.stages.export import network_shapes, swapped
-
-    manifest = artifact.manifest
-    family = family_of(manifest.model["class"], artifact.given)
-    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
-    full_bytes = file_bytes(swapped(shapes))
-    layers = [{**layer, "bits": layer.get("bits", [32, 32])} for layer in manifest.layers]
-    full_bops = bops([{**layer, "bits": [32, 32]} for layer in manifest.layers])
-    if manifest.file is not None:
-        size = int(manifest.file["bytes"]) - artifact.attachment_bytes()
-    else:
-        prefix = component_prefix(manifest.pipeline)
-        inside = {n: e for n, e in (manifest.files or {}).items() if n.startswith(prefix)}
-        size = sum(e["bytes"] for name, e in inside.items() if name.endswith(".safetensors"))
-        size = size or int(manifest.metrics["bytes"])  # formats whose weights are in other files
-    if artifact.stage in ("dilate", "calibrate"):
-        size = full_bytes
-    return {
-        "bytes": size,
-        "bytes_float32": full_bytes,
-        "size_ratio": size_ratio(full_bytes, size),
-        "bops": bops(layers),
-        "bops_float32": full_bops,
-        "bops_ratio": full_bops / bops(layers),
-    }
-
-
-def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, options: EvalOptions) -> dict[str, float]:
-    """Relative squared error of each layer's output, |y' - y|² / |y|², at points of the reference's trajectory.
-
-    Both networks run from the same (x_t, t), so a layer's figure holds its own error and what reached it.
-    """
-    import torch
-
-    from dqtool.nn.trace import is_quantizable
-
-    sampler, conditions = maker.sampler, maker.conditions
-    halves = 1 + conditions.guided
-    images = max(1, LAYER_SAMPLES // (sampler.steps * halves))
-    given = conditions.evenly(images).given(0, images)
-    if conditions.null is not None:
-        given = {k: torch.cat([conditions.null[k].expand_as(v), v]) for k, v in given.items()}
-    seen: dict[str, Tensor] = {}
-    error: dict[str, float] = {}
-    power: dict[str, float] = {}
-    names = [name for name, module in reference.named_modules() if is_quantizable(module)]
-
-    def keep(name: str) -> Any:
-        return lambda _m, _a, y: seen.__setitem__(name, y)
-
-    def compare(name: str) -> Any:
-        def hook(_m: nn.Module, _a: tuple, y: Tensor) -> None:
-            error[name] = error.get(name, 0.0) + float((y - seen[name]).double().square().sum())
-            power[name] = power.get(name, 0.0) + float(seen[name].double().square().sum())
-
-        return hook
-
-    handles = [reference.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    handles += [network.get_submodule(name).register_forward_hook(compare(name)) for name in names]
-    try:
-        with report.progress("eval: layers", sampler.steps) as progress:
-
-            def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-                with torch.no_grad():
-                    sampler.family.predict(network, x, timestep, given)
-                progress.advance()
-
-            for _ in sampler.batches(
-                reference, maker.shape, images, options.seed, images, conditions.given, see, null=conditions.null
-            ):
-                pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: error[name] / power[name] if power[name] else 0.0 for name in names if name in error}
 
 
 def bits_label(layers: list[dict[str, Any]]) -> str:
