@@ -121,6 +121,20 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
     assert all(value < 0.03 for value in apart.values()), apart
 
 
+def test_steps_without_a_table_take_the_same_codes(exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of all steps' multipliers is kept for small layers only."""
+    from dqtool.runtimes.onednn import codes
+
+    engine = load(str(exported["4/4"]), "onednn")
+    monkeypatch.setattr(codes, "TABLE", 0)
+    other = load(str(exported["4/4"]), "onednn")
+    layers = [m for m in other.modules() if isinstance(m, Product)]
+    assert layers and all(layer._multipliers is None for layer in layers)
+    for step in engine.timesteps.tolist():
+        x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(engine(x, step).sample, other(x, step).sample)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_network_follows_the_simulation_at_any_batch_resolution_and_step(exported: dict[str, Path], bits: str) -> None:
     simulated, engine = load(str(exported[bits]), "simulate"), load(str(exported[bits]), "onednn")
