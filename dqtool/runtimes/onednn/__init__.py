@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtool import report
 from dqtool.artifacts import Artifact
-from dqtool.core.allocator import keep_freed_memory
+from dqtool.core.allocator import keep_freed_memory, release_file_pages
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.models.export_layout import weights_file
 from dqtool.models.packed import packed_network, plans_of
@@ -63,11 +63,16 @@ def load(artifact: Artifact) -> nn.Module:
             f"The onednn runtime can't run here: {reason}", where="--runtime", fix="Use --runtime simulate or openvino"
         )
     manifest = artifact.manifest
-    mapped = artifact.tensors(file=weights_file(manifest.pipeline))
+    weights = weights_file(manifest.pipeline)
+    mapped = artifact.tensors(file=weights)
     # Only packed codes stay views of the mapped file, until they are in the kernels' layout. Then the file is let go.
     state = {name: t if name.endswith(".weight_packed") else t.clone() for name, t in mapped.items()}
     del mapped
-    return convert(packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state))
+    codes = [(t.data_ptr(), t.nbytes) for name, t in state.items() if name.endswith(".weight_packed")]
+    network = convert(packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state))
+    # What has been read, or will be by the first step, need not be resident meanwhile.
+    release_file_pages(artifact.path / weights, codes)
+    return network
 
 
 def convert(network: nn.Module) -> nn.Module:
