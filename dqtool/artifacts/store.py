@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts.files import os_fault, sha256_file, target_of
 from dqtool.artifacts.manifest import Manifest, canonical_json
 from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
+from dqtool.artifacts.verified import has_digest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ def _verify(path: Path, given: str, entry: Mapping[str, Any]) -> None:
         raise ArtifactError(
             f"The file is {state}: it has {size} bytes and its manifest says {entry['bytes']}", where=given, fix=fix
         )
-    if sha256_file(path) != entry["sha256"]:
+    if not has_digest(path, entry["sha256"]):
         raise ArtifactError(
             "The file was changed after dqtool wrote it: its sha256 is not the manifest's", where=given, fix=fix
         )

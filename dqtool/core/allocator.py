@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
 
-__all__ = ["keep_freed_memory", "release_file_pages", "return_freed_memory"]
+__all__ = ["FilePages", "keep_freed_memory", "return_freed_memory"]
 
 PAGE = mmap.PAGESIZE
+
+_DONT_NEED = 4
+"""MADV_DONTNEED of sys/mman.h."""
 
 
 def keep_freed_memory() -> None:
@@ -36,29 +38,34 @@ def return_freed_memory() -> None:
         return
 
 
-def release_file_pages(path: str | os.PathLike[str], ranges: Iterable[tuple[int, int]]) -> int:
-    """Let go of resident pages of a mapped file that nobody writes to: whoever reads them again finds them in the system's
-    cache. Returns the bytes of whole pages that were named.
+class FilePages:
+    """Resident pages of a mapped file that nobody writes to. Once let go they need no memory, and whoever reads them again
+    finds them in the system's cache.
 
-    `ranges` are (address, bytes); those that are not in a mapping of `path` are left alone (letting go of other memory
-    would lose what it holds), as is everything where the system has no list of mappings.
+    `owner` is kept, so that what is mapped now stays mapped: a tensor of the file, say. Where the system has no list of
+    mappings, nothing is let go.
     """
-    wanted = os.path.realpath(path)
-    mappings = []
-    try:
-        madvise = ctypes.CDLL("libc.so.6").madvise
-        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as stream:
-            for line in stream:
-                fields = line.rstrip("\n").split(maxsplit=5)
-                if len(fields) == 6 and fields[5] == wanted:
-                    begin, _, end = fields[0].partition("-")
-                    mappings.append((int(begin, 16), int(end, 16)))
-    except (OSError, AttributeError, ValueError):
-        return 0
-    dont_need, released = 4, 0  # sys/mman.h
-    for address, size in ranges:
+
+    def __init__(self, path: str | os.PathLike[str], owner: object) -> None:
+        self.owner = owner
+        self._mappings: list[tuple[int, int]] = []
+        wanted = os.path.realpath(path)
+        try:
+            self._madvise = ctypes.CDLL("libc.so.6").madvise
+            with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as stream:
+                for line in stream:
+                    fields = line.rstrip("\n").split(maxsplit=5)
+                    if len(fields) == 6 and fields[5] == wanted:
+                        begin, _, end = fields[0].partition("-")
+                        self._mappings.append((int(begin, 16), int(end, 16)))
+        except (OSError, AttributeError, ValueError):
+            self._mappings = []
+
+    def release(self, address: int, size: int) -> int:
+        """Let go of the whole pages in `size` bytes from `address`; returns their bytes. What isn't in a mapping of the file
+        is left alone: other memory would lose what it holds."""
         first, last = -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
-        if first < last and any(begin <= first and last <= end for begin, end in mappings):
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), dont_need)
-            released += last - first
-    return released
+        if first >= last or not any(begin <= first and last <= end for begin, end in self._mappings):
+            return 0
+        self._madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+        return last - first

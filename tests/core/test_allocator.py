@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dqtool.core.allocator import PAGE, release_file_pages
+from dqtool.core.allocator import PAGE, FilePages
 
 
 def resident(path: Path) -> int:
@@ -28,7 +28,7 @@ def test_pages_of_a_file_are_let_go_and_read_again(tmp_path: Path) -> None:
         mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     assert np.array_equal(mapped, content)
     before = resident(path)
-    assert release_file_pages(path, [(mapped.ctypes.data + 1, 32 * PAGE)]) == 31 * PAGE  # whole pages only
+    assert FilePages(path, mapped).release(mapped.ctypes.data + 1, 32 * PAGE) == 31 * PAGE  # whole pages only
     assert resident(path) <= before - 31 * PAGE // 1024
     assert np.array_equal(mapped, content)
 
@@ -37,5 +37,5 @@ def test_other_memory_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * PAGE))
     own = np.full(16 * PAGE, 7, dtype=np.uint8)
-    assert release_file_pages(path, [(own.ctypes.data, own.nbytes)]) == 0
+    assert FilePages(path, own).release(own.ctypes.data, own.nbytes) == 0
     assert (own == 7).all()

@@ -180,6 +180,19 @@ def test_copies_and_pipelines(exported: dict[str, Path]) -> None:
     assert pipeline(num_inference_steps=4, output_type="np").images.shape == (1, 8, 8, 1)
 
 
+@needs_kernels
+def test_weights_are_read_at_their_first_use_and_their_pages_let_go(exported: dict[str, Path]) -> None:
+    engine = load(str(exported["4/4"]), "onednn")
+    products = [module for module in engine.modules() if isinstance(module, NativeProduct)]
+    assert products
+    assert all(product.packed is None and product.pages is not None for product in products)
+    twin = copy.deepcopy(engine)  # whose codes are its own memory, which is not to be let go
+    assert not any(getattr(module, "pages", None) for module in twin.modules())
+    x = torch.randn(1, 1, 8, 8)
+    assert torch.equal(engine(x, 0).sample, twin(x, 0).sample)
+    assert all(p.packed is not None and p.source is None and p.pages is None for p in products)
+
+
 def test_without_a_compiler_the_same_numbers_and_a_warning(
     exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtool import report
 from dqtool.artifacts import Artifact
-from dqtool.core.allocator import keep_freed_memory, release_file_pages
+from dqtool.core.allocator import FilePages, keep_freed_memory
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.models.export_layout import weights_file
 from dqtool.models.packed import packed_network, plans_of
@@ -65,13 +65,15 @@ def load(artifact: Artifact) -> nn.Module:
     manifest = artifact.manifest
     weights = weights_file(manifest.pipeline)
     mapped = artifact.tensors(file=weights)
-    # Only packed codes stay views of the mapped file, until they are in the kernels' layout. Then the file is let go.
+    # Only packed codes stay views of the mapped file, until they are in the kernels' layout. Then their pages are let go.
     state = {name: t if name.endswith(".weight_packed") else t.clone() for name, t in mapped.items()}
-    del mapped
-    codes = [(t.data_ptr(), t.nbytes) for name, t in state.items() if name.endswith(".weight_packed")]
+    pages = FilePages(artifact.path / weights, next(iter(mapped.values()), None))
     network = convert(packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state))
-    # What has been read, or will be by the first step, need not be resident meanwhile.
-    release_file_pages(artifact.path / weights, codes)
+    for tensor in mapped.values():  # what has been read by now, and what stays resident of a file just written
+        pages.release(tensor.data_ptr(), tensor.nbytes)
+    for module in network.modules():
+        if isinstance(module, NativeProduct):
+            module.pages = pages
     return network
 
 

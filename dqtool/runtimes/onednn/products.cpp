@@ -64,20 +64,17 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
   Weight weight{codes, words, row_bytes, bits, zero_points};
   i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16, K = Ci * taps;
   int largest = 0;
-#pragma omp parallel for schedule(dynamic, 1) reduction(max : largest) if (Co * K > 65536)
-  for (i64 blk = 0; blk < (Cop + BLOCK - 1) / BLOCK; ++blk) {
-    i64 from = blk * BLOCK, width = std::min<i64>(BLOCK, Cop - from);
-    int8_t* block = packed + from * quads * 4 * taps;
-    int8_t* buffer = scratch_a.get<int8_t>(K);
-    for (i64 j = 0; j < width; ++j) {
-      if (from + j >= Co || Ci % 4)
-        for (i64 t = 0; t < taps; ++t)
-          for (i64 q = 0; q < quads; ++q) std::memset(block + ((t * quads + q) * width + j) * 4, 0, 4);
-      if (from + j >= Co) {
-        sums[from + j] = 0;
-        continue;
-      }
-      const int8_t* row = weight.row(from + j, K, buffer);
+  // A strip is 16 columns: of each quad of channels a whole cache line. A thread takes a block's strips, which share pages.
+#pragma omp parallel for schedule(dynamic, BLOCK / 16) reduction(max : largest) if (Co * K > 65536)
+  for (i64 strip = 0; strip < Cop / 16; ++strip) {
+    i64 from = strip * 16, first = from / BLOCK * BLOCK, width = std::min<i64>(BLOCK, Cop - first);
+    int8_t* block = packed + first * quads * 4 * taps + (from - first) * 4;
+    int8_t* buffer = scratch_a.get<int8_t>(17 * K);
+    std::memset(buffer + 16 * K, 0, size_t(K));
+    const int8_t* rows[16];
+    for (i64 j = 0; j < 16; ++j) {
+      rows[j] = from + j < Co ? weight.row(from + j, K, buffer + j * K) : buffer + 16 * K;
+      const int8_t* row = rows[j];
       int sum = 0, low = 0, high = 0;
 #pragma omp simd reduction(+ : sum) reduction(min : low) reduction(max : high)
       for (i64 k = 0; k < K; ++k) {
@@ -87,21 +84,17 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
       }
       sums[from + j] = sum;
       largest = std::max(largest, std::max(-low, high));
-      if (taps == 1) {
-        for (i64 q = 0; q < Ci / 4; ++q) std::memcpy(block + (q * width + j) * 4, row + q * 4, 4);
-        for (i64 c = Ci / 4 * 4; c < Ci; ++c) block[(c / 4 * width + j) * 4 + c % 4] = row[c];
-        continue;
-      }
-      for (i64 t = 0; t < taps; ++t) {
-        int8_t* dst = block + (t * quads * width + j) * 4;
-        const int8_t* src = row + t;
-        for (i64 q = 0; q < Ci / 4; ++q, src += 4 * taps) {
-          int8_t four[4] = {src[0], src[taps], src[2 * taps], src[3 * taps]};
-          std::memcpy(dst + q * width * 4, four, 4);
-        }
-        for (i64 c = Ci / 4 * 4; c < Ci; ++c) dst[c / 4 * width * 4 + c % 4] = row[c * taps + t];
-      }
     }
+    for (i64 t = 0; t < taps; ++t)
+      for (i64 q = 0; q < quads; ++q) {
+        int8_t* dst = block + (t * quads + q) * width * 4;
+        i64 here = std::min<i64>(4, Ci - q * 4), src = q * 4 * taps + t;
+        if (taps == 1 && here == 4)
+          for (i64 j = 0; j < 16; ++j) std::memcpy(dst + j * 4, rows[j] + src, 4);
+        else
+          for (i64 j = 0; j < 16; ++j)
+            for (i64 c = 0; c < 4; ++c) dst[j * 4 + c] = c < here ? rows[j][src + c * taps] : int8_t(0);
+      }
   }
   return largest;
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqtool.core.allocator import FilePages
 from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
 from dqtool.runtimes.onednn import library
 from dqtool.runtimes.onednn.codes import Clock, Codes, Product
@@ -25,13 +26,15 @@ WINOGRAD_BITS = 5
 
 
 class NativeProduct(Product):
-    """On the compiled kernels. Weights go from packed codes to the kernels' layout at once; only where a Winograd transform
-    is possible (3x3 convolutions of narrow codes on AVX512-VNNI: 16 bytes for 9, 2.25x fewer products) they wait for the
-    first use, when the size of the problem is known.
+    """On the compiled kernels. Weights go from packed codes to the kernels' layout at their first use: until then loading
+    has read nothing of them, and the size of the problem decides where a Winograd transform is possible (3x3 convolutions
+    of narrow codes on AVX512-VNNI: 16 bytes for 9, 2.25x fewer products).
 
     Without VNNI, codes are stored unsigned from 0 up to 2^b - 1: the smaller they are, the more sums fit 16 bits."""
 
     stored: list[int] | None = None
+    pages: FilePages | None
+    """Of the file that the packed codes are mapped from, which are let go once they have been read."""
 
     def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
         super().__init__(layer, clock)
@@ -55,8 +58,7 @@ class NativeProduct(Product):
             self.stored = self.operand.zero_point.tolist()
         self.largest_code = 2**self.operand.bits - 1 if not library.has_vnni() else 255
         self.largest_weight = 128
-        if not self.may_winograd:
-            self._pack(None)
+        self.pages = None
 
     def zero_point(self) -> int:
         """See `Product.zero_point`."""
@@ -121,7 +123,11 @@ class NativeProduct(Product):
         self._held = (held, *(pointer(t) for t in held))
         return self._held
 
-    def _pack(self, codes: Codes | None) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """See `Product`. A copy's codes are not the file's."""
+        return {**super().__getstate__(), "pages": None}
+
+    def _pack(self, codes: Codes) -> None:
         kernels = self.kernels
         assert kernels is not None
         columns, ci = -(-self.out_channels // 16) * 16, self.in_channels
@@ -134,7 +140,7 @@ class NativeProduct(Product):
         else:
             held = (source.words.contiguous(), source.zero_points.contiguous())
             weight = (None, held[0].data_ptr(), held[0].shape[1] * 4, source.bits, held[1].data_ptr())
-        if codes is not None and self.winograd is None:
+        if self.winograd is None:
             tiles = codes.shape[0] * -(-codes.shape[1] // 2) * -(-codes.shape[2] // 2)
             # Where weights outweigh activations, memory decides, and the transform is larger.
             self.winograd = columns * ci <= 1 << 19 or tiles >= 128
@@ -151,8 +157,10 @@ class NativeProduct(Product):
             self.largest_weight = kernels.dq_pack(
                 *weight, packed.data_ptr(), starts.data_ptr(), self.out_channels, ci, taps
             )
+        if source is not None and self.pages is not None:
+            self.pages.release(source.words.data_ptr(), source.words.nbytes)
         self.packed, self.sums = packed, starts
-        self.weight, self.source = torch.empty(0, dtype=torch.int8), None
+        self.weight, self.source, self.pages = torch.empty(0, dtype=torch.int8), None, None
 
 
 class OnednnProduct(Product):

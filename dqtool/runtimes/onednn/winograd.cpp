@@ -1,37 +1,80 @@
 // One translation unit with kernels.cpp, tiles.cpp and products.cpp, after them.
 #ifdef __AVX512VNNI__
+namespace {
+
+// (2G) w (2G)^T of one row of weights [Ci, 9] into u[x][column][channels], 16 x `stride` bytes apart, and its 16 sums, a
+// register of partial ones each; false where a value needs more than a byte. `planes` is room for 9 * channels bytes.
+// `channels` is Ci rounded up to 32.
+inline bool transform_weight(const int8_t* row, i64 Ci, i64 channels, int8_t* planes, int8_t* u, i64 stride, int32_t* sums) {
+  for (i64 c = 0; c < Ci; ++c)
+    for (int s = 0; s < 9; ++s) planes[s * channels + c] = row[c * 9 + s];
+  for (int s = 0; s < 9; ++s) std::memset(planes + s * channels + Ci, 0, size_t(channels - Ci));
+  const __m512i ones = _mm512_set1_epi16(1);
+  __m512i low = _mm512_setzero_si512(), high = low, total[16] = {};
+  for (i64 c = 0; c < channels; c += 32) {
+    __m512i half[4][3];
+#pragma GCC unroll 3
+    for (int s = 0; s < 3; ++s) {
+      __m512i g[3];
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r)
+        g[r] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes + (r * 3 + s) * channels + c)));
+      __m512i ends = _mm512_add_epi16(g[0], g[2]);
+      half[0][s] = _mm512_add_epi16(g[0], g[0]), half[1][s] = _mm512_add_epi16(ends, g[1]);
+      half[2][s] = _mm512_sub_epi16(ends, g[1]), half[3][s] = _mm512_add_epi16(g[2], g[2]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const __m512i* h = half[r];
+      __m512i ends = _mm512_add_epi16(h[0], h[2]);
+      __m512i v[4] = {_mm512_add_epi16(h[0], h[0]), _mm512_add_epi16(ends, h[1]), _mm512_sub_epi16(ends, h[1]),
+                      _mm512_add_epi16(h[2], h[2])};
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) {
+        low = _mm512_min_epi16(low, v[x]), high = _mm512_max_epi16(high, v[x]);
+        total[r * 4 + x] = _mm512_add_epi32(total[r * 4 + x], _mm512_madd_epi16(v[x], ones));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(u + (r * 4 + x) * stride + c), _mm512_cvtepi16_epi8(v[x]));
+      }
+    }
+  }
+  for (int x = 0; x < 16; ++x) sums[x] = _mm512_reduce_add_epi32(total[x]);
+  const __mmask32 outside = _mm512_cmplt_epi16_mask(low, _mm512_set1_epi16(-128)) |
+                            _mm512_cmpgt_epi16_mask(high, _mm512_set1_epi16(127));
+  return !outside;
+}
+
+}  // namespace
+
 // Winograd F(2x2, 3x3) on integers: U = (2G) w (2G)^T, V = B^T d B, 4 y = A^T (U V) A, all exact. Needs U in int8
 // (returns 0 where it is not) and |V| <= 127, that is, codes of at most 5 bits.
 EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int bits, const uint8_t* zero_points,
                             int8_t* packed, int32_t* starts, i64 Co, i64 Ci) {
   Weight weight{codes, words, row_bytes, bits, zero_points};
-  i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16;
-  std::memset(starts, 0, 16 * Cop * sizeof(int32_t));
-  std::memset(packed, 0, 16 * Cop * quads * 4);
+  i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16, channels = (Ci + 31) / 32 * 32;
   int ok = 1;
-#pragma omp parallel for schedule(static) reduction(min : ok)
-  for (i64 co = 0; co < Co; ++co) {
-    i64 blk = co / BLOCK, first = blk * BLOCK, width = std::min<i64>(BLOCK, Cop - first), j = co - first;
-    int8_t* base = packed + first * 16 * quads * 4;
-    const int8_t* row = weight.row(co, Ci * 9, scratch_a.get<int8_t>(Ci * 9));
-    for (i64 ci = 0; ci < Ci; ++ci) {
-      const int8_t* k = row + ci * 9;
-      int half[4][3], u[4][4];
-      for (int s = 0; s < 3; ++s) {
-        int g0 = k[s], g1 = k[3 + s], g2 = k[6 + s];
-        half[0][s] = 2 * g0, half[1][s] = g0 + g1 + g2, half[2][s] = g0 - g1 + g2, half[3][s] = 2 * g2;
-      }
-      for (int r = 0; r < 4; ++r) {
-        int g0 = half[r][0], g1 = half[r][1], g2 = half[r][2];
-        u[r][0] = 2 * g0, u[r][1] = g0 + g1 + g2, u[r][2] = g0 - g1 + g2, u[r][3] = 2 * g2;
-      }
-      for (int x = 0; x < 16; ++x) {
-        int v = u[x / 4][x % 4];
-        if (v < -128 || v > 127) ok = 0;
-        base[((x * quads + ci / 4) * width + j) * 4 + ci % 4] = static_cast<int8_t>(v);
-        starts[first * 16 + x * width + j] -= 128 * v;
-      }
+#pragma omp parallel for schedule(dynamic, BLOCK / 16) reduction(min : ok)  // strips as in dq_pack
+  for (i64 strip = 0; strip < Cop / 16; ++strip) {
+    i64 from = strip * 16, first = from / BLOCK * BLOCK, width = std::min<i64>(BLOCK, Cop - first), j = from - first;
+    int8_t* base = packed + first * 16 * quads * 4 + j * 4;
+    int32_t* start = starts + first * 16 + j;
+    int8_t* u = scratch_b.get<int8_t>((16 * 16 + 9) * channels);
+    int8_t* buffer = scratch_a.get<int8_t>(Ci * 9);
+    for (i64 column = 0; column < 16; ++column) {
+      int32_t sums[16] = {};
+      if (from + column < Co) {
+        const int8_t* row = weight.row(from + column, Ci * 9, buffer);
+        if (!transform_weight(row, Ci, channels, u + 256 * channels, u + column * channels, 16 * channels, sums)) ok = 0;
+      } else
+        for (int x = 0; x < 16; ++x) std::memset(u + (x * 16 + column) * channels, 0, size_t(channels));
+      for (int x = 0; x < 16; ++x) start[x * width + column] = -128 * sums[x];
     }
+    const __m512i apart = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                             _mm512_set1_epi32(int(channels)));
+    for (int x = 0; x < 16; ++x)
+      for (i64 q = 0; q < quads; ++q) {
+        __m512i quad = _mm512_i32gather_epi32(apart, u + x * 16 * channels + q * 4, 1);
+        _mm512_storeu_si512(base + (x * quads + q) * width * 4, quad);
+      }
   }
   return ok;
 }
