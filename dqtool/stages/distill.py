@@ -14,6 +14,7 @@ from dqtool.errors import UsageError
 from dqtool.stages.presets import check_preset, preset_keep
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 from dqtool.training.methods import Method, method_of, resolve
+from dqtool.training.options import EXTRAPOLATING
 
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["DistillOptions", "corrects", "distill"]
 
 CODE_VERSION = 3
+
+PREDICTION_VERSION = 2
+"""Of what corrects predictions for samplers that are `EXTRAPOLATING`: before, they had all tables."""
 
 CORRECT_IMAGES = 64
 """With `--correct-noise`, how many images the prediction tables are fitted on."""
@@ -105,6 +109,9 @@ def distill(options: DistillOptions, common: Common) -> str:
     options = replace(options, keep=keep)
     check_samples(options.train_samples, calibrated.manifest)
     parameters = resolved(options)
+    scheduler = ((calibrated.manifest.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
+    if corrects(options) and scheduler.get("_class_name") in EXTRAPOLATING:
+        parameters["prediction_version"] = PREDICTION_VERSION
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> Product:

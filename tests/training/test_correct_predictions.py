@@ -16,7 +16,7 @@ from dqtool.artifacts import open_artifact
 from dqtool.core.detail import detail
 from dqtool.errors import UsageError
 from dqtool.models.noise_correction import LEAST_FACTOR, fit_noise
-from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise, make_sampler
 from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.common import Common
@@ -122,6 +122,17 @@ def test_slope_and_bias_vanish_at_every_step(problem: Problem, silent: Silent) -
     assert max(bias for _, bias in after) < 0.1 * max(bias for _, bias in before)
     assert abs(metrics["prediction_slope"]) > 0.001
     assert metrics["prediction_bias"] > 0.001
+
+
+def test_samplers_that_extrapolate_get_biases_alone(problem: Problem, silent: Silent) -> None:
+    problem.sampler.scheduler = make_sampler(dict(problem.sampler.scheduler.config), "plms")
+    before = errors(problem, 32)
+    correct_predictions(problem, problem.teacher.config, 32, silent)
+    tables = problem.student.prediction.tables()
+    assert (tables["scale"] == 1).all()
+    assert not any(tables[name].any() for name in ("detail", "input", "input_detail"))
+    assert tables["bias"].abs().max() > 0.01
+    assert max(bias for _, bias in errors(problem, 32)) < 0.5 * max(bias for _, bias in before)
 
 
 def test_how_many_samples_run_together_changes_nothing(problem: Problem, silent: Silent) -> None:
