@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from dqtool.nn.trace import Trace
     from dqtool.training.data import Trajectory
 
-__all__ = ["DistillOptions", "corrects", "distill"]
+__all__ = ["DistillOptions", "corrects", "distill", "settled"]
 
 CODE_VERSION = 3
-
-PREDICTION_VERSION = 2
-"""Of what corrects predictions for samplers that are `EXTRAPOLATING`: before, they had all tables."""
 
 CORRECT_IMAGES = 64
 """With `--correct-noise`, how many images the prediction tables are fitted on."""
@@ -42,7 +39,7 @@ class DistillOptions:
     the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on.
     `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result.
     `low_memory`: all of them go there, and few samples run together. `correct_noise`: whether predictions are corrected at
-    each step; None: where the method says so and something was trained."""
+    each step; None: where the method says so and something was trained. See also `settled`."""
 
     artifact: str | None = None
     output: str = "distilled.safetensors"
@@ -106,12 +103,9 @@ def distill(options: DistillOptions, common: Common) -> str:
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     check_steps(calibrated, options.steps)
     keep = (*preset_keep(options.preset, calibrated.manifest), *options.keep)
-    options = replace(options, keep=keep)
+    options = replace(settled(options, calibrated.manifest), keep=keep)
     check_samples(options.train_samples, calibrated.manifest)
     parameters = resolved(options)
-    scheduler = ((calibrated.manifest.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
-    if corrects(options) and scheduler.get("_class_name") in EXTRAPOLATING:
-        parameters["prediction_version"] = PREDICTION_VERSION
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> Product:
@@ -125,6 +119,19 @@ def distill(options: DistillOptions, common: Common) -> str:
 
     execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work, after=tidy)
     return options.output
+
+
+def settled(options: DistillOptions, calibrated: Manifest) -> DistillOptions:
+    """With the defaults that hold for samplers that are `EXTRAPOLATING`: our methods leave out the second pass and don't
+    correct predictions, unless they were asked to."""
+    scheduler = ((calibrated.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
+    method = method_of(options.method)
+    if scheduler.get("_class_name") not in EXTRAPOLATING or not method.corrects:
+        return options
+    passes = options.refine_iters
+    if passes is None and any(field.name == "refine_iters" for field in fields(method.options)):
+        passes = 0
+    return replace(options, refine_iters=passes, correct_noise=bool(options.correct_noise))
 
 
 def method_and_options(options: DistillOptions) -> tuple[Method, Any]:

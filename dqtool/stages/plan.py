@@ -151,10 +151,11 @@ def _distill(execution: Execution, options: Any) -> Work:
     from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.models.packed import layer_infos
     from dqtool.nn.surgery import assign_bits
-    from dqtool.stages.distill import corrects, method_and_options
+    from dqtool.stages.distill import corrects, method_and_options, settled
     from dqtool.stages.scale_moves import dilated_layers, pending_folds
 
     calibrated = read_manifest(execution.inputs[0]["name"])
+    options = settled(options, calibrated)
     given = execution.parameters
     folded = {name for found in pending_folds(calibrated) for name in found.layers}
     dilated = dilated_layers(calibrated) - folded

@@ -23,7 +23,6 @@ from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of
 from dqtool.training.data import Problem, Reporter
-from dqtool.training.options import EXTRAPOLATING
 
 __all__ = ["correct_predictions", "fit_step", "fit_tables"]
 
@@ -46,18 +45,14 @@ class StepTables(StepNoise):
         return corrected(prediction, inputs, {name: row.to(prediction).view(along) for name, row in self.rows.items()})
 
 
-def fit_step(
-    quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool, biases_alone: bool = False
-) -> StepTables:
+def fit_step(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> StepTables:
     """A step's error and its tables, see `fit_tables`. As it will be shipped: the sampler's own noise is left alone."""
     found = fit_noise(quantized, exact)
-    rows = fit_tables(quantized, exact, inputs, of_images, biases_alone)
+    rows = fit_tables(quantized, exact, inputs, of_images)
     return StepTables(found.slope, found.bias, 0.0, found.correlation, rows)
 
 
-def fit_tables(
-    quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool, biases_alone: bool = False
-) -> dict[str, Tensor]:
+def fit_tables(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> dict[str, Tensor]:
     """The rows, `[C]` each, that take out of `quantized` what of its error is correlated with `exact`, and of images also with
     the detail of `exact`, with `inputs` and with their detail. One number serves all channels, but for `bias`.
 
@@ -69,7 +64,6 @@ def fit_tables(
 
     Args:
         quantized: `[N, C, ...]`, as are `exact` and `inputs`.
-        biases_alone: nothing is scaled, for samplers that are `EXTRAPOLATING`.
     """
     names = ("scale", "input", "detail", "input_detail") if of_images else ("scale",)
     inputs = same_channels(inputs, exact.shape[1]) if of_images else inputs
@@ -86,9 +80,7 @@ def fit_tables(
     powers, products, noise = e @ e.T, e @ q.T, (q - e) @ (q - e).T
     missing = theirs[0] - ours[0]
     wanted = e @ centred(missing)
-    if biases_alone:
-        factors = torch.zeros_like(wanted)
-    elif least_kept(powers, products) >= LEAST_FACTOR:
+    if least_kept(powers, products) >= LEAST_FACTOR:
         factors = torch.linalg.pinv(products + DAMPING * noise) @ wanted
     else:
         factors = torch.zeros_like(wanted)
@@ -140,7 +132,7 @@ def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int
         given,
         null,
         progress.advance,
-        partial(fit_step, of_images="detail" in names, biases_alone=type(sampler.scheduler).__name__ in EXTRAPOLATING),
+        partial(fit_step, of_images="detail" in names),
     )
     steps_of(problem.student).select(torch.zeros(1, dtype=torch.long))
     found = [fit.steps[min(fit.steps, key=lambda t: abs(t - asked_at))] for asked_at in trajectory.timesteps.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from dqtool.artifacts import open_artifact
 from dqtool.core.detail import detail
 from dqtool.errors import UsageError
 from dqtool.models.noise_correction import LEAST_FACTOR, fit_noise
-from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise, make_sampler
+from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
-from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill
+from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill, settled
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.plan import plan_stage
 from dqtool.training.data import Problem
@@ -124,17 +126,6 @@ def test_slope_and_bias_vanish_at_every_step(problem: Problem, silent: Silent) -
     assert metrics["prediction_bias"] > 0.001
 
 
-def test_samplers_that_extrapolate_get_biases_alone(problem: Problem, silent: Silent) -> None:
-    problem.sampler.scheduler = make_sampler(dict(problem.sampler.scheduler.config), "plms")
-    before = errors(problem, 32)
-    correct_predictions(problem, problem.teacher.config, 32, silent)
-    tables = problem.student.prediction.tables()
-    assert (tables["scale"] == 1).all()
-    assert not any(tables[name].any() for name in ("detail", "input", "input_detail"))
-    assert tables["bias"].abs().max() > 0.01
-    assert max(bias for _, bias in errors(problem, 32)) < 0.5 * max(bias for _, bias in before)
-
-
 def test_how_many_samples_run_together_changes_nothing(problem: Problem, silent: Silent) -> None:
     tables = []
     for together in (None, 5):
@@ -162,6 +153,26 @@ def test_how_many_samples_run_together_changes_nothing(problem: Problem, silent:
 )
 def test_what_is_trained_by_our_methods_is_corrected(given: dict[str, Any], expected: bool) -> None:
     assert corrects(DistillOptions(**given)) is expected
+
+
+def test_samplers_that_extrapolate_have_other_defaults(made: Path, tmp_path: Path) -> None:
+    points = CalibrateOptions(
+        str(made / "dilated.safetensors"), str(tmp_path / "c.safetensors"), sampler="plms", steps=4, samples=8
+    )
+    given = DistillOptions(calibrate(points, Common(quiet=True)), str(tmp_path / "d.safetensors"), iters=1)
+    dry = Common(quiet=True, dry_run=True)
+    distill(given, dry)
+    foreseen = plan_stage(dry.log[-1], given)["work"]
+    found = open_artifact(distill(given, Common(quiet=True)))
+    assert found.manifest.parameters["recipe"]["refine_iters"] == 0
+    assert not any(name.startswith("prediction.") for name in found.tensors())
+    directory = export(ExportOptions(given.output, str(tmp_path / "exported")), Common(quiet=True))
+    assert foreseen["bytes"] == open_artifact(directory).manifest.metrics["bytes"]
+    asked = replace(given, refine_iters=1, correct_noise=True)
+    assert settled(asked, open_artifact(points.output).manifest) == asked
+    lsq = replace(given, method="lsq")
+    assert settled(lsq, open_artifact(points.output).manifest) == lsq
+    assert settled(given, open_artifact(made / "calibrated.safetensors").manifest) == given
 
 
 def test_static_quantizers_have_no_steps_to_correct() -> None:
