@@ -36,13 +36,16 @@ def has_digest(path: str | os.PathLike[str], sha256: str) -> bool:
     # Elsewhere `st_ctime` is the time of creation, or there are no inodes.
     if before.st_size < SMALLEST or os.name != "posix":
         return sha256_file(path) == sha256
-    seen, note = _identity(before), _note(path)
-    with contextlib.suppress(OSError, ValueError):
+    quiet = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED  # before hashing, which may take longer
+    try:
+        seen, note = _identity(before), _note(path)
+    except RuntimeError:  # nobody's home: there is no cache
+        return sha256_file(path) == sha256
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if json.loads(note.read_bytes()) == {**seen, "sha256": sha256} and os.access(path, os.R_OK):
             return True
     if sha256_file(path) != sha256:
         return False
-    quiet = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED
     with contextlib.suppress(OSError, DqtoolError):  # no cache, no harm
         if quiet and _identity(os.stat(path)) == seen:
             note.parent.mkdir(parents=True, exist_ok=True)

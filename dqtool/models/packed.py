@@ -97,8 +97,11 @@ def _assigned(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 places[dot + name] = module._buffers, name, buffer, False
-    if places.keys() != state.keys() or any(p[2].shape != state[key].shape for key, p in places.items()):
+    if places.keys() != state.keys():
         return False
+    for key, (_, _, own, _) in places.items():
+        if own.shape != state[key].shape or own.is_floating_point() != state[key].is_floating_point():
+            return False
     for key, (where, name, _, trainable) in places.items():
         where[name] = nn.Parameter(state[key], requires_grad=False) if trainable else state[key]
     return True

@@ -33,7 +33,7 @@ class NativeProduct(Product):
     Without VNNI, codes are stored unsigned from 0 up to 2^b - 1: the smaller they are, the more sums fit 16 bits."""
 
     stored: list[int] | None = None
-    pages: FilePages | None
+    pages: FilePages | None = None
     """Of the file that the packed codes are mapped from, which are let go once they have been read."""
 
     def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
