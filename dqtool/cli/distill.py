@@ -29,7 +29,11 @@ def distill(
         typer.Option(metavar="N", help="Iterations per block, or of the network where a method trains it whole."),
     ] = None,
     refine_iters: Annotated[
-        int | None, typer.Option(metavar="N", help="For bkd: iterations of the pass over all blocks.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="For bkd: iterations of the pass over all blocks; left out: 0 for samplers that extrapolate (PLMS, LMS).",
+        ),
     ] = None,
     method: Annotated[
         str,
@@ -75,7 +79,7 @@ def distill(
         typer.Option(
             "--correct-noise/--no-correct-noise",
             help="Take the errors of slope, detail and mean out of every step's predictions, with tables fitted after training; "
-            "left out: where bkd, bkd-blockwise or on-policy trained something.",
+            "left out: where bkd, bkd-blockwise or on-policy trained something, but for samplers that extrapolate (PLMS, LMS).",
             show_default=False,
         ),
     ] = None,

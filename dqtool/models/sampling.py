@@ -23,6 +23,7 @@ __all__ = [
     "image_seeds",
     "initial_noise",
     "make_sampler",
+    "scheduler_class",
 ]
 
 SAMPLERS = {
@@ -81,6 +82,11 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
             fix="Upgrade diffusers",
         )
     return getattr(diffusers, class_name).from_config(config)
+
+
+def scheduler_class(config: Mapping[str, Any] | None, name: str | None = None) -> str:
+    """The diffusers class of what `make_sampler` gives for a network that was not trained by flow matching."""
+    return SAMPLERS.get(name or "") or str((config or BARE_COMPONENT).get("_class_name", BARE_COMPONENT["_class_name"]))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dqtool.nn.trace import Trace
     from dqtool.training.data import Trajectory
 
-__all__ = ["DistillOptions", "corrects", "distill", "settled"]
+__all__ = ["DistillOptions", "corrects", "distill", "scheduler_of", "settled"]
 
 CODE_VERSION = 3
 
@@ -103,7 +104,14 @@ def distill(options: DistillOptions, common: Common) -> str:
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     check_steps(calibrated, options.steps)
     keep = (*preset_keep(options.preset, calibrated.manifest), *options.keep)
-    options = replace(settled(options, calibrated.manifest), keep=keep)
+    options = replace(options, keep=keep)
+    calm = settled(options, str(scheduler_of(calibrated.manifest).get("_class_name")))
+    if calm != options:
+        report.say(
+            "distill: this sampler extrapolates from several predictions: without second pass and correction of predictions"
+            ", where --refine-iters or --correct-noise don't ask for them"
+        )
+    options = calm
     check_samples(options.train_samples, calibrated.manifest)
     parameters = resolved(options)
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
@@ -121,12 +129,16 @@ def distill(options: DistillOptions, common: Common) -> str:
     return options.output
 
 
-def settled(options: DistillOptions, calibrated: Manifest) -> DistillOptions:
-    """With the defaults that hold for samplers that are `EXTRAPOLATING`: our methods leave out the second pass and don't
-    correct predictions, unless they were asked to."""
-    scheduler = ((calibrated.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
+def scheduler_of(calibrated: Manifest) -> Mapping[str, Any]:
+    """Config of the scheduler that a model was calibrated with."""
+    return ((calibrated.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
+
+
+def settled(options: DistillOptions, scheduler: str) -> DistillOptions:
+    """With the defaults that hold for a scheduler of this class: where it is `EXTRAPOLATING`, our methods leave out the second
+    pass and don't correct predictions, unless they were asked to."""
     method = method_of(options.method)
-    if scheduler.get("_class_name") not in EXTRAPOLATING or not method.corrects:
+    if scheduler not in EXTRAPOLATING or not method.corrects:
         return options
     passes = options.refine_iters
     if passes is None and any(field.name == "refine_iters" for field in fields(method.options)):
@@ -146,7 +158,7 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
 
 
 def corrects(options: DistillOptions) -> bool:
-    """Whether the network's predictions will be corrected at each step."""
+    """Whether the network's predictions will be corrected at each step. Of options that are `settled`."""
     if options.correct_noise is not None:
         return options.correct_noise
     method, recipe = method_and_options(options)

@@ -50,9 +50,10 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
     plans: list[dict[str, Any]] = []
     pending = False
     source: ModelSource | None = None
-    steps_taken = 1
+    steps_taken, sampler = 1, None
     for name, values in steps:
         steps_taken = values.get("steps") or steps_taken
+        sampler = values.get("sampler") if name == "calibrate" else sampler
         # What a pending stage will write is not there to be looked at, nor is a directory that the run would make.
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
@@ -63,7 +64,7 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
             shown = {key: value for key, value in values.items() if key not in ("output", "artifact")}
             plan = {"stage": name, "output": values["output"], "cached": False, "parameters": shown}
             if name == "distill" and source is not None:
-                plan["work"] = _forecast(source, values, steps_taken)
+                plan["work"] = _forecast(source, values, steps_taken, sampler)
             plans.append(plan)
             continue
         options = make_options(name, values)
@@ -75,14 +76,15 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
     return {"recipe": path, "model": recipe.model, "stages": plans}
 
 
-def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int) -> Work:
+def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sampler: str | None) -> Work:
     from dqtool.models.companions import companions_of_source
     from dqtool.models.families import family_of
-    from dqtool.stages.distill import corrects
+    from dqtool.models.sampling import scheduler_class
+    from dqtool.stages.distill import corrects, settled
     from dqtool.stages.forecast import forecast
     from dqtool.stages.registry import make_options
 
-    options = make_options("distill", values)
+    options = settled(make_options("distill", values), scheduler_class(source.scheduler, sampler))
     companions = companions_of_source(source)
     family = family_of(source.class_name, str(source.config_path))
     config = source.config if companions is None else source.config | family.hints(companions)
@@ -151,11 +153,11 @@ def _distill(execution: Execution, options: Any) -> Work:
     from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.models.packed import layer_infos
     from dqtool.nn.surgery import assign_bits
-    from dqtool.stages.distill import corrects, method_and_options, settled
+    from dqtool.stages.distill import corrects, method_and_options, scheduler_of, settled
     from dqtool.stages.scale_moves import dilated_layers, pending_folds
 
     calibrated = read_manifest(execution.inputs[0]["name"])
-    options = settled(options, calibrated)
+    options = settled(options, str(scheduler_of(calibrated).get("_class_name")))
     given = execution.parameters
     folded = {name for found in pending_folds(calibrated) for name in found.layers}
     dilated = dilated_layers(calibrated) - folded

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import fingerprint
 from dqtool.errors import UsageError
@@ -19,6 +19,9 @@ from dqtool.stages.late_scaling import CHOSEN_IN_CALIBRATE
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Group, Options, Row, Table
+
+if TYPE_CHECKING:
+    from dqtool.models.sources import ModelSource
 
 __all__ = ["Cell", "Step", "Target", "model_digest", "plan_table"]
 
@@ -113,6 +116,7 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     try:
         asked = target.overrides.get("distill", {})
         merged["distill"] = _of_the_method(merged.get("distill", {}), row.options.get("distill", {}), asked)
+        merged["distill"] = _settled(model, merged)
         if "distill" in table.stages and (target.model is None or target.schedule is not None):
             merged["distill"] = _shortened(merged.get("distill", {}), schedule.share)
         for stage in ("calibrate", "distill", "eval"):
@@ -149,6 +153,19 @@ def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any], asked: 
             elif key not in asked:
                 found[key] = max(min(1, values[key]), round(values[key] * has[key] / of_block[key]))
     return found
+
+
+def _settled(model: str, options: Options) -> dict[str, Any]:
+    """Options of `distill` with the defaults that hold for the sampler, as it takes them by itself: before they are shortened."""
+    from dqtool.models.sampling import scheduler_class
+    from dqtool.stages.distill import settled
+
+    values, dilate = dict(options["distill"]), options.get("dilate", {})
+    source = _source(model, dilate.get("config"), dilate.get("components"), tuple(dilate.get("lora", ())))
+    given = make_options("distill", values)
+    found = settled(given, scheduler_class(source.scheduler, options.get("calibrate", {}).get("sampler")))
+    changed = {name: getattr(found, name) for name in ("refine_iters", "correct_noise")}
+    return values | {name: value for name, value in changed.items() if value != getattr(given, name)}
 
 
 def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
@@ -222,12 +239,17 @@ def _parameters(stage: str, options: Any) -> dict[str, Any]:
 
 
 @lru_cache
+def _source(model: str, config: str | None, components: str | None, lora: tuple[str, ...]) -> ModelSource:
+    from dqtool.models.sources import resolve_model
+
+    return resolve_model(model, config, components, lora)
+
+
+@lru_cache
 def model_digest(model: str, config: str | None, components: str | None, lora: tuple[str, ...]) -> str:
     """sha256 of the model's weights, as `dilate` records it with these options.
 
     Raises:
         EnvironmentFault: it is not there.
     """
-    from dqtool.models.sources import resolve_model
-
-    return resolve_model(model, config, components, lora).sha256()
+    return _source(model, config, components, lora).sha256()

@@ -31,7 +31,7 @@ class Method:
     `options`: a frozen dataclass whose defaults hold for every model; all of it goes into the manifest. `train`: see above.
     `settle(options, given)`: the options that follow from what the user gave (by field name). `by_blocks`: blocks are
     trained one after another, so that some of them can be left out. `work(options, blocks)`: the iterations in words.
-    `corrects`: once something has been trained, `distill --correct-noise` is the default.
+    `corrects`: once something has been trained, `distill --correct-noise` is the default (not for samplers that extrapolate).
     """
 
     name: str
