@@ -444,3 +444,17 @@ def test_guidance_of_the_published_samplers_is_that_of_their_recipe() -> None:
     found = {c.group: s.parameters["guidance"] for c in cells for s in c.steps if s.stage == "calibrate"}
     assert {found[group] for group in found if "100" in group} == {1.5}
     assert {found[group] for group in found if "20" in group} == {3}
+
+
+@pytest.mark.parametrize("schedule", ["full", "short", "smoke"])
+def test_cells_train_as_distill_does_for_their_sampler(schedule: str) -> None:
+    path = next(path for path in TABLES if path.stem == "table-samplers")
+    cells = plan_table(load_table(path), Target(schedule=schedule))
+    distills = {(c.group, c.row): next(s for s in c.steps if s.stage == "distill") for c in cells}
+    for (group, row), step in distills.items():
+        ours, plms = row.startswith("DilateQuant"), group.startswith("PLMS")
+        assert ("correct_images" in step.parameters) == (ours and not plms), (group, row)
+        if ours:
+            assert (step.parameters["recipe"]["refine_iters"] == 0) == plms, (group, row)
+        else:
+            assert not {"refine_iters", "correct_noise"} & step.values.keys(), (group, row)
