@@ -18,7 +18,7 @@ from dqtool.metrics.manifold import Manifold, precision_recall
 if TYPE_CHECKING:
     from dqtool.metrics.measuring import Meter
 
-__all__ = ["AestheticScore", "ClipScore", "Fid", "InceptionScore", "PrecisionRecall", "SpatialFid"]
+__all__ = ["AestheticScore", "ClipScore", "Fid", "FidFromReference", "InceptionScore", "PrecisionRecall", "SpatialFid"]
 
 Figures = dict[str, float]
 
@@ -37,6 +37,28 @@ class Fid:
 
     def finish(self) -> Figures:
         return {self.figure: frechet_distance(*self._running.finish(), *self._reference)}
+
+
+class FidFromReference:
+    """Fréchet distance of `pool_3` to the images that the reference model makes of the same noise, which are measured first: what
+    quantization does to the distribution, without the distance that full precision has by itself. No figure without them."""
+
+    figure, output = "fid_from_reference", "pool_3"
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._running = RunningStatistics()
+
+    def update(self, features: Mapping[str, Tensor]) -> None:
+        self._running.update(features[self.output])
+
+    def finish(self) -> Figures:
+        found = self._running.finish()
+        if self._meter.measures_reference:
+            self._meter.reference_model[self.output] = found
+            return {}
+        expected = self._meter.reference_model.get(self.output)
+        return {} if expected is None else {self.figure: frechet_distance(*found, *expected)}
 
 
 class SpatialFid(Fid):

@@ -87,6 +87,12 @@ def describe() -> dict[str, Any]:
     }
 
 
+def distance(images: Tensor, others: Tensor) -> float:
+    """Fréchet distance between the features of two sets of images `[N, 1, 16, 16]` and `[M, 1, 16, 16]` in [-1, 1]. Of images that
+    two models make of the same noise it is 0 where the models agree, at any N: what sampling adds to `fd.digits` is in both."""
+    return frechet_distance(*statistics(features(images)[0]), *statistics(features(others)[0]))
+
+
 @torch.no_grad()
 def features(images: Tensor, *, batch_size: int = 512, model: DigitClassifier | None = None) -> tuple[Tensor, Tensor]:
     """Features `[N, 32]` and logits `[N, 10]` (float32, CPU) of `images [N, 1, 16, 16]` in [-1, 1].

@@ -32,6 +32,9 @@ class Meter:
         self.extractors: dict[str, Extractor] = {
             kind: EXTRACTORS[kind].open(getattr(files, EXTRACTORS[kind].needs)) for kind in kinds
         }
+        self.measures_reference = False
+        self.reference_model: dict[str, tuple[Tensor, Tensor]] = {}
+        """Mean and covariance, by feature, of the images of the model that others are compared with."""
         for name in self.names:  # a file that will not do is found out now, not after hours of sampling
             METRICS[name].start(self)
 
@@ -43,12 +46,19 @@ class Meter:
         return Reference(self.files.ref_stats, inception, inception.weights_sha256)
 
     def measure(
-        self, batches: Iterable[Batch], total: int | None = None, what: str = "eval: metrics"
+        self,
+        batches: Iterable[Batch],
+        total: int | None = None,
+        what: str = "eval: metrics",
+        *,
+        of_reference: bool = False,
     ) -> dict[str, Any]:
-        """The figures of a set of images, and `extractors`: for each figure the network and file that it rests on.
+        """The figures of a set of images, and `extractors`: for each figure the network and file that it rests on. With
+        `of_reference` they are the reference model's, which sets measured after it are compared with.
 
         Warns of figures that are biased at this number of images.
         """
+        self.measures_reference = of_reference
         running: dict[str, Accumulator] = {name: METRICS[name].start(self) for name in self.names}
         count = 0
         with report.progress(what, total, "image") as progress:
@@ -73,5 +83,6 @@ class Meter:
             figure: self.extractors[METRICS[name].extractor].describe()
             for name in self.names
             for figure in METRICS[name].figures
+            if figure in figures
         }
         return figures

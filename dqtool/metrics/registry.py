@@ -180,6 +180,9 @@ EXTRACTORS = {
 _POOL, _SPATIAL = 20480, 20230  # frechet.minimum_samples of 2048 and of 2023 features; without torch here
 METRICS = {
     "fid": Metric(("fid",), "inception", _later("accumulators", "Fid"), ("ref_stats",), _POOL),
+    "fid-reference": Metric(
+        ("fid_from_reference",), "inception", _later("accumulators", "FidFromReference"), minimum_samples=_POOL
+    ),
     "sfid": Metric(("sfid",), "inception", _later("accumulators", "SpatialFid"), ("ref_stats",), _SPATIAL),
     "is": Metric(("is", "is.std"), "inception", _later("accumulators", "InceptionScore"), minimum_samples=5000),
     "pr": Metric(("precision", "recall"), "inception", _later("accumulators", "PrecisionRecall"), ("ref_stats",)),

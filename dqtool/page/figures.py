@@ -47,6 +47,8 @@ _KNOWN = {
     "fid": Figure("FID", -1),
     "sfid": Figure("sFID", -1),
     "fd.digits": Figure("fd.digits", -1),
+    "fd.digits_from_reference": Figure("fd.digits to full precision", -1, 3),
+    "fid_from_reference": Figure("FID to full precision", -1),
     "is": Figure("IS", 1),
     "is.digits": Figure("is.digits", 1),
     "precision": Figure("precision", 1, 3),
@@ -63,6 +65,8 @@ _KNOWN = {
 """Metrics by the key that eval records; others are shown under their key."""
 
 _NOT_FIGURES = ("samples", "missed_timesteps")
+FROM_REFERENCE = "_from_reference"
+"""Ends the key of a distance to the reference's images in place of real ones."""
 RATIO = "_ratio"
 """Ends the key of a figure that stands beside another one: how many times the reference's it is."""
 _PARTS = ("reference", "cost", "layer_errors", "extractor", "extractors", "grid")
@@ -94,7 +98,7 @@ def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 def quality_key(results: Sequence[Result]) -> str | None:
     """The metric that quality-against-cost plots show: the first that knows a direction, Fréchet distances before all."""
     keys = list(dict.fromkeys(key for result in results for key in figures_of(result.metrics)))
-    preferred = [key for key in keys if key == "fid" or key.startswith("fd.")]
+    preferred = [key for key in keys if key == "fid" or (key.startswith("fd.") and not key.endswith(FROM_REFERENCE))]
     return next(iter([*sorted(preferred, reverse=True), *[key for key in keys if figure(key).better]]), None)
 
 
@@ -103,7 +107,7 @@ def extractors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
     digits = metrics.get("extractor")
     if isinstance(digits, Mapping):
         for key in figures_of(metrics):
-            if key.endswith(".digits"):
+            if key.removesuffix(FROM_REFERENCE).endswith(".digits"):
                 yield key, digits
     several = metrics.get("extractors")
     for key, each in several.items() if isinstance(several, Mapping) else ():

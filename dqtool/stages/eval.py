@@ -32,7 +32,10 @@ METRICS = ("digits", "similarity", "layers", "cost")
 of the same seeds; error per layer; size and BOPs."""
 METRIC_VERSIONS = {"pr": 2}
 """Of metrics whose figures have changed: reports that hold an older one are made again, and no others."""
-LEAST_SAMPLES = {"digits": 10, "fid": 2, "sfid": 2, "pr": 4}
+FIGURES_ADDED = {"digits": 1}
+"""Of metrics that give a figure more than at first, while the others stayed what they were: reports without it are made again.
+It is no part of what names a table's finished cells."""
+LEAST_SAMPLES = {"digits": 10, "fid": 2, "fid-reference": 2, "sfid": 2, "pr": 4}
 """Images below which a metric has no figures: splits of an Inception score, a covariance, neighbours; without torch here."""
 
 
@@ -136,6 +139,8 @@ def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str
     }
     if versions := {name: METRIC_VERSIONS[name] for name in metrics if name in METRIC_VERSIONS}:
         parameters["metric_versions"] = versions
+    if added := {name: FIGURES_ADDED[name] for name in metrics if name in FIGURES_ADDED}:
+        parameters["figures_added"] = added
     if files.given():
         parameters["files"] = files.describe()
     if options.image_size is not None:
@@ -234,11 +239,13 @@ def produce(
         if meter is not None:
             rows = maker.conditions.rows(0, len(images)).tolist()
             texts = [maker.conditions.names[row] for row in rows] if maker.conditions.names else None
-            figures |= scores(meter, images, texts, options.image_size, "eval: metrics")
-            figures["files"] = files.describe()
+            size = options.image_size
             if expected is not None:
-                of_reference = scores(meter, expected, texts, options.image_size, "eval: metrics of the reference")
+                told = "eval: metrics of the reference"
+                of_reference = scores(meter, expected, texts, size, told, of_reference=True)
                 figures["reference"] = figures.get("reference", {}) | of_reference
+            figures |= scores(meter, images, texts, size, "eval: metrics")
+            figures["files"] = files.describe()
         if options.save_samples is not None:
             about = {"source": artifact.given, "seed": options.seed, "images": len(images)}
             save_samples(options.save_samples, images, options.image_size, about)
@@ -339,7 +346,7 @@ def tell(artifact: Artifact, figures: dict[str, Any]) -> None:
     rows: list[tuple[str, ...]] = []
     reference = figures.get("reference", {})
     of_images = [figure for metric in IMAGE_METRICS.values() for figure in metric.figures if figure != "is.std"]
-    for key in ("fd.digits", "is.digits", "confident_share", *of_images):
+    for key in ("fd.digits", "fd.digits_from_reference", "is.digits", "confident_share", *of_images):
         if key in figures:
             rows.append((key, f"{figures[key]:.3f}", f"{reference[key]:.3f}" if key in reference else ""))
     if "same_digit_share" in figures:

@@ -28,7 +28,7 @@ def image_figures(
 
     figures: dict[str, Any] = {"samples": len(images)}
     if "digits" in metrics:
-        from dqtool.metrics.digits import FEATURES, classify, evaluate_digits
+        from dqtool.metrics.digits import FEATURES, classify, distance, evaluate_digits
         from dqtool.metrics.frechet import minimum_samples
 
         if len(images) < minimum_samples(FEATURES):
@@ -40,6 +40,7 @@ def image_figures(
             figures["reference"] = evaluate_digits(expected)
             if asked is not None:
                 figures["reference"]["asked_digit_share"] = float((classify(expected)[0] == asked).float().mean())
+            figures["fd.digits_from_reference"] = distance(images, expected)
             figures["fd.digits_ratio"] = figures["fd.digits"] / figures["reference"]["fd.digits"]
             same = classify(images)[0] == classify(expected)[0]
             figures["same_digit_share"] = float(same.float().mean())

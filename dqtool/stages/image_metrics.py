@@ -96,10 +96,17 @@ def ready(names: Sequence[str], files: Files) -> Meter | None:
 
 
 def scores(
-    meter: Meter, images: Tensor, texts: Sequence[str] | None, image_size: int | None, what: str
+    meter: Meter,
+    images: Tensor,
+    texts: Sequence[str] | None,
+    image_size: int | None,
+    what: str,
+    *,
+    of_reference: bool = False,
 ) -> dict[str, Any]:
-    """The figures of `images [N, C, H, W]` in [-1, 1] and their prompts; with `image_size` of their centres."""
-    return meter.measure(_batches(images, texts, image_size), len(images), what)
+    """The figures of `images [N, C, H, W]` in [-1, 1] and their prompts; with `image_size` of their centres. Those
+    `of_reference` come first: the others are compared with them."""
+    return meter.measure(_batches(images, texts, image_size), len(images), what, of_reference=of_reference)
 
 
 def save_samples(path: str, images: Tensor, image_size: int | None, about: dict[str, Any]) -> None:

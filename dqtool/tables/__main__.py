@@ -19,6 +19,7 @@ from dqtool.stages.registry import option_types
 from dqtool.tables.cells import CellStore
 from dqtool.tables.figure import curve_figure
 from dqtool.tables.forecast import forecast
+from dqtool.tables.measures import MEASURES_VERSION
 from dqtool.tables.naming import variant_of
 from dqtool.tables.planning import Cell, Target, plan_table
 from dqtool.tables.rendering import render_markdown, summarise
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", metavar="TABLE.yaml")
     parser.add_argument("--dry-run", action="store_true", help="count cells and expected hours, run nothing")
     parser.add_argument("--render", action="store_true", help="write the tables from finished cells, run nothing")
+    parser.add_argument("--refresh", action="store_true", help="make finished cells again that lack newer figures")
     parser.add_argument("--model", help="the published model, in place of the embedded one")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="override all rows")
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the table's")
@@ -64,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     seeds = None if args.seeds is None else tuple(args.seeds)
     target = Target(args.model, _overrides(args.set), schedule=args.schedule)
     chosen = Target(args.model, target.overrides, seeds, args.schedule)
-    store = CellStore(args.results / "cells")
+    store = CellStore(args.results / "cells", MEASURES_VERSION if args.refresh else 0)
     tables = [load_table(file) for file in args.files]
     asked = [plan_table(table, chosen) for table in tables]
     _check_groups(args.groups, asked)

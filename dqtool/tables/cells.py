@@ -21,9 +21,15 @@ FORMAT = "dqtool-cell/1"
 
 @dataclass(frozen=True)
 class CellStore:
-    """The folder of finished cells."""
+    """The folder of finished cells. One that records `measures` older than these is there, but not finished."""
 
     folder: Path
+    measures: int = 0
+
+    def finished(self, key: str) -> bool:
+        """Whether a cell is there with the figures it should have; raises as `load` does."""
+        found = self.load(key)
+        return found is not None and int(found.get("measures", 0)) >= self.measures
 
     def path(self, key: str) -> Path:
         """Where a cell is, or would be."""

@@ -89,6 +89,7 @@ def _curve_end(index: int) -> Callable[[Metrics], float | None]:
 COLUMNS: dict[str, Column] = {
     "fd.digits": _eval("fd.digits", "fd.digits", -1),
     "fd.digits_ratio": Column("of full precision", _at("eval", "fd.digits_ratio"), -1),
+    "fd.digits_from_reference": Column("to full precision", _at("eval", "fd.digits_from_reference"), -1, 3),
     "excess": Column("excess left, %", lambda _metrics: None, -1, 1, relative=_excess),
     "is.digits": _eval("is.digits", "is.digits", 1),
     "confident": _eval("confident_share", "confident, %", 1, 1, 100),
@@ -98,6 +99,7 @@ COLUMNS: dict[str, Column] = {
     "ssim": Column("SSIM", _at("eval", "ssim", "mean"), 1, 4),
     "detail_power": Column("detail, of full precision", _at("eval", "detail_power"), 0, 3),
     "fid": _eval("fid", "FID", -1),
+    "fid_from_reference": Column("FID to full precision", _at("eval", "fid_from_reference"), -1),
     "sfid": _eval("sfid", "sFID", -1),
     "is": _eval("is", "IS", 1),
     "precision": _eval("precision", "precision", 1, 3),

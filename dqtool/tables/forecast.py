@@ -20,7 +20,7 @@ def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
     `whole_seconds` for all of it, as if nothing were there."""
     rates = _rates(store.every())
     unique = {cell.key: cell for cell in cells if cell.key}
-    done = {key for key in unique if store.load(key) is not None}
+    done = {key for key in unique if store.finished(key)}
     made = {step.key for key in done for step in unique[key].steps}
     left, whole = 0.0, 0.0
     counted: set[str] = set()

@@ -10,8 +10,8 @@ from dqtool.artifacts import open_artifact, read_manifest
 
 __all__ = ["MEASURES_VERSION", "measure"]
 
-MEASURES_VERSION = 1
-"""Recorded with a cell: which of these figures it can have."""
+MEASURES_VERSION = 2
+"""Recorded with a cell: which figures it can have, beside those of its tables' stages. 2: `fd.digits_from_reference`."""
 SHORT_LIST = 256
 
 

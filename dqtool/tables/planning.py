@@ -233,9 +233,13 @@ def _recipe(method: str | None) -> dict[str, Any]:
 
 
 def _parameters(stage: str, options: Any) -> dict[str, Any]:
-    """All that decides the result, as the stage itself says it."""
+    """All that decides the result, as the stage itself says it. A cell without a figure that reports have got since is finished
+    all the same (`--refresh` makes it again)."""
     resolved = import_module(f"dqtool.stages.{stage}").resolved
-    return resolved(options, options.metrics or ()) if stage == "eval" else resolved(options)
+    if stage != "eval":
+        return resolved(options)
+    parameters = resolved(options, options.metrics or ())
+    return {name: value for name, value in parameters.items() if name != "figures_added"}
 
 
 @lru_cache

@@ -47,7 +47,7 @@ class Runner:
         pending = {cell.key: cell for cell in cells if cell.key}
         total, ran = len(pending), 0
         while True:
-            pending = {key: cell for key, cell in pending.items() if self.store.load(key) is None}
+            pending = {key: cell for key, cell in pending.items() if not self.store.finished(key)}
             if not pending:
                 return ran
             progressed = False
@@ -55,7 +55,7 @@ class Runner:
                 with claim(self.work / f".{key[:32]}.cell", wait=False) as mine:
                     if not mine:
                         continue
-                    if self.store.load(key) is None:
+                    if not self.store.finished(key):
                         left = len(pending)
                         label = " · ".join(filter(None, (cell.group, cell.row, f"seed {cell.seed}")))
                         tell(f"cell {total - left + 1} of {total}: {label}")
@@ -89,6 +89,7 @@ class Runner:
             bits = next((str(step.parameters["bits"]) for step in cell.steps if step.stage == "distill"), "4/4")
             record["metrics"] = measure(artifacts, bits)
             self._count_earlier_runs(record)
+            self._keep_times(cell.key, record)
         except NumericError as error:
             record["failed"] = str(error)
             tell(f"  the numbers failed: {error}")
@@ -102,6 +103,14 @@ class Runner:
         for entry in record["stages"]:
             if entry["stage"] == "distill" and "cpu_seconds" in entry:
                 entry["cpu_seconds"] = round(max(entry["cpu_seconds"], whole), 1)
+
+    def _keep_times(self, key: str, record: dict[str, Any]) -> None:
+        """What stages took that were there already, from the cell that is made again."""
+        earlier = {entry["key"]: entry for entry in (self.store.load(key) or {}).get("stages", ())}
+        for entry in record["stages"]:
+            known = earlier.get(entry["key"], {})
+            if "cpu_seconds" not in entry and "cpu_seconds" in known:
+                entry["cpu_seconds"] = known["cpu_seconds"]
 
     def _make(self, step: Step) -> tuple[Path, float | None]:
         """The artifact of a step, made unless it is there, and the processor's seconds it took (None: it was there)."""
