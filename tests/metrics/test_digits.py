@@ -51,6 +51,16 @@ def test_garbage_is_not_read_with_confidence() -> None:
         assert result["fd.digits"] > 100
 
 
+def test_distance_between_two_sets_is_of_what_differs_alone(real: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    images = real["held_out"][0]
+    assert digits.distance(images, images) == pytest.approx(0, abs=1e-6)
+    a, b = images[:225], images[225:]
+    apart = digits.distance(a, b)
+    assert apart == pytest.approx(digits.distance(b, a), rel=1e-6)
+    softened = 0.99 * images
+    assert 0 < digits.distance(softened, images) < apart / 10, "what both sets share of chance is in neither"
+
+
 def test_results_do_not_depend_on_the_batch_size() -> None:
     images = torch.rand(20, 1, 16, 16) * 2 - 1
     labels, confidence = digits.classify(images)

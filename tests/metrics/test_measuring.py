@@ -103,6 +103,21 @@ def test_precision_and_recall_are_of_the_suites_half_precision(
         assert abs(rounded - exact) > 0.01, "this would not tell one from the other"
 
 
+def test_distance_to_the_images_of_the_reference_model(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    monkeypatch.setitem(EXTRACTORS, "inception", Kind("inception_weights", lambda _path: Features()))
+    exact, fake = noise(300, 5, 3), noise(310, 6, 5)
+    meter = Meter(["fid-reference"], Files(inception_weights="w"))
+    assert meter.measure(in_batches(fake, 64)) == {"extractors": {}}, "there is nothing to compare with yet"
+    assert meter.measure(in_batches(exact, 64), of_reference=True) == {"extractors": {}}
+    found = meter.measure(in_batches(fake, 64))
+    pools = [Features()(images)["pool_3"].double().numpy() for images in (fake, exact)]
+    expected = adm.frechet_distance(*[s for pool in pools for s in (pool.mean(0), np.cov(pool, rowvar=False))])
+    assert found["fid_from_reference"] == pytest.approx(expected, rel=1e-4)
+    assert set(found["extractors"]) == {"fid_from_reference"}
+    assert meter.measure(in_batches(exact, 50))["fid_from_reference"] == pytest.approx(0, abs=1e-5)
+    assert any("fid-reference of 310 images is biased" in text for text in warnings)
+
+
 class Folder:
     """Images in memory that read like a folder."""
 
@@ -186,7 +201,7 @@ def test_each_metric_says_which_option_it_lacks() -> None:
     check_needs(METRICS, everything)
     assert available(everything, prompts=True) == tuple(METRICS)
     assert available(everything, prompts=False) == tuple(name for name in METRICS if name != "clip")
-    assert available(Files(inception_weights="a"), prompts=False) == ("is",)
+    assert available(Files(inception_weights="a"), prompts=False) == ("fid-reference", "is")
     assert available(Files(), prompts=True) == ()
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dqtool.artifacts import Manifest
 from dqtool.page.document import Charts, Paragraph, Table
+from dqtool.page.figures import extractors, quality_key
 from dqtool.page.results import Result, chain_key
 from dqtool.page.sections import quality_section, results_section
 from dqtool.page.tables import result_table
@@ -47,6 +48,17 @@ def made(name: str, reference: str | None = None, digest: str = "e", **parameter
         metrics=metrics,
     )
     return Result(name, Path(f"{name}.json"), manifest)
+
+
+def test_a_distance_to_the_reference_is_shown_and_not_plotted() -> None:
+    result = made("exported")
+    result.manifest.metrics["fd.digits_from_reference"] = 0.1234
+    result.manifest.metrics["extractor"] = {"name": "digits-classifier", "sha256": "c" * 64}
+    table = result_table([result])
+    column = list(table.columns).index("fd.digits to the reference ↓")
+    assert "0.123" in [row[column].text for row in table.rows]
+    assert quality_key([result]) == "fd.digits"
+    assert dict(extractors(result.manifest.metrics))["fd.digits_from_reference"]["name"] == "digits-classifier"
 
 
 def test_a_quantized_reference_is_not_called_full_precision() -> None:

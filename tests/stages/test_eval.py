@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_pipeline
 
 from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.metrics.grid import save_grid, to_uint8
 from dqtool.models.image_cache import cached_images
 from dqtool.stages.common import Common
+from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.eval import EvalOptions, bits_label, evaluate
 
 QUIET = Common(quiet=True)
@@ -47,6 +49,17 @@ def test_distilled_and_exported_give_the_same_figures(made: Path, tmp_path: Path
     assert one["cost"]["bops_ratio"] > 20
 
 
+def test_digits_are_compared_with_the_references_own(made: Path, tmp_path: Path) -> None:
+    model = tiny_pipeline(tmp_path / "digits", sample_size=16, in_channels=1, out_channels=1)
+    dilated = dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors"), scaling="none"), QUIET)
+    options = EvalOptions(dilated, str(tmp_path / "e.json"), samples=12, steps=2, metrics=("digits",))
+    found = json.loads(Path(evaluate(options, QUIET)).read_text())
+    assert found["metrics"]["fd.digits_from_reference"] == pytest.approx(0, abs=1e-6)
+    assert found["metrics"]["fd.digits"] == pytest.approx(found["metrics"]["reference"]["fd.digits"])
+    assert "fd.digits_from_reference" not in found["metrics"]["reference"]
+    assert found["parameters"]["figures_added"] == {"digits": 1}, "older reports are made again"
+
+
 def test_metrics_can_be_chosen(made: Path, tmp_path: Path) -> None:
     found = figures(made, tmp_path, "exported", metrics=("cost",))
     assert set(found) == {"cost"}
@@ -73,8 +86,6 @@ def test_runtimes_are_for_exported_directories(made: Path, tmp_path: Path, runti
 
 
 def test_another_model_is_no_reference(made: Path, tmp_path: Path) -> None:
-    from helpers import tiny_pipeline
-
     other = tiny_pipeline(tmp_path / "other", seed=9)
     with pytest.raises(ArtifactError, match="not the model"):
         evaluate(EvalOptions(str(made / "exported"), str(tmp_path / "e.json"), str(other), samples=2), QUIET)

@@ -29,7 +29,16 @@ def references(chain: Path) -> Path:
 
 
 def test_figures_name_their_files_and_samples_are_kept(run: Run, references: Path, inception_weights: Path) -> None:
-    command = ["eval", "exported", "--reference", "tiny", "--samples", "5", "--metrics", "is,pr,similarity"]
+    command = [
+        "eval",
+        "exported",
+        "--reference",
+        "tiny",
+        "--samples",
+        "5",
+        "--metrics",
+        "is,pr,fid-reference,similarity",
+    ]
     command += ["--inception-weights", str(inception_weights), "--ref-stats", "ref.npz", "--save-samples", "s.npz"]
     result = run(*command, "--json", "-o", "out.json", cwd=references)
     assert result.returncode == 0, result.stderr
@@ -37,6 +46,9 @@ def test_figures_name_their_files_and_samples_are_kept(run: Run, references: Pat
     assert 1 <= figures["is"] <= 5
     assert 0 <= figures["precision"] <= 1
     assert {"is", "precision", "recall"} <= set(figures["reference"])
+    assert figures["fid_from_reference"] > 0
+    assert "fid_from_reference" not in figures["reference"]
+    assert "fid_from_reference" in result.stderr
     assert figures["extractors"]["precision"]["sha256"] == path_digest(inception_weights)
     assert figures["files"]["ref_stats"] == {"file": "ref.npz", "sha256": path_digest(references / "ref.npz")}
     assert -1 <= figures["ssim"]["mean"] <= 1
@@ -62,7 +74,7 @@ def test_what_is_refused(run: Run, references: Path, inception_weights: Path) ->
     assert "takes none" in refused(run, references, 2, *command, "--clip", "tiny")
     assert "takes none" in refused(run, references, 2, *command, "--clip", "tiny", "--metrics", "clip")
     assert "--clip" in refused(run, references, 4, *command, "--aesthetic-weights", "tiny.pth")
-    assert "fid, sfid, is, pr" in refused(run, references, 2, *command, "--metrics", "lpips")
+    assert "fid, fid-reference, sfid, is, pr" in refused(run, references, 2, *command, "--metrics", "lpips")
     assert "overwrite its own input" in refused(
         run, references, 2, *command, *weights, "--ref-stats", "ref.npz", "--save-samples", "ref.npz"
     )
@@ -125,9 +137,9 @@ def test_left_out_metrics_are_those_the_files_allow(tmp_path: Path) -> None:
     np.savez(only, mu=np.zeros(1), sigma=np.zeros(1))
     np.savez(plain, np.zeros(1))
     for path, expected in (
-        (whole, ("fid", "sfid", "is", "pr")),
-        (plain, ("fid", "sfid", "is", "pr")),
-        (only, ("fid", "is")),
+        (whole, ("fid", "fid-reference", "sfid", "is", "pr")),
+        (plain, ("fid", "fid-reference", "sfid", "is", "pr")),
+        (only, ("fid", "fid-reference", "is")),
     ):
         assert choose(None, Files(inception_weights="w", ref_stats=path), prompts=False) == expected
     assert choose(None, Files(clip="c"), prompts=True) == ("clip",)

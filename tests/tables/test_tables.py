@@ -173,6 +173,37 @@ def test_a_finished_table_is_never_run_again_even_without_its_artifacts(
     assert row[:5] == ["tiny", "4", "4", "0", "0.00"]
 
 
+def test_a_figure_that_reports_have_got_since_leaves_cells_finished_until_they_are_refreshed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = load_table(tiny)
+    keys = [cell.key for cell in plan_table(table, Target())]
+    monkeypatch.setattr("dqtool.stages.eval.FIGURES_ADDED", {"similarity": 7, "digits": 7})
+    assert keys == [cell.key for cell in plan_table(table, Target())]
+
+    short = tmp_path / "short.yaml"  # without training and images, for speed
+    short.write_text(tiny.read_text().replace("schedule: full", "stages: [dilate, calibrate]", 1))
+    command = [str(short), "--seeds", "0", "--groups", "8/8", "--results", str(tmp_path / "results")]
+    work = ["--work", str(tmp_path / "work")]
+    assert main([*command, *work]) == 0
+    (path,) = (tmp_path / "results" / "cells").glob("*.json")
+    cell = json.loads(path.read_text())
+    spent = [stage["cpu_seconds"] for stage in cell["stages"]]
+    current = cell["measures"]
+    path.write_text(json.dumps(cell | {"measures": current - 1}))
+    assert main([*command, *work]) == 0
+    assert json.loads(path.read_text())["measures"] == current - 1
+    capsys.readouterr()
+    assert main([*command, "--refresh", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["short", "1", "0"]
+    assert main([*command, *work, "--refresh"]) == 0
+    again = json.loads(path.read_text())
+    assert again["measures"] == current
+    assert [stage["cpu_seconds"] for stage in again["stages"]] == spent, "artifacts that were there took what they took"
+    monkeypatch.setattr("dqtool.tables.running.stage_function", lambda _name: pytest.fail("a stage was asked for"))
+    assert main([*command, "--refresh", "--work", str(tmp_path / "empty")]) == 0
+
+
 def test_a_killed_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dqtool.stages import registry
 
@@ -359,7 +390,7 @@ def test_metrics_of_a_published_model_are_those_that_its_statistics_hold(tmp_pat
     np.savez(statistics, mu=np.zeros(2048), sigma=np.eye(2048))
     given = {"inception_weights": str(Path(__file__)), "ref_stats": str(statistics)}
     cell = plan_table(table, Target("zoo:digits-ddpm", overrides={"eval": given}))[0]
-    assert cell.steps[-1].parameters["metrics"] == ["similarity", "cost", "fid", "is"]
+    assert cell.steps[-1].parameters["metrics"] == ["similarity", "cost", "fid", "fid-reference", "is"]
 
 
 def test_results_of_another_model_schedule_or_option_have_names_of_their_own(
