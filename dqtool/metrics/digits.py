@@ -89,7 +89,8 @@ def describe() -> dict[str, Any]:
 
 def distance(images: Tensor, others: Tensor) -> float:
     """Fréchet distance between the features of two sets of images `[N, 1, 16, 16]` and `[M, 1, 16, 16]` in [-1, 1]. Of images that
-    two models make of the same noise it is 0 where the models agree, at any N: what sampling adds to `fd.digits` is in both."""
+    two models make of the same noise it is 0 where the models agree, at any N; pairs that show different things add their chance, which
+    falls as 1 / N: compare at equal numbers."""
     return frechet_distance(*statistics(features(images)[0]), *statistics(features(others)[0]))
 
 
