@@ -122,7 +122,7 @@ def choose(layer: IntegerLayer, clock: Clock) -> Product | None:
     """The product that computes a layer exactly on this machine; None where it stays float."""
     if not layer.is_integer:
         return None
-    if library.has_products() and layer.groups == 1 and not _has_amx():
+    if library.has_products() and layer.groups == 1:
         return NativeProduct(layer, clock)
     return OnednnProduct(layer, clock) if OnednnProduct.exact(layer) else None
 
@@ -268,8 +268,3 @@ def _float32(value: Any) -> Any:
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(parent) if parent else network, leaf, layer)
-
-
-def _has_amx() -> bool:
-    """Whether oneDNN multiplies bytes on matrix tiles, faster than any vector kernel."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

@@ -223,6 +223,7 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
     }
   }
   i64 rows = std::max<i64>(ROWS, std::min<i64>(24, 262144 / (Sc * 5) / ROWS * ROWS));
+  if (RowProducts::on_tiles(Dp) || RowProducts::on_tiles(Sp)) rows = Sc * 5 * 32 <= 1 << 20 ? 32 : 16;
   i64 runs = (Sq + rows - 1) / rows;
 #pragma omp parallel for schedule(dynamic, 1) if (Sq * Sk * D * N * H > 100000)
   for (i64 item = 0; item < N * H * runs; ++item) {
@@ -244,11 +245,12 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
                                        nullptr, tq + h, tq[H + h], tq[2 * H + h], zq);
       for (i64 d = D; d < Dp; ++d) row[d] = static_cast<uint8_t>(zq);
     }
-    multiply_rows(codes, Dp, count, keys, start, Sk, Dp / 4, scores, Sc, group_k);
+    RowProducts rows_times;
+    rows_times.multiply(codes, Dp, count, keys, start, Sk, scores, Sc, group_k);
     for (i64 r = 0; r < count; ++r)
       softmax_codes(scores + r * Sc, Sk, Sp, score_scale[h],
                     mask ? mask + n * mask_n + h * mask_h + (from + r) * mask_q : nullptr, tp[h], tp[2 * H + h], probs + r * Sp);
-    multiply_rows(probs, Sp, count, keys + k_bytes, start + Sc, D, Sp / 4, result, Dc, group_v);
+    rows_times.multiply(probs, Sp, count, keys + k_bytes, start + Sc, D, result, Dc, group_v);
     for (i64 r = 0; r < count; ++r) {
       float* row = out + ((n * Sq + from + r) * H + h) * D;
       for (i64 d = 0; d < D; ++d) row[d] = float(result[r * Dc + d]) * out_scale[h];

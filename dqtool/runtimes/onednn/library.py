@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dqtool import report
 
-__all__ = ["get", "has_products", "has_vnni", "pointer", "problem"]
+__all__ = ["get", "has_amx", "has_products", "has_vnni", "pointer", "problem"]
 
-SOURCES = ("kernels.cpp", "tiles.cpp", "products.cpp", "attention.cpp", "winograd.cpp")
+SOURCES = ("kernels.cpp", "tiles.cpp", "amx.cpp", "products.cpp", "attention.cpp", "winograd.cpp")
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -88,6 +88,13 @@ def has_vnni() -> bool:
     return kernels is not None and bool(kernels.dq_features() & 2)
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether products run on AMX's matrix tiles: compiled in, granted by the system, and not refused with DQTOOL_AMX=0."""
+    kernels = get()
+    return kernels is not None and bool(kernels.dq_use_amx(int(os.environ.get("DQTOOL_AMX") != "0")))
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a tensor's data, None for None."""
     return None if tensor is None else tensor.data_ptr()
@@ -141,7 +148,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.dq_features.restype = ctypes.c_int
+    """Types of its functions. Functions without arguments or with one int, and an int as result, have ctypes' own."""
     features = library.dq_features()
     signatures = {**_SIGNATURES, **(_PRODUCTS if features & 1 else {}), **(_WINOGRAD if features & 2 else {})}
     for name, arguments in signatures.items():

@@ -115,6 +115,9 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
   // Work is cut into (pixels x a stripe of columns); runs of pixels keep a stripe of weights in cache. With one tap results
   // weigh as much as products: a stripe as wide as the cache allows writes them in long pieces.
   const i64 widest = std::max<i64>(BLOCK, std::min<i64>(WIDEST, STRIPE_BYTES / Cp / BLOCK * BLOCK));
+#ifdef DQ_AMX
+  if (conv_on_tiles(in, w, sums, zp, N, Hp, Wp, Cp, Ho, Wo, Co, taps.data(), n_taps, sy, sx, e, bias_pixels, widest, out)) return;
+#endif
   const i64 stripe = n_taps == 1 ? widest : BLOCK, stripes = (Cop + stripe - 1) / stripe;
   int threads = omp_get_max_threads();
   i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * stripes / (4 * threads) / ROWS + 1) * ROWS));

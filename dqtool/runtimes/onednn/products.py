@@ -1,7 +1,7 @@
 """Quantized layers on integers: codes in channels-last bytes, an int8 product, a float32 result.
 
-`NativeProduct` multiplies with the compiled kernels (AVX512-VNNI or AVX2), `OnednnProduct` with PyTorch's oneDNN operations,
-which run everywhere on x86 and use AMX. Both give the accumulators of `nn.integer.accumulate`, exactly.
+`NativeProduct` multiplies with the compiled kernels (AMX, AVX512-VNNI or AVX2), `OnednnProduct` with PyTorch's oneDNN
+operations: grouped convolutions, and all layers where there is no compiler. Both give the accumulators of `nn.integer.accumulate`, exactly.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class NativeProduct(Product):
         geometry = (self.kernel, self.stride, self.taps_dilation)
         self.may_winograd = (
             library.has_vnni()
+            and not library.has_amx()  # matrix tiles need no fewer products, and a smaller weight
             and self.is_conv
             and geometry == ((3, 3), (1, 1), (1, 1))
             and self.operand.signed
