@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_onednn import random_layer
+from test_onednn import linear_layer, random_layer
 
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.onednn import library
@@ -43,12 +43,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     finally:
         for cache in caches:
             cache.cache_clear()
-
-
-def linear_layer(co: int, ci: int, bits: int) -> IntegerLayer:
-    """A linear layer of random codes."""
-    conv = random_layer(co, ci, 1, bits)
-    return IntegerLayer(conv.input, conv.weight[:, :, 0, 0], conv.weight_scale, conv.bias, None, False)
 
 
 def check(kernels: ctypes.CDLL, layer: IntegerLayer, x: torch.Tensor, tiles: bool) -> None:
@@ -110,7 +104,9 @@ def test_bias_per_sample_residual_and_factor_on_tiles(emulated: ctypes.CDLL) -> 
         assert torch.allclose(got, (plain + bias[:, :, None, None] + residual) * 0.5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 40), (70, 77, 64), (16, 77, 160), (5, 76, 72), (33, 256, 8), (256, 257, 48)])
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 40), (70, 77, 64), (16, 77, 160), (5, 76, 72), (33, 256, 8), (256, 257, 48)]
+)
 def test_attention_on_tiles_is_the_vectors(emulated: ctypes.CDLL, shape: tuple[int, int, int]) -> None:
     (sq, sk, d), n, heads = shape, 2, 3
     torch.manual_seed(sq)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from dqtool.nn.quantizers import StepIndex
 from dqtool.runtimes.onednn import integer_report, library
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
 from dqtool.runtimes.onednn.blocks import NormActProduct
-from dqtool.runtimes.onednn.codes import Clock, Product
+from dqtool.runtimes.onednn.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Clock, Product
 from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct, merge
 
 BITS = ("4/4", "6/6", "8/8")
@@ -279,6 +280,43 @@ def test_bias_per_sample_residual_and_factor() -> None:
         assert torch.allclose(got, (plain + bias[:, :, None, None] + residual) * 0.5, atol=1e-5), engine
 
 
+def linear_layer(co: int, ci: int, bits: int) -> IntegerLayer:
+    """A linear layer of random codes."""
+    conv = random_layer(co, ci, 1, bits)
+    return IntegerLayer(conv.input, conv.weight[:, :, 0, 0], conv.weight_scale, conv.bias, None, False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("act", [NONE, SILU, GELU, GELU_TANH, GEGLU])
+@pytest.mark.parametrize("width", [64, 640, 900, 36])
+def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(act: int, width: int) -> None:
+    torch.manual_seed(width)
+    channels = 2 * width if act == GEGLU else width
+    first, second = linear_layer(channels, 72, 6), linear_layer(24, width, 4)
+    assert first.input is not None and second.input is not None
+    second = replace(second, input=replace(second.input, divisor=torch.rand(width) + 0.5))
+    following = NativeProduct(second, Clock())
+    for rows in (1, 37):
+        x = torch.randn(rows, 72)
+        fused, plain = NativeProduct(first, Clock()), NativeProduct(first, Clock())
+        got = fused.feed(fused.quantize(x), following, act)
+        expected = Product.feed(plain, plain.quantize(x), following, act)
+        assert got.shape == expected.shape and torch.equal(got.data, expected.data)
+        assert torch.equal(fused(x), plain(x))  # as floats in their own order, whatever the order they are packed in
+        late = plain.feed(plain.quantize(x), following, act)  # packed before it was known what for
+        assert torch.equal(late.data, expected.data)
+
+
+def test_gate_per_sample() -> None:
+    layer = linear_layer(20, 16, 6)
+    for engine in engines(layer):
+        product = engine(layer, Clock())
+        x, residual, gates = torch.randn(2, 5, 16), torch.randn(2, 5, 20), torch.randn(2, 60)
+        for gate in (gates.chunk(3, dim=1)[1], gates[:1, :20]):
+            got = product.multiply(product.quantize(x), residual=residual, gate=gate)
+            assert torch.allclose(got, residual + gate[:, None] * product(x), atol=1e-5), engine
+
+
 def test_merged_projections_need_one_quantizer() -> None:
     operand = Operand(4, torch.tensor([0.1, 0.2]), torch.tensor([3, 4], dtype=torch.int32))
     other = Operand(4, torch.tensor([0.1, 0.3]), torch.tensor([3, 4], dtype=torch.int32))
@@ -343,9 +381,9 @@ def test_transformer_blocks_compute_what_the_simulation_does(norm_type: str) -> 
 def test_transformers_on_images_compute_what_the_simulation_does(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    from dqtool.runtimes.onednn import blocks, convert
+    from dqtool.runtimes.onednn import codes, convert
 
-    monkeypatch.setattr(blocks, "PIECE", 1)  # a feed-forward in pieces of 48 rows
+    monkeypatch.setattr(codes, "PIECE", 1)  # a feed-forward in pieces of 48 rows
 
     class Root(nn.Module):
         def __init__(self) -> None:

@@ -152,17 +152,17 @@ inline Stretches stretches(i64 N, i64 Hp, i64 Wp, i64 Ho, i64 Wo, i64 sy, i64 sx
   return images.cost() < rows.cost() ? images : rows;
 }
 
-// `dq_conv` on tiles; false where vectors do as well.
+// `convolve` on tiles; false where vectors do as well.
 bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho,
-                   i64 Wo, i64 Co, const i64* taps, int n_taps, i64 sy, i64 sx, const Epilogue& e, i64 bias_pixels,
-                   i64 widest, float* out) {
+                   i64 Wo, i64 Cop, const i64* taps, int n_taps, i64 sy, i64 sx, i64 sample_pixels, i64 stripe,
+                   const Results& results) {
   const i64 depth = tile_depth(Cp);
   if (!use_amx || !depth) return false;
   const Stretches s = stretches(N, Hp, Wp, Ho, Wo, sy, sx);
   if (s.cut.length < FEW) return false;
-  const i64 Cop = (Co + 15) / 16 * 16, stripe = n_taps == 1 ? widest : BLOCK, stripes = (Cop + stripe - 1) / stripe;
-  const i64 in_stretch = (s.cut.tiles + 1) / 2, panels = s.count * in_stretch, image = Ho * Wo;
-  const i64 results = s.cut.length / s.width * s.useful + std::min(s.cut.length % s.width, s.useful);  // of a stretch
+  const i64 stripes = (Cop + stripe - 1) / stripe, image = Ho * Wo;
+  const i64 in_stretch = (s.cut.tiles + 1) / 2, panels = s.count * in_stretch;
+  const i64 pixels_of_one = s.cut.length / s.width * s.useful + std::min(s.cut.length % s.width, s.useful);
   const i64 group = std::max<i64>(1, std::min<i64>(8, panels * stripes / (4 * omp_get_max_threads())));
   const i64 groups = (panels + group - 1) / group;
 #pragma omp parallel if (N * image * Cop * Cp * n_taps > 200000)
@@ -170,6 +170,7 @@ bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int 
     Tiles tiles;
     tiles.shape(s.cut.rows, depth);
     alignas(64) int32_t acc[PANEL * BLOCK], start[WIDEST];
+    float* room = scratch_a.get<float>(PANEL * WIDEST);
 #pragma omp for schedule(dynamic, 1)
     for (i64 item = 0; item < groups * stripes; ++item) {
       const i64 left = item % stripes * stripe, right = std::min(Cop, left + stripe), from = item / stripes * group;
@@ -179,22 +180,24 @@ bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int 
         const bool two = tile + 1 < s.cut.tiles;
         const uint8_t* base = in + (stretch / s.per_image * Hp * Wp + stretch % s.per_image * sy * Wp) * Cp;
         auto codes = [&](i64 t) { return base + s.cut.first(t) * sx * Cp; };
-        i64 pixels[PANEL];  // where each row of sums goes; -1: nowhere
-        for (i64 i = 0; i < (two ? 2 : 1) * s.cut.rows; ++i) {
+        const i64 rows = (two ? 2 : 1) * s.cut.rows;
+        i64 pixels[PANEL], samples[PANEL];  // where each row of sums goes; -1: nowhere
+        for (i64 i = 0; i < rows; ++i) {
           i64 t = tile + i / s.cut.rows, position = s.cut.first(t) + i % s.cut.rows;
           bool new_one = position >= t * s.cut.rows && position % s.width < s.useful;
-          pixels[i] = new_one ? stretch * results + position / s.width * s.useful + position % s.width : -1;
+          pixels[i] = new_one ? stretch * pixels_of_one + position / s.width * s.useful + position % s.width : -1;
+          samples[i] = pixels[i] / (sample_pixels ? sample_pixels : image);
         }
         for (i64 first = left; first < right; first += BLOCK) {
           const i64 width = std::min<i64>(BLOCK, right - first);
           multiply_block(codes(tile), two ? codes(tile + 1) : nullptr, sx * Cp, taps, n_taps, Cp, depth,
                          w + first * Cp * n_taps, width, start + first - left, s.cut.rows, acc, BLOCK);
-          for (i64 i = 0; i < (two ? 2 : 1) * s.cut.rows; ++i) {
-            if (pixels[i] < 0) continue;
-            i64 sample = pixels[i] / (bias_pixels ? bias_pixels : image);
-            finish_row(acc + i * BLOCK, int(width / LANES), e, sample, pixels[i], first, Co, out);
-          }
+          for (i64 i = 0; i < rows; ++i)
+            if (pixels[i] >= 0)
+              results.block(acc + i * BLOCK, int(width / LANES), samples[i], pixels[i], first, left, right, room + i * WIDEST);
         }
+        for (i64 i = 0; i < rows; ++i)
+          if (pixels[i] >= 0) results.row(pixels[i], left, right, room + i * WIDEST);
       }
     }
   }

@@ -108,8 +108,10 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         mask: Tensor | None = None,
         residual: Tensor | None = None,
         post: float = 1.0,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """Attention on the codes of its input (of `to_qkv`, with a context of `to_q`): `[N, S, C]`, plus `residual`."""
+        """Attention on the codes of its input (of `to_qkv`, with a context of `to_q`): `[N, S, C]`, times `gate` `[N, C]`,
+        plus `residual`, times `post`."""
         if context is None:
             sizes = [layer.out_features for layer in (attn.to_q, attn.to_k, attn.to_v)]
             query, key, value = attn.to_qkv.multiply(codes).split(sizes, dim=-1)
@@ -126,8 +128,8 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         mixed = self.attend(attn, query, key, value, mask)
         out = attn.to_out[0]
         if isinstance(out, Product):
-            return out.multiply(out.quantize(mixed), residual=residual, post=post)
-        mixed = out(mixed)
+            return out.multiply(out.quantize(mixed), residual=residual, post=post, gate=gate)
+        mixed = out(mixed) if gate is None else out(mixed) * gate.unsqueeze(1)
         return (mixed if residual is None else mixed + residual) * post
 
     def _tables(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
@@ -19,12 +18,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
-from dqtool.runtimes.onednn.codes import GELU, GELU_TANH, NONE, SILU, Codes, Product
+from dqtool.runtimes.onednn.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, Product
 
 __all__ = ["fuse"]
-
-PIECE = 8 << 20
-"""Bytes of floats between a feed-forward's two layers that are made at a time."""
 
 
 def fuse(network: nn.Module) -> int:
@@ -140,27 +136,12 @@ class FusedFeedForward(FeedForward):
         first: Any = self.net[0].proj
         return self.from_codes(first.quantize(hidden_states.float())).to(hidden_states.dtype)
 
-    def from_codes(self, codes: Any, residual: Tensor | None = None) -> Tensor:
-        """On the codes of the first layer's input, plus `residual`."""
+    def from_codes(self, codes: Codes, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        """On the codes of the first layer's input, times `gate` `[N, C]`, plus `residual`."""
         act: Any = self.net[0]
         out: Any = self.net[2]
-        if type(act).__name__ == "GEGLU":
-            codes = self._gated(act.proj, out, codes)
-        else:
-            codes = out.quantize(act.proj.multiply(codes), GELU_TANH if act.approximate == "tanh" else GELU)
-        return out.multiply(codes, residual=residual)
-
-    @staticmethod
-    def _gated(first: Product, out: Product, codes: Codes) -> Codes:
-        """Codes of GEGLU for the second layer, in pieces of rows: the floats between (84 MB in Stable Diffusion's largest
-        block) then stay in the cache, and no fresh memory is touched."""
-        rows = codes.data.shape[0]
-        piece = max(48, PIECE // (4 * first.out_channels) // 48 * 48)
-        data = torch.empty(rows, out.channel_bytes, dtype=torch.uint8)
-        for start in range(0, rows, piece):
-            part = codes.data[start : start + piece]
-            out.geglu(first.multiply(Codes(part, (len(part),))), data[start : start + piece])
-        return Codes(data, codes.shape)
+        kind = GEGLU if type(act).__name__ == "GEGLU" else GELU_TANH if act.approximate == "tanh" else GELU
+        return out.multiply(act.proj.feed(codes, out, kind), residual=residual, gate=gate)
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
@@ -222,15 +203,12 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             codes = attn1.to_qkv.layer_norm(x, norm1.norm, scale1, shift1)
         else:
             codes = attn1.to_qkv.layer_norm(x, self.norm1)
-        y = attn1.processor.from_codes(attn1, codes, None, attention_mask, None if zero else x)
-        x = y if gate1 is None else torch.addcmul(x, gate1.unsqueeze(1), y)
+        x = attn1.processor.from_codes(attn1, codes, None, attention_mask, x, gate=gate1)
         if attn2 is not None:
             codes = attn2.to_q.layer_norm(x, self.norm2)
             x = attn2.processor.from_codes(attn2, codes, encoder_hidden_states, encoder_attention_mask, x)
         codes = ff.net[0].proj.layer_norm(x, norm3, scale2, shift2)
-        y = ff.from_codes(codes, None if zero else x)
-        x = y if gate2 is None else torch.addcmul(x, gate2.unsqueeze(1), y)
-        return x.to(hidden_states.dtype)
+        return ff.from_codes(codes, x, gate2).to(hidden_states.dtype)
 
 
 class FusedTransformer2DModel(Transformer2DModel):

@@ -13,7 +13,7 @@ from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.onednn import library
 from dqtool.runtimes.onednn.library import pointer
 
-__all__ = ["GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
+__all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
 
 LAYOUTS = 64
 """Shapes of inputs for which a layer remembers how its codes lie."""
@@ -21,8 +21,12 @@ LAYOUTS = 64
 TABLE = 1 << 15
 """Multipliers of all steps and channels that a layer keeps ready."""
 
-NONE, SILU, GELU_TANH, GELU = range(4)
-"""Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`."""
+NONE, SILU, GELU_TANH, GELU, GEGLU = range(5)
+"""Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`. GEGLU is `value * gelu(gate)` of
+the two halves (value, gate) of the channels."""
+
+PIECE = 8 << 20
+"""Bytes of floats between two linear layers that are made at a time."""
 
 _ACTIVATIONS = {
     NONE: lambda x: x,
@@ -103,11 +107,33 @@ class Product(nn.Module):
         raise NotImplementedError
 
     def multiply(
-        self, codes: Codes, bias: Tensor | None = None, residual: Tensor | None = None, post: float = 1.0
+        self,
+        codes: Codes,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        post: float = 1.0,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """`(product + bias + residual) * post`, float32, channels-last. `bias` `[N, C_out]` stands in for the layer's
-        own; `residual` has the result's shape."""
+        """`((product + bias) * gate + residual) * post`, float32, channels-last. `bias` `[N, C_out]` stands in for the
+        layer's own; `gate` is `[N, C_out]`, of a linear layer on `[N, S, C]`; `residual` has the result's shape."""
         raise NotImplementedError
+
+    def feed(self, codes: Codes, following: Product, act: int) -> Codes:
+        """Codes of `act(product)` for the linear layer `following`, of a linear layer.
+
+        In pieces of rows: the floats between (84 MB in Stable Diffusion's largest block) then stay in the cache, and no
+        fresh memory is touched."""
+        rows = codes.data.shape[0]
+        piece = max(48, PIECE // (4 * self.out_channels) // 48 * 48)
+        data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
+        for start in range(0, rows, piece):
+            part = codes.data[start : start + piece]
+            between = self.multiply(Codes(part, (len(part),)))
+            if act == GEGLU:
+                following.geglu(between, data[start : start + piece])
+            else:
+                data[start : start + piece] = following.quantize(between, act).data
+        return Codes(data, codes.shape)
 
     def accumulators(self, codes: Codes) -> Tensor:
         """What the product sums up before scales and bias, as float32 (exact below 2^24). For checks: it copies the layer."""

@@ -64,7 +64,7 @@ inline float gelu_erf(float y) {
   return 0.5f * y * (1.0f + std::copysign(erf, y));
 }
 
-enum Act { NONE = 0, SILU = 1, GELU_TANH = 2, GELU_ERF = 3 };
+enum Act { NONE = 0, SILU = 1, GELU_TANH = 2, GELU_ERF = 3, GEGLU = 4 };  // GEGLU: see geglu_row
 
 template <int ACT>
 inline float act(float y) {
@@ -108,6 +108,19 @@ RowFn row_fn(int act, bool affine, bool per_channel) {
     case GELU_TANH: return row_fn<GELU_TANH>(affine, per_channel);
     case GELU_ERF: return row_fn<GELU_ERF>(affine, per_channel);
     default: return row_fn<NONE>(affine, per_channel);
+  }
+}
+
+// One row of C channels: codes of value * gelu(gate).
+void geglu_row(const float* __restrict value, const float* __restrict gate, uint8_t* __restrict out, i64 C, const float* m,
+               bool per_channel, float lo, float hi, int zp) {
+  float m0 = m[0];
+  if (per_channel) {
+#pragma omp simd
+    for (i64 c = 0; c < C; ++c) out[c] = code(value[c] * gelu_erf(gate[c]) * m[c], lo, hi, zp);
+  } else {
+#pragma omp simd
+    for (i64 c = 0; c < C; ++c) out[c] = code(value[c] * gelu_erf(gate[c]) * m0, lo, hi, zp);
   }
 }
 
@@ -283,17 +296,8 @@ EXPORT void dq_geglu_quantize(const float* x, uint8_t* out, i64 M, i64 C, i64 Cp
                               float lo, float hi, int zp) {
 #pragma omp parallel for schedule(static) if (M * C > 16384)
   for (i64 i = 0; i < M; ++i) {
-    const float* __restrict value = x + i * 2 * C;
-    const float* __restrict gate = value + C;
-    uint8_t* __restrict dst = out + i * Cp;
-    float m0 = m[0];
-    if (per_channel) {
-#pragma omp simd
-      for (i64 c = 0; c < C; ++c) dst[c] = code(value[c] * gelu_erf(gate[c]) * m[c], lo, hi, zp);
-    } else {
-#pragma omp simd
-      for (i64 c = 0; c < C; ++c) dst[c] = code(value[c] * gelu_erf(gate[c]) * m0, lo, hi, zp);
-    }
+    uint8_t* dst = out + i * Cp;
+    geglu_row(x + i * 2 * C, x + (i * 2 + 1) * C, dst, C, m, per_channel, lo, hi, zp);
     for (i64 c = C; c < Cp; ++c) dst[c] = static_cast<uint8_t>(zp);
   }
 }

@@ -58,11 +58,13 @@ struct Weight {
 }  // namespace
 
 // A weight [Co, Ci, taps] to blocks of BLOCK columns, [block][tap][Ci / 4][columns][4]; sums[Co rounded up to 16]. Returns the
-// largest magnitude of a code.
+// largest magnitude of a code. `gates`: see Results.
 EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int bits, const uint8_t* zero_points,
-                   int8_t* packed, int32_t* sums, i64 Co, i64 Ci, i64 taps) {
+                   int8_t* packed, int32_t* sums, i64 Co, i64 Ci, i64 taps, i64 gates) {
   Weight weight{codes, words, row_bytes, bits, zero_points};
   i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16, K = Ci * taps;
+  Results order{};
+  order.gates = gates;
   int largest = 0;
   // A strip is 16 columns: of each quad of channels a whole cache line. A thread takes a block's strips, which share pages.
 #pragma omp parallel for schedule(dynamic, BLOCK / 16) reduction(max : largest) if (Co * K > 65536)
@@ -72,8 +74,9 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
     int8_t* buffer = scratch_a.get<int8_t>(17 * K);
     std::memset(buffer + 16 * K, 0, size_t(K));
     const int8_t* rows[16];
+    const i64 channel = order.channel(first) + from - first;
     for (i64 j = 0; j < 16; ++j) {
-      rows[j] = from + j < Co ? weight.row(from + j, K, buffer + j * K) : buffer + 16 * K;
+      rows[j] = channel + j < Co ? weight.row(channel + j, K, buffer + j * K) : buffer + 16 * K;
       const int8_t* row = rows[j];
       int sum = 0, low = 0, high = 0;
 #pragma omp simd reduction(+ : sum) reduction(min : low) reduction(max : high)
@@ -99,13 +102,12 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
   return largest;
 }
 
-// Convolution of padded codes [N, Hp, Wp, Cp] with a packed weight; float32 out [N, Ho, Wo, Co]. A linear layer is a
-// convolution with N = 1, Hp = 1, Wp = rows. `largest_code` bounds what is in `in`, `largest_weight` is what `dq_pack` returned.
-EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight,
-                    i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
-                    const float* scale, float input_scale, const float* bias, i64 bias_stride, i64 bias_pixels,
-                    const float* residual, float post, float* out) {
-  Epilogue e{scale, input_scale, bias, bias_stride, residual, post};
+namespace {
+
+// Convolution of padded codes [N, Hp, Wp, Cp] with a packed weight, to results [N, Ho, Wo, Co].
+void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight, i64 N,
+              i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
+              i64 sample_pixels, const Results& results) {
   i64 group = pairs_in_16_bits(largest_code, largest_weight);
   i64 pixels = N * Ho * Wo, quads = Cp / 4, Cop = (Co + 15) / 16 * 16;
   int n_taps = int(kh * kw);
@@ -115,10 +117,11 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
   // Work is cut into (pixels x a stripe of columns); runs of pixels keep a stripe of weights in cache. With one tap results
   // weigh as much as products: a stripe as wide as the cache allows writes them in long pieces.
   const i64 widest = std::max<i64>(BLOCK, std::min<i64>(WIDEST, STRIPE_BYTES / Cp / BLOCK * BLOCK));
+  const i64 stripe = results.stripe(n_taps == 1 ? widest : BLOCK), stripes = (Cop + stripe - 1) / stripe;
 #ifdef DQ_AMX
-  if (conv_on_tiles(in, w, sums, zp, N, Hp, Wp, Cp, Ho, Wo, Co, taps.data(), n_taps, sy, sx, e, bias_pixels, widest, out)) return;
+  if (conv_on_tiles(in, w, sums, zp, N, Hp, Wp, Cp, Ho, Wo, Cop, taps.data(), n_taps, sy, sx, sample_pixels, stripe, results))
+    return;
 #endif
-  const i64 stripe = n_taps == 1 ? widest : BLOCK, stripes = (Cop + stripe - 1) / stripe;
   int threads = omp_get_max_threads();
   i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * stripes / (4 * threads) / ROWS + 1) * ROWS));
   if (n_taps == 1) run = std::min<i64>(run, 48);
@@ -131,6 +134,7 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
     i64 left = item % stripes * stripe, right = std::min(Cop, left + stripe), from = item / stripes * run;
     i64 to = std::min(pixels, from + run);
     alignas(64) int32_t start[WIDEST];
+    alignas(64) float room[ROWS * WIDEST];
     for (i64 j = left; j < right; ++j) start[j - left] = -zp * sums[j];
     i64 n = from / image, y = from % image / Wo, x = from % Wo;
     for (i64 p = from; p < to; p += ROWS) {
@@ -139,7 +143,7 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
       i64 sample[ROWS];
       for (int i = 0; i < m; ++i) {
         rows[i] = in + ((n * Hp + y * sy) * Wp + x * sx) * Cp;
-        sample[i] = bias_pixels ? (p + i) / bias_pixels : n;
+        sample[i] = sample_pixels ? (p + i) / sample_pixels : n;
         if (++x == Wo) {
           x = 0;
           if (++y == Ho) y = 0, ++n;
@@ -151,9 +155,39 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
         int nb = int(columns / LANES);
         tile_taps(m, nb, rows, taps.data(), n_taps, quads, w + first * Cp * n_taps, slice, start + first - left, acc,
                   p == from ? slice : 0, group);
-        for (int i = 0; i < m; ++i) finish_row(acc + i * BLOCK, nb, e, sample[i], p + i, first, Co, out);
+        for (int i = 0; i < m; ++i)
+          results.block(acc + i * BLOCK, nb, sample[i], p + i, first, left, right, room + i * WIDEST);
       }
+      for (int i = 0; i < m; ++i) results.row(p + i, left, right, room + i * WIDEST);
     }
   }
+}
+
+}  // namespace
+
+// Convolution to float32 [N, Ho, Wo, Co]. A linear layer is one with N = 1, Hp = 1, Wp = rows, and `sample_pixels` rows in a
+// sample. `largest_code` bounds what is in `in`, `largest_weight` is what `dq_pack` returned. `gate` [N, Co] or null.
+EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight,
+                    i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
+                    const float* scale, float input_scale, const float* bias, i64 bias_stride, i64 sample_pixels,
+                    const float* gate, i64 gate_stride, const float* residual, float post, i64 gates, float* out) {
+  Results results{};
+  results.e = {scale, input_scale, bias, bias_stride, gate, gate_stride, residual, post};
+  results.Co = Co, results.gates = gates, results.out = out;
+  convolve(in, w, sums, zp, largest_code, largest_weight, N, Hp, Wp, Cp, Ho, Wo, Co, kh, kw, sy, sx, dy, dx, sample_pixels,
+           results);
+}
+
+// A linear layer [rows, Cp] to the codes of the next one's input, [rows, next_Cp], by way of an activation.
+EXPORT void dq_linear_codes(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code,
+                            int largest_weight, i64 rows, i64 Cp, i64 Co, const float* scale, float input_scale,
+                            const float* bias, i64 gates, uint8_t* codes, i64 next_Cp, int act, const float* m,
+                            int per_channel, float lo, float hi, int next_zp) {
+  Results results{};
+  results.e = {scale, input_scale, bias, 0, nullptr, 0, nullptr, 1.0f};
+  results.Co = Co, results.gates = gates;
+  results.codes = codes, results.Cp = next_Cp, results.act = act;
+  results.m = m, results.per_channel = per_channel, results.lo = lo, results.hi = hi, results.zp = next_zp;
+  convolve(in, w, sums, zp, largest_code, largest_weight, 1, 1, rows, Cp, 1, rows, Co, 1, 1, 1, 1, 1, 1, 0, results);
 }
 #endif  // DQ_PRODUCTS

@@ -16,7 +16,7 @@ from torch import Tensor
 from dqtool.core.allocator import FilePages
 from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
 from dqtool.runtimes.onednn import library
-from dqtool.runtimes.onednn.codes import Clock, Codes, Product
+from dqtool.runtimes.onednn.codes import GEGLU, Clock, Codes, Product
 from dqtool.runtimes.onednn.library import pointer
 
 __all__ = ["NativeProduct", "OnednnProduct", "merge", "saturates"]
@@ -30,9 +30,14 @@ class NativeProduct(Product):
     has read nothing of them, and the size of the problem decides where a Winograd transform is possible (3x3 convolutions
     of narrow codes on AVX512-VNNI: 16 bytes for 9, 2.25x fewer products).
 
+    A layer that feeds GEGLU has its values' and its gates' columns in turn, so that the codes of the next layer's input come
+    out at once.
+
     Without VNNI, codes are stored unsigned from 0 up to 2^b - 1: the smaller they are, the more sums fit 16 bits."""
 
     stored: list[int] | None = None
+    gates: int = 0
+    """Columns that gate as many others, which come before them, where weights are packed for `feed` with GEGLU."""
     pages: FilePages | None = None
     """Of the file that the packed codes are mapped from, which are let go once they have been read."""
 
@@ -76,7 +81,12 @@ class NativeProduct(Product):
         return p, p + odd[0], q, q + odd[1]
 
     def multiply(
-        self, codes: Codes, bias: Tensor | None = None, residual: Tensor | None = None, post: float = 1.0
+        self,
+        codes: Codes,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        post: float = 1.0,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """See `Product.multiply`."""
         kernels: Any = self.kernels
@@ -95,7 +105,7 @@ class NativeProduct(Product):
                 residual = residual.contiguous()
             extra = None if residual is None else residual.data_ptr()
             geometry: tuple[int, ...] = (1, 1, rows, self.channel_bytes, 1, rows, co, 1, 1, 1, 1, 1, 1)
-            pixels = rows // codes.shape[0] if bias is not None else 0
+            pixels = rows // codes.shape[0] if bias is not None or gate is not None else 0
         else:
             n, hp, wp, cp = data.shape
             _, ho, wo = codes.shape
@@ -110,11 +120,35 @@ class NativeProduct(Product):
                 )  # fmt: skip
                 return out
             geometry = (n, hp, wp, cp, ho, wo, co, *self.kernel, *self.stride, *self.taps_dilation)
+        gated: tuple = (None, 0)
+        if gate is not None:
+            gate = gate.expand(codes.shape[0], -1)
+            gated = (gate.data_ptr(), gate.stride(0))
         kernels.dq_conv(
-            data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, self.largest_weight, *geometry, scales, scale, own, per_sample, pixels, extra,
-            post, out.data_ptr(),
+            data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, self.largest_weight, *geometry, scales,
+            scale, own, per_sample, pixels, *gated, extra, post, self.gates, out.data_ptr(),
         )  # fmt: skip
         return out
+
+    def feed(self, codes: Codes, following: Product, act: int) -> Codes:
+        """See `Product.feed`; nothing is written between but the codes."""
+        kernels: Any = self.kernels
+        half = self.out_channels // 2
+        if act == GEGLU and self.packed is None and half % 64 == 0:
+            self.gates = half
+        if (act == GEGLU and not self.gates) or following.kernels is None or self.out_channels % 4:
+            return super().feed(codes, following, act)
+        _, packed, sums, scales, own = self._held or self._hold(codes)
+        scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
+        rows = codes.data.shape[0]
+        data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
+        gates = self.gates if act == GEGLU else 0
+        kernels.dq_linear_codes(
+            codes.data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, self.largest_weight, rows,
+            self.channel_bytes, self.out_channels, scales, scale, own, gates, data.data_ptr(), following.channel_bytes, act,
+            *following.quantizer(),
+        )  # fmt: skip
+        return Codes(data, codes.shape)
 
     def _hold(self, codes: Codes) -> tuple:
         """Addresses of the layer's tensors, and the tensors themselves, so that they stay."""
@@ -156,7 +190,7 @@ class NativeProduct(Product):
             packed = torch.empty(columns * self.channel_bytes * taps, dtype=torch.int8)
             starts = torch.empty(columns, dtype=torch.int32)
             self.largest_weight = kernels.dq_pack(
-                *weight, packed.data_ptr(), starts.data_ptr(), self.out_channels, ci, taps
+                *weight, packed.data_ptr(), starts.data_ptr(), self.out_channels, ci, taps, self.gates
             )
         if source is not None and self.pages is not None:
             self.pages.release(source.words.data_ptr(), source.words.nbytes)
@@ -188,7 +222,12 @@ class OnednnProduct(Product):
         return p, p, q, q
 
     def multiply(
-        self, codes: Codes, bias: Tensor | None = None, residual: Tensor | None = None, post: float = 1.0
+        self,
+        codes: Codes,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        post: float = 1.0,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """See `Product.multiply`."""
         ops = torch.ops.onednn
@@ -219,6 +258,8 @@ class OnednnProduct(Product):
             self.weight = torch.empty(0, dtype=torch.int8)
         if bias is not None:
             out += bias
+        if gate is not None:
+            out *= gate.view(len(gate), *(1,) * (out.dim() - 2), -1)
         if residual is not None:
             out += residual
         return out if post == 1.0 else out.mul_(post)

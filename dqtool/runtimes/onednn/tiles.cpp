@@ -15,11 +15,13 @@ constexpr int WIDEST = 128;
 #endif
 constexpr i64 STRIPE_BYTES = 256 << 10;
 
-struct Epilogue {  // y = (acc * scale + bias + residual) * post
+struct Epilogue {  // y = ((acc * scale + bias) * gate + residual) * post
   const float* scale;
   float input_scale;
   const float* bias;
   i64 bias_stride;  // 0: one bias for all samples
+  const float* gate;
+  i64 gate_stride;
   const float* residual;
   float post;
 };
@@ -75,16 +77,18 @@ inline __mmask16 tail(i64 left) {
   return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
 }
 
-inline void finish(__m512 acc, const Epilogue& e, i64 n, i64 pixel, i64 channel, i64 Co, float* out, __mmask16 mask) {
+// Sixteen columns from `channel` on, of one pixel of sample `n`.
+inline void finish(__m512 acc, const Epilogue& e, i64 n, i64 pixel, i64 channel, i64 Co, float* to, __mmask16 mask) {
   __m512 s = _mm512_mul_ps(_mm512_set1_ps(e.input_scale), _mm512_maskz_loadu_ps(mask, e.scale + channel));
   __m512 y;
   if (e.bias)
     y = _mm512_fmadd_ps(acc, s, _mm512_maskz_loadu_ps(mask, e.bias + n * e.bias_stride + channel));
   else
     y = _mm512_mul_ps(acc, s);
+  if (e.gate) y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, e.gate + n * e.gate_stride + channel));
   if (e.residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, e.residual + pixel * Co + channel));
   if (e.post != 1.0f) y = _mm512_mul_ps(y, _mm512_set1_ps(e.post));
-  _mm512_mask_storeu_ps(out + pixel * Co + channel, mask, y);
+  _mm512_mask_storeu_ps(to, mask, y);
 }
 
 // All taps of one tile: `slice` bytes of weights each.
@@ -95,10 +99,11 @@ inline void tile_taps(int m, int nb, const uint8_t* const* rows, const i64* taps
   for (int t = 1; t < n_taps; ++t) run(rows, taps[t], quads, block + t * slice, acc, BLOCK, acc, BLOCK, ahead);
 }
 
-// One row of finished accumulators, 16 columns at a time.
-inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 first, i64 Co, float* out) {
+// One row of finished accumulators, 16 columns at a time, from `channel` on.
+inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 channel, i64 Co, float* to) {
   for (int j = 0; j < nb; ++j)
-    finish(_mm512_cvtepi32_ps(_mm512_load_si512(acc + j * 16)), e, n, pixel, first + j * 16, Co, out, tail(Co - first - j * 16));
+    finish(_mm512_cvtepi32_ps(_mm512_load_si512(acc + j * 16)), e, n, pixel, channel + j * 16, Co, to + j * 16,
+           tail(Co - channel - j * 16));
 }
 
 #else  // AVX2
@@ -246,8 +251,8 @@ inline void tile_taps(int m, int, const uint8_t* const* rows, const i64* taps, i
   TILES[m - 1](rows, taps, n_taps, quads, block, start, acc, BLOCK, group);
 }
 
-// One row of finished accumulators, 8 columns at a time.
-inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 first, i64 Co, float* out) {
+// One row of finished accumulators, 8 columns at a time, from `first` on.
+inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 first, i64 Co, float* to) {
   for (int j = 0; j < nb; ++j) {
     i64 channel = first + j * 8, left = Co - channel;
     if (left <= 0) return;
@@ -255,13 +260,61 @@ inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64
     __m256 s = _mm256_mul_ps(_mm256_set1_ps(e.input_scale), _mm256_maskload_ps(e.scale + channel, mask));
     __m256 y = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(acc + j * 8)));
     y = e.bias ? _mm256_fmadd_ps(y, s, _mm256_maskload_ps(e.bias + n * e.bias_stride + channel, mask)) : _mm256_mul_ps(y, s);
+    if (e.gate) y = _mm256_mul_ps(y, _mm256_maskload_ps(e.gate + n * e.gate_stride + channel, mask));
     if (e.residual) y = _mm256_add_ps(y, _mm256_maskload_ps(e.residual + pixel * Co + channel, mask));
     if (e.post != 1.0f) y = _mm256_mul_ps(y, _mm256_set1_ps(e.post));
-    _mm256_maskstore_ps(out + pixel * Co + channel, mask, y);
+    _mm256_maskstore_ps(to + j * 8, mask, y);
   }
 }
 
 #endif
+
+// What becomes of a product's sums: floats [pixels, Co], or at once the codes of the next layer's input, [pixels, Cp].
+//
+// `gates` > 0: GEGLU. The first half of the `Co` columns are values, the others their gates, `gates` of each (a multiple of
+// BLOCK), and packed blocks are a block of values and one of gates in turn: work on both gives codes.
+struct Results {
+  Epilogue e;
+  i64 Co, gates;
+  float* out;  // null: codes
+  uint8_t* codes;
+  i64 Cp;
+  int act;
+  const float* m;
+  bool per_channel;
+  float lo, hi;
+  int zp;
+
+  // First channel of the packed block at column `first`.
+  i64 channel(i64 first) const { return gates ? (first / BLOCK % 2 ? gates : 0) + first / (2 * BLOCK) * BLOCK : first; }
+
+  // Columns that one piece of work has, about `wanted`.
+  i64 stripe(i64 wanted) const { return gates ? std::max<i64>(2 * BLOCK, wanted / (2 * BLOCK) * (2 * BLOCK)) : wanted; }
+
+  // The block at `first` of the piece [left, right) of one pixel's row of sums. `room` is for the piece's floats.
+  void block(const int32_t* acc, int nb, i64 n, i64 pixel, i64 first, i64 left, i64 right, float* room) const {
+    i64 from = channel(first), at = first - left;
+    if (out)
+      finish_row(acc, nb, e, n, pixel, from, Co, out + pixel * Co + from);
+    else
+      finish_row(acc, nb, e, n, pixel, from, Co,
+                 room + (gates ? at / (2 * BLOCK) * BLOCK + (at / BLOCK % 2 ? (right - left) / 2 : 0) : at));
+  }
+
+  // After all blocks of the piece.
+  void row(i64 pixel, i64 left, i64 right, const float* room) const {
+    if (out) return;
+    const i64 from = gates ? left / 2 : left, count = gates ? (right - left) / 2 : std::min(right, Co) - left;
+    uint8_t* dst = codes + pixel * Cp;
+    const float* multiplier = per_channel ? m + from : m;
+    if (gates)
+      geglu_row(room, room + count, dst + from, count, multiplier, per_channel, lo, hi, zp);
+    else
+      row_fn(act, false, per_channel)(room, dst + from, count, nullptr, nullptr, multiplier, lo, hi, zp);
+    const i64 end = gates ? gates : Co;
+    if (from + count == end) std::memset(dst + end, zp, size_t(Cp - end));
+  }
+};
 
 // Rows [rows, K] of unsigned bytes times packed columns, to c.
 inline void multiply_rows(const uint8_t* a, i64 lda, i64 rows, const int8_t* packed, const int32_t* starts, i64 columns,

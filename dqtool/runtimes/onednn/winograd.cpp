@@ -114,7 +114,7 @@ inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 s
 EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* starts, i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho,
                         i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias, i64 bias_stride,
                         const float* residual, float post, float* out) {
-  Epilogue e{scale, input_scale * 0.25f, bias, bias_stride, residual, post};
+  Epilogue e{scale, input_scale * 0.25f, bias, bias_stride, nullptr, 0, residual, post};
   i64 rows = (Ho + 1) / 2, cols = (Wo + 1) / 2, tiles = N * rows * cols;
   i64 quads = Cp / 4, Cop = (Co + 15) / 16 * 16, blocks = (Cop + BLOCK - 1) / BLOCK;
   int threads = omp_get_max_threads();
@@ -161,15 +161,17 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* start
               s[0][c] = _mm512_add_epi32(_mm512_add_epi32(r0, r1), r2);
               s[1][c] = _mm512_sub_epi32(_mm512_sub_epi32(r1, r2), r3);
             }
-            __mmask16 mask = tail(Co - first - j * 16);
+            const i64 channel = first + j * 16;
+            __mmask16 mask = tail(Co - channel);
 #pragma GCC unroll 2
             for (int r = 0; r < 2; ++r) {
               if (2 * y + r >= Ho) continue;
               __m512i left = _mm512_add_epi32(_mm512_add_epi32(s[r][0], s[r][1]), s[r][2]);
               __m512i right = _mm512_sub_epi32(_mm512_sub_epi32(s[r][1], s[r][2]), s[r][3]);
               i64 pixel = (n * Ho + 2 * y + r) * Wo + 2 * x;
-              finish(_mm512_cvtepi32_ps(left), e, n, pixel, first + j * 16, Co, out, mask);
-              if (2 * x + 1 < Wo) finish(_mm512_cvtepi32_ps(right), e, n, pixel + 1, first + j * 16, Co, out, mask);
+              finish(_mm512_cvtepi32_ps(left), e, n, pixel, channel, Co, out + pixel * Co + channel, mask);
+              if (2 * x + 1 < Wo)
+                finish(_mm512_cvtepi32_ps(right), e, n, pixel + 1, channel, Co, out + (pixel + 1) * Co + channel, mask);
             }
           }
         }
