@@ -18,8 +18,8 @@ __all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Prod
 LAYOUTS = 64
 """Shapes of inputs for which a layer remembers how its codes lie."""
 
-TABLE = 1 << 15
-"""Multipliers of all steps and channels that a layer keeps ready."""
+TABLE = 1 << 16
+"""Multipliers of all steps and channels that a layer keeps ready, at most."""
 
 NONE, SILU, GELU_TANH, GELU, GEGLU = range(5)
 """Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`. GEGLU is `value * gelu(gate)` of
@@ -82,7 +82,7 @@ class Product(nn.Module):
         self.lows, self.highs = self.operand.low.tolist(), self.operand.high.tolist()
         self.offsets = self.operand.offset.tolist()
         self.kernels = library.get()
-        self._cached: tuple[int, Any] = (-1, None)
+        self._quantizers: dict[int, tuple] = {}
         self._layouts: dict[tuple, tuple] = {}
         channels = 1 if self.operand.divisor is None else len(self.operand.divisor)
         # Steps follow each other: one table instead of one computation a step, where it is small.
@@ -91,7 +91,7 @@ class Product(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what refers to memory by address: a copy finds its own."""
-        return {**self.__dict__, "_cached": (-1, None), "_held": None, "kernels": None}
+        return {**self.__dict__, "_quantizers": {}, "_held": None, "kernels": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Find the kernels again."""
@@ -151,11 +151,14 @@ class Product(nn.Module):
         """The kernels' view of the current step: address of the multiplier, whether it is per channel, bounds of the
         centred codes, zero point."""
         row = self.clock.row if len(self.scales) > 1 else 0
-        if self._cached[0] != row:
+        known = self._quantizers.get(row)
+        if known is None:
+            if self._multipliers is None:
+                self._quantizers.clear()  # one step's multipliers at a time
             m = self.operand.multiplier(row).contiguous() if self._multipliers is None else self._multipliers[row]
             values = (m.data_ptr(), int(m.dim()), float(self.lows[row]), float(self.highs[row]), self.zero_point())
-            self._cached = (row, (m, values))
-        return self._cached[1][1]
+            known = self._quantizers[row] = (values, m)
+        return known[0]
 
     def quantize(self, x: Tensor, act: int = NONE, up: int = 1, extra: tuple[int, int] = (0, 0)) -> Codes:
         """Codes of `act(x)`, `[N, C, H, W]` (nearest-upsampled `up` times, `extra` zero rows below and columns to the
