@@ -7,13 +7,14 @@ import ctypes
 import os
 import shutil
 import subprocess
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from test_onednn import linear_layer, random_layer
+from test_onednn import linear_layer, quantized, random_layer
 
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.onednn import library
@@ -135,6 +136,25 @@ def test_attention_on_tiles_is_the_vectors(emulated: ctypes.CDLL, shape: tuple[i
         assert torch.equal(got, attend(mask))
 
 
+def test_a_network_on_tiles_computes_what_it_does_on_vectors(emulated: ctypes.CDLL) -> None:
+    from diffusers import UNet2DModel
+
+    from dqtool.runtimes.onednn import convert
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
+    unet = UNet2DModel(in_channels=1, out_channels=1, block_out_channels=(64, 64), attention_head_dim=32, **blocks)
+    network = convert(quantized(unet))
+    x = torch.randn(2, 1, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = emulated.emulated_multiplications()
+        on_tiles = network(x, 1).sample
+        assert emulated.emulated_multiplications() > before
+        emulated.dq_use_amx(0)
+        assert torch.equal(on_tiles, network(x, 1).sample)
+
+
 def test_tiles_are_left_as_they_were_found(emulated: ctypes.CDLL) -> None:
     """Another library of the process may have configured this thread's tiles, and rely on it."""
     found = (ctypes.c_uint8 * 64)()
@@ -153,7 +173,8 @@ def test_tiles_are_left_as_they_were_found(emulated: ctypes.CDLL) -> None:
 
 def test_dqtool_amx_0_leaves_tiles_alone(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DQTOOL_AMX", "0")
-    library.has_amx.cache_clear()
+    for cache in (library._load, library.has_amx):
+        cache.cache_clear()
     assert not library.has_amx()
     check(emulated, random_layer(64, 64, 3, 4, padding=(1, 1)), torch.randn(1, 64, 8, 8), tiles=False)
 

@@ -396,7 +396,7 @@ def test_transformers_on_images_compute_what_the_simulation_does(linear: bool, m
             return self.block(hidden, context, timestep=timestep, return_dict=False)[0]
 
     torch.manual_seed(0)
-    simulated = _quantized(Root())
+    simulated = quantized(Root())
     engine = convert(copy.deepcopy(simulated))
     assert type(engine.block).__name__ == "FusedTransformer2DModel"
     x, context = torch.randn(2, 16, 5, 10), torch.randn(2, 4, 12)
@@ -424,10 +424,10 @@ def _transformer(norm_type: str) -> nn.Module:
             return self.block(hidden, timestep=timestep, **kwargs)
 
     torch.manual_seed(0)
-    return _quantized(Root())
+    return quantized(Root())
 
 
-def _quantized(root: nn.Module) -> nn.Module:
+def quantized(root: nn.Module) -> nn.Module:
     """`root` with its layers (but embeddings') and attention modules packed at 6/6, one step, plain ranges."""
     from dqtool.core.affine import affine_parameters, search_weight
     from dqtool.nn.layers import fake_layer, packed_layer, packed_shapes

@@ -239,10 +239,15 @@ class RowProducts {
 }  // namespace
 #endif
 
-// Whether products run on matrix tiles from now on: if `wanted`, compiled in, and granted by the system.
-EXPORT int dq_use_amx([[maybe_unused]] int wanted) {
+// Products run on matrix tiles from now on: if `wanted`, compiled in, and granted by the system, which is asked here.
+EXPORT void dq_use_amx([[maybe_unused]] int wanted) {
 #ifdef DQ_AMX
   use_amx = wanted && DQ_TILES_GRANTED();
+#endif
+}
+
+EXPORT int dq_uses_amx() {
+#ifdef DQ_AMX
   return use_amx;
 #else
   return 0;

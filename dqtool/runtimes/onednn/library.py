@@ -93,7 +93,7 @@ def has_vnni() -> bool:
 def has_amx() -> bool:
     """Whether products run on AMX's matrix tiles: compiled in, granted by the system, and not refused with DQTOOL_AMX=0."""
     kernels = get()
-    return kernels is not None and bool(kernels.dq_use_amx(int(os.environ.get("DQTOOL_AMX") != "0")))
+    return kernels is not None and bool(kernels.dq_uses_amx())
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -149,13 +149,14 @@ def _compiled(compiler: str) -> Path:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Types of its functions. Functions without arguments or with one int, and an int as result, have ctypes' own."""
+    """Types of its functions, where they are not ctypes' own: ints. Asks the system for matrix tiles, once per process."""
     features = library.dq_features()
     signatures = {**_SIGNATURES, **(_PRODUCTS if features & 1 else {}), **(_WINOGRAD if features & 2 else {})}
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int if name in _INTEGERS else None
+    library.dq_use_amx(int(os.environ.get("DQTOOL_AMX") != "0"))
     return library
 
 
