@@ -18,7 +18,7 @@ from test_onednn import linear_layer, quantized, random_layer
 
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.onednn import library
-from dqtool.runtimes.onednn.codes import Clock
+from dqtool.runtimes.onednn.codes import GEGLU, GELU, Clock, Product
 from dqtool.runtimes.onednn.products import NativeProduct
 
 EMULATION = Path(__file__).parent / "emulated_amx.h"
@@ -32,13 +32,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     content = zlib.crc32(EMULATION.read_bytes())  # the library's name says nothing of what is included
     monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-include", str(EMULATION), f"-DEMULATION={content}"))
     monkeypatch.delenv("DQTOOL_AMX", raising=False)
-    caches = (library._load, library.has_products, library.has_vnni, library.has_amx)
+    caches = (library._load, library.has_products, library.has_vnni, library.on_tiles)
     for cache in caches:
         cache.cache_clear()
     try:
         kernels = library.get()
         assert kernels is not None, library.problem()
-        assert library.has_amx()
+        assert library.on_tiles(64) and not library.on_tiles(76)
         kernels.emulated_multiplications.restype = ctypes.c_long
         yield kernels
     finally:
@@ -89,10 +89,32 @@ def test_linear_layers_on_tiles_are_exact(emulated: ctypes.CDLL, rows: int) -> N
         check(emulated, layer, torch.randn(rows, ci), tiles=True)
 
 
+@pytest.mark.parametrize("act", [GELU, GEGLU])
+def test_codes_of_the_next_layer_on_tiles(emulated: ctypes.CDLL, act: int) -> None:
+    width = 704
+    first, second = linear_layer(2 * width if act == GEGLU else width, 64, 6), linear_layer(24, width, 4)
+    product, following = NativeProduct(first, Clock()), NativeProduct(second, Clock())
+    codes = product.quantize(torch.randn(75, 64))
+    before = emulated.emulated_multiplications()
+    got = product.feed(codes, following, act)
+    assert emulated.emulated_multiplications() > before
+    assert torch.equal(got.data, Product.feed(product, codes, following, act).data)
+
+
+def test_gates_on_tiles(emulated: ctypes.CDLL) -> None:
+    product = NativeProduct(linear_layer(70, 64, 6), Clock())
+    x, residual, gate = torch.randn(2, 19, 64), torch.randn(2, 19, 70), torch.randn(2, 210).chunk(3, dim=1)[1]
+    before = emulated.emulated_multiplications()
+    got = product.multiply(product.quantize(x), residual=residual, gate=gate)
+    assert emulated.emulated_multiplications() > before
+    assert torch.allclose(got, residual + gate[:, None] * product(x), atol=1e-5)
+
+
 def test_what_tiles_do_not_suit_runs_on_vectors(emulated: ctypes.CDLL) -> None:
     check(emulated, linear_layer(32, 64, 4), torch.randn(2, 64), tiles=False)  # rows too few
     check(emulated, random_layer(32, 4, 3, 4, padding=(1, 1)), torch.randn(1, 4, 8, 8), tiles=False)  # channels too few
     check(emulated, linear_layer(32, 4 * 19, 4), torch.randn(16, 4 * 19), tiles=False)  # no depth divides them
+    assert NativeProduct(linear_layer(32, 64, 4), Clock())(torch.zeros(0, 64)).shape == (0, 32)
 
 
 def test_bias_per_sample_residual_and_factor_on_tiles(emulated: ctypes.CDLL) -> None:
@@ -173,9 +195,9 @@ def test_tiles_are_left_as_they_were_found(emulated: ctypes.CDLL) -> None:
 
 def test_dqtool_amx_0_leaves_tiles_alone(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DQTOOL_AMX", "0")
-    for cache in (library._load, library.has_amx):
+    for cache in (library._load, library.on_tiles):
         cache.cache_clear()
-    assert not library.has_amx()
+    assert not library.on_tiles(64)
     check(emulated, random_layer(64, 64, 3, 4, padding=(1, 1)), torch.randn(1, 64, 8, 8), tiles=False)
 
 

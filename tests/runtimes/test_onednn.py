@@ -19,7 +19,7 @@ from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import IntegerLayer, Operand, accumulate, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.quantizers import StepIndex
-from dqtool.runtimes.onednn import integer_report, library
+from dqtool.runtimes.onednn import codes, integer_report, library
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
 from dqtool.runtimes.onednn.blocks import NormActProduct
 from dqtool.runtimes.onednn.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Clock, Product
@@ -289,14 +289,17 @@ def linear_layer(co: int, ci: int, bits: int) -> IntegerLayer:
 @needs_kernels
 @pytest.mark.parametrize("act", [NONE, SILU, GELU, GELU_TANH, GEGLU])
 @pytest.mark.parametrize("width", [64, 640, 900, 36])
-def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(act: int, width: int) -> None:
+def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(
+    act: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codes, "PIECE", 1)  # where floats are between: pieces of 48 rows
     torch.manual_seed(width)
     channels = 2 * width if act == GEGLU else width
     first, second = linear_layer(channels, 72, 6), linear_layer(24, width, 4)
     assert first.input is not None and second.input is not None
     second = replace(second, input=replace(second.input, divisor=torch.rand(width) + 0.5))
-    following = NativeProduct(second, Clock())
-    for rows in (1, 37):
+    following, wide = NativeProduct(second, Clock()), NativeProduct(linear_layer(24, channels, 4), Clock())
+    for rows in (1, 37, 100):
         x = torch.randn(rows, 72)
         fused, plain = NativeProduct(first, Clock()), NativeProduct(first, Clock())
         got = fused.feed(fused.quantize(x), following, act)
@@ -305,6 +308,8 @@ def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(act: int, width:
         assert torch.equal(fused(x), plain(x))  # as floats in their own order, whatever the order they are packed in
         late = plain.feed(plain.quantize(x), following, act)  # packed before it was known what for
         assert torch.equal(late.data, expected.data)
+        elsewhere = fused.feed(fused.quantize(x), wide, SILU)  # packed for something else, perhaps
+        assert torch.equal(elsewhere.data, Product.feed(plain, plain.quantize(x), wide, SILU).data)
 
 
 def test_gate_per_sample() -> None:
@@ -315,6 +320,15 @@ def test_gate_per_sample() -> None:
         for gate in (gates.chunk(3, dim=1)[1], gates[:1, :20]):
             got = product.multiply(product.quantize(x), residual=residual, gate=gate)
             assert torch.allclose(got, residual + gate[:, None] * product(x), atol=1e-5), engine
+
+
+def test_scale_and_shift_of_one_sample_are_for_all() -> None:
+    layer = linear_layer(20, 16, 6)
+    x, scale, shift, norm = torch.randn(3, 5, 16), torch.randn(1, 16), torch.randn(1, 16), nn.LayerNorm(16)
+    for engine in engines(layer):
+        product = engine(layer, Clock())
+        got = product.layer_norm(x, norm, scale, shift).data
+        assert torch.equal(got, product.layer_norm(x, norm, scale.expand(3, -1), shift.expand(3, -1)).data), engine
 
 
 def test_merged_projections_need_one_quantizer() -> None:
@@ -378,12 +392,10 @@ def test_transformer_blocks_compute_what_the_simulation_does(norm_type: str) -> 
 
 @needs_kernels
 @pytest.mark.parametrize("linear", [False, True])
-def test_transformers_on_images_compute_what_the_simulation_does(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_on_images_compute_what_the_simulation_does(linear: bool) -> None:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    from dqtool.runtimes.onednn import codes, convert
-
-    monkeypatch.setattr(codes, "PIECE", 1)  # a feed-forward in pieces of 48 rows
+    from dqtool.runtimes.onednn import convert
 
     class Root(nn.Module):
         def __init__(self) -> None:

@@ -157,7 +157,7 @@ bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int 
                    i64 Wo, i64 Cop, const i64* taps, int n_taps, i64 sy, i64 sx, i64 sample_pixels, i64 stripe,
                    const Results& results) {
   const i64 depth = tile_depth(Cp);
-  if (!use_amx || !depth) return false;
+  if (!use_amx || !depth || N * Ho * Wo < FEW) return false;
   const Stretches s = stretches(N, Hp, Wp, Ho, Wo, sy, sx);
   if (s.cut.length < FEW) return false;
   const i64 stripes = (Cop + stripe - 1) / stripe, image = Ho * Wo;
@@ -246,9 +246,10 @@ EXPORT void dq_use_amx([[maybe_unused]] int wanted) {
 #endif
 }
 
-EXPORT int dq_uses_amx() {
-#ifdef DQ_AMX
-  return use_amx;
+// Whether products over K bytes do.
+EXPORT int dq_on_tiles([[maybe_unused]] i64 K) {
+#ifdef DQ_PRODUCTS
+  return RowProducts::on_tiles(K);
 #else
   return 0;
 #endif

@@ -213,7 +213,7 @@ class Product(nn.Module):
             return self._torch_codes(y)
         n, s, c = x.shape
         x = x.contiguous()
-        scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
+        scale, shift = (None if t is None else t.expand(n, -1).contiguous() for t in (scale, shift))
         data = torch.empty(n * s, self.channel_bytes, dtype=torch.uint8)
         kernels.dq_layer_norm_quantize(
             x.data_ptr(),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dqtool import report
 
-__all__ = ["get", "has_amx", "has_products", "has_vnni", "pointer", "problem"]
+__all__ = ["get", "has_products", "has_vnni", "on_tiles", "pointer", "problem"]
 
 SOURCES = ("kernels.cpp", "tiles.cpp", "amx.cpp", "products.cpp", "attention.cpp", "winograd.cpp")
 FLAGS = (
@@ -46,6 +46,7 @@ _SIGNATURES = {
     "dq_group_norm_quantize": [_P, _P, *[_L] * 10, _F, _P, _P, _P, _P, _I, *_QUANTIZER],
     "dq_layer_norm_quantize": [_P, _P, *[_L] * 4, _F, _P, _P, _P, _P, *_QUANTIZER],
     "dq_geglu_quantize": [_P, _P, *[_L] * 3, *_QUANTIZER],
+    "dq_on_tiles": [_L],
 }
 _WEIGHT = [_P, _P, _L, _I, _P]  # int8 codes, or packed words, bytes of a row, bits, zero points
 _PRODUCTS = {
@@ -58,7 +59,7 @@ _WINOGRAD = {
     "dq_winograd_pack": [*_WEIGHT, _P, _P, *[_L] * 2],
     "dq_winograd": [_P, _P, _P, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
 }
-_INTEGERS = ("dq_pack", "dq_winograd_pack")  # what returns one
+_INTEGERS = ("dq_on_tiles", "dq_pack", "dq_winograd_pack")  # what returns one
 
 _problem: str | None = None
 
@@ -90,10 +91,11 @@ def has_vnni() -> bool:
 
 
 @functools.cache
-def has_amx() -> bool:
-    """Whether products run on AMX's matrix tiles: compiled in, granted by the system, and not refused with DQTOOL_AMX=0."""
+def on_tiles(depth: int) -> bool:
+    """Whether products that sum over `depth` bytes run on AMX's matrix tiles: compiled in, granted by the system, and not
+    refused with DQTOOL_AMX=0."""
     kernels = get()
-    return kernels is not None and bool(kernels.dq_uses_amx())
+    return kernels is not None and bool(kernels.dq_on_tiles(depth))
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -47,7 +47,7 @@ class NativeProduct(Product):
         geometry = (self.kernel, self.stride, self.taps_dilation)
         self.may_winograd = (
             library.has_vnni()
-            and not library.has_amx()  # matrix tiles need no fewer products, and a smaller weight
+            and not library.on_tiles(self.channel_bytes)  # these need no fewer products, and a smaller weight
             and self.is_conv
             and geometry == ((3, 3), (1, 1), (1, 1))
             and self.operand.signed
@@ -114,6 +114,7 @@ class NativeProduct(Product):
                 residual = residual.contiguous(memory_format=torch.channels_last)
             extra = None if residual is None else residual.data_ptr()
             if self.winograd:
+                assert gate is None, "gates are for linear layers"
                 kernels.dq_winograd(
                     data.data_ptr(), packed, sums, n, hp, wp, cp, ho, wo, co, scales, scale, own, per_sample, extra, post,
                     out.data_ptr(),
@@ -136,16 +137,16 @@ class NativeProduct(Product):
         half = self.out_channels // 2
         if act == GEGLU and self.packed is None and half % 64 == 0:
             self.gates = half
-        if (act == GEGLU and not self.gates) or following.kernels is None or self.out_channels % 4:
+        if bool(self.gates) != (act == GEGLU) or following.kernels is None or self.out_channels % 4:
             return super().feed(codes, following, act)
         _, packed, sums, scales, own = self._held or self._hold(codes)
         scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
         rows = codes.data.shape[0]
         data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
-        gates = self.gates if act == GEGLU else 0
         kernels.dq_linear_codes(
             codes.data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, self.largest_weight, rows,
-            self.channel_bytes, self.out_channels, scales, scale, own, gates, data.data_ptr(), following.channel_bytes, act,
+            self.channel_bytes, self.out_channels, scales, scale, own, self.gates, data.data_ptr(),
+            following.channel_bytes, act,
             *following.quantizer(),
         )  # fmt: skip
         return Codes(data, codes.shape)
