@@ -109,9 +109,9 @@ def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[Laye
     """(random network, its layers, dilation by layer, number of weights); the network's weights are dilated already."""
     import torch
 
-    from dqtool.core.scaling import ScalingInput, scaling_method
     from dqtool.models.repeats import tie_repeats
     from dqtool.nn.trace import trace
+    from dqtool.scaling.methods import ScalingInput, scaling_method
 
     config = wanted.network_config()
     with torch.device("meta"):

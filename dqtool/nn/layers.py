@@ -22,7 +22,7 @@ from dqtool.nn.quantizers import StepIndex, quantize_operand
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dqtool.nn.learned_scaling import LearnedScaling
+    from dqtool.scaling.learning import LearnedScaling
 
 __all__ = [
     "FakeQuantLayer",
@@ -126,7 +126,7 @@ class FakeQuantLayer(QuantLayer):
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     learned: LearnedScaling | None
-    """Scale and shift of the input that training moves (`learned_scaling.py`); None nearly always."""
+    """Scale and shift of the input that training moves (`dqtool.scaling.learning`); None nearly always."""
     adapter: WeightAdapter | None
     """What makes the quantized weight while a training method learns it in another form; None before and after."""
 

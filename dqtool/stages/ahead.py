@@ -22,9 +22,9 @@ STAGE = (
     "dqtool.models.companions",
     "dqtool.models.families",
     "dqtool.models.loading",
-    "dqtool.nn.folding",
-    "dqtool.nn.scaled",
-    "dqtool.stages.scaling_records",
+    "dqtool.scaling.folding",
+    "dqtool.scaling.divided_inputs",
+    "dqtool.scaling.records",
 )
 """What the stage imports when it comes to its work."""
 

@@ -13,7 +13,7 @@ from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.sources import finite_config
-from dqtool.stages.late_scaling import LATER, scale_now
+from dqtool.scaling.by_activations import LATER, scale_now
 from dqtool.stages.running import Common, Product, execute, input_artifact
 
 if TYPE_CHECKING:

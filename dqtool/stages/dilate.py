@@ -12,17 +12,17 @@ from dqtool.artifacts import Artifact, DeferredTensors, Written, check_writable,
 from dqtool.core.bits import parse_bits
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
+from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE, LATER
+from dqtool.scaling.verifying import check_equivalence
 from dqtool.stages.ahead import channel_slacks, file_tensors, importing
-from dqtool.stages.equivalence import check_equivalence
-from dqtool.stages.late_scaling import CHOSEN_IN_CALIBRATE, LATER
 from dqtool.stages.running import Common, Product, execute
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dqtool.core.scaling import ScalingMethod, ScalingResult
     from dqtool.models.families import Family
     from dqtool.nn.trace import Trace
+    from dqtool.scaling.methods import ScalingMethod, ScalingResult
 
 __all__ = ["DilateOptions", "dilate"]
 
@@ -124,17 +124,17 @@ def produce(
     """
     import torch
 
-    from dqtool.core.scaling import scaling_method
     from dqtool.core.threads import operation_threads
     from dqtool.models.companions import attachments_of
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
     from dqtool.models.repeats import drop_repeats
-    from dqtool.nn.folding import Fold, find_folds, find_shifts, fold_all, shift
     from dqtool.nn.trace import kept_float
-    from dqtool.stages.scale_moves import absorb_shift, mark_folded
-    from dqtool.stages.scaling_choice import choose_scaling, shiftable, statistics_for
-    from dqtool.stages.scaling_records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
+    from dqtool.scaling.after_training import absorb_shift, mark_folded
+    from dqtool.scaling.choosing import choose_scaling, shiftable, statistics_for
+    from dqtool.scaling.folding import Fold, find_folds, find_shifts, fold_all, shift
+    from dqtool.scaling.methods import scaling_method
+    from dqtool.scaling.records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
 
     class_name, config = described(source, options)
     family = family_of(class_name, str(source.config_path))

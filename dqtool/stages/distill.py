@@ -209,8 +209,8 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.nn.surgery import packed_state
+    from dqtool.scaling.after_training import fold_packed, learn_scaling, mark_folded, mark_learned
     from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
-    from dqtool.stages.scale_moves import fold_packed, learn_scaling, mark_folded, mark_learned
     from dqtool.training.data import Problem, Trajectory
     from dqtool.training.prediction import correct_predictions
 

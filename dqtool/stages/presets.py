@@ -34,7 +34,7 @@ def preset_keep(name: str, manifest: Manifest) -> tuple[str, ...]:
         return ()
     from dqtool.models.loading import network_of
     from dqtool.nn.roles import find_roles
-    from dqtool.stages.scale_moves import structure_of
+    from dqtool.scaling.after_training import structure_of
 
     network, example, layers = structure_of(manifest)
     family, _ = network_of(manifest.model)

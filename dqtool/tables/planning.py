@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import fingerprint
 from dqtool.errors import UsageError
+from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE
 from dqtool.stages.image_metrics import enough_for, files_of
-from dqtool.stages.late_scaling import CHOSEN_IN_CALIBRATE
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Group, Options, Row, Table
@@ -184,7 +184,7 @@ def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
 def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step]:
     """The steps of one cell. A scaling that looks at activations is preceded by a calibration of the undilated model, unless
     it waits for the calibration that follows."""
-    from dqtool.core.scaling import scaling_method
+    from dqtool.scaling.methods import scaling_method
 
     dilate = dict(options.get("dilate", {}))
     digest = model_digest(model, dilate.get("config"), dilate.get("components"), tuple(dilate.get("lora", ())))

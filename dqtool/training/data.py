@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from dqtool.models.families import Family
 from dqtool.models.sampling import Sampler
-from dqtool.nn.folding import Fold
-from dqtool.nn.learned_scaling import bake
 from dqtool.nn.roles import Roles, find_roles
 from dqtool.nn.surgery import steps_of
 from dqtool.nn.trace import Trace
+from dqtool.scaling.folding import Fold
+from dqtool.scaling.learning import bake
 
 __all__ = ["Bars", "BlockStore", "Problem", "Reporter", "Trajectory"]
 

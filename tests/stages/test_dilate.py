@@ -9,12 +9,12 @@ import torch
 from helpers import NETWORK
 
 from dqtool.artifacts import Artifact, open_artifact
-from dqtool.core.scaling import SCALINGS
 from dqtool.models.sources import resolve_model
+from dqtool.scaling.methods import SCALINGS
+from dqtool.scaling.verifying import TOLERANCE
 from dqtool.stages.artifact_models import split_dilated, teacher_of
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
-from dqtool.stages.equivalence import TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_layers_that_share_an_input_share_their_factors() -> None:
     from torch import nn
 
     from dqtool.nn.trace import LayerInfo
-    from dqtool.stages.scaling_choice import choose_scaling, groups_of
+    from dqtool.scaling.choosing import choose_scaling, groups_of
 
     torch.manual_seed(0)
     names = ["to_q", "to_k", "to_v", "to_out"]

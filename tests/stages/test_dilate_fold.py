@@ -14,12 +14,12 @@ from torch import nn
 import dqtool
 from dqtool.artifacts import Artifact, open_artifact
 from dqtool.models.packed import packed_network, plans_of
+from dqtool.scaling.verifying import TOLERANCE
 from dqtool.stages.artifact_models import teacher_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
-from dqtool.stages.equivalence import TOLERANCE
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.inspect import describe, render
 
@@ -153,7 +153,7 @@ def test_distill_folds_what_crosses_no_quantizer(loose: Path) -> None:
 def test_folding_after_training_changes_rounding_only(
     loose: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dqtool.stages.scale_moves.pending_folds", lambda _manifest: [])
+    monkeypatch.setattr("dqtool.scaling.after_training.pending_folds", lambda _manifest: [])
     options = DistillOptions(
         str(loose / "plain" / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), "6/6", iters=3, refine_iters=0
     )

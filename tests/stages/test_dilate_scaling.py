@@ -11,14 +11,14 @@ from test_dilate_fold import loose_pipeline
 
 import dqtool
 from dqtool.artifacts import Artifact, open_artifact
-from dqtool.core.scaling import SCALINGS
 from dqtool.errors import UsageError
 from dqtool.nn.prediction import OF_IMAGES
+from dqtool.scaling.methods import SCALINGS
+from dqtool.scaling.verifying import TOLERANCE
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import SCALING_VERSIONS, DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
-from dqtool.stages.equivalence import TOLERANCE
 from dqtool.stages.export import ExportOptions, export
 
 QUIET = Common(quiet=True)

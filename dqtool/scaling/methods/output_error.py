@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code, search_histogram, search_weight
-from dqtool.core.scaling.base import ScalingInput, ScalingResult, scale_weight
+from dqtool.scaling.methods.base import ScalingInput, ScalingResult, scale_weight
 
 __all__ = ["OutputError"]
 

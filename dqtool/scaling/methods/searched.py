@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dqtool.core.scaling.base import ScalingInput, ScalingResult, register
-from dqtool.core.scaling.closed_form import none, smoothquant, wd
-from dqtool.core.scaling.output_error import OutputError
+from dqtool.scaling.methods.base import ScalingInput, ScalingResult, register
+from dqtool.scaling.methods.closed_form import none, smoothquant, wd
+from dqtool.scaling.methods.output_error import OutputError
 
 __all__ = ["auto", "centred", "middle", "osplus"]
 

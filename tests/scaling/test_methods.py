@@ -5,8 +5,8 @@ from torch import Tensor
 
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import weight_dilation, weight_ranges
-from dqtool.core.scaling import SCALINGS, Samples, ScalingInput, ScalingResult, register, scaling_method
 from dqtool.errors import NumericError, UsageError
+from dqtool.scaling.methods import SCALINGS, Samples, ScalingInput, ScalingResult, register, scaling_method
 
 CASES = {"linear": ((24, 200), 1), "conv": ((8, 12, 3, 3), 1), "grouped": ((8, 4, 3, 3), 4)}
 

@@ -7,7 +7,7 @@ differ in what they look at. A method is one registered function in a module tha
     def mine(inputs: ScalingInput) -> ScalingResult: ...
 """
 
-from dqtool.core.scaling.base import (
+from dqtool.scaling.methods.base import (
     SCALINGS,
     Samples,
     ScalingInput,
@@ -17,10 +17,10 @@ from dqtool.core.scaling.base import (
     scale_weight,
     scaling_method,
 )
-from dqtool.core.scaling.closed_form import awq, dgq, none, smoothquant, wd
-from dqtool.core.scaling.learned import omniquant
-from dqtool.core.scaling.output_error import OutputError
-from dqtool.core.scaling.searched import auto, osplus
+from dqtool.scaling.methods.closed_form import awq, dgq, none, smoothquant, wd
+from dqtool.scaling.methods.omniquant import omniquant
+from dqtool.scaling.methods.output_error import OutputError
+from dqtool.scaling.methods.searched import auto, osplus
 
 __all__ = [
     "SCALINGS",

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.nn.dataflow import dataflow
-from dqtool.nn.pulling import FREE, Pull, PullShift, Refused, Target
 from dqtool.nn.trace import LayerInfo
+from dqtool.scaling.propagation import FREE, Pull, PullShift, Refused, Target
 
 __all__ = ["Fold", "Target", "find_folds", "find_shifts", "fold", "fold_all", "shift"]
 

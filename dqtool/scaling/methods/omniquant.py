@@ -1,12 +1,12 @@
-"""OmniQuant's learnable equivalent transformation: where its training starts. `nn/learned_scaling.py` trains it."""
+"""OmniQuant's learnable equivalent transformation: where its training starts. `dqtool/scaling/learning.py` trains it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from dqtool.core.scaling.base import ScalingInput, ScalingResult, register
-from dqtool.core.scaling.closed_form import smoothquant
-from dqtool.core.scaling.searched import centred, middle
+from dqtool.scaling.methods.base import ScalingInput, ScalingResult, register
+from dqtool.scaling.methods.closed_form import smoothquant
+from dqtool.scaling.methods.searched import centred, middle
 
 __all__ = ["omniquant"]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from dqtool.artifacts import Manifest
     from dqtool.models.families import Family
-    from dqtool.nn.folding import Fold
+    from dqtool.scaling.folding import Fold
 
 __all__ = ["CHOSEN_IN_CALIBRATE", "LATER", "scale_now"]
 
@@ -41,14 +41,14 @@ def scale_now(
         NumericError: the scaled network's output differs from the original's by more than round-off.
     """
     from dqtool.core.device import beside
-    from dqtool.core.scaling import scaling_method
     from dqtool.models.packed import layer_infos
-    from dqtool.nn.folding import find_shifts, shift
     from dqtool.nn.statistics import channel_ranges
-    from dqtool.stages.equivalence import check_equivalence
-    from dqtool.stages.scale_moves import absorb_shift, structure_of
-    from dqtool.stages.scaling_choice import choose_scaling, shiftable
-    from dqtool.stages.scaling_records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
+    from dqtool.scaling.after_training import absorb_shift, structure_of
+    from dqtool.scaling.choosing import choose_scaling, shiftable
+    from dqtool.scaling.folding import find_shifts, shift
+    from dqtool.scaling.methods import scaling_method
+    from dqtool.scaling.records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
+    from dqtool.scaling.verifying import check_equivalence
 
     wanted = manifest.metrics[LATER]
     asked, layers = scaling_method(wanted["scaling"]), layer_infos(manifest.layers)

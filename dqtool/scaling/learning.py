@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.dilation import spread
-from dqtool.nn.folding import Fold, shift
 from dqtool.nn.layers import FakeQuantLayer
+from dqtool.scaling.folding import Fold, shift
 
 __all__ = ["LearnedScaling", "attach", "bake"]
 

@@ -15,13 +15,13 @@ from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.core.device import beside, main_memory
-from dqtool.core.scaling import Samples, ScalingInput, ScalingMethod, ScalingResult
 from dqtool.errors import UsageError
 from dqtool.models.families import Family
-from dqtool.nn.folding import Fold
 from dqtool.nn.padding import zero_padding
 from dqtool.nn.surgery import assign_bits
 from dqtool.nn.trace import LayerInfo
+from dqtool.scaling.folding import Fold
+from dqtool.scaling.methods import Samples, ScalingInput, ScalingMethod, ScalingResult
 from dqtool.training.data import Trajectory
 
 __all__ = ["Groups", "choose_scaling", "groups_of", "shiftable", "statistics_for"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dqtool.core.dilation import spread
 from dqtool.nn.dataflow import dataflow
-from dqtool.nn.folding import Fold, find_folds, fold, fold_all
 from dqtool.nn.trace import LayerInfo, is_attention, is_quantizable
+from dqtool.scaling.folding import Fold, find_folds, fold, fold_all
 
 
 def layers_of(network: nn.Module) -> list[LayerInfo]:

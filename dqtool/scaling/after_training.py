@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
 from dqtool.core.dilation import spread
-from dqtool.core.scaling import SCALINGS
 from dqtool.models.loading import network_of
 from dqtool.models.packed import layer_infos
 from dqtool.models.repeats import tie_repeats
-from dqtool.nn.folding import Fold, find_folds, find_shifts, fold_all
-from dqtool.nn.learned_scaling import attach
 from dqtool.nn.trace import LayerInfo
-from dqtool.stages.scaling_choice import Groups, groups_of, shiftable
-from dqtool.stages.scaling_records import figures
+from dqtool.scaling.choosing import Groups, groups_of, shiftable
+from dqtool.scaling.folding import Fold, find_folds, find_shifts, fold_all
+from dqtool.scaling.learning import attach
+from dqtool.scaling.methods import SCALINGS
+from dqtool.scaling.records import figures
 
 __all__ = [
     "absorb_shift",

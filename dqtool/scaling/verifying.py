@@ -37,7 +37,7 @@ def check_equivalence(
     import torch
 
     from dqtool.core.device import beside
-    from dqtool.nn.scaled import other_parameters, scaled_inputs
+    from dqtool.scaling.divided_inputs import other_parameters, scaled_inputs
 
     arguments = beside(network, family.example(family.proof_config(config)))
     onednn = torch.backends.mkldnn.enabled

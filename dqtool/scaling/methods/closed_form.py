@@ -7,7 +7,7 @@ import math
 import torch
 
 from dqtool.core.dilation import weight_dilation
-from dqtool.core.scaling.base import ScalingInput, ScalingResult, register
+from dqtool.scaling.methods.base import ScalingInput, ScalingResult, register
 
 __all__ = ["awq", "dgq", "none", "smoothquant", "wd"]
 

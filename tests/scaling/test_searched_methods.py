@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import spread
-from dqtool.core.scaling import SCALINGS, OutputError, Samples, ScalingInput, ScalingResult, scaling_method
-from dqtool.core.scaling.searched import middle
 from dqtool.errors import UsageError
+from dqtool.scaling.methods import SCALINGS, OutputError, Samples, ScalingInput, ScalingResult, scaling_method
+from dqtool.scaling.methods.searched import middle
 
 STEPS = 3
 

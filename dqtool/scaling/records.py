@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dqtool import report
-from dqtool.core.scaling import SCALINGS, ScalingMethod, ScalingResult
 from dqtool.nn.trace import LayerInfo
-from dqtool.stages.scaling_choice import groups_of
+from dqtool.scaling.choosing import groups_of
+from dqtool.scaling.methods import SCALINGS, ScalingMethod, ScalingResult
 
 __all__ = ["figures", "method_used", "scales_of", "scaling_metrics", "scaling_record", "tell_scaling"]
 

@@ -1,0 +1,1 @@
+"""Weight Dilation and the scaling methods that it is compared with."""
