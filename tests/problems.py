@@ -59,14 +59,15 @@ def make_problem(made: Path) -> MakeProblem:
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
-    from dqtool.stages.distill import DistillOptions
+    from dqtool.stages.distill import DistillOptions, layer_plans
     from dqtool.training.data import Problem, Trajectory
 
     def make(artifact: Path | None = None, **options: Any) -> Problem:
         calibrated = open_artifact(artifact or made / "calibrated.safetensors")
         manifest, tensors = calibrated.manifest, calibrated.tensors()
         family, _ = network_of(manifest.model)
-        student, _ = student_of(manifest, tensors, DistillOptions(**options))
+        chosen = DistillOptions(**options)
+        student = student_of(manifest, tensors, layer_plans(manifest, tensors, chosen), chosen.static)
         sampling = manifest.pipeline["sampling"]
         return Problem(
             family,

@@ -7,13 +7,13 @@ from torch import nn
 
 from dqtool.core.bits import FLOAT_BITS, parse_bits
 from dqtool.core.dilation import spread
+from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
 from dqtool.models.loading import load_weights
 from dqtool.models.packed import packed_network
 from dqtool.models.sources import resolve_model
 from dqtool.nn.attention import OPERANDS, has_zero_point, operand_bits
 from dqtool.nn.surgery import assign_bits, assign_tables, initialise_weights, insert_fake, packed_state
-from dqtool.nn.trace import trace
 
 __all__ = ["synthetic_network"]
 

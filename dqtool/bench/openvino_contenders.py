@@ -6,7 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dqtool.bench.contenders import Loaded, prepare_float
+from dqtool.bench.contender import Loaded
+from dqtool.bench.float_contenders import prepare_float
 from dqtool.bench.subject import Arguments, Subject
 from dqtool.errors import EnvironmentFault
 

@@ -20,9 +20,9 @@ from dqtool.models.architectures import Architecture, architecture
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dqtool.graph.trace import LayerInfo
     from dqtool.models.families import Family
     from dqtool.nn.surgery import LayerPlan
-    from dqtool.nn.trace import LayerInfo
 
 __all__ = ["random_export"]
 
@@ -109,8 +109,8 @@ def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[Laye
     """(random network, its layers, dilation by layer, number of weights); the network's weights are dilated already."""
     import torch
 
-    from dqtool.models.repeats import tie_repeats
-    from dqtool.nn.trace import trace
+    from dqtool.graph.repeats import tie_repeats
+    from dqtool.graph.trace import trace
     from dqtool.scaling.methods import ScalingInput, scaling_method
 
     config = wanted.network_config()

@@ -13,10 +13,10 @@ from dqtool.core.cost import file_bytes
 from dqtool.core.dilation import spread
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, swapped
+from dqtool.graph.repeats import restore_repeats
 from dqtool.models.export_layout import WEIGHTS
 from dqtool.models.families import family_of
 from dqtool.models.packed import packed_network, plans_of
-from dqtool.models.repeats import restore_repeats
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import quant_layers
 

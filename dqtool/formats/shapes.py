@@ -20,7 +20,7 @@ def network_shapes(
     class builds repeatedly is there once."""
     import torch
 
-    from dqtool.models.repeats import tie_repeats
+    from dqtool.graph.repeats import tie_repeats
 
     with torch.device("meta"):
         network = family.build(config)

@@ -16,7 +16,7 @@ from dqtool.metrics.inception_score import RunningInceptionScore
 from dqtool.metrics.manifold import Manifold, precision_recall
 
 if TYPE_CHECKING:
-    from dqtool.metrics.measuring import Meter
+    from dqtool.metrics.registry import Measurement
 
 __all__ = ["AestheticScore", "ClipScore", "Fid", "FidFromReference", "InceptionScore", "PrecisionRecall", "SpatialFid"]
 
@@ -28,7 +28,7 @@ class Fid:
 
     figure, output = "fid", "pool_3"
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Measurement) -> None:
         self._reference = meter.reference.statistics(self.output)
         self._running = RunningStatistics()
 
@@ -45,7 +45,7 @@ class FidFromReference:
 
     figure, output = "fid_from_reference", "pool_3"
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Measurement) -> None:
         self._meter = meter
         self._running = RunningStatistics()
 
@@ -70,7 +70,7 @@ class SpatialFid(Fid):
 class InceptionScore:
     """The Inception score, over parts of 5000."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Measurement) -> None:
         self._running = RunningInceptionScore()
 
     def update(self, features: Mapping[str, Tensor]) -> None:
@@ -84,7 +84,7 @@ class InceptionScore:
 class PrecisionRecall:
     """Precision and recall on `pool_3`, by the suite's distances. Keeps every feature: 8 KiB an image."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Measurement) -> None:
         self._reference = meter.reference
         self._reference.check_images()
         self._features: list[Tensor] = []
@@ -123,7 +123,7 @@ class ClipScore(_Mean):
 
     figure = "clip"
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Measurement) -> None:
         super().__init__()
 
     def scores(self, features: Mapping[str, Tensor]) -> Tensor:
@@ -137,7 +137,7 @@ class AestheticScore(_Mean):
 
     figure = "aesthetic"
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Measurement) -> None:
         super().__init__()
         assert meter.files.aesthetic_weights is not None
         encoder: Any = meter.extractors["clip"]

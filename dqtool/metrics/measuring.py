@@ -34,7 +34,6 @@ class Meter:
         }
         self.measures_reference = False
         self.reference_model: dict[str, tuple[Tensor, Tensor]] = {}
-        """Mean and covariance, by feature, of the images of the model that others are compared with."""
         for name in self.names:  # a file that will not do is found out now, not after hours of sampling
             METRICS[name].start(self)
 

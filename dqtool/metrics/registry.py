@@ -20,7 +20,7 @@ from dqtool.errors import EnvironmentFault
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dqtool.metrics.measuring import Meter
+    from dqtool.metrics.reference import Reference
 
 __all__ = [
     "EXTRACTORS",
@@ -28,6 +28,7 @@ __all__ = [
     "Accumulator",
     "Files",
     "Kind",
+    "Measurement",
     "Metric",
     "available",
     "check_needs",
@@ -78,6 +79,21 @@ class Accumulator(Protocol):
     def finish(self) -> dict[str, float]: ...
 
 
+class Measurement(Protocol):
+    """The measurement that an accumulator belongs to: the user's files, the networks, and what images are compared with."""
+
+    files: Files
+    extractors: dict[str, Extractor]
+    measures_reference: bool
+    """The images at hand are the reference model's, which later ones are compared with."""
+    reference_model: dict[str, tuple[Tensor, Tensor]]
+    """Mean and covariance, by feature, of the reference model's images."""
+
+    @property
+    def reference(self) -> Reference:
+        """Reference statistics read from the user's file."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """An entry of `EXTRACTORS`: the file it is read from, and how."""
@@ -96,7 +112,7 @@ class Metric:
 
     figures: tuple[str, ...]
     extractor: str
-    start: Callable[[Meter], Accumulator]
+    start: Callable[[Measurement], Accumulator]
     needs: tuple[str, ...] = ()
     minimum_samples: int = 0
     needs_prompts: bool = False

@@ -93,10 +93,10 @@ def register(auto: ModuleType) -> None:
             return loaded_keys
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+            from dqtool.graph.repeats import tie_repeats
             from dqtool.models.amendments import amend
             from dqtool.models.families import FAMILIES
             from dqtool.models.packed import plans_from
-            from dqtool.models.repeats import tie_repeats
             from dqtool.nn.surgery import insert_packed
 
             amend(model, model.config)  # type: ignore[arg-type]
@@ -142,9 +142,9 @@ def register(auto: ModuleType) -> None:
             return one_call_at_a_time(model)
 
         def _is_ours(self, model: nn.Module, name: str) -> bool:
+            from dqtool.graph.attention import is_attention
             from dqtool.nn.layers import QuantLayer
             from dqtool.nn.prediction import PredictionTables
-            from dqtool.nn.trace import is_attention
 
             parent, _, leaf = name.rpartition(".")
             holder = model.get_submodule(parent) if parent else model

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import check_finite, read_header
 from dqtool.errors import ArtifactError
+from dqtool.graph.repeats import drop_repeats, tie_repeats
 from dqtool.models.families import Family, family_of
-from dqtool.models.repeats import drop_repeats, tie_repeats
 from dqtool.models.sources import ModelSource
 
 __all__ = ["build_network", "load_weights", "materialise", "network_of"]

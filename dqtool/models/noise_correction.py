@@ -8,19 +8,14 @@ the rest stands in for a part of it: the noise's variance is lowered by what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dqtool.models.families import Family
-
-if TYPE_CHECKING:
-    from dqtool.models.sampling import Sampler
-
-__all__ = ["NoiseCorrection", "NoiseFit", "StepFit", "StepNoise", "fit_noise", "noise_scale", "response"]
+__all__ = ["NoiseCorrection", "StepNoise", "fit_noise", "noise_scale", "response"]
 
 LEAST_FACTOR = 0.1
 """Of 1 + k: a network that lost the prediction altogether can not be scaled back."""
@@ -55,10 +50,6 @@ def fit_noise(quantized: Tensor, exact: Tensor, _inputs: Tensor | None = None) -
     variance = float(rest.square().mean()) / max(1 + slope, LEAST_FACTOR) ** 2
     correlation = float(product / (power * noise).sqrt()) if power > 0 and noise > 0 else 0.0
     return StepNoise(slope, bias.float(), variance, correlation)
-
-
-StepFit = Callable[[Tensor, Tensor, Tensor], StepNoise]
-"""What is wrong with one step, of the quantized prediction, the exact one and the inputs, `[N, C, ...]` each."""
 
 
 @dataclass
@@ -101,66 +92,6 @@ class NoiseCorrection:
                 for each in entries
             }
         )
-
-
-class NoiseFit(NoiseCorrection):
-    """Fits each step when the quantized network's sampling comes to it, and corrects it at once: later steps are fitted at
-    the points that corrected sampling visits. To be given to `Sampler.run` both as `correction` and as `observer`.
-
-    `conditions` are those of the network's inputs, `[N, ...]` each, with guidance of both halves. `fit` makes of the quantized
-    and the exact prediction and of the inputs, `[N, C, ...]` each, what corrects the step.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        exact: nn.Module,
-        conditions: Mapping[str, Tensor],
-        guidance: float,
-        halves: int,
-        fit: StepFit = fit_noise,
-    ) -> None:
-        super().__init__()
-        self.family, self.exact, self.conditions = family, exact, conditions
-        self.guidance, self.halves, self.fit = guidance, halves, fit
-
-    def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
-        """Compare with the float network at the inputs `x` `[N, C, H, W]`."""
-        with torch.no_grad():
-            exact = self.family.predict(self.exact, x, timestep, self.conditions)
-        pair = [self._guided(each)[:, : x.shape[1]] for each in (prediction, exact)]
-        self.steps[float(timestep)] = self.fit(pair[0], pair[1], x[: len(pair[0])])
-
-    @classmethod
-    def while_sampling(
-        cls,
-        sampler: Sampler,
-        quantized: nn.Module,
-        exact: nn.Module,
-        noise: Tensor,
-        seeds: list[int],
-        given: Mapping[str, Tensor],
-        null: Mapping[str, Tensor] | None,
-        advance: Callable[[], None],
-        fit: StepFit = fit_noise,
-    ) -> Self:
-        """The fit of `quantized` while it samples from `noise` as `Sampler.run` does; `advance` is called after each step."""
-        guided = sampler.guidance > 1 and null is not None
-        asked = {k: torch.cat([null[k].expand_as(v), v]) for k, v in given.items()} if guided and null else given
-        found = cls(sampler.family, exact, asked, sampler.guidance, 1 + guided, fit)
-
-        def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
-            found(x, timestep, prediction)
-            advance()
-
-        replace(sampler, correction=found).run(quantized, noise, given, seeds, see, null)
-        return found
-
-    def _guided(self, prediction: Tensor) -> Tensor:
-        if self.halves == 1:
-            return prediction
-        without, with_it = prediction.chunk(2)
-        return without + self.guidance * (with_it - without)
 
 
 def noise_scale(scheduler: Any, timestep: Tensor, eta: float) -> float:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from dqtool.artifacts import Manifest
 from dqtool.core.bits import LayerBits
 from dqtool.errors import ArtifactError
+from dqtool.graph.repeats import tie_repeats
+from dqtool.graph.trace import LayerInfo
 from dqtool.models.families import family_of
 from dqtool.models.loading import materialise
-from dqtool.models.repeats import tie_repeats
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
-from dqtool.nn.trace import LayerInfo
 
 __all__ = ["layer_infos", "packed_network", "plan_records", "plans_from", "plans_of", "prediction_rows"]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, lowest_code
 from dqtool.core.bits import FLOAT_BITS
+from dqtool.graph.attention import attention_layout
 from dqtool.nn.joint_attention import flux_attention, joint_attention
 from dqtool.nn.layers import multiply_shared
 from dqtool.nn.quantizers import StepIndex, quantize_operand
@@ -22,7 +23,6 @@ __all__ = [
     "OPERANDS",
     "QuantAttnProcessor",
     "attach_operands",
-    "attention_layout",
     "operand_bits",
     "operand_state",
     "operands_shapes",
@@ -30,23 +30,6 @@ __all__ = [
 
 OPERANDS = ("q", "k", "v", "probs")
 """Names of the four operands of the two products, in the order they are made."""
-
-_LAYOUTS = {
-    "AttnProcessor": "single",
-    "AttnProcessor2_0": "single",
-    "JointAttnProcessor2_0": "joint",
-    "FluxAttnProcessor": "flux",
-}
-"""diffusers' processor class, and what it computes: one stream (self or cross), SD3's two streams, Flux' rotary ones."""
-
-
-def attention_layout(module: nn.Module) -> str | None:
-    """Which computation a diffusers attention module does, by its processor; None for one that is not known here (its
-    products stay float)."""
-    processor = getattr(module, "processor", None)
-    if isinstance(processor, QuantAttnProcessor):
-        return processor.layout
-    return _LAYOUTS.get(type(processor).__name__)
 
 
 class QuantAttnProcessor:

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
 from dqtool.core.packing import pack, packed_words, unpack
-from dqtool.nn.padding import zero_padding
+from dqtool.graph.padding import zero_padding
 from dqtool.nn.quantizers import StepIndex, quantize_operand
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dqtool.scaling.learning import LearnedScaling
-
 __all__ = [
     "FakeQuantLayer",
+    "InputTransform",
     "PackedLayer",
     "QuantLayer",
     "WeightAdapter",
@@ -120,13 +119,38 @@ class WeightAdapter(nn.Module):
         raise NotImplementedError
 
 
+class InputTransform(nn.Module):
+    """A learnable scale and shift of a layer's input that leave the float layer's function unchanged.
+
+    `rate` is the learning rate of its parameters. Layers that share an input share the transform.
+    """
+
+    rate: float
+
+    def move(self, x: Tensor, is_conv: bool) -> Tensor:
+        """Return the shifted input, `[N, C, H, W]` (convolutions) or `[N, ..., C]`."""
+        raise NotImplementedError
+
+    def widen(self, dilation: Tensor | None) -> Tensor:
+        """Return the divisor of the input's channels, `[C_in]`, given the layer's fixed `dilation`."""
+        raise NotImplementedError
+
+    def multiply(self, weight: Tensor, groups: int) -> Tensor:
+        """Return the weight for the transformed input."""
+        raise NotImplementedError
+
+    def restore(self, bias: Tensor, weight: Tensor, dilation: Tensor | None, groups: int) -> Tensor:
+        """Return the bias with the contribution that the shift removed; `weight` is already dilated."""
+        raise NotImplementedError
+
+
 class FakeQuantLayer(QuantLayer):
     """The trainable form: float `weight` (already dilated), `weight_scale`, `weight_zero_point` `[C_out]` as parameters."""
 
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
-    learned: LearnedScaling | None
-    """Scale and shift of the input that training moves (`dqtool.scaling.learning`); None nearly always."""
+    learned: InputTransform | None
+    """Scale and shift of the input while training learns them; None before and after."""
     adapter: WeightAdapter | None
     """What makes the quantized weight while a training method learns it in another form; None before and after."""
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import search_histogram
-from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, attention_layout, operand_bits
+from dqtool.graph.attention import attention_layout
+from dqtool.graph.trace import LayerInfo
+from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, operand_bits
 from dqtool.nn.quantizers import StepIndex
 from dqtool.nn.surgery import LayerPlan
-from dqtool.nn.trace import LayerInfo
 
 __all__ = ["BINS", "channel_ranges", "collect", "initial_tables"]
 

@@ -13,11 +13,12 @@ from dqtool.core.affine import search_weight
 from dqtool.core.bits import FLOAT_BITS, LayerBits
 from dqtool.core.device import device_of
 from dqtool.errors import UsageError
+from dqtool.graph.attention import is_attention
+from dqtool.graph.trace import LayerInfo
 from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_bits, operand_state, operands_shapes
 from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
 from dqtool.nn.prediction import attach_prediction, prediction_shapes
 from dqtool.nn.quantizers import StepIndex, step_hook
-from dqtool.nn.trace import LayerInfo, is_attention
 
 __all__ = [
     "LayerPlan",

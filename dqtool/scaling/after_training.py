@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
 from dqtool.core.dilation import spread
+from dqtool.graph.repeats import tie_repeats
+from dqtool.graph.trace import LayerInfo
 from dqtool.models.loading import network_of
 from dqtool.models.packed import layer_infos
-from dqtool.models.repeats import tie_repeats
-from dqtool.nn.trace import LayerInfo
 from dqtool.scaling.choosing import Groups, groups_of, shiftable
 from dqtool.scaling.folding import Fold, find_folds, find_shifts, fold_all
 from dqtool.scaling.learning import attach

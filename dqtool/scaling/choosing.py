@@ -16,10 +16,10 @@ from dqtool.artifacts import Artifact
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.core.device import beside, main_memory
 from dqtool.errors import UsageError
+from dqtool.graph.padding import zero_padding
+from dqtool.graph.trace import LayerInfo
 from dqtool.models.families import Family
-from dqtool.nn.padding import zero_padding
 from dqtool.nn.surgery import assign_bits
-from dqtool.nn.trace import LayerInfo
 from dqtool.scaling.folding import Fold
 from dqtool.scaling.methods import Samples, ScalingInput, ScalingMethod, ScalingResult
 from dqtool.training.data import Trajectory

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtool.nn.dataflow import dataflow
-from dqtool.nn.trace import LayerInfo
+from dqtool.graph.dataflow import dataflow
+from dqtool.graph.trace import LayerInfo
 from dqtool.scaling.propagation import FREE, Pull, PullShift, Refused, Target
 
 __all__ = ["Fold", "Target", "find_folds", "find_shifts", "fold", "fold_all", "shift"]

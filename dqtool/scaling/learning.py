@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.dilation import spread
-from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.layers import FakeQuantLayer, InputTransform
 from dqtool.scaling.folding import Fold, shift
 
 __all__ = ["LearnedScaling", "attach", "bake"]
 
 
-class LearnedScaling(nn.Module):
+class LearnedScaling(InputTransform):
     """`log_scale` and, where the input can be moved, `shift`, both `[C_in]` and zero at first, learned at `rate`. Layers
     that share an input share it."""
 
@@ -72,6 +72,7 @@ def bake(network: nn.Module, shifts: Mapping[str, Fold]) -> None:
     for name, layer in network.named_modules():
         if isinstance(layer, FakeQuantLayer) and layer.learned is not None:
             learned = layer.learned
+            assert isinstance(learned, LearnedScaling)
             if learned.shift is not None:
                 assert layer.bias is not None
                 layer.bias.copy_(learned.restore(layer.bias, layer.weight, layer.dilation, layer.groups))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtool.nn.dataflow import Dataflow, Op
+from dqtool.graph.dataflow import Dataflow, Op
 
 __all__ = ["FREE", "Pull", "PullShift", "Refused", "Target"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dqtool import report
-from dqtool.nn.trace import LayerInfo
+from dqtool.graph.trace import LayerInfo
 from dqtool.scaling.choosing import groups_of
 from dqtool.scaling.methods import SCALINGS, ScalingMethod, ScalingResult
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from dqtool.artifacts import Artifact, Manifest
-from dqtool.core.bits import parse_bits, parse_keep
 from dqtool.core.device import place
 from dqtool.core.dilation import spread
+from dqtool.graph.trace import BlockInfo, Trace
 from dqtool.models.companions import companions_of_artifact
 from dqtool.models.conditioning import Conditions, Request
 from dqtool.models.loading import build_network, network_of
 from dqtool.models.packed import layer_infos
 from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.nn.statistics import initial_tables
-from dqtool.nn.surgery import LayerPlan, assign_bits, assign_tables, initialise_weights, insert_fake
-from dqtool.nn.trace import BlockInfo, Trace
-
-if TYPE_CHECKING:
-    from dqtool.stages.distill import DistillOptions
+from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake
 
 __all__ = [
     "conditions_of",
@@ -66,26 +61,22 @@ def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def student_of(
-    manifest: Manifest, tensors: Mapping[str, Tensor], options: DistillOptions
-) -> tuple[nn.Module, list[LayerPlan]]:
-    """The trainable quantized network of a calibrated artifact, its quantizers initialised (PTQ)."""
+    manifest: Manifest, tensors: Mapping[str, Tensor], plans: Sequence[LayerPlan], static: bool = False
+) -> nn.Module:
+    """Build the trainable quantized network of a calibrated artifact, its quantizers initialised (plain PTQ).
+
+    `static` gives all steps one activation quantizer.
+    """
     state, dilation = split_dilated(tensors)
     # The layers that are quantized below copy their weights; what stays as it is may be views of the artifact's file.
     copied = {f"{info.name}.{leaf}" for info in layer_infos(manifest.layers) for leaf in ("weight", "bias")}
     state = {name: value if name in copied else value.clone() for name, value in state.items()}
     network = place(build_network(manifest.model["class"], manifest.model["config"], state, "student", share=True))
-    plans = assign_bits(
-        layer_infos(manifest.layers),
-        parse_bits(options.bits),
-        [parse_keep(text) for text in options.keep],
-        options.softmax_bits,
-        dilated=dilation.keys(),
-    )
-    timesteps = tensors["timesteps"][:1] if options.static else tensors["timesteps"]
+    timesteps = tensors["timesteps"][:1] if static else tensors["timesteps"]
     insert_fake(network, plans, timesteps, dilation)
-    assign_tables(network, plans, initial_tables(plans, tensors, options.static))
+    assign_tables(network, plans, initial_tables(plans, tensors, static))
     initialise_weights(network)
-    return network, plans
+    return network
 
 
 def conditions_of(artifact: Artifact, request: Request) -> Conditions:

@@ -20,7 +20,7 @@ from dqtool.stages.common import Common
 from dqtool.stages.running import input_artifact
 
 if TYPE_CHECKING:
-    from dqtool.bench.contenders import Loaded
+    from dqtool.bench.contender import Loaded
     from dqtool.bench.measure import Timing
     from dqtool.bench.subject import Arguments, Subject
 

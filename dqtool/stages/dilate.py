@@ -20,8 +20,8 @@ from dqtool.stages.running import Common, Product, execute
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dqtool.graph.trace import Trace
     from dqtool.models.families import Family
-    from dqtool.nn.trace import Trace
     from dqtool.scaling.methods import ScalingMethod, ScalingResult
 
 __all__ = ["DilateOptions", "dilate"]
@@ -125,11 +125,11 @@ def produce(
     import torch
 
     from dqtool.core.threads import operation_threads
+    from dqtool.graph.repeats import drop_repeats
+    from dqtool.graph.trace import kept_float
     from dqtool.models.companions import attachments_of
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
-    from dqtool.models.repeats import drop_repeats
-    from dqtool.nn.trace import kept_float
     from dqtool.scaling.after_training import absorb_shift, mark_folded
     from dqtool.scaling.choosing import choose_scaling, shiftable, statistics_for
     from dqtool.scaling.folding import Fold, find_folds, find_shifts, fold_all, shift
@@ -250,7 +250,7 @@ def traced_network(network: nn.Module, family: Family, config: dict[str, Any]) -
     Raises:
         ArtifactError: a network without an adapter does not run on what is known of its inputs.
     """
-    from dqtool.nn.trace import trace
+    from dqtool.graph.trace import trace
 
     example = family.example(config)
     if family.name != "generic":

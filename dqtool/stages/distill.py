@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from dqtool.training.options import EXTRAPOLATING
 
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
-    from dqtool.nn.trace import Trace
+    from dqtool.graph.trace import Trace
+    from dqtool.nn.surgery import LayerPlan
     from dqtool.training.data import Trajectory
 
 __all__ = ["DistillOptions", "corrects", "distill", "scheduler_of", "settled"]
@@ -223,7 +224,8 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     level = resident()
     tensors = calibrated.tensors()
     start = time.perf_counter()
-    student, plans = student_of(manifest, tensors, options)
+    plans = layer_plans(manifest, tensors, options)
+    student = student_of(manifest, tensors, plans, options.static)
     shifts = learn_scaling(manifest, student)
     report.say(
         f"distill: quantizers of {len(plans)} layers set in {report.format_seconds(time.perf_counter() - start)}"
@@ -286,6 +288,20 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         metrics,
         attachments=calibrated.attachments(),
         earlier_seconds=workspace.earlier_seconds(),
+    )
+
+
+def layer_plans(manifest: Manifest, tensors: Collection[str], options: DistillOptions) -> list[LayerPlan]:
+    """Return the bits of every layer of a calibrated artifact that holds these `tensors`."""
+    from dqtool.models.packed import layer_infos
+    from dqtool.nn.surgery import assign_bits
+
+    return assign_bits(
+        layer_infos(manifest.layers),
+        parse_bits(options.bits),
+        [parse_keep(text) for text in options.keep],
+        options.softmax_bits,
+        dilated={name.removesuffix(".dilation") for name in tensors if name.endswith(".dilation")},
     )
 
 

@@ -38,12 +38,12 @@ def forecast(
     from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.core.cost import bops, file_bytes
     from dqtool.formats.shapes import swapped
+    from dqtool.graph.repeats import tie_repeats
+    from dqtool.graph.roles import find_roles
+    from dqtool.graph.trace import trace
     from dqtool.models.families import family_of
-    from dqtool.models.repeats import tie_repeats
     from dqtool.nn.prediction import row_shapes
-    from dqtool.nn.roles import find_roles
     from dqtool.nn.surgery import assign_bits, state_shapes
-    from dqtool.nn.trace import trace
     from dqtool.stages.presets import kept_layers
 
     family = family_of(class_name, "model config, key _class_name")

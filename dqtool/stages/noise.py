@@ -47,7 +47,8 @@ def fitted(
     """The correction of `network` for this maker's sampler, from `images` images that are sampled side by side: every step
     is fitted on all of them, `batch_size` at a time."""
     from dqtool import report
-    from dqtool.models.noise_correction import NoiseCorrection, NoiseFit
+    from dqtool.models.noise_correction import NoiseCorrection
+    from dqtool.models.noise_fit import NoiseFit
     from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
     from dqtool.training.prediction import in_parts
 

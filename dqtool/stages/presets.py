@@ -10,8 +10,8 @@ from dqtool.errors import UsageError
 
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
-    from dqtool.nn.roles import Roles
-    from dqtool.nn.trace import LayerInfo
+    from dqtool.graph.roles import Roles
+    from dqtool.graph.trace import LayerInfo
 
 __all__ = ["PRESETS", "check_preset", "kept_layers", "preset_keep"]
 
@@ -32,8 +32,8 @@ def preset_keep(name: str, manifest: Manifest) -> tuple[str, ...]:
     """The preset as `--keep` patterns for the network of a dilated or calibrated artifact."""
     if name == "standard":
         return ()
+    from dqtool.graph.roles import find_roles
     from dqtool.models.loading import network_of
-    from dqtool.nn.roles import find_roles
     from dqtool.scaling.after_training import structure_of
 
     network, example, layers = structure_of(manifest)

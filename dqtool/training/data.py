@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dqtool.graph.roles import Roles, find_roles
+from dqtool.graph.trace import Trace
 from dqtool.models.families import Family
 from dqtool.models.sampling import Sampler
-from dqtool.nn.roles import Roles, find_roles
 from dqtool.nn.surgery import steps_of
-from dqtool.nn.trace import Trace
 from dqtool.scaling.folding import Fold
 from dqtool.scaling.learning import bake
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["EXTRAPOLATING", "FINE", "BkdOptions", "OnPolicyOptions", "Rates", "RoundingOptions"]
+__all__ = ["EXTRAPOLATING", "FINE", "BkdOptions", "OnPolicyOptions", "PerStepOptions", "Rates", "RoundingOptions"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,14 @@ class RoundingOptions:
     beta_start: float = 20.0
     beta_end: float = 2.0
     warm_up: float = 0.2
+
+
+@dataclass(frozen=True)
+class PerStepOptions(RoundingOptions):
+    """Options of `per-step`: the share `rounding` of a block's `iters` trains its weights, the rest is divided evenly among
+    the steps (at least one iteration each)."""
+
+    rounding: float = 0.5
 
 
 EXTRAPOLATING = ("PNDMScheduler", "LMSDiscreteScheduler", "IPNDMScheduler")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,9 @@ from dqtool.training.block_loop import own_layers
 from dqtool.training.data import Problem
 from dqtool.training.network_loop import rows_by_step
 from dqtool.training.optimizer import QuantAdam, cosine
-from dqtool.training.options import Rates
+from dqtool.training.options import PerStepOptions, Rates
 from dqtool.training.reconstruction import RoundingLearner, activation_scales, learn_scales
 from dqtool.training.rounding import float_activations, merge_adapters
-
-if TYPE_CHECKING:
-    from dqtool.training.methods.per_step import PerStepOptions
 
 __all__ = ["PerStepLearner", "untrained_layers"]
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dqtool.core.detail import detail
 from dqtool.models.families import Family
-from dqtool.models.noise_correction import LEAST_FACTOR, NoiseFit, StepNoise, fit_noise
+from dqtool.models.noise_correction import LEAST_FACTOR, StepNoise, fit_noise
+from dqtool.models.noise_fit import NoiseFit
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of

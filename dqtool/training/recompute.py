@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dqtool.nn.trace import Trace
+from dqtool.graph.trace import Trace
 
 __all__ = ["recomputed_blocks"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dqtool.core.device import device_of
-from dqtool.nn.trace import Trace
+from dqtool.graph.trace import Trace
 from dqtool.training.spilling import Store
 
 __all__ = ["BlockInputs", "Replay"]

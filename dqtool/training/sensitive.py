@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from dqtool.graph.roles import Roles
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.nn.roles import Roles
 from dqtool.training.data import Problem
 
 __all__ = ["learn_weights", "sensitive_layers"]

@@ -11,7 +11,8 @@ import pytest
 
 from dqtool.artifacts import open_artifact
 from dqtool.bench import probe as probing
-from dqtool.bench.contenders import contender_of, prepare_float
+from dqtool.bench.contenders import contender_of
+from dqtool.bench.float_contenders import prepare_float
 from dqtool.bench.probe import Probe, prepare, probe, status
 from dqtool.bench.subject import Subject
 from dqtool.errors import EnvironmentFault

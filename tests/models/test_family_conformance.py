@@ -13,12 +13,13 @@ import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.core.bits import LayerBits
 from dqtool.core.detail import detail
+from dqtool.graph.attention import is_attention
+from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
 from dqtool.nn.prediction import attach_prediction, row_shapes
 from dqtool.nn.quantizers import StepIndex
 from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
-from dqtool.nn.trace import is_attention, trace
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate

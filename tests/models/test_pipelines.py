@@ -174,10 +174,10 @@ def test_partial_schedules_index_right(tmp_path: Path) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
     from dqtool.core.bits import LayerBits
+    from dqtool.graph.trace import trace
     from dqtool.models.families import FAMILIES
     from dqtool.models.sampling import Sampler
     from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
-    from dqtool.nn.trace import trace
 
     source = resolve_model(str(text_pipeline("sd", tmp_path / "model")))
     base = StableDiffusionPipeline.from_pretrained(tmp_path / "model")

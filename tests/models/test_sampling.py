@@ -10,10 +10,10 @@ from torch import nn
 
 from dqtool.core.bits import LayerBits
 from dqtool.errors import UsageError
+from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
 from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
-from dqtool.nn.trace import trace
 
 FAMILY = FAMILIES["UNet2DModel"]
 SCHEDULE = {

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import dqtool
 from dqtool.errors import UsageError
+from dqtool.graph.attention import is_attention
 from dqtool.models.families import family_of
 from dqtool.nn.calls import CallLock
-from dqtool.nn.trace import is_attention
 from dqtool.runtimes.onednn import convert
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common

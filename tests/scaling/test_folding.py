@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.core.dilation import spread
-from dqtool.nn.dataflow import dataflow
-from dqtool.nn.trace import LayerInfo, is_attention, is_quantizable
+from dqtool.graph.attention import is_attention
+from dqtool.graph.dataflow import dataflow
+from dqtool.graph.trace import LayerInfo, is_quantizable
 from dqtool.scaling.folding import Fold, find_folds, fold, fold_all
 
 

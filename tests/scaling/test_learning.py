@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.core.bits import LayerBits
+from dqtool.graph.trace import LayerInfo
 from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake, packed_state
-from dqtool.nn.trace import LayerInfo
 from dqtool.scaling.folding import find_shifts, fold, shift
 from dqtool.scaling.learning import attach, bake
 from dqtool.training.optimizer import QuantAdam

@@ -62,7 +62,7 @@ def test_layers_that_share_an_input_share_their_factors() -> None:
 
     from torch import nn
 
-    from dqtool.nn.trace import LayerInfo
+    from dqtool.graph.trace import LayerInfo
     from dqtool.scaling.choosing import choose_scaling, groups_of
 
     torch.manual_seed(0)

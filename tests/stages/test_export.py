@@ -11,9 +11,9 @@ import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.core.cost import bops_ratio, file_bytes
+from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
 from dqtool.nn.surgery import assign_bits, quant_layers, state_shapes
-from dqtool.nn.trace import trace
 from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export, network_shapes, swapped

@@ -13,8 +13,8 @@ from helpers import NETWORK
 from torch import nn
 
 from dqtool.errors import EnvironmentFault
+from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
-from dqtool.nn.trace import trace
 from dqtool.training.replay import Replay
 
 N = 10

@@ -23,6 +23,7 @@ from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.allocator import FilePages, keep_freed_memory
 from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.graph.attention import is_attention
 from dqtool.models.export_layout import weights_file
 from dqtool.models.packed import packed_network, plans_of
 from dqtool.nn.attention import QuantAttnProcessor
@@ -30,7 +31,6 @@ from dqtool.nn.calls import one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.surgery import steps_of
-from dqtool.nn.trace import is_attention
 from dqtool.runtimes.onednn import library
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor, SharedInput
 from dqtool.runtimes.onednn.blocks import fuse

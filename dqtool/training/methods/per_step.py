@@ -8,21 +8,13 @@ step for all (`--static`) that is an ordinary static quantizer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool.training.methods import Method
-from dqtool.training.options import RoundingOptions
+from dqtool.training.options import PerStepOptions
 
 if TYPE_CHECKING:
     from dqtool.training.data import Bars, Problem
-
-
-@dataclass(frozen=True)
-class PerStepOptions(RoundingOptions):
-    """Of a block's `iters`, the share `rounding` goes to the weights, the rest evenly to the steps, one at least to each."""
-
-    rounding: float = 0.5
 
 
 def train(problem: Problem, options: PerStepOptions, bars: Bars) -> dict[str, Any]:

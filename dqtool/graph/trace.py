@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dqtool.nn.attention import attention_layout
-from dqtool.nn.padding import zero_padding
+from dqtool.graph.attention import attention_layout, is_attention
+from dqtool.graph.padding import zero_padding
 
-__all__ = ["BlockInfo", "LayerInfo", "Trace", "is_attention", "is_quantizable", "kept_float", "trace"]
+__all__ = ["BlockInfo", "LayerInfo", "Trace", "is_quantizable", "kept_float", "trace"]
 
 
 @dataclass
@@ -69,13 +69,6 @@ class Trace:
 def is_quantizable(module: nn.Module) -> bool:
     """Whether this is a leaf dqtool quantizes."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and zero_padding(module) is not None)
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Whether this is a diffusers attention module whose products dqtool quantizes (told by its interface, so that
-    diffusers need not be imported)."""
-    named = all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "heads", "set_processor"))
-    return named and attention_layout(module) is not None
 
 
 def kept_float(model: nn.Module, layers: Collection[LayerInfo]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dqtool.nn.dataflow import Dataflow, Op, dataflow
+from dqtool.graph.dataflow import Dataflow, Op, dataflow
 
 __all__ = ["Roles", "find_roles"]
 

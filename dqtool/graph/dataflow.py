@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dqtool.nn.trace import is_quantizable
+from dqtool.graph.trace import is_quantizable
 
 __all__ = ["Dataflow", "Op", "dataflow", "ghost_of"]
 

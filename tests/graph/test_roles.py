@@ -5,8 +5,8 @@ from __future__ import annotations
 from diffusers import UNet2DModel
 from helpers import NETWORK
 
+from dqtool.graph.roles import find_roles
 from dqtool.models.families import FAMILIES
-from dqtool.nn.roles import find_roles
 
 
 def test_roles_of_a_unet() -> None:

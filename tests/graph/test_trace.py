@@ -8,8 +8,8 @@ from diffusers import UNet2DModel
 from helpers import NETWORK
 from torch import nn
 
+from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
-from dqtool.nn.trace import trace
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from families import build
 
+from dqtool.graph.repeats import drop_repeats, restore_repeats, tie_repeats
 from dqtool.models.architectures import architecture
 from dqtool.models.families import FAMILIES
-from dqtool.models.repeats import drop_repeats, restore_repeats, tie_repeats
 
 FAMILY = FAMILIES["DiTTransformer2DModel"]
 COPY, ORIGINAL = "transformer_blocks.1.norm1.emb", "transformer_blocks.0.norm1.emb"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.bits import LayerBits
+from dqtool.graph.padding import zero_padding
+from dqtool.graph.trace import kept_float, trace
 from dqtool.nn.layers import fake_layer
-from dqtool.nn.padding import zero_padding
 from dqtool.nn.quantizers import StepIndex
-from dqtool.nn.trace import kept_float, trace
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""The float network in PyTorch: eager, channels-last or compiled, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dqtool.bench.contender import Loaded
+from dqtool.bench.subject import Arguments, Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["load_float", "prepare_float"]
+
+COMPILATIONS = 256
+"""Limit of compilations of one network by `torch.compile`: one for each batch size and contender."""
+
+
+def load_float(subject: Subject, dtype: str, channels_last: bool = False, compiled: bool = False) -> Loaded:
+    """The float network in PyTorch, from its diffusers directory."""
+    import diffusers
+    import torch
+
+    from dqtool.models.amendments import amend
+
+    kind = getattr(torch, dtype)
+    network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory, torch_dtype=kind)
+    network = amend(network, subject.config).eval().requires_grad_(False)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        # Past a number of compilations of the same code, those of all contenders and batches, it would quietly run eager.
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Static shapes and frozen weights: the strongest form of it.
+        network = torch.compile(network, dynamic=False, options={"freezing": True})
+
+    def run(arguments: Arguments) -> Tensor:
+        with torch.no_grad():
+            return network(**arguments, return_dict=False)[0]
+
+    return Loaded(run, lambda arguments: Subject.cast(arguments, kind, channels_last))
+
+
+def prepare_float(subject: Subject) -> None:
+    """Write the float directory, as `save_pretrained` does (which refuses networks that share modules)."""
+    from dqtool.artifacts.tensorfile import save_tensors
+    from dqtool.bench.reference import float_network
+    from dqtool.graph.repeats import restore_repeats
+    from dqtool.models.export_layout import WEIGHTS
+    from dqtool.models.families import family_of
+
+    if subject.float_directory.exists():
+        return
+    network = float_network(subject)
+    pairs = family_of(subject.class_name, subject.directory).repeats(subject.config)
+    subject.float_directory.mkdir()
+    network.save_config(subject.float_directory)  # type: ignore[operator]
+    save_tensors(subject.float_directory / WEIGHTS, restore_repeats(network.state_dict(), pairs))
