@@ -1,0 +1,262 @@
+"""Write `recipes/results/README.md`, the index of all committed results, and the tables of README.md that quote them.
+
+    python recipes/index_results.py           write both
+    python recipes/index_results.py --check   fail where a file is not what the results say, or README has a number they lack
+
+Every figure comes from a result file. README.md marks the tables that this script writes with `<!-- results: NAME -->` and
+`<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
+INDEX = RESULTS / "README.md"
+README = ROOT / "README.md"
+MODELS = ("digits-ddpm", "digits-dit", "digits-ldm", "digits-sd")
+
+COMMANDS = {
+    "digits-ddpm-w6a6-onednn": "dqtool eval exported --runtime onednn --reference exported --samples 2048 --metrics digits,similarity",
+    "digits-ddpm-w6a6-openvino": "dqtool eval exported --runtime openvino --reference exported --samples 2048 --metrics digits,similarity",
+    "digits-ddpm-w6a6-openvino-bf16": "dqtool eval exported --runtime openvino-bf16 --reference exported --samples 4096",
+    "digits-ddpm-w6a6-seed1": "make digits-ddpm-w6a6, `--scaling wd --no-correct-noise --seed 1`",
+    "digits-ddpm-w6a6-seed2": "make digits-ddpm-w6a6, `--scaling wd --no-correct-noise --seed 2`",
+    "dilate-sd14": "make dilate-cost",
+    "full-size": "make full-size",
+    "same-integers": "make same-integers",
+}
+"""Commands of results that do not record their own."""
+
+NUMBER = re.compile(r"(?<![\w./-])\d+(?:,\d{3})*\.\d+|\b\d+(?:,\d{3})*(?= (?:dB|MB|MiB|GB|GiB|%|ms)\b)")
+"""Numbers of README that state a measurement: with a decimal point, or in front of a unit."""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one result."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def command_of(path: Path) -> str:
+    """Return the command that makes a result: the recorded one, or its make target."""
+    result = load(path) if path.suffix == ".json" else {}
+    if "command" in result:
+        return f"`{result['command']}`"
+    name = path.stem
+    if name in COMMANDS:
+        return COMMANDS[name] if "`" in COMMANDS[name] else f"`{COMMANDS[name]}`"
+    recipe = re.sub(r"(.*)-ptq-(w\da\d)", r"\1-\2-ptq", name)
+    if not (ROOT / "recipes" / f"{recipe.removesuffix('-ptq')}.yaml").is_file():
+        raise SystemExit(f"{path}: no command is known that makes this result. Add it to COMMANDS in {__file__}.")
+    return f"`make {recipe}`"
+
+
+def reports() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the metrics of each committed report of `dqtool eval`."""
+    for path in sorted(RESULTS.glob("*.json")):
+        result = load(path)
+        if result.get("stage") == "eval":
+            yield path.stem, result
+
+
+def quality_index() -> list[str]:
+    """Return the table of all reports of `dqtool eval`."""
+    rows = []
+    for name, report in reports():
+        metrics = report["metrics"]
+        full = metrics.get("reference", {}).get("fd.digits")
+        cost = metrics.get("cost", {})
+        given = metrics.get("fd.digits_from_reference")
+        rows.append(
+            [
+                f"[{name}]({name}.json)",
+                str(metrics["samples"]),
+                f"{metrics['fd.digits']:.2f}",
+                "" if full is None else f"{full:.2f}",
+                "" if full is None else f"{metrics['fd.digits'] / full:.2f}x",
+                "" if given is None else f"{given:.2f}",
+                f"{metrics['psnr']['mean']:.1f} dB",
+                f"{cost['size_ratio']:.1f}x" if cost else "",
+                f"{cost['bops_ratio']:.1f}x" if cost else "",
+                command_of(RESULTS / f"{name}.json"),
+            ]
+        )
+    head = ["report", "images", "fd.digits", "full precision", "ratio", "to full precision", "PSNR", "smaller"]
+    return table([*head, "fewer BOPs", "command"], rows)
+
+
+def comparison_index() -> list[str]:
+    """Return the table of all comparisons."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = load(path)
+        if str(result.get("format", "")).startswith("dqtool-table"):
+            seeds = ", ".join(map(str, result["seeds"]))
+            rows.append(
+                [f"[{path.stem}]({path.stem}.md)", result["title"], str(result["source"]), seeds, f"`make {path.stem}`"]
+            )
+    return table(["result", "compares", "paper", "seeds", "command"], rows)
+
+
+def speed_rows(path: Path) -> Iterator[list[str]]:
+    """Yield per batch: contenders with the speedup over the faster float32, and what float32 takes."""
+    result = load(path)
+    machine = result["machine"]
+    flags = [flag for flag in machine["flags"] if flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_tile")]
+    for batch, measured in result["speed"].items():
+        speedups = ", ".join(f"{m['contender']} {m['ratio']:.2f}x" for m in measured if not m["baseline"])
+        base = next(m["median"] for m in measured if m["baseline"])
+        yield [
+            f"[{path.stem}]({path.stem}.md)",
+            f"{machine['processor']}, {machine['threads']} threads ({', '.join(flags)})",
+            batch,
+            speedups,
+            f"{1000 * base:.1f} ms",
+            command_of(path),
+        ]
+
+
+def speed_index() -> list[str]:
+    """Return the table of all benchmarks of a step."""
+    rows = [row for path in sorted(RESULTS.glob("bench-*.json")) for row in speed_rows(path)]
+    return table(["result", "machine", "batch", "times faster than float32", "float32", "command"], rows)
+
+
+def other_index() -> list[str]:
+    """Return the table of the results that are none of the above."""
+    named = {
+        path.stem
+        for path in RESULTS.glob("*.json")
+        if (found := load(path)).get("stage") == "eval"
+        or str(found.get("format", "")).startswith("dqtool-table")
+        or path.stem.startswith("bench-")
+    }
+    rows = []
+    for path in sorted(RESULTS.glob("*.md")):
+        if path.stem not in named and path != INDEX:
+            title = next(
+                (line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")),
+                path.stem,
+            )
+            source = path.with_suffix(".json") if path.with_suffix(".json").is_file() else path
+            rows.append([f"[{path.stem}]({path.name})", title, command_of(source)])
+    return table(["result", "what it shows", "command"], rows)
+
+
+def index() -> str:
+    """Return the text of `recipes/results/README.md`."""
+    parts = [
+        ["# Committed results", "", "Written by `python recipes/index_results.py` from the files in this folder."],
+        ["## Quality: reports of `dqtool eval`", ""],
+        [
+            "Same noise for both networks. *fd.digits* is the Fréchet distance to the training digits on the features of a",
+            "small digit classifier; it depends on the number of images. *To full precision* is the same distance to the images",
+            "that the full-precision model makes of the same noise. Paired images keep it below the distance between two sets",
+            "of full-precision images with different seeds.",
+        ],
+        quality_index(),
+        ["## Comparisons"],
+        comparison_index(),
+        ["## Speed of a step", "", "Ratios to the faster memory format of eager float32, measured in the same run."],
+        speed_index(),
+        ["## Everything else"],
+        other_index(),
+    ]
+    return "\n\n".join("\n".join(part).strip("\n") for part in parts) + "\n"
+
+
+def quality_table() -> list[str]:
+    """Return the quality table of README.md: every embedded model at 4/4 beside calibration alone."""
+    found = dict(reports())
+    rows = []
+    for model in MODELS:
+        ours, plain = found[f"{model}-w4a4"]["metrics"], found[f"{model}-ptq-w4a4"]["metrics"]
+        eight = found[f"{model}-w6a6"]["metrics"]
+        rows.append(
+            [
+                f"`{model}`",
+                f"{ours['reference']['fd.digits']:.2f}",
+                f"{plain['fd.digits']:.2f}",
+                f"{ours['fd.digits']:.2f}",
+                f"{plain['psnr']['mean']:.1f} dB",
+                f"{ours['psnr']['mean']:.1f} dB",
+                f"{eight['psnr']['mean']:.1f} dB",
+                f"{ours['cost']['size_ratio']:.1f}x",
+            ]
+        )
+    head = ["model", "fd.digits, full precision", "PTQ 4/4", "dqtool 4/4", "PSNR, PTQ 4/4", "dqtool 4/4", "dqtool 6/6"]
+    return table([*head, "smaller at 4/4"], rows)
+
+
+def speed_table() -> list[str]:
+    """Return the speed table of README.md."""
+    shown = {"cpu": "onednn", "openvino": "openvino", "NNCF int8": "nncf-int8", "bfloat16": "bf16-channels-last"}
+    names = (("DDPM CIFAR-10", "bench-cifar10-vnni"), ("Stable Diffusion v1.4", "bench-sd14-vnni"))
+    rows = []
+    for label, name in (*names, ("DiT-XL/2", "bench-dit-xl2-vnni")):
+        result = load(RESULTS / f"{name}.json")
+        batch, measured = next(iter(result["speed"].items()))
+        by_name = {m["contender"]: m for m in measured}
+        if "cpu" in by_name:
+            shown["cpu"] = "cpu"
+        base = next(m["median"] for m in measured if m["baseline"])
+        best = {k: by_name.get(v, by_name.get("bf16" if v.startswith("bf16") else v)) for k, v in shown.items()}
+        cells = [f"{m['ratio']:.2f}x" if m else "" for m in best.values()]
+        rows.append([label, batch, *cells, f"{1000 * base:.1f} ms"])
+    return table(["network at full size", "batch", *(f"`{n}`" if n in ("cpu", "openvino") else n for n in shown), "float32"], rows)
+
+
+def with_tables(text: str) -> str:
+    """Return README.md's text with the marked tables replaced."""
+    for name, lines in (("quality", quality_table()), ("speed", speed_table())):
+        mark = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not mark.search(text):
+            raise SystemExit(f"README.md lacks the mark <!-- results: {name} -->")
+        text = mark.sub(lambda m, lines=lines: f"{m[1]}\n{chr(10).join(lines)}\n\n{m[2]}", text)
+    return text
+
+
+def unsupported(readme: str, results: str) -> list[str]:
+    """Return the measurements in README that no result holds. Code, links and versions are no measurements."""
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \S+", " ", readme, flags=re.DOTALL)
+    known = set(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", results))
+    return sorted({number for number in NUMBER.findall(prose) if number not in known})
+
+
+def problems() -> list[str]:
+    """Return a sentence for each thing that is not as the results say."""
+    found = []
+    readme = README.read_text(encoding="utf-8")
+    if not INDEX.is_file() or INDEX.read_text(encoding="utf-8") != index():
+        found.append(f"{INDEX.relative_to(ROOT)} is out of date")
+    if with_tables(readme) != readme:
+        found.append("the tables of README.md are out of date")
+    texts: Mapping[Path, str] = {path: path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("*.md"))}
+    found += [f"README.md says {number}, which is in no result" for number in unsupported(readme, "\n".join(texts.values()))]
+    return found
+
+
+def main() -> int:
+    """Write the files, or with --check print what is wrong with them."""
+    if sys.argv[1:] == ["--check"]:
+        found = problems()
+        print("\n".join([*found, "run `python recipes/index_results.py`"] if found else ["README.md and the index hold"]))
+        return 1 if found else 0
+    INDEX.write_text(index(), encoding="utf-8")
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
