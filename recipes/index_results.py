@@ -34,7 +34,7 @@ COMMANDS = {
 }
 """Commands of results that do not record their own."""
 
-NUMBER = re.compile(r"(?<![\w./-])\d+(?:,\d{3})*\.\d+|\b\d+(?:,\d{3})*(?= (?:dB|MB|MiB|GB|GiB|%|ms)\b)")
+NUMBER = re.compile(r"(?<![\w./-])\d+(?:,\d{3})*\.\d+(?!\.?\d)|\b\d+(?:,\d{3})*(?= (?:dB|MB|MiB|GB|GiB|%|ms)\b)")
 """Numbers of README that state a measurement: with a decimal point, or in front of a unit."""
 
 
@@ -214,7 +214,10 @@ def speed_table() -> list[str]:
         best = {k: by_name.get(v, by_name.get("bf16" if v.startswith("bf16") else v)) for k, v in shown.items()}
         cells = [f"{m['ratio']:.2f}x" if m else "" for m in best.values()]
         rows.append([label, batch, *cells, f"{1000 * base:.1f} ms"])
-    return table(["network at full size", "batch", *(f"`{n}`" if n in ("cpu", "openvino") else n for n in shown), "float32"], rows)
+    return table(
+        ["network at full size", "batch", *(f"`{n}`" if n in ("cpu", "openvino") else n for n in shown), "float32"],
+        rows,
+    )
 
 
 def with_tables(text: str) -> str:
@@ -243,7 +246,9 @@ def problems() -> list[str]:
     if with_tables(readme) != readme:
         found.append("the tables of README.md are out of date")
     texts: Mapping[Path, str] = {path: path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("*.md"))}
-    found += [f"README.md says {number}, which is in no result" for number in unsupported(readme, "\n".join(texts.values()))]
+    found += [
+        f"README.md says {number}, which is in no result" for number in unsupported(readme, "\n".join(texts.values()))
+    ]
     return found
 
 
@@ -251,7 +256,9 @@ def main() -> int:
     """Write the files, or with --check print what is wrong with them."""
     if sys.argv[1:] == ["--check"]:
         found = problems()
-        print("\n".join([*found, "run `python recipes/index_results.py`"] if found else ["README.md and the index hold"]))
+        print(
+            "\n".join([*found, "run `python recipes/index_results.py`"] if found else ["README.md and the index hold"])
+        )
         return 1 if found else 0
     INDEX.write_text(index(), encoding="utf-8")
     README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -18,7 +18,32 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("dqtool", "tests", "recipes")
 OPENINGS = frozenset(
-    "of what whether as those that who whose where how why which when while because so since for from with by it they these".split()
+    [
+        "of",
+        "what",
+        "whether",
+        "as",
+        "those",
+        "that",
+        "who",
+        "whose",
+        "where",
+        "how",
+        "why",
+        "which",
+        "when",
+        "while",
+        "because",
+        "so",
+        "since",
+        "for",
+        "from",
+        "with",
+        "by",
+        "it",
+        "they",
+        "these",
+    ]
 )
 """First words, in lower case, that a docstring must not have."""
 COMMENT_OPENINGS = frozenset(["of", "what", "whether", "those", "that", "as", "who", "whose", "how", "which"])

@@ -1,7 +1,8 @@
-"""What is measured on images and tensors, one measure per file; `METRICS` has those that `dqtool eval` knows by name."""
+"""Measures of images and tensors, one per file. `METRICS` lists those that `dqtool eval` knows, `FIGURES` what they report."""
 
 from __future__ import annotations
 
-from dqtool.metrics.registry import METRICS, Files, Metric, available
+from dqtool.metrics.figures import Figure, value_of
+from dqtool.metrics.registry import FIGURES, METRICS, Files, Metric, available
 
-__all__ = ["METRICS", "Files", "Metric", "available"]
+__all__ = ["FIGURES", "METRICS", "Figure", "Files", "Metric", "available", "value_of"]

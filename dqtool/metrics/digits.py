@@ -15,11 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqtool import report
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
-from dqtool.metrics.frechet import frechet_distance, statistics
+from dqtool.metrics.frechet import frechet_distance, minimum_samples, statistics
 from dqtool.metrics.inception_score import inception_score
 
-__all__ = ["CONFIDENT", "WEIGHTS", "DigitClassifier", "classify", "describe", "evaluate_digits", "features", "load"]
+__all__ = [
+    "CONFIDENT",
+    "WEIGHTS",
+    "DigitClassifier",
+    "classify",
+    "compare_digits",
+    "describe",
+    "evaluate_digits",
+    "features",
+    "load",
+]
 
 WEIGHTS = Path(__file__).parent / "weights" / "digits-classifier.safetensors"
 CONFIDENT = 0.9  # softmax maximum above which an image counts as read with confidence
@@ -143,3 +154,25 @@ def evaluate_digits(images: Tensor, *, arrays: bool = False, splits: int = 10) -
     if arrays:
         result |= {"labels": labels, "confidence": confidence}
     return result
+
+
+def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None) -> dict[str, Any]:
+    """Return the digit figures of `images [N, 1, 16, 16]`, and where there are `expected` ones, the same figures of these
+    (`reference`) and comparisons. `asked [N]` is the digit that each image should show. Warns where N is small."""
+    if len(images) < minimum_samples(FEATURES):
+        report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
+    figures = _with_asked(images, asked)
+    if expected is not None:
+        figures["reference"] = _with_asked(expected, asked)
+        figures["fd.digits_from_reference"] = distance(images, expected)
+        figures["fd.digits_ratio"] = figures["fd.digits"] / figures["reference"]["fd.digits"]
+        same = classify(images)[0] == classify(expected)[0]
+        figures["same_digit_share"] = float(same.float().mean())
+    return figures
+
+
+def _with_asked(images: Tensor, asked: Tensor | None) -> dict[str, Any]:
+    figures: dict[str, Any] = evaluate_digits(images)
+    if asked is not None:
+        figures["asked_digit_share"] = float((classify(images)[0] == asked).float().mean())
+    return figures

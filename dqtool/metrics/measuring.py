@@ -28,14 +28,14 @@ class Meter:
         check_needs(names, files)
         self.names = tuple(names)
         self.files = files
-        kinds = dict.fromkeys(METRICS[name].extractor for name in self.names)
+        networks = dict.fromkeys(kind for name in self.names if (kind := METRICS[name].extractor) is not None)
         self.extractors: dict[str, Extractor] = {
-            kind: EXTRACTORS[kind].open(getattr(files, EXTRACTORS[kind].needs)) for kind in kinds
+            kind: EXTRACTORS[kind].open(getattr(files, EXTRACTORS[kind].needs)) for kind in networks
         }
         self.measures_reference = False
         self.reference_model: dict[str, tuple[Tensor, Tensor]] = {}
         for name in self.names:  # a file that will not do is found out now, not after hours of sampling
-            METRICS[name].start(self)
+            self._start(name)
 
     @cached_property
     def reference(self) -> Reference:
@@ -58,7 +58,7 @@ class Meter:
         Warns of figures that are biased at this number of images.
         """
         self.measures_reference = of_reference
-        running: dict[str, Accumulator] = {name: METRICS[name].start(self) for name in self.names}
+        running: dict[str, Accumulator] = {name: self._start(name) for name in self.names}
         count = 0
         with report.progress(what, total, "image") as progress:
             for images, texts in batches:
@@ -79,9 +79,14 @@ class Meter:
                     f"{name} of {count} images is biased; compare it at equal numbers only, or use {least} or more"
                 )
         figures["extractors"] = {
-            figure: self.extractors[METRICS[name].extractor].describe()
+            figure.key: self.extractors[network].describe()
             for name in self.names
             for figure in METRICS[name].figures
-            if figure in figures
+            if figure.key in figures and (network := METRICS[name].extractor) is not None
         }
         return figures
+
+    def _start(self, name: str) -> Accumulator:
+        start = METRICS[name].start
+        assert start is not None, f"{name} reads no features"
+        return start(self)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dqtool.artifacts.files import sha256_file
 from dqtool.errors import EnvironmentFault
+from dqtool.metrics.figures import Figure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTRACTORS",
+    "FIGURES",
     "METRICS",
     "Accumulator",
+    "ExtractorEntry",
     "Files",
-    "Kind",
     "Measurement",
     "Metric",
     "available",
@@ -95,8 +97,8 @@ class Measurement(Protocol):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """An entry of `EXTRACTORS`: the file it is read from, and how."""
+class ExtractorEntry:
+    """An entry of `EXTRACTORS`: the field of `Files` that names the network's file, and the function that reads it."""
 
     needs: str
     open: Callable[[str], Extractor]
@@ -106,16 +108,32 @@ class Kind:
 class Metric:
     """An entry of `METRICS`.
 
-    `needs` are fields of `Files` beside the extractor's own. `minimum_samples`: below it the figure is biased and a
-    warning says so. `needs_prompts`: images without prompts have no such figure.
+    A metric is computed in one of two ways. `start` begins an accumulator over the features of `extractor`, batch by batch.
+    `compare` takes all images, the reference's images of the same noise (None without a reference) and the digit asked for
+    each image (None for models that can't be asked), and returns the figures.
+
+    `needs` are fields of `Files` beside the extractor's own. `least_samples`: with fewer images there is no figure.
+    `minimum_samples`: with fewer images the figure is biased, and a warning says so. `needs_prompts`: images without
+    prompts have no such figure. `version`: raised when figures change, so that older reports are made again.
+    `added`: raised when the metric gets a further figure and the others stay, so that reports without it are made again;
+    unlike `version` it is no part of the name of a table's finished cells.
     """
 
-    figures: tuple[str, ...]
-    extractor: str
-    start: Callable[[Measurement], Accumulator]
+    figures: tuple[Figure, ...]
+    extractor: str | None = None
+    start: Callable[[Measurement], Accumulator] | None = None
+    compare: Callable[[Tensor, Tensor | None, Tensor | None], dict[str, Any]] | None = None
     needs: tuple[str, ...] = ()
+    least_samples: int = 0
     minimum_samples: int = 0
     needs_prompts: bool = False
+    version: int = 1
+    added: int = 0
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Fields of `Files` that the metric can't do without."""
+        return (*(() if self.extractor is None else (EXTRACTORS[self.extractor].needs,)), *self.needs)
 
 
 def path_digest(path: str | os.PathLike[str]) -> str:
@@ -151,24 +169,20 @@ def available(files: Files, *, prompts: bool) -> tuple[str, ...]:
     return tuple(
         name
         for name, metric in METRICS.items()
-        if set(_needs(metric)) <= set(given) and (prompts or not metric.needs_prompts)
+        if metric.files and set(metric.files) <= set(given) and (prompts or not metric.needs_prompts)
     )
 
 
 def check_needs(names: Iterable[str], files: Files) -> None:
     """Raise `EnvironmentFault` for a metric of which a file was not given."""
     for name in names:
-        for field in _needs(METRICS[name]):
+        for field in METRICS[name].files:
             if field not in files.given():
                 raise EnvironmentFault(
                     f"The metric '{name}' needs {_WHAT[field]}, and dqtool downloads nothing",
                     where=option(field),
                     fix=f"Give {option(field)} {'DIR' if field == 'clip' else 'FILE'}, or leave {name} out of --metrics",
                 )
-
-
-def _needs(metric: Metric) -> tuple[str, ...]:
-    return (EXTRACTORS[metric.extractor].needs, *metric.needs)
 
 
 _WHAT = {
@@ -189,19 +203,76 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 
 
 EXTRACTORS = {
-    "inception": Kind("inception_weights", _later("extractors", "InceptionExtractor")),
-    "clip": Kind("clip", _later("extractors", "ClipExtractor")),
+    "inception": ExtractorEntry("inception_weights", _later("extractors", "InceptionExtractor")),
+    "clip": ExtractorEntry("clip", _later("extractors", "ClipExtractor")),
 }
 
 _POOL, _SPATIAL = 20480, 20230  # frechet.minimum_samples of 2048 and of 2023 features; without torch here
 METRICS = {
-    "fid": Metric(("fid",), "inception", _later("accumulators", "Fid"), ("ref_stats",), _POOL),
-    "fid-reference": Metric(
-        ("fid_from_reference",), "inception", _later("accumulators", "FidFromReference"), minimum_samples=_POOL
+    "digits": Metric(
+        (
+            Figure("fd.digits", "fd.digits", -1),
+            Figure("fd.digits_ratio", "of full precision", -1, compares=True),
+            Figure("fd.digits_from_reference", "fd.digits to full precision", -1, 3, compares=True),
+            Figure("is.digits", "is.digits", 1),
+            Figure("is.digits.std", "is.digits, deviation of the splits"),
+            Figure("confident_share", "confident, %", 1, 1, 100, column="confident"),
+            Figure("same_digit_share", "same digit, %", 1, 1, 100, column="same_digit", compares=True),
+            Figure("asked_digit_share", "digit asked for, %", 1, 1, 100, column="asked_digit"),
+        ),
+        compare=_later("digits", "compare_digits"),
+        least_samples=10,
+        added=1,
     ),
-    "sfid": Metric(("sfid",), "inception", _later("accumulators", "SpatialFid"), ("ref_stats",), _SPATIAL),
-    "is": Metric(("is", "is.std"), "inception", _later("accumulators", "InceptionScore"), minimum_samples=5000),
-    "pr": Metric(("precision", "recall"), "inception", _later("accumulators", "PrecisionRecall"), ("ref_stats",)),
-    "clip": Metric(("clip",), "clip", _later("accumulators", "ClipScore"), needs_prompts=True),
-    "aesthetic": Metric(("aesthetic",), "clip", _later("accumulators", "AestheticScore"), ("aesthetic_weights",)),
+    "similarity": Metric(
+        (
+            Figure("psnr", "PSNR, dB", 1, compares=True),
+            Figure("ssim", "SSIM", 1, 4, compares=True),
+            Figure("detail_power", "detail, of full precision", 0, 3, compares=True),
+        ),
+        compare=_later("similarity", "compare_images"),
+    ),
+    "fid": Metric(
+        (Figure("fid", "FID", -1),), "inception", _later("accumulators", "Fid"), None, ("ref_stats",), 2, _POOL
+    ),
+    "fid-reference": Metric(
+        (Figure("fid_from_reference", "FID to full precision", -1),),
+        "inception",
+        _later("accumulators", "FidFromReference"),
+        least_samples=2,
+        minimum_samples=_POOL,
+    ),
+    "sfid": Metric(
+        (Figure("sfid", "sFID", -1),),
+        "inception",
+        _later("accumulators", "SpatialFid"),
+        None,
+        ("ref_stats",),
+        2,
+        _SPATIAL,
+    ),
+    "is": Metric(
+        (Figure("is", "IS", 1), Figure("is.std", "IS, deviation of the splits")),
+        "inception",
+        _later("accumulators", "InceptionScore"),
+        minimum_samples=5000,
+    ),
+    "pr": Metric(
+        (Figure("precision", "precision", 1, 3), Figure("recall", "recall", 1, 3)),
+        "inception",
+        _later("accumulators", "PrecisionRecall"),
+        needs=("ref_stats",),
+        least_samples=4,
+        version=2,
+    ),
+    "clip": Metric((Figure("clip", "CLIP score", 1),), "clip", _later("accumulators", "ClipScore"), needs_prompts=True),
+    "aesthetic": Metric(
+        (Figure("aesthetic", "aesthetic score", 1),),
+        "clip",
+        _later("accumulators", "AestheticScore"),
+        needs=("aesthetic_weights",),
+    ),
 }
+
+FIGURES = {figure.key: figure for metric in METRICS.values() for figure in metric.figures}
+"""Every figure that a metric reports, by key, in the order in which pages and tables show them."""

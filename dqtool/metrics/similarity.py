@@ -1,6 +1,8 @@
-"""How far images are from their references, image by image."""
+"""Similarity of images to their references, image by image: PSNR, SSIM, power of detail."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor
 from dqtool.core.detail import detail
 from dqtool.errors import UsageError
 
-__all__ = ["PSNR_CAP", "detail_ratio", "mse", "psnr", "ssim"]
+__all__ = ["PSNR_CAP", "compare_images", "detail_ratio", "mse", "psnr", "ssim"]
 
 PSNR_CAP = 100.0
 """dB reported for images that are identical, or so close that float32 noise is all there is: keeps means finite."""
@@ -82,3 +84,16 @@ def detail_ratio(a: Tensor, b: Tensor) -> float:
 
     of_reference = power(b)
     return power(a) / of_reference if of_reference > 0 else 1.0
+
+
+def compare_images(images: Tensor, expected: Tensor | None, _asked: Tensor | None) -> dict[str, Any]:
+    """Return PSNR and SSIM (mean and median over images) and the ratio of detail of `images [N, C, H, W]` in [-1, 1] to
+    `expected`; nothing without a reference."""
+    if expected is None:
+        return {}
+    figures: dict[str, Any] = {}
+    for name, measure in (("psnr", psnr), ("ssim", ssim)):
+        values = measure(images, expected, 2.0)
+        figures[name] = {"mean": float(values.mean()), "median": float(values.median())}
+    figures["detail_power"] = detail_ratio(images, expected)
+    return figures

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dqtool.metrics import FIGURES, Figure, value_of
 from dqtool.page.results import Bench, Result
 from dqtool.runtimes import RUNTIMES
 
@@ -13,7 +14,6 @@ __all__ = [
     "COSTS",
     "RATIO",
     "Cost",
-    "Figure",
     "extractors",
     "figure",
     "figures_of",
@@ -22,47 +22,6 @@ __all__ = [
     "seconds_of",
 ]
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A metric: its label, whether lower (-1) or higher (1) is better or neither (0), decimals, and `scale` to its unit."""
-
-    label: str
-    better: int = 0
-    decimals: int = 2
-    scale: float = 1.0
-
-    @property
-    def heading(self) -> str:
-        """The label with an arrow to the better side."""
-        return self.label + {-1: " ↓", 0: "", 1: " ↑"}[self.better]
-
-    def text(self, value: float, deviation: float | None = None) -> str:
-        """The value as a table shows it."""
-        shown = f"{value * self.scale:.{self.decimals}f}"
-        return shown if deviation is None else f"{shown} ± {deviation * self.scale:.{self.decimals}f}"
-
-
-_KNOWN = {
-    "fid": Figure("FID", -1),
-    "sfid": Figure("sFID", -1),
-    "fd.digits": Figure("fd.digits", -1),
-    "fd.digits_from_reference": Figure("fd.digits to the reference", -1, 3),
-    "fid_from_reference": Figure("FID to the reference", -1),
-    "is": Figure("IS", 1),
-    "is.digits": Figure("is.digits", 1),
-    "precision": Figure("precision", 1, 3),
-    "recall": Figure("recall", 1, 3),
-    "confident_share": Figure("confident, %", 1, 1, 100),
-    "same_digit_share": Figure("same digit, %", 1, 1, 100),
-    "psnr": Figure("PSNR, dB", 1, 1),
-    "ssim": Figure("SSIM", 1, 3),
-    "detail_power": Figure("detail, x reference", 0, 3),
-    "clip": Figure("CLIP score", 1),
-    "clip_score": Figure("CLIP score", 1),
-    "aesthetic": Figure("aesthetic score", 1),
-}
-"""Metrics by the key that eval records; others are shown under their key."""
 
 _NOT_FIGURES = ("samples", "missed_timesteps")
 FROM_REFERENCE = "_from_reference"
@@ -73,25 +32,21 @@ _PARTS = ("reference", "cost", "layer_errors", "extractor", "extractors", "grid"
 
 
 def figure(key: str) -> Figure:
-    """How a metric is shown."""
-    if key in _KNOWN:
-        return _KNOWN[key]
+    """Return how a figure is shown. One that no metric of the registry reports, in a report of another version, is shown under its key."""
+    if key in FIGURES:
+        return FIGURES[key]
     stem = key.split(".")[0]
-    better = -1 if stem in ("fd", "fid", "sfid", "kid") else 1 if stem in ("is", "psnr", "ssim", "clip") else 0
-    return Figure(key, better)
+    return Figure(key, key, -1 if stem in ("fd", "fid", "sfid") else 1 if stem in ("is", "psnr", "ssim", "clip") else 0)
 
 
 def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Every metric that is one number, or a mean with other statistics beside it, by key: known ones first, in their order."""
+    """Return every figure that is one number, or has a mean, by key: known ones first, in the order of the registry."""
     found: dict[str, float] = {}
-    for key, value in metrics.items():
-        if key in _NOT_FIGURES or key in _PARTS or key.endswith((".std", RATIO)):
-            continue
-        if isinstance(value, Mapping):
-            value = value.get("mean")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[key] = float(value)
-    order = list(_KNOWN)
+    for key in metrics:
+        value = value_of(metrics, key)
+        if value is not None and key not in _NOT_FIGURES and key not in _PARTS and not key.endswith((".std", RATIO)):
+            found[key] = value
+    order = list(FIGURES)
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 

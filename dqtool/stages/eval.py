@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest, sha256_file
 from dqtool.errors import UsageError
-from dqtool.metrics import METRICS as IMAGE_METRICS
+from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.companions import companions_of_artifact
 from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
@@ -24,19 +24,13 @@ if TYPE_CHECKING:
 
     from dqtool.stages.images import ImageMaker
 
-__all__ = ["METRICS", "EvalOptions", "evaluate"]
+__all__ = ["EvalOptions", "evaluate"]
 
 CODE_VERSION = 2
-METRICS = ("digits", "similarity", "layers", "cost")
-"""Groups of figures beside those of `dqtool.metrics.METRICS`: digit scores; PSNR, SSIM and detail against the reference's samples
-of the same seeds; error per layer; size and BOPs."""
-METRIC_VERSIONS = {"pr": 2}
-"""Of metrics whose figures have changed: reports that hold an older one are made again, and no others."""
-FIGURES_ADDED = {"digits": 1}
-"""Of metrics that give a figure more than at first, while the others stayed what they were: reports without it are made again.
-It is no part of what names a table's finished cells."""
-LEAST_SAMPLES = {"digits": 10, "fid": 2, "fid-reference": 2, "sfid": 2, "pr": 4}
-"""Images below which a metric has no figures: splits of an Inception score, a covariance, neighbours; without torch here."""
+NETWORK_METRICS = ("layers", "cost")
+"""Metrics of the network in place of its images: error per layer; size and bit operations."""
+DEFAULT_METRICS = ("digits", "similarity", *NETWORK_METRICS)
+"""Metrics that need no file. The others join when the files they need are given."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +62,8 @@ class EvalOptions:
     def __post_init__(self) -> None:
         """Raise `UsageError` for an unknown metric."""
         for metric in self.metrics or ():
-            if metric not in METRICS and metric not in IMAGE_METRICS:
-                known = ", ".join((*METRICS, *IMAGE_METRICS))
+            if metric not in METRICS and metric not in NETWORK_METRICS:
+                known = ", ".join(dict.fromkeys((*DEFAULT_METRICS, *METRICS)))
                 raise UsageError(f"unknown metric '{metric}'", where="--metrics", fix=f"Choose from {known}")
 
 
@@ -108,7 +102,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         reads=list(files.given().values()),
     )
     if not common.dry_run:
-        tell(artifact, read_manifest(options.output).metrics)
+        print_figures(artifact, read_manifest(options.output).metrics)
     return options.output
 
 
@@ -137,9 +131,9 @@ def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str
         "runtime": options.runtime,
         "grid": options.grid,
     }
-    if versions := {name: METRIC_VERSIONS[name] for name in metrics if name in METRIC_VERSIONS}:
+    if versions := {name: METRICS[name].version for name in metrics if name in METRICS and METRICS[name].version > 1}:
         parameters["metric_versions"] = versions
-    if added := {name: FIGURES_ADDED[name] for name in metrics if name in FIGURES_ADDED}:
+    if added := {name: METRICS[name].added for name in metrics if name in METRICS and METRICS[name].added}:
         parameters["figures_added"] = added
     if files.given():
         parameters["files"] = files.describe()
@@ -162,11 +156,12 @@ def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
     """Those asked for, else all that apply to the model. Raises `UsageError` where the samples are too few for one."""
     chosen = applicable_metrics(options, artifact)
     for name in chosen:
-        if options.samples < LEAST_SAMPLES.get(name, 0):
+        least = METRICS[name].least_samples if name in METRICS else 0
+        if options.samples < least:
             raise UsageError(
-                f"The metric '{name}' needs at least {LEAST_SAMPLES[name]} samples, and {options.samples} are to be drawn",
+                f"The metric '{name}' needs at least {least} samples, and {options.samples} are to be drawn",
                 where="--samples",
-                fix=f"Raise it to {LEAST_SAMPLES[name]} or more, or leave {name} out of --metrics",
+                fix=f"Raise it to {least} or more, or leave {name} out of --metrics",
             )
     return chosen
 
@@ -180,7 +175,7 @@ def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, .
         options.metrics, files_of(options), prompts=companions is not None and companions.has("text_encoder")
     )
     if options.metrics is None:
-        return (*(m for m in METRICS if m != "digits" or is_digits), *of_images)
+        return (*(m for m in DEFAULT_METRICS if m != "digits" or is_digits), *of_images)
     if "digits" in options.metrics and shape[0] != 1:
         raise UsageError("the digit metrics read images of one channel", where="--metrics")
     return options.metrics
@@ -211,7 +206,7 @@ def produce(
     files = files_of(options)
     if makes_latents(artifact):
         check_needs_no_pixels(metrics, options)
-    meter = ready([name for name in metrics if name in IMAGE_METRICS], files)
+    meter = ready([name for name in metrics if name in METRICS and METRICS[name].start is not None], files)
     maker = maker_of_artifact(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts
     )
@@ -223,9 +218,7 @@ def produce(
     if isinstance(reference, ExportedReference):
         figures["reference_is"] = f"{reference.given} in the simulate runtime"
     expected = None
-    needs_images = bool({"digits", "similarity", *IMAGE_METRICS} & set(metrics)) or bool(
-        options.grid or options.save_samples
-    )
+    needs_images = bool(set(METRICS) & set(metrics)) or bool(options.grid or options.save_samples)
     if needs_images:
         if float_network is not None and reference is not None:
             expected = reference_images(float_network, reference, maker, options)
@@ -275,7 +268,7 @@ def produce(
 
 def check_needs_no_pixels(metrics: Sequence[str], options: EvalOptions) -> None:
     """Raise `UsageError` for what can't be had of latents, which is all that a model without its decoder samples."""
-    named = [name for name in metrics if name in IMAGE_METRICS]
+    named = [name for name in metrics if name in METRICS and METRICS[name].start is not None]
     asked = [f"--metrics {','.join(named)}"] * bool(named) + ["--save-samples"] * (options.save_samples is not None)
     if asked:
         raise UsageError(
@@ -341,25 +334,14 @@ def bits_label(layers: list[dict[str, Any]]) -> str:
     return max(weight, key=lambda key: weight[key]) if weight else "float"
 
 
-def tell(artifact: Artifact, figures: dict[str, Any]) -> None:
-    """The table on standard error."""
+def print_figures(artifact: Artifact, figures: dict[str, Any]) -> None:
+    """Print the figures of an evaluated artifact as a table on standard error."""
     rows: list[tuple[str, ...]] = []
     reference = figures.get("reference", {})
-    of_images = [figure for metric in IMAGE_METRICS.values() for figure in metric.figures if figure != "is.std"]
-    for key in ("fd.digits", "fd.digits_from_reference", "is.digits", "confident_share", *of_images):
-        if key in figures:
-            rows.append((key, f"{figures[key]:.3f}", f"{reference[key]:.3f}" if key in reference else ""))
-    if "same_digit_share" in figures:
-        rows.append(("same digit as the reference", f"{figures['same_digit_share']:.1%}", ""))
-    if "asked_digit_share" in figures:
-        share = reference.get("asked_digit_share")
-        shown = "" if share is None else f"{share:.1%}"
-        rows.append(("the digit asked for", f"{figures['asked_digit_share']:.1%}", shown))
-    if "psnr" in figures:
-        rows.append(("PSNR to the reference, dB", f"{figures['psnr']['mean']:.2f}", ""))
-        rows.append(("SSIM to the reference", f"{figures['ssim']['mean']:.4f}", ""))
-    if "detail_power" in figures:
-        rows.append(("power of detail over the reference's", f"{figures['detail_power']:.3f}", ""))
+    for key, figure in FIGURES.items():
+        value, full = value_of(figures, key), value_of(reference, key)
+        if value is not None and not key.endswith((".std", "_ratio")):
+            rows.append((figure.label, figure.text(value), "" if full is None else figure.text(full)))
     if "cost" in figures:
         cost = figures["cost"]
         rows.append(("bytes", f"{cost['bytes']:,}", f"{cost['bytes_float32']:,}"))

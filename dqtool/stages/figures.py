@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact
+from dqtool.metrics import METRICS
 from dqtool.models.export_layout import component_prefix
 
 if TYPE_CHECKING:
@@ -22,33 +23,13 @@ LAYER_SAMPLES = 256
 def image_figures(
     images: Tensor, expected: Tensor | None, metrics: tuple[str, ...], asked: Tensor | None = None
 ) -> dict[str, Any]:
-    """Figures on images, and where there is a reference the same figures of it and how they compare. `asked` is the
-    digit that each image should show, where the model can be asked for one."""
-    from dqtool.metrics.similarity import detail_ratio, psnr, ssim
-
+    """Return the figures of `images` by those `metrics` that compare whole sets, with the `reference`'s own where there is
+    one. `asked` is the digit that each image should show, where the model can be asked for one."""
     figures: dict[str, Any] = {"samples": len(images)}
-    if "digits" in metrics:
-        from dqtool.metrics.digits import FEATURES, classify, distance, evaluate_digits
-        from dqtool.metrics.frechet import minimum_samples
-
-        if len(images) < minimum_samples(FEATURES):
-            report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
-        figures |= evaluate_digits(images)
-        if asked is not None:
-            figures["asked_digit_share"] = float((classify(images)[0] == asked).float().mean())
-        if expected is not None:
-            figures["reference"] = evaluate_digits(expected)
-            if asked is not None:
-                figures["reference"]["asked_digit_share"] = float((classify(expected)[0] == asked).float().mean())
-            figures["fd.digits_from_reference"] = distance(images, expected)
-            figures["fd.digits_ratio"] = figures["fd.digits"] / figures["reference"]["fd.digits"]
-            same = classify(images)[0] == classify(expected)[0]
-            figures["same_digit_share"] = float(same.float().mean())
-    if "similarity" in metrics and expected is not None:
-        for name, measure in (("psnr", psnr), ("ssim", ssim)):
-            values = measure(images, expected, 2.0)
-            figures[name] = {"mean": float(values.mean()), "median": float(values.median())}
-        figures["detail_power"] = detail_ratio(images, expected)
+    for name in METRICS:
+        compare = METRICS[name].compare
+        if name in metrics and compare is not None:
+            figures |= compare(images, expected, asked)
     return figures
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dqtool.errors import UsageError
 from dqtool.metrics import METRICS, Files, available
-from dqtool.metrics.registry import EXTRACTORS, check_needs, option
+from dqtool.metrics.registry import check_needs, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,12 +55,12 @@ def choose(asked: Sequence[str] | None, files: Files, *, prompts: bool) -> tuple
         UsageError: a metric of prompts for a model that takes none.
     """
     if asked is not None:
-        chosen = tuple(name for name in asked if name in METRICS)
+        chosen = tuple(name for name in asked if name in METRICS and METRICS[name].start is not None)
         check_needs(chosen, files)
     else:
         chosen = enough_for(files, prompts=prompts)
         for field in files.given():
-            users = [name for name, m in METRICS.items() if field in (EXTRACTORS[m.extractor].needs, *m.needs)]
+            users = [name for name, metric in METRICS.items() if field in metric.files]
             if not set(users) & set(chosen):
                 _explain(field, users, files)
     for name in chosen:

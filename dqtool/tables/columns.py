@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dqtool.metrics import FIGURES, Figure, value_of
+
 __all__ = ["COLUMNS", "Column"]
 
 Metrics = Mapping[str, Any]
@@ -45,14 +47,18 @@ def _scaling(key: str, scale: float = 1.0) -> Callable[[Metrics], float | None]:
     return value
 
 
-def _eval(key: str, label: str, better: int, decimals: int = 2, scale: float = 1.0) -> Column:
-    return Column(
-        label,
-        _at("eval", key, scale=scale),
-        better,
-        decimals,
-        of_reference=_at("eval", "reference", key, scale=scale),
-    )
+def _of_figure(figure: Figure) -> Column:
+    """Return the column of a figure that a metric reports."""
+
+    def value(metrics: Metrics) -> float | None:
+        found = value_of(metrics.get("eval") or {}, figure.key)
+        return None if found is None else found * figure.scale
+
+    def of_reference(metrics: Metrics) -> float | None:
+        found = value_of((metrics.get("eval") or {}).get("reference") or {}, figure.key)
+        return None if found is None else found * figure.scale
+
+    return Column(figure.label, value, figure.better, figure.decimals, of_reference)
 
 
 def _excess(metrics: Metrics, baseline: Metrics) -> float | None:
@@ -87,25 +93,8 @@ def _curve_end(index: int) -> Callable[[Metrics], float | None]:
 
 
 COLUMNS: dict[str, Column] = {
-    "fd.digits": _eval("fd.digits", "fd.digits", -1),
-    "fd.digits_ratio": Column("of full precision", _at("eval", "fd.digits_ratio"), -1),
-    "fd.digits_from_reference": Column("to full precision", _at("eval", "fd.digits_from_reference"), -1, 3),
+    **{figure.column_name: _of_figure(figure) for figure in FIGURES.values()},
     "excess": Column("excess left, %", lambda _metrics: None, -1, 1, relative=_excess),
-    "is.digits": _eval("is.digits", "is.digits", 1),
-    "confident": _eval("confident_share", "confident, %", 1, 1, 100),
-    "same_digit": Column("same digit, %", _at("eval", "same_digit_share", scale=100), 1, 1),
-    "asked_digit": _eval("asked_digit_share", "digit asked for, %", 1, 1, 100),
-    "psnr": Column("PSNR, dB", _at("eval", "psnr", "mean"), 1),
-    "ssim": Column("SSIM", _at("eval", "ssim", "mean"), 1, 4),
-    "detail_power": Column("detail, of full precision", _at("eval", "detail_power"), 0, 3),
-    "fid": _eval("fid", "FID", -1),
-    "fid_from_reference": Column("FID to full precision", _at("eval", "fid_from_reference"), -1),
-    "sfid": _eval("sfid", "sFID", -1),
-    "is": _eval("is", "IS", 1),
-    "precision": _eval("precision", "precision", 1, 3),
-    "recall": _eval("recall", "recall", 1, 3),
-    "clip": _eval("clip", "CLIP score", 1),
-    "aesthetic": _eval("aesthetic", "aesthetic", 1),
     "size": Column(
         "size, MB",
         _at("eval", "cost", "bytes", scale=1e-6),
@@ -115,7 +104,6 @@ COLUMNS: dict[str, Column] = {
     ),
     "size_ratio": Column("smaller", _at("eval", "cost", "size_ratio"), 1, 1),
     "bops_ratio": Column("fewer BOPs", _at("eval", "cost", "bops_ratio"), 1, 1),
-    "train_points": Column("points", _at("distill", "train_points"), -1, 0),
     "train_seconds": Column("training, s", _at("distill", "training_seconds"), -1, 0),
     "quantize_seconds": Column("dilate to distill, s", _sum_seconds, -1, 0),
     "train_cpu": Column("processor, s", _at("distill", "training_cpu_seconds"), -1, 0),

@@ -18,7 +18,7 @@ from dqtool.metrics import METRICS, Files, available
 from dqtool.metrics.batches import NpzImages
 from dqtool.metrics.measuring import Meter
 from dqtool.metrics.reference import Reference, save_statistics
-from dqtool.metrics.registry import EXTRACTORS, Kind, check_needs, option, path_digest
+from dqtool.metrics.registry import EXTRACTORS, ExtractorEntry, check_needs, option, path_digest
 
 
 def noise(count: int, seed: int, smooth: int) -> Tensor:
@@ -92,7 +92,7 @@ class Features:
 def test_precision_and_recall_are_of_the_suites_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
-    monkeypatch.setitem(EXTRACTORS, "inception", Kind("inception_weights", lambda _path: Features()))
+    monkeypatch.setitem(EXTRACTORS, "inception", ExtractorEntry("inception_weights", lambda _path: Features()))
     real, fake = noise(140, 5, 3), noise(150, 6, 3)
     reference = suite_file(tmp_path / "ref.npz", arr_0=real.numpy())
     found = Meter(["pr"], Files(inception_weights="w", ref_stats=reference)).measure(in_batches(fake, 64))
@@ -104,7 +104,7 @@ def test_precision_and_recall_are_of_the_suites_half_precision(
 
 
 def test_distance_to_the_images_of_the_reference_model(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
-    monkeypatch.setitem(EXTRACTORS, "inception", Kind("inception_weights", lambda _path: Features()))
+    monkeypatch.setitem(EXTRACTORS, "inception", ExtractorEntry("inception_weights", lambda _path: Features()))
     exact, fake = noise(300, 5, 3), noise(310, 6, 5)
     meter = Meter(["fid-reference"], Files(inception_weights="w"))
     assert meter.measure(in_batches(fake, 64)) == {"extractors": {}}, "there is nothing to compare with yet"
@@ -193,14 +193,15 @@ def test_references_that_will_not_do(tmp_path: Path, warnings: list[str]) -> Non
 
 def test_each_metric_says_which_option_it_lacks() -> None:
     for name, metric in METRICS.items():
-        for field in (EXTRACTORS[metric.extractor].needs, *metric.needs):
+        for field in metric.files:
             others = {f: "x" for f in ("inception_weights", "clip", "aesthetic_weights", "ref_stats") if f != field}
             with pytest.raises(EnvironmentFault, match=option(field)):
                 check_needs([name], Files(**others))
     everything = Files("a", "b", "c", "d")
+    with_files = tuple(name for name, metric in METRICS.items() if metric.files)
     check_needs(METRICS, everything)
-    assert available(everything, prompts=True) == tuple(METRICS)
-    assert available(everything, prompts=False) == tuple(name for name in METRICS if name != "clip")
+    assert available(everything, prompts=True) == with_files
+    assert available(everything, prompts=False) == tuple(name for name in with_files if name != "clip")
     assert available(Files(inception_weights="a"), prompts=False) == ("fid-reference", "is")
     assert available(Files(), prompts=True) == ()
 

@@ -55,7 +55,7 @@ def test_a_distance_to_the_reference_is_shown_and_not_plotted() -> None:
     result.manifest.metrics["fd.digits_from_reference"] = 0.1234
     result.manifest.metrics["extractor"] = {"name": "digits-classifier", "sha256": "c" * 64}
     table = result_table([result])
-    column = list(table.columns).index("fd.digits to the reference ↓")
+    column = list(table.columns).index("fd.digits to full precision ↓")
     assert "0.123" in [row[column].text for row in table.rows]
     assert quality_key([result]) == "fd.digits"
     assert dict(extractors(result.manifest.metrics))["fd.digits_from_reference"]["name"] == "digits-classifier"

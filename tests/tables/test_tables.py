@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from helpers import tiny_pipeline
 
 from dqtool.errors import NumericError, UsageError
+from dqtool.metrics import METRICS
 from dqtool.page.results import find_tables
 from dqtool.stages.common import Common
 from dqtool.stages.registry import option_types
@@ -178,7 +180,8 @@ def test_a_figure_that_reports_have_got_since_leaves_cells_finished_until_they_a
 ) -> None:
     table = load_table(tiny)
     keys = [cell.key for cell in plan_table(table, Target())]
-    monkeypatch.setattr("dqtool.stages.eval.FIGURES_ADDED", {"similarity": 7, "digits": 7})
+    for name in ("similarity", "digits"):
+        monkeypatch.setitem(METRICS, name, replace(METRICS[name], added=7))
     assert keys == [cell.key for cell in plan_table(table, Target())]
 
     short = tmp_path / "short.yaml"  # without training and images, for speed
