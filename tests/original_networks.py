@@ -295,14 +295,14 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, width: int, context: int, heads: int, linear: bool) -> None:
+    def __init__(self, width: int, context: int, heads: int, linear: bool, depth: int = 1) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(32, width, eps=1e-6)
         self.proj_in, self.proj_out = (
             nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1) for _ in range(2)
         )
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context, heads)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(width, context, heads) for _ in range(depth))
 
     def forward(self, x: Tensor, _: Tensor, context: Tensor | None) -> Tensor:
         h = self.norm(x)
@@ -335,7 +335,11 @@ class Upsample(nn.Module):
 
 
 class UNetModel(nn.Module):
-    """`UNetModel` of openaimodel.py; `context` makes its attention `SpatialTransformer`s."""
+    """`UNetModel` of openaimodel.py; `context` makes its attention `SpatialTransformer`s.
+
+    `depths` are the transformer blocks of each resolution, `mid_depth` those of the middle (0: SSD-1B has none); `vector` is the
+    width of what is added to the timestep.
+    """
 
     def __init__(
         self,
@@ -350,16 +354,23 @@ class UNetModel(nn.Module):
         scale_shift: bool = False,
         resblock_updown: bool = False,
         linear: bool = False,
+        depths: Sequence[int] | None = None,
+        mid_depth: int = 1,
+        vector: int | None = None,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.model_channels = model_channels
         emb = 4 * model_channels
+        if vector is not None:
+            projection = nn.Sequential(nn.Linear(vector, emb), nn.SiLU(), nn.Linear(emb, emb))
+            self.label_emb = nn.Sequential(projection)
 
-        def attend(width: int) -> nn.Module:
+        def attend(width: int, depth: int = 1) -> nn.Module:
             count = heads or width // head_channels
-            return (
-                AttentionBlock(width, count) if context is None else SpatialTransformer(width, context, count, linear)
-            )
+            if context is None:
+                return AttentionBlock(width, count)
+            return SpatialTransformer(width, context, count, linear, depth)
 
         def resnet(width_in: int, width: int, resample: str = "") -> ResBlock:
             return ResBlock(width_in, width, emb, scale_shift, resample)
@@ -372,28 +383,33 @@ class UNetModel(nn.Module):
             for _ in range(blocks):
                 layers: list[nn.Module] = [resnet(ch, mult * model_channels)]
                 ch = mult * model_channels
-                self.input_blocks.append(nn.ModuleList(layers + [attend(ch)] * (ds in attention)))
+                depth = depths[level] if depths else 1
+                self.input_blocks.append(nn.ModuleList(layers + ([attend(ch, depth)] if ds in attention else [])))
                 widths.append(ch)
             if level < len(channel_mult) - 1:
                 self.input_blocks.append(nn.ModuleList([resnet(ch, ch, "down") if resblock_updown else Downsample(ch)]))
                 widths.append(ch)
                 ds *= 2
-        self.middle_block = nn.ModuleList([resnet(ch, ch), attend(ch), resnet(ch, ch)])
+        middle = [resnet(ch, ch), attend(ch, mid_depth), resnet(ch, ch)]
+        self.middle_block = nn.ModuleList(middle if mid_depth else middle[:1])
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(blocks + 1):
                 layers = [resnet(ch + widths.pop(), mult * model_channels)]
                 ch = mult * model_channels
                 if ds in attention:
-                    layers.append(attend(ch))
+                    layers.append(attend(ch, depths[level] if depths else 1))
                 if level and i == blocks:
                     layers.append(resnet(ch, ch, "up") if resblock_updown else Upsample(ch))
                     ds //= 2
                 self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, in_channels, 3, padding=1))
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, out_channels or in_channels, 3, padding=1)
+        )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
         emb = sinusoids(t, self.model_channels, cosine_first=True, denominator=self.model_channels // 2)
         emb = self.time_embed(emb)
+        emb = emb if vector is None else emb + self.label_emb(vector)
 
         def run(layers: nn.ModuleList, h: Tensor) -> Tensor:
             for layer in layers:

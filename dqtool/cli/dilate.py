@@ -24,6 +24,17 @@ def dilate(
     common: Common,
     output: Output = "dilated.safetensors",
     config: Annotated[str | None, typer.Option(metavar="FILE", help="Its config.json, or the authors' YAML.")] = None,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What the network predicts, where its files don't say: epsilon, v_prediction, sample, flow_prediction.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A scheduler_config.json, or a directory with one: its noise schedule."),
+    ] = None,
     scaling: Annotated[
         str,
         typer.Option(

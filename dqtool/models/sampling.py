@@ -14,6 +14,7 @@ from dqtool.core.device import beside
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.families import Family
 from dqtool.models.noise_correction import NoiseCorrection, noise_scale, response
+from dqtool.models.told import is_flow
 
 __all__ = [
     "CALIBRATION",
@@ -63,7 +64,7 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
     if name is not None and name not in SAMPLERS:
         raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
     class_name = own if name is None else SAMPLERS[name]
-    if name is not None and _is_flow(config):
+    if name is not None and is_flow(config):
         if name != "euler":
             raise UsageError(
                 f"This model was trained by flow matching; {name} follows another noise schedule",
@@ -233,11 +234,6 @@ def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: int = 
 def image_seeds(indices: range, seed: int, use: int = IMAGES) -> list[int]:
     """One seed an image, for a stochastic sampler's own noise; its successor is that of the starting noise."""
     return [(seed * 1_000_003 + use + index) % (1 << 62) * 2 for index in indices]
-
-
-def _is_flow(config: Mapping[str, Any]) -> bool:
-    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(flow) or str(config.get("_class_name")).startswith("FlowMatch")
 
 
 def _learns_variance(scheduler: Any) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import read_header
-from dqtool.artifacts.files import content_digest, os_fault
+from dqtool.artifacts.files import content_digest
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.companion_files import companion_digest
@@ -20,8 +18,11 @@ from dqtool.models.hub_cache import hub_snapshot, is_hub_id
 from dqtool.models.lora_files import LoraFile, lora_file
 from dqtool.models.original import is_pickle, recognise
 from dqtool.models.original.shell import has_first_stage, pipeline_shell
+from dqtool.models.reading import read_json, read_yaml
+from dqtool.models.schedules import finite_config, settled_schedule
+from dqtool.models.told import Told
 
-__all__ = ["NETWORKS", "ZOO", "ModelSource", "finite_config", "resolve_model", "resolve_recorded"]
+__all__ = ["NETWORKS", "ZOO", "ModelSource", "resolve_model", "resolve_recorded"]
 
 ZOO = Path(__file__).parent.parent / "zoo" / "weights"
 """Where the embedded models are packaged, each as a diffusers pipeline directory with float16 weights."""
@@ -35,8 +36,9 @@ NETWORKS = ("unet", "transformer", "prior")
 class ModelSource:
     """A model as it lies on disk: the network's weights and config and, if it is a pipeline, where the rest is.
 
-    `layout` names the format of an original checkpoint (`dqtool.models.original`), whose noise schedule is
-    `own_scheduler`. `loras` are added to the weights when these are loaded.
+    `layout` names the format of an original checkpoint (`dqtool.models.original`). `own_scheduler` is the noise schedule of an
+    original checkpoint, or one that was told; it goes before the pipeline's. `asks` says what of the schedule nobody knows
+    yet. `loras` are added to the weights when these are loaded.
     """
 
     given: str
@@ -47,6 +49,7 @@ class ModelSource:
     component: str
     layout: str | None = None
     own_scheduler: dict[str, Any] | None = None
+    asks: str | None = None
     loras: tuple[LoraFile, ...] = ()
     entries: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
 
@@ -57,15 +60,27 @@ class ModelSource:
 
     @property
     def scheduler(self) -> dict[str, Any] | None:
-        """The pipeline's scheduler config, or an original checkpoint's; None for a bare component."""
-        if self.pipeline is None:
+        """The scheduler config that was told, of the original checkpoint or of the pipeline; None for a bare component."""
+        if self.own_scheduler is not None or self.pipeline is None:
             return self.own_scheduler
-        return finite_config(_read_json(self.pipeline / "scheduler" / "scheduler_config.json"))
+        return finite_config(read_json(self.pipeline / "scheduler" / "scheduler_config.json"))
 
     @property
     def model_index(self) -> dict[str, Any] | None:
-        """The pipeline's `model_index.json`; None for a bare component."""
-        return None if self.pipeline is None else _read_json(self.pipeline / "model_index.json")
+        """The pipeline's `model_index.json`, with the class of the scheduler in use; None for a bare component."""
+        if self.pipeline is None:
+            return None
+        index = read_json(self.pipeline / "model_index.json")
+        if self.own_scheduler is not None:
+            index["scheduler"] = ["diffusers", self.own_scheduler["_class_name"]]
+        return index
+
+    def check_schedule(self) -> None:
+        """Raise `UsageError` where nobody knows what the network predicts or by which schedule."""
+        if self.asks is None:
+            return
+        option = "--scheduler FILE" if "schedule" in self.asks else "--prediction-type epsilon or v_prediction"
+        raise UsageError(self.asks[0].upper() + self.asks[1:], where=self.given, fix=f"Say it with {option}")
 
     def pipeline_record(self) -> dict[str, Any] | None:
         """What a manifest says of the pipeline around the network; of an original checkpoint only the noise schedule."""
@@ -93,30 +108,25 @@ class ModelSource:
         return {name: entry for path in self.weights for name, entry in read_header(path).items()}
 
 
-def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's config as a manifest can hold it. JSON knows no infinity, which stands only for "no limit", the
-    default of its key, so that leaving it out says the same."""
-    return {
-        key: value
-        for key, value in config.items()
-        if key != "_use_default_values" and not (isinstance(value, float) and not math.isfinite(value))
-    }
-
-
 def resolve_model(
-    given: str, config: str | None = None, component: str | None = None, loras: Sequence[str] = ()
+    given: str,
+    config: str | None = None,
+    component: str | None = None,
+    loras: Sequence[str] = (),
+    told: Told | None = None,
 ) -> ModelSource:
-    """The model a user named: a `.safetensors` file with `config.json` beside it (or `config`), a component directory,
+    """Return the model a user named: a `.safetensors` file with `config.json` beside it (or `config`), a component directory,
     a pipeline directory, an original checkpoint, a Hub id `org/name[@revision]`, or `zoo:NAME`.
 
     `component` names the network of a pipeline that is meant, where that is not its denoiser; `loras` are
-    `FILE[:WEIGHT]`.
+    `FILE[:WEIGHT]`; `told` is what the files don't say.
 
     Raises:
         EnvironmentFault: there is nothing at that path.
         ArtifactError: there is something else: no config, no weights, no safetensors file.
         UsageError: a component that the model does not have, or a LoRA's weight that is no number.
     """
+    told = Told() if told is None else told
     files = tuple(lora_file(text) for text in loras)
     if given.startswith("zoo:"):
         source = _directory(given, _embedded(given), config, component)
@@ -133,10 +143,13 @@ def resolve_model(
             raise UsageError(
                 "A single file holds one network; components are those of a pipeline directory", where="--components"
             )
-        source = _file(given, Path(given), config)
+        source = _file(given, Path(given), config, told)
     else:
         source = _directory(given, Path(given), config, component)
-    return replace(source, loras=files)
+    given_schedule = source.scheduler
+    schedule, asks = settled_schedule(source.class_name, source.config, given_schedule, source.asks, told)
+    own = source.own_scheduler if schedule == given_schedule else schedule
+    return replace(source, loras=files, own_scheduler=own, asks=asks)
 
 
 def resolve_recorded(model: Mapping[str, Any], given: str | None = None) -> ModelSource:
@@ -149,6 +162,7 @@ def resolve_recorded(model: Mapping[str, Any], given: str | None = None) -> Mode
         model.get("source_config"),
         model.get("source_component"),
         model.get("source_loras", ()),
+        Told(**model.get("source_told", {})),
     )
 
 
@@ -161,15 +175,15 @@ def _embedded(given: str) -> Path:
     return ZOO / name
 
 
-def _file(given: str, path: Path, config: str | None) -> ModelSource:
+def _file(given: str, path: Path, config: str | None, told: Told) -> ModelSource:
     if not is_pickle(path):
         read_header(path)  # refuses what is no safetensors file
     found = recognise(path)
     if found is not None:
         layout, entries = found
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        yaml = _read_yaml(Path(config)) if config and config.endswith((".yaml", ".yml")) else None
-        description, own = layout.describe(shapes, yaml, given), layout.network(shapes)
+        yaml = read_yaml(Path(config)) if config and config.endswith((".yaml", ".yml")) else None
+        description, own = layout.describe(shapes, yaml, given, told.prediction_type), layout.network(shapes)
         network = _network_config(Path(config), given) if config and yaml is None else description.config
         scheduler = finite_config(description.scheduler)
         whole = has_first_stage(entries, network["_class_name"])
@@ -182,6 +196,7 @@ def _file(given: str, path: Path, config: str | None) -> ModelSource:
             component="unet",
             layout=layout.name,
             own_scheduler=scheduler,
+            asks=description.asks,
             entries={name: entries[name] for name in entries if name in own},
         )
     if is_pickle(path):
@@ -203,7 +218,7 @@ def _directory(given: str, path: Path, config: str | None, component: str | None
 
 
 def _pipeline(given: str, path: Path, component: str | None) -> ModelSource:
-    index = _read_json(path / "model_index.json")
+    index = read_json(path / "model_index.json")
     there = [name for name, entry in index.items() if isinstance(entry, list) and (path / name).is_dir()]
     if component is not None:
         _check_component(component, there, index)
@@ -245,7 +260,7 @@ def _component(given: str, path: Path, pipeline: Path | None, component: str, co
             weights: tuple[Path, ...] = (path / name,)
             break
         if (path / f"{name}.index.json").is_file():
-            index = _read_json(path / f"{name}.index.json")
+            index = read_json(path / f"{name}.index.json")
             if not isinstance(index.get("weight_map"), dict):
                 raise ArtifactError("This index of shards has no weight_map", where=str(path / f"{name}.index.json"))
             shards = index["weight_map"].values()
@@ -269,7 +284,7 @@ def _network_config(path: Path, given: str) -> dict[str, Any]:
             where=given,
             fix="Put the diffusers config.json beside the weights or name it with --config FILE",
         )
-    config = _read_json(path)
+    config = read_json(path)
     if "_class_name" not in config:
         raise ArtifactError("This config does not name its network's class", where=f"{path}, key _class_name")
     if "quantization_config" in config:
@@ -277,31 +292,3 @@ def _network_config(path: Path, given: str) -> dict[str, Any]:
             "This model is quantized already", where=str(path), fix="Give the full-precision model it was made from"
         )
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ArtifactError("A part of this model is missing", where=str(path)) from e
-    except ValueError as e:
-        raise ArtifactError(f"This is no valid JSON: {e}", where=str(path)) from e
-    except OSError as e:
-        raise os_fault(e, path) from e
-    if not isinstance(value, dict):
-        raise ArtifactError("This is no JSON object", where=str(path))
-    return value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
-        raise ArtifactError("This config is no valid YAML", where=str(path)) from e
-    except OSError as e:
-        raise os_fault(e, path) from e
-    if not isinstance(value, dict):
-        raise ArtifactError("This config is no YAML mapping", where=str(path))
-    return value

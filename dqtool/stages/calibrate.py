@@ -12,7 +12,7 @@ from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
-from dqtool.models.sources import finite_config
+from dqtool.models.schedules import finite_config
 from dqtool.scaling.by_activations import LATER, scale_now
 from dqtool.stages.running import Common, Product, execute, input_artifact
 

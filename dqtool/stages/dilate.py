@@ -12,6 +12,7 @@ from dqtool.artifacts import Artifact, DeferredTensors, Written, check_writable,
 from dqtool.core.bits import parse_bits
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
+from dqtool.models.told import Told
 from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE, LATER
 from dqtool.scaling.verifying import check_equivalence
 from dqtool.stages.ahead import channel_slacks, file_tensors, importing
@@ -49,6 +50,16 @@ class DilateOptions:
     example: str | None = None
     components: str | None = None
     lora: tuple[str, ...] = ()
+    prediction_type: str | None = None
+    scheduler: str | None = None
+
+    def told(self) -> Told:
+        """What the user says of the model beyond its files."""
+        return Told(self.prediction_type, self.scheduler)
+
+    def source(self) -> ModelSource:
+        """The model that is meant. Raises what `resolve_model` raises."""
+        return resolve_model(self.model, self.config, self.components, self.lora, self.told())
 
 
 def dilate(options: DilateOptions, common: Common) -> str:
@@ -59,7 +70,8 @@ def dilate(options: DilateOptions, common: Common) -> str:
         NumericError: the dilated network's output differs from the original's by more than round-off.
     """
     parse_bits(options.bits)
-    source = resolve_model(options.model, options.config, options.components, options.lora)
+    source = options.source()
+    source.check_schedule()
     stats = None if options.stats is None else open_artifact(options.stats, ["calibrate"])
     if options.fold and waits(options):
         raise UsageError(
@@ -197,6 +209,7 @@ def produce(
         "source_config": options.config,
         "source_component": options.components,
         "source_loras": list(options.lora),
+        "source_told": options.told().record(),
         "source_sha256": source.sha256(),
         "parameters": sum(t.numel() for t in state.values()),
     }

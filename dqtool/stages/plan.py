@@ -10,7 +10,7 @@ from typing import Any
 
 from dqtool.artifacts import Manifest, read_header, read_manifest
 from dqtool.errors import DqtoolError
-from dqtool.models.sources import ModelSource, resolve_model
+from dqtool.models.sources import ModelSource
 from dqtool.report import format_seconds, table_lines
 from dqtool.stages.common import Common, Execution
 
@@ -57,9 +57,7 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
         # What a pending stage will write is not there to be looked at, nor is a directory that the run would make.
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
-                source = resolve_model(
-                    values["model"], values.get("config"), values.get("components"), values.get("lora") or ()
-                )
+                source = make_options(name, values).source()
             pending = True
             shown = {key: value for key, value in values.items() if key not in ("output", "artifact")}
             plan = {"stage": name, "output": values["output"], "cached": False, "parameters": shown}
@@ -69,7 +67,7 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
             continue
         options = make_options(name, values)
         if name == "dilate":
-            source = resolve_model(options.model, options.config, options.components, options.lora)
+            source = options.source()
         stage_function(name)(options, dry)
         plans.append(plan_stage(dry.log[-1], options))
         pending = not plans[-1]["cached"]
@@ -128,7 +126,7 @@ def render(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _dilate(_: Execution, options: Any) -> Work:
-    source = resolve_model(options.model, options.config, options.components, options.lora)
+    source = options.source()
     tensors = source.tensor_entries().values()
     return {
         "network": source.class_name,

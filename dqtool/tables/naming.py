@@ -42,8 +42,7 @@ def _short(model: str) -> str:
 
 def _digest(step: Step) -> str:
     """sha256 of the model that a chain's first step reads: many checkpoints are called model.ckpt."""
-    given = step.values
-    return model_digest(step.model, given.get("config"), given.get("components"), tuple(given.get("lora", ())))
+    return model_digest(step.model, step.values)
 
 
 def _changed(table: Table, target: Target, cells: Sequence[Cell]) -> bool:

@@ -6,6 +6,7 @@ sha256), but needs no artifact: whether a cell was measured is known in a checko
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import fingerprint
+from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import UsageError
 from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE
 from dqtool.stages.image_metrics import enough_for, files_of
@@ -29,6 +31,8 @@ NEEDED_STATISTICS = "statistics"
 """Stands for the path of `--stats` until there is one."""
 METRICS = ("digits", "similarity", "cost")
 ITERATIONS = ("iters", "refine_iters")
+SOURCE_OPTIONS = ("config", "components", "lora", "prediction_type", "scheduler")
+"""Options of `dilate` that say which model is meant."""
 PUBLISHED_METRICS = ("similarity", "cost")
 
 
@@ -161,7 +165,7 @@ def _settled(model: str, options: Options) -> dict[str, Any]:
     from dqtool.stages.distill import settled
 
     values, dilate = dict(options["distill"]), options.get("dilate", {})
-    source = _source(model, dilate.get("config"), dilate.get("components"), tuple(dilate.get("lora", ())))
+    source = _source(model, _of_source(dilate))
     given = make_options("distill", values)
     found = settled(given, scheduler_class(source.scheduler, options.get("calibrate", {}).get("sampler")))
     changed = {name: getattr(found, name) for name in ("refine_iters", "correct_noise")}
@@ -187,7 +191,7 @@ def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step
     from dqtool.scaling.methods import scaling_method
 
     dilate = dict(options.get("dilate", {}))
-    digest = model_digest(model, dilate.get("config"), dilate.get("components"), tuple(dilate.get("lora", ())))
+    digest = model_digest(model, dilate)
     method = scaling_method(dilate.get("scaling", "auto"))
     if method.needs_samples:  # the bits whose outputs it compares are those the cell will have
         dilate.setdefault("bits", options.get("distill", {}).get("bits", "4/4"))
@@ -243,17 +247,19 @@ def _parameters(stage: str, options: Any) -> dict[str, Any]:
 
 
 @lru_cache
-def _source(model: str, config: str | None, components: str | None, lora: tuple[str, ...]) -> ModelSource:
-    from dqtool.models.sources import resolve_model
-
-    return resolve_model(model, config, components, lora)
+def _source(model: str, dilate: str) -> ModelSource:
+    return make_options("dilate", {"model": model, **json.loads(dilate)}).source()
 
 
-@lru_cache
-def model_digest(model: str, config: str | None, components: str | None, lora: tuple[str, ...]) -> str:
-    """sha256 of the model's weights, as `dilate` records it with these options.
+def model_digest(model: str, dilate: Mapping[str, Any]) -> str:
+    """Return the sha256 of the model's weights, as `dilate` records it with these options.
 
     Raises:
         EnvironmentFault: it is not there.
     """
-    return _source(model, config, components, lora).sha256()
+    return _source(model, _of_source(dilate)).sha256()
+
+
+def _of_source(dilate: Mapping[str, Any]) -> str:
+    """The options that say which model is meant, as JSON."""
+    return canonical_json({key: dilate[key] for key in SOURCE_OPTIONS if dilate.get(key) is not None})

@@ -38,7 +38,9 @@ class DdimCifar10(Layout):
         """By the two dense layers of the time embedding and the numbered blocks."""
         return "temb.dense.0.weight" in shapes and "down.0.block.0.conv1.weight" in shapes
 
-    def describe(self, shapes: Shapes, published: Mapping[str, Any] | None, where: str) -> Description:
+    def describe(
+        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
+    ) -> Description:
         """Everything but the image's size stands in the shapes, and that follows from the level which attends."""
         levels = _count(shapes, "down")
         channels = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(levels)]

@@ -49,7 +49,9 @@ class Dit(Layout):
             shapes
         )
 
-    def describe(self, shapes: Shapes, published: Mapping[str, Any] | None, where: str) -> Description:
+    def describe(
+        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
+    ) -> Description:
         """All but the heads stands in the shapes; those follow from the width of the published models.
 
         diffusers' DiT spaces the frequencies of its time embedding otherwise, which is amended.

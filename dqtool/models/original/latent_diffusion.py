@@ -67,7 +67,9 @@ class LatentDiffusion(Layout):
         """Without the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
-    def describe(self, shapes: Shapes, published: Mapping[str, Any] | None, where: str) -> Description:
+    def describe(
+        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
+    ) -> Description:
         """Heads and latent size come from `published`, else from the published model of these channels."""
         network = network_shapes(shapes)
         found = structure(network, where)
@@ -166,7 +168,9 @@ class LatentDiffusionByClass(Layout):
         """Without the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
-    def describe(self, shapes: Shapes, published: Mapping[str, Any] | None, where: str) -> Description:
+    def describe(
+        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
+    ) -> Description:
         """One head, as in cin256-v2, unless `published` says otherwise."""
         found = structure(network_shapes(shapes), where)
         given = {"num_heads": 1, **unet_parameters(published)}

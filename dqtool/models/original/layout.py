@@ -17,10 +17,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Description:
-    """The network in diffusers' terms: its config (with `_class_name`) and the noise schedule it was trained with."""
+    """The network in diffusers' terms: its config (with `_class_name`) and the noise schedule it was trained with.
+
+    A schedule without `prediction_type` in a layout whose models differ in it is incomplete: `asks` then says what is
+    not known.
+    """
 
     config: dict[str, Any]
     scheduler: dict[str, Any] = field(default_factory=dict)
+    asks: str | None = None
 
 
 class Layout(ABC):
@@ -38,8 +43,12 @@ class Layout(ABC):
         return set(names)
 
     @abstractmethod
-    def describe(self, shapes: Shapes, published: Mapping[str, Any] | None, where: str) -> Description:
-        """Config and schedule, from shapes and, where they don't tell (heads), the authors' YAML config `published`.
+    def describe(
+        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
+    ) -> Description:
+        """Return config and schedule, from shapes and, where they don't tell, the authors' YAML config `published`.
+
+        `prediction_type` is what the user says that the network predicts; it wins.
 
         Raises:
             ArtifactError: shapes alone don't tell, or the network is one that diffusers has no equal of.

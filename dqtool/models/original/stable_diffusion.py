@@ -1,24 +1,74 @@
-"""CompVis/stable-diffusion and what follows its single-file layout: SD 1.x, 2.x and SDXL."""
+"""Single files of Stable Diffusion: 1.x, 2.x, SDXL, its refiner, their inpainting and editing variants, and LDM text-to-image.
+
+Shapes tell which of the published architectures a file is of; what shapes don't tell (heads, latent size, schedule) stands in
+a table of them. A network of none of them is read with the authors' YAML config.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dqtool.errors import ArtifactError
 from dqtool.models.original.layout import Description, Layout, Shapes, register
-from dqtool.models.original.openai_unet import network_names, network_shapes, scaled_linear, structure, unet_parameters
+from dqtool.models.original.openai_unet import (
+    Structure,
+    network_names,
+    network_shapes,
+    scaled_linear,
+    structure,
+    unet_parameters,
+)
+from dqtool.models.original.prediction import Prediction, found_prediction, with_prediction
 from dqtool.models.original.spatial import convert_spatial, describe_spatial
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["StableDiffusion"]
+__all__ = ["PUBLISHED", "Published", "StableDiffusion", "published_schedule"]
 
-_HEADS: dict[int, dict[str, int]] = {1024: {"num_head_channels": 64}, 2048: {"num_head_channels": 64}}
-"""Heads by the width of the text encoder's states: SD 2.x and SDXL; SD 1.x (768) and LDM text-to-image (1280) have 8."""
+LATENT = 8
+"""Pixels per latent, each way."""
 
-_EIGHT = {"num_heads": 8}
-_SDXL = "label_emb.0.0.weight"
+
+@dataclass(frozen=True)
+class Published:
+    """A published architecture: what tells it apart, and what its config says beyond shapes.
+
+    `channels` are those of the network's input; `prediction` is None where the published models differ in it. `size` is the
+    side of an image by prediction type, `betas` the ends of the schedule.
+    """
+
+    title: str
+    context: int
+    linear: bool
+    channels: tuple[int, ...]
+    heads: Mapping[str, int]
+    size: int
+    prediction: str | None = "epsilon"
+    vector: int | None = None
+    size_of_v: int | None = None
+    betas: tuple[float, float] = (0.00085, 0.012)
+
+
+_EIGHT, _BY_64 = {"num_heads": 8}, {"num_head_channels": 64}
+
+PUBLISHED = (
+    Published("Stable Diffusion 1", 768, False, (4, 8, 9), _EIGHT, 512),
+    Published("LDM text-to-image", 1280, False, (4,), _EIGHT, 256),
+    Published("Stable Diffusion 2", 1024, True, (4,), _BY_64, 512, None, size_of_v=768),
+    Published("Stable Diffusion 2 inpainting and depth", 1024, True, (5, 9), _BY_64, 512),
+    Published("Stable Diffusion 2 unCLIP", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=2048),
+    Published("Stable Diffusion 2 unCLIP-L", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=1536),
+    Published("Stable Diffusion x4 upscaler", 1024, True, (7,), _EIGHT, 1024, "v_prediction", betas=(0.0001, 0.02)),
+    Published("SDXL", 2048, True, (4, 8, 9), _BY_64, 1024, vector=2816),
+    Published("SDXL refiner", 1280, True, (4,), _BY_64, 1024, vector=2560),
+)
+"""Heads and sizes as in the published configs: SD 1 has 8 heads whatever their width; SD 2, SDXL and its refiner have heads of
+64 channels; the upscaler has 8. SDXL is also the architecture of SSD-1B, Segmind-Vega and KOALA."""
+
+_ASKS = "what the network predicts can't be told from a {title} checkpoint: its base models predict the noise (epsilon), its 768-pixel models v"
 
 
 @register
@@ -26,7 +76,7 @@ class StableDiffusion(Layout):
     """`UNetModel` with `SpatialTransformer`s that read the states of a text encoder."""
 
     name = "stable-diffusion"
-    title = "CompVis/stable-diffusion"
+    title = "Stable Diffusion"
 
     def matches(self, shapes: Shapes) -> bool:
         """By cross-attention in numbered blocks; a context of classes is `LatentDiffusionByClass`'s."""
@@ -39,21 +89,92 @@ class StableDiffusion(Layout):
         """Without the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
-    def describe(self, shapes: Shapes, published: Mapping[str, Any] | None, where: str) -> Description:
-        """Heads follow from the text encoder unless `published` names them."""
-        network = network_shapes(shapes)
-        found = structure(network, where)
-        given = {**_HEADS.get(found.context_dim or 0, _EIGHT), **unet_parameters(published)}
-        size = int(given.get("image_size") or 64)
-        config = describe_spatial(found, given, 128 if _SDXL in network else size, where)
-        if _SDXL in network:
-            config |= {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 256,
-                "projection_class_embeddings_input_dim": network[_SDXL][1],
-            }
-        return Description(config, scaled_linear(published, 0.00085, 0.012))
+    def describe(
+        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
+    ) -> Description:
+        """Return what `published` says, else the published architecture of these shapes.
+
+        Raises:
+            ArtifactError: it is none of them and `published` does not name the heads.
+        """
+        found = structure(network_shapes(shapes), where)
+        known, given = architecture_of(found), unet_parameters(published)
+        if known is None and not {"num_heads", "num_head_channels"} & given.keys():
+            raise ArtifactError(
+                f"This UNet (context of {found.context_dim}, {found.in_channels} channels in) is of no published "
+                "architecture, and its attention heads can't be told from shapes",
+                where=where,
+                fix="Name the authors' YAML config, or the diffusers config.json, with --config FILE",
+            )
+        told = found_prediction(shapes, published)
+        kind = prediction_type or told.kind or (known.prediction if known else "epsilon")
+        told = Prediction(kind, told.zero_snr, None if prediction_type else told.edm)
+        if told.zero_snr and kind == "epsilon":
+            raise ArtifactError(
+                "A schedule without signal at its end (ztsnr) can't be sampled by a network that predicts the noise",
+                where=where,
+                fix="Leave --prediction-type out, or say v_prediction",
+            )
+        size = _side(known, kind) if known else int(given.get("image_size") or 512 // LATENT)
+        config = describe_spatial(found, given if known is None else {**known.heads, **_heads(given)}, size, where)
+        config |= _vector(found)
+        start, end = known.betas if known else (0.00085, 0.012)
+        schedule = with_prediction(scaled_linear(published, start, end), told)
+        asks = _ASKS.format(title=known.title) if kind is None and known is not None else None
+        return Description(config, schedule, asks)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """By diffusers' own converter."""
         return convert_spatial(state, config)
+
+
+def architecture_of(found: Structure) -> Published | None:
+    """Return the published architecture with these inputs; None when there is none."""
+    for each in PUBLISHED:
+        same = (each.context, each.linear, each.vector) == (
+            found.context_dim,
+            found.linear_projection,
+            found.vector_dim,
+        )
+        if same and found.in_channels in each.channels:
+            return each
+    return None
+
+
+def published_schedule(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
+    """Return the schedule of a bare `UNet2DConditionModel` of a published architecture, and what is not known of it (None:
+    nothing); None for a network of no such architecture."""
+    for each in PUBLISHED:
+        same = (each.context, each.linear, each.vector) == (
+            config.get("cross_attention_dim"),
+            bool(config.get("use_linear_projection", False)),
+            config.get("projection_class_embeddings_input_dim"),
+        )
+        if same and config.get("in_channels") in each.channels:
+            schedule = with_prediction(scaled_linear(None, *each.betas), Prediction(each.prediction))
+            return schedule, _ASKS.format(title=each.title) if each.prediction is None else None
+    return None
+
+
+def _heads(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The authors' heads, where they name any: one of the two keys."""
+    if given.get("num_head_channels") not in (-1, None):
+        return {"num_head_channels": given["num_head_channels"]}
+    if given.get("num_heads") not in (-1, None):
+        return {"num_head_channels": None, "num_heads": given["num_heads"]}
+    return {}
+
+
+def _side(known: Published, kind: str | None) -> int:
+    """Side of the latents. (The `image_size` of these authors' YAML files is unused and wrong.)"""
+    return (known.size_of_v or known.size if kind == "v_prediction" else known.size) // LATENT
+
+
+def _vector(found: Structure) -> dict[str, Any]:
+    """Config of what is added to the timestep: SDXL's text and sizes, unCLIP's image embedding."""
+    if found.vector_dim is None:
+        return {}
+    entries = {"projection_class_embeddings_input_dim": found.vector_dim}
+    if found.context_dim in (1280, 2048):
+        return {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, **entries}
+    return {"class_embed_type": "projection", **entries}
