@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dqtool.errors import NumericError, UsageError
 
-__all__ = ["CAP", "channel_slack", "dilate_weight", "in_channels", "spread", "weight_dilation", "weight_ranges"]
+__all__ = ["CAP", "dilate_weight", "in_channels", "spread", "weight_dilation", "weight_ranges"]
 
 CAP = 64.0
 _CACHED = 1 << 19
@@ -45,12 +45,11 @@ def weight_dilation(
     weights: Tensor | Sequence[Tensor],
     groups: int = 1,
     cap: float = CAP,
-    slacks: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """The dilation `s [C_in]` (float32, in [1, cap]) of one weight, or of several that read the same input (Eq. 20-21).
 
     Weights that share an input (q, k, v) get the minimum over them. Channels that hold some out-channel's bound, and
-    channels no weight of which is non-zero, get exactly 1. `slacks` are those weights' `channel_slack` where known.
+    channels no weight of which is non-zero, get exactly 1.
 
     Raises `UsageError` for shapes that don't fit together or a cap below 1, `NumericError` for NaN or Inf.
     """
@@ -60,17 +59,13 @@ def weight_dilation(
         raise UsageError(f"Weights that share one dilation must have the same in-channels, got {shapes}.")
     if not cap >= 1 or math.isinf(cap):
         raise UsageError(f"The cap of the dilation must be finite and at least 1, got {cap}.", where="--cap")
-    known = slacks or [None] * len(weights)
-    found = [
-        channel_slack(weight, groups) if slack is None else slack for weight, slack in zip(weights, known, strict=True)
-    ]
-    s = torch.stack(found).amin(dim=0)
+    s = torch.stack([_channel_slack(weight, groups) for weight in weights]).amin(dim=0)
     # A channel without weights has no bound to reach: stretching its activations would change nothing but their range.
     return torch.where(torch.isinf(s), torch.ones_like(s), s).clamp(1, cap)
 
 
-def channel_slack(weight: Tensor, groups: int = 1) -> Tensor:
-    """`min r[j,k,u]` per in-channel, `[C_in]`: how far a channel can grow; +inf where all its weights are zero.
+def _channel_slack(weight: Tensor, groups: int = 1) -> Tensor:
+    """Return `min r[j,k,u]` per in-channel, `[C_in]`: the factor by which it can grow; +inf if all its weights are zero.
 
     Raises `UsageError` for a shape that is no weight's, `NumericError` for NaN or Inf.
     """
@@ -89,8 +84,8 @@ def dilate_weight(weight: Tensor, s: Tensor, groups: int = 1) -> Tensor:
     """`W' = clip(s_k · W, lo_j, hi_j)` in float32, of the weight's shape (Eq. 19).
 
     `s` must come from `weight_dilation`. The clip undoes rounding only: a product may land one ulp past the bound (or
-    one short of it, which is harmless). Other scaling methods change ranges and go through `scaling.scale_weight`.
-    Rows need no others: of one group, any run of them may be dilated by itself.
+    one short of it, which is harmless). Other scaling methods change ranges and use `scaling.methods.scale_weight`.
+    The rows of a group are independent: any run of them may be dilated separately.
     """
     weight = weight.detach().float()
     width = in_channels(weight, groups) // groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,8 @@ from dqtool.models.sources import ModelSource
 __all__ = ["build_network", "load_weights", "materialise", "network_of"]
 
 
-def load_weights(source: ModelSource, finite: Collection[str] = ()) -> dict[str, Tensor]:
-    """All tensors of the network, float ones as float32, LoRAs added; views of the mapped file where nothing changed.
-
-    Those named in `finite` are known to be.
+def load_weights(source: ModelSource) -> dict[str, Tensor]:
+    """Return all tensors of the network, float ones as float32, LoRAs added; views of the mapped file where unchanged.
 
     Raises:
         ArtifactError: a file is truncated, foreign, or lies about its contents.
@@ -41,7 +39,7 @@ def load_weights(source: ModelSource, finite: Collection[str] = ()) -> dict[str,
                 state.update(load_file(path))
             except (SafetensorError, OSError) as e:
                 raise ArtifactError(f"These weights can't be read: {e}", where=str(path)) from e
-    check_finite({name: tensor for name, tensor in state.items() if name not in finite}, source.given)
+    check_finite(state, source.given)
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     if source.loras:
         from dqtool.models.lora import fuse_loras

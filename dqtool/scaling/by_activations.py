@@ -41,13 +41,12 @@ def scale_now(
         NumericError: the scaled network's output differs from the original's by more than round-off.
     """
     from dqtool.core.device import beside
-    from dqtool.models.packed import layer_infos
+    from dqtool.models.packed import layer_infos, structure_of
     from dqtool.nn.statistics import channel_ranges
-    from dqtool.scaling.after_training import absorb_shift, structure_of
-    from dqtool.scaling.choosing import choose_scaling, shiftable
-    from dqtool.scaling.folding import find_shifts, shift
+    from dqtool.scaling.choosing import choose_scaling
+    from dqtool.scaling.folding import add_shift_to_bias, find_shifts, subtract_shift
     from dqtool.scaling.methods import scaling_method
-    from dqtool.scaling.records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
+    from dqtool.scaling.records import layer_scales, method_used, report_scaling, scaling_metrics, scaling_record
     from dqtool.scaling.verifying import check_equivalence
 
     wanted = manifest.metrics[LATER]
@@ -55,12 +54,11 @@ def scale_now(
     statistics = {**trajectory, **channel_ranges(network, layers, steps)}
     shifts: dict[str, Fold] = {}
     if asked.shifts:
-        structure, example, infos = structure_of(manifest)
-        shifts = shiftable(structure, infos, find_shifts(structure, example, infos))
+        shifts = find_shifts(*structure_of(manifest))
     chosen = choose_scaling(
         network, family, layers, statistics, asked, wanted["cap"], wanted["bits"], shifts, wanted["threshold"]
     )
-    scales = scales_of(layers, chosen)
+    scales = layer_scales(layers, chosen)
     changed: dict[str, Tensor] = {}
     moved: dict[str, Tensor] = {}
     everything = ChainMap(changed, dict(tensors))  # what is set goes to the first
@@ -73,14 +71,14 @@ def scale_now(
             changed[f"{info.name}.dilation"] = scales[info.name]
             record = record | {"scaling": scaling_record(asked, result)}
             if result.shift is not None:
-                absorb_shift(everything, info, tensors[name], result.shift)
+                add_shift_to_bias(everything, info, tensors[name], result.shift)
                 moved[info.name] = result.shift
                 record["scaling"]["shifted_in"] = shifts[info.shares or info.name].names
         records.append(record)
     for owner, result in chosen.items():
         if result.shift is not None:
-            shift(everything, shifts[owner], result.shift)
+            subtract_shift(everything, shifts[owner], result.shift)
     metrics = scaling_metrics(scales)
     error = check_equivalence(network, lambda: beside(network, dict(everything)), scales, family, config, "calibrate")
-    tell_scaling(records, metrics, error)
+    report_scaling(records, metrics, error)
     return changed, records, {**metrics, "equivalence_error": error}, moved

@@ -16,30 +16,18 @@ from dqtool.artifacts import Artifact
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.core.device import beside, main_memory
 from dqtool.errors import UsageError
-from dqtool.graph.padding import zero_padding
 from dqtool.graph.trace import LayerInfo
 from dqtool.models.families import Family
 from dqtool.nn.surgery import assign_bits
 from dqtool.scaling.folding import Fold
+from dqtool.scaling.groups import Groups, scaling_groups
 from dqtool.scaling.methods import Samples, ScalingInput, ScalingMethod, ScalingResult
 from dqtool.training.data import Trajectory
 
-__all__ = ["Groups", "choose_scaling", "groups_of", "shiftable", "statistics_for"]
+__all__ = ["choose_scaling", "statistics_for"]
 
 STEPS, PER_STEP = 8, 2
 """Of the recorded trajectory: steps, and points of each, whose layer inputs the searching methods look at."""
-
-Groups = dict[str, list[LayerInfo]]
-"""Layers that share one quantized input (q, k, v), by the name of its owner."""
-
-
-def groups_of(layers: list[LayerInfo]) -> Groups:
-    """The groups, in execution order."""
-    groups: Groups = {}
-    for info in layers:
-        if info.kind != "attention":
-            groups.setdefault(info.shares or info.name, []).append(info)
-    return groups
 
 
 def choose_scaling(
@@ -52,26 +40,22 @@ def choose_scaling(
     bits: str,
     shifts: Mapping[str, Fold],
     threshold: float = 1.0,
-    slacks: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ScalingResult]:
     """What the method chooses for every group, by owner; groups that it leaves alone have no entry.
 
     `network` is the float one; `statistics` hold what the method needs of `X.channel_range` by layer and of the
-    trajectory (`statistics_for`), `shifts` are the groups whose input can be moved, by owner;
-    `slacks` the `channel_slack` of ungrouped weights, by name, where it is known.
+    trajectory (`statistics_for`), `shifts` are the groups whose input can be moved, by owner.
 
     Raises:
         UsageError: the method needs statistics, and these are of another network.
     """
-    groups = groups_of(layers)
+    groups = scaling_groups(layers)
 
     def choose(owner: str, samples: Samples | None = None) -> ScalingResult:
         members = groups[owner]
         weights = [network.get_parameter(f"{member.name}.weight").detach() for member in members]
         lo, hi = beside(network, statistics.get(f"{owner}.channel_range", (None, None)))
-        groups_in = members[0].groups
-        known = [(slacks or {}).get(f"{member.name}.weight") for member in members] if groups_in == 1 else None
-        result = method(ScalingInput(weights, groups_in, lo, hi, cap, threshold, samples, owner in shifts, known))
+        result = method(ScalingInput(weights, members[0].groups, lo, hi, cap, threshold, samples, owner in shifts))
         return replace(result, scale=main_memory(result.scale), shift=main_memory(result.shift))
 
     if method.needs_samples:
@@ -83,22 +67,6 @@ def choose_scaling(
         for owner, result in found.items()
         if method.learning_rate or result.shift is not None or bool((result.scale != 1).any())
     }
-
-
-def shiftable(network: nn.Module, layers: list[LayerInfo], found: list[Fold]) -> dict[str, Fold]:
-    """Of `find_shifts`, the groups whose own biases can take the shift back, by owner. A convolution that pads would see
-    the shift at its borders: it does without."""
-    by_layers = {frozenset(each.layers): each for each in found}
-    allowed = {}
-    for owner, members in groups_of(layers).items():
-        each = by_layers.get(frozenset(info.name for info in members))
-        if each is not None and all(info.bias and not _pads(network.get_submodule(info.name)) for info in members):
-            allowed[owner] = each
-    return allowed
-
-
-def _pads(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and zero_padding(layer) != (0, 0)
 
 
 def statistics_for(method: ScalingMethod, stats: Artifact | None) -> Mapping[str, Tensor]:

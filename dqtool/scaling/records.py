@@ -1,44 +1,56 @@
-"""What manifests and terminals are told about the scales that were chosen."""
+"""What manifests and terminals say about the factors of a network's layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts import Manifest
 from dqtool.graph.trace import LayerInfo
-from dqtool.scaling.choosing import groups_of
+from dqtool.scaling.groups import scaling_groups
 from dqtool.scaling.methods import SCALINGS, ScalingMethod, ScalingResult
 
-__all__ = ["figures", "method_used", "scales_of", "scaling_metrics", "scaling_record", "tell_scaling"]
+__all__ = [
+    "dilated_layers",
+    "layer_scales",
+    "method_used",
+    "report_scaling",
+    "scale_figures",
+    "scaling_metrics",
+    "scaling_of",
+    "scaling_record",
+    "with_folds",
+    "with_learned_scales",
+]
 
 
-def scales_of(layers: list[LayerInfo], chosen: Mapping[str, ScalingResult]) -> dict[str, Tensor]:
-    """The factors `[C_in]` of every scaled layer, by name; each has its own."""
+def layer_scales(layers: Sequence[LayerInfo], chosen: Mapping[str, ScalingResult]) -> dict[str, Tensor]:
+    """Return the factors `[C_in]` of every scaled layer by name, each a tensor of its own; `chosen` is by group owner."""
     return {
         info.name: chosen[owner].scale.clone()
-        for owner, members in groups_of(layers).items()
+        for owner, members in scaling_groups(layers).items()
         if owner in chosen
         for info in members
     }
 
 
 def method_used(asked: ScalingMethod, result: ScalingResult) -> ScalingMethod:
-    """The method whose scale it is: the one asked, or the one that it chose."""
+    """Return the method whose factors these are: the one that was asked, or the one that it chose."""
     return asked if result.method is None else SCALINGS[result.method]
 
 
 def scaling_record(asked: ScalingMethod, result: ScalingResult) -> dict[str, Any]:
-    """What a manifest says about the scale of a layer."""
+    """Return a layer's `scaling` entry in the manifest."""
     used = method_used(asked, result)
-    return {"method": used.name, **figures(result.scale), **({} if used is asked else {"asked": asked.name})}
+    return {"method": used.name, **scale_figures(result.scale), **({} if used is asked else {"asked": asked.name})}
 
 
-def figures(scale: Tensor) -> dict[str, float]:
-    """Of a layer's factors `[C_in]`: the share above 1, their mean, largest and mean inverse."""
+def scale_figures(scale: Tensor) -> dict[str, float]:
+    """Return the share of a layer's factors `[C_in]` above 1, their mean, maximum and mean inverse."""
     return {
         "unsaturated_share": float((scale > 1).float().mean()),
         "mean": float(scale.mean()),
@@ -48,7 +60,7 @@ def figures(scale: Tensor) -> dict[str, float]:
 
 
 def scaling_metrics(scales: Mapping[str, Tensor]) -> dict[str, float]:
-    """The same over all in-channels of the scaled layers."""
+    """Return the same figures over all in-channels of the scaled layers."""
     every = torch.cat(list(scales.values())) if scales else torch.ones(1)
     return {
         "unsaturated_share": float((every > 1).float().mean()),
@@ -57,8 +69,44 @@ def scaling_metrics(scales: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
-def tell_scaling(records: list[dict[str, Any]], metrics: dict[str, Any], error: float) -> None:
-    """Show what was chosen: a row a scaled layer, and the whole."""
+def scaling_of(manifest: Manifest, name: str) -> dict[str, Any]:
+    """Return a layer's `scaling` entry; empty for a layer that is not scaled."""
+    return next(layer.get("scaling", {}) for layer in manifest.layers if layer["name"] == name)
+
+
+def dilated_layers(manifest: Manifest) -> set[str]:
+    """Return the names of the layers that divide their input, in a dilated or calibrated artifact."""
+    return {layer["name"] for layer in manifest.layers if "scaling" in layer and "folded_into" not in layer["scaling"]}
+
+
+def with_learned_scales(
+    records: Sequence[dict[str, Any]], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> list[dict[str, Any]]:
+    """Return the layers' records with the figures of factors that training moved.
+
+    `before` and `after` hold `X.dilation` before and after training.
+    """
+    updated = []
+    for record in records:
+        name = f"{record['name']}.dilation"
+        if name in before and name in after and not torch.equal(before[name], after[name]):
+            record = record | {"scaling": record["scaling"] | scale_figures(after[name]) | {"learned": True}}
+        updated.append(record)
+    return updated
+
+
+def with_folds(records: Sequence[dict[str, Any]], folded: Mapping[str, list[str]]) -> list[dict[str, Any]]:
+    """Return the layers' records with the producers that their factors were folded into, by layer."""
+    return [
+        record | {"scaling": record["scaling"] | {"folded_into": folded[record["name"]]}}
+        if record["name"] in folded
+        else record
+        for record in records
+    ]
+
+
+def report_scaling(records: Sequence[dict[str, Any]], metrics: Mapping[str, Any], error: float) -> None:
+    """Show the factors on the terminal: a row for each scaled layer, and a summary."""
     rows = [
         (
             record["name"],

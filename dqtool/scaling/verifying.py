@@ -1,18 +1,20 @@
-"""The proof that scaling changed nothing: the scaled network on divided inputs gives the original's output."""
+"""The check that scaling changed nothing: the scaled network on divided inputs gives the original's output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from dqtool.core.device import beside
 from dqtool.errors import NumericError
+from dqtool.models.families import Family
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dqtool.models.families import Family
-
-__all__ = ["TOLERANCE", "check_equivalence"]
+__all__ = ["TOLERANCE", "check_equivalence", "divided_inputs", "replaced_parameters"]
 
 TOLERANCE = 1e-5
 """Largest allowed |scaled - original| relative to the output's largest magnitude: float32 round-off."""
@@ -26,27 +28,22 @@ def check_equivalence(
     config: dict[str, Any],
     given: str,
 ) -> float:
-    """Largest |y' - y| over the output's largest magnitude, on a random input at a random step; `network`, the original, is
-    left as it was. `given` names it in an error.
+    """Return max |y' - y| / max |y| on a random input at a random step; `network`, the original, is left as it was.
 
-    y' runs the tensors that `scaled()` gives, asked for when y is known, on `x / s`, where s is in `scales`.
+    y' is the output with the tensors that `scaled()` returns, on inputs divided by `scales`; `scaled` is called after y
+    is computed. `given` names the network in an error.
 
     Raises:
-        NumericError: it is more than round-off.
+        NumericError: the difference is more than round-off.
     """
-    import torch
-
-    from dqtool.core.device import beside
-    from dqtool.scaling.divided_inputs import other_parameters, scaled_inputs
-
     arguments = beside(network, family.example(family.proof_config(config)))
     onednn = torch.backends.mkldnn.enabled
-    # It would bring every weight into a layout of its own, which takes longer than multiplying by it once.
+    # oneDNN would bring every weight into a layout of its own, which takes longer than one product with it.
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with torch.no_grad():
             original = network(**arguments, return_dict=False)[0]
-            with scaled_inputs(network, beside(network, scales)), other_parameters(network, scaled()):
+            with divided_inputs(network, beside(network, scales)), replaced_parameters(network, scaled()):
                 changed = network(**arguments, return_dict=False)[0]
     finally:
         torch.backends.mkldnn.enabled = onednn
@@ -58,3 +55,57 @@ def check_equivalence(
             fix="A layer's input range may exceed what float32 resolves; lower --cap",
         )
     return error
+
+
+@contextmanager
+def divided_inputs(network: nn.Module, scales: Mapping[str, Tensor]) -> Iterator[None]:
+    """Divide the inputs of the layers named in `scales` by their factors `[C_in]` while the context is active."""
+    handles = []
+    for name, scale in scales.items():
+        layer = network.get_submodule(name)
+        factor = scale.reciprocal().view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else scale.reciprocal()
+
+        def divide(_layer: nn.Module, args: tuple, factor: Tensor = factor) -> tuple:
+            return (args[0] * factor, *args[1:])
+
+        handles.append(layer.register_forward_pre_hook(divide))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced_parameters(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run every module on `tensors[name]` instead of its own parameters while the context is active.
+
+    A tensor is read when its module runs and released when that is done, so deferred tensors are in memory one module at
+    a time.
+    """
+    handles, saved = [], []
+
+    def enter(module: nn.Module, _args: tuple, *, prefix: str) -> None:
+        own = dict(module._parameters)
+        for name, parameter in own.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(tensors[f"{prefix}{name}"], requires_grad=False)
+        saved.append((module, own))
+
+    def leave(module: nn.Module, *_: object) -> None:
+        if saved and saved[-1][0] is module:
+            module._parameters.update(saved.pop()[1])
+
+    try:
+        for name, module in network.named_modules():
+            if any(parameter is not None for parameter in module._parameters.values()):
+                hook = partial(enter, prefix=f"{name}." if name else "")
+                handles.append(module.register_forward_pre_hook(hook))
+                handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while saved:
+            module, own = saved.pop()
+            module._parameters.update(own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,6 @@ from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.models.told import Told
 from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE, LATER
-from dqtool.scaling.verifying import check_equivalence
-from dqtool.stages.ahead import channel_slacks, file_tensors, importing
 from dqtool.stages.running import Common, Product, execute
 
 if TYPE_CHECKING:
@@ -81,12 +78,6 @@ def dilate(options: DilateOptions, common: Common) -> str:
         )
     reads = [*source.weights, *(lora.path for lora in source.loras)]
     check_writable(options.output, inputs=[options.model, *reads])
-    slacks: dict[str, Tensor] | None = None
-    if not common.dry_run and (common.force or not os.path.lexists(options.output)):
-        # Nothing is cached, so that there is work: what needs the file only is done beside the imports.
-        with importing(source.class_name):
-            source.sha256()
-        slacks = channel_slacks(file_tensors(source)) if options.scaling == "wd" else {}
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
     if stats is not None:
         inputs.append({"name": stats.given, "sha256": stats.sha256, "stage": stats.stage})
@@ -98,7 +89,7 @@ def dilate(options: DilateOptions, common: Common) -> str:
         parameters,
         inputs,
         common,
-        lambda _key: produce(source, stats, options, slacks),
+        lambda _key: produce(source, stats, options),
         reads=reads,
     )
     return options.output
@@ -127,13 +118,8 @@ def waits(options: DilateOptions) -> bool:
     return options.stats is None and options.scaling in CHOSEN_IN_CALIBRATE
 
 
-def produce(
-    source: ModelSource, stats: Artifact | None, options: DilateOptions, slacks: dict[str, Tensor] | None = None
-) -> Product:
-    """Load and scale; the proof of the equivalence is left to be run while the file is written.
-
-    `slacks` are the weights' `channel_slack` where they are known already.
-    """
+def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions) -> Product:
+    """Load and scale; the check of the equivalence runs while the file is written."""
     import torch
 
     from dqtool.core.threads import operation_threads
@@ -142,17 +128,22 @@ def produce(
     from dqtool.models.companions import attachments_of
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
-    from dqtool.scaling.after_training import absorb_shift, mark_folded
-    from dqtool.scaling.choosing import choose_scaling, shiftable, statistics_for
-    from dqtool.scaling.folding import Fold, find_folds, find_shifts, fold_all, shift
+    from dqtool.scaling.choosing import choose_scaling, statistics_for
+    from dqtool.scaling.folding import Fold, add_shift_to_bias, find_folds, find_shifts, fold_scales, subtract_shift
     from dqtool.scaling.methods import scaling_method
-    from dqtool.scaling.records import method_used, scales_of, scaling_metrics, scaling_record, tell_scaling
+    from dqtool.scaling.records import (
+        layer_scales,
+        method_used,
+        report_scaling,
+        scaling_metrics,
+        scaling_record,
+        with_folds,
+    )
+    from dqtool.scaling.verifying import check_equivalence
 
     class_name, config = described(source, options)
     family = family_of(class_name, str(source.config_path))
-    if slacks is None:
-        slacks = channel_slacks(file_tensors(source)) if options.scaling == "wd" else {}
-    state = drop_repeats(load_weights(source, finite=slacks.keys()), family.repeats(config))
+    state = drop_repeats(load_weights(source), family.repeats(config))
     network = build_network(class_name, config, state, source.given, share=True)
     traced = traced_network(network, family, config)
     float_parts = kept_float(network, traced.layers)
@@ -162,7 +153,7 @@ def produce(
     asked, later = scaling_method(options.scaling), waits(options)
     shifts: dict[str, Fold] = {}
     if asked.shifts and not later:
-        shifts = shiftable(network, traced.layers, find_shifts(network, family.example(config), traced.layers))
+        shifts = find_shifts(network, family.example(config), traced.layers)
     chosen: dict[str, ScalingResult] = {}
     if not later:
         chosen = choose_scaling(
@@ -175,9 +166,8 @@ def produce(
             options.bits,
             shifts,
             options.threshold,
-            slacks,
         )
-    scales = scales_of(traced.layers, chosen)
+    scales = layer_scales(traced.layers, chosen)
     tensors = DeferredTensors(state)
     records = []
     for info in traced.layers:
@@ -191,16 +181,16 @@ def produce(
             tensors[f"{info.name}.dilation"] = scale
             record["scaling"] = scaling_record(asked, result)
             if result.shift is not None:
-                absorb_shift(tensors, info, state[name], result.shift)
+                add_shift_to_bias(tensors, info, state[name], result.shift)
                 record["scaling"]["shifted_in"] = shifts[info.shares or info.name].names
         records.append(record)
     for owner, result in chosen.items():
         if result.shift is not None:
-            shift(tensors, shifts[owner], result.shift)
+            subtract_shift(tensors, shifts[owner], result.shift)
     if options.fold:
-        folded = fold_all(tensors, find_folds(network, family.example(config), traced.layers), crossing=True)
+        folded = fold_scales(tensors, find_folds(network, family.example(config), traced.layers), crossing=True)
         scales = {name: scale for name, scale in scales.items() if name not in folded}
-        mark_folded(records, folded)
+        records = with_folds(records, folded)
     model = {
         "class": class_name,
         "config": config,
@@ -242,7 +232,7 @@ def produce(
                 f"weights left as they are: calibrate, which sees activations, chooses the factors ({options.scaling})"
             )
         else:
-            tell_scaling(records, metrics, error)
+            report_scaling(records, metrics, error)
         return {"equivalence_error": error}
 
     pipeline, attachments = source.pipeline_record(), attachments_of(source)

@@ -210,7 +210,9 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.nn.surgery import packed_state
-    from dqtool.scaling.after_training import fold_packed, learn_scaling, mark_folded, mark_learned
+    from dqtool.scaling.folding import fold_packed
+    from dqtool.scaling.learning import learn_scaling
+    from dqtool.scaling.records import with_folds, with_learned_scales
     from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
     from dqtool.training.data import Problem, Trajectory
     from dqtool.training.prediction import correct_predictions
@@ -261,7 +263,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     with MemoryMeter(level) as memory:
         workspace.restart_clock(lambda: memory.figures() | peak_bytes(device))
         trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
-        problem.bake()
+        problem.merge_scaling()
         if corrects(options):
             if problem.short_of_memory:  # which let go of the float network
                 problem = replace(problem, teacher=teacher_of(manifest, tensors))
@@ -277,8 +279,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated and plan.info.name not in folded}
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
-    mark_learned(layers, tensors, learned)
-    mark_folded(layers, folded)
+    layers = with_folds(with_learned_scales(layers, tensors, learned), folded)
     metrics = {**manifest.metrics, **trained}
     return Product(
         state,

@@ -151,7 +151,8 @@ def _distill(execution: Execution, options: Any) -> Work:
     from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.models.packed import layer_infos
     from dqtool.nn.surgery import assign_bits
-    from dqtool.scaling.after_training import dilated_layers, pending_folds
+    from dqtool.scaling.folding import pending_folds
+    from dqtool.scaling.records import dilated_layers
     from dqtool.stages.distill import corrects, method_and_options, scheduler_of, settled
 
     calibrated = read_manifest(execution.inputs[0]["name"])

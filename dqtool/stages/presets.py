@@ -34,7 +34,7 @@ def preset_keep(name: str, manifest: Manifest) -> tuple[str, ...]:
         return ()
     from dqtool.graph.roles import find_roles
     from dqtool.models.loading import network_of
-    from dqtool.scaling.after_training import structure_of
+    from dqtool.models.packed import structure_of
 
     network, example, layers = structure_of(manifest)
     family, _ = network_of(manifest.model)

@@ -16,7 +16,7 @@ from dqtool.models.families import Family
 from dqtool.models.sampling import Sampler
 from dqtool.nn.surgery import steps_of
 from dqtool.scaling.folding import Fold
-from dqtool.scaling.learning import bake
+from dqtool.scaling.learning import merge_learned
 
 __all__ = ["Bars", "BlockStore", "Problem", "Reporter", "Trajectory"]
 
@@ -126,7 +126,7 @@ Bars = Callable[[str, int], AbstractContextManager[Reporter]]
 class Problem:
     """Everything a training method needs. `student` starts as the calibrated (PTQ) network and ends trained.
 
-    `only` names the blocks to train (None: all), `shifts` who takes what learned scaling moves (`bake`);
+    `only` names the blocks to train (None: all), `shifts` the producers that absorb learned shifts;
     `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`, `cache_bytes` what the activations that blocks
     read may take in memory, of the float and of the quantized network together, before they go to disk; `replay_batch` how many
     samples run together where a block's inputs and outputs are computed, `network_batch` how many
@@ -166,9 +166,9 @@ class Problem:
         """Point the student's step tables at these samples' steps (when a block is called outside of the network)."""
         steps_of(self.student).select(self.trajectory.rows[samples])
 
-    def bake(self) -> None:
-        """End the learning of scales, if any are learned; what they are becomes part of the network."""
-        bake(self.student, self.shifts)
+    def merge_scaling(self) -> None:
+        """End the learning of scaling factors, if any: they become part of the network."""
+        merge_learned(self.student, self.shifts)
 
     def roles(self) -> Roles:
         """What part each layer plays."""

@@ -13,7 +13,7 @@ from dqtool.core.dilation import spread
 from dqtool.graph.attention import is_attention
 from dqtool.graph.dataflow import dataflow
 from dqtool.graph.trace import LayerInfo, is_quantizable
-from dqtool.scaling.folding import Fold, find_folds, fold, fold_all
+from dqtool.scaling.folding import Fold, find_folds, fold_scale, fold_scales
 
 
 def layers_of(network: nn.Module) -> list[LayerInfo]:
@@ -59,12 +59,12 @@ def check(network: nn.Module, inputs: dict[str, Any], expected: dict[str, list[s
     for found in folds:
         alone = dict(original)
         scale = dilate_group(network, alone, found)
-        fold(alone, found, scale)
+        fold_scale(alone, found, scale)
         network.load_state_dict(alone)
         error = (output(network, inputs) - before).abs().max() / before.abs().max()
         assert error < 1e-5, found.layers
         dilate_group(network, whole, found, scale)
-        fold(whole, found, scale)
+        fold_scale(whole, found, scale)
     network.load_state_dict(whole)
     assert (output(network, inputs) - before).abs().max() / before.abs().max() < 1e-5
     network.load_state_dict(original)
@@ -203,7 +203,7 @@ def test_what_a_division_passes(name: str) -> None:
     found = next(f for f in find_folds(network, inputs, layers_of(network)) if f.layers == ("last",))
     assert found.names == targets
     state, before = dict(network.state_dict()), output(network, inputs)
-    fold(state, found, dilate_group(network, state, found))
+    fold_scale(state, found, dilate_group(network, state, found))
     network.load_state_dict(state)
     torch.testing.assert_close(output(network, inputs), before, rtol=1e-5, atol=1e-5)
 
@@ -266,7 +266,7 @@ def test_packed_producers_shrink_their_scales_and_keep_their_codes() -> None:
         "first.bias": torch.full((8,), 3.0),
         "last.dilation": scale,
     }
-    assert fold_all(state, [found], crossing=False) == {"last": ["first"]}
+    assert fold_scales(state, [found], crossing=False) == {"last": ["first"]}
     assert set(state) == {"first.weight_packed", "first.weight_scale", "first.bias"}
     assert state["first.weight_packed"] is codes
     assert torch.equal(state["first.weight_scale"], torch.full((8,), 0.5) / scale)

@@ -13,7 +13,6 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import spread
 from dqtool.errors import UsageError
 from dqtool.scaling.methods import SCALINGS, OutputError, Samples, ScalingInput, ScalingResult, scaling_method
-from dqtool.scaling.methods.searched import middle
 
 STEPS = 3
 
@@ -72,7 +71,7 @@ def test_auto_centres_where_that_is_better() -> None:
     inputs = layer("linear", shiftable=True)  # whose channels lie off zero
     error, chosen = OutputError(inputs), SCALINGS["auto"](inputs)
     assert chosen.shift is not None
-    assert torch.equal(chosen.shift, middle(inputs))
+    assert torch.equal(chosen.shift, inputs.midpoint())
     assert error(chosen) <= min(error(SCALINGS[name](inputs)) for name in ("none", "wd", "smoothquant", "omniquant"))
     assert SCALINGS["auto"](replace(inputs, shiftable=False)).shift is None
 
@@ -84,7 +83,7 @@ def test_the_error_of_a_moved_input_is_of_the_same_output() -> None:
     (weight,) = inputs.weights
     lost = LayerBits(16, 4)
     of_input = replace(inputs, samples=replace(inputs.samples, bits=lost))
-    shift = middle(inputs)
+    shift = inputs.midpoint()
     (product,) = inputs.samples.products
     whole = sum(float(product(x, weight).square().sum()) for x in inputs.samples.steps)
     moved = replace(inputs.samples, steps=[x - shift for x in inputs.samples.steps], bits=lost)

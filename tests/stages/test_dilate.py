@@ -63,7 +63,8 @@ def test_layers_that_share_an_input_share_their_factors() -> None:
     from torch import nn
 
     from dqtool.graph.trace import LayerInfo
-    from dqtool.scaling.choosing import choose_scaling, groups_of
+    from dqtool.scaling.choosing import choose_scaling
+    from dqtool.scaling.groups import scaling_groups
 
     torch.manual_seed(0)
     names = ["to_q", "to_k", "to_v", "to_out"]
@@ -72,7 +73,7 @@ def test_layers_that_share_an_input_share_their_factors() -> None:
     layers = [LayerInfo(n, "linear", (2, 16), 32, shares="to_q" if n[-1] in "kv" else None) for n in names]
     family = SimpleNamespace()  # only methods that compare outputs run the network
     chosen = choose_scaling(network, family, layers, {}, SCALINGS["wd"], 64.0, "4/4", {})  # type: ignore[arg-type]
-    assert {owner: len(members) for owner, members in groups_of(layers).items()} == {"to_q": 3, "to_out": 1}
+    assert {owner: len(members) for owner, members in scaling_groups(layers).items()} == {"to_q": 3, "to_out": 1}
     assert bool((chosen["to_q"].scale > 1).any())
     assert not torch.equal(chosen["to_q"].scale, chosen["to_out"].scale)
 

@@ -1,10 +1,9 @@
-"""What a scaling method is given and gives, and the registry of methods."""
+"""The interface of a scaling method: `ScalingInput` in, `ScalingResult` out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,24 +12,15 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import CAP, dilate_weight, in_channels, spread
 from dqtool.errors import NumericError, UsageError
 
-__all__ = [
-    "SCALINGS",
-    "Samples",
-    "ScalingInput",
-    "ScalingMethod",
-    "ScalingResult",
-    "register",
-    "scale_weight",
-    "scaling_method",
-]
+__all__ = ["Samples", "ScalingInput", "ScalingMethod", "ScalingResult", "scale_weight"]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a layer really read at some steps: `steps` holds `[n, C_in, H, W]` or `[n, ..., C_in]`, one tensor a step.
+    """Calibration inputs of one layer: `steps` holds one tensor a denoising step, `[n, C_in, H, W]` or `[n, ..., C_in]`.
 
-    `products` are the layer's own (convolution or linear, without bias), one for each weight: `(x, W) -> y`. `bits` are
-    those the layer will have.
+    `products` are the layer's own operation (convolution or linear, without bias), one for each weight: `(x, W) -> y`.
+    `bits` are those the layer will have.
     """
 
     steps: Sequence[Tensor]
@@ -41,17 +31,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class ScalingInput:
-    """One quantized input and every weight that reads it (q, k, v of a self-attention share theirs)."""
+    """One quantized input and every weight that reads it (q, k and v of a self-attention share theirs)."""
 
     weights: list[Tensor]  # each [C_out, C_in / groups, ...]
     groups: int = 1
-    input_min: Tensor | None = None  # [C_in], pooled over all steps
+    input_min: Tensor | None = None  # [C_in], over all steps
     input_max: Tensor | None = None  # [C_in]
     cap: float = CAP  # largest dilation, `wd` only
-    threshold: float = 1.0  # `wd` leaves channels alone that could not grow by as much
+    threshold: float = 1.0  # `wd` leaves channels alone whose dilation would be smaller
     samples: Samples | None = None
-    shiftable: bool = False  # whether a shift of the input can be taken by what makes it, and by the layer's bias
-    slacks: Sequence[Tensor | None] | None = None  # of each weight its `channel_slack` where known, `wd` only
+    shiftable: bool = False  # the input's producer and the layers' biases can absorb a shift of the input
 
     @property
     def channels(self) -> int:
@@ -59,25 +48,37 @@ class ScalingInput:
         return in_channels(self.weights[0], self.groups)
 
     def input_absmax(self) -> Tensor:
-        """`a_k = max |x_k|` over all steps, `[C_in]` float32."""
+        """Return `a_k = max |x_k|` over all steps, `[C_in]` float32."""
         assert self.input_min is not None
         assert self.input_max is not None
         return torch.maximum(self.input_min.detach().float().abs(), self.input_max.detach().float().abs())
 
     def weight_absmax(self) -> Tensor:
-        """`w_k = max |W[:, k]|` over all the weights (and the out-channels of k's group), `[C_in]` float32."""
+        """Return `w_k = max |W[:, k]|` over all weights and the out-channels of k's group, `[C_in]` float32."""
         maxima = []
         for weight in self.weights:
             per_row = weight.detach().float().abs().reshape(*weight.shape[:2], -1).amax(dim=2)  # [C_out, C_in / groups]
             maxima.append(per_row.view(self.groups, -1, per_row.shape[1]).amax(dim=1).flatten())
         return torch.stack(maxima).amax(dim=0)
 
+    def midpoint(self) -> Tensor:
+        """Return the middle of every channel's range, `(max + min) / 2`, `[C_in]`: the shift that centres the input."""
+        assert self.input_min is not None
+        assert self.input_max is not None
+        return (self.input_max.detach().float() + self.input_min.detach().float()) / 2
+
+    def shifted(self, shift: Tensor) -> ScalingInput:
+        """Return the same layer with the input `x - shift`."""
+        assert self.input_min is not None
+        assert self.input_max is not None
+        return replace(self, input_min=self.input_min - shift, input_max=self.input_max - shift)
+
 
 @dataclass(frozen=True)
 class ScalingResult:
-    """What a method chose; `shift` is subtracted from the input before it is divided by `scale`.
+    """Factors of one input; `shift` is subtracted from the input before it is divided by `scale`.
 
-    `method` names whose scale it is where that isn't the method that was asked (`auto`).
+    `method` names the method whose formula gave `scale`, where that isn't the method that was asked (`auto`).
     """
 
     scale: Tensor  # [C_in] float32, > 0
@@ -87,12 +88,17 @@ class ScalingResult:
 
 @dataclass(frozen=True)
 class ScalingMethod:
-    """A registered method: call it with a `ScalingInput`.
+    """A scaling method; call it with a `ScalingInput`.
 
-    `needs_statistics`: it reads the input's range, hence a calibrated artifact; `needs_samples`: inputs themselves.
-    `keeps_range`: no out-channel's range moves, so that quantizers of the weights fitted before it still fit. `shifts`:
-    it moves the input too where that is possible. `learning_rate`: of the log scale, which training starts from and
-    moves; 0 where it leaves it. `learns_shift`: training moves the shift as well, at that rate.
+    Attributes:
+        name: value of `--scaling`.
+        function: the method itself.
+        needs_statistics: it reads the input's range, so `calibrate` offers it; else `dilate` does.
+        needs_samples: it reads calibration inputs themselves.
+        keeps_range: no out-channel's range changes, so the scaled weight is clipped to it (Eq. 19).
+        shifts: it may also shift the input.
+        learning_rate: rate of the log scale in `distill`, which starts from the method's result; 0: not learned.
+        learns_shift: `distill` learns the shift as well, at the same rate.
     """
 
     name: str
@@ -105,10 +111,11 @@ class ScalingMethod:
     learns_shift: bool = False
 
     def __call__(self, inputs: ScalingInput) -> ScalingResult:
-        """Scale (and shift) for these weights.
+        """Return the factors for these weights.
 
-        Raises `UsageError` if the method needs statistics that are missing or of another shape, `NumericError` if its
-        result isn't positive and finite.
+        Raises:
+            UsageError: the method needs statistics or samples, and they are missing or of another shape.
+            NumericError: the result isn't positive and finite.
         """
         if self.needs_statistics:
             if inputs.input_min is None or inputs.input_max is None:
@@ -139,32 +146,11 @@ class ScalingMethod:
         return result
 
     def apply(self, weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
-        """The scaled weight, float32: with ranges kept bitwise by the methods that promise it."""
+        """Return the scaled weight, float32; its ranges are bitwise the same if the method keeps them."""
         return (dilate_weight if self.keeps_range else scale_weight)(weight, scale, groups)
 
 
-SCALINGS: dict[str, ScalingMethod] = {}
-Function = TypeVar("Function", bound=Callable[..., ScalingResult])
-
-
-def register(name: str, **properties: Any) -> Callable[[Function], Function]:
-    """Decorator that offers a function under `--scaling name`; `properties` are those of `ScalingMethod`."""
-
-    def add(function: Function) -> Function:
-        SCALINGS[name] = ScalingMethod(name, function, **properties)
-        return function
-
-    return add
-
-
-def scaling_method(name: str) -> ScalingMethod:
-    """The method of that name; raises `UsageError` with the names there are."""
-    if name not in SCALINGS:
-        raise UsageError(f"There is no scaling {name!r}.", where="--scaling", fix=f"Choose from {', '.join(SCALINGS)}.")
-    return SCALINGS[name]
-
-
 def scale_weight(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
-    """`s_k · W` in float32, of the weight's shape."""
+    """Return `s_k · W` in float32, of the weight's shape."""
     weight = weight.detach().float()
     return weight * spread(scale, weight, groups)

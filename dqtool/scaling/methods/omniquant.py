@@ -1,23 +1,27 @@
-"""OmniQuant's learnable equivalent transformation: where its training starts. `dqtool/scaling/learning.py` trains it."""
+"""OmniQuant (arXiv 2308.13137): factors and shifts that `distill` learns; `dqtool/scaling/learning.py` trains them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from dqtool.scaling.methods.base import ScalingInput, ScalingResult, register
-from dqtool.scaling.methods.closed_form import smoothquant
-from dqtool.scaling.methods.searched import centred, middle
+from dqtool.scaling.methods.base import ScalingInput, ScalingMethod, ScalingResult
+from dqtool.scaling.methods.smoothquant import smoothquant
 
-__all__ = ["omniquant"]
+__all__ = ["METHOD", "omniquant"]
 
 LEARNING_RATE = 1e-5
 """As in Table 14 of arXiv 2409.14307."""
 
 
-@register("omniquant", needs_statistics=True, shifts=True, learning_rate=LEARNING_RATE, learns_shift=True)
 def omniquant(inputs: ScalingInput) -> ScalingResult:
-    """SmoothQuant's scale of the input that OS+' shift has centred (arXiv 2308.13137, section 3.3)."""
+    """Return the start of the training (section 3.3 there): SmoothQuant's factors, around the channels' midpoints if the
+    input can be shifted."""
     if not inputs.shiftable:
         return smoothquant(inputs)
-    shift = middle(inputs)
-    return replace(smoothquant(centred(inputs, shift)), shift=shift)
+    shift = inputs.midpoint()
+    return replace(smoothquant(inputs.shifted(shift)), shift=shift)
+
+
+METHOD = ScalingMethod(
+    "omniquant", omniquant, needs_statistics=True, shifts=True, learning_rate=LEARNING_RATE, learns_shift=True
+)

@@ -23,7 +23,7 @@ def train(problem: Problem, options: RoundingOptions, bars: Bars) -> dict[str, A
     from dqtool.training.block_loop import own_layers, train_blocks
     from dqtool.training.reconstruction import RoundingLearner
 
-    problem.bake()
+    problem.merge_scaling()
     count = len(problem.trace.blocks if problem.only is None else problem.only)
     with bars("blocks", options.iters * count) as progress:
         blocks = [problem.student.get_submodule(info.name) for info in problem.trace.blocks]

@@ -24,7 +24,7 @@ def train(problem: Problem, options: BkdOptions, bars: Bars) -> dict[str, Any]:
         count = len(problem.trace.blocks if problem.only is None else problem.only)
         with bars("blocks", options.iters * count) as progress:
             metrics |= distill_blocks(problem, options, progress)
-    problem.bake()
+    problem.merge_scaling()
     if options.refine_iters:
         with bars("all blocks", options.refine_iters) as progress:
             second = refine(problem, options.second_pass(), progress)

@@ -53,7 +53,7 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
 
         with bars("blocks", options.iters * count) as progress:
             metrics |= train_blocks(problem, first, progress)
-    problem.bake()
+    problem.merge_scaling()
     if options.refine_iters:
         settle(problem.student)
         own, _ = own_trajectory(problem, options.refine_images, 0)

@@ -42,7 +42,7 @@ def train(problem: Problem, options: LoraQatOptions, bars: Bars) -> dict[str, An
     from dqtool.training.options import Rates
     from dqtool.training.rounding import merge_adapters
 
-    problem.bake()
+    problem.merge_scaling()
     trainable(problem.student)
     extra: list[tuple[nn.Parameter, float]] = []
     for layer, update in attach_low_rank(problem.student, options.rank, problem.seed):

@@ -23,7 +23,7 @@ def train(problem: Problem, options: OnPolicyOptions, bars: Bars) -> dict[str, A
     from dqtool.training.curve import curve, ends
     from dqtool.training.on_policy import refine
 
-    problem.bake()
+    problem.merge_scaling()
     if not options.iters:
         return {}
     some = torch.linspace(0, len(problem.trajectory) - 1, min(64, len(problem.trajectory))).long()

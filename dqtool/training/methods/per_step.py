@@ -26,7 +26,7 @@ def train(problem: Problem, options: PerStepOptions, bars: Bars) -> dict[str, An
     from dqtool.training.per_step import PerStepLearner, untrained_layers
     from dqtool.training.temporal import temporal_layers, train_temporal
 
-    problem.bake()
+    problem.merge_scaling()
     roles = problem.roles()
     temporal = temporal_layers(problem, roles) if problem.only is None else []
     metrics: dict[str, Any] = {}

@@ -42,7 +42,7 @@ def train(problem: Problem, options: QatPartialOptions, bars: Bars) -> dict[str,
     from dqtool.training.sensitive import learn_weights, sensitive_layers
     from dqtool.training.temporal import temporal_layers, train_temporal
 
-    problem.bake()
+    problem.merge_scaling()
     roles = problem.roles()
     rates = Rates(weight=options.weight, bias=options.bias, table_scale=options.table_scale)
     student = problem.student

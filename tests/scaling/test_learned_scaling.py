@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dqtool.core.bits import LayerBits
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake, packed_state
-from dqtool.scaling.folding import find_shifts, fold, shift
-from dqtool.scaling.learning import attach, bake
+from dqtool.scaling.folding import find_shifts, fold_scale, subtract_shift
+from dqtool.scaling.learning import attach, merge_learned
 from dqtool.training.optimizer import QuantAdam
 from dqtool.training.options import Rates
 
@@ -47,7 +47,7 @@ def inputs(seed: int = 0, batch: int = 4) -> dict[str, Tensor]:
 def quantized(bits: LayerBits) -> tuple[nn.Module, dict]:
     torch.manual_seed(0)
     block = _Block()
-    shifts = {found.layers[0]: found for found in find_shifts(block, inputs(), LAYERS)}
+    shifts = find_shifts(block, inputs(), LAYERS)
     dilation = {info.name: torch.linspace(0.5, 2, info.shape[1]) for info in LAYERS}
     for name, scale in dilation.items():
         weight = block.get_parameter(f"{name}.weight")
@@ -76,8 +76,8 @@ def test_only_groups_whose_producer_has_a_bias_are_moved() -> None:
 def test_shifts_and_folds_go_to_the_tensors_device() -> None:
     _, shifts = quantized(LayerBits(16, 16))
     tensors = {"norm.bias": torch.zeros(8, device="meta"), "norm.weight": torch.ones(8, device="meta")}
-    shift(tensors, shifts["one"], torch.ones(8, device="meta"))
-    fold(tensors, shifts["one"], torch.ones(8, device="meta"))
+    subtract_shift(tensors, shifts["one"], torch.ones(8, device="meta"))
+    fold_scale(tensors, shifts["one"], torch.ones(8, device="meta"))
     assert {value.device.type for value in tensors.values()} == {"meta"}
 
 
@@ -89,7 +89,7 @@ def test_in_float_nothing_changes_whatever_is_learned() -> None:
     assert torch.equal(block(**inputs()), before) or torch.allclose(block(**inputs()), before, atol=1e-6)
     moved(block)
     torch.testing.assert_close(block(**inputs()), before, rtol=1e-4, atol=1e-5)
-    bake(block, shifts)
+    merge_learned(block, shifts)
     torch.testing.assert_close(block(**inputs()), before, rtol=1e-4, atol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_baking_keeps_the_quantized_function_and_leaves_plain_layers() -> None:
     attach(block, [(["one", "two"], 1e-5), (["conv"], 1e-5)], shifts)
     moved(block)
     learned = block(**inputs())
-    bake(block, shifts)
+    merge_learned(block, shifts)
     assert not any("learned" in name for name, _ in block.named_parameters())
     assert set(packed_state(block)) == names
     assert torch.equal(block.one.dilation, block.two.dilation)

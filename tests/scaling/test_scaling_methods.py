@@ -6,7 +6,7 @@ from torch import Tensor
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import weight_dilation, weight_ranges
 from dqtool.errors import NumericError, UsageError
-from dqtool.scaling.methods import SCALINGS, Samples, ScalingInput, ScalingResult, register, scaling_method
+from dqtool.scaling.methods import SCALINGS, Samples, ScalingInput, ScalingMethod, ScalingResult, scaling_method
 
 CASES = {"linear": ((24, 200), 1), "conv": ((8, 12, 3, 3), 1), "grouped": ((8, 4, 3, 3), 4)}
 
@@ -109,14 +109,11 @@ def test_unknown_names_list_the_known() -> None:
         scaling_method("smoothquand")
 
 
-def test_a_method_is_one_registered_function() -> None:
-    @register("twice")
+def test_a_method_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(given: ScalingInput) -> ScalingResult:
         return ScalingResult(torch.full((given.channels,), 2.0))
 
-    try:
-        weight = torch.randn(3, 4)
-        method = scaling_method("twice")
-        assert torch.equal(method.apply(weight, method(ScalingInput([weight])).scale), weight * 2)
-    finally:
-        del SCALINGS["twice"]
+    monkeypatch.setitem(SCALINGS, "twice", ScalingMethod("twice", twice))
+    weight = torch.randn(3, 4)
+    method = scaling_method("twice")
+    assert torch.equal(method.apply(weight, method(ScalingInput([weight])).scale), weight * 2)
