@@ -5,40 +5,57 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.artifacts.reading import read_text_file
+from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-__all__ = ["compose", "convert", "entries", "items", "listed", "nearest", "read_text", "text_of"]
+__all__ = ["compose", "convert", "entries", "items", "listed", "nearest", "plain_value", "read_text", "text_of"]
 
 _NULL = "tag:yaml.org,2002:null"
 _BOOL = "tag:yaml.org,2002:bool"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_BYTES = 64 << 10
+_NODES = 20_000
+_DEPTH = 32
+_NUMBER_LENGTH = 64
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list of texts"}
 
 
-def read_text(path: str | os.PathLike[str], what: str = "recipe") -> str:
-    """The file's text; `EnvironmentFault` when there is none, `UsageError` when it is no text."""
-    given = os.fspath(path)
+def read_text(path: str | os.PathLike[str], what: str = "recipe", fault: type[DqtoolError] = UsageError) -> str:
+    """Return the text of a YAML file of at most 64 KiB.
+
+    Raises:
+        DqtoolError: `fault`, where it is larger, no text, or no ordinary file.
+        EnvironmentFault: there is none, or it can't be read.
+    """
+    if not os.path.exists(path) and "\0" not in os.fspath(path):
+        raise EnvironmentFault(f"There is no such {what}", where=os.fspath(path), fix="Check the path")
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise EnvironmentFault(f"There is no such {what}", where=given, fix="Check the path") from error
-    except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise UsageError(f"This is no {what}: a YAML text file is needed", where=given) from error
-    except OSError as error:
-        raise EnvironmentFault(f"The {what} can not be read: {error.strerror}", where=given) from error
+        return read_text_file(path, _BYTES, fault)
+    except fault as error:
+        raise fault(f"This is no {what}: a YAML text file is needed. {error.what}", where=error.where) from error
 
 
 def compose(text: str, given: str) -> Node | None:
-    """The tree of the one YAML document in `text`, with the line of every node."""
+    """Return the tree of the one YAML document in `text`, with the line of every node.
+
+    Raises `UsageError` for text that is no YAML, or has more than 20,000 marks, 32 levels, or aliases that repeat more
+    than that.
+    """
     import yaml
 
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_events(yaml.parse(text, Loader=yaml.SafeLoader), given)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            _count(root, given, {})
+        return root
+    except (ValueError, OverflowError) as error:  # a character's number that there is none of
+        raise UsageError(f"This is no valid YAML: {error}", where=given) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{given}:{mark.line + 1}" if mark else given
@@ -89,10 +106,7 @@ def convert(node: Node, kind: type, where: str, name: str) -> Any:
         return [text_of(item, where, name, "a list of texts") for item in items]
     if kind not in (bool, int, float):
         return text_of(node, where, name)
-    try:
-        value = yaml.SafeLoader("").construct_object(node) if isinstance(node, yaml.ScalarNode) else None
-    except (yaml.YAMLError, ValueError):  # an unknown tag, or text under the tag of a number
-        value = None
+    value = _scalar(node) if isinstance(node, yaml.ScalarNode) else None
     if kind is float and type(value) is int:
         return float(value)
     if kind is float and isinstance(value, str):
@@ -103,6 +117,64 @@ def convert(node: Node, kind: type, where: str, name: str) -> Any:
     if type(value) is not kind:
         raise _mismatch(node, where, name, _WORDS[kind])
     return value
+
+
+def plain_value(node: Node | None) -> Any:
+    """Return a tree as dicts, lists, texts and numbers; scalars that can't be read as their tag says are their text."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: plain_value(value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+    if isinstance(node, yaml.SequenceNode):
+        return [plain_value(item) for item in node.value]
+    if node is None:
+        return None
+    value = _scalar(node)
+    return node.value if value is None and node.tag != _NULL else value
+
+
+def _scalar(node: Node) -> Any:
+    """Return a scalar as PyYAML reads it; None for one that it can't read, and for numbers in base 60 (`1:30`)."""
+    import yaml
+
+    if node.tag in _NUMBERS and (":" in node.value or len(node.value) > _NUMBER_LENGTH):
+        return None
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except Exception:  # PyYAML's constructors raise whatever Python does on a wrong text: IndexError for an empty !!int
+        return None
+
+
+def _check_events(events: Iterable[Any], given: str) -> None:
+    """Raise `UsageError` when a document has too many marks or levels, before anything is built of it."""
+    import yaml
+
+    depth = 0
+    for number, event in enumerate(events):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEPTH or number > _NODES:
+            what = f"it is nested deeper than {_DEPTH} levels" if depth > _DEPTH else f"it has over {_NODES:,} parts"
+            where = f"{given}:{event.start_mark.line + 1}"
+            raise UsageError(f"This YAML is no honest file: {what}", where=where)
+
+
+def _count(node: Node, given: str, known: dict[int, int]) -> int:
+    """Return how many nodes a tree has with its aliases written out; `UsageError` for too many, and for endless ones."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _NODES  # met again within itself, it is endless
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_count(part, given, known) for part in parts)
+    if known[id(node)] > _NODES:
+        where = f"{given}:{node.start_mark.line + 1}"
+        raise UsageError("This YAML is no honest file: its aliases repeat too much", where=where)
+    return known[id(node)]
 
 
 def text_of(node: Node, where: str, name: str, wanted: str = "a text") -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import mmap
@@ -13,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dqtool.artifacts.faults import os_fault
+from dqtool.artifacts.reading import check_regular, open_regular
 from dqtool.errors import EnvironmentFault
 
 __all__ = [
@@ -27,45 +28,26 @@ __all__ = [
     "write_text",
 ]
 
-_FULL = "Free some space or write elsewhere with -o, and run again; what stood there before is untouched"
-_ELSEWHERE = "Choose another place with -o, or make this one writable"
-_FAULTS = {
-    errno.ENOSPC: ("The disk is full", _FULL),
-    errno.EDQUOT: ("The disk quota is used up", _FULL),
-    errno.EFBIG: ("The file is larger than this system allows", _FULL),
-    errno.EROFS: ("The file system is read-only", _ELSEWHERE),
-    errno.EACCES: ("There is no permission to read or write this path", _ELSEWHERE),
-    errno.EPERM: ("The system does not permit this write", _ELSEWHERE),
-    errno.ENOENT: ("There is no such file or directory", "Check the path; make a missing directory with mkdir -p"),
-    errno.ENOTDIR: ("A part of this path is a file, not a directory", "Check the path"),
-    errno.EISDIR: ("This is a directory where a file is expected", "Check the path"),
-    errno.ENAMETOOLONG: ("The name is too long for this file system", "Choose a shorter name with -o"),
-}
-
-
-def os_fault(error: OSError, path: str | os.PathLike[str]) -> EnvironmentFault:
-    """The fault that says what an operating system error on `path` means and what to do about it."""
-    number = error.errno
-    if number is None:  # safetensors raises the right class without its number
-        number = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}.get(type(error), 0)
-    what, fix = _FAULTS.get(number, (f"The system reports: {error.strerror or error}", "Check the path"))
-    return EnvironmentFault(what, where=os.fspath(path), fix=fix)
-
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file's bytes; `EnvironmentFault` when it can't be read."""
+    """Return the hex digest of a file's bytes.
+
+    Raises:
+        ArtifactError: it is no ordinary file.
+        EnvironmentFault: it can't be read.
+    """
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise os_fault(error, path) from error
 
 
 def content_digest(path: str | os.PathLike[str], piece: int = 256 << 20) -> str:
-    """Hex digest that tells a file's content: its SHA-256, or past `piece` bytes that of its pieces' digests, which
-    are computed side by side. `EnvironmentFault` when it can't be read."""
+    """Return a hex digest of a file's content: its SHA-256, or past `piece` bytes that of its pieces' digests, which are
+    computed side by side. Raises as `sha256_file`."""
     try:
-        size = os.stat(path).st_size
+        size = check_regular(path).st_size
         if size <= piece:
             return sha256_file(path)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from dqtool.artifacts.reading import parse_json
 from dqtool.errors import ArtifactError, NumericError
 
 __all__ = ["FORMAT", "STAGES", "Manifest", "canonical_json", "dqtool_version", "environment"]
@@ -76,8 +77,8 @@ class Manifest:
         changed since dqtool wrote it.
         """
         try:
-            payload = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
-        except (ValueError, RecursionError) as error:
+            payload = parse_json(text)
+        except ValueError as error:
             raise ArtifactError(f"The manifest is no valid JSON: {error}", where=where, fix=_REMAKE) from error
         if not isinstance(payload, dict):
             raise ArtifactError("The manifest is no JSON object", where=where, fix=_REMAKE)
@@ -203,17 +204,6 @@ def _file_problems(key: str, entry: object, *, named: bool) -> list[tuple[str, s
 
 def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):  # 1e999
-        raise ValueError(f"{text} is too large a number")
-    return value
 
 
 def _refuse_non_finite(value: object, key: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts.files import os_fault, sha256_file, target_of
 from dqtool.artifacts.manifest import Manifest, canonical_json
+from dqtool.artifacts.reading import MANIFEST_BYTES, parse_json, read_file
 from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
 from dqtool.artifacts.verified import has_digest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
@@ -149,15 +149,15 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise EnvironmentFault("There is no such file or directory", where=given, fix="Check the path")
     note = manifest_path(path)
     try:
-        text = note.read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
+        text = read_file(note, MANIFEST_BYTES) if note.exists() and not note.is_dir() else None
+    except OSError as error:
+        raise os_fault(error, note) from error
+    if text is None:
         raise ArtifactError(
             f"This is no dqtool artifact: it has no manifest ({note.name})",
             where=given,
             fix="Give the output of a dqtool stage; a model enters the chain through `dqtool dilate MODEL`",
-        ) from error
-    except OSError as error:
-        raise os_fault(error, note) from error
+        )
     manifest = Manifest.from_json(text, str(note))
     is_report = manifest.file is None and manifest.files is None
     if Path(path) == note and not is_report:
@@ -308,10 +308,10 @@ def _kind_of_json(path: Path) -> str:
     if not os.path.lexists(path):
         return "absent"
     try:
-        payload = json.loads(path.read_bytes())
-    except IsADirectoryError:
+        payload = parse_json(read_file(path, MANIFEST_BYTES))
+    except ArtifactError:  # a directory, a device, or far too large for a manifest
         return "foreign"
-    except (ValueError, RecursionError):
+    except ValueError:
         return "damaged"
     if not isinstance(payload, dict) or not str(payload.get("format")).startswith("dqtool/"):
         return "foreign"

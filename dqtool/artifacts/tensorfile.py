@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.hashed_file import HashedFile
-from dqtool.artifacts.header import METADATA, file_header
+from dqtool.artifacts.header import METADATA, TORCH_DTYPES, file_header
+from dqtool.artifacts.reading import open_regular, parse_json
 from dqtool.errors import ArtifactError, NumericError
 
 if TYPE_CHECKING:
@@ -26,10 +26,13 @@ __all__ = [
     "load_tensors",
     "read_bytes",
     "read_header",
+    "read_metadata",
     "save_tensors",
 ]
 
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MAX_HEADER = 16 << 20  # bytes: a hundred thousand tensors, and the published networks have a few thousand
+_MAX_TENSORS = 100_000
+_MAX_RANK = 16
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -38,36 +41,53 @@ _BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
 }
+_LOADED = frozenset(TORCH_DTYPES.values()) | {"C64"}
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Name -> {dtype, shape, data_offsets} of every tensor in a safetensors file, without torch.
 
-    The offsets (bytes, from the end of the header) are checked to tile the file exactly. Raises `ArtifactError` for a
-    file that is truncated or no safetensors file, `EnvironmentFault` for one that can't be read.
+    The offsets (bytes, from the end of the header) are checked to tile the file exactly.
+
+    Raises:
+        ArtifactError: the file is truncated, no safetensors file, or has a header beyond what is honest: over 16 MiB,
+            100,000 tensors, 16 dimensions or numbers of 64 bits.
+        EnvironmentFault: it can't be read.
     """
+    return _header(path)[0]
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the texts that a safetensors file holds beside its tensors; raises as `read_header`."""
+    found = _header(path)[1]
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+
+
+def _header(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], Any]:
     where = os.fspath(path)
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > _MAX_HEADER:
+            if len(prefix) < 8 or length > 1 << 48:
                 raise _foreign(where, "it does not start with the length of a header")
+            if length > _MAX_HEADER:
+                raise _foreign(where, f"its header would take {length:,} bytes, and at most {_MAX_HEADER:,} are read")
             if 8 + length > size:
                 raise _truncated(where, 8 + length, size)
             text = stream.read(length)
-    except IsADirectoryError as error:
-        raise ArtifactError("This is a directory, not a safetensors file", where=where) from error
     except OSError as error:
         raise os_fault(error, path) from error
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _foreign(where, "its header is no JSON") from error
+        header = parse_json(text, values=16 * _MAX_TENSORS)
+    except ValueError as error:
+        raise _foreign(where, f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise _foreign(where, "its header is no JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if len(header) > _MAX_TENSORS:
+        raise _foreign(where, f"it lists {len(header):,} tensors, and at most {_MAX_TENSORS:,} are read")
     end = 0
     for name, begin, stop in sorted(_spans(header, where), key=lambda span: span[1:]):
         if begin != end:
@@ -77,7 +97,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise _truncated(where, 8 + length + end, size)
     if 8 + length + end < size:
         raise _foreign(where, f"{size - 8 - length - end} bytes follow the last tensor")
-    return header
+    return header, metadata
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -128,18 +148,28 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file on `device`.
 
     On the CPU they are views of the mapped file, so the file may be renamed over or removed but never written into.
-    Raises `ArtifactError` for a damaged file, `EnvironmentFault` for one that can't be read.
+
+    Raises:
+        ArtifactError: the file is damaged, or holds tensors of a type that torch does not have.
+        EnvironmentFault: it can't be read.
     """
     from safetensors.torch import load_file
 
+    for name, entry in read_header(path).items():
+        if entry["dtype"] not in _LOADED:
+            raise ArtifactError(
+                f"Tensor {name} is of type {entry['dtype']}, which dqtool does not read",
+                where=os.fspath(path),
+                fix="Store the weights as F32, F16 or BF16",
+            )
     with library_faults(path):
         return load_file(path, device=device)
 
 
 def read_bytes(path: Path, name: str) -> bytes:
-    """The bytes of one tensor, without torch."""
+    """Return the bytes of one tensor, read without torch."""
     begin, stop = read_header(path)[name]["data_offsets"]
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         offset = 8 + int.from_bytes(stream.read(8), "little")
         stream.seek(offset + begin)
         return stream.read(stop - begin)
@@ -204,6 +234,8 @@ def _spans(header: dict[str, Any], where: str) -> list[tuple[str, int, int]]:
             dtype, shape = entry["dtype"], entry["shape"]
             begin, stop = entry["data_offsets"]
             bits = _BITS[dtype]
+            if len(shape) > _MAX_RANK:
+                raise ValueError(len(shape))
             for number in (begin, stop, *shape):
                 if type(number) is not int or number < 0:
                     raise ValueError(number)

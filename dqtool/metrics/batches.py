@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dqtool.artifacts.files import fsync_path, os_fault, staging, target_of
+from dqtool.artifacts.reading import check_archive, open_regular
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +32,21 @@ __all__ = ["IMAGES", "IMAGE_SUFFIXES", "ImageFolder", "NpzImages", "npz_arrays",
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 IMAGES = "arr_0"
+LARGEST = 64 << 20
+"""Most bytes of an array that is read whole (the covariance of 2,048 features takes 32 MiB), and of one image."""
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ValueError,
+    TypeError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RecursionError,
+    MemoryError,  # Python's parser on nested brackets in a header
+    SyntaxError,
+    RuntimeError,  # an encrypted member
+)
 _NPZ = "Give a file in the ADM suite's layout (arr_0, or mu, sigma, mu_s, sigma_s), or make one with `dqtool stats`"
 
 
@@ -111,6 +129,11 @@ class NpzImages:
             raise ArtifactError("This file holds no images (arr_0)", where=self.given, fix=_NPZ)
         with self._open() as stream:
             self.shape, self.is_fortran, self.dtype = _header(stream)
+        if math.prod(self.shape[1:]) > LARGEST:
+            raise ArtifactError(
+                f"An image of {list(self.shape[1:])} is larger than the {LARGEST:,} values that are read at once",
+                where=self.given,
+            )
         images = len(self.shape) == 4 and self.shape[3] in (1, 3) and self.dtype == np.uint8
         if not images or self.is_fortran or min(self.shape) < 1:
             raise ArtifactError(
@@ -124,7 +147,7 @@ class NpzImages:
 
     def read(self, batch_size: int) -> Iterator[Tensor]:
         """Batches uint8 `[n, H, W, C]`."""
-        one = int(np.prod(self.shape[1:]))
+        one = math.prod(self.shape[1:])
         with self._open() as stream:
             _header(stream)
             for start in range(0, len(self), batch_size):
@@ -136,26 +159,51 @@ class NpzImages:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
-        with _faults(self.given), zipfile.ZipFile(self.given) as archive, archive.open(f"{IMAGES}.npy") as stream:
+        with _opened(self.given) as archive, archive.open(f"{IMAGES}.npy") as stream:
             yield stream
 
 
 def npz_names(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the arrays in an npz file. Raises `EnvironmentFault` or `ArtifactError`."""
-    with _faults(os.fspath(path)), zipfile.ZipFile(path) as archive:
+    """Return the names of the arrays in an npz file. Raises `EnvironmentFault` or `ArtifactError`."""
+    with _opened(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def npz_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those arrays, whole; never unpickles. Raises `EnvironmentFault` or `ArtifactError`."""
+def npz_arrays(path: str | os.PathLike[str], names: Sequence[str], limit: int = LARGEST) -> dict[str, np.ndarray]:
+    """Return these arrays whole, of which none may have more than `limit` bytes; never unpickles.
+
+    Raises:
+        EnvironmentFault: the file can't be read.
+        ArtifactError: it lacks one, or is no npz file, or an array is larger.
+    """
     found = npz_names(path)
     for name in names:
         if name not in found:
             raise ArtifactError(
                 f"This file has no {name}, only {', '.join(found) or 'nothing'}", where=os.fspath(path), fix=_NPZ
             )
-    with _faults(os.fspath(path)), np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in names}
+    arrays = {}
+    with _opened(path) as archive:
+        for name in names:
+            with archive.open(f"{name}.npy") as stream:
+                shape, _, dtype = _header(stream)
+            size = math.prod(shape) * dtype.itemsize
+            if size > limit:
+                raise ArtifactError(
+                    f"{name} has {size:,} bytes, and at most {limit:,} are read", where=os.fspath(path), fix=_NPZ
+                )
+            with archive.open(f"{name}.npy") as stream:
+                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+    return arrays
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
+    """Open an npz file whose list of members is honest."""
+    with _faults(os.fspath(path)), open_regular(path) as stream:
+        check_archive(stream, packed=True)
+        with zipfile.ZipFile(stream) as archive:
+            yield archive
 
 
 def write_npz(
@@ -207,7 +255,10 @@ def _write_images(archive: zipfile.ZipFile, count: int, batches: Iterable[Tensor
 def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)
+    shape, is_fortran, dtype = read(stream)
+    if not all(type(side) is int and 0 <= side < 1 << 48 for side in shape) or len(shape) > 8:
+        raise ValueError("a shape that no array has")
+    return shape, is_fortran, dtype
 
 
 @contextlib.contextmanager
@@ -217,5 +268,5 @@ def _faults(given: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise os_fault(error, given) from error
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise ArtifactError("This is no npz file, or it is damaged", where=given, fix=_NPZ) from error

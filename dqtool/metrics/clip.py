@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool.artifacts.reading import load_json
 from dqtool.core.device import beside, main_memory
-from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -48,7 +48,7 @@ class ClipEncoder:
         preprocessor = root / "preprocessor_config.json"
         if preprocessor.is_file():
             try:
-                settings = json.loads(preprocessor.read_text(encoding="utf-8"))
+                settings = load_json(preprocessor)
                 self._mean = tuple(settings.get("image_mean", MEAN))
                 self._std = tuple(settings.get("image_std", STD))
             except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -100,8 +100,8 @@ def _load_model(root: Path) -> CLIPModel:
             "CLIP figures need transformers, which is not installed", fix='Run: pip install "dqtool[text]"'
         ) from error
     try:
-        kind = json.loads((root / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        kind = load_json(root / "config.json").get("model_type")
+    except DqtoolError as error:
         raise ArtifactError("This directory has no config.json of a model", where=str(root), fix=_DIRECTORY) from error
     if kind != "clip":
         raise ArtifactError(f"This is a model of type {kind}, not clip", where=str(root), fix=_DIRECTORY)

@@ -8,22 +8,30 @@ TensorProto.dtype = 1, tensor_shape = 2, tensor_content = 4, float_val = 5; Tens
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import numpy as np
 
 __all__ = ["graph_constants"]
 
 _FLOAT = 1  # DataType.DT_FLOAT
+_FIELDS = 500_000  # FID's graph has 1,008 nodes of some ten fields
+_VALUES = 1 << 25  # FID's graph has 23.9 million
 
 
 def graph_constants(data: bytes) -> dict[str, np.ndarray]:
-    """Name to array (float32) of every float constant. Raises `ValueError` for bytes that are no GraphDef."""
-    constants = {}
-    for number, node in _fields(memoryview(data)):
+    """Return every float constant by name as an array of float32.
+
+    Raises `ValueError` for bytes that are no GraphDef, and for one of more nodes or values than Inception has.
+    """
+    constants: dict[str, np.ndarray] = {}
+    values = 0
+    budget = iter(range(_FIELDS))
+    for number, node in _fields(memoryview(data), budget):
         if number != 1 or isinstance(node, int):
             continue
         name, is_constant, tensor = "", False, None
-        for field, value in _fields(node):
+        for field, value in _fields(node, budget):
             if isinstance(value, int):
                 continue
             if field == 1:
@@ -31,31 +39,35 @@ def graph_constants(data: bytes) -> dict[str, np.ndarray]:
             elif field == 2:
                 is_constant = value == b"Const"
             elif field == 5:
-                entry = dict(_fields(value))
+                entry = dict(_fields(value, budget))
                 if entry.get(1) == b"value" and not isinstance(entry.get(2, 0), int):
-                    tensor = dict(_fields(entry[2])).get(8)  # type: ignore[arg-type]
+                    tensor = dict(_fields(entry[2], budget)).get(8)  # type: ignore[arg-type]
         if is_constant and tensor is not None and not isinstance(tensor, int):
-            array = _array(tensor)
+            array = _array(tensor, _VALUES - values, budget)
             if array is not None:
+                values += array.size
                 constants[name] = array
     if not constants:
         raise ValueError("no float constants in this graph")
     return constants
 
 
-def _array(tensor: memoryview) -> np.ndarray | None:
-    """The array of a TensorProto; None for other types than float32."""
+def _array(tensor: memoryview, limit: int, budget: Iterator[int]) -> np.ndarray | None:
+    """Return the array of a TensorProto, of at most `limit` values; None for other types than float32."""
     kind: int | memoryview = 0
     shape: list[int] = []
     content: np.ndarray | None = None
     values: list[np.ndarray] = []
-    for field, value in _fields(tensor):
+    for field, value in _fields(tensor, budget):
         if field == 1:
             kind = value
         elif field == 2 and not isinstance(value, int):
-            for inner, dim in _fields(value):
+            for inner, dim in _fields(value, budget):
                 if inner == 2 and not isinstance(dim, int):
-                    shape.append(next((int(size) for key, size in _fields(dim) if key == 1), 0))  # type: ignore[arg-type]
+                    sizes = [size for key, size in _fields(dim, budget) if key == 1]
+                    if not all(isinstance(size, int) for size in sizes):
+                        raise ValueError("a dimension that is no number")
+                    shape.append(int(sizes[0]) if sizes else 0)  # type: ignore[arg-type]
         elif field == 4 and not isinstance(value, int):
             content = np.frombuffer(value, dtype="<f4")
         elif field == 5 and not isinstance(value, int):  # packed, or one at a time with wire type 5
@@ -63,7 +75,9 @@ def _array(tensor: memoryview) -> np.ndarray | None:
     if kind != _FLOAT:
         return None
     flat = content if content is not None else np.concatenate(values) if values else np.zeros(0, "<f4")
-    size = int(np.prod(shape))
+    size = prod(shape)
+    if len(shape) > 8 or size > limit:
+        raise ValueError(f"a tensor of {size} values, where at most {limit} are left")
     if len(flat) != size:
         if len(flat) != 1:
             raise ValueError(f"a tensor of shape {shape} with {len(flat)} values")
@@ -71,10 +85,12 @@ def _array(tensor: memoryview) -> np.ndarray | None:
     return flat.reshape(shape)
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a message: varints as int, everything else as its bytes."""
+def _fields(data: memoryview, budget: Iterator[int]) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield (field number, value) of a message: varints as int, everything else as its bytes. Each takes one of `budget`."""
     place, end = 0, len(data)
     while place < end:
+        if next(budget, None) is None:
+            raise ValueError(f"over {_FIELDS} fields")
         tag, place = _varint(data, place)
         kind = tag & 7
         if kind == 0:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dqtool.artifacts.files import os_fault
+from dqtool.artifacts.reading import TEXT_BYTES, parse_json, read_text_file
 from dqtool.errors import ArtifactError
 
 __all__ = ["COLUMNS", "read_prompts"]
 
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 """Heads of the column that holds the prompts, in any case."""
+
+_ANNOTATIONS = 4_000_000
+"""Most values of a JSON of prompts; COCO's largest file of captions has two million."""
 
 
 def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: int = 0) -> list[str]:
@@ -33,12 +35,7 @@ def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: i
     """
     given = os.fspath(path)
     suffix = Path(path).suffix.lower()
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise os_fault(error, path) from error
-    except UnicodeDecodeError as error:
-        raise ArtifactError("This file of prompts is not UTF-8 text", where=given) from error
+    text = read_text_file(path, TEXT_BYTES)
     if suffix in (".csv", ".tsv"):
         prompts = _table(text, given, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":
@@ -87,13 +84,13 @@ def _rows(text: str, given: str, delimiter: str) -> Iterator[list[str]]:
 
 def _json(text: str, given: str, count: int | None, seed: int) -> list[str]:
     try:
-        content: Any = json.loads(text)
+        content: Any = parse_json(text, values=_ANNOTATIONS)
         if isinstance(content, list) and all(isinstance(item, str) for item in content):
             return content
         first: dict[int, str] = {}
         for annotation in sorted(content["annotations"], key=lambda item: item["id"]):
             first.setdefault(int(annotation["image_id"]), " ".join(str(annotation["caption"]).split()))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ArtifactError(
             "This JSON is neither a list of prompts nor COCO's captions (annotations with id, image_id, caption)",
             where=given,

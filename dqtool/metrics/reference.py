@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts.reading import parse_json
 from dqtool.errors import ArtifactError
 from dqtool.metrics.batches import IMAGES, NpzImages, npz_arrays, npz_names, write_npz
 from dqtool.metrics.frechet import RunningStatistics
@@ -23,6 +23,7 @@ __all__ = ["Reference", "save_statistics"]
 
 STATISTICS = {"pool_3": ("mu", "sigma", POOL), "mixed_6": ("mu_s", "sigma_s", SPATIAL)}
 BATCH = 32
+_NOTE = 1 << 20
 
 Extract = Callable[[Tensor], Mapping[str, Tensor]]
 """Inception outputs by name, of images uint8 `[n, H, W, C]`."""
@@ -57,7 +58,7 @@ class Reference:
         if "dqtool" not in self._names:
             return {}
         try:
-            return dict(json.loads(str(npz_arrays(self.given, ["dqtool"])["dqtool"])))
+            return dict(parse_json(str(npz_arrays(self.given, ["dqtool"], _NOTE)["dqtool"])))
         except (ValueError, TypeError) as error:
             raise ArtifactError("The note of dqtool in this file is damaged", where=self.given) from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import sha256_file
+from dqtool.artifacts.reading import json_object
 
 __all__ = ["CARD", "companion_digest", "companion_files", "config_in_float32"]
 
@@ -51,6 +52,6 @@ def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str) -
 
 def config_in_float32(content: bytes) -> bytes:
     """A config.json that names no other precision than float32 for its weights; as it is where it names none."""
-    config = json.loads(content)
+    config = json_object(content, "config.json")
     changed = {key: "float32" for key in ("dtype", "torch_dtype") if config.get(key, "float32") != "float32"}
     return json.dumps(config | changed, indent=2).encode() + b"\n" if changed else content

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Artifact
+from dqtool.artifacts.reading import json_object
 from dqtool.artifacts.tensorfile import file_tensor
 from dqtool.core.device import beside, place
 from dqtool.errors import ArtifactError, EnvironmentFault
@@ -42,8 +43,12 @@ class Companions:
         return any(name.startswith(component + "/") for name in self.names)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file's content; `{}` for one that is not there."""
-        return json.loads(self._read(name)) if name in self.names else {}
+        """Return the object in a JSON file; `{}` for one that is not there.
+
+        Raises:
+            ArtifactError: it holds something else.
+        """
+        return json_object(self._read(name), name) if name in self.names else {}
 
     @property
     def card(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ a product of two matrices, so that peft is not needed.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 from dqtool import report
-from dqtool.artifacts import check_finite, read_header
-from dqtool.artifacts.tensorfile import library_faults, load_tensors
-from dqtool.errors import ArtifactError
+from dqtool.artifacts import check_finite
+from dqtool.artifacts.reading import parse_json
+from dqtool.artifacts.tensorfile import load_tensors, read_metadata
+from dqtool.errors import ArtifactError, NumericError
 from dqtool.models.lora_files import LoraFile
+from dqtool.models.patterns import Patterns
 
 if TYPE_CHECKING:
     from dqtool.models.sources import ModelSource
@@ -68,10 +69,20 @@ def fuse_loras(state: Mapping[str, Tensor], source: ModelSource) -> dict[str, Te
                     where=str(lora.path),
                     fix=f"Give a LoRA that was trained for this {source.class_name}",
                 )
+            if not fused[name].is_floating_point():
+                raise ArtifactError(
+                    "The LoRA changes a layer whose weights are no floats", where=f"{lora.path}, {name}"
+                )
             scale = lora.weight * alphas.get(module, 1.0)
             delta = lora_delta(pair.down, pair.up, fused[name].shape, f"{lora.path}, {module}")
             fused[name] = fused[name] + scale * delta
-            if pair.bias is not None and f"{module}.bias" in fused:
+            bias = fused.get(f"{module}.bias")
+            if pair.bias is not None and bias is not None and pair.bias.shape != bias.shape:
+                raise ArtifactError(
+                    f"The LoRA's bias {list(pair.bias.shape)} does not fit one of {list(bias.shape)}",
+                    where=f"{lora.path}, {module}",
+                )
+            if pair.bias is not None and bias is not None:
                 fused[f"{module}.bias"] = fused[f"{module}.bias"] + scale * pair.bias.float()
         report.say(f"LoRA {lora.path} fused with weight {lora.weight:g}: {len(pairs)} layers")
     return fused
@@ -83,6 +94,11 @@ def lora_delta(down: Tensor, up: Tensor, shape: torch.Size, where: str) -> Tenso
     Raises:
         ArtifactError: the two matrices are not of that weight.
     """
+    if up.dim() < 2 or down.dim() < 2 or 0 in down.shape or len(shape) < 2:
+        raise ArtifactError(
+            f"The LoRA's factors {list(up.shape)} and {list(down.shape)} are no two matrices of a rank above 0",
+            where=where,
+        )
     if up.dim() == 4 and up.shape[2:] != (1, 1):
         raise ArtifactError("This LoRA's second factor is no 1x1 convolution, which dqtool does not merge", where=where)
     if up.shape[1] != down.shape[0] or up.shape[0] != shape[0] or down[0].numel() != shape[1:].numel():
@@ -124,17 +140,17 @@ def _read(lora: LoraFile, source: ModelSource) -> tuple[dict[str, _Pair], dict[s
     if elsewhere:
         report.warn(f"{path}: {elsewhere} tensors are for text encoders, which stay as they are")
     check_finite(state, path)
-    return pairs, {module: _alpha(module, pair, network_alphas, metadata) for module, pair in pairs.items()}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ArtifactError(f"A LoRA's tensors are floats, and {name} is {tensor.dtype}", where=path)
+    settings = _settings(metadata, path)
+    return pairs, {module: _alpha(module, pair, network_alphas, settings) for module, pair in pairs.items()}
 
 
 def _load(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import safe_open
-
-    read_header(lora.path)
-    with library_faults(lora.path), safe_open(str(lora.path), "pt") as file:
-        text = (file.metadata() or {}).get(_METADATA)
+    text = read_metadata(lora.path).get(_METADATA)
     try:
-        metadata = json.loads(text) if text else {}
+        metadata = parse_json(text) if text else {}
     except ValueError:
         metadata = {}
     return load_tensors(lora.path), metadata if isinstance(metadata, dict) else {}
@@ -160,17 +176,40 @@ def _to_peft(state: dict[str, Tensor], source: ModelSource, path: str) -> tuple[
                     kwargs = {"return_alphas": True} if mixin.__name__.startswith("Flux") else {}
                     result = mixin.lora_state_dict(dict(state), **kwargs)
                     state, alphas = result if isinstance(result, tuple) else (result, {})
-            except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
+            except Exception as error:  # diffusers' converters take every name apart and expect it to be whole
                 raise ArtifactError(f"diffusers can't convert this LoRA: {error}", where=path) from error
         alphas = {**(alphas or {}), **{k: state[k] for k in list(state) if k.endswith(".alpha")}}
-        # diffusers keys an alpha by the tensor it is for.
-        alphas = convert_unet_state_dict_to_peft({k.removesuffix(".alpha"): v for k, v in alphas.items()})
-        state = convert_unet_state_dict_to_peft({k: v for k, v in state.items() if not k.endswith(".alpha")})
+        try:
+            # diffusers keys an alpha by the tensor it is for.
+            alphas = convert_unet_state_dict_to_peft({k.removesuffix(".alpha"): v for k, v in alphas.items()})
+            state = convert_unet_state_dict_to_peft({k: v for k, v in state.items() if not k.endswith(".alpha")})
+        except Exception as error:
+            raise ArtifactError(f"diffusers can't convert this LoRA: {error}", where=path) from error
     else:
         alphas = {k.removesuffix(".alpha"): v for k, v in state.items() if k.endswith(".alpha")}
         state = {k: v for k, v in state.items() if not k.endswith(".alpha")}
     parts = {name: _PARTS.fullmatch(name) for name in alphas}
-    return state, {_bare(part[1] if part else name): float(alphas[name]) for name, part in parts.items()}
+    return state, {_bare(part[1] if part else name): _number(alphas[name], name, path) for name, part in parts.items()}
+
+
+def _number(value: Any, name: str, path: str) -> float:
+    """Return an alpha, of a tensor or of settings, as a number.
+
+    Raises:
+        ArtifactError: it is no single number.
+        NumericError: it is NaN or infinite.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArtifactError("An alpha of this LoRA is no number", where=f"{path}, {name}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise NumericError(f"An alpha of this LoRA is {number}", where=f"{path}, {name}")
+    return number
 
 
 def _bare(module: str) -> str:
@@ -179,16 +218,55 @@ def _bare(module: str) -> str:
     return module
 
 
-def _alpha(module: str, pair: _Pair, network_alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
-    """`alpha / r` of a layer: 1 unless the file says otherwise, in a tensor or as peft's settings in its metadata."""
-    if pair.down is None:
+@dataclass(frozen=True)
+class _Settings:
+    """peft's settings: alpha of all layers, that of layers whose names match a pattern, and how alpha is divided."""
+
+    alpha: float | None
+    alphas: Mapping[str, float]
+    patterns: Patterns
+    by_root: bool
+
+
+def _settings(metadata: Mapping[str, Any], path: str) -> _Settings:
+    """Return peft's settings as the file's metadata holds them.
+
+    Raises:
+        ArtifactError: an alpha is no number, or its pattern no regular expression.
+    """
+    found = {key.split(".", 1)[1]: value for key, value in metadata.items() if key.startswith(_PREFIXES)}
+    where = f"{path}, {_METADATA}"
+    given = found.get("alpha_pattern") or {}
+    if not isinstance(given, dict):
+        raise ArtifactError("alpha_pattern is no object of numbers by name", where=where)
+    alpha = found.get("lora_alpha")
+    try:
+        return _Settings(
+            None if alpha is None else _number(alpha, f"{_METADATA}, lora_alpha", path),
+            {text: _number(value, f"{_METADATA}, alpha_pattern", path) for text, value in given.items()},
+            Patterns(given),
+            bool(found.get("use_rslora")),
+        )
+    except ValueError as error:
+        raise ArtifactError(f"A pattern of alpha_pattern can't be used: {error}", where=where) from error
+
+
+def _alpha(module: str, pair: _Pair, network_alphas: Mapping[str, float], settings: _Settings) -> float:
+    """Return `alpha / r` of a layer: 1 unless the file says otherwise, in a tensor or in peft's settings.
+
+    Raises:
+        ArtifactError: a pattern of the settings takes too long to match.
+    """
+    if pair.down is None or pair.down.dim() == 0 or len(pair.down) == 0:
         return 1.0
     rank = pair.down.shape[0]
     if module in network_alphas:
         return network_alphas[module] / rank
-    settings = {key.split(".", 1)[1]: value for key, value in metadata.items() if key.startswith(_PREFIXES)}
-    alpha = settings.get("lora_alpha", rank)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    alpha = float(rank) if settings.alpha is None else settings.alpha
+    try:
+        pattern = settings.patterns.first(module)
+    except ValueError as error:
+        raise ArtifactError(f"alpha_pattern can't be matched: {error}", where=f"{_METADATA}, {module}") from error
+    if pattern is not None:
+        alpha = settings.alphas[pattern]
+    return alpha / (math.sqrt(rank) if settings.by_root else rank)

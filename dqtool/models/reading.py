@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from dqtool.artifacts.files import os_fault
-from dqtool.errors import ArtifactError
+from dqtool.artifacts.reading import load_json
+from dqtool.errors import ArtifactError, UsageError
+from dqtool.yamltree import compose, plain_value, read_text
 
 __all__ = ["read_json", "read_yaml"]
 
@@ -16,35 +17,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, whether or not a byte order mark stands before it.
 
     Raises:
-        ArtifactError: the file is missing, or holds something else.
+        ArtifactError: the file is missing, holds something else, or is beyond the bounds of `artifacts.reading`.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as e:
-        raise ArtifactError("A part of this model is missing", where=str(path)) from e
-    except ValueError as e:
-        raise ArtifactError(f"This is no valid JSON: {e}", where=str(path)) from e
-    except OSError as e:
-        raise os_fault(e, path) from e
-    if not isinstance(value, dict):
-        raise ArtifactError("This is no JSON object", where=str(path))
-    return value
+    if not os.path.lexists(path):
+        raise ArtifactError("A part of this model is missing", where=str(path))
+    return load_json(path, finite=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        ArtifactError: it holds something else.
+        ArtifactError: it holds something else, or is beyond the bounds of `yamltree`.
     """
-    import yaml
-
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ArtifactError("This config is no valid YAML", where=str(path)) from e
-    except OSError as e:
-        raise os_fault(e, path) from e
+        value = plain_value(compose(read_text(path, "config", ArtifactError), str(path)))
+    except UsageError as e:  # as a recipe's YAML is told of
+        raise ArtifactError(f"This config is no valid YAML: {e.what}", where=e.where) from e
     if not isinstance(value, dict):
         raise ArtifactError("This config is no YAML mapping", where=str(path))
     return value

@@ -278,7 +278,7 @@ def _component(given: str, path: Path, pipeline: Path | None, component: str, co
 
 
 def _network_config(path: Path, given: str) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise ArtifactError(
             f"There is no model config at {path}",
             where=given,

@@ -188,3 +188,71 @@ def test_dilate_fuses_before_it_dilates(tmp_path: Path, run: Any) -> None:
     undone = tensors[f"{name}.weight"] / factor
     torch.testing.assert_close(undone, expected, rtol=1e-6, atol=1e-7)
     assert artifact.manifest.fingerprint != open_artifact(tmp_path / "plain.safetensors").manifest.fingerprint
+
+
+def with_settings(path: Path, **settings: Any) -> Path:
+    """A LoRA of peft with these settings in its metadata."""
+    import json
+
+    torch.manual_seed(1)
+    a, b = factors(32, 32)
+    state = {f"unet.{ATTENTION}.to_q.lora_A.weight": a, f"unet.{ATTENTION}.to_q.lora_B.weight": b}
+    metadata = {f"unet.{key}": value for key, value in settings.items()}
+    save_file(state, path, metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    return path
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("patterns", "alpha"),
+        [
+            ({"to_q": 8}, 8.0),
+            ({f"{ATTENTION}.to_q": 8}, 8.0),
+            ({"to_k": 2, r"down_blocks\.\d+\..*\.to_[qk]": 8, "to_q": 16}, 8.0),  # the first that matches
+            ({"o_q": 8}, 4.0),
+        ],
+    )
+    def test_patterns_mean_what_peft_means(self, unet: Path, tmp_path: Path, patterns: dict, alpha: float):
+        name = f"{ATTENTION}.to_q.weight"
+        plain = load_weights(resolve_model(str(unet)))[name]
+        path = with_settings(tmp_path / "a.safetensors", lora_alpha=4, alpha_pattern=patterns)
+        changed = load_weights(resolve_model(str(unet), loras=[str(path)]))[name] - plain
+        whole = with_settings(tmp_path / "b.safetensors", lora_alpha=alpha)
+        expected = load_weights(resolve_model(str(unet), loras=[str(whole)]))[name] - plain
+        torch.testing.assert_close(changed, expected)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"alpha_pattern": {"(a+)+$": 1, "(.*.*.*)*x" * 50: 2}, "lora_alpha": "x"},
+            {"lora_alpha": True},
+            {"lora_alpha": [1]},
+            {"alpha_pattern": [1]},
+            {"alpha_pattern": {"(": 1}},
+            {"alpha_pattern": {"a": None}},
+            {"alpha_pattern": {r"(\w+)\1": 1}},
+        ],
+    )
+    def test_odd_settings(self, unet: Path, tmp_path: Path, settings: dict):
+        path = with_settings(tmp_path / "a.safetensors", **settings)
+        with pytest.raises(ArtifactError):
+            load_weights(resolve_model(str(unet), loras=[str(path)]))
+
+    @pytest.mark.parametrize(
+        ("down", "up"),
+        [((0, 32), (32, 0)), ((4,), (32, 4)), ((), ()), ((4, 32), (32,)), ((4, 0), (32, 4))],
+    )
+    def test_ranks_that_are_none(self, unet: Path, tmp_path: Path, down: tuple, up: tuple):
+        path = tmp_path / "a.safetensors"
+        name = f"unet.{ATTENTION}.to_q.lora"
+        save_file({f"{name}_A.weight": torch.ones(down), f"{name}_B.weight": torch.ones(up)}, path)
+        with pytest.raises(ArtifactError, match="factors|rank"):
+            load_weights(resolve_model(str(unet), loras=[str(path)]))
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+    def test_types_that_are_no_floats(self, unet: Path, tmp_path: Path, dtype: torch.dtype):
+        path = tmp_path / "a.safetensors"
+        name = f"unet.{ATTENTION}.to_q.lora"
+        save_file({f"{name}_A.weight": torch.ones(4, 32, dtype=dtype), f"{name}_B.weight": torch.ones(32, 4)}, path)
+        with pytest.raises(ArtifactError, match="floats"):
+            load_weights(resolve_model(str(unet), loras=[str(path)]))
