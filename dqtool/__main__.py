@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 _SILENCE = {
     "DIFFUSERS_VERBOSITY": "error",
@@ -28,6 +29,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
+        _end_on_sigterm()
         if not debug:
             _silence_libraries()
         from dqtool.cli import invoke
@@ -40,11 +42,39 @@ def main() -> int:
         # The reader took what it wanted (`| head -1`). What is still buffered must not fail again at exit.
         _discard_standard_output()
         return 0
-    except KeyboardInterrupt:
-        _tell(arguments, "interrupted; finished work is kept, and the same command goes on from there")
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        terminated = type(stop).__name__ == "Terminated"
+        _print_fault(arguments, f"{'terminated' if terminated else 'interrupted'}; {_what_is_kept()}")
+        return TERMINATED if terminated else INTERRUPTED
     except Exception as error:
         return _fail(arguments, error, debug)
+
+
+def _end_on_sigterm() -> None:
+    """Raise `Terminated` in the main thread on SIGTERM, so that the stage at hand sweeps and stops as on Ctrl-C. Further
+    signals are ignored: a second one must not break the sweep. A process started with SIGTERM ignored keeps ignoring it."""
+    import signal
+
+    def stop(_signal: int, _frame: object) -> None:
+        from dqtool.errors import Terminated
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread: dqtool runs inside another program, which decides
+        return
+
+
+def _what_is_kept() -> str:
+    """Return what a stopped command leaves for the next run, without importing what it did not import itself."""
+    workspaces = sys.modules.get("dqtool.artifacts.workspace")
+    pieces, where = workspaces.kept() if workspaces is not None else (0, "")
+    if not pieces:
+        return "no unfinished work had to be kept; run the same command to start again"
+    return f"{pieces} finished pieces are kept in {where}; the same command goes on from there"
 
 
 def _fail(arguments: list[str], error: Exception, debug: bool) -> int:
@@ -56,11 +86,11 @@ def _fail(arguments: list[str], error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
     fault = error if isinstance(error, DqtoolError) else _fault(error)
     if fault is not None:
-        _tell(arguments, str(fault))
+        _print_fault(arguments, str(fault))
         return fault.exit_code
     text = " ".join(str(error).split())
     hint = "" if debug else " Run it again with --debug for the traceback."
-    _tell(arguments, f"unexpected {type(error).__name__}: {text[:400]}. This is a bug in dqtool.{hint}")
+    _print_fault(arguments, f"unexpected {type(error).__name__}: {text[:400]}. This is a bug in dqtool.{hint}")
     return 1
 
 
@@ -80,7 +110,7 @@ def _fault(error: Exception) -> EnvironmentFault | None:
     return None
 
 
-def _tell(arguments: list[str], text: str) -> None:
+def _print_fault(arguments: list[str], text: str) -> None:
     words = [word for word in arguments[:2] if not word.startswith("-")]
     command = " ".join(["dqtool", *words[: 2 if words[:1] == ["zoo"] else 1]])
     try:

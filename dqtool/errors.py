@@ -6,7 +6,15 @@ else that escapes is a bug in dqtool.
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError", "DqtoolError", "DqtoolWarning", "EnvironmentFault", "NumericError", "UsageError"]
+__all__ = [
+    "ArtifactError",
+    "DqtoolError",
+    "DqtoolWarning",
+    "EnvironmentFault",
+    "NumericError",
+    "Terminated",
+    "UsageError",
+]
 
 
 class DqtoolError(Exception):
@@ -51,6 +59,10 @@ class NumericError(DqtoolError):
     """A number is NaN or infinite, or a computation diverged (exit code 5)."""
 
     exit_code = 5
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM, as schedulers and containers do (exit code 143). Handled like an interrupt."""
 
 
 class DqtoolWarning(UserWarning):

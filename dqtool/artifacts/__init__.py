@@ -5,7 +5,7 @@ from __future__ import annotations
 from dqtool.artifacts.committing import Written, commit, commit_directory, commit_report
 from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import sha256_file
-from dqtool.artifacts.locking import lock
+from dqtool.artifacts.locking import clear_leftovers, lock, remove_pieces
 from dqtool.artifacts.manifest import FORMAT, STAGES, Manifest, dqtool_version, environment
 from dqtool.artifacts.store import (
     ATTACHMENT,
@@ -33,6 +33,7 @@ __all__ = [
     "Written",
     "check_finite",
     "check_writable",
+    "clear_leftovers",
     "commit",
     "commit_directory",
     "commit_report",
@@ -45,5 +46,6 @@ __all__ = [
     "open_artifact",
     "read_header",
     "read_manifest",
+    "remove_pieces",
     "sha256_file",
 ]

@@ -19,7 +19,9 @@ from dqtool.errors import EnvironmentFault
 __all__ = [
     "content_digest",
     "fsync_path",
+    "has_leftovers",
     "os_fault",
+    "partial_of",
     "sha256_file",
     "staging",
     "swap_in",
@@ -103,11 +105,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def staging(path: Path) -> Iterator[Path]:
-    """A private directory beside `path`, hence on the same file system, that is gone when the block is left.
+    """Provide a private directory beside `path`, hence on the same file system, and remove it when the block is left.
 
-    All temporary files live in it, those of other libraries too, so that what a killed process leaves behind has one
-    name pattern, which `sweep` removes.
+    All temporary files live in it, those of other libraries too. A killed process therefore leaves one name pattern
+    behind, which the next writer of `path` removes here, and `sweep` under the lock.
     """
+    _sweep_dead(path)
     area = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if area.exists():  # of a dead process whose number was given out again
         shutil.rmtree(area)
@@ -119,11 +122,39 @@ def staging(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it. Only safe for the holder of the lock on `path`."""
-    before = f".{path.name}."
-    for stale in path.parent.glob(f"{glob.escape(before)}*.tmp"):
-        if stale.name.removeprefix(before).removesuffix(".tmp").isdigit():  # and not that of `NAME.onnx`
+    """Remove the temporary files that killed writers of `path` left beside it. Only the holder of the lock on `path` may."""
+    for _, stale in _staging_areas(path):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _sweep_dead(path: Path) -> None:
+    """Remove the temporary files of writers of `path` that are no processes of this machine any more. Needs no lock."""
+    for process, stale in _staging_areas(path):
+        try:
+            os.kill(process, 0)
+        except (ProcessLookupError, OverflowError):
             shutil.rmtree(stale, ignore_errors=True)
+        except OSError:  # it lives, and is somebody else's
+            continue
+
+
+def _staging_areas(path: Path) -> list[tuple[int, Path]]:
+    """Return the staging directories of `path` with the numbers of their processes. `NAME.onnx`'s are none of `NAME`'s."""
+    before = f".{path.name}."
+    found = path.parent.glob(f"{glob.escape(before)}*.tmp")
+    named = ((area.name.removeprefix(before).removesuffix(".tmp"), area) for area in found)
+    return [(int(number), area) for number, area in named if number.isascii() and number.isdigit()]
+
+
+def partial_of(target: Path) -> Path:
+    """Return the directory beside `target` that keeps the finished pieces of an interrupted run."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def has_leftovers(target: Path) -> bool:
+    """Return whether a killed writer of `target` left anything beside it: a lock file, temporary files, finished pieces."""
+    beside = (target.with_name(f".{target.name}.lock"), partial_of(target))
+    return any(map(os.path.lexists, beside)) or bool(_staging_areas(target))
 
 
 def swap_in(area: Path, moves: Sequence[tuple[Path, Path]]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dqtool.artifacts.files import os_fault, sweep, target_of
+from dqtool.artifacts.files import has_leftovers, os_fault, partial_of, sweep, target_of
 from dqtool.errors import EnvironmentFault
 
-__all__ = ["lock"]
+__all__ = ["clear_leftovers", "lock", "remove_pieces"]
 
 
 @contextlib.contextmanager
@@ -42,6 +43,20 @@ def lock(path: str | os.PathLike[str]) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked worker may still have the descriptor open
         os.close(descriptor)
+
+
+def clear_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what killed writers of the finished output `path` left beside it, their finished pieces included. Does nothing
+    while somebody else writes there, or where the place can't be written to."""
+    target = target_of(path)
+    if has_leftovers(target):
+        with contextlib.suppress(EnvironmentFault, OSError), lock(path):
+            remove_pieces(path)
+
+
+def remove_pieces(path: str | os.PathLike[str]) -> None:
+    """Remove the finished pieces of the output `path`, which stands now. Only the holder of the lock on `path` may."""
+    shutil.rmtree(partial_of(target_of(path)), ignore_errors=True)
 
 
 def _acquire(file: Path, given: str) -> int:

@@ -11,29 +11,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, target_of, write_text
+from dqtool.artifacts.files import fsync_path, os_fault, partial_of, sha256_file, staging, target_of
 from dqtool.artifacts.tensorfile import load_tensors, save_tensors
 from dqtool.errors import DqtoolError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Workspace"]
+__all__ = ["Workspace", "kept"]
+
+_last: Workspace | None = None
+
+
+def kept() -> tuple[int, str]:
+    """Return how many pieces the workspace opened last holds, and its directory; 0 where none is open."""
+    return (0, "") if _last is None else (len(_last.keys()), str(_last.directory))
 
 
 class Workspace:
     """Finished pieces of the output `path`, in `.NAME.partial/` beside it, each saved atomically under a key.
 
-    Pieces of another fingerprint belong to another run and are discarded when the workspace is opened. The directory
-    is made by the first `save` and removed by `clear`, after the commit. Only the holder of the lock on `path` may
-    use it. Every method raises `EnvironmentFault` when the disk is in the way.
+    Opening discards pieces of another fingerprint. With `forced`, which stands for a run that ignores the cache, it also
+    discards pieces of runs that were not forced, so that a forced run goes on from its own pieces alone. The first `save`
+    makes the directory, `clear` removes it after the commit. Files are written beside the directory and moved in whole.
+    Only the holder of the lock on `path` may use a workspace. Methods raise `EnvironmentFault` when the disk is in the way.
 
-    Beside the pieces stands what they took, so that work done in several runs knows its whole cost (`spent`, `peaks`).
+    The index also records seconds and peaks, so that work done in several runs knows its whole cost (`spent`, `peaks`).
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: str) -> None:
-        target = target_of(path)
-        self.directory = target.with_name(f".{target.name}.partial")
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str, *, forced: bool = False) -> None:
+        global _last
+        _last = self
+        self._target = target_of(path)
+        self.forced = forced
+        self.directory = partial_of(self._target)
         self.fingerprint = fingerprint
         self._index = self.directory / "index.json"
         self._pieces: dict[str, dict[str, Any]] = {}
@@ -67,19 +78,24 @@ class Workspace:
         """Keep `tensors` under `key`. An interrupt leaves the key as it was, or makes `load` answer None."""
         try:
             self.directory.mkdir(exist_ok=True)
-            new = self.directory / "new.safetensors"
-            save_tensors(new, tensors)
-            fsync_path(new)
-            digest = sha256_file(new)
-            os.replace(new, self._file(key))
-            self._pieces[key] = {"sha256": digest}
-            index = {
-                "fingerprint": self.fingerprint,
-                "pieces": self._pieces,
-                "spent": self.spent(),
-                "peaks": self.peaks(),
-            }
-            write_text(self._index, json.dumps(index, indent=1) + "\n")
+            with staging(self._target) as area:
+                new, note = area / "piece.safetensors", area / "index.json"
+                save_tensors(new, tensors)
+                fsync_path(new)
+                digest = sha256_file(new)
+                os.replace(new, self._file(key))
+                self._pieces[key] = {"sha256": digest}
+                index = {
+                    "fingerprint": self.fingerprint,
+                    "forced": self.forced,
+                    "pieces": self._pieces,
+                    "spent": self.spent(),
+                    "peaks": self.peaks(),
+                }
+                note.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+                fsync_path(note)
+                os.replace(note, self._index)
+                fsync_path(self.directory)
         except OSError as error:
             raise os_fault(error, self.directory) from error
 
@@ -123,7 +139,7 @@ class Workspace:
     def _read_index(self) -> dict[str, dict[str, Any]] | None:
         try:
             index = json.loads(self._index.read_bytes())
-            if index["fingerprint"] != self.fingerprint:
+            if index["fingerprint"] != self.fingerprint or (self.forced and not index["forced"]):
                 return None
             seconds, processor = index.get("spent", (0.0, 0.0))
             self._earlier = (float(seconds), float(processor))

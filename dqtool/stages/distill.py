@@ -118,15 +118,9 @@ def distill(options: DistillOptions, common: Common) -> str:
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> Product:
-        workspace = Workspace(options.output, key)
-        if common.force:
-            workspace.clear()
-        return produce(calibrated, options, workspace)
+        return produce(calibrated, options, Workspace(options.output, key, forced=common.force))
 
-    def tidy(key: str) -> None:
-        Workspace(options.output, key).clear()
-
-    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work, after=tidy)
+    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work)
     return options.output
 
 

@@ -19,6 +19,7 @@ from dqtool.artifacts import (
     Manifest,
     Written,
     check_writable,
+    clear_leftovers,
     commit,
     commit_directory,
     commit_report,
@@ -27,6 +28,7 @@ from dqtool.artifacts import (
     is_current,
     lock,
     open_artifact,
+    remove_pieces,
 )
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.stages.common import Common, Execution
@@ -137,13 +139,12 @@ def execute(
     kind: str = "file",
     also: Sequence[str] = (),
     reads: Sequence[str | Path] = (),
-    after: Callable[[str], object] = lambda _key: None,
 ) -> bool:
     """Make the artifact `output` unless it is there already; returns whether it was cached. A dry run writes nothing.
 
     `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "file",
     "directory" or "report". `also` are side products (pictures) that must exist for the cache to count; `reads` files that the
-    inputs consist of and that must not be overwritten. `after(fingerprint)` tidies up, under the lock, once the output stands.
+    inputs consist of and that must not be overwritten.
     """
     names = [str(entry["name"]) for entry in inputs]
     check_writable(output, directory=kind == "directory", report=kind == "report", inputs=[*names, *reads])
@@ -161,6 +162,7 @@ def execute(
     if common.dry_run:
         return note(cached=is_cached())
     if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
+        clear_leftovers(output)
         report.say(f"{stage}: cached {output}")
         return note(cached=True)
     with lock(output):
@@ -188,7 +190,7 @@ def execute(
             commit(output, tensors, manifest, product.proof and partial(_timed, product.proof, manifest, start))
         else:
             commit_report(output, manifest)
-        after(key)
+        remove_pieces(output)
     report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
     return note(cached=False)
 

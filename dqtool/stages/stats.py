@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import check_writable, lock, sha256_file
+from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.running import set_up_torch
@@ -58,6 +58,7 @@ def stats(options: StatsOptions, common: Common) -> str:
     if common.dry_run:
         return options.output
     if cached:
+        clear_leftovers(options.output)
         report.say(f"stats: cached {options.output}")
         return options.output
     with lock(options.output):
