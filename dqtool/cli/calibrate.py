@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dqtool.cli.app import command
-from dqtool.cli.options import Artifact, Guidance, Output, Prompts
+from dqtool.cli.options import Artifact, Conditions, Guidance, Output, PipelineDirectory, Prompts, RandomConditions
 from dqtool.cli.output import run_stage
 from dqtool.stages.common import Common
 
@@ -31,6 +31,9 @@ def calibrate(
     eta: Annotated[float, typer.Option(metavar="F", help="Noise added at each step of ddim.")] = 0.0,
     guidance: Guidance = None,
     prompts: Prompts = None,
+    conditions: Conditions = None,
+    pipeline: PipelineDirectory = None,
+    random_conditions: RandomConditions = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 64,
 ) -> None:
     """Sample the full-precision model, keep statistics.

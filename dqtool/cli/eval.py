@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from dqtool.cli.app import command
-from dqtool.cli.options import CorrectNoise, Guidance, ImageSize, InceptionWeights, Output, Prompts
+from dqtool.cli.options import (
+    Conditions,
+    CorrectNoise,
+    Guidance,
+    ImageSize,
+    InceptionWeights,
+    Output,
+    PipelineDirectory,
+    Prompts,
+    RandomConditions,
+)
 from dqtool.cli.output import run_stage
 from dqtool.stages.common import Common
 
@@ -43,6 +53,9 @@ def evaluate(
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Left out: as calibrated.")] = None,
     guidance: Guidance = None,
     prompts: Prompts = None,
+    conditions: Conditions = None,
+    pipeline: PipelineDirectory = None,
+    random_conditions: RandomConditions = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 128,
     runtime: Annotated[str, typer.Option(metavar="NAME", help="What runs an exported directory.")] = "simulate",
     grid: Annotated[str | None, typer.Option(metavar="FILE.png", help="A picture of samples, both models.")] = None,

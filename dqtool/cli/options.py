@@ -10,13 +10,16 @@ from dqtool.errors import UsageError
 
 __all__ = [
     "Artifact",
+    "Conditions",
     "CorrectNoise",
     "Directory",
     "Guidance",
     "ImageSize",
     "InceptionWeights",
     "Output",
+    "PipelineDirectory",
     "Prompts",
+    "RandomConditions",
     "split_list",
     "split_numbers",
 ]
@@ -34,6 +37,23 @@ Guidance = Annotated[
 ]
 Prompts = Annotated[
     str | None, typer.Option(metavar="FILE", help="Prompts, one a line; left out: those of the model's card.")
+]
+Conditions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Precomputed conditions, .safetensors or .npz: NAME [K, ...] for each and, for guidance, null.NAME [1, ...].",
+    ),
+]
+PipelineDirectory = Annotated[
+    str | None,
+    typer.Option("--pipeline", metavar="DIR", help="A pipeline whose text encoders and tokenizers encode the prompts."),
+]
+RandomConditions = Annotated[
+    bool,
+    typer.Option(
+        "--random-conditions", help="Allow random conditions for a model without text encoder; costs quality."
+    ),
 ]
 Directory = Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The directory to write.")]
 InceptionWeights = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dqtool.cli.app import command
-from dqtool.cli.options import CorrectNoise, Guidance, Prompts
+from dqtool.cli.options import Conditions, CorrectNoise, Guidance, PipelineDirectory, Prompts, RandomConditions
 from dqtool.cli.output import run_stage
 from dqtool.stages.common import Common
 
@@ -22,6 +22,9 @@ def sample(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Sampling steps; left out: as calibrated.")] = None,
     guidance: Guidance = None,
     prompts: Prompts = None,
+    conditions: Conditions = None,
+    pipeline: PipelineDirectory = None,
+    random_conditions: RandomConditions = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 64,
     runtime: Annotated[str, typer.Option(metavar="NAME", help="What runs the network.")] = "simulate",
     correct_noise: CorrectNoise = False,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Companions", "attachments_of", "companions_of_artifact", "companions_of_source", "in_float32"]
 
 DECODERS = ("vae", "vqvae", "movq")
+TEXTS = ("text_encoder", "tokenizer")
+"""Beginnings of the names of components that encode prompts."""
 
 
 class Companions:
@@ -49,6 +51,15 @@ class Companions:
             ArtifactError: it holds something else.
         """
         return json_object(self._read(name), name) if name in self.names else {}
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether any text encoder is there: the first one is null in SDXL's refiner."""
+        return any(name.startswith("text_encoder") for name in self.names)
+
+    def missing_encoders(self) -> list[str]:
+        """Text encoders that the pipeline's class takes and that are not there."""
+        return [name for name in self.index if name.startswith("text_encoder") and not self.has(name)]
 
     @property
     def card(self) -> dict[str, Any]:
@@ -125,7 +136,7 @@ class Companions:
             ) from e
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        texts = [name for name in self.index if name.startswith(("text_encoder", "tokenizer")) and self.index[name][0]]
+        texts = [name for name in self.index if name.startswith(TEXTS) and self.index[name][0] and self.has(name)]
         others = [k for k, v in self.index.items() if isinstance(v, list) and k not in (*texts, "scheduler")]
         with self.directory(*texts) as root:
             try:

@@ -1,4 +1,4 @@
-"""What images are asked for: class labels, prompts, or nothing; and the strength of guidance towards it.
+"""The conditions of images: class labels, prompts, precomputed tensors or none, and the strength of guidance.
 
 A network's conditions are tensors. Few of them differ (ten labels, a list of prompts), so they are kept as a table with
 one row for each, and images and trajectory points refer to rows. With classifier-free guidance the last row stands for
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTEXT_TOKENS",
     "SAMPLE_SIZE",
+    "WAYS",
     "Conditions",
     "Request",
     "class_contexts",
     "class_labels",
+    "missing_conditions",
     "random_conditions",
     "text_conditions",
+    "with_embedded",
 ]
 
 CONTEXT_TOKENS, SAMPLE_SIZE = "_context_tokens", "_sample_size"
@@ -44,17 +47,25 @@ MOST_RANDOM = 64
 TOGETHER = 16
 """Prompts encoded at a time."""
 
+WAYS = (
+    "Give --pipeline DIR (a pipeline whose text encoders and tokenizers are used), --conditions FILE (.safetensors or .npz "
+    "with these tensors), or --random-conditions (drawn at random, which costs quality)"
+)
+"""How a model gets the conditions that its own components can't make."""
+
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for: `count` images, guidance and prompts where given (else the model card's, else the
-    family's). `card` is the pipeline's `sampling.json`."""
+    """Conditions that the user asks for: `count` images, guidance and prompts where given (else the model card's, else the
+    family's). `card` is the pipeline's `sampling.json`; `random` allows random conditions where the model can't make its own.
+    """
 
     count: int
     seed: int = 0
     guidance: float | None = None
     prompts: Sequence[str] | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
+    random: bool = False
 
     def weight(self, default: float) -> float:
         """The weight of guidance; 1 and less mean none, as in diffusers' pipelines."""
@@ -64,15 +75,18 @@ class Request:
 
 @dataclass
 class Conditions:
-    """`table` holds `[K, ...]` a condition; with `guidance` above 1 its last row is the null condition.
+    """Table of conditions: `table` holds `[K, ...]` a condition; with `guidance` above 1 its last row is the null condition.
 
-    `names` say what the rows stand for, `digits` `[K]` which digit each should give, where that is known.
+    `names` say what the rows stand for, `digits` `[K]` which digit each should give, where that is known. `embedded` is the
+    guidance that a distilled network takes as an input; `guidance` is 1 then, as in the pipelines of such networks. `random`: the table was drawn at random.
     """
 
     table: dict[str, Tensor]
     guidance: float = 1.0
     names: list[str] = field(default_factory=list)
     digits: Tensor | None = None
+    embedded: float | None = None
+    random: bool = False
 
     def __len__(self) -> int:
         return len(next(iter(self.table.values()))) if self.table else 0
@@ -100,7 +114,9 @@ class Conditions:
         names = [self.names[row] for row in rows.tolist()] if self.names else []
         rows = torch.cat([rows, torch.arange(kinds, len(self))])
         table = {name: values[rows] for name, values in self.table.items()}
-        return Conditions(table, self.guidance, names, None if self.digits is None else self.digits[rows])
+        return Conditions(
+            table, self.guidance, names, None if self.digits is None else self.digits[rows], self.embedded
+        )
 
     @property
     def null(self) -> dict[str, Tensor] | None:
@@ -124,25 +140,37 @@ def random_conditions(
     config: Mapping[str, Any],
     request: Request,
 ) -> Conditions:
-    """A table of random conditions, for networks that come without what makes real ones.
+    """Return a table of random conditions, or an empty one for networks that need none.
 
     Raises:
-        UsageError: prompts or guidance are asked for.
+        UsageError: prompts or guidance are asked for, or the network needs conditions and the request does not allow
+            random ones.
     """
     if request.prompts is not None:
         raise UsageError(
             "Prompts need the pipeline's text encoder",
             where="--prompts",
-            fix="Start from a pipeline directory with text_encoder and tokenizer",
+            fix="Start from a pipeline directory with text_encoder and tokenizer, or name one with --pipeline DIR",
         )
+    generator = torch.Generator().manual_seed(request.seed)
+    table = draw(config, min(request.count, MOST_RANDOM), generator)
+    if table and not request.random:
+        raise missing_conditions("This model comes without the encoder that makes its conditions", table)
     if request.guidance is not None and request.guidance > 1:
         raise UsageError(
             "Guidance needs a condition and its absence, and this model comes with neither",
             where="--guidance",
             fix="Start from a conditional pipeline, or leave it out",
         )
-    generator = torch.Generator().manual_seed(request.seed)
-    return Conditions(draw(config, min(request.count, MOST_RANDOM), generator))
+    if table:
+        report.warn("conditions are drawn at random: quality with real ones may be lower than what is measured")
+    return Conditions(table, random=bool(table))
+
+
+def missing_conditions(what: str, table: Mapping[str, Tensor], where: str = "conditions") -> UsageError:
+    """Return the error that names the three ways to give a model its conditions; `table` shows their shapes."""
+    shapes = ", ".join(f"{name} {['K', *each.shape[1:]]}".replace("'", "") for name, each in sorted(table.items()))
+    return UsageError(what, where=f"{where}: {shapes}", fix=WAYS)
 
 
 def class_labels(request: Request, classes: int, default: float) -> Conditions:
@@ -179,11 +207,17 @@ def text_conditions(
     companions: Companions,
     default: float,
     encode: Callable[[Any, list[str]], tuple[dict[str, Tensor], dict[str, Tensor]]],
+    embed: Callable[[float, int], dict[str, Tensor]] | None = None,
 ) -> Conditions:
-    """Prompts, encoded by the pipeline itself: `encode(pipeline, prompts)` gives their conditions and the null one.
+    """Encode prompts with the pipeline itself: `encode(pipeline, prompts)` gives their conditions and the null one.
 
-    The prompts are those asked for, else the model card's, else a small built-in list.
+    The prompts are those asked for, else the model card's, else a small built-in list. With `embed` the network takes
+    guidance as an input (`with_embedded`), and there is no null condition.
+
+    Raises:
+        UsageError: some of the pipeline's text encoders are missing, and it can't do without them.
     """
+    missing = companions.missing_encoders()
     digits: Tensor | None = None
     card = request.card.get("prompts")
     if request.prompts is not None:
@@ -202,14 +236,34 @@ def text_conditions(
     null: dict[str, Tensor] = {}
     with companions.text_pipeline() as pipeline, torch.no_grad():
         for start in range(0, len(prompts), TOGETHER):
-            given, null = encode(pipeline, prompts[start : start + TOGETHER])
+            try:
+                given, null = encode(pipeline, prompts[start : start + TOGETHER])
+            except (AttributeError, TypeError, ValueError) as e:
+                if not missing:
+                    raise
+                raise UsageError(
+                    f"The pipeline can't encode prompts without its {' and '.join(missing)}",
+                    where=str(companions.index.get("_class_name")),
+                    fix=WAYS,
+                ) from e
             parts.append(main_memory(given))
-    if guidance > 1:
+    guided = guidance > 1 and embed is None and bool(null)
+    if guided:
         parts.append(main_memory(null))
     table = {name: torch.cat([part[name] for part in parts]).float().contiguous() for name in parts[0]}
     if digits is not None:
-        digits = torch.cat([digits[chosen], torch.tensor([-1] * (guidance > 1), dtype=digits.dtype)])
-    return Conditions(table, guidance, prompts, digits)
+        digits = torch.cat([digits[chosen], torch.tensor([-1] * guided, dtype=digits.dtype)])
+    if embed is not None:
+        return with_embedded(Conditions(table, 1.0, prompts, digits), guidance, embed)
+    return Conditions(table, guidance if guided else 1.0, prompts, digits)
+
+
+def with_embedded(
+    conditions: Conditions, guidance: float, embed: Callable[[float, int], dict[str, Tensor]]
+) -> Conditions:
+    """Tell a guidance-distilled network its guidance: `embed(guidance, rows)` gives the condition that does."""
+    table = conditions.table | embed(guidance, len(conditions))
+    return replace(conditions, table=table, guidance=1.0, embedded=guidance)
 
 
 def _spread(there: int, wanted: int) -> Tensor:

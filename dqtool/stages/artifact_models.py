@@ -13,6 +13,7 @@ from dqtool.core.dilation import spread
 from dqtool.graph.trace import BlockInfo, Trace
 from dqtool.models.companions import companions_of_artifact
 from dqtool.models.conditioning import Conditions, Request
+from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.loading import build_network, network_of
 from dqtool.models.packed import layer_infos
 from dqtool.models.sampling import Sampler, make_sampler
@@ -79,16 +80,16 @@ def student_of(
     return network
 
 
-def conditions_of(artifact: Artifact, request: Request) -> Conditions:
-    """What images of an artifact's model are conditioned on, by the components that the artifact carries.
+def conditions_of(artifact: Artifact, request: Request, source: ConditionSource | None = None) -> Conditions:
+    """Return the conditions of images of an artifact's model, by the components that it carries, or from `source`.
 
     Raises:
-        UsageError: guidance or prompts for a model that knows none.
+        UsageError: guidance or prompts for a model that knows none, or nothing makes the network's conditions.
     """
     family, config = network_of(artifact.manifest.model)
     companions = companions_of_artifact(artifact)
     card = {} if companions is None else companions.card
-    return family.ask(config, replace(request, card=card), companions)
+    return (source or ConditionSource()).conditions(family, config, replace(request, card=card), companions)
 
 
 def sampler_of(

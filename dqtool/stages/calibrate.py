@@ -12,6 +12,7 @@ from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
+from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.schedules import finite_config
 from dqtool.scaling.by_activations import LATER, scale_now
 from dqtool.stages.running import Common, Product, execute, input_artifact
@@ -48,6 +49,9 @@ class CalibrateOptions:
     prompts: str | None = None
     batch_size: int = 64
     draw: str = STRATIFIED
+    conditions: str | None = None
+    pipeline: str | None = None
+    random_conditions: bool = False
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for a draw that does not exist."""
@@ -112,7 +116,7 @@ def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) ->
         parameters["draw"] = options.draw
     if prompts is not None:
         parameters["prompts"] = hashlib.sha256(canonical_json(prompts).encode()).hexdigest()
-    return parameters
+    return parameters | ConditionSource.of(options).parameters()
 
 
 def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str] | None = None) -> Product:
@@ -133,7 +137,8 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     _, dilation = split_dilated(tensors)
     scheduler = make_sampler((manifest.pipeline or {}).get("scheduler") or family.scheduler, options.sampler)
     images = -(-options.samples // options.steps)
-    conditions = conditions_of(dilated, Request(images, options.seed, options.guidance, prompts))
+    source = ConditionSource.of(options)
+    conditions = conditions_of(dilated, Request(images, options.seed, options.guidance, prompts), source)
     network = teacher_of(manifest, tensors)
     sampler = Sampler(
         family, scheduler, options.steps, options.eta, guidance=conditions.guidance, tokens=family.tokens(config)
@@ -189,6 +194,10 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     }
     if conditions.table:  # none (1) as well: what was calibrated is not what the model's card says
         pipeline["sampling"]["guidance"] = conditions.guidance
+        if conditions.embedded is not None:
+            pipeline["sampling"]["embedded_guidance"] = conditions.embedded
+        if (origin := source.record()) and (conditions.random or not source.random):
+            pipeline["sampling"]["conditions"] = origin
     everything |= trajectory | statistics | {"timesteps": timesteps}
     return Product(
         everything, manifest.model, pipeline, records, {**chosen, **metrics}, attachments=dilated.attachments()

@@ -13,11 +13,12 @@ from dqtool.errors import UsageError
 from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.companions import companions_of_artifact
+from dqtool.models.given_conditions import ConditionSource
 from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
-from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
+from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact, sampling_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,6 +59,9 @@ class EvalOptions:
     image_size: int | None = None
     save_samples: str | None = None
     correct_noise: bool = False
+    conditions: str | None = None
+    pipeline: str | None = None
+    random_conditions: bool = False
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for an unknown metric."""
@@ -149,7 +153,7 @@ def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str
         parameters["correct_noise"] = True
         if options.batch_size < FIT_IMAGES:  # these were fitted on one batch at first
             parameters["fit_images"] = FIT_IMAGES
-    return parameters
+    return parameters | ConditionSource.of(options).parameters()
 
 
 def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
@@ -171,9 +175,8 @@ def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, .
     shape = image_shape(artifact)
     is_digits = shape == (1, 16, 16)
     companions = companions_of_artifact(artifact)
-    of_images = choose(
-        options.metrics, files_of(options), prompts=companions is not None and companions.has("text_encoder")
-    )
+    texts = companions is not None and companions.encodes_text
+    of_images = choose(options.metrics, files_of(options), prompts=texts or options.pipeline is not None)
     if options.metrics is None:
         return (*(m for m in DEFAULT_METRICS if m != "digits" or is_digits), *of_images)
     if "digits" in options.metrics and shape[0] != 1:
@@ -207,8 +210,9 @@ def produce(
     if makes_latents(artifact):
         check_needs_no_pixels(metrics, options)
     meter = ready([name for name in metrics if name in METRICS and METRICS[name].start is not None], files)
+    source = ConditionSource.of(options, sampling_of(manifest))
     maker = maker_of_artifact(
-        artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts
+        artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts, source
     )
     network = network_of_artifact(artifact, options.runtime, options.batch_size)
     float_network = None

@@ -15,10 +15,12 @@ from dqtool.core.device import main_memory
 from dqtool.models.companions import Companions, companions_of_artifact, companions_of_source
 from dqtool.models.conditioning import Conditions, Request
 from dqtool.models.families import family_of
+from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.loading import network_of
 from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.models.sources import ModelSource
 from dqtool.stages.artifact_models import conditions_of, sampler_of
+from dqtool.stages.running import sampling_of
 from dqtool.training.spilling import Store
 
 __all__ = ["ImageMaker", "first_channels", "maker_of_artifact", "maker_of_source", "makes_latents"]
@@ -63,15 +65,18 @@ def maker_of_artifact(
     sampler: str | None = None,
     guidance: float | None = None,
     prompts: Sequence[str] | None = None,
+    source: ConditionSource | None = None,
 ) -> ImageMaker:
-    """For the networks of an artifact, and for its reference; without other words as it was calibrated.
+    """Return the maker for the networks of an artifact, and for its reference; by default as it was calibrated. `source`
+    gives the conditions that the artifact's own components don't make.
 
     Raises:
-        UsageError: guidance, prompts or a sampler that this model knows nothing of.
+        UsageError: guidance, prompts or a sampler that this model knows nothing of, or nothing makes its conditions.
     """
+    sampling = sampling_of(artifact.manifest)
     if guidance is None:
-        guidance = ((artifact.manifest.pipeline or {}).get("sampling") or {}).get("guidance")
-    conditions = conditions_of(artifact, Request(count, seed, guidance, prompts))
+        guidance = sampling.get("embedded_guidance", sampling.get("guidance"))
+    conditions = conditions_of(artifact, Request(count, seed, guidance, prompts), source)
     chosen = sampler_of(artifact, conditions, steps, sampler)
     return _maker(chosen, conditions, artifact.manifest.model["config"], companions_of_artifact(artifact))
 

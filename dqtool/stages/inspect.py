@@ -262,4 +262,15 @@ def _sampling(pipeline: Mapping[str, Any]) -> str:
     sampling = pipeline.get("sampling")
     if sampling is None:
         return (pipeline.get("scheduler") or {}).get("_class_name", "-")
-    return f"{sampling['scheduler']['_class_name']}, {sampling['steps']} steps, eta {sampling['eta']:g}"
+    said = f"{sampling['scheduler']['_class_name']}, {sampling['steps']} steps, eta {sampling['eta']:g}"
+    if "embedded_guidance" in sampling:
+        said += f", embedded guidance {sampling['embedded_guidance']:g}"
+    origin = sampling.get("conditions")
+    return said if origin is None else f"{said}, {_origin(origin)}"
+
+
+def _origin(conditions: Mapping[str, Any]) -> str:
+    """`conditions from FILE`, `random conditions`."""
+    if conditions["from"] == "random":
+        return "random conditions"
+    return f"conditions from {'the pipeline ' * (conditions['from'] == 'pipeline')}{conditions['path']}"

@@ -44,6 +44,7 @@ __all__ = [
     "check_steps",
     "execute",
     "input_artifact",
+    "sampling_of",
     "set_up_torch",
 ]
 
@@ -93,6 +94,11 @@ def input_artifact(given: str | None, stages: Collection[str], default: str) -> 
                 fix=f"Name one, or run `dqtool {default}` first",
             )
     return open_artifact(given, stages)
+
+
+def sampling_of(manifest: Manifest) -> dict[str, Any]:
+    """How a model was calibrated: sampler, steps, guidance, conditions; empty before calibration."""
+    return (manifest.pipeline or {}).get("sampling") or {}
 
 
 def check_steps(artifact: Artifact, steps: int | None) -> None:

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
+from dqtool.models.given_conditions import ConditionSource
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.eval_reference import find_reference, reference_network
 from dqtool.stages.noise import fitted, needs_reference, with_correction
-from dqtool.stages.running import check_steps, set_up_torch
+from dqtool.stages.running import check_steps, sampling_of, set_up_torch
 
 __all__ = ["SampleOptions", "sample"]
 
@@ -30,6 +31,9 @@ class SampleOptions:
     runtime: str = "simulate"
     correct_noise: bool = False
     reference: str | None = None
+    conditions: str | None = None
+    pipeline: str | None = None
+    random_conditions: bool = False
 
 
 def sample(options: SampleOptions, common: Common) -> str:
@@ -62,7 +66,13 @@ def sample(options: SampleOptions, common: Common) -> str:
 
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     maker = maker_of_artifact(
-        artifact, options.number, options.seed, options.steps, guidance=options.guidance, prompts=prompts
+        artifact,
+        options.number,
+        options.seed,
+        options.steps,
+        guidance=options.guidance,
+        prompts=prompts,
+        source=ConditionSource.of(options, sampling_of(artifact.manifest)),
     )
     network = load(options.directory, options.runtime, options.batch_size)
     if options.runtime == "simulate":

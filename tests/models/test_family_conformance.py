@@ -43,7 +43,10 @@ def chain(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = component_directory(name, directory / "model")
     at = {stage: str(directory / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
     dilate(DilateOptions(str(model), at["dilated"]), QUIET)
-    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=3, samples=9, batch_size=4), QUIET)
+    calibrate(
+        CalibrateOptions(at["dilated"], at["calibrated"], steps=3, samples=9, batch_size=4, random_conditions=True),
+        QUIET,
+    )
     distill(DistillOptions(at["calibrated"], at["distilled"], iters=2, refine_iters=2), QUIET)
     export(ExportOptions(at["distilled"], str(directory / "exported")), QUIET)
     evaluate(EvalOptions(str(directory / "exported"), str(directory / "eval.json"), samples=4, batch_size=4), QUIET)

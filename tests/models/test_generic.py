@@ -71,7 +71,7 @@ def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     assert manifest.model["family"] == "generic"
     assert {block["name"] for block in manifest.metrics["blocks"]} == {r["name"] for r in manifest.layers}
     assert any("AuraFlowAttnProcessor" in reason for reason in manifest.metrics["kept_float"].values())
-    calibrate(CalibrateOptions(at["d"], at["c"], steps=2, samples=6), QUIET)
+    calibrate(CalibrateOptions(at["d"], at["c"], steps=2, samples=6, random_conditions=True), QUIET)
     distill(DistillOptions(at["c"], at["q"], bits="8/8", iters=1, refine_iters=1), QUIET)
     export(ExportOptions(at["q"], str(tmp_path / "exported")), QUIET)
     report = evaluate(EvalOptions(str(tmp_path / "exported"), str(tmp_path / "eval.json"), samples=2), QUIET)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,12 +14,12 @@ from torch import Tensor, nn
 from dqtool.core.device import beside
 from dqtool.errors import ArtifactError
 from dqtool.models.amendments import amend
-from dqtool.models.conditioning import Conditions, Request, random_conditions
+from dqtool.models.conditioning import Conditions, Request, random_conditions, with_embedded
 
 if TYPE_CHECKING:
     from dqtool.models.companions import Companions
 
-__all__ = ["FAMILIES", "Family", "register", "square_sample", "timestep_vector"]
+__all__ = ["FAMILIES", "Family", "image_side", "register", "square_sample", "timestep_vector"]
 
 
 class Family(ABC):
@@ -68,12 +70,37 @@ class Family(ABC):
         return {}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """The conditions that images are sampled under. Here: random ones, for lack of a text model or labels.
+        """Return the conditions that images are sampled under. Here: random ones, for lack of a text model or labels.
 
         Raises:
-            UsageError: guidance or prompts are asked for and this network knows none.
+            UsageError: the network needs conditions and the request does not allow random ones, or guidance or prompts
+                are asked for and this network knows none.
         """
-        return random_conditions(self.conditions, config, request)
+        embed = self.embedder(config)
+        if embed is None:
+            return random_conditions(self.conditions, config, request)
+        found = random_conditions(self.conditions, config, replace(request, guidance=None))
+        return with_embedded(found, request.weight(self.default_guidance(config)), embed)
+
+    def default_guidance(self, config: Mapping[str, Any]) -> float:
+        """Guidance of this family's pipelines where the user and the model's card name none."""
+        return self.guidance
+
+    def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditions beside the precomputed ones in `given`, `[K, ...]` each, that follow from config and shapes: sizes, masks."""
+        return {}
+
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Whether the network takes guidance as an input, so that its pipeline asks it once a step."""
+        return False
+
+    def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
+        """The condition that tells such a network its guidance, `[rows, ...]`."""
+        return {}
+
+    def embedder(self, config: Mapping[str, Any]) -> Callable[[float, int], dict[str, Tensor]] | None:
+        """`embed_guidance` as a function of guidance and rows; None for networks that don't take it."""
+        return partial(self.embed_guidance, config) if self.embeds_guidance(config) else None
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         """Keyword arguments of the network's forward. `timestep` is a scalar or `[N]`, as the network is given it."""
@@ -132,6 +159,13 @@ def register(cls: type[Family]) -> type[Family]:
     """Class decorator: make an adapter known."""
     FAMILIES[cls.class_name] = cls()
     return cls
+
+
+def image_side(latent: tuple[int, ...], companions: Companions | None) -> list[int]:
+    """Height and width of the image of a latent; 8 pixels a place without the pipeline's autoencoder."""
+    if companions is None or companions.decoder_name is None:
+        return [8 * side for side in latent[1:]]
+    return list(companions.image_shape(latent)[1:])
 
 
 def square_sample(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -62,23 +62,32 @@ class Flux(Family):
             "encoder_hidden_states": torch.randn(batch, tokens, width, generator=generator),
             "pooled_projections": torch.randn(batch, config.get("pooled_projection_dim", 768), generator=generator),
         }
-        return given | self._guidance(config, batch, None)
+        if self.embeds_guidance(config):
+            given |= self.embed_guidance(config, self.default_guidance(config), batch)
+        return given
+
+    def default_guidance(self, config: Mapping[str, Any]) -> float:
+        """3.5 for models that are distilled with guidance as an input; FLUX.1-schnell has none."""
+        return self.embedded_guidance if self.embeds_guidance(config) else 1.0
+
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """FLUX.1-dev's kind."""
+        return bool(config.get("guidance_embeds"))
+
+    def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
+        """`guidance` `[rows]`."""
+        return {"guidance": torch.full((rows,), guidance)}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
         """Prompts encoded by the pipeline's CLIP and T5; `--guidance` is what a distilled model is told."""
-        plain = Request(request.count, request.seed, None, request.prompts, request.card)
-        guidance = request.weight(self.embedded_guidance)
-        if companions is None or not companions.has("text_encoder"):
-            found = super().ask(config, plain, companions)
-        else:
+        if companions is None or not companions.encodes_text:
+            return super().ask(config, request, companions)
 
-            def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-                given, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device)
-                return {"encoder_hidden_states": given, "pooled_projections": pooled}, {}
+        def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            given, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device)
+            return {"encoder_hidden_states": given, "pooled_projections": pooled}, {}
 
-            found = text_conditions(plain, companions, 1.0, encode)
-        found.table.update(self._guidance(config, len(found), guidance))
-        return found
+        return text_conditions(request, companions, self.default_guidance(config), encode, self.embedder(config))
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         """Packed latents, and positions of text (all zero) and image squares."""
@@ -102,8 +111,3 @@ class Flux(Family):
         n, _, height, width = x.shape
         squares = packed.view(n, height // PATCH, width // PATCH, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
         return squares.reshape(n, -1, height, width)
-
-    def _guidance(self, config: Mapping[str, Any], batch: int, guidance: float | None) -> dict[str, Tensor]:
-        if not config.get("guidance_embeds"):
-            return {}
-        return {"guidance": torch.full((batch,), self.embedded_guidance if guidance is None else guidance)}

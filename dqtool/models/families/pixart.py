@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dqtool.models.conditioning import CONTEXT_TOKENS, Conditions, Request, text_conditions
-from dqtool.models.families.base import Family, register, square_sample, timestep_vector
+from dqtool.models.families.base import Family, image_side, register, square_sample, timestep_vector
 
 if TYPE_CHECKING:
     from dqtool.models.companions import Companions
@@ -44,12 +44,18 @@ class PixArt(Family):
         }
         return given | _sizes(config, batch, 8 * self.sample_shape(config)[1])
 
+    def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Captions of full length, and sizes where the config calls for them."""
+        text = given["encoder_hidden_states"]
+        mask = {"encoder_attention_mask": torch.ones(text.shape[:2])}
+        return mask | _sizes(config, len(text), 8 * self.sample_shape(config)[1])
+
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
         """Prompts encoded by the pipeline's T5."""
-        if companions is None or not companions.has("text_encoder"):
+        if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)
 
-        height = companions.image_shape(self.sample_shape(config))[1]
+        height = image_side(self.sample_shape(config), companions)[0]
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             given, mask, without, no_mask = pipeline.encode_prompt(prompts, device=pipeline.device)

@@ -43,7 +43,7 @@ class SD3(Family):
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
         """Prompts encoded by the pipeline's text models (without T5 where it has none)."""
-        if companions is None or not companions.has("text_encoder"):
+        if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

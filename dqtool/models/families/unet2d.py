@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dqtool.errors import UsageError
+from dqtool.models.conditioning import Conditions, Request, class_labels
 from dqtool.models.families.base import Family, register, small_sample, square_sample
+
+if TYPE_CHECKING:
+    from dqtool.models.companions import Companions
 
 __all__ = ["UNet2D"]
 
@@ -33,3 +39,19 @@ class UNet2D(Family):
         """Random class labels for class-conditional networks."""
         classes = config.get("num_class_embeds")
         return {"class_labels": torch.randint(0, classes, (batch,), generator=generator)} if classes else {}
+
+    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+        """All classes in turn. The network has no label for "no class", so there is no guidance.
+
+        Raises:
+            UsageError: prompts or guidance are asked for.
+        """
+        if not config.get("num_class_embeds"):
+            return super().ask(config, request, companions)
+        if request.guidance is not None and request.guidance > 1:
+            raise UsageError(
+                "Guidance needs a label that stands for no class, and this network has none",
+                where="--guidance",
+                fix="Leave it out",
+            )
+        return class_labels(replace(request, card={}), int(config["num_class_embeds"]), 1.0)

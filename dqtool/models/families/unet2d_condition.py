@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.errors import ArtifactError
 from dqtool.models.conditioning import CONTEXT_TOKENS, Conditions, Request, class_contexts, text_conditions
-from dqtool.models.families.base import Family, register, small_sample, square_sample
+from dqtool.models.families.base import Family, image_side, register, small_sample, square_sample
 
 if TYPE_CHECKING:
     from dqtool.models.companions import Companions
 
-__all__ = ["UNet2DCondition"]
+__all__ = ["UNet2DCondition", "guidance_embedding"]
 
 TIME_IDS = 6
 """SDXL's numbers beside the text: original size, crop, target size."""
+REFINER_TIME_IDS = 5
+"""Those of SDXL's refiner: original size, crop, aesthetic score."""
+AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5
+"""Scores that the refiner's pipeline asks for, with and without the prompt."""
+LCM_GUIDANCE = 8.5
+"""Guidance of `LatentConsistencyModelPipeline`, embedded in the network's time."""
 
 
 @register
@@ -57,10 +65,30 @@ class UNet2DCondition(Family):
         if config.get("num_class_embeds"):
             given["class_labels"] = torch.randint(0, config["num_class_embeds"], (batch,), generator=generator)
         if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+            pooled = _embedded_width(config) - _count_time_ids(config) * config["addition_time_embed_dim"]
             given["text_embeds"] = torch.randn(batch, pooled, generator=generator)
-            given["time_ids"] = _time_ids([8 * side for side in self.sample_shape(config)[1:]]).expand(batch, -1)
+            given["time_ids"] = self._time_ids(config, None).expand(batch, -1)
+        if config.get("time_cond_proj_dim"):
+            given["timestep_cond"] = guidance_embedding(LCM_GUIDANCE, config["time_cond_proj_dim"]).expand(batch, -1)
         return given
+
+    def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sizes of uncropped images."""
+        if config.get("addition_embed_type") == "text_time":
+            return {"time_ids": self._time_ids(config, None).expand(len(next(iter(given.values()))), -1)}
+        return {}
+
+    def default_guidance(self, config: Mapping[str, Any]) -> float:
+        """7.5, and 5 for SDXL."""
+        return self.sdxl_guidance if config.get("addition_embed_type") == "text_time" else self.guidance
+
+    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Latent consistency models and their kind: guidance is added to the time embedding."""
+        return bool(config.get("time_cond_proj_dim"))
+
+    def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
+        """`timestep_cond` `[rows, time_cond_proj_dim]`."""
+        return {"timestep_cond": guidance_embedding(guidance, config["time_cond_proj_dim"]).expand(rows, -1)}
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         """SDXL's two go into `added_cond_kwargs`."""
@@ -71,38 +99,65 @@ class UNet2DCondition(Family):
         return {"sample": x, "timestep": timestep, **plain}
 
     def hints(self, companions: Companions) -> dict[str, Any]:
-        """How long a context is: one token for a class, the tokenizer's length for a text."""
+        """Length of a context: one token for a class, the tokenizer's length for a text."""
         if companions.has("class_embedder"):
             return {CONTEXT_TOKENS: 1}
-        length = companions.json("tokenizer/tokenizer_config.json").get("model_max_length", 77)
-        return {CONTEXT_TOKENS: length} if companions.has("tokenizer") and 0 < length < 10_000 else {}
+        tokenizer = next((name for name in ("tokenizer", "tokenizer_2") if companions.has(name)), None)
+        if tokenizer is None:
+            return {}
+        length = companions.json(f"{tokenizer}/tokenizer_config.json").get("model_max_length", 77)
+        return {CONTEXT_TOKENS: length} if 0 < length < 10_000 else {}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
         """Contexts of the classes, or of the prompts, with the pipeline's own models."""
         if companions is not None and companions.has("class_embedder"):
             return class_contexts(request, companions, self.class_guidance)
-        if companions is not None and companions.has("text_encoder"):
-            xl = config.get("addition_embed_type") == "text_time"
-            size = companions.image_shape(self.sample_shape(config))[1:]
+        if companions is None or not companions.encodes_text:
+            return super().ask(config, request, companions)
+        xl = config.get("addition_embed_type") == "text_time"
 
-            def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-                if not xl:
-                    given, without = pipeline.encode_prompt(prompts, pipeline.device, 1, True)
-                    return {"encoder_hidden_states": given}, {"encoder_hidden_states": without[:1]}
-                given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, device=pipeline.device)
-                ids = _time_ids(size)
-                return (
-                    {"encoder_hidden_states": given, "text_embeds": pooled, "time_ids": ids.expand(len(prompts), -1)},
-                    {"encoder_hidden_states": without[:1], "text_embeds": no_pooled[:1], "time_ids": ids},
-                )
+        def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            if not xl:
+                given, without = pipeline.encode_prompt(prompts, pipeline.device, 1, True)
+                return {"encoder_hidden_states": given}, {"encoder_hidden_states": without[:1]}
+            given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, device=pipeline.device)
+            ids = self._time_ids(config, companions)
+            no_ids = self._time_ids(config, companions, NEGATIVE_AESTHETIC)
+            return (
+                {"encoder_hidden_states": given, "text_embeds": pooled, "time_ids": ids.expand(len(prompts), -1)},
+                {"encoder_hidden_states": without[:1], "text_embeds": no_pooled[:1], "time_ids": no_ids},
+            )
 
-            return text_conditions(request, companions, self.sdxl_guidance if xl else self.guidance, encode)
-        return super().ask(config, request, companions)
+        default = self.default_guidance(config)
+        if str(companions.index.get("_class_name")).startswith("LatentConsistencyModel"):
+            default = LCM_GUIDANCE
+        return text_conditions(request, companions, default, encode, self.embedder(config))
+
+    def _time_ids(self, config: Mapping[str, Any], companions: Companions | None, score: float = AESTHETIC) -> Tensor:
+        """Return `[1, 6]` for an uncropped image of the size that is generated; `[1, 5]` with a score for a refiner."""
+        size = image_side(self.sample_shape(config), companions)
+        last = [score] if _count_time_ids(config) == REFINER_TIME_IDS else size
+        return torch.tensor([[*size, 0, 0, *last]], dtype=torch.float32)
 
 
-def _time_ids(size: Sequence[int]) -> Tensor:
-    """`[1, 6]`: an uncropped image of the height and width that are generated."""
-    return torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
+def guidance_embedding(guidance: float, width: int) -> Tensor:
+    """Return the embedding `[1, width]` of a guidance, as `LatentConsistencyModelPipeline` makes it: sines and cosines of
+    1000 (guidance - 1)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    angles = torch.tensor([[guidance - 1.0]]) * 1000.0 * frequencies
+    embedded = torch.cat([angles.sin(), angles.cos()], 1)
+    return F.pad(embedded, (0, width % 2))
+
+
+def _embedded_width(config: Mapping[str, Any]) -> int:
+    return int(config["projection_class_embeddings_input_dim"])
+
+
+def _count_time_ids(config: Mapping[str, Any]) -> int:
+    """6, or 5 for a refiner: its context comes from the encoder whose pooled text it takes, so both are equally wide."""
+    rest = _embedded_width(config) - REFINER_TIME_IDS * int(config["addition_time_embed_dim"])
+    return REFINER_TIME_IDS if rest == config.get("cross_attention_dim") else TIME_IDS
 
 
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
