@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,21 +43,27 @@ def model(tmp_path: Path) -> Path:
         pos_embed_max_size=16,
     )
     network.save_pretrained(tmp_path / "model")
+    (tmp_path / "scheduler.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73}')
     return tmp_path / "model"
+
+
+def told(model: Path, output: str, **options: Any) -> DilateOptions:
+    """Options of `dilate` with the schedule that weights alone don't tell."""
+    return DilateOptions(str(model), output, scheduler=str(model.parent / "scheduler.json"), **options)
 
 
 def test_an_unknown_class_is_refused_with_the_list(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as error:
-        dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors")), QUIET)
+        dilate(told(model, str(tmp_path / "d.safetensors")), QUIET)
     assert all(name in str(error.value) for name in FAMILIES)
     assert "--family generic" in str(error.value)
 
 
 def test_generic_says_what_it_needs(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="--example"):
-        dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors"), family="generic"), QUIET)
+        dilate(told(model, str(tmp_path / "d.safetensors"), family="generic"), QUIET)
     with pytest.raises(UsageError, match="is no family"):
-        dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors"), family="vit"), QUIET)
+        dilate(told(model, str(tmp_path / "d.safetensors"), family="vit"), QUIET)
     with pytest.raises(ArtifactError, match="takes no sample"):
         family_of("generic:AutoencoderKL", "test")
     with pytest.raises(ArtifactError, match="has no class"):
@@ -66,7 +73,7 @@ def test_generic_says_what_it_needs(model: Path, tmp_path: Path) -> None:
 def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     save_file({"encoder_hidden_states": torch.randn(1, 5, 12)}, tmp_path / "example.safetensors")
     at = {name: str(tmp_path / f"{name}.safetensors") for name in "dcq"}
-    dilate(DilateOptions(str(model), at["d"], family="generic", example=str(tmp_path / "example.safetensors")), QUIET)
+    dilate(told(model, at["d"], family="generic", example=str(tmp_path / "example.safetensors")), QUIET)
     manifest = open_artifact(at["d"]).manifest
     assert manifest.model["family"] == "generic"
     assert {block["name"] for block in manifest.metrics["blocks"]} == {r["name"] for r in manifest.layers}
