@@ -1,4 +1,4 @@
-"""Register dqtool's quantizer with diffusers when, and only when, diffusers is imported."""
+"""Extend diffusers with dqtool's quantizer when, and only when, diffusers is imported."""
 
 from __future__ import annotations
 
@@ -10,17 +10,34 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-TARGET = "diffusers.quantizers.auto"
-"""The module that holds diffusers' tables of quantizers."""
+
+def _register_quantizer(auto: ModuleType) -> None:
+    from dqtool.models.hub import register
+
+    register(auto)
+
+
+def _register_runs(pipeline_utils: ModuleType) -> None:
+    from dqtool.models.pipeline_runs import register
+
+    register(pipeline_utils)
+
+
+TARGETS = {
+    "diffusers.quantizers.auto": _register_quantizer,
+    "diffusers.pipelines.pipeline_utils": _register_runs,
+}
+"""Modules of diffusers and what is done with each once it has been imported: the first holds the tables of quantizers, the
+second the pipelines' base class."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find `TARGET` and wraps its loader."""
+    """Lets the other finders find the modules of `TARGETS` and wraps their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != TARGET:
+        if fullname not in TARGETS:
             return None
         for finder in sys.meta_path:
             if finder is not self and hasattr(finder, "find_spec"):
@@ -40,18 +57,13 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.inner.exec_module(module)
-        _register(module)
-
-
-def _register(auto: ModuleType) -> None:
-    from dqtool.models.hub import register
-
-    register(auto)
+        TARGETS[module.__name__](module)
 
 
 def install() -> None:
-    """Register now if diffusers is loaded already, else when it is. Idempotent."""
-    if TARGET in sys.modules:
-        _register(sys.modules[TARGET])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Register in what is loaded of diffusers already, and in the rest when it is. Idempotent."""
+    for name, register in TARGETS.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

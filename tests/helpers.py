@@ -98,7 +98,7 @@ def quantized_conv() -> FakeQuantLayer:
     """A 4/4 convolution with step tables for `T` steps at timesteps 0, 10, ..."""
     from dqtool.core.bits import LayerBits
     from dqtool.nn.layers import FakeQuantLayer
-    from dqtool.nn.quantizers import StepIndex
+    from dqtool.nn.steps import StepIndex
 
     torch.manual_seed(0)
     layer = FakeQuantLayer(nn.Conv2d(3, 4, 3, padding=1), LayerBits(4, 4), StepIndex(torch.arange(T) * 10.0))

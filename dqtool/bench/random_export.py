@@ -76,7 +76,8 @@ def _make(path: Path, wanted: Architecture, bits: str, parameters: dict[str, Any
             asdict(plan.info) | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated} for plan in plans
         ]
         config = wanted.network_config()
-        packed = config | {"quantization_config": quantization_config(plan_records(records), len(state["timesteps"]))}
+        ours = quantization_config(plan_records(records), len(state["timesteps"]), static=False)
+        packed = config | {"quantization_config": ours}
 
         def build(directory: Path) -> None:
             import json

@@ -12,7 +12,7 @@ from dqtool.formats.shapes import network_shapes, swapped
 from dqtool.models.export_layout import WEIGHTS
 from dqtool.models.families import family_of
 from dqtool.models.hub import quantization_config
-from dqtool.models.packed import plan_records, plans_of, prediction_rows
+from dqtool.models.packed import is_static, plan_records, plans_of, prediction_rows
 from dqtool.nn.integer import runs_as
 from dqtool.nn.surgery import state_shapes
 
@@ -28,7 +28,9 @@ def prepare(distilled: Artifact) -> Exported:
     float_shapes = network_shapes(family, config, manifest.layers)
     rows = prediction_rows(tensors)
     predicted = file_bytes(swapped(state_shapes(float_shapes, plans_of(manifest), timesteps, rows)))
-    config["quantization_config"] = quantization_config(plan_records(manifest.layers), timesteps, rows)
+    config["quantization_config"] = quantization_config(
+        plan_records(manifest.layers), timesteps, rows, is_static(manifest, timesteps)
+    )
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, tensors)

@@ -29,11 +29,19 @@ class _Method(StrEnum):
 
 
 def quantization_config(
-    records: list[dict[str, Any]], timesteps: int, prediction: Mapping[str, Sequence[int]] | None = None
+    records: list[dict[str, Any]],
+    timesteps: int,
+    prediction: Mapping[str, Sequence[int]] | None = None,
+    static: bool = True,
 ) -> dict[str, Any]:
-    """The `quantization_config` of an exported `config.json`: the layers with their bits, in execution order, and by name
-    the shape of a row of each table that corrects predictions, where there are some."""
+    """Return the `quantization_config` of an exported `config.json`.
+
+    It holds the layers with their bits, in execution order, and by name the shape of a row of each table that corrects
+    predictions, where there are some. `static` says of tables of one row whether it serves all timesteps.
+    """
     known = {"quant_method": METHOD, "format": FORMAT, "timesteps": timesteps, "layers": records}
+    if timesteps == 1:
+        known["static"] = static
     return known if prediction is None else {**known, "prediction": {k: list(row) for k, row in prediction.items()}}
 
 
@@ -54,9 +62,10 @@ def register(auto: ModuleType) -> None:
             if isinstance(rows, list):  # of the first exports that had such tables, which were these two
                 rows = dict.fromkeys(("scale", "bias"), rows)
             self.prediction = rows
+            self.static: bool = self.timesteps == 1 and kwargs.get("static", True)
 
         def to_dict(self) -> dict[str, Any]:
-            return quantization_config(self.layers, self.timesteps, self.prediction)
+            return quantization_config(self.layers, self.timesteps, self.prediction, self.static)
 
         def to_diff_dict(self) -> dict[str, Any]:
             """Everything: nothing here has a default."""
@@ -138,7 +147,7 @@ def register(auto: ModuleType) -> None:
             from dqtool.nn.calls import one_call_at_a_time
             from dqtool.nn.surgery import refresh_steps
 
-            refresh_steps(model)
+            refresh_steps(model, self.quantization_config.static)
             return one_call_at_a_time(model)
 
         def _is_ours(self, model: nn.Module, name: str) -> bool:

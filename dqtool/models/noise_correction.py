@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqtool.nn.steps import look_up
+
 __all__ = ["NoiseCorrection", "StepNoise", "fit_noise", "noise_scale", "response"]
 
 LEAST_FACTOR = 0.1
@@ -60,13 +62,20 @@ class NoiseCorrection:
 
     def corrected(self, prediction: Tensor, timestep: Tensor, inputs: Tensor) -> Tensor:
         """What the sampler is to take in place of `prediction`, the network's answer to `inputs`, both `[N, C, ...]`."""
-        found = self.steps.get(float(timestep))
+        found = self._at(timestep)
         return prediction if found is None else found.corrected(prediction, inputs)
 
     def variance(self, timestep: Tensor) -> float:
         """Mean square of the rest at this step."""
-        found = self.steps.get(float(timestep))
+        found = self._at(timestep)
         return 0.0 if found is None else found.variance
+
+    def _at(self, timestep: Tensor) -> StepNoise | None:
+        """The correction of this timestep, or None where it was not fitted."""
+        if not self.steps:
+            return None
+        row, missed = look_up(timestep.reshape(1).cpu(), torch.tensor(list(self.steps), dtype=torch.float64))
+        return None if bool(missed) else list(self.steps.values())[int(row)]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, one entry a step in sampling order."""

@@ -19,6 +19,7 @@ from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
 
 __all__ = [
+    "is_static",
     "layer_infos",
     "packed_network",
     "plan_records",
@@ -63,6 +64,12 @@ def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def is_static(manifest: Manifest, timesteps: int) -> bool:
+    """Return whether step tables of `timesteps` rows are one row that serves all steps: calibrated were several."""
+    sampling = (manifest.pipeline or {}).get("sampling") or {}
+    return timesteps == 1 and int(sampling.get("steps", 1)) > 1
+
+
 def prediction_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
     """By name the shape of a row of each table that corrects a packed network's predictions; None where it has none."""
     prefix = f"{PREDICTION}."
@@ -79,9 +86,15 @@ def structure_of(manifest: Manifest) -> tuple[nn.Module, dict[str, Any], list[La
 
 
 def packed_network(
-    class_name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan], state: Mapping[str, Tensor]
+    class_name: str,
+    config: Mapping[str, Any],
+    plans: Sequence[LayerPlan],
+    state: Mapping[str, Tensor],
+    static: bool = False,
 ) -> nn.Module:
-    """The network that an artifact of packed tensors describes, ready to run with float fake-quantization.
+    """Build the network that an artifact of packed tensors describes, ready to run with float fake-quantization.
+
+    `static`: one row of the step tables serves all timesteps, see `is_static`.
 
     Raises:
         ArtifactError: the tensors are not those the plan calls for.
@@ -96,7 +109,7 @@ def packed_network(
         except RuntimeError as e:
             raise ArtifactError(f"The packed tensors don't fit the manifest: {e}") from e
     materialise(network, family, config)
-    refresh_steps(network)
+    refresh_steps(network, static)
     return network.eval().requires_grad_(False)
 
 

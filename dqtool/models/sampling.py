@@ -15,6 +15,7 @@ from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.families import Family
 from dqtool.models.noise_correction import NoiseCorrection, noise_scale, response
 from dqtool.models.told import is_flow
+from dqtool.nn.steps import step_run
 
 __all__ = [
     "CALIBRATION",
@@ -109,10 +110,11 @@ class Sampler:
     def timesteps(self) -> Tensor:
         """The table `[T]` of distinct timesteps the network will be given, in sampling order. PLMS asks for its second
         timestep twice, so `T` may be less than the number of calls."""
-        seen: dict[float, None] = dict.fromkeys(self._fresh().timesteps.double().tolist())
-        return self._given(torch.tensor(list(seen), dtype=torch.float32))
+        timesteps = self._given(self._fresh().timesteps.to(torch.float32))
+        return torch.tensor(list(dict.fromkeys(timesteps.tolist())), dtype=torch.float32)
 
     @torch.no_grad()
+    @step_run()
     def run(
         self,
         model: nn.Module,

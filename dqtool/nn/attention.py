@@ -17,7 +17,8 @@ from dqtool.core.bits import FLOAT_BITS
 from dqtool.graph.attention import attention_layout
 from dqtool.nn.joint_attention import flux_attention, joint_attention
 from dqtool.nn.layers import multiply_shared
-from dqtool.nn.quantizers import StepIndex, quantize_operand
+from dqtool.nn.quantizers import quantize_operand
+from dqtool.nn.steps import StepIndex
 
 __all__ = [
     "OPERANDS",

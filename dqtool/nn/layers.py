@@ -17,7 +17,8 @@ from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
 from dqtool.core.packing import pack, packed_words, unpack
 from dqtool.graph.padding import zero_padding
-from dqtool.nn.quantizers import StepIndex, quantize_operand
+from dqtool.nn.quantizers import quantize_operand
+from dqtool.nn.steps import StepIndex
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,7 +21,7 @@ from dqtool.nn.integer import IntegerLayer, Operand, integer_attention, integer_
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.prediction import PredictionTables, correct_hook, corrected
-from dqtool.nn.quantizers import step_hook
+from dqtool.nn.steps import nearest_rows, step_hook
 
 __all__ = [
     "LoweredLayer",
@@ -114,7 +114,7 @@ class StepTables(nn.Module):
     def enter(self, timestep: Tensor) -> None:
         """Gather the rows nearest to `timestep` `[n]`."""
         self._made = {}
-        rows = (timestep.to(torch.float32)[:, None] - self.timesteps).abs().argmin(1)
+        rows = nearest_rows(timestep.to(torch.float32), self.timesteps)
         if not self._columns:
             return
         row = self.table[rows]  # [n, all widths]

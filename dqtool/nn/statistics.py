@@ -14,7 +14,7 @@ from dqtool.core.affine import search_histogram
 from dqtool.graph.attention import attention_layout
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, operand_bits
-from dqtool.nn.quantizers import StepIndex
+from dqtool.nn.steps import StepIndex
 from dqtool.nn.surgery import LayerPlan
 
 __all__ = ["BINS", "channel_ranges", "collect", "initial_tables"]

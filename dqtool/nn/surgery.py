@@ -18,7 +18,7 @@ from dqtool.graph.trace import LayerInfo
 from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_bits, operand_state, operands_shapes
 from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
 from dqtool.nn.prediction import attach_prediction, prediction_shapes
-from dqtool.nn.quantizers import StepIndex, step_hook
+from dqtool.nn.steps import StepIndex, step_hook
 
 __all__ = [
     "LayerPlan",
@@ -143,11 +143,11 @@ def insert_packed(
     return steps
 
 
-def refresh_steps(model: nn.Module) -> None:
-    """Take the table of timesteps from the root's buffer, once it has been loaded."""
+def refresh_steps(model: nn.Module, static: bool = False) -> None:
+    """Take the table of timesteps from the root's buffer, once it has been loaded. `static`: its row is for all timesteps."""
     steps = steps_of(model)
-    fresh = StepIndex(model.timesteps)  # type: ignore[arg-type]
-    steps.timesteps, steps._tolerance = fresh.timesteps, fresh._tolerance
+    steps.load(model.timesteps)  # type: ignore[arg-type]
+    steps.static = static
 
 
 def steps_of(model: nn.Module) -> StepIndex:

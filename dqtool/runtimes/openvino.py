@@ -40,10 +40,10 @@ from dqtool.formats.openvino import (
 )
 from dqtool.models.export_layout import component_prefix, weights_file
 from dqtool.models.families import family_of
-from dqtool.models.packed import packed_network, plans_of
+from dqtool.models.packed import is_static, packed_network, plans_of
 from dqtool.nn.calls import CallLock
 from dqtool.nn.lowered import flat_arguments, nested_arguments
-from dqtool.nn.quantizers import StepIndex
+from dqtool.nn.steps import StepIndex, nearest_rows
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
 
@@ -114,7 +114,8 @@ class OpenVINONetwork(nn.Module):
         self._cache = cache_folder(artifact, self._core)
         self._requests: OrderedDict[tuple, Any] = OrderedDict()
         self._lock = CallLock()
-        self.steps = StepIndex(self._timesteps())
+        timesteps = self._timesteps()
+        self.steps = StepIndex(timesteps, is_static(artifact.manifest, len(timesteps)))
 
     def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
         """A copy compiles its own graphs, or finds them in the cache."""
@@ -152,16 +153,23 @@ class OpenVINONetwork(nn.Module):
         given = {k: v for k, v in list(bound.arguments.items())[1:] if v is not None}
         as_dict = given.pop("return_dict", True)
         _only_tensors({k: v for k, v in given.items() if v is not self._signature.parameters[k].default})
-        timestep = torch.as_tensor(given["timestep"])
-        self.steps.set(timestep)
-        timestep = timestep.detach().reshape(-1).to(torch.float32)
-        given["timestep"] = timestep[:1] if bool((timestep == timestep[0]).all()) else timestep
+        given["timestep"] = self._timestep(given["timestep"])
         tensors = flat_arguments(given)
         dtype = tensors[self.family.sample].dtype
         outputs = [torch.from_numpy(array).to(dtype) for array in self._run(tensors)]
         if as_dict and self._output_class is not None:
             return self._output_class(*outputs)
         return tuple(outputs)
+
+    def _timestep(self, given: Tensor | float | int) -> Tensor:
+        """Return the graph's input `timestep` `[1]`, or `[N]` for mixed steps. The graph takes the row nearest to it."""
+        self.steps.set(given)
+        timestep, rows = torch.as_tensor(given).detach().cpu().reshape(-1), self.steps.rows.cpu()
+        exact = timestep.to(torch.float32)
+        exact = exact[:1] if len(rows) == 1 and bool((exact == exact[0]).all()) else exact
+        table = self.steps.timesteps.to(torch.float32)
+        # A half type may round a timestep past the middle between two rows.
+        return torch.where(nearest_rows(exact, table) == rows, exact, table[rows])
 
     def _run(self, tensors: Mapping[str, Tensor]) -> list[np.ndarray]:
         feed = {name: _array(tensor) for name, tensor in tensors.items()}

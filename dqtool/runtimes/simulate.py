@@ -7,7 +7,7 @@ from torch import nn
 from dqtool.artifacts import Artifact
 from dqtool.models.export_layout import weights_file
 from dqtool.models.loading import build_network
-from dqtool.models.packed import packed_network, plans_of
+from dqtool.models.packed import is_static, packed_network, plans_of
 from dqtool.nn.calls import one_call_at_a_time
 
 __all__ = ["available", "load"]
@@ -20,7 +20,13 @@ def load(artifact: Artifact) -> nn.Module:
     if manifest.parameters["format"] == "dense":
         return build_network(manifest.model["class"], manifest.model["config"], state, artifact.given)
     return one_call_at_a_time(
-        packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
+        packed_network(
+            manifest.model["class"],
+            manifest.model["config"],
+            plans_of(manifest),
+            state,
+            is_static(manifest, len(state["timesteps"])),
+        )
     )
 
 

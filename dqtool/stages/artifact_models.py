@@ -74,7 +74,7 @@ def student_of(
     state = {name: value if name in copied else value.clone() for name, value in state.items()}
     network = place(build_network(manifest.model["class"], manifest.model["config"], state, "student", share=True))
     timesteps = tensors["timesteps"][:1] if static else tensors["timesteps"]
-    insert_fake(network, plans, timesteps, dilation)
+    insert_fake(network, plans, timesteps, dilation).static = static
     assign_tables(network, plans, initial_tables(plans, tensors, static))
     initialise_weights(network)
     return network

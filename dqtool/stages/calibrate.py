@@ -228,13 +228,13 @@ def quotas_by_step(
         return draw.function(given)
     middle = next((name for name in blocks if name.startswith("mid_block")), blocks[len(blocks) // 2])
     latest: list[Tensor] = []
-    found: dict[float, Tensor] = {}
+    found: dict[int, Tensor] = {}
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
 
     def see(_x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-        found.setdefault(float(timestep), main_memory(latest[0].detach().clone()))
+        found.setdefault(row_of(timestep, timesteps), main_memory(latest[0].detach().clone()))
 
     images = min(options.batch_size, options.samples)
     conditions = conditions.evenly(images)
@@ -247,8 +247,26 @@ def quotas_by_step(
             pass
     finally:
         handle.remove()
-    features = torch.stack([found[float(t)] for t in timesteps])
+    features = torch.stack([found[row] for row in range(len(timesteps))])
     return draw.function(DrawInput(len(timesteps), options.samples, generator, features))
+
+
+def row_of(timestep: Tensor, timesteps: Tensor) -> int:
+    """Return the row of `timestep` in the sampler's own table `timesteps` `[T]`.
+
+    Raises:
+        NumericError: the sampler asks for a timestep that its table lacks.
+    """
+    from dqtool.nn.steps import look_up
+
+    row, missed = look_up(timestep.detach().reshape(1).cpu(), timesteps)
+    if bool(missed):
+        raise NumericError(
+            f"The sampler asks for timestep {float(timestep):g}, which is not in its list",
+            where="calibrate",
+            fix="Choose another --sampler",
+        )
+    return int(row)
 
 
 def images_of(quotas: Tensor, conditions: Conditions) -> int:
@@ -281,7 +299,6 @@ def record(
 
     steps, halves = len(timesteps), 1 + conditions.guided
     images = images_of(quotas, conditions)
-    row_of = {float(t): i for i, t in enumerate(timesteps)}
     pools: list[list[Tensor]] = [[] for _ in range(steps)]
     owners: list[list[Tensor]] = [[] for _ in range(steps)]
     done = 0
@@ -289,7 +306,7 @@ def record(
     with report.progress("calibrate: trajectory", calls) as progress:
 
         def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-            row = row_of[float(timestep)]
+            row = row_of(timestep, timesteps)
             # [n, halves, ...]: a point's inputs beside each other.
             pools[row].append(main_memory(torch.stack(x.chunk(halves), 1)))
             owners[row].append(torch.arange(done, done + len(x) // halves))

@@ -293,11 +293,11 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
         network = load(artifact.given, runtime, batch)
         return place(network) if runtime == "simulate" else network
     if artifact.stage == "distill":
-        from dqtool.models.packed import packed_network, plans_of
+        from dqtool.models.packed import is_static, packed_network, plans_of
 
-        packed = packed_network(
-            manifest.model["class"], manifest.model["config"], plans_of(manifest), artifact.tensors()
-        )
+        state = artifact.tensors()
+        static = is_static(manifest, len(state["timesteps"]))
+        packed = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state, static)
         return place(packed)
     from dqtool.stages.artifact_models import teacher_of
 

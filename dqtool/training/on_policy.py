@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dqtool.core.allocator import return_freed_memory
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.steps import look_up
 from dqtool.nn.surgery import steps_of
 from dqtool.training.accumulation import backward
 from dqtool.training.block_loop import trainable
@@ -164,7 +165,7 @@ def _visited(
 
     def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
         answer = problem.family.predict(problem.teacher, x, timestep, everything)
-        row = (trajectory.timesteps - timestep).abs().argmin()
+        row, _ = look_up(timestep.reshape(1).cpu(), trajectory.timesteps)
         seen.append((x.clone(), answer, row.expand(len(x)), subjects))
 
     noise = initial_noise(tuple(trajectory.x.shape[1:]), images, seed, CALIBRATION)

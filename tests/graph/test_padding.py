@@ -12,7 +12,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.graph.padding import zero_padding
 from dqtool.graph.trace import kept_float, trace
 from dqtool.nn.layers import fake_layer
-from dqtool.nn.quantizers import StepIndex
+from dqtool.nn.steps import StepIndex
 
 
 @pytest.mark.parametrize(

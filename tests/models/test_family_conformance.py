@@ -18,7 +18,7 @@ from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
 from dqtool.nn.prediction import attach_prediction, row_shapes
-from dqtool.nn.quantizers import StepIndex
+from dqtool.nn.steps import StepIndex
 from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common

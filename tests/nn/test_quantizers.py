@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
-import pytest
 import torch
 from helpers import T, quantized_conv
 
-from dqtool.nn.quantizers import StepIndex, gather_rows, quantize_operand
+from dqtool.nn.quantizers import gather_rows, quantize_operand
 
 
 def test_mixed_batch_gives_each_step_the_gradient_of_that_step_alone() -> None:
@@ -44,34 +41,3 @@ def test_rows_repeat_over_guidance_copies() -> None:
     table = torch.arange(5.0)
     assert gather_rows(table, torch.tensor([4, 1]), 6).tolist() == [4, 4, 4, 1, 1, 1]
     assert gather_rows(table, torch.tensor([2]), 6).tolist() == [2]
-
-
-def test_unknown_timestep_takes_the_nearest_and_warns_once() -> None:
-    steps = StepIndex(torch.tensor([900.0, 500.0, 100.0]))
-    with pytest.warns(UserWarning, match="timestep 480"):
-        steps.set(480)
-    assert steps.rows.tolist() == [1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        steps.set(470)
-        steps.set(torch.tensor([900, 100]))
-    assert steps.rows.tolist() == [0, 2]
-    assert steps.missed == {480.0, 470.0}
-
-
-def test_uniform_batch_collapses_to_one_row() -> None:
-    steps = StepIndex(torch.tensor([900.0, 500.0, 100.0]))
-    steps.set(torch.tensor([100, 100, 100]))
-    assert steps.rows.tolist() == [2]
-
-
-def test_rows_move_to_a_device_once_and_anew_when_they_change() -> None:
-    steps = StepIndex(torch.tensor([900.0, 500.0]))
-    here, there = torch.zeros(1), torch.zeros(1, device="meta")
-    steps.select(torch.tensor([1]))
-    moved = steps.rows_beside(there)
-    assert moved.device.type == "meta"
-    assert steps.rows_beside(there) is moved
-    assert steps.rows_beside(here).tolist() == steps.rows.tolist() == [1]
-    steps.select(torch.tensor([0]))
-    assert steps.rows_beside(here).tolist() == [0]

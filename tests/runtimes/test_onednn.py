@@ -18,7 +18,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import IntegerLayer, Operand, accumulate, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
-from dqtool.nn.quantizers import StepIndex
+from dqtool.nn.steps import StepIndex
 from dqtool.runtimes.onednn import codes, integer_report, library
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
 from dqtool.runtimes.onednn.blocks import NormActProduct

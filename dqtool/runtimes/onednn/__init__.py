@@ -25,7 +25,7 @@ from dqtool.core.allocator import FilePages, keep_freed_memory
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.graph.attention import is_attention
 from dqtool.models.export_layout import weights_file
-from dqtool.models.packed import packed_network, plans_of
+from dqtool.models.packed import is_static, packed_network, plans_of
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.calls import one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
@@ -68,7 +68,15 @@ def load(artifact: Artifact) -> nn.Module:
     # Only packed codes stay views of the mapped file, until they are in the kernels' layout. Then their pages are let go.
     state = {name: t if name.endswith(".weight_packed") else t.clone() for name, t in mapped.items()}
     pages = FilePages(artifact.path / weights, next(iter(mapped.values()), None))
-    network = convert(packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state))
+    network = convert(
+        packed_network(
+            manifest.model["class"],
+            manifest.model["config"],
+            plans_of(manifest),
+            state,
+            is_static(manifest, len(state["timesteps"])),
+        )
+    )
     for tensor in mapped.values():  # what has been read by now, and what stays resident of a file just written
         pages.release(tensor.data_ptr(), tensor.nbytes)
     for module in network.modules():

@@ -1,0 +1,50 @@
+"""Calls of diffusers pipelines as runs: one warning a call reports the timesteps that were not calibrated."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+__all__ = ["register"]
+
+
+def register(pipeline_utils: ModuleType) -> None:
+    """Let every pipeline class, those made later included, open a `step_run` around its calls. Idempotent.
+
+    `pipeline_utils` is `diffusers.pipelines.pipeline_utils`. The classes stay the same objects: diffusers compares them by
+    identity.
+    """
+    base: Any = pipeline_utils.DiffusionPipeline
+    if "__init_subclass__" in vars(base) and getattr(base.__init_subclass__, "_dqtool", False):
+        return
+
+    def watch(cls: Any, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)
+        _wrap(cls)
+
+    watch._dqtool = True  # type: ignore[attr-defined]
+    base.__init_subclass__ = classmethod(watch)
+    known = [base]
+    for cls in known:
+        known += type.__subclasses__(cls)
+        _wrap(cls)
+
+
+def _wrap(cls: Any) -> None:
+    call = vars(cls).get("__call__")
+    if call is not None and not hasattr(call, "_dqtool"):
+        cls.__call__ = _as_run(call)
+
+
+def _as_run(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        from dqtool.nn.steps import step_run
+
+        with step_run():
+            return call(*args, **kwargs)
+
+    run._dqtool = True  # type: ignore[attr-defined]
+    return run

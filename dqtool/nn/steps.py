@@ -1,0 +1,296 @@
+"""The step lookup: from the timestep that a sampler gives a network to the row of its step tables.
+
+Every engine uses this lookup. A row is a tensor on the timestep's device, and looking it up does not wait for the device.
+A timestep without a row of its own takes the nearest row. One warning reports how many there were, see `step_run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Set
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.errors import DqtoolWarning, NumericError
+
+__all__ = ["StepIndex", "StepRun", "look_up", "nearest_rows", "step_hook", "step_run"]
+
+HALF = (torch.float16, torch.bfloat16)
+
+EXACT = 2.0**-21
+"""Allowance of a timestep in an integer type, float32 or float64, relative to the largest of the table: two float32 roundings
+of different libraries. Tables are float32."""
+
+UNIT = 1000.0
+"""Timesteps a unit of time. Pipelines of flow matching divide by it after they round to a half type."""
+
+PENDING = 16
+"""Lookups on an accelerator after which their results are read, outside of a run."""
+
+
+def nearest_rows(timestep: Tensor, table: Tensor) -> Tensor:
+    """Return the row `[n]` of `table` `[T]` that is nearest to each `timestep` `[n]` of the same dtype. Traceable."""
+    return (timestep[:, None] - table).abs().argmin(1)
+
+
+def look_up(timestep: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row `[n]`, int64, of each `timestep` `[n]` in `table` `[T]`, and whether the table lacks it, `[n]`, bool.
+
+    A timestep of an integer type, float32 or float64 is in the table when an entry differs by rounding alone. One of a half
+    type is in it when exactly one entry rounds to it, directly or before the division by 1000. Every other timestep takes
+    the nearest row, and so does NaN, which counts as missing. No operation waits for the device.
+    """
+    wide = torch.float32 if timestep.device.type == "mps" else torch.float64
+    exact, rows = timestep.to(wide), table.to(timestep.device, wide)
+    distance = (exact[:, None] - rows).abs()
+    least, nearest = distance.min(1)
+    if timestep.dtype not in HALF:
+        return nearest, ~(least <= EXACT * rows.abs().max())
+    dtype = timestep.dtype
+    same = (rows.to(dtype) == timestep[:, None]) | ((rows * UNIT).to(dtype) / UNIT == timestep[:, None])
+    known = same.sum(1) == 1
+    return torch.where(known, same.to(torch.uint8).argmax(1), nearest), ~known
+
+
+class StepRun:
+    """Timesteps that networks were asked for while one run lasted: all of them, and those that were not calibrated."""
+
+    def __init__(self) -> None:
+        self.asked: set[float] = set()
+        self.missed: dict[float, float] = {}
+        self.calibrated = 0
+        self.indices: dict[int, StepIndex] = {}
+
+    def warning(self) -> str | None:
+        """The warning that the run ends with, or None when every timestep was calibrated."""
+        for index in self.indices.values():
+            index.settle(self)
+        if not self.missed:
+            return None
+        examples = ", ".join(f"{value:g}" for value in sorted(self.missed, reverse=True)[:4])
+        more = ", ..." if len(self.missed) > 4 else ""
+        return (
+            f"{len(self.missed)} of the {len(self.asked)} timesteps of this run are not among the {self.calibrated} "
+            f"calibrated ones ({examples}{more}), {_distance(max(self.missed.values()))}. {_COST}"
+        )
+
+
+_COST = (
+    "Each takes the quantizers of the nearest calibrated step. Their ranges do not fit it, so images lose detail or "
+    "contrast, more with the distance. Sample with the calibrated sampler and number of steps, or run `dqtool calibrate` "
+    "with these."
+)
+
+_RUN: ContextVar[StepRun | None] = ContextVar("dqtool_step_run", default=None)
+
+
+@contextlib.contextmanager
+def step_run() -> Iterator[StepRun]:
+    """One run of a sampler, such as a pipeline's call: its missed timesteps are reported together, when it ends.
+
+    A run inside another one belongs to it. Calls of a network outside of any run warn at the first missed timestep.
+    """
+    outer = _RUN.get()
+    if outer is not None:
+        yield outer
+        return
+    run = StepRun()
+    token = _RUN.set(run)
+    try:
+        yield run
+    finally:
+        _RUN.reset(token)
+        text = run.warning()
+        if text is not None:
+            warnings.warn(text, DqtoolWarning, stacklevel=4)
+
+
+class StepIndex:
+    """The row of the step tables that each sample of the batch in flight uses. All layers of a network share it.
+
+    `timesteps` is `[T]`, in any order, each value once. Until `set` or `select` is called the first row is used. `missed`
+    holds every timestep that was asked for and not calibrated. With `static` the tables have one row that was made for all
+    timesteps, and none is missed.
+    """
+
+    def __init__(self, timesteps: Tensor, static: bool = False) -> None:
+        self.static = static
+        self._rows = torch.zeros(1, dtype=torch.long)
+        self._moved = self._rows
+        self._missed: set[float] = set()
+        self._warned = False
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self.load(timesteps)
+        self._key = _register(self)
+
+    def load(self, timesteps: Tensor) -> None:
+        """Take `timesteps` `[T]` for the table."""
+        self.timesteps = timesteps.detach().double().cpu()
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what belongs to this object alone."""
+        return {**self.__dict__, "_key": None, "_tables": {}, "_pending": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of another index, as a copy of its own."""
+        self.__dict__.update(state)
+        self._missed = set(self._missed)
+        self._key = _register(self)
+
+    def set(self, timestep: Tensor | float | int) -> None:
+        """Look up `timestep`: a scalar, or `[N]` for a batch of mixed steps.
+
+        Raises:
+            NumericError: a timestep is NaN or infinite. Not raised on an accelerator, where reading it would wait.
+        """
+        if isinstance(timestep, float):
+            timestep = torch.tensor(timestep, dtype=torch.float64)
+        asked = torch.as_tensor(timestep).detach()
+        asked = asked.reshape(1) if asked.dim() == 0 else asked[:1] if _is_expanded(asked) else asked.reshape(-1)
+        if torch.compiler.is_compiling():
+            self.select(torch.ops.dqtool.step_rows(asked, self.table_on(asked.device), self._key))
+            return
+        rows = self.find(asked)
+        if rows.device.type == "cpu" and len(rows) > 1 and bool((rows == rows[:1]).all()):
+            rows = rows[:1]
+        self.select(rows)
+
+    def find(self, timestep: Tensor) -> Tensor:
+        """Return the rows `[n]` of `timestep` `[n]`, and note which of them are missing from the table."""
+        if timestep.device.type == "cpu" and not bool(timestep.isfinite().all()):
+            raise NumericError(
+                "The timestep is not a finite number", where="the network's argument timestep", fix="Check the sampler"
+            )
+        rows, missed = look_up(timestep, self.table_on(timestep.device))
+        if self.static:
+            return rows
+        run = _RUN.get()
+        if run is not None:
+            run.calibrated = len(self.timesteps)
+            run.indices[id(self)] = self
+        self._pending.append((timestep, missed))
+        if timestep.device.type == "cpu" or (run is None and len(self._pending) >= PENDING and not _capturing()):
+            self.settle(run)
+        return rows
+
+    def settle(self, run: StepRun | None = None) -> None:
+        """Read the results of the lookups so far, for `run` or else for the network alone."""
+        pending, self._pending = self._pending, []
+        for timestep, missed in pending:
+            values = timestep.cpu().double().tolist()
+            lost = [value for value, is_missed in zip(values, missed.tolist(), strict=True) if is_missed]
+            self._missed.update(lost)
+            if run is not None:
+                run.asked.update(values)
+                run.missed.update({value: self._steps_away(value) for value in lost})
+            elif lost and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"timestep {lost[0]:g} is not among the {len(self.timesteps)} calibrated ones, "
+                    f"{_distance(self._steps_away(lost[0]))}. {_COST}",
+                    DqtoolWarning,
+                    stacklevel=4,
+                )
+
+    @property
+    def missed(self) -> Set[float]:
+        """Timesteps that were asked for and are not in the table."""
+        self.settle(_RUN.get())
+        return self._missed
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """Return the table `[T]` on `device`, moved there once: float64, float32 where there is none."""
+        found = self._tables.get(device)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self.timesteps.to(device, torch.float32 if device.type == "mps" else torch.float64)
+            self._tables[device] = found
+        return found
+
+    def select(self, rows: Tensor) -> None:
+        """Use these rows of the tables, `[N]` (or `[1]` for all samples)."""
+        self._rows = self._moved = rows
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows in use, on the device where they were looked up."""
+        return self._rows
+
+    def rows_beside(self, x: Tensor) -> Tensor:
+        """Return the rows in use on the device of `x`. They move once for all layers, since a transfer waits for the device."""
+        if self._moved.device != x.device:
+            self._moved = self._rows.to(x.device)
+        return self._moved
+
+    def _steps_away(self, value: float) -> float:
+        """Distance of `value` from the nearest entry in the table's own steps there; infinite in a table of one entry."""
+        distance = (self.timesteps - value).abs()
+        row = int(distance.argmin())
+        others = (self.timesteps - self.timesteps[row]).abs()
+        others = others[others > 0]
+        return float(distance[row] / others.min()) if len(others) else float("inf")
+
+
+_INDICES: weakref.WeakValueDictionary[int, StepIndex] = weakref.WeakValueDictionary()
+_COUNT = itertools.count()
+_PROCESS = int.from_bytes(os.urandom(4), "little") >> 1 << 32
+
+
+def _register(index: StepIndex) -> int:
+    """Return a number by which a compiled graph finds `index`, and graphs of other processes don't."""
+    key = _PROCESS + next(_COUNT)
+    _INDICES[key] = index
+    return key
+
+
+@torch.library.custom_op("dqtool::step_rows", mutates_args=())
+def _step_rows(timestep: Tensor, table: Tensor, key: int) -> Tensor:
+    """`StepIndex.find` as one operation of a compiled graph."""
+    index = _INDICES.get(key)
+    return look_up(timestep, table)[0] if index is None else index.find(timestep)
+
+
+@_step_rows.register_fake
+def _(timestep: Tensor, table: Tensor, key: int) -> Tensor:
+    return torch.empty_like(timestep, dtype=torch.long)
+
+
+def step_hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Feed the root's timestep argument to the `StepIndex` it carries: a forward pre-hook (`with_kwargs=True`).
+
+    The index is looked up on the module, not captured, so that a deep copy of the network keeps its own.
+    """
+    timestep = kwargs["timestep"] if "timestep" in kwargs else args[_position(type(module).forward)]
+    module.__dict__["_dqtool_steps"].set(timestep)
+
+
+@functools.cache
+def _position(forward: Callable[..., Any]) -> int:
+    """Return where `timestep` stands among the arguments of a network's forward: second, in some behind the texts."""
+    names = list(inspect.signature(forward).parameters)
+    return names.index("timestep") - 1 if "timestep" in names else 1
+
+
+def _is_expanded(timestep: Tensor) -> bool:
+    """Return whether `timestep` `[N]` is one value seen N times, as pipelines make it with `expand`."""
+    return timestep.dim() == 1 and timestep.shape[0] > 1 and timestep.stride(0) == 0
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _distance(steps: float) -> str:
+    if steps == float("inf"):
+        return "and one step alone was calibrated"
+    return f"{steps:.2g} calibrated steps away from the nearest one at most"
