@@ -23,7 +23,9 @@ def dilate(
     ],
     common: Common,
     output: Output = "dilated.safetensors",
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="Its config.json, or the authors' YAML.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Its config.json or a directory with it, or the authors' YAML.")
+    ] = None,
     prediction_type: Annotated[
         str | None,
         typer.Option(
@@ -34,6 +36,14 @@ def dilate(
     scheduler: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="A scheduler_config.json, or a directory with one: its noise schedule."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The tokenizer of a single file that holds its text encoders."),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A pipeline of the same kind, with all that the model comes without."),
     ] = None,
     scaling: Annotated[
         str,

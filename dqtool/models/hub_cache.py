@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from dqtool.errors import ArtifactError, EnvironmentFault
 
-__all__ = ["hub_snapshot", "is_hub_id"]
+__all__ = ["cached_file", "hub_snapshot", "is_hub_id"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,14 @@ def hub_snapshot(given: str, component: str | None, use: Callable[[Path], T]) ->
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise incomplete or _absent(given, f"and the Hub can't be asked: {reason[:200]}") from error
     return use(path)
+
+
+def cached_file(name: str, file: str) -> Path | None:
+    """Return a file of a model that lies in the local cache; None when it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file, cache_dir=_cache())
+    return Path(found) if isinstance(found, str) else None
 
 
 def _cache() -> str | None:

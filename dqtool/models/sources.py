@@ -16,10 +16,13 @@ from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.companion_files import companion_digest
 from dqtool.models.hub_cache import hub_snapshot, is_hub_id
 from dqtool.models.lora_files import LoraFile, lora_file
-from dqtool.models.original import is_pickle, recognise
-from dqtool.models.original.shell import has_first_stage, pipeline_shell
+from dqtool.models.original import Known, is_pickle, recognise
+from dqtool.models.original.first_stage import first_stage_prefix
+from dqtool.models.original.pipelines import pipeline_of
+from dqtool.models.original.shell import Shell, pipeline_shell
 from dqtool.models.reading import read_json, read_yaml
 from dqtool.models.schedules import finite_config, settled_schedule
+from dqtool.models.tokenizers import find_tokenizers
 from dqtool.models.told import Told
 
 __all__ = ["NETWORKS", "ZOO", "ModelSource", "resolve_model", "resolve_recorded"]
@@ -38,7 +41,7 @@ class ModelSource:
 
     `layout` names the format of an original checkpoint (`dqtool.models.original`). `own_scheduler` is the noise schedule of an
     original checkpoint, or one that was told; it goes before the pipeline's. `asks` says what of the schedule nobody knows
-    yet. `loras` are added to the weights when these are loaded.
+    yet, `lacks` what keeps the rest of a file from being used. `loras` are added to the weights when these are loaded.
     """
 
     given: str
@@ -50,6 +53,7 @@ class ModelSource:
     layout: str | None = None
     own_scheduler: dict[str, Any] | None = None
     asks: str | None = None
+    lacks: str | None = None
     loras: tuple[LoraFile, ...] = ()
     entries: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
 
@@ -146,6 +150,8 @@ def resolve_model(
         source = _file(given, Path(given), config, told)
     else:
         source = _directory(given, Path(given), config, component)
+    if told.pipeline is not None and source.pipeline is None:
+        source = _in_pipeline(source, told.pipeline)
     given_schedule = source.scheduler
     schedule, asks = settled_schedule(source.class_name, source.config, given_schedule, source.asks, told)
     own = source.own_scheduler if schedule == given_schedule else schedule
@@ -182,31 +188,92 @@ def _file(given: str, path: Path, config: str | None, told: Told) -> ModelSource
     if found is not None:
         layout, entries = found
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-        yaml = read_yaml(Path(config)) if config and config.endswith((".yaml", ".yml")) else None
-        description, own = layout.describe(shapes, yaml, given, told.prediction_type), layout.network(shapes)
-        network = _network_config(Path(config), given) if config and yaml is None else description.config
-        scheduler = finite_config(description.scheduler)
-        whole = has_first_stage(entries, network["_class_name"])
-        return ModelSource(
+        authors = config is not None and config.endswith((".yaml", ".yml"))
+        yaml = read_yaml(Path(config)) if config and authors else None
+        told_config = _network_config(_config_in(Path(config)), given) if config and not authors else None
+        description = layout.describe(shapes, Known(yaml, told_config, told.prediction_type), given)
+        network = told_config or description.config
+        own = layout.network(shapes)
+        scheduler: dict[str, Any] | None = finite_config(description.scheduler)
+        asks = description.asks
+        if told.pipeline is not None and not description.explicit:
+            scheduler = asks = None  # the pipeline's is the one that the model is sampled with
+        source = ModelSource(
             given=given,
             weights=(path,),
             config=network,
             config_path=Path(config) if config else path,
-            pipeline=pipeline_shell(path, network["_class_name"], scheduler) if whole else None,
+            pipeline=None,
             component="unet",
             layout=layout.name,
             own_scheduler=scheduler,
-            asks=description.asks,
+            asks=asks,
             entries={name: entries[name] for name in entries if name in own},
         )
+        return _beside(source, path, entries, finite_config(description.scheduler), told)
     if is_pickle(path):
         raise ArtifactError(
             "This is no original checkpoint of a kind that dqtool knows",
             where=given,
             fix="Give the diffusers directory of the model, or its weights as .safetensors with config.json beside them",
         )
-    config_path = Path(config) if config else path.parent / "config.json"
+    config_path = _config_in(Path(config)) if config else path.parent / "config.json"
     return ModelSource(given, (path,), _network_config(config_path, given), config_path, None, "unet")
+
+
+def _beside(
+    source: ModelSource, path: Path, names: Mapping[str, Any], scheduler: Mapping[str, Any], told: Told
+) -> ModelSource:
+    """The source with a pipeline around it, made of what the file holds and of what is told."""
+    parts = pipeline_of(source.config, names)
+    if parts is None:
+        return source
+    prefix = first_stage_prefix(names)
+    texts = tuple(text for text in parts.texts if text.marker in names)
+    whole = prefix is not None and len(texts) == len(parts.texts)
+    source = replace(source, component=parts.network)
+    base = None if told.pipeline is None else Path(told.pipeline)
+    if not whole and (base is None or not (prefix or texts)):
+        return source
+    tokenizers = find_tokenizers(texts, told.tokenizer, told.pipeline)
+    if tokenizers is None:
+        fix = "name the directory of its tokenizer with --tokenizer DIR, or a pipeline of the same kind with --pipeline DIR"
+        return replace(source, lacks=f"the file holds its text encoders but no tokenizer; to use prompts, {fix}")
+    schedule = source.own_scheduler or _pipeline_schedule(base) or scheduler
+    shell = Shell(parts, source.class_name, schedule, prefix, texts, tokenizers, base)
+    return replace(source, pipeline=pipeline_shell(path, shell))
+
+
+def _pipeline_schedule(base: Path | None) -> dict[str, Any] | None:
+    return None if base is None else finite_config(read_json(base / "scheduler" / "scheduler_config.json"))
+
+
+def _in_pipeline(source: ModelSource, pipeline: str) -> ModelSource:
+    """A bare network in the place of its like in a pipeline.
+
+    Raises:
+        EnvironmentFault: the pipeline is not there.
+        ArtifactError: it is no pipeline, or has no component of the network's class.
+    """
+    base = _embedded(pipeline) if pipeline.startswith("zoo:") else Path(pipeline)
+    if not base.exists():
+        raise EnvironmentFault("There is no such directory", where=f"--pipeline {pipeline}")
+    index = read_json(base / "model_index.json")
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[1] == source.class_name:
+            return replace(source, pipeline=base, component=name)
+    raise ArtifactError(
+        f"This pipeline has no component of class {source.class_name}, which {source.given} is",
+        where=f"--pipeline {pipeline}, model_index.json",
+    )
+
+
+def _config_in(config: Path) -> Path:
+    """The config of a network that is named by its file, its directory or its pipeline's directory."""
+    if not config.is_dir() or (config / "config.json").is_file():
+        return config / "config.json" if config.is_dir() else config
+    inside = [config / name / "config.json" for name in NETWORKS]
+    return next((path for path in inside if path.is_file()), config / "config.json")
 
 
 def _directory(given: str, path: Path, config: str | None, component: str | None) -> ModelSource:
@@ -253,7 +320,7 @@ def _check_component(component: str, there: Sequence[str], index: Mapping[str, A
 
 
 def _component(given: str, path: Path, pipeline: Path | None, component: str, config: str | None) -> ModelSource:
-    config_path = Path(config) if config else path / "config.json"
+    config_path = _config_in(Path(config)) if config else path / "config.json"
     network = _network_config(config_path, given)
     for name in WEIGHT_NAMES:
         if (path / name).is_file():

@@ -49,10 +49,12 @@ class DilateOptions:
     lora: tuple[str, ...] = ()
     prediction_type: str | None = None
     scheduler: str | None = None
+    tokenizer: str | None = None
+    pipeline: str | None = None
 
     def told(self) -> Told:
         """What the user says of the model beyond its files."""
-        return Told(self.prediction_type, self.scheduler)
+        return Told(self.prediction_type, self.scheduler, self.tokenizer, self.pipeline)
 
     def source(self) -> ModelSource:
         """The model that is meant. Raises what `resolve_model` raises."""
@@ -69,6 +71,8 @@ def dilate(options: DilateOptions, common: Common) -> str:
     parse_bits(options.bits)
     source = options.source()
     source.check_schedule()
+    if source.lacks is not None:
+        report.warn(source.lacks)
     stats = None if options.stats is None else open_artifact(options.stats, ["calibrate"])
     if options.fold and waits(options):
         raise UsageError(

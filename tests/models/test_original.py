@@ -78,7 +78,7 @@ UNETS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "imagenet": (
         {"channel_mult": (1, 2, 3), "attention": (2, 4), "heads": 1, "context": 512, "in_channels": 3},
-        {},
+        {"num_heads": 1},
         "latent-diffusion-class",
     ),
     "sd1": ({"channel_mult": (1, 2, 2), "attention": (1, 2), "heads": 8, "context": 768}, {}, "stable-diffusion"),
@@ -207,13 +207,13 @@ FULL: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", FULL)
 def test_published_models_are_recognised_without_help(name: str) -> None:
     """From shapes alone: the config of the architecture, hence its heads, and its noise schedule."""
-    from dqtool.models.original import LAYOUTS
+    from dqtool.models.original import LAYOUTS, Known
 
     with torch.device("meta"):
         original = FULL[name]()
     shapes = {key: tuple(tensor.shape) for key, tensor in original.state_dict().items()}
     layout = next(each for each in LAYOUTS.values() if each.matches(shapes))
-    found, expected = layout.describe(shapes, None, name), ARCHITECTURES[name]
+    found, expected = layout.describe(shapes, Known(), name), ARCHITECTURES[name]
     assert found.config["_class_name"] == expected.class_name
     for key, value in expected.config.items():
         if key not in ("mid_block_scale_factor", "time_embedding_type", "center_input_sample", "act_fn"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dqtool.artifacts import read_manifest
 from dqtool.errors import ArtifactError, UsageError
-from dqtool.models.original import LAYOUTS, Description
+from dqtool.models.original import LAYOUTS, Description, Known
 from dqtool.models.sources import resolve_model
 from dqtool.models.told import Told
 
@@ -102,7 +102,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 def described(state: dict[str, Tensor], published: dict[str, Any] | None = None, **told: Any) -> Description:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     layout = next(each for each in LAYOUTS.values() if each.matches(shapes))
-    return layout.describe(shapes, published, "model.safetensors", **told)
+    return layout.describe(shapes, Known(published, **told), "model.safetensors")
 
 
 def on_meta(options: dict[str, Any]) -> dict[str, Tensor]:

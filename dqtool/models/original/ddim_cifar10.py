@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import ArtifactError
-from dqtool.models.original.layout import Description, Layout, Shapes, register
+from dqtool.models.original.layout import Description, Known, Layout, Shapes, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,16 +38,14 @@ class DdimCifar10(Layout):
         """By the two dense layers of the time embedding and the numbered blocks."""
         return "temb.dense.0.weight" in shapes and "down.0.block.0.conv1.weight" in shapes
 
-    def describe(
-        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
-    ) -> Description:
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """Everything but the image's size stands in the shapes, and that follows from the level which attends."""
         levels = _count(shapes, "down")
         channels = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
         attends = [f"down.{level}.attn.0.q.weight" in shapes for level in range(levels)]
         if "down.0.downsample.conv.weight" not in shapes and levels > 1:
             raise ArtifactError("dqtool reads models of this layout that resample by convolutions only", where=where)
-        size = ((published or {}).get("data") or {}).get("image_size")
+        size = ((known.published or {}).get("data") or {}).get("image_size")
         if size is None:
             if True not in attends:
                 raise ArtifactError(
@@ -72,7 +70,7 @@ class DdimCifar10(Layout):
             "norm_num_groups": 32,
             "norm_eps": 1e-6,
         }
-        diffusion = (published or {}).get("diffusion") or {}
+        diffusion = (known.published or {}).get("diffusion") or {}
         scheduler = {
             "_class_name": "DDIMScheduler",
             "num_train_timesteps": int(diffusion.get("num_diffusion_timesteps", 1000)),

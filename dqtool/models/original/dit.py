@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import ArtifactError
 from dqtool.models.amendments import KEY
-from dqtool.models.original.layout import Description, Layout, Shapes, register
+from dqtool.models.original.layout import Description, Known, Layout, Shapes, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,15 +49,13 @@ class Dit(Layout):
             shapes
         )
 
-    def describe(
-        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
-    ) -> Description:
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """All but the heads stands in the shapes; those follow from the width of the published models.
 
         diffusers' DiT spaces the frequencies of its time embedding otherwise, which is amended.
         """
         width, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
-        heads = (published or {}).get("num_heads", HEADS.get(width))
+        heads = (known.published or {}).get("num_heads", HEADS.get(width))
         if heads is None:
             raise ArtifactError(
                 f"The number of attention heads of a DiT of width {width} can't be told from its checkpoint",

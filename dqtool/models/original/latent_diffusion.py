@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import ArtifactError
 from dqtool.models.amendments import KEY
-from dqtool.models.original.layout import Description, Layout, Shapes, register
+from dqtool.models.original.layout import Description, Known, Layout, Shapes, register
 from dqtool.models.original.openai_unet import (
     Structure,
     network_names,
@@ -29,6 +29,9 @@ _PUBLISHED: dict[tuple[int, ...], dict[str, Any]] = {
     (192, 384, 384, 768, 768): {"num_heads": 8, "linear_end": 0.0155},  # LDM-8: LSUN-Church
 }
 """What shapes don't tell of the published unconditional models, by the channels of their resolutions."""
+
+_CIN256 = (192, 384, 576, 960)
+"""Channels of the published class-conditional LDM-4, which has one head."""
 
 _LATENT_SIZE = {3: 64, 4: 32}
 """Side of the latents of 256x256 images by their channels: first stages of factor 4 and 8."""
@@ -67,14 +70,15 @@ class LatentDiffusion(Layout):
         """Without the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
-    def describe(
-        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
-    ) -> Description:
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """Heads and latent size come from `published`, else from the published model of these channels."""
         network = network_shapes(shapes)
         found = structure(network, where)
-        known = _PUBLISHED.get(tuple(found.channels), {})
-        given = {**known, **unet_parameters(published)}
+        like = _PUBLISHED.get(tuple(found.channels), {})
+        schedule = scaled_linear(known.published, 0.0015, like.get("linear_end", 0.0195))
+        if known.config is not None:
+            return Description(dict(known.config), schedule)
+        given = {**like, **unet_parameters(known.published)}
         attention, amended = _heads(found, given, where)
         if given.get("use_new_attention_order"):
             raise ArtifactError("dqtool does not read models with use_new_attention_order", where=where)
@@ -110,7 +114,7 @@ class LatentDiffusion(Layout):
         }
         if amended:
             config[KEY] = amended
-        return Description(config, scaled_linear(published, 0.0015, known.get("linear_end", 0.0195)))
+        return Description(config, schedule)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """Renames; splits the product for q, k and v, in which every head has its three parts together."""
@@ -168,14 +172,22 @@ class LatentDiffusionByClass(Layout):
         """Without the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
-    def describe(
-        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
-    ) -> Description:
-        """One head, as in cin256-v2, unless `published` says otherwise."""
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
+        """One head in cin256-v2; another model's heads come from the authors' YAML.
+
+        Raises:
+            ArtifactError: nothing names the heads.
+        """
         found = structure(network_shapes(shapes), where)
-        given = {"num_heads": 1, **unet_parameters(published)}
+        schedule = scaled_linear(known.published, 0.0015, 0.0195)
+        if known.config is not None:
+            return Description(dict(known.config), schedule)
+        like = {"num_heads": 1} if tuple(found.channels) == _CIN256 else {}
+        given = {**like, **unet_parameters(known.published)}
+        if not {"num_heads", "num_head_channels"} & given.keys():
+            raise _unknown_heads(found, where)
         size = int(given.get("image_size") or _LATENT_SIZE.get(found.in_channels, 32))
-        return Description(describe_spatial(found, given, size, where), scaled_linear(published, 0.0015, 0.0195))
+        return Description(describe_spatial(found, given, size, where), schedule)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """By diffusers' own converter."""
@@ -188,17 +200,21 @@ def _heads(found: Structure, given: Mapping[str, Any], where: str) -> tuple[int 
         return int(given["num_head_channels"]), {}
     heads = given.get("num_heads")
     if heads in (-1, None):
-        raise ArtifactError(
-            f"The number of attention heads of a UNet with {found.channels} channels can't be told from its checkpoint",
-            where=where,
-            fix="Name the authors' YAML config with --config FILE",
-        )
+        raise _unknown_heads(found, where)
     if heads == 1:
         return None, {}
     widths = {width for width, attends in zip(found.channels, found.attends, strict=True) if attends}
     widths.add(found.channels[-1])  # the middle attends too
     narrowest = min(widths) // heads
     return (narrowest, {}) if len(widths) == 1 else (narrowest, {"attention_heads": int(heads)})
+
+
+def _unknown_heads(found: Structure, where: str) -> ArtifactError:
+    return ArtifactError(
+        f"The number of attention heads of a UNet with {found.channels} channels can't be told from its checkpoint",
+        where=where,
+        fix="Name the authors' YAML config, or the diffusers config.json, with --config FILE",
+    )
 
 
 def _heads_of(config: Mapping[str, Any], width: int) -> int:

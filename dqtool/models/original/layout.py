@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LAYOUTS", "Description", "Layout", "register"]
+__all__ = ["LAYOUTS", "Description", "Known", "Layout", "register"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -20,12 +20,23 @@ class Description:
     """The network in diffusers' terms: its config (with `_class_name`) and the noise schedule it was trained with.
 
     A schedule without `prediction_type` in a layout whose models differ in it is incomplete: `asks` then says what is
-    not known.
+    not known. `explicit`: the file or its YAML names the schedule, which then goes before a pipeline's.
     """
 
     config: dict[str, Any]
     scheduler: dict[str, Any] = field(default_factory=dict)
     asks: str | None = None
+    explicit: bool = False
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a checkpoint beside its shapes: the authors' YAML config `published`, or the network's diffusers config,
+    and what the user says that the network predicts, which wins."""
+
+    published: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] | None = None
+    prediction_type: str | None = None
 
 
 class Layout(ABC):
@@ -43,12 +54,8 @@ class Layout(ABC):
         return set(names)
 
     @abstractmethod
-    def describe(
-        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
-    ) -> Description:
-        """Return config and schedule, from shapes and, where they don't tell, the authors' YAML config `published`.
-
-        `prediction_type` is what the user says that the network predicts; it wins.
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
+        """Return config and schedule, from shapes and, where they don't tell, from what is known beside them.
 
         Raises:
             ArtifactError: shapes alone don't tell, or the network is one that diffusers has no equal of.

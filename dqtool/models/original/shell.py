@@ -1,5 +1,5 @@
-"""What an original checkpoint holds beside the network (the first stage, the class embedding), as a diffusers pipeline
-directory without the network.
+"""What a single file holds beside the network (autoencoder, text encoders, class embedding), as a diffusers pipeline directory
+without the network.
 
 Written once, under `$DQTOOL_CACHE` (default `~/.cache/dqtool`), for `ModelSource.pipeline` to point at; the network
 itself is always read from the checkpoint.
@@ -7,46 +7,61 @@ itself is always read from the checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dqtool.artifacts.files import content_digest, os_fault
-from dqtool.errors import ArtifactError
 from dqtool.models.original.checkpoint import read_checkpoint
+from dqtool.models.original.first_stage import build_first_stage
+from dqtool.models.original.pipelines import CLASSES, SingleFilePipeline
+from dqtool.models.original.text_encoders import TextEncoder, build_text_encoder
+from dqtool.models.reading import read_json
+from dqtool.models.tokenizers import load_tokenizer
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["Shell", "pipeline_shell"]
 
-__all__ = ["has_first_stage", "pipeline_shell"]
-
-FIRST_STAGE = "first_stage_model."
-CLASSES = "cond_stage_model.embedding.weight"
-_CODES = "quantize.embedding.weight"
-_VERSION = 1
-
-
-def has_first_stage(names: Mapping[str, Any], class_name: str) -> bool:
-    """Whether a pipeline can be made of a checkpoint with these tensors: one that decodes, and whose condition, if any,
-    is a class."""
-    decodes = f"{FIRST_STAGE}decoder.conv_out.weight" in names
-    return decodes and (class_name == "UNet2DModel" or CLASSES in names)
+_VERSION = 2
 
 
-def pipeline_shell(path: Path, class_name: str, scheduler: Mapping[str, Any]) -> Path:
-    """The pipeline directory of the checkpoint at `path`, whose network is a `class_name`.
+@dataclass(frozen=True)
+class Shell:
+    """What is written: the parts `texts` of the file with `tokenizers` `{component: directory}`, and the autoencoder under `prefix`
+    (None: the file has none). What is not in the file comes from the pipeline directory `base`, if any."""
+
+    parts: SingleFilePipeline
+    class_name: str
+    scheduler: Mapping[str, Any]
+    prefix: str | None
+    texts: tuple[TextEncoder, ...]
+    tokenizers: Mapping[str, Path]
+    base: Path | None = None
+
+    def digest(self) -> str:
+        """A short digest of all that the directory depends on beside the checkpoint."""
+        told: list[Any] = [self.parts.class_name, self.class_name, dict(self.scheduler), self.prefix]
+        told += [[text.component for text in self.texts], [str(self.base and self.base.resolve())]]
+        for place in [*self.tokenizers.values(), *([self.base] if self.base else [])]:
+            stats = [(p, p.stat()) for p in sorted(place.rglob("*")) if p.is_file()]
+            told += [[str(p.relative_to(place)), stat.st_size, stat.st_mtime_ns] for p, stat in stats]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def pipeline_shell(path: Path, shell: Shell) -> Path:
+    """Return the pipeline directory of the checkpoint at `path`.
 
     Raises:
-        ArtifactError: the first stage is none that diffusers has an equal of.
+        ArtifactError: a part is none that diffusers or transformers has an equal of.
         EnvironmentFault: the cache can't be written.
     """
     root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "originals"
-    schedule = content_digest_of(scheduler)
-    target = root / f"{content_digest(path)[:32]}-{schedule}-{_VERSION}"
+    target = root / f"{content_digest(path)[:32]}-{shell.digest()}-{_VERSION}"
     if (target / "model_index.json").is_file():
         return target
     try:
@@ -55,7 +70,7 @@ def pipeline_shell(path: Path, class_name: str, scheduler: Mapping[str, Any]) ->
     except OSError as error:
         raise os_fault(error, root) from error
     try:
-        _write(area, path, class_name, scheduler)
+        _write(area, path, shell)
         try:
             os.rename(area, target)
         except OSError:  # another process was faster
@@ -68,75 +83,62 @@ def pipeline_shell(path: Path, class_name: str, scheduler: Mapping[str, Any]) ->
     return target
 
 
-def content_digest_of(value: Mapping[str, Any]) -> str:
-    """A short digest of a JSON value."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _write(area: Path, path: Path, class_name: str, scheduler: Mapping[str, Any]) -> None:
-    import torch
-
-    state = read_checkpoint(path)
-    by_class = CLASSES in state
-    decoder = "vae" if by_class else "vqvae"  # as LatentClassPipeline and diffusers' LDMPipeline name theirs
-    first_stage = {k.removeprefix(FIRST_STAGE): v for k, v in state.items() if k.startswith(FIRST_STAGE)}
-    scale = float(state["scale_factor"]) if "scale_factor" in state else 1.0
-    vae = _first_stage(first_stage, scale, str(path))
-    vae.save_pretrained(area / decoder)
-    index: dict[str, Any] = {
-        "_class_name": "LatentClassPipeline" if by_class else "LDMPipeline",
-        "unet": ["diffusers", class_name],
-        decoder: ["diffusers", type(vae).__name__],
-        "scheduler": ["diffusers", scheduler["_class_name"]],
+def _write(area: Path, path: Path, shell: Shell) -> None:
+    state, parts = read_checkpoint(path), shell.parts
+    index: dict[str, Any] = {"_class_name": parts.class_name}
+    if shell.base is not None:
+        index = read_json(shell.base / "model_index.json")
+    index |= {
+        parts.network: ["diffusers", shell.class_name],
+        "scheduler": ["diffusers", shell.scheduler["_class_name"]],
     }
-    if by_class:
-        from dqtool.models.latent_class import ClassEmbedder
-
-        rows = state[CLASSES]
-        embedder = ClassEmbedder(classes=rows.shape[0] - 1, dim=rows.shape[1])  # the last row is no class
-        embedder.load_state_dict({"embedding.weight": rows.to(torch.float32)})
-        embedder.save_pretrained(area / "class_embedder")
+    written = {parts.network, "scheduler"}
+    if shell.prefix is not None:
+        known: dict[str, Any] = dict(parts.vae)
+        if "edm_mean" in state:  # Playground v2.5
+            known |= {"scaling_factor": 0.5, "latents_mean": state["edm_mean"].flatten().tolist()}
+            known["latents_std"] = state["edm_std"].flatten().tolist()
+        vae = build_first_stage(state, shell.prefix, known, str(path))
+        vae.save_pretrained(area / parts.decoder)
+        index[parts.decoder] = ["diffusers", type(vae).__name__]
+        written.add(parts.decoder)
+    for text in shell.texts:
+        tokenizer = load_tokenizer(text, shell.tokenizers[text.tokenizer])
+        encoder = build_text_encoder(text, state, tokenizer, str(path))
+        if text.kind != "t5":
+            tokenizer.model_max_length = encoder.config.max_position_embeddings
+        encoder.save_pretrained(area / text.component)
+        tokenizer.save_pretrained(area / text.tokenizer)
+        index[text.component] = ["transformers", text.class_name]
+        index[text.tokenizer] = ["transformers", type(tokenizer).__name__]
+        written |= {text.component, text.tokenizer}
+    if parts.by_class:
+        _write_classes(area, state[CLASSES])
         index["class_embedder"] = ["dqtool.models.latent_class", "ClassEmbedder"]
+    if shell.base is None:
+        index |= parts.index
+    else:
+        _link(
+            area, shell.base, [name for name, entry in index.items() if isinstance(entry, list) and name not in written]
+        )
     (area / "scheduler").mkdir()
-    (area / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(scheduler), indent=2) + "\n")
+    (area / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(shell.scheduler), indent=2) + "\n")
     (area / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _first_stage(state: Mapping[str, Tensor], scale: float, where: str) -> Any:
-    """The autoencoder (`AutoencoderKL`, or `VQModel` where it has codes), through diffusers' converter."""
-    import diffusers
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+def _write_classes(area: Path, rows: Any) -> None:
+    from dqtool.models.latent_class import ClassEmbedder
 
-    levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down.")})
-    firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
-    attends = any(name.startswith("encoder.down.") and ".attn." in name for name in state)
-    if not levels or attends or "encoder.mid.attn_1.norm.weight" not in state:
-        raise ArtifactError(
-            "dqtool reads first stages that attend in the middle only", where=f"{where}, {FIRST_STAGE}*"
-        )
-    config: dict[str, Any] = {
-        "in_channels": state["encoder.conv_in.weight"].shape[1],
-        "out_channels": state["decoder.conv_out.weight"].shape[0],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": [state[name].shape[0] for name in firsts],
-        "layers_per_block": len({n.split(".")[4] for n in state if n.startswith("encoder.down.0.block.")}),
-        "latent_channels": state["decoder.conv_in.weight"].shape[1],
-        "norm_num_groups": 32,
-        "scaling_factor": scale,
-    }
-    converted = convert_ldm_vae_checkpoint(dict(state), config)
-    vae: Any
-    if _CODES in state:
-        codes, width = state[_CODES].shape
-        vae = diffusers.VQModel(**config, num_vq_embeddings=codes, vq_embed_dim=width)
-        converted[_CODES] = state[_CODES]
-    else:
-        vae = diffusers.AutoencoderKL(**config)
-    try:
-        vae.load_state_dict({name: tensor.float() for name, tensor in converted.items()}, strict=True)
-    except RuntimeError as error:
-        raise ArtifactError(f"diffusers has no equal of this first stage: {error}", where=where) from error
-    return vae.eval()
+    embedder = ClassEmbedder(classes=rows.shape[0] - 1, dim=rows.shape[1])  # the last row is no class
+    embedder.load_state_dict({"embedding.weight": rows.float()})
+    embedder.save_pretrained(area / "class_embedder")
+
+
+def _link(area: Path, base: Path, components: list[str]) -> None:
+    """Links to the files of a pipeline's components, and to its card."""
+    files = [path for name in components for path in (base / name).rglob("*") if path.is_file()]
+    card = base / "sampling.json"
+    for path in [*files, *([card] if card.is_file() else [])]:
+        link = area / path.relative_to(base)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import ArtifactError
-from dqtool.models.original.layout import Description, Layout, Shapes, register
+from dqtool.models.original.layout import Description, Known, Layout, Shapes, register
 from dqtool.models.original.openai_unet import (
     Structure,
     network_names,
@@ -89,39 +89,40 @@ class StableDiffusion(Layout):
         """Without the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
-    def describe(
-        self, shapes: Shapes, published: Mapping[str, Any] | None, where: str, prediction_type: str | None = None
-    ) -> Description:
-        """Return what `published` says, else the published architecture of these shapes.
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
+        """Return what the authors' YAML says, else the published architecture of these shapes.
 
         Raises:
-            ArtifactError: it is none of them and `published` does not name the heads.
+            ArtifactError: it is none of them and nothing names the heads.
         """
         found = structure(network_shapes(shapes), where)
-        known, given = architecture_of(found), unet_parameters(published)
-        if known is None and not {"num_heads", "num_head_channels"} & given.keys():
+        like, given = architecture_of(found), unet_parameters(known.published)
+        if like is None and known.config is None and not {"num_heads", "num_head_channels"} & given.keys():
             raise ArtifactError(
                 f"This UNet (context of {found.context_dim}, {found.in_channels} channels in) is of no published "
                 "architecture, and its attention heads can't be told from shapes",
                 where=where,
                 fix="Name the authors' YAML config, or the diffusers config.json, with --config FILE",
             )
-        told = found_prediction(shapes, published)
-        kind = prediction_type or told.kind or (known.prediction if known else "epsilon")
-        told = Prediction(kind, told.zero_snr, None if prediction_type else told.edm)
+        told = found_prediction(shapes, known.published)
+        kind = known.prediction_type or told.kind or (like.prediction if like else "epsilon")
+        explicit = told != Prediction()
+        told = Prediction(kind, told.zero_snr, None if known.prediction_type else told.edm)
         if told.zero_snr and kind == "epsilon":
             raise ArtifactError(
                 "A schedule without signal at its end (ztsnr) can't be sampled by a network that predicts the noise",
                 where=where,
                 fix="Leave --prediction-type out, or say v_prediction",
             )
-        size = _side(known, kind) if known else int(given.get("image_size") or 512 // LATENT)
-        config = describe_spatial(found, given if known is None else {**known.heads, **_heads(given)}, size, where)
-        config |= _vector(found)
-        start, end = known.betas if known else (0.00085, 0.012)
-        schedule = with_prediction(scaled_linear(published, start, end), told)
-        asks = _ASKS.format(title=known.title) if kind is None and known is not None else None
-        return Description(config, schedule, asks)
+        start, end = like.betas if like else (0.00085, 0.012)
+        schedule = with_prediction(scaled_linear(known.published, start, end), told)
+        asks = _ASKS.format(title=like.title) if kind is None and like is not None else None
+        if known.config is not None:
+            return Description(dict(known.config), schedule, asks, explicit)
+        size = _side(like, kind) if like else int(given.get("image_size") or 512 // LATENT)
+        heads = given if like is None else {**like.heads, **_heads(given)}
+        config = describe_spatial(found, heads, size, where) | _vector(found)
+        return Description(config, schedule, asks, explicit)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """By diffusers' own converter."""
@@ -165,9 +166,9 @@ def _heads(given: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _side(known: Published, kind: str | None) -> int:
+def _side(like: Published, kind: str | None) -> int:
     """Side of the latents. (The `image_size` of these authors' YAML files is unused and wrong.)"""
-    return (known.size_of_v or known.size if kind == "v_prediction" else known.size) // LATENT
+    return (like.size_of_v or like.size if kind == "v_prediction" else like.size) // LATENT
 
 
 def _vector(found: Structure) -> dict[str, Any]:
