@@ -58,6 +58,7 @@ def make_problem(made: Path) -> MakeProblem:
     from dqtool.artifacts import open_artifact
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.models.structure import graph_of
     from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
     from dqtool.stages.distill import DistillOptions, layer_plans
     from dqtool.training.data import Problem, Trajectory
@@ -78,6 +79,7 @@ def make_problem(made: Path) -> MakeProblem:
             Sampler(family, make_sampler(sampling["scheduler"]), sampling["steps"], sampling["eta"]),
             0,
             Memory(),
+            graph_of(manifest),
         )
 
     return make

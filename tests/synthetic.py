@@ -7,7 +7,6 @@ from torch import nn
 
 from dqtool.core.bits import FLOAT_BITS, parse_bits
 from dqtool.core.dilation import spread
-from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
 from dqtool.models.loading import load_weights
 from dqtool.models.packed import packed_network
@@ -25,7 +24,7 @@ def synthetic_network(model: str, bits: str, steps: int = 5) -> nn.Module:
     family, config = FAMILIES[source.class_name], source.config
     network = family.build(config)
     network.load_state_dict(load_weights(source))
-    traced = trace(network, family.example(config), sample=family.sample, block_classes=family.block_classes)
+    traced = family.graph(network, config).trace
     layers = {info.name: info for info in traced.layers if info.kind != "attention"}
     owners = [name for name, info in layers.items() if info.shares is None][::2]
     dilation = {name: 1 + torch.rand(layers[name].shape[1], generator=generator) for name in owners}

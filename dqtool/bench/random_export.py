@@ -111,7 +111,6 @@ def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[Laye
     import torch
 
     from dqtool.graph.repeats import tie_repeats
-    from dqtool.graph.trace import trace
     from dqtool.scaling.methods import ScalingInput, scaling_method
 
     config = wanted.network_config()
@@ -120,7 +119,7 @@ def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[Laye
         copies = tuple(f"{copy}." for copy, _ in family.repeats(config))
         names = [name for name in ghost.state_dict() if not name.startswith(copies)] if copies else []
         tie_repeats(ghost, names, family.repeats(config))
-    infos = trace(ghost, family.example(config), family.sample, family.block_classes).layers
+    infos = family.graph(ghost, config).trace.layers
     torch.manual_seed(0)
     network = tie_repeats(family.build(config), names, family.repeats(config)).eval().requires_grad_(False)
     count = sum(t.numel() for t in network.state_dict().values())

@@ -1,17 +1,15 @@
-"""What part a layer plays in the network, read from its dataflow: nobody's names and no index in a list."""
+"""The part that a layer plays in the network, read from its data flow and not from names or positions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 
-from dqtool.graph.dataflow import Dataflow, Op, dataflow
+from dqtool.graph.origins import follow_origins
+from dqtool.graph.recording import Op, Recording, tensors_in
 
-__all__ = ["Roles", "find_roles"]
+__all__ = ["Roles", "roles_of"]
 
 
 @dataclass(frozen=True)
@@ -29,86 +27,52 @@ class Roles:
     shortcuts: tuple[str, ...] = ()
 
 
-@dataclass
-class _Past:
-    """What a tensor was made from: whether of the sample and of the timestep, and by which layers."""
-
-    sample: bool = False
-    timestep: bool = False
-    layers: set[str] = field(default_factory=set)
-
-
-def find_roles(
-    model: nn.Module, inputs: Mapping[str, Any], sample: str = "sample", timestep: str = "timestep"
-) -> Roles:
-    """The roles of all layers of a float network, from one forward pass of `model(**inputs)` on shapes alone.
-
-    `sample` and `timestep` name the arguments that are followed.
-    """
-    given = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, dict(inputs))
-    flow = dataflow(model, given)
-    past: dict[int, _Past] = {
-        id(given[sample]): _Past(sample=True),
-        id(given[timestep]): _Past(timestep=True),
-    }
-    temporal: list[str] = []
-    feeding: set[str] = set()
-    for op in flow.ops:
-        before = _Past()
-        for tensor in _tensors(op.args):
-            seen = past.get(id(tensor))
-            if seen is not None:
-                before.sample |= seen.sample
-                before.timestep |= seen.timestep
-                before.layers |= seen.layers
-        if op.layer is not None:
-            if before.timestep and not before.sample and op.layer not in temporal:
-                temporal.append(op.layer)
-                feeding |= before.layers
-            before.layers = before.layers | {op.layer}
-        for tensor in op.outputs:
-            past[id(tensor)] = before
-    order = [op for op in flow.ops if op.layer is not None]
+def roles_of(recording: Recording, sample: str = "sample", timestep: str = "timestep") -> Roles:
+    """Read the roles of all layers off a recording; `sample` and `timestep` name the inputs that are followed."""
+    starts = {"/sample": recording.inputs[sample], "/timestep": recording.inputs[timestep]}
+    read = follow_origins(recording, starts, lambda op: op.layer, nearest=False)
+    temporal: dict[str, frozenset[str]] = {}
+    for op, origins in read.items():
+        if op.layer is not None and "/timestep" in origins and "/sample" not in origins:
+            temporal.setdefault(op.layer, origins)
+    feeding = frozenset().union(*temporal.values())
+    calls = [(name, op) for op in recording.ops if (name := op.layer) is not None]
     return Roles(
         tuple(temporal),
         tuple(name for name in temporal if name not in feeding),
-        tuple(dict.fromkeys(str(op.layer) for op in order if _reads_upsampled(flow, op))),
-        tuple(dict.fromkeys(str(op.layer) for op in order if _is_shortcut(flow, op))),
+        tuple(dict.fromkeys(name for name, op in calls if _reads_upsampled(recording, op))),
+        tuple(dict.fromkeys(name for name, op in calls if _is_shortcut(recording, op))),
     )
 
 
-def _tensors(args: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-
-
-def _reads_upsampled(flow: Dataflow, op: Op) -> bool:
+def _reads_upsampled(recording: Recording, op: Op) -> bool:
     """Whether nothing but casts and copies lie between an upsampling and this layer."""
-    tensors = _tensors(op.args)
+    tensors = tensors_in(op.args)
     while len(tensors) == 1:
-        maker = flow.maker(tensors[0])
+        maker = recording.maker(tensors[0])
         if maker is None or maker.layer is not None:
             return False
         if "upsample" in maker.name:
             return True
         if not any(kind in maker.name for kind in ("_to_copy", "clone", "contiguous", "alias", "view")):
             return False
-        tensors = _tensors(maker.args)
+        tensors = tensors_in(maker.args)
     return False
 
 
-def _is_shortcut(flow: Dataflow, op: Op) -> bool:
+def _is_shortcut(recording: Recording, op: Op) -> bool:
     """Whether the layer's output is added to something that other layers made of the tensor that it reads."""
-    source = _tensors(op.args)[0]
-    for reader in flow.reads(op.outputs[0]):
+    source = tensors_in(op.args)[0]
+    for reader in recording.reads(op.outputs[0]):
         if not reader.name.startswith("aten.add."):
             continue
-        others = [t for t in _tensors(reader.args) if t is not op.outputs[0]]
-        if any(_descends(flow, other, source, op) for other in others):
+        others = [t for t in tensors_in(reader.args) if t is not op.outputs[0]]
+        if any(_descends(recording, other, source, op) for other in others):
             return True
     return False
 
 
-def _descends(flow: Dataflow, tensor: Tensor, source: Tensor, without: Op) -> bool:
+def _descends(recording: Recording, tensor: Tensor, source: Tensor, without: Op) -> bool:
     """Whether `tensor` was computed from `source` by a layer, not counting what went through the layer `without`."""
     pending: list[tuple[Tensor, bool]] = [(tensor, False)]
     seen: set[tuple[int, bool]] = set()
@@ -121,7 +85,7 @@ def _descends(flow: Dataflow, tensor: Tensor, source: Tensor, without: Op) -> bo
         if (id(at), layered) in seen:
             continue
         seen.add((id(at), layered))
-        maker = flow.makers.get(id(at))
+        maker = recording.makers.get(id(at))
         if maker is not None and maker is not without:
-            pending.extend((t, layered or maker.layer is not None) for t in _tensors(maker.args))
+            pending.extend((t, layered or maker.layer is not None) for t in tensors_in(maker.args))
     return False

@@ -1,25 +1,19 @@
-"""What a network does when it runs: its layers in execution order, which of them are its ends, who feeds whom.
-
-One forward pass on shapes alone (the `meta` device) records everything. Roles and dependencies are read from autograd's
-graph, so they follow the data and not names or positions in a list.
-"""
+"""Layers and blocks of a network in execution order, its two ends, and which block reads which, from a recording."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtool.graph.attention import attention_layout, is_attention
-from dqtool.graph.padding import zero_padding
+from dqtool.graph.leaves import is_quantizable
+from dqtool.graph.origins import follow_origins
+from dqtool.graph.recording import LEAVE, Op, Recording
 
-__all__ = ["BlockInfo", "LayerInfo", "Trace", "is_quantizable", "kept_float", "trace"]
+__all__ = ["BlockInfo", "LayerInfo", "Trace", "block_names", "kept_float", "trace_of"]
 
 
 @dataclass
@@ -51,14 +45,14 @@ class BlockInfo:
 
 @dataclass
 class Trace:
-    """Layers and blocks in execution order. `output_reads` are the blocks the network's output is made from."""
+    """Layers and blocks in execution order; `output_reads` names the blocks that the network's output is made from."""
 
     layers: list[LayerInfo]
     blocks: list[BlockInfo]
     output_reads: set[str]
 
     def last_reader(self) -> dict[str, int]:
-        """For each block, the index of the last block that reads its output (`len(blocks)` for the network's output)."""
+        """Return, by block, the index of the last block that reads its output (`len(blocks)` for the network's output)."""
         last = {block.name: -1 for block in self.blocks}
         for index, block in enumerate(self.blocks):
             last.update(dict.fromkeys(block.reads, index))
@@ -66,101 +60,19 @@ class Trace:
         return last
 
 
-def is_quantizable(module: nn.Module) -> bool:
-    """Whether this is a leaf dqtool quantizes."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and zero_padding(module) is not None)
+def trace_of(recording: Recording, sample: str) -> Trace:
+    """Read layers and blocks off a recording; `sample` names the input whose first readers are the network's input end."""
+    layers = _find_layers(recording)
+    _mark_ends(recording, layers, sample)
+    _mark_shared(recording.network, layers)
+    return Trace(list(layers.values()), *_find_blocks(recording))
 
 
-def kept_float(model: nn.Module, layers: Collection[LayerInfo]) -> dict[str, str]:
-    """What of `model` is not among the traced `layers`, and why: Conv2d and Linear that no forward pass runs, convolutions
-    that pad with something else than zeros, and attention products that nobody here knows how to compute."""
-    seen = {info.name for info in layers}
-    found = {}
-    for name, module in model.named_modules():
-        if is_quantizable(module) and name not in seen:
-            found[name] = "never runs in a forward pass"
-        elif isinstance(module, nn.Conv2d) and not is_quantizable(module):
-            found[name] = f"its padding has no integer form ({module.padding}, {module.padding_mode})"
-        elif all(hasattr(module, part) for part in ("to_q", "to_k", "to_v", "processor")) and not is_attention(module):
-            found[name] = f"the two products of {type(module.processor).__name__} are not known"  # type: ignore[union-attr]
-    return found
+def block_names(model: nn.Module, block_classes: Collection[str]) -> set[str]:
+    """Return the outermost modules of `block_classes`, and the quantizable leaves outside of them, by name.
 
-
-def trace(
-    model: nn.Module, inputs: Mapping[str, Any], sample: str = "sample", block_classes: Collection[str] = ()
-) -> Trace:
-    """Run `model(**inputs)` on the meta device and report what happened.
-
-    `inputs` holds tensors of batch 1 (any device; only shapes matter), `sample` names the one whose consumers are the
-    input end, `block_classes` the class names that are trained as one block. Every quantizable leaf outside of them is
-    a block of its own.
+    A leaf that several places share (a repeated embedder) belongs to none of them and is a block of its own.
     """
-    ghost = _ghost_of(model)
-    arguments = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, dict(inputs))
-    arguments[sample] = arguments[sample].detach().requires_grad_(True)
-    block_names = find_blocks(ghost, block_classes)
-    layers: list[LayerInfo] = []
-    blocks: list[BlockInfo] = []
-    layer_inputs: dict[str, list[Any]] = {}
-    block_inputs: dict[str, list[Any]] = {}
-    layer_outputs: dict[Any, str] = {}
-    block_outputs: dict[Any, str] = {}
-    attention: dict[str, tuple[int, int]] = {}
-    made: dict[tuple[str, type], Any] = {}
-
-    def enter(name: str, record: dict[str, list[Any]]) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            record[name] = [t.grad_fn or t for t in tensors if t.requires_grad]
-            if is_attention(module):
-                attention[name] = _sequence_lengths(module, args, kwargs)
-
-        return hook
-
-    def leave(name: str, outputs: dict[Any, str], order: list, make: Callable[[nn.Module, Any], Any]) -> Callable:
-        def hook(module: nn.Module, _args: tuple, output: Any) -> None:
-            for t in tree_leaves(output):
-                if isinstance(t, Tensor) and t.grad_fn is not None:
-                    outputs[t.grad_fn] = name
-            info = make(module, output)
-            again = made.setdefault((name, type(info)), info)
-            if again is info:
-                order.append(info)
-            elif isinstance(info, LayerInfo):  # called more than once: what runs counts
-                again.macs += info.macs
-
-        return hook
-
-    for name, module in ghost.named_modules():
-        if is_quantizable(module):
-            module.register_forward_pre_hook(enter(name, layer_inputs), with_kwargs=True)
-            module.register_forward_hook(leave(name, layer_outputs, layers, partial(_layer_info, name)))
-        elif is_attention(module) and name not in block_names:
-            module.register_forward_pre_hook(enter(name, {}), with_kwargs=True)
-        if is_attention(module):
-            module.register_forward_hook(lambda m, _a, _o, n=name: layers.append(_attention_info(n, m, *attention[n])))
-        if name in block_names:
-            module.register_forward_pre_hook(enter(name, block_inputs), with_kwargs=True)
-            module.register_forward_hook(leave(name, block_outputs, blocks, partial(_block_info, name)))
-    with torch.enable_grad():
-        output = ghost(**arguments)
-    results = list(tree_leaves(output if isinstance(output, tuple | Tensor) else tuple(output.values())))
-
-    _, heads_up = _reach((t.grad_fn for t in results if isinstance(t, Tensor)), layer_outputs, None)
-    for info in layers:
-        if info.kind != "attention":
-            from_sample, _ = _reach(layer_inputs[info.name], layer_outputs, arguments[sample])
-            info.role = "input" if from_sample else "output" if info.name in heads_up else None
-    for block in blocks:
-        _, block.reads = _reach(block_inputs[block.name], block_outputs, None)
-    _, output_reads = _reach((t.grad_fn for t in results if isinstance(t, Tensor)), block_outputs, None)
-    _mark_shared(ghost, layers)
-    return Trace(layers, blocks, output_reads)
-
-
-def find_blocks(model: nn.Module, block_classes: Collection[str]) -> set[str]:
-    """Names of the outermost modules of `block_classes`, and of the quantizable leaves outside of them. A leaf that
-    several places share (a repeated embedder) belongs to none of them and is a block of its own."""
     homes: dict[nn.Module, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         homes[module] = homes.get(module, 0) + 1
@@ -177,27 +89,68 @@ def find_blocks(model: nn.Module, block_classes: Collection[str]) -> set[str]:
     return names
 
 
-def _reach(starts: Iterable[Any], stops: Mapping[Any, str], leaf: Tensor | None) -> tuple[bool, set[str]]:
-    """Walk autograd's graph up from `starts`, not past the nodes in `stops`: whether `leaf` was met, and which stops."""
-    seen: set[Any] = set()
-    found: set[str] = set()
-    met = False
-    pending = list(starts)
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, Tensor):
-            met = met or node is leaf
-            continue
-        if node in stops:
-            found.add(stops[node])
-            continue
-        if leaf is not None and getattr(node, "variable", None) is leaf:
-            met = True
-        pending.extend(parent for parent, _ in node.next_functions)
-    return met, found
+def kept_float(model: nn.Module, layers: Iterable[LayerInfo]) -> dict[str, str]:
+    """Return the parts of `model` that stay float although they multiply, and the reason, by name.
+
+    They are Conv2d and Linear that no forward pass runs, convolutions that pad with something else than zeros, and
+    attention products of an unknown processor.
+    """
+    seen = {info.name for info in layers}
+    found = {}
+    for name, module in model.named_modules():
+        if is_quantizable(module) and name not in seen:
+            found[name] = "never runs in a forward pass"
+        elif isinstance(module, nn.Conv2d) and not is_quantizable(module):
+            found[name] = f"its padding has no integer form ({module.padding}, {module.padding_mode})"
+        elif all(hasattr(module, part) for part in ("to_q", "to_k", "to_v", "processor")) and not is_attention(module):
+            found[name] = f"the two products of {type(module.processor).__name__} are not known"  # type: ignore[union-attr]
+    return found
+
+
+def _find_layers(recording: Recording) -> dict[str, LayerInfo]:
+    """Layers and attention products in the order in which they first end; MACs add up over their calls."""
+    found: dict[str, LayerInfo] = {}
+    for op in recording.ops:
+        info = None
+        if op.layer is not None:
+            info = _layer_info(op.layer, recording.network.get_submodule(op.layer), op.outputs[0])
+        elif op.module is not None and op.name == LEAVE:
+            module = recording.network.get_submodule(op.module)
+            if is_attention(module):
+                info = _attention_info(op.module, module, *_sequence_lengths(module, *op.args))
+        if info is not None and found.setdefault(info.name, info) is not info:
+            found[info.name].macs += info.macs
+    return found
+
+
+def _mark_ends(recording: Recording, layers: dict[str, LayerInfo], sample: str) -> None:
+    """Give their role to the layers that read the sample, and to those that the output is made from, past no other layer."""
+    read = follow_origins(recording, {"": recording.inputs[sample]}, lambda op: op.layer, nearest=True)
+    for name, calls in recording.calls.items():
+        if "" in read.get(calls[-1], ()):
+            layers[name].role = "input"
+    for name in read.get(recording.ops[-1], ()):
+        if name and layers[name].role is None:
+            layers[name].role = "output"
+
+
+def _find_blocks(recording: Recording) -> tuple[list[BlockInfo], set[str]]:
+    """Blocks in the order in which they first end, and the blocks that the output is made from."""
+
+    def ended(op: Op) -> str | None:
+        name = op.layer or (op.module if op.name == LEAVE else None)
+        return name if name in recording.blocks else None
+
+    read = follow_origins(recording, {}, ended, nearest=True)
+    blocks: dict[str, BlockInfo] = {}
+    entered: dict[str, set[str]] = {}
+    for op in recording.ops:
+        name = op.layer or op.module
+        if name in recording.blocks and op.name != LEAVE:
+            entered[name] = set(read.get(op, ()))
+        if (ending := ended(op)) is not None:
+            blocks.setdefault(ending, BlockInfo(ending)).reads = entered[ending]
+    return list(blocks.values()), set(read.get(recording.ops[-1], ()))
 
 
 def _layer_info(name: str, module: nn.Module, output: Tensor) -> LayerInfo:
@@ -210,24 +163,10 @@ def _layer_info(name: str, module: nn.Module, output: Tensor) -> LayerInfo:
     return LayerInfo(name, kind, shape, macs, groups=getattr(module, "groups", 1), bias=module.bias is not None)
 
 
-def _block_info(name: str, _module: nn.Module, _output: Any) -> BlockInfo:
-    return BlockInfo(name)
-
-
 def _attention_info(name: str, module: nn.Module, queries: int, keys: int) -> LayerInfo:
     heads: int = module.heads  # type: ignore[assignment]
     inner: int = module.to_q.out_features  # type: ignore[union-attr,assignment]
     return LayerInfo(name, "attention", (queries, keys, inner), 2 * queries * keys * inner, heads=heads)
-
-
-def _ghost_of(model: nn.Module) -> nn.Module:
-    """A copy on the `meta` device that asks for gradients; the weights themselves are never copied."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
-    for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
-    return copy.deepcopy(model, memo).eval()
 
 
 def _sequence_lengths(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -240,10 +179,9 @@ def _sequence_lengths(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int
     return queries, queries if context is None else context.shape[1]
 
 
-def _mark_shared(model: nn.Module, layers: list[LayerInfo]) -> None:
-    """q, k, v of self-attention (k, v of cross-attention) read one tensor and share one quantized input; so do those of
-    a second stream."""
-    by_name = {info.name: info for info in layers}
+def _mark_shared(model: nn.Module, by_name: dict[str, LayerInfo]) -> None:
+    """Note which projections share one quantized input: q, k, v of self-attention, k, v of cross-attention, and those of a
+    second stream."""
     for name, module in model.named_modules():
         if not is_attention(module):
             continue

@@ -14,7 +14,7 @@ from dqtool.errors import ArtifactError
 from dqtool.graph.repeats import tie_repeats
 from dqtool.graph.trace import LayerInfo
 from dqtool.models.families import family_of
-from dqtool.models.loading import materialise, network_of
+from dqtool.models.loading import materialise
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
 
@@ -26,7 +26,6 @@ __all__ = [
     "plans_from",
     "plans_of",
     "prediction_rows",
-    "structure_of",
 ]
 
 INFO_FIELDS = tuple(LayerInfo.__dataclass_fields__)
@@ -74,15 +73,6 @@ def prediction_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]] |
     """By name the shape of a row of each table that corrects a packed network's predictions; None where it has none."""
     prefix = f"{PREDICTION}."
     return {n.removeprefix(prefix): tuple(t.shape[1:]) for n, t in state.items() if n.startswith(prefix)} or None
-
-
-def structure_of(manifest: Manifest) -> tuple[nn.Module, dict[str, Any], list[LayerInfo]]:
-    """Return the float network of an artifact on the `meta` device, arguments of its forward, and its layers."""
-    family, config = network_of(manifest.model)
-    with torch.device("meta"):
-        names = [f"{layer['name']}.weight" for layer in manifest.layers]
-        network = tie_repeats(family.build(config), names, family.repeats(config))
-    return network, family.example(config), layer_infos(manifest.layers)
 
 
 def packed_network(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
 from dqtool.core.packing import pack, packed_words, unpack
-from dqtool.graph.padding import zero_padding
+from dqtool.graph.leaves import zero_padding
 from dqtool.nn.quantizers import quantize_operand
 from dqtool.nn.steps import StepIndex
 

@@ -41,7 +41,8 @@ def scale_now(
         NumericError: the scaled network's output differs from the original's by more than round-off.
     """
     from dqtool.core.device import beside
-    from dqtool.models.packed import layer_infos, structure_of
+    from dqtool.models.packed import layer_infos
+    from dqtool.models.structure import graph_of
     from dqtool.nn.statistics import channel_ranges
     from dqtool.scaling.choosing import choose_scaling
     from dqtool.scaling.folding import add_shift_to_bias, find_shifts, subtract_shift
@@ -54,7 +55,7 @@ def scale_now(
     statistics = {**trajectory, **channel_ranges(network, layers, steps)}
     shifts: dict[str, Fold] = {}
     if asked.shifts:
-        shifts = find_shifts(*structure_of(manifest))
+        shifts = find_shifts(graph_of(manifest).recording, layers)
     chosen = choose_scaling(
         network, family, layers, statistics, asked, wanted["cap"], wanted["bits"], shifts, wanted["threshold"]
     )

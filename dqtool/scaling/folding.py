@@ -14,19 +14,19 @@ A shift `x − z` (Outlier Suppression+) moves the same way; it ends in biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
 from dqtool.core.dilation import spread
-from dqtool.graph.dataflow import dataflow
-from dqtool.graph.padding import zero_padding
+from dqtool.graph.leaves import zero_padding
+from dqtool.graph.recording import Recording
 from dqtool.graph.trace import LayerInfo
-from dqtool.models.packed import structure_of
+from dqtool.models.packed import layer_infos
+from dqtool.models.structure import graph_of
 from dqtool.scaling.groups import scaling_groups
 from dqtool.scaling.propagation import UNSCALED, NotFoldable, Propagation, ShiftPropagation, Target
 from dqtool.scaling.records import dilated_layers
@@ -62,16 +62,12 @@ class Fold:
         return [target.name for target in self.targets]
 
 
-def find_folds(network: nn.Module, inputs: Mapping[str, Any], layers: Sequence[LayerInfo]) -> list[Fold]:
-    """Return every fold that `network` allows, in execution order.
-
-    Only the network's structure matters, so it may be on `meta`. `inputs` are arguments of its forward; `layers` say
-    which of them share a factor.
-    """
-    return list(_find(network, inputs, layers, Propagation).values())
+def find_folds(recording: Recording, layers: Sequence[LayerInfo]) -> list[Fold]:
+    """Return every fold that a recorded network allows, in execution order; `layers` say which of them share a factor."""
+    return list(_find(recording, layers, Propagation).values())
 
 
-def find_shifts(network: nn.Module, inputs: Mapping[str, Any], layers: Sequence[LayerInfo]) -> dict[str, Fold]:
+def find_shifts(recording: Recording, layers: Sequence[LayerInfo]) -> dict[str, Fold]:
     """Return, by group owner, the producers whose biases can absorb a shift of the group's input.
 
     The layers' own biases must be able to take the shift back. A convolution that pads would see the shift at its
@@ -80,20 +76,17 @@ def find_shifts(network: nn.Module, inputs: Mapping[str, Any], layers: Sequence[
     groups = scaling_groups(layers)
     return {
         owner: found
-        for owner, found in _find(network, inputs, layers, ShiftPropagation).items()
-        if all(info.bias and not _pads(network.get_submodule(info.name)) for info in groups[owner])
+        for owner, found in _find(recording, layers, ShiftPropagation).items()
+        if all(info.bias and not _pads(recording.network.get_submodule(info.name)) for info in groups[owner])
     }
 
 
-def _find(
-    network: nn.Module, inputs: Mapping[str, Any], layers: Sequence[LayerInfo], kind: type[Propagation]
-) -> dict[str, Fold]:
-    flow = dataflow(network, inputs)
+def _find(recording: Recording, layers: Sequence[LayerInfo], kind: type[Propagation]) -> dict[str, Fold]:
     folds = {}
     for owner, members in scaling_groups(layers).items():
         names = [info.name for info in members]
         try:
-            targets, crosses = kind(flow, names).run()
+            targets, crosses = kind(recording, names).run()
         except NotFoldable:
             continue
         folds[owner] = Fold(tuple(names), targets, crosses)
@@ -109,7 +102,7 @@ def pending_folds(manifest: Manifest) -> list[Fold]:
     dilated = dilated_layers(manifest)
     if not dilated:
         return []
-    folds = find_folds(*structure_of(manifest))
+    folds = find_folds(graph_of(manifest).recording, layer_infos(manifest.layers))
     return [found for found in folds if not found.crosses and dilated.issuperset(found.layers)]
 
 

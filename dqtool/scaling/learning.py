@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
 from dqtool.core.dilation import spread
-from dqtool.models.packed import layer_infos, structure_of
+from dqtool.models.packed import layer_infos
+from dqtool.models.structure import graph_of
 from dqtool.nn.layers import FakeQuantLayer, InputTransform
 from dqtool.scaling.folding import Fold, find_shifts, subtract_shift
 from dqtool.scaling.groups import scaling_groups
@@ -77,7 +78,7 @@ def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
                 shifted.add(owner)
     shifts: dict[str, Fold] = {}
     if shifted:
-        found = find_shifts(*structure_of(manifest))
+        found = find_shifts(graph_of(manifest).recording, layer_infos(manifest.layers))
         shifts = {owner: fold for owner, fold in found.items() if owner in shifted}
     shared = [
         ([owner, *(m.name for m in groups[owner] if m.name != owner)], learning_rate)

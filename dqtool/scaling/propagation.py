@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtool.graph.dataflow import Dataflow, Op
+from dqtool.graph.recording import Op, Recording
 
 __all__ = ["UNSCALED", "NotFoldable", "Propagation", "ShiftPropagation", "Target"]
 
@@ -74,7 +74,7 @@ class Propagation:
 
     shifts = False
 
-    def __init__(self, flow: Dataflow, layers: Sequence[str]) -> None:
+    def __init__(self, flow: Recording, layers: Sequence[str]) -> None:
         self.flow, self.layers = flow, layers
         self.targets = _Targets()
 

@@ -18,7 +18,7 @@ from dqtool.stages.running import Common, Product, execute
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dqtool.graph.trace import Trace
+    from dqtool.graph.network import NetworkGraph
     from dqtool.models.families import Family
     from dqtool.scaling.methods import ScalingMethod, ScalingResult
 
@@ -149,7 +149,8 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     family = family_of(class_name, str(source.config_path))
     state = drop_repeats(load_weights(source), family.repeats(config))
     network = build_network(class_name, config, state, source.given, share=True)
-    traced = traced_network(network, family, config)
+    graph = recorded_network(network, family, config)
+    traced = graph.trace
     float_parts = kept_float(network, traced.layers)
     if float_parts:
         name, reason = next(iter(float_parts.items()))
@@ -157,7 +158,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     asked, later = scaling_method(options.scaling), waits(options)
     shifts: dict[str, Fold] = {}
     if asked.shifts and not later:
-        shifts = find_shifts(network, family.example(config), traced.layers)
+        shifts = find_shifts(graph.recording, traced.layers)
     chosen: dict[str, ScalingResult] = {}
     if not later:
         chosen = choose_scaling(
@@ -192,7 +193,7 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         if result.shift is not None:
             subtract_shift(tensors, shifts[owner], result.shift)
     if options.fold:
-        folded = fold_scales(tensors, find_folds(network, family.example(config), traced.layers), crossing=True)
+        folded = fold_scales(tensors, find_folds(graph.recording, traced.layers), crossing=True)
         scales = {name: scale for name, scale in scales.items() if name not in folded}
         records = with_folds(records, folded)
     model = {
@@ -251,22 +252,21 @@ def scaled_rows(method: ScalingMethod, weight: Tensor, scale: Tensor, groups: in
         return method.apply(weight[rows], scale, groups)
 
 
-def traced_network(network: nn.Module, family: Family, config: dict[str, Any]) -> Trace:
-    """Layers and blocks as they run.
+def recorded_network(network: nn.Module, family: Family, config: dict[str, Any]) -> NetworkGraph:
+    """Return the network's graph, recorded.
 
     Raises:
         ArtifactError: a network without an adapter does not run on what is known of its inputs.
     """
-    from dqtool.graph.trace import trace
-
-    example = family.example(config)
+    graph = family.graph(network, config)
     if family.name != "generic":
-        return trace(network, example, family.sample, family.block_classes)
+        return graph
     try:
-        return trace(network, example, family.sample, family.block_classes)
+        _ = graph.recording
+        return graph
     except Exception as e:
         raise ArtifactError(
-            f"{family.class_name} does not run on {', '.join(example)} alone: {e}",
+            f"{family.class_name} does not run on {', '.join(graph.inputs)} alone: {e}",
             where="--family generic",
             fix="Give an --example FILE.safetensors with one tensor [1, ...] for each further argument",
         ) from e

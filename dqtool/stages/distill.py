@@ -203,6 +203,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
     from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.models.structure import graph_of
     from dqtool.nn.surgery import packed_state
     from dqtool.scaling.folding import fold_packed
     from dqtool.scaling.learning import learn_scaling
@@ -245,6 +246,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         ),
         seed=options.seed,
         store=workspace,
+        graph=graph_of(manifest),
         only=chosen_blocks(trace, options.blocks),
         shifts=shifts,
         cache_bytes=0 if options.low_memory else options.cache_memory << 20,

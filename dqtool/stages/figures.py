@@ -72,7 +72,7 @@ def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, se
     """
     import torch
 
-    from dqtool.graph.trace import is_quantizable
+    from dqtool.graph.leaves import is_quantizable
 
     sampler, conditions = maker.sampler, maker.conditions
     halves = 1 + conditions.guided

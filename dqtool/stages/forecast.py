@@ -39,8 +39,6 @@ def forecast(
     from dqtool.core.cost import bops, file_bytes
     from dqtool.formats.shapes import swapped
     from dqtool.graph.repeats import tie_repeats
-    from dqtool.graph.roles import find_roles
-    from dqtool.graph.trace import trace
     from dqtool.models.families import family_of
     from dqtool.nn.prediction import row_shapes
     from dqtool.nn.surgery import assign_bits, state_shapes
@@ -52,10 +50,10 @@ def forecast(
     copies = tuple(f"{copy}." for copy, _ in family.repeats(config))
     names = [name for name in network.state_dict() if not (copies and name.startswith(copies))]
     tie_repeats(network, names, family.repeats(config))
-    example = family.example(config)
-    layers = trace(network, example, family.sample, family.block_classes).layers
+    graph = family.graph(network, config)
+    layers = graph.trace.layers
     if preset != "standard":
-        keep = (*kept_layers(layers, find_roles(network, example, family.sample)), *keep)
+        keep = (*kept_layers(layers, graph.roles), *keep)
     scaled = [info.name for info in layers if info.kind != "attention"] if dilated else []
     plans = assign_bits(layers, parse_bits(bits), [parse_keep(text) for text in keep], softmax_bits, dilated=scaled)
     shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in network.state_dict().items()}

@@ -32,13 +32,10 @@ def preset_keep(name: str, manifest: Manifest) -> tuple[str, ...]:
     """The preset as `--keep` patterns for the network of a dilated or calibrated artifact."""
     if name == "standard":
         return ()
-    from dqtool.graph.roles import find_roles
-    from dqtool.models.loading import network_of
-    from dqtool.models.packed import structure_of
+    from dqtool.models.packed import layer_infos
+    from dqtool.models.structure import graph_of
 
-    network, example, layers = structure_of(manifest)
-    family, _ = network_of(manifest.model)
-    return kept_layers(layers, find_roles(network, example, family.sample))
+    return kept_layers(layer_infos(manifest.layers), graph_of(manifest).roles)
 
 
 def kept_layers(layers: list[LayerInfo], roles: Roles) -> tuple[str, ...]:

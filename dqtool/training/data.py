@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dqtool.graph.roles import Roles, find_roles
+from dqtool.graph.network import NetworkGraph
+from dqtool.graph.roles import Roles
 from dqtool.graph.trace import Trace
 from dqtool.models.families import Family
 from dqtool.models.sampling import Sampler
@@ -141,6 +142,7 @@ class Problem:
     sampler: Sampler
     seed: int
     store: BlockStore
+    graph: NetworkGraph
     only: list[str] | None = None
     shifts: Mapping[str, Fold] = field(default_factory=dict)
     checkpoint_seconds: float = 30.0
@@ -171,7 +173,5 @@ class Problem:
         merge_learned(self.student, self.shifts)
 
     def roles(self) -> Roles:
-        """What part each layer plays."""
-        x, timestep, conditions = self.trajectory.arguments(slice(0, 1))
-        arguments = self.family.arguments(x, timestep, conditions)
-        return find_roles(self.teacher, arguments, self.family.sample)
+        """Return the part that each layer plays."""
+        return self.graph.roles

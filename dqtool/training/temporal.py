@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dqtool.graph.leaves import is_quantizable
 from dqtool.graph.roles import Roles
-from dqtool.graph.trace import is_quantizable
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.block_loop import Learner, block_state, mean_square, restore_block
 from dqtool.training.curve import check_loss

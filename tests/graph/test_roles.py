@@ -5,13 +5,12 @@ from __future__ import annotations
 from diffusers import UNet2DModel
 from helpers import NETWORK
 
-from dqtool.graph.roles import find_roles
 from dqtool.models.families import FAMILIES
 
 
 def test_roles_of_a_unet() -> None:
     model = UNet2DModel(**NETWORK).eval()
-    roles = find_roles(model, FAMILIES["UNet2DModel"].example(model.config))
+    roles = FAMILIES["UNet2DModel"].graph(model, model.config).roles
     names = [name for name, _ in model.named_modules()]
     projections = {name for name in names if name.endswith("time_emb_proj")}
     assert set(roles.temporal) == projections | {"time_embedding.linear_1", "time_embedding.linear_2"}

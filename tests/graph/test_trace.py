@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from helpers import NETWORK
 from torch import nn
 
-from dqtool.graph.trace import trace
+from dqtool.graph.network import NetworkGraph
 from dqtool.models.families import FAMILIES
 
 
@@ -16,7 +16,7 @@ from dqtool.models.families import FAMILIES
 def traced():
     family = FAMILIES["UNet2DModel"]
     model = UNet2DModel(**NETWORK)
-    return model, trace(model, family.example(model.config), block_classes=family.block_classes)
+    return model, family.graph(model, model.config).trace
 
 
 def test_every_layer_is_found_once(traced) -> None:
@@ -76,7 +76,7 @@ class _Renamed(nn.Module):
 
 
 def test_roles_follow_the_data() -> None:
-    result = trace(_Renamed(), {"sample": torch.randn(1, 4), "timestep": torch.ones(1)})
+    result = NetworkGraph(_Renamed(), {"sample": torch.randn(1, 4), "timestep": torch.ones(1)}).trace
     assert {info.name: info.role for info in result.layers} == {
         "clock": None,
         "head": "input",

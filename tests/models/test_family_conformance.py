@@ -14,7 +14,6 @@ from dqtool.artifacts import open_artifact
 from dqtool.core.bits import LayerBits
 from dqtool.core.detail import detail
 from dqtool.graph.attention import is_attention
-from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
 from dqtool.nn.prediction import attach_prediction, row_shapes
@@ -60,7 +59,7 @@ def test_the_adapters_all_have_a_tiny_network() -> None:
 def test_blocks_come_in_execution_order_and_every_layer_is_accounted_for(name: str) -> None:
     config, network = NETWORKS[name], build(name)
     family = family_of(config["_class_name"], "test")
-    traced = trace(network, family.example(config), family.sample, family.block_classes)
+    traced = family.graph(network, config).trace
     layers = {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert {info.name for info in traced.layers if info.kind != "attention"} == layers
     products = {n for n, m in network.named_modules() if is_attention(m)}
@@ -129,7 +128,7 @@ def test_attention_on_float_operands_is_that_of_diffusers(name: str) -> None:
     example = family.example(config, batch=3)
     with torch.no_grad():
         expected = network(**example, return_dict=False)[0]
-        traced = trace(network, family.example(config), family.sample, family.block_classes)
+        traced = family.graph(network, config).trace
         insert_fake(network, assign_bits(traced.layers, LayerBits(16, 16)), torch.arange(3.0), {})
         found = network(**example, return_dict=False)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -138,7 +137,7 @@ def test_attention_on_float_operands_is_that_of_diffusers(name: str) -> None:
 def test_every_call_of_every_sampler_finds_its_own_step(name: str) -> None:
     config, network = NETWORKS[name], build(name)
     family = family_of(config["_class_name"], "test")
-    traced = trace(network, family.example(config), family.sample, family.block_classes)
+    traced = family.graph(network, config).trace
     flow = name in ("sd3", "flux")
     given = family.conditions(config, 2, torch.Generator().manual_seed(0))
     null = {key: value[:1] for key, value in given.items()}

@@ -10,7 +10,6 @@ from torch import nn
 
 from dqtool.core.bits import LayerBits
 from dqtool.errors import UsageError
-from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
 from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
@@ -36,7 +35,7 @@ def model() -> nn.Module:
 def test_every_call_of_every_sampler_finds_its_own_entry(model: nn.Module, name: str, eta: float) -> None:
     sampler = Sampler(FAMILY, make_sampler(SCHEDULE, name), 5, eta)
     timesteps = sampler.timesteps()
-    traced = trace(model, FAMILY.example(model.config), block_classes=FAMILY.block_classes)
+    traced = FAMILY.graph(model, model.config).trace
     quantized = UNet2DModel(**NETWORK).eval()
     insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
     asked: list[float] = []
@@ -104,7 +103,7 @@ def test_another_sampler_than_calibrated_takes_the_nearest_steps_and_warns(model
     from dqtool.errors import DqtoolWarning
 
     timesteps = Sampler(FAMILY, make_sampler(SCHEDULE, "ddim"), 5).timesteps()
-    traced = trace(model, FAMILY.example(model.config), block_classes=FAMILY.block_classes)
+    traced = FAMILY.graph(model, model.config).trace
     quantized = UNet2DModel(**NETWORK).eval()
     insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
     other = Sampler(FAMILY, make_sampler({**SCHEDULE, "timestep_spacing": "linspace"}, "euler"), 5)

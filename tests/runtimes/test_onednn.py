@@ -443,7 +443,7 @@ def quantized(root: nn.Module) -> nn.Module:
     """`root` with its layers (but embeddings') and attention modules packed at 6/6, one step, plain ranges."""
     from dqtool.core.affine import affine_parameters, search_weight
     from dqtool.graph.attention import is_attention
-    from dqtool.graph.trace import is_quantizable
+    from dqtool.graph.leaves import is_quantizable
     from dqtool.nn.layers import fake_layer, packed_layer, packed_shapes
 
     root.eval().requires_grad_(False)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dqtool.core.dilation import spread
 from dqtool.graph.attention import is_attention
-from dqtool.graph.dataflow import dataflow
-from dqtool.graph.trace import LayerInfo, is_quantizable
+from dqtool.graph.leaves import is_quantizable
+from dqtool.graph.recording import record
+from dqtool.graph.trace import LayerInfo
 from dqtool.scaling.folding import Fold, find_folds, fold_scale, fold_scales
 
 
@@ -50,7 +51,7 @@ def output(network: nn.Module, inputs: dict[str, Any]) -> Tensor:
 def check(network: nn.Module, inputs: dict[str, Any], expected: dict[str, list[str]], crossing: set[str]) -> None:
     """The folds are `expected` (layer: targets) and each alone, and all together, leave the output as it was."""
     randomised(network)
-    folds = find_folds(network, inputs, layers_of(network))
+    folds = find_folds(record(network, inputs), layers_of(network))
     assert {found.layers[0]: found.names for found in folds} == expected
     assert {found.layers[0] for found in folds if found.crosses} == crossing
     original = {name: value.clone() for name, value in network.state_dict().items()}
@@ -113,8 +114,7 @@ def test_transformer_block_takes_norms_values_and_the_linear_half_of_geglu() -> 
     geglu = next(
         found
         for found in find_folds(
-            network,
-            {"hidden_states": torch.randn(1, 5, 16), "encoder_hidden_states": torch.randn(1, 4, 12)},
+            record(network, {"hidden_states": torch.randn(1, 5, 16), "encoder_hidden_states": torch.randn(1, 4, 12)}),
             layers_of(network),
         )
         if found.layers == ("ff.net.2",)
@@ -140,7 +140,7 @@ def test_dit_takes_shift_and_scale_rows_of_adaln() -> None:
         expected[f"{block}.attn1.to_out.0"] = [f"{block}.attn1.to_v"]
         crossing.add(f"{block}.attn1.to_out.0")
     check(network, inputs, expected, crossing)
-    rows = find_folds(network, inputs, layers_of(network))[0].targets[0]
+    rows = find_folds(record(network, inputs), layers_of(network))[0].targets[0]
     shift, scale = rows.channels[:16], rows.channels[16:32]  # shift_msa, scale_msa, then four that stay
     assert shift.tolist() == scale.tolist() == list(range(16))
     assert rows.offset.tolist() == [0.0] * 16 + [1.0] * 16 + [0.0] * 64
@@ -168,7 +168,7 @@ def test_joint_attention_keeps_values_that_two_projections_read() -> None:
         "encoder_hidden_states": torch.randn(1, 5, 16),
         "pooled_projections": torch.randn(1, 12),
     }
-    folds = find_folds(network, inputs, layers_of(network))
+    folds = find_folds(record(network, inputs), layers_of(network))
     found = {name for each in folds for name in each.layers}
     assert "transformer_blocks.0.attn.to_q" in found
     assert not any("to_out" in name or "to_add_out" in name for name in found)
@@ -200,7 +200,7 @@ def test_what_a_division_passes(name: str) -> None:
     glue, targets = ALLOWED[name]
     network = randomised(_Small(glue))
     inputs = {"sample": torch.randn(3, 6)}
-    found = next(f for f in find_folds(network, inputs, layers_of(network)) if f.layers == ("last",))
+    found = next(f for f in find_folds(record(network, inputs), layers_of(network)) if f.layers == ("last",))
     assert found.names == targets
     state, before = dict(network.state_dict()), output(network, inputs)
     fold_scale(state, found, dilate_group(network, state, found))
@@ -234,30 +234,30 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_stops_a_division(name: str) -> None:
     network = randomised(_Small(REFUSED[name]))
-    folds = find_folds(network, {"sample": torch.randn(3, 6)}, layers_of(network))
+    folds = find_folds(record(network, {"sample": torch.randn(3, 6)}), layers_of(network))
     assert not [found for found in folds if "last" in found.layers], folds
 
 
 def test_a_producer_without_bias_takes_no_offset() -> None:
     network = _Small(lambda m, x: m.last(m.first(x) + 1))
     inputs = {"sample": torch.randn(3, 6)}
-    assert find_folds(network, inputs, layers_of(network))
+    assert find_folds(record(network, inputs), layers_of(network))
     network.first = nn.Linear(6, 8, bias=False)
-    assert not find_folds(network, inputs, layers_of(network))
+    assert not find_folds(record(network, inputs), layers_of(network))
 
 
 def test_a_producer_that_shares_its_weight_stays_as_it_is() -> None:
     network = _Small(lambda m, x: m.last(m.second(m.norm(m.first(x)))))
     inputs = {"sample": torch.randn(3, 6)}
-    assert ("last",) in [found.layers for found in find_folds(network, inputs, layers_of(network))]
+    assert ("last",) in [found.layers for found in find_folds(record(network, inputs), layers_of(network))]
     network.third = nn.Linear(8, 8)
     network.third.weight = network.second.weight
-    assert ("last",) not in [found.layers for found in find_folds(network, inputs, layers_of(network))]
+    assert ("last",) not in [found.layers for found in find_folds(record(network, inputs), layers_of(network))]
 
 
 def test_packed_producers_shrink_their_scales_and_keep_their_codes() -> None:
     network = _Small(lambda m, x: m.last(m.first(x)))
-    (found,) = find_folds(network, {"sample": torch.randn(3, 6)}, layers_of(network))
+    (found,) = find_folds(record(network, {"sample": torch.randn(3, 6)}), layers_of(network))
     scale = torch.linspace(1, 8, 8)
     codes = torch.ones(8, 1, dtype=torch.int32)
     state = {
@@ -276,7 +276,7 @@ def test_packed_producers_shrink_their_scales_and_keep_their_codes() -> None:
 def test_recording_copies_no_weights_and_leaves_the_network_alone() -> None:
     network = _Small(lambda m, x: m.last(m.first(x)))
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    flow = dataflow(network, {"sample": torch.randn(3, 6)})
+    flow = record(network, {"sample": torch.randn(3, 6)})
     assert [op.layer for op in flow.ops if op.layer] == ["first", "last"]
     assert all(p.is_meta for p in flow.network.parameters())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.core.bits import LayerBits
+from dqtool.graph.recording import record
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake, packed_state
 from dqtool.scaling.folding import find_shifts, fold_scale, subtract_shift
@@ -47,7 +48,7 @@ def inputs(seed: int = 0, batch: int = 4) -> dict[str, Tensor]:
 def quantized(bits: LayerBits) -> tuple[nn.Module, dict]:
     torch.manual_seed(0)
     block = _Block()
-    shifts = find_shifts(block, inputs(), LAYERS)
+    shifts = find_shifts(record(block, inputs()), LAYERS)
     dilation = {info.name: torch.linspace(0.5, 2, info.shape[1]) for info in LAYERS}
     for name, scale in dilation.items():
         weight = block.get_parameter(f"{name}.weight")

@@ -11,7 +11,6 @@ import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.core.cost import bops_ratio, file_bytes
-from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
 from dqtool.nn.surgery import assign_bits, quant_layers, state_shapes
 from dqtool.stages.common import Common
@@ -52,7 +51,7 @@ def test_cifar10_architecture_is_an_eighth_at_four_bits() -> None:
     with torch.device("meta"):
         network = family.build(CIFAR10)
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(35.75e6, rel=0.001)
-    traced = trace(network, family.example(network.config), block_classes=family.block_classes)
+    traced = family.graph(network, network.config).trace
     names = [info.name for info in traced.layers if info.kind != "attention"]
     plans = assign_bits(traced.layers, parse_bits("4/4"), dilated=names)
     shapes = network_shapes(family, CIFAR10)

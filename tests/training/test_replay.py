@@ -13,7 +13,6 @@ from helpers import NETWORK
 from torch import nn
 
 from dqtool.errors import EnvironmentFault
-from dqtool.graph.trace import trace
 from dqtool.models.families import FAMILIES
 from dqtool.training.replay import Replay
 
@@ -25,7 +24,7 @@ def replay(request) -> Replay:
     torch.manual_seed(0)
     family = FAMILIES["UNet2DModel"]
     model = UNet2DModel(**NETWORK).eval()
-    traced = trace(model, family.example(model.config), block_classes=family.block_classes)
+    traced = family.graph(model, model.config).trace
     x = torch.randn(N, *family.sample_shape(model.config))
     timestep = torch.randint(0, 1000, (N,))
     result = Replay(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dqtool.core.device import beside
 from dqtool.errors import ArtifactError
+from dqtool.graph.network import NetworkGraph
 from dqtool.models.amendments import amend
 from dqtool.models.conditioning import Conditions, Request, random_conditions, with_embedded
 
@@ -137,6 +138,10 @@ class Family(ABC):
             return values.mean(1).view(-1, *row)
         beyond = values.new_full((len(values), row[0] - values.shape[1]), fill)
         return torch.cat([values, beyond], 1).view(-1, *row)
+
+    def graph(self, network: nn.Module, config: Mapping[str, Any]) -> NetworkGraph:
+        """Return the structure of a network of this family, which may be on `meta`; it is recorded when it is first read."""
+        return NetworkGraph(network, self.example(config), self.sample, block_classes=self.block_classes)
 
     def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The config of the least work that runs every layer on every channel: what a comparison of weights needs."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.bits import LayerBits
-from dqtool.graph.padding import zero_padding
-from dqtool.graph.trace import kept_float, trace
+from dqtool.graph.leaves import zero_padding
+from dqtool.graph.network import NetworkGraph
+from dqtool.graph.trace import kept_float
 from dqtool.nn.layers import fake_layer
 from dqtool.nn.steps import StepIndex
 
@@ -45,7 +46,7 @@ class Network(nn.Module):
 
 def test_what_pads_otherwise_is_not_quantized_and_said() -> None:
     network = Network()
-    layers = trace(network, {"sample": torch.randn(1, 3, 8, 8)}).layers
+    layers = NetworkGraph(network, {"sample": torch.randn(1, 3, 8, 8)}).trace.layers
     assert [info.name for info in layers] == ["same"]
     assert "reflect" in kept_float(network, layers)["mirrored"]
 

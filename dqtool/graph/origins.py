@@ -1,0 +1,52 @@
+"""Follow named origins (inputs, layers, blocks) forward through a recording, to every operation that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from dqtool.graph.recording import Op, Recording, storage_of, tensors_in
+
+__all__ = ["follow_origins"]
+
+Origins = frozenset[str]
+NONE: Origins = frozenset()
+
+
+def follow_origins(
+    recording: Recording, starts: Mapping[str, Tensor], origin: Callable[[Op], str | None], nearest: bool
+) -> dict[Op, Origins]:
+    """Return the origins of each operation's arguments, for every operation that has some.
+
+    `starts` are tensors that are origins from the beginning, by name; `origin` names the outputs of an operation as an
+    origin (None: they are not one). With `nearest` an origin hides those that it was made from itself; without, a
+    tensor has all origins on the way to it.
+    """
+    known: dict[int, Origins] = {id(tensor): frozenset((name,)) for name, tensor in starts.items()}
+    written: dict[int, Origins] = {}
+
+    def origins_of(tensor: Tensor) -> Origins:
+        return known.get(id(tensor), NONE) | written.get(storage_of(tensor), NONE)
+
+    found: dict[Op, Origins] = {}
+    for op in recording.ops:
+        read = NONE if _ignores_values(op) else NONE.union(*map(origins_of, tensors_in(op.args)))
+        if read:
+            found[op] = read
+        name = origin(op)
+        if op.module is not None and name is None:
+            continue  # a mark changes no tensor
+        made = read if name is None else frozenset((name,)) if nearest else read | {name}
+        for tensor in op.outputs:
+            known[id(tensor)] = made
+            if op.mutates:  # views of the same memory see the change as well
+                memory = storage_of(tensor)
+                written[memory] = written.get(memory, NONE) | made
+    return found
+
+
+def _ignores_values(op: Op) -> bool:
+    """Whether an operation reads nothing of its arguments but their shape, as `zeros_like` and `new_zeros` do."""
+    name = op.name.removeprefix("aten.").split(".")[0]
+    return name.endswith("_like") or name.startswith("new_")
