@@ -83,6 +83,12 @@ def distill(
             show_default=False,
         ),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="End with an error where training diverges, in place of leaving that block as calibrated."
+        ),
+    ] = False,
 ) -> None:
     """Choose the bits, train block by block, and pack.
 

@@ -41,7 +41,8 @@ class DistillOptions:
     the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on.
     `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result.
     `low_memory`: all of them go there, and few samples run together. `correct_noise`: whether predictions are corrected at
-    each step; None: where the method says so and something was trained. See also `settled`."""
+    each step; None: where the method says so and something was trained. `strict`: a training that diverges is an error; otherwise
+    its block stays as calibrated, and the manifest's metric `warnings` says so. See also `settled`."""
 
     artifact: str | None = None
     output: str = "distilled.safetensors"
@@ -61,6 +62,7 @@ class DistillOptions:
     cache_memory: int = 6144
     low_memory: bool = False
     correct_noise: bool | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         """Refuse, before anything runs, what no artifact could make right.
@@ -252,6 +254,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         cache_bytes=0 if options.low_memory else options.cache_memory << 20,
         replay_batch=LOW_MEMORY_BLOCK if options.low_memory else Problem.replay_batch,
         network_batch=LOW_MEMORY_NETWORK if options.low_memory else Problem.network_batch,
+        strict=options.strict,
     )
     return_freed_memory()
     device = device_of(student)
@@ -276,6 +279,8 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
     layers = with_folds(with_learned_scales(layers, tensors, learned), folded)
+    if problem.warnings:
+        trained |= {"warnings": problem.warnings}
     metrics = {**manifest.metrics, **trained}
     return Product(
         state,

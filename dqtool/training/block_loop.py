@@ -6,6 +6,7 @@ Memory is that of one block and of what later blocks still read (`replay.py`). H
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from dqtool.core.allocator import return_freed_memory
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.training.curve import check_loss, ends, mean_curve
+from dqtool.training.curve import ends, mean_curve
 from dqtool.training.data import Problem, Reporter
 from dqtool.training.optimizer import QuantAdam
+from dqtool.training.recovery import BlockStates, Recovery
 from dqtool.training.replay import BlockInputs, Replay
 
 __all__ = ["Learner", "block_state", "mean_square", "own_layers", "restore_block", "train_blocks", "trainable"]
@@ -119,18 +121,24 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
         elif kept is not None:
             generator.set_state(kept["generator"])
             history = kept["history"].tolist()
-            restore_block(block, {k: v for k, v in kept.items() if k not in ("generator", "history")})
+            restore_block(block, {k: v for k, v in kept.items() if k not in ("generator", "history", "warnings")})
             progress.skip(len(history), info.name)
+            problem.warnings += text_of(kept.get("warnings"))
             losses[info.name] = ends(history, 20)
             relative.append(in_units(history, target))
         else:
             return_freed_memory()  # what was cut for whole replays does not fit what one batch wants
             begin = time.perf_counter()
+            known = len(problem.warnings)
             history = train_block(problem, block, given, target, make, generator, progress, info.name)
             training_seconds += time.perf_counter() - begin
             losses[info.name] = ends(history, 20)
             relative.append(in_units(history, target))
-            extra = {"generator": generator.get_state(), "history": torch.tensor(history, dtype=torch.float64)}
+            extra = {
+                "generator": generator.get_state(),
+                "history": torch.tensor(history, dtype=torch.float64),
+                "warnings": tensor_of(problem.warnings[known:]),
+            }
             problem.store.save(salt + info.name, {**block_state(block), **extra})
         return_freed_memory()
         teacher.advance(index, target, wanted)
@@ -155,9 +163,18 @@ def train_block(
     progress: Reporter,
     name: str,
 ) -> list[float]:
-    """Minimise Eq. 27 for one block; returns the loss of every iteration."""
+    """Minimise Eq. 27 for one block; return the finite loss of every iteration. A block that diverges goes back to its best
+    state, see `recovery.py`."""
     learner = make(block)
     learner.measure(tensors_of(target))
+    recovery = Recovery(
+        learner.optimizer,
+        BlockStates(learner.optimizer),
+        f"block '{name}'",
+        mean_square(tensors_of(target)),
+        strict=problem.strict,
+        warnings=problem.warnings,
+    )
     history: list[float] = []
     for step in range(learner.iters):
         chosen = learner.choose(step, generator)
@@ -166,13 +183,15 @@ def train_block(
         loss = output_loss(block(*args, **kwargs), target, chosen)
         learner.optimizer.zero_grad()
         learner.objective(loss, step).backward()
-        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step))
+        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step) * recovery.rate)
         history.append(loss.item())
-        check_loss(history[-1], name, step)
+        if not recovery.goes_on(history[-1], step):
+            progress.skip(learner.iters - step - 1, name)
+            break
         progress.advance(1, name)
     learner.finish()
     block.requires_grad_(False)
-    return history
+    return [loss for loss in history if math.isfinite(loss)]
 
 
 def in_units(history: list[float], target: Any) -> list[float]:
@@ -202,6 +221,16 @@ def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
         if isinstance(y, Tensor)
     ]
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
+def tensor_of(lines: Sequence[str]) -> Tensor:
+    """Return lines of text as bytes, uint8, so that a store keeps them beside tensors."""
+    return torch.tensor(list("\n".join(lines).encode()), dtype=torch.uint8)
+
+
+def text_of(data: Tensor | None) -> list[str]:
+    """Return the lines that `tensor_of` was given."""
+    return [] if data is None or not data.numel() else bytes(data.tolist()).decode().split("\n")
 
 
 def block_state(block: nn.Module) -> dict[str, Tensor]:

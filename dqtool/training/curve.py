@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from dqtool.errors import NumericError
-
-__all__ = ["POINTS", "check_loss", "curve", "ends", "mean_curve"]
+__all__ = ["POINTS", "curve", "ends", "mean_curve"]
 
 POINTS = 200
 """The most means a curve has."""
@@ -31,13 +29,3 @@ def ends(losses: Sequence[float], most: int) -> list[float]:
     """The mean of the first and of the last losses, each over up to `most` and a quarter of all; empty for none."""
     window = max(1, min(most, len(losses) // 4))
     return [sum(losses[:window]) / window, sum(losses[-window:]) / window] if losses else []
-
-
-def check_loss(loss: float, where: str, step: int) -> None:
-    """Raise `NumericError` for a loss that is no number."""
-    if not loss < float("inf"):
-        raise NumericError(
-            "The distillation loss is no longer finite.",
-            where=f"{where}, iteration {step}",
-            fix="Check the calibration with `dqtool inspect`; more --samples or another --seed may help",
-        )

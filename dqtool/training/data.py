@@ -131,7 +131,8 @@ class Problem:
     `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`, `cache_bytes` what the activations that blocks
     read may take in memory, of the float and of the quantized network together, before they go to disk; `replay_batch` how many
     samples run together where a block's inputs and outputs are computed, `network_batch` how many
-    where a whole network learns or samples (None: all there are).
+    where a whole network learns or samples (None: all there are). `strict` makes a divergence an error; otherwise `warnings`
+    collects sentences about what could not be trained.
     """
 
     family: Family
@@ -149,6 +150,8 @@ class Problem:
     cache_bytes: int = 6 << 30
     replay_batch: int = 256
     network_batch: int | None = None
+    strict: bool = False
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def short_of_memory(self) -> bool:

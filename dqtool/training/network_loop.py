@@ -5,6 +5,7 @@ Memory is that of every layer's activations for one batch, and of the optimizer'
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from dqtool.nn.surgery import steps_of
 from dqtool.training.accumulation import backward
-from dqtool.training.curve import check_loss, curve, ends
+from dqtool.training.curve import curve, ends
 from dqtool.training.data import Problem, Reporter
 from dqtool.training.optimizer import QuantAdam, cosine
+from dqtool.training.recovery import Recovery, StoredStates
 
 __all__ = ["mixed_steps", "one_step_at_a_time", "rows_by_step", "train_network"]
 
@@ -79,6 +81,10 @@ def train_network(
         losses = kept["losses"].tolist()
         optimizer.load(kept)
         progress.skip(len(losses))
+    states = StoredStates(problem.store, key, optimizer)
+    if kept is None:
+        states.begin()
+    recovery = Recovery(optimizer, states, "the network", size, strict=problem.strict, warnings=problem.warnings)
     saved = time.perf_counter()
 
     def error(part: Tensor) -> Tensor:
@@ -88,13 +94,15 @@ def train_network(
         chosen = choose(step, generator)
         optimizer.zero_grad()
         losses.append(backward(error, chosen, problem.network_batch))
-        optimizer.step(trajectory.present(chosen), cosine(step, iters))
-        check_loss(losses[-1], key, step)
+        optimizer.step(trajectory.present(chosen), cosine(step, iters) * recovery.rate)
+        if not recovery.goes_on(losses[-1], step):
+            break
         progress.advance(1, f"loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
-        if time.perf_counter() - saved >= problem.checkpoint_seconds:
+        if time.perf_counter() - saved >= problem.checkpoint_seconds and optimizer.is_finite():
             state = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
             problem.store.save(key, {**optimizer.state(), **state})
             saved = time.perf_counter()
+    losses = [loss for loss in losses if math.isfinite(loss)]
     optimizer.zero_grad()
     optimizer.release()
     problem.student.requires_grad_(False)

@@ -6,6 +6,7 @@ was trained on. Here it samples, the teacher is asked at the points it visits, a
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,12 +24,12 @@ from dqtool.nn.steps import look_up
 from dqtool.nn.surgery import steps_of
 from dqtool.training.accumulation import backward
 from dqtool.training.block_loop import trainable
-from dqtool.training.curve import check_loss
 from dqtool.training.data import Problem, Reporter, Trajectory
 from dqtool.training.held_weights import held_weights
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import OnPolicyOptions
 from dqtool.training.recompute import recomputed_blocks
+from dqtool.training.recovery import Recovery, StoredStates
 from dqtool.training.spilling import Store
 
 __all__ = ["own_trajectory", "refine", "settle"]
@@ -71,6 +72,10 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
             progress.skip(done)
             own = replace(problem.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
             targets = points["targets"]
+    states = StoredStates(problem.store, "refine", optimizer)
+    if not losses:
+        states.begin()
+    recovery: Recovery | None = None
     for step in range(len(losses), options.iters):
         if own is None or step % options.refresh == 0:
             begin = time.perf_counter()
@@ -90,12 +95,16 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
         together = held_weights(problem.student) if problem.short_of_memory else nullcontext()
         with together, recomputed_blocks(problem.student, problem.trace):
             losses.append(backward(partial(_error, problem, own, targets), chosen, problem.network_batch))
-        optimizer.step(own.present(chosen), cosine(step, options.iters))
+        if recovery is None:
+            size = float(targets.square().mean()) or 1.0
+            recovery = Recovery(optimizer, states, "all blocks", size, strict=problem.strict, warnings=problem.warnings)
+        optimizer.step(own.present(chosen), cosine(step, options.iters) * recovery.rate)
         if problem.short_of_memory and step % ITERATIONS_A_TRIM == 0:
             return_freed_memory()  # batches leave holes that the next ones do not fit in
-        check_loss(losses[-1], "refine", step)
+        if not recovery.goes_on(losses[-1], step):
+            break
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
-        if time.perf_counter() - saved >= problem.checkpoint_seconds:
+        if time.perf_counter() - saved >= problem.checkpoint_seconds and optimizer.is_finite():
             state = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
             problem.store.save("refine", {**optimizer.state(), **state})
             saved = time.perf_counter()
@@ -104,7 +113,7 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
     problem.student.requires_grad_(False)
     steps.select(torch.zeros(1, dtype=torch.long))
     return {
-        "losses": losses,
+        "losses": [loss for loss in losses if math.isfinite(loss)],
         "seconds": time.perf_counter() - start,
         "sampling_seconds": sampling_seconds,
     }

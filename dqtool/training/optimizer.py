@@ -105,6 +105,25 @@ class QuantAdam:
         groups = [(str(i), group) for i, group in enumerate(self._groups) if group.parameters]
         return {f"{i}.{name}": getattr(group, name) for i, group in groups for name in _Group.STATE}
 
+    def values(self) -> list[Tensor]:
+        """Return a copy of the parameters' values, one flat tensor for each kind."""
+        return [group.flat.clone() for group in self._groups if group.parameters]
+
+    def restart(self, values: Sequence[Tensor]) -> None:
+        """Give the parameters these `values`, as `values()` returns them, and forget the moments."""
+        for group, flat in zip([g for g in self._groups if g.parameters], values, strict=True):
+            group.flat.copy_(flat)
+            for moment in (group.mean, group.square, group.count):
+                moment.zero_()
+
+    def is_finite(self) -> bool:
+        """Return whether every parameter is finite."""
+        return all(bool(group.flat.isfinite().all()) for group in self._groups if group.parameters)
+
+    def values_in(self, state: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the values that a `state` of this optimizer holds, as `values()` returns them."""
+        return [state[f"{i}.flat"] for i, group in enumerate(self._groups) if group.parameters]
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, in place."""
         for i, group in enumerate(self._groups):

@@ -15,8 +15,8 @@ from dqtool.graph.leaves import is_quantizable
 from dqtool.graph.roles import Roles
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.block_loop import Learner, block_state, mean_square, restore_block
-from dqtool.training.curve import check_loss
 from dqtool.training.data import Problem, Reporter
+from dqtool.training.recovery import BlockStates, Recovery
 
 __all__ = ["TemporalPath", "temporal_layers", "train_temporal"]
 
@@ -103,6 +103,14 @@ def train_temporal(
     teacher, student = (TemporalPath(problem, net, roles) for net in (problem.teacher, problem.student))
     generator = torch.Generator().manual_seed(problem.seed + 3)
     history = []
+    recovery = Recovery(
+        learner.optimizer,
+        BlockStates(learner.optimizer),
+        "the time embedding",
+        1.0,  # losses are in units of the target's mean square
+        strict=problem.strict,
+        warnings=problem.warnings,
+    )
     for step in range(learner.iters):
         chosen = learner.choose(step, generator)
         with torch.no_grad():
@@ -112,9 +120,10 @@ def train_temporal(
         learner.measure(list(wanted.values()))
         learner.optimizer.zero_grad()
         learner.objective(errors.mean(), step).backward()
-        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step))
+        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step) * recovery.rate)
         history.append(errors.mean().item() / mean_square(list(wanted.values())))
-        check_loss(history[-1], key, step)
+        if not recovery.goes_on(history[-1], step):
+            break
         progress.advance(1, key)
     learner.finish()
     problem.student.requires_grad_(False)
