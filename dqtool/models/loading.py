@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtool.artifacts import check_finite, read_header
+from dqtool.artifacts import check_finite
+from dqtool.artifacts.tensorfile import load_tensors
 from dqtool.errors import ArtifactError
 from dqtool.graph.repeats import drop_repeats, tie_repeats
+from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import Family, family_of
 from dqtool.models.sources import ModelSource
 
 __all__ = ["build_network", "load_weights", "materialise", "network_of"]
+
+MOST_POSITIONS = 1 << 27
+"""Most values in all tables that a config describes and no file holds."""
 
 
 def load_weights(source: ModelSource) -> dict[str, Tensor]:
@@ -30,15 +35,8 @@ def load_weights(source: ModelSource) -> dict[str, Tensor]:
 
         state = convert(source.weights[0], source.layout, source.config)
     else:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         for path in source.weights:
-            read_header(path)
-            try:
-                state.update(load_file(path))
-            except (SafetensorError, OSError) as e:
-                raise ArtifactError(f"These weights can't be read: {e}", where=str(path)) from e
+            state.update(load_tensors(path))
     check_finite(state, source.given)
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     if source.loras:
@@ -60,15 +58,22 @@ def build_network(
     """
     family = family_of(class_name, where)
     state = drop_repeats(state, family.repeats(config))
-    with torch.device("meta"):
+    with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
         network = tie_repeats(family.build(config), state, family.repeats(config))
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    floats = {name for name, t in network.state_dict().items() if t.is_floating_point()}
     for name in expected:
         if name not in state:
             raise ArtifactError(
                 f"The weights lack '{name}', which the config calls for",
                 where=where,
                 fix="Check that config and weights belong together",
+            )
+        if not state[name].is_floating_point() and name in floats:
+            raise ArtifactError(
+                f"'{name}' holds {str(state[name].dtype).removeprefix('torch.')}, and full-precision weights are floats",
+                where=where,
+                fix="Give the full-precision model; dqtool quantizes it itself",
             )
         if tuple(state[name].shape) != expected[name]:
             raise ArtifactError(
@@ -89,15 +94,25 @@ def build_network(
 
 
 def network_of(manifest_model: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """Family and diffusers config that a manifest's `model` names."""
-    return family_of(manifest_model["class"], "manifest, key model.class"), dict(manifest_model["config"])
+    """Return the family and the diffusers config that a manifest's `model` names.
+
+    Raises:
+        ArtifactError: no family serves the class, or the config is not one of it.
+    """
+    config = dict(manifest_model["config"])
+    return family_of(manifest_model["class"], "manifest, key model.class", config), config
 
 
 def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
     """Buffers outside the state dict (position tables) were made on meta: take them from a build of their own."""
-    ghosts = [name for name, b in network.named_buffers() if b.is_meta]
+    ghosts = {name: b.numel() for name, b in network.named_buffers() if b.is_meta}
     if not ghosts:
         return
+    if sum(ghosts.values()) > MOST_POSITIONS:
+        raise ArtifactError(
+            f"The config describes position tables of {sum(ghosts.values()):,} values, and dqtool makes {MOST_POSITIONS:,}",
+            where="model config",
+        )
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

@@ -13,6 +13,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.errors import ArtifactError
 from dqtool.graph.repeats import tie_repeats
 from dqtool.graph.trace import LayerInfo
+from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import family_of
 from dqtool.models.loading import materialise
 from dqtool.nn.prediction import NAME as PREDICTION
@@ -89,8 +90,8 @@ def packed_network(
     Raises:
         ArtifactError: the tensors are not those the plan calls for.
     """
-    family = family_of(class_name, "manifest, key model.class")
-    with torch.device("meta"):
+    family = family_of(class_name, "manifest, key model.class", config)
+    with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
         network = tie_repeats(family.build(config), state, family.repeats(config))
     insert_packed(network, plans, len(state["timesteps"]), prediction_rows(state))
     if not _assigned(network, state):

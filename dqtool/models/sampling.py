@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.device import beside
-from dqtool.errors import ArtifactError, UsageError
+from dqtool.errors import UsageError
+from dqtool.models.config_schema import built, check_scheduler_config, diffusers_class
 from dqtool.models.families import Family
 from dqtool.models.noise_correction import NoiseCorrection, noise_scale, response
 from dqtool.models.told import is_flow
@@ -40,6 +42,8 @@ SAMPLERS = {
 FLOW = "FlowMatchEulerDiscreteScheduler"
 """What `euler` stands for where the network was trained by flow matching; the others know no such schedule."""
 
+CONFIG = "scheduler config"
+
 BARE_COMPONENT = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 """The schedule of a network that comes without a pipeline: DDIM over 1000 linear betas."""
 
@@ -51,17 +55,15 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> Any:
-    """A diffusers scheduler: the pipeline's own (`config`, its class in `_class_name`) or the one called `name` with
+    """Return a diffusers scheduler: the pipeline's own (`config`, its class in `_class_name`) or the one called `name` with
     the pipeline's noise schedule.
 
     Raises:
         UsageError: an unknown name, or a sampler that can't be used with the pipeline's noise schedule.
-        ArtifactError: the pipeline's own scheduler is of a class that diffusers lacks.
+        ArtifactError: the pipeline's own scheduler is of a class that diffusers lacks, or its config is not one of it.
     """
-    import diffusers
-
     config = dict(config or BARE_COMPONENT)
-    own = config.get("_class_name", BARE_COMPONENT["_class_name"])
+    own = str(config.get("_class_name", BARE_COMPONENT["_class_name"]))
     if name is not None and name not in SAMPLERS:
         raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
     class_name = own if name is None else SAMPLERS[name]
@@ -77,13 +79,10 @@ def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> A
         config = {k: v for k, v in config.items() if k not in ("_class_name", "_use_default_values")}
         if name == "plms":
             config["skip_prk_steps"] = True
-    if not hasattr(diffusers, class_name):
-        raise ArtifactError(
-            f"diffusers has no scheduler '{class_name}'",
-            where="scheduler config, key _class_name",
-            fix="Upgrade diffusers",
-        )
-    return getattr(diffusers, class_name).from_config(config)
+    cls = diffusers_class(class_name, "SchedulerMixin", f"{CONFIG}, key _class_name")
+    check_scheduler_config(cls, config, CONFIG)
+    with built(class_name, CONFIG):
+        return cls.from_config(config)
 
 
 def scheduler_class(config: Mapping[str, Any] | None, name: str | None = None) -> str:
@@ -97,6 +96,10 @@ class Sampler:
 
     `tokens` counts the image tokens of a sample, for flow schedules that are shifted by it. `correction` takes what
     quantization does to predictions out of them.
+
+    Raises:
+        UsageError: more steps than the schedule was trained with, or eta or guidance that is no number.
+        ArtifactError: the scheduler can't take these steps, or not one step.
     """
 
     family: Family
@@ -106,6 +109,29 @@ class Sampler:
     guidance: float = 1.0
     tokens: int = 0
     correction: NoiseCorrection | None = None
+
+    def __post_init__(self) -> None:
+        """Take the first step of a sample of nothing: what diffusers finds wrong with a schedule only then is told here."""
+        for option, value in (("--eta", self.eta), ("--guidance", self.guidance)):
+            if not math.isfinite(value):
+                raise UsageError(f"{value} is no number to sample with", where=option)
+        trained = self.scheduler.config.get("num_train_timesteps")
+        if self.steps < 1 or (isinstance(trained, int) and self.steps > trained):
+            raise UsageError(
+                f"{self.steps} steps can't be taken of a schedule of {trained or 'any'}",
+                where="--steps",
+                fix=f"Give a number of steps from 1 to {trained}" if trained else "Give 1 or more",
+            )
+        channels = 2 if _learns_variance(self.scheduler) else 1
+        x, generator = torch.zeros(1, 1, 2, 2), torch.Generator().manual_seed(0)
+        with built(f"{type(self.scheduler).__name__} that takes {self.steps} steps", CONFIG), torch.no_grad():
+            scheduler = self._fresh()
+            if not len(scheduler.timesteps) or not bool(torch.isfinite(scheduler.timesteps).all()):
+                raise ValueError("its timesteps are not finite")
+            first = scheduler.timesteps[0]
+            x_in = getattr(scheduler, "scale_model_input", lambda x, _t: x)(x, first)
+            extra = _step_arguments(scheduler, self.eta, [generator])
+            scheduler.step(x_in.repeat(1, channels, 1, 1), first, x, **extra)
 
     def timesteps(self) -> Tensor:
         """The table `[T]` of distinct timesteps the network will be given, in sampling order. PLMS asks for its second

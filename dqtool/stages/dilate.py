@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, DeferredTensors, Written, check_writable, open_artifact, sha256_file
 from dqtool.core.bits import parse_bits
-from dqtool.errors import ArtifactError, UsageError
+from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.models.told import Told
 from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE, LATER
@@ -258,15 +258,19 @@ def recorded_network(network: nn.Module, family: Family, config: dict[str, Any])
     Raises:
         ArtifactError: a network without an adapter does not run on what is known of its inputs.
     """
-    graph = family.graph(network, config)
-    if family.name != "generic":
-        return graph
     try:
+        graph = family.graph(network, config)
         _ = graph.recording
         return graph
-    except Exception as e:
+    except DqtoolError:
+        raise
+    except Exception as e:  # a config may be one that can be built and can't be run
+        if family.name != "generic":
+            raise ArtifactError(
+                f"The network that the config describes does not run: {type(e).__name__}: {e}", where="model config"
+            ) from e
         raise ArtifactError(
-            f"{family.class_name} does not run on {', '.join(graph.inputs)} alone: {e}",
+            f"{family.class_name} does not run on {', '.join(family.example(config))} alone: {e}",
             where="--family generic",
             fix="Give an --example FILE.safetensors with one tensor [1, ...] for each further argument",
         ) from e
@@ -297,6 +301,6 @@ def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[st
             where="--family",
             fix=f"Leave it out: the class decides; or choose generic ({', '.join(names)} exist)",
         )
-    family = family_of(class_name, str(source.config_path))
+    family = family_of(class_name, str(source.config_path), config)
     companions = companions_of_source(source)
     return class_name, config if companions is None else config | family.hints(companions)

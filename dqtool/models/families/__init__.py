@@ -7,6 +7,9 @@ that an artifact records: that of the diffusers class, or `generic:` and that na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dqtool.errors import ArtifactError
 from dqtool.models.families import dit, flux, pixart, sd3, unet2d, unet2d_condition  # noqa: F401
 from dqtool.models.families.base import FAMILIES, Family, register
@@ -15,12 +18,19 @@ from dqtool.models.families.generic import PREFIX, Generic
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
 
-def family_of(class_name: str, where: str) -> Family:
-    """The adapter for a diffusers class, as an artifact names it.
+def family_of(class_name: str, where: str, config: Mapping[str, Any] | None = None) -> Family:
+    """Return the adapter for a diffusers class, as an artifact names it; a `config` is checked before it is used.
 
     Raises:
-        ArtifactError: no adapter serves it.
+        ArtifactError: no adapter serves the class, or the config is not one of it.
     """
+    family = _family(class_name, where)
+    if config is not None:
+        family.check(config)
+    return family
+
+
+def _family(class_name: str, where: str) -> Family:
     if class_name.startswith(PREFIX):
         return Generic(class_name.removeprefix(PREFIX))
     if class_name not in FAMILIES:

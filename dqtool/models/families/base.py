@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,11 +17,16 @@ from dqtool.errors import ArtifactError
 from dqtool.graph.network import NetworkGraph
 from dqtool.models.amendments import amend
 from dqtool.models.conditioning import Conditions, Request, random_conditions, with_embedded
+from dqtool.models.config_schema import bounded_parameters, built, check_network_config, diffusers_class
 
 if TYPE_CHECKING:
     from dqtool.models.companions import Companions
 
 __all__ = ["FAMILIES", "Family", "image_side", "register", "square_sample", "timestep_vector"]
+
+CONFIG = "model config"
+LARGEST_SAMPLE = 1 << 24
+"""Most values of one sample."""
 
 
 class Family(ABC):
@@ -44,17 +50,32 @@ class Family(ABC):
     scheduler: Mapping[str, Any] | None = None
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """The network with random weights, from a diffusers config.
+        """Return the network with random weights, from a diffusers config.
 
         Raises:
-            ArtifactError: diffusers refuses the config.
+            ArtifactError: the config is not one of this class, or diffusers refuses it.
         """
-        import diffusers
+        cls = self.check(config)
+        with bounded_parameters(), built(self.class_name, CONFIG):
+            return amend(cls.from_config(dict(config)), config)
 
-        try:
-            return amend(getattr(diffusers, self.class_name).from_config(dict(config)), config)
-        except (TypeError, ValueError, KeyError) as e:
-            raise ArtifactError(f"The config does not describe a {self.class_name}: {e}", where="model config") from e
+    def check(self, config: Mapping[str, Any]) -> Any:
+        """Check a config before anything is made by it; returns the diffusers class of the network.
+
+        Raises:
+            ArtifactError: names the key that is not what the class takes, or samples that are too large.
+        """
+        cls = diffusers_class(self.class_name, "ModelMixin", f"{CONFIG}, key _class_name")
+        check_network_config(cls, config, CONFIG)
+        with built(self.class_name, CONFIG):
+            shape = self.sample_shape(config)
+            self.tokens(config)
+        if not all(isinstance(side, int) and side > 0 for side in shape) or prod(shape) > LARGEST_SAMPLE:
+            raise ArtifactError(
+                f"A sample of shape {list(shape)} is none, or has more than the {LARGEST_SAMPLE:,} values that dqtool takes",
+                where=CONFIG,
+            )
+        return cls
 
     @abstractmethod
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dqtool.artifacts import read_header
 from dqtool.artifacts.tensorfile import load_tensors
 from dqtool.errors import ArtifactError
+from dqtool.models.config_schema import diffusers_class
 from dqtool.models.families.base import Family, square_sample
 from dqtool.nn.prediction import SAMPLE_NAMES
 
@@ -57,12 +58,8 @@ class Generic(Family):
     block_classes = ()
 
     def __init__(self, class_name: str) -> None:
-        import diffusers
-
         self.class_name = class_name
-        cls = getattr(diffusers, class_name, None)
-        if cls is None:
-            raise ArtifactError(f"diffusers has no class '{class_name}'", where="model config, key _class_name")
+        cls = diffusers_class(class_name, "ModelMixin", "model config, key _class_name")
         parameters = inspect.signature(cls.forward).parameters
         found = [name for name in SAMPLE_NAMES if name in parameters]
         if not found or "timestep" not in parameters:

@@ -1,0 +1,210 @@
+"""Checking plain JSON values against types: those of a record's fields, or of a function's parameters. Imports no torch.
+
+`problem` understands `None`, `bool`, `int`, `float`, `str`, `Any`, unions, `Literal`, lists and tuples, dicts, frozen
+dataclasses (records) and `Annotated[kind, Between(...)]`. Numbers are always finite. `record` makes a record of an object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+__all__ = ["Between", "Count", "Name", "Problem", "Size", "Step", "problem", "record"]
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a value: the key of the innermost one at fault, and what it must be."""
+
+    key: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, or of a text's or list's length."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    def words(self, unit: str) -> str:
+        """Return the bounds in words."""
+        if self.most == math.inf:
+            return f"of {self.least:g} or more{unit}"
+        if self.least == -math.inf:
+            return f"of {self.most:g} or less{unit}"
+        return f"from {self.least:g} to {self.most:g}{unit}"
+
+
+Count = Annotated[int, Between(0, 1 << 53)]
+Size = Annotated[int, Between(1, 1 << 40)]
+Step = Annotated[int, Between(1, 100_000)]
+Name = Annotated[str, Between(1, 1_000)]
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+
+
+def problem(value: Any, kind: Any, key: str = "") -> Problem | None:
+    """Return the first thing that is wrong with a JSON value of this type, or None."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return _finite(value, key)
+    if origin is Annotated:
+        return problem(value, arguments[0], key) or _bounded(value, arguments[1], key)
+    if origin in (Union, types.UnionType):
+        return _of_union(value, arguments, key)
+    if origin is Literal:
+        return None if value in arguments and not isinstance(value, bool) else Problem(key, _words(kind))
+    if kind in _WORDS or kind is None:
+        return _of_scalar(value, kind, key)
+    container = origin or kind
+    if dataclasses.is_dataclass(container) and isinstance(container, type):
+        return _of_record(value, container, key)
+    if container in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            return Problem(key, _words(kind))
+        inner = arguments[1] if len(arguments) == 2 else Any
+        return next((found for k, v in value.items() if (found := problem(v, inner, _under(key, str(k))))), None)
+    if container in (list, tuple, Sequence):
+        return _of_list(value, kind, arguments, key)
+    return Problem(key, _words(kind))  # a class that no JSON value is of
+
+
+def record(value: Any, kind: type[R], key: str = "") -> R:
+    """Return the record that an object of JSON stands for; keys that the record does not name are left out.
+
+    Raises `ValueError` whose argument is the `Problem`.
+    """
+    found = problem(value, kind, key)
+    if found is not None:
+        raise ValueError(found)
+    return _built(value, kind)
+
+
+def _built(value: Any, kind: Any) -> Any:
+    """Return the value with records in the place of their objects, and tuples in that of lists where the type says so."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _built(value, arguments[0])
+    if origin in (Union, types.UnionType):
+        fitting = next((each for each in arguments if problem(value, each) is None), Any)
+        return _built(value, fitting)
+    container = origin or kind
+    if isinstance(container, type) and dataclasses.is_dataclass(container):
+        types_of = _fields(container)
+        return container(**{name: _built(value[name], types_of[name][0]) for name in types_of if name in value})
+    if container in (dict, Mapping) and len(arguments) == 2:
+        return {name: _built(item, arguments[1]) for name, item in value.items()}
+    if container is tuple and arguments:
+        inner = arguments[:1] * len(value) if arguments[1:] in ((), (...,)) else arguments
+        return tuple(_built(item, each) for item, each in zip(value, inner, strict=True))
+    return value
+
+
+@cache
+def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Return a record's fields: type, and whether it must be there."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    missing = dataclasses.MISSING
+    return {
+        field.name: (hints[field.name], field.default is missing and field.default_factory is missing)
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _of_record(value: Any, kind: type, key: str) -> Problem | None:
+    if not isinstance(value, Mapping):
+        return Problem(key, "an object")
+    for name, (inner, needed) in _fields(kind).items():
+        if name not in value:
+            if needed:
+                return Problem(_under(key, name), "there: the key is missing")
+            continue
+        found = problem(value[name], inner, _under(key, name))
+        if found is not None:
+            return found
+    return None
+
+
+def _of_scalar(value: Any, kind: Any, key: str) -> Problem | None:
+    if kind is None or kind is type(None):
+        return None if value is None else Problem(key, "null")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return None if abs(value) < 1 << 1000 else Problem(key, "a finite number")
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
+        return Problem(key, _WORDS[kind])
+    return _finite(value, key)
+
+
+def _of_union(value: Any, kinds: Sequence[Any], key: str) -> Problem | None:
+    found = [problem(value, each, key) for each in kinds]
+    if None in found:
+        return None
+    deeper = [each for each in found if each is not None and each.key != key]
+    return deeper[0] if deeper else Problem(key, " or ".join(dict.fromkeys(_words(each) for each in kinds)))
+
+
+def _of_list(value: Any, kind: Any, arguments: Sequence[Any], key: str) -> Problem | None:
+    if not isinstance(value, list | tuple):
+        return Problem(key, _words(kind))
+    fixed = typing.get_origin(kind) is tuple and len(arguments) > 1 and arguments[-1] is not ...
+    if fixed and len(value) != len(arguments):
+        return Problem(key, f"a list of {len(arguments)}")
+    inner: Sequence[Any] = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
+    for number, (item, each) in enumerate(zip(value, inner, strict=True)):
+        found = problem(item, each, f"{key}[{number}]")
+        if found is not None:
+            return found
+    return None
+
+
+def _bounded(value: Any, bounds: Any, key: str) -> Problem | None:
+    if not isinstance(bounds, Between):
+        return None
+    size, unit = value, ""
+    if isinstance(value, str):
+        size, unit = len(value), " characters"
+    elif isinstance(value, list | tuple | Mapping):
+        size, unit = len(value), " items"
+    if isinstance(size, bool) or not isinstance(size, int | float) or bounds.least <= size <= bounds.most:
+        return None
+    what = {"": "a number", " characters": "a text"}.get(unit, "a list")
+    return Problem(key, f"{what} {bounds.words(unit)}")
+
+
+def _finite(value: Any, key: str) -> Problem | None:
+    if isinstance(value, float):
+        return None if math.isfinite(value) else Problem(key, "a finite number")
+    if isinstance(value, Mapping):
+        return next((found for k, v in value.items() if (found := _finite(v, _under(key, str(k))))), None)
+    if isinstance(value, list | tuple):
+        return next((found for i, v in enumerate(value) if (found := _finite(v, f"{key}[{i}]"))), None)
+    return None
+
+
+def _under(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _words(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _words(arguments[0])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_words(each) for each in arguments))
+    container = origin or kind
+    if container in (list, tuple, Sequence):
+        return "a list"
+    if container in (dict, Mapping) or dataclasses.is_dataclass(container):
+        return "an object"
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))

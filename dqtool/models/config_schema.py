@@ -1,0 +1,246 @@
+"""Configs of networks and schedulers, checked before anything is built of them.
+
+The types are those of the class's own `__init__`, the names of schedules and predictions those that its source compares
+with, so that every class of diffusers is covered. The bounds are dqtool's: sizes are positive, numbers finite, and a network
+may have as many parameters as its file has tensors.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Union
+
+from dqtool.artifacts.schema import Between, Problem, problem
+from dqtool.errors import ArtifactError, EnvironmentFault
+
+__all__ = ["bounded_parameters", "built", "check_network_config", "check_scheduler_config", "diffusers_class"]
+
+MOST = 1 << 20
+"""Largest whole number in a network's config: vocabularies have some ten thousand entries."""
+WIDEST = 1 << 17
+"""Most channels, heads or groups."""
+LARGEST_SAMPLE = 8192
+"""Longest side of a sample."""
+STEPS = 100_000
+"""Most training steps of a schedule; published ones have 1,000."""
+PARAMETERS = 20_000
+"""Most parameter tensors of a network whose file is not known; Stable Diffusion XL has 1,680."""
+
+_POSITIVE = re.compile(r"(.*_)?(channels|size|heads|groups|head_dim)")
+_BOUNDS: dict[str, Any] = {
+    "num_train_timesteps": Annotated[int, Between(1, STEPS)],
+    "original_inference_steps": Annotated[int, Between(1, STEPS)],
+    "beta_start": Annotated[float, Between(0, 1)],
+    "beta_end": Annotated[float, Between(0, 1)],
+    "solver_order": Annotated[int, Between(1, 10)],
+    "shift": Annotated[float, Between(1e-6, 1e6)],
+    "clip_sample_range": Annotated[float, Between(0, 1e9)],
+    "sample_max_value": Annotated[float, Between(0, 1e9)],
+    "dynamic_thresholding_ratio": Annotated[float, Between(0, 1)],
+}
+_Side = Annotated[int, Between(1, LARGEST_SAMPLE)]
+_OURS: dict[str, Any] = {
+    "_context_tokens": Annotated[int, Between(1, 1 << 14)],
+    "_sample_size": _Side | list[_Side],
+}
+_NAMED = ("beta_schedule", "prediction_type")
+"""Parameters whose values a scheduler's source lists."""
+
+
+def check_network_config(cls: type, config: Mapping[str, Any], where: str) -> None:
+    """Check a network's config against the parameters of its diffusers class.
+
+    Raises:
+        ArtifactError: names the key at fault and what it must be.
+    """
+    _check(cls, config, where)
+    for key, value in config.items():
+        kind = _OURS.get(key)
+        found = None if kind is None else problem(value, kind, key)
+        if found is None and key in _kinds(cls) and value != _kinds(cls)[key][1] and not key.endswith("theta"):
+            found = _sizes(value, key, _kinds(cls)[key][1])
+        if found is not None:
+            raise _fault(found, where)
+
+
+def check_scheduler_config(cls: type, config: Mapping[str, Any], where: str) -> None:
+    """Check a scheduler's config against the parameters of its diffusers class.
+
+    Raises:
+        ArtifactError: names the key at fault and what it must be.
+    """
+    _check(cls, config, where)
+    for key, kind in _BOUNDS.items():
+        if config.get(key) is not None and key in _kinds(cls):
+            found = problem(config[key], kind, key)
+            if found is not None:
+                raise _fault(found, where)
+    betas = config.get("trained_betas")
+    if betas is not None:
+        found = problem(betas, Annotated[list[Annotated[float, Between(0, 1)]], Between(1, STEPS)], "trained_betas")
+        if found is not None:
+            raise _fault(found, where)
+    for key in _NAMED:
+        known = _compared(cls, key)
+        if key in config and known and config[key] not in known:
+            raise _fault(Problem(key, f"one of {', '.join(sorted(known))}"), where)
+
+
+def diffusers_class(name: object, base: str, where: str) -> Any:
+    """Return the class of diffusers with this name, which a file gives: a subclass of diffusers' class `base`.
+
+    Raises:
+        ArtifactError: diffusers has none, or what it has is something else.
+        EnvironmentFault: it needs a package that is not installed.
+    """
+    import diffusers
+
+    try:
+        cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    except Exception as error:  # diffusers imports the class's module now
+        raise EnvironmentFault(f"diffusers can't import {name}: {error}", where=where) from error
+    if isinstance(cls, type) and type(cls).__name__ == "DummyObject":
+        needed = ", ".join(getattr(cls, "_backends", ())) or "a package"
+        raise EnvironmentFault(f"{name} needs {needed}, which is not installed", where=where, fix="Install it with pip")
+    if not isinstance(cls, type) or not issubclass(cls, getattr(diffusers, base)):
+        kind = {"SchedulerMixin": "scheduler", "ModelMixin": "network"}[base]
+        raise ArtifactError(
+            f"diffusers has no {kind} '{name}'", where=where, fix="Correct the name, or upgrade diffusers"
+        )
+    return cls
+
+
+@contextlib.contextmanager
+def built(what: str, where: str) -> Iterator[None]:
+    """Say what diffusers raises while it builds something of a config alone, without weights, as `ArtifactError`."""
+    try:
+        yield
+    except (ArtifactError, MemoryError, OSError, ImportError):
+        raise
+    except Exception as error:  # its constructors trust their arguments: whatever arithmetic and indexing raise
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ArtifactError(f"The config does not describe a {what}: {text}", where=where) from error
+
+
+@contextlib.contextmanager
+def bounded_parameters(most: int = PARAMETERS) -> Iterator[None]:
+    """Stop a network that grows more than `most` parameter tensors while it is built.
+
+    Raises:
+        ArtifactError: it does.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    count = 0
+
+    def seen(_module: object, _name: str, _parameter: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ArtifactError(
+                f"The config describes a network of more than {most:,} tensors, and its weights are fewer",
+                where="model config",
+                fix="Check that config and weights belong together",
+            )
+
+    handle = register_module_parameter_registration_hook(seen)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check(cls: type, config: Mapping[str, Any], where: str) -> None:
+    for key, (kind, default) in _kinds(cls).items():
+        value = config.get(key)
+        # Published configs leave out what they don't use by null, whatever the annotation says.
+        if value is None or value == default or (isinstance(default, list | tuple) and value == list(default)):
+            continue
+        if isinstance(value, str) and len(value) > 1000:
+            raise _fault(Problem(key, "a text of 1000 characters or less"), where)
+        found = None if kind is None else problem(value, kind, key)
+        if found is not None:
+            raise _fault(found, where)
+
+
+def _fault(found: Problem, where: str) -> ArtifactError:
+    return ArtifactError(
+        f"{found.key} must be {found.what}", where=where, fix="Correct the config, or download it again"
+    )
+
+
+def _sizes(value: Any, key: str, default: Any) -> Problem | None:
+    """Return what is wrong with whole numbers under this key, at any depth."""
+    if isinstance(value, list | tuple):
+        if len(value) > 10_000:
+            return Problem(key, "a list of 10,000 items or less")
+        return next((found for item in value if (found := _sizes(item, key, default)) is not None), None)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    positive = _POSITIVE.fullmatch(key) and default != 0
+    least = 1 if positive else -1
+    most = LARGEST_SAMPLE if key.endswith("sample_size") else WIDEST if positive else MOST
+    return None if least <= value <= most else Problem(key, f"a whole number from {least} to {most:,}")
+
+
+@cache
+def _kinds(cls: type) -> dict[str, tuple[Any, Any]]:
+    """Return the parameters of a class: the type that a JSON value must have (None: any), and the default."""
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(inspect.unwrap(cls.__init__), include_extras=True)  # type: ignore[misc]
+    except Exception:  # annotations that name what is not imported
+        hints = {}
+    kinds = {}
+    for name, parameter in parameters.items():
+        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        default = None if parameter.default is parameter.empty else parameter.default
+        kinds[name] = (_lenient(hints[name]) if name in hints else None, default)
+    return kinds
+
+
+def _lenient(kind: Any) -> Any:
+    """Return an annotation as diffusers means it: `Tuple[int]` holds any number, a float may be whole, a flag 0 or 1."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Union or type(kind).__name__ == "UnionType":
+        kinds = [_lenient(each) for each in arguments]
+        return None if None in kinds else Union[tuple(kinds)]  # noqa: UP007
+    if kind is bool:
+        return Union[bool, typing.Literal[0, 1]]  # noqa: UP007
+    if kind in (int, float, str, type(None)) or origin is typing.Literal:
+        return kind
+    if kind in (tuple, list) or origin in (tuple, list):
+        inner = [_lenient(each) for each in arguments if each is not ...]
+        return list[Any] if not inner or None in inner else list[Union[tuple(inner)]]  # type: ignore[misc]  # noqa: UP007
+    if isinstance(kind, type) and kind.__module__.split(".")[0] in ("numpy", "torch"):
+        return type(None)  # no JSON value is one
+    return None
+
+
+@cache
+def _compared(cls: type, key: str) -> frozenset[str]:
+    """Return the texts that a class's source compares this parameter with, and its default."""
+    found: set[str] = set()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare):
+            continue
+        left = node.left
+        name = left.id if isinstance(left, ast.Name) else left.attr if isinstance(left, ast.Attribute) else None
+        if name == key:
+            for part in (each for right in node.comparators for each in ast.walk(right)):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    found.add(part.value)
+    default = _kinds(cls).get(key, (None, None))[1]
+    return frozenset(found | {default}) if found and isinstance(default, str) else frozenset()
