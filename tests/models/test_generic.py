@@ -66,7 +66,7 @@ def test_generic_says_what_it_needs(model: Path, tmp_path: Path) -> None:
         dilate(told(model, str(tmp_path / "d.safetensors"), family="vit"), QUIET)
     with pytest.raises(ArtifactError, match="takes no sample"):
         family_of("generic:AutoencoderKL", "test")
-    with pytest.raises(ArtifactError, match="has no class"):
+    with pytest.raises(ArtifactError, match="has no network"):
         family_of("generic:NoSuchModel", "test")
 
 
