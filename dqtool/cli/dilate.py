@@ -37,6 +37,9 @@ def dilate(
         str | None,
         typer.Option(metavar="FILE", help="A scheduler_config.json, or a directory with one: its noise schedule."),
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which weights of several: fp16, bf16, ema, non_ema.")
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="The tokenizer of a single file that holds its text encoders."),

@@ -4,46 +4,73 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import sha256_file
 from dqtool.artifacts.reading import json_object
+from dqtool.models.reading import read_json
+from dqtool.models.weight_files import plain_weight_name
 
 __all__ = ["CARD", "companion_digest", "companion_files", "config_in_float32"]
 
 CARD = "sampling.json"
 """File beside `model_index.json` that says how to sample: `{"guidance": 1.5, "prompts": [["a handwritten seven", 7]]}`."""
 
+SAFETENSORS = ".safetensors"
+_SHARD = re.compile(r"-\d+-of-\d+")
+
 OTHER_WEIGHTS = (".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".xml")
 
 
-def companion_files(pipeline: Path, index: Mapping[str, Any], component: str) -> dict[str, Path]:
-    """Relative name to path of every file of the other components (not the scheduler), and of the card of a pipeline
-    that has any. Of weights stored in several forms only the safetensors without a variant."""
+def companion_files(
+    pipeline: Path, index: Mapping[str, Any], component: str, variant: str | None = None
+) -> dict[str, Path]:
+    """Return {relative name: path} of every file of the other components (not the scheduler), and of the card of a pipeline
+    that has any.
+
+    Of weights stored in several forms these are the safetensors of `variant` where they are there, else those without a
+    variant, else those of the only one; they go by the names of weights without a variant, which every library loads.
+    """
     found: dict[str, Path] = {}
     for name, entry in index.items():
         if not isinstance(entry, list) or name in (component, "scheduler"):
             continue
         files = [path for path in sorted((pipeline / name).rglob("*")) if path.is_file() and path.name[0] != "."]
-        tensors = {path.name for path in files if path.suffix == ".safetensors"}
+        tensors = {path for path in files if SAFETENSORS in path.name and path.name.endswith((SAFETENSORS, ".json"))}
+        kept = _kept(tensors, variant)
         for path in files:
-            parts = path.name.split(".")
-            plain = f"{parts[0]}.{parts[-1]}"
-            if tensors and path.name.endswith(OTHER_WEIGHTS):
+            if tensors and path.name.endswith((*OTHER_WEIGHTS, ".bin.index.json")):
                 continue
-            if path.name in tensors and len(parts) > 2 and plain in tensors:
+            if path in tensors and path not in kept:
                 continue
-            found[path.relative_to(pipeline).as_posix()] = path
+            found[kept.get(path, path).relative_to(pipeline).as_posix()] = path
     if found:
         found |= {CARD: pipeline / CARD} if (pipeline / CARD).is_file() else {}
     return found
 
 
-def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str) -> str:
+def _kept(weights: set[Path], variant: str | None) -> dict[Path, Path]:
+    """The weight files and indexes to keep, and the path that each goes by; shards are those of the indexes."""
+    heads = {path: path.with_name(plain_weight_name(path.name)) for path in weights if not _SHARD.search(path.name)}
+    kept: dict[Path, Path] = {}
+    for path, plain in sorted(heads.items()):
+        alike = [other for other in sorted(heads) if heads[other] == plain]
+        asked = [other for other in alike if variant is not None and f".{variant}." in other.name]
+        if path == (asked or [other for other in alike if other == plain] or alike)[0]:
+            kept[path] = plain
+    indexes = [path for path in kept if path.suffix == ".json"]
+    named = {
+        index.parent / str(shard) for index in indexes for shard in read_json(index).get("weight_map", {}).values()
+    }
+    return kept | {path: path for path in weights if path in named}
+
+
+def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str, variant: str | None = None) -> str:
     """Hex digest over those files; "" for a pipeline without any."""
-    files = companion_files(pipeline, index, component)
+    files = companion_files(pipeline, index, component, variant)
     if not files:
         return ""
     lines = [f"{name} {sha256_file(path)}" for name, path in sorted(files.items())]

@@ -170,7 +170,7 @@ def attachments_of(source: ModelSource) -> dict[str, Tensor]:
     """The files of a model's other components as an artifact carries them: uint8, mapped and not read."""
     if source.pipeline is None:
         return {}
-    files = companion_files(source.pipeline, source.model_index or {}, source.component)
+    files = companion_files(source.pipeline, source.model_index or {}, source.component, source.variant)
     return {name: file_tensor(path) for name, path in files.items()}
 
 
@@ -179,7 +179,7 @@ def companions_of_source(source: ModelSource) -> Companions | None:
     if source.pipeline is None:
         return None
     index = source.model_index or {}
-    files = companion_files(source.pipeline, index, source.component)
+    files = companion_files(source.pipeline, index, source.component, source.variant)
     pipeline = {"model_index": index, "component": source.component, "scheduler": source.scheduler}
     return Companions(pipeline, sorted(files), lambda name: files[name].read_bytes())
 

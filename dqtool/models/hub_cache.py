@@ -17,7 +17,8 @@ T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json")
 _PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/*.model", "*.safetensors", "*/*.safetensors"]
-_NOT = ["*.fp16.*", "*non_ema*", "*/*.onnx*", "*flax*", "safety_checker/*.safetensors"]
+_NEVER = ["*/*.onnx*", "*flax*", "safety_checker/*"]
+_NOT = ["*.fp16.*", "*.bf16.*", "*non_ema*", *_NEVER]
 
 
 def is_hub_id(given: str) -> bool:
@@ -25,8 +26,10 @@ def is_hub_id(given: str) -> bool:
     return _ID.fullmatch(given) is not None and not given.endswith(_FILES)
 
 
-def hub_snapshot(given: str, component: str | None, use: Callable[[Path], T]) -> T:
-    """`use(directory)` on the model's files: those of the local cache if `use` can work with them, else downloaded ones.
+def hub_snapshot(given: str, variant: str | None, use: Callable[[Path], T]) -> T:
+    """Return `use(directory)` on the model's files: those of the local cache if `use` can work with them, else downloaded ones.
+
+    The weights without a variant are downloaded, or those of `variant`; where `use` can't work with them, all safetensors.
 
     The cache is where `HF_HUB_CACHE` or `HF_HOME` say; `HF_HUB_OFFLINE=1` forbids the network.
 
@@ -53,7 +56,12 @@ def hub_snapshot(given: str, component: str | None, use: Callable[[Path], T]) ->
         top = Path(snapshot_download(**where, allow_patterns=["*.json"]))
         single = ["*.safetensors"] if not (top / "model_index.json").exists() else []
         patterns = [pattern for pattern in _PATTERNS if pattern != "*.safetensors"] + single
-        path = Path(snapshot_download(**where, allow_patterns=patterns, ignore_patterns=_NOT))
+        unwanted = _NOT if variant is None else [pattern for pattern in _NOT if variant not in pattern]
+        path = Path(snapshot_download(**where, allow_patterns=patterns, ignore_patterns=unwanted))
+        try:
+            return use(path)
+        except ArtifactError:
+            path = Path(snapshot_download(**where, allow_patterns=[*patterns, "*/*.bin"], ignore_patterns=_NEVER))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise incomplete or _absent(given, f"and the Hub can't be asked: {reason[:200]}") from error

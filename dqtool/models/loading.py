@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import check_finite
-from dqtool.artifacts.tensorfile import load_tensors
 from dqtool.errors import ArtifactError
 from dqtool.graph.repeats import drop_repeats, tie_repeats
 from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import Family, family_of
+from dqtool.models.original.checkpoint import read_checkpoint
 from dqtool.models.sources import ModelSource
 
 __all__ = ["build_network", "load_weights", "materialise", "network_of"]
@@ -36,7 +36,7 @@ def load_weights(source: ModelSource) -> dict[str, Tensor]:
         state = convert(source.weights[0], source.layout, source.config)
     else:
         for path in source.weights:
-            state.update(load_tensors(path))
+            state.update(read_checkpoint(path))
     check_finite(state, source.given)
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     if source.loras:

@@ -19,12 +19,14 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 @dataclass(frozen=True)
 class Told:
     """`prediction_type` is one of `PREDICTION_TYPES`; `scheduler` a scheduler_config.json or a directory that holds one;
-    `tokenizer` a directory with the tokenizer of a single file; `pipeline` a pipeline directory with what the model lacks."""
+    `tokenizer` a directory with the tokenizer of a single file; `pipeline` a pipeline directory with what the model lacks; `variant`
+    the one of several sets of weights that is meant (`fp16`, `ema`, ...)."""
 
     prediction_type: str | None = None
     scheduler: str | None = None
     tokenizer: str | None = None
     pipeline: str | None = None
+    variant: str | None = None
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for a prediction type that does not exist."""

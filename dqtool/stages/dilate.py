@@ -51,10 +51,11 @@ class DilateOptions:
     scheduler: str | None = None
     tokenizer: str | None = None
     pipeline: str | None = None
+    variant: str | None = None
 
     def told(self) -> Told:
         """What the user says of the model beyond its files."""
-        return Told(self.prediction_type, self.scheduler, self.tokenizer, self.pipeline)
+        return Told(self.prediction_type, self.scheduler, self.tokenizer, self.pipeline, self.variant)
 
     def source(self) -> ModelSource:
         """The model that is meant. Raises what `resolve_model` raises."""

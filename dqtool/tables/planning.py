@@ -31,7 +31,7 @@ NEEDED_STATISTICS = "statistics"
 """Stands for the path of `--stats` until there is one."""
 METRICS = ("digits", "similarity", "cost")
 ITERATIONS = ("iters", "refine_iters")
-SOURCE_OPTIONS = ("config", "components", "lora", "prediction_type", "scheduler", "tokenizer", "pipeline")
+SOURCE_OPTIONS = ("config", "components", "lora", "prediction_type", "scheduler", "tokenizer", "pipeline", "variant")
 """Options of `dilate` that say which model is meant."""
 PUBLISHED_METRICS = ("similarity", "cost")
 

@@ -12,6 +12,7 @@ from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.header import TORCH_DTYPES
 from dqtool.artifacts.reading import Counted, check_archive, open_regular
 from dqtool.errors import ArtifactError
+from dqtool.models.original.normal_form import plain_entries, plain_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,11 @@ _BYSTANDERS = (
     "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
     "pytorch_lightning.utilities.parsing.AttributeDict",
 )
-_WRAPPERS = ("ema", "state_dict", "model")  # in order of preference: averaged weights are what samples are drawn with
-_PARALLEL = "module."
+_WRAPPERS = (
+    *("ema", "ema_state_dict", "model_ema", "ema_model", "params_ema"),
+    *("state_dict", "model", "model_state_dict", "module", "unet", "transformer", "network", "params", "weights"),
+)
+"""Keys of a checkpoint that hold the tensors, in order of preference: averaged weights are what samples are drawn with."""
 
 
 class _Inert:
@@ -59,22 +63,23 @@ def read_entries(path: Path) -> dict[str, dict[str, Any]]:
         ArtifactError: no such checkpoint, or a pickle that would have to run code.
     """
     if not is_pickle(path):
-        return _plain(read_header(path))
+        return plain_entries(read_header(path), str(path))
     known = {f"torch.{ours}": theirs for ours, theirs in TORCH_DTYPES.items()}
-    return {
+    entries = {
         name: {"dtype": known.get(str(tensor.dtype), "?"), "shape": list(tensor.shape)}
         for name, tensor in _load(path, "meta").items()
     }
+    return plain_entries(entries, str(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Name -> tensor; views of the mapped file where the format allows. Raises as `read_entries`."""
     if is_pickle(path):
-        return _load(path, "cpu")
+        return plain_tensors(_load(path, "cpu"))
     from dqtool.artifacts.tensorfile import load_tensors
 
     read_header(path)
-    return _plain(load_tensors(path))
+    return plain_tensors(load_tensors(path))
 
 
 def _check_pickle(path: Path) -> None:
@@ -121,7 +126,7 @@ def _load(path: Path, device: str) -> dict[str, Tensor]:
         raise
     except Exception as error:  # the unpickler raises whatever Python does on a program that a stranger wrote
         raise ArtifactError(f"This is no checkpoint that torch can read: {error}", where=str(path)) from error
-    return _plain(_tensors(content, path))
+    return _tensors(content, path)
 
 
 def _offender(text: str) -> str:
@@ -152,10 +157,3 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and any(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
     )
-
-
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the prefix that `DataParallel` puts in front of every name."""
-    if state and all(name.startswith(_PARALLEL) for name in state):
-        return {name.removeprefix(_PARALLEL): value for name, value in state.items()}
-    return dict(state)
