@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons, by the targets' names: recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -89,6 +89,10 @@ bench-dit-xl2: setup
 # Accumulators of the integer runtimes against int64, every layer and step of zoo:digits-ddpm: recipes/results/same-integers.md.
 same-integers: setup
 	$(BIN)/python recipes/same_integers.py
+
+# Kills and other disturbances at random instants of all stages: recipes/results/soak.md (an hour or more).
+soak: setup
+	$(BIN)/python tests/soak/kills.py --kills 2000 --models tiny,digits-ddpm -o recipes/results/soak
 
 # Every published architecture at full size with random weights through the chain: recipes/results/full-size.md (needs 24 GiB).
 full-size: setup

@@ -1,0 +1,24 @@
+"""A short form of `make soak`: commands killed at random instants, with a reader looking on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+DRIVER = Path(__file__).parents[1] / "soak" / "kills.py"
+
+
+def test_killed_commands_leave_nothing_wrong(tmp_path: Path) -> None:
+    command = [sys.executable, str(DRIVER), "--models", "tiny", "--kills", "12", "--minutes", "0.6"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = subprocess.run(
+        [*command, "-o", str(tmp_path / "soak")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    counts = json.loads((tmp_path / "soak.json").read_text())["counts"]
+    assert counts["signals"] > 0
+    assert counts["reads"] > 0
+    assert counts["faults"] == 0
