@@ -432,7 +432,8 @@ def main() -> int:
         soak = Soak(Path(folder), options.models.split(","), options.seed)
         print(", ".join(f"{s.model} {s.name} {s.seconds:.1f} s" for s in soak.stages), flush=True)
         number = kills = 0
-        while kills < options.kills and time.monotonic() - begin < 60 * options.minutes:
+        end = time.monotonic() + 60 * options.minutes
+        while kills < options.kills and time.monotonic() < end:
             soak.episode(number)
             number += 1
             kills = sum(value for name, value in soak.counts.numbers.items() if name.startswith("signals: "))
