@@ -184,6 +184,8 @@ def _codes(scaled: Tensor, zero_point: Tensor, bits: int, low: int) -> Tensor:
 def _clip(rounded: Tensor, zero_point: Tensor, bits: int, low: int) -> Tensor:
     """Clip to the centred codes that exist, in place. Two binary operations: `clamp` with tensor bounds is not vectorised."""
     zero = zero_point.round()
+    if torch.compiler.is_compiling():  # graphs have no `out`, and fuse the two
+        return rounded.maximum(low - zero).minimum(levels(bits) - zero)
     torch.maximum(rounded, low - zero, out=rounded)
     return torch.minimum(rounded, levels(bits) - zero, out=rounded)
 

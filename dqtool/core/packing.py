@@ -86,7 +86,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
             value = part[..., byte] >> offset
             if offset + bits > 8:
                 value |= part[..., byte + 1] << (8 - offset)
-            torch.bitwise_and(value, mask, out=out[..., i])
+            out[..., i] = value.bitwise_and_(mask)
         codes[start:stop] = out.flatten(1)[:, :n]
     return codes
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
 __all__ = ["CallLock", "one_call_at_a_time"]
 
@@ -46,6 +47,8 @@ def one_call_at_a_time(network: nn.Module, methods: Methods | None = None) -> nn
 @functools.cache
 def _subclass(original: Any, methods: Methods | None) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():  # a graph keeps its step to itself, and can't hold a lock
+            return original.__call__(self, *args, **kwargs)
         with self.__dict__["_dqtool_lock"]:
             return original.__call__(self, *args, **kwargs)
 

@@ -260,7 +260,10 @@ class PackedLayer(QuantLayer):
             return self.weight
         if self._expanded is None or self._expanded.device != self.weight_scale.device:
             codes = self.codes().to(self.weight_scale.dtype)
-            self._expanded = codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
+            expanded = codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
+            if torch.compiler.is_compiling():  # the graph's own
+                return expanded
+            self._expanded = expanded
         return self._expanded
 
     def _weight_shape(self) -> torch.Size:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtool import report
@@ -140,7 +141,10 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
     operands = integer_attention(attn)
     native = library.has_products() and operands.is_integer
     native = native and all(operands.operands[n].signed for n in "qkv") and operands.operands["probs"].bits <= 8
-    attn.set_processor(IntegerAttnProcessor(attn.processor, operands if native else None, clock))
+    scale = getattr(attn, "scale", None)
+    if scale is None and getattr(attn, "head_dim", None) is not None:
+        scale = attn.head_dim**-0.5
+    attn.set_processor(IntegerAttnProcessor(attn.processor, operands if native else None, clock, scale))
     if attn.processor.layout == "single":
         for target, sources in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
             layers = [getattr(attn, source) for source in sources]
@@ -171,6 +175,8 @@ def _methods(original: Any) -> dict[str, Any]:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs[sample]
+        if is_compiling():
+            return _traced(original, self, given, tree_map(_float32, args), tree_map(_float32, kwargs))
         asked, self.__dict__["_dqtool_dtype"] = dtype(self), torch.float32
         try:
             output = _step_by_step(original, self, given, tree_map(_float32, args), tree_map(_float32, kwargs))
@@ -201,7 +207,20 @@ def _methods(original: Any) -> dict[str, Any]:
     def dtype(self: Any) -> torch.dtype:
         return self.__dict__.get("_dqtool_dtype", torch.float32)
 
-    return {"forward": forward, "_apply": apply, "dtype": property(dtype)}
+    repeated = list(getattr(original, "_repeated_blocks", None) or [])
+    blocks = repeated + [f"Fused{name}" for name in repeated]  # what `compile_repeated_blocks` finds by class name
+    return {"forward": forward, "_apply": apply, "dtype": property(dtype), "_repeated_blocks": blocks}
+
+
+def _traced(original: Any, network: Any, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward of the class `original` as a graph has it: no decision depends on what a tensor holds."""
+    clock: Clock = network.__dict__["_dqtool_clock"]
+    kept = clock.rows
+    clock.rows = steps_of(network).rows
+    output = original.forward(network, *args, **kwargs)
+    clock.rows = kept
+    lost = _nan_samples((args, kwargs), len(sample))
+    return _joined([output], lambda parts: _without(parts[0].to(sample.dtype), lost))
 
 
 def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -218,7 +237,7 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
             steps.select(asked)
         return _joined([output], lambda parts: parts[0][:0])
     if len(rows) == 1:
-        clock_.row = int(rows[0])
+        clock_.row, clock_.rows = int(rows[0]), rows
         return original.forward(network, *args, **kwargs)
     batch = len(sample)
     rows = rows.repeat_interleave(batch // len(rows))
@@ -231,8 +250,8 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
                 mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
                 return value[chosen] if mixed else value
 
-            clock_.row = int(row)
-            steps.select(torch.tensor([row]))  # for what stayed float
+            clock_.row, clock_.rows = int(row), torch.tensor([row])
+            steps.select(clock_.rows)  # for what stayed float
             outputs.append((chosen, original.forward(network, *tree_map(pick, args), **tree_map(pick, kwargs))))
     finally:
         steps.select(asked)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.integer import IntegerAttention
-from dqtool.runtimes.onednn import library
+from dqtool.runtimes.onednn import library, ops
 from dqtool.runtimes.onednn.codes import Clock, Codes, Product
 from dqtool.runtimes.onednn.library import pointer
 
 __all__ = ["IntegerAttnProcessor", "SharedInput"]
-
-Strides = ctypes.c_int64 * 3
 
 
 class SharedInput(nn.Module):
@@ -36,24 +34,35 @@ class SharedInput(nn.Module):
 class IntegerAttnProcessor(QuantAttnProcessor):
     """As `QuantAttnProcessor`, on integers. `products` None leaves the two attention products in float.
 
-    A merged projection is the attention module's `to_qkv` (self-attention) or `to_kv` (cross-attention).
+    `scale` of the scores is the module's, where
+    it is known before the first call. A merged projection is the attention module's `to_qkv` (self-attention) or `to_kv` (cross-attention).
     """
 
-    def __init__(self, like: QuantAttnProcessor, products: IntegerAttention | None, clock: Clock) -> None:
+    def __init__(
+        self, like: QuantAttnProcessor, products: IntegerAttention | None, clock: Clock, scale: float | None = None
+    ) -> None:
         super().__init__(like.bits, like.probs_bits, like.steps, like.layout)
         self.products, self.clock = products, clock
+        self.compiled = library.get() is not None
         self._steps: tuple[float, Tensor, Tensor, Tensor] | None = None
+        if products is not None and scale is not None:
+            self._steps = (scale, *self._all_steps(scale))
 
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `QuantAttnProcessor.attend`."""
+        n, h, sq, d = query.shape
+        sk = key.shape[2]
+        if is_compiling():
+            if self.products is None or not self.compiled:
+                return super().attend(attn, query, key, value, mask)
+            operands = (query.float(), key.float(), value.float(), None if mask is None else mask.float())
+            return ops.attention(*operands, *self._every_step(attn, d), self.clock.rows).to(query.dtype)
         kernels = library.get()
         if self.products is None or kernels is None:
             return super().attend(attn, query, key, value, mask)
-        n, h, sq, d = query.shape
-        sk = key.shape[2]
         tables, scores, result = self._tables(attn, d)
         q, k, v = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (query, key, value))
-        strides = [Strides(*t.stride()[:3]) for t in (q, k, v)]
+        strides = [library.strides(t) for t in (q, k, v)]
         steps: tuple[int, ...] = (0, 0, 0)
         if mask is not None:
             mask = mask.float().expand(n, h, sq, sk)
@@ -134,13 +143,20 @@ class IntegerAttnProcessor(QuantAttnProcessor):
 
     def _tables(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
         """(m, low, high) `[4, 3, H]` of the operands, scale of the scores `[H]`, scale of the result `[H]`."""
+        tables, scores, results = self._every_step(attn, d)
+        row = self.clock.row if len(tables) > 1 else 0
+        return tables[row], scores[row], results[row]
+
+    def _every_step(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_tables` gives, of all steps, made once."""
         scale = getattr(attn, "scale", None)
         scale = d**-0.5 if scale is None else scale
         if self._steps is None or self._steps[0] != scale:
-            self._steps = (scale, *self._all_steps(scale))
-        _, tables, scores, results = self._steps
-        row = self.clock.row if len(tables) > 1 else 0
-        return tables[row], scores[row], results[row]
+            made = (scale, *self._all_steps(scale))
+            if is_compiling():  # an attribute must not hold what belongs to a graph
+                return made[1:]
+            self._steps = made
+        return self._steps[1:]
 
     def _all_steps(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """What `_tables` gives, of all steps: `[T, 4, 3, H]`, `[T, H]` and `[T, H]`; T is 1 where no operand has steps."""

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dqtool.nn.integer import IntegerLayer
-from dqtool.runtimes.onednn import library
+from dqtool.runtimes.onednn import library, ops
 from dqtool.runtimes.onednn.library import pointer
 
 __all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
@@ -37,9 +38,12 @@ _ACTIVATIONS = {
 
 
 class Clock:
-    """The row of the step tables in use, one for all layers of a network."""
+    """The row of the step tables in use, one for all layers of a network: `row` as the kernels take it, and `rows` `[1]` or
+    one for each sample, as a traced graph does."""
 
-    row = 0
+    def __init__(self) -> None:
+        self.row = 0
+        self.rows = torch.zeros(1, dtype=torch.long)
 
 
 class Codes(NamedTuple):
@@ -61,6 +65,8 @@ class Product(nn.Module):
     bias: Tensor | None
     packed: Tensor | None
     sums: Tensor | None
+    steps: Tensor
+    """See `step_table`."""
 
     def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
         super().__init__()
@@ -123,6 +129,15 @@ class Product(nn.Module):
 
         In pieces of rows: the floats between (84 MB in Stable Diffusion's largest block) then stay in the cache, and no
         fresh memory is touched."""
+        if is_compiling():
+            between = self.multiply(Codes(codes.data, (codes.data.shape[0],)))
+            if act != GEGLU:
+                return Codes(following.quantize(between, act).data, codes.shape)
+            if following.kernels is None:
+                value, gate = between.chunk(2, dim=-1)
+                return Codes(following._torch_codes(value * F.gelu(gate)).data, codes.shape)
+            data = ops.geglu(between, *following.traced_quantizer(), following.channel_bytes)
+            return Codes(data, codes.shape)
         rows = codes.data.shape[0]
         piece = max(48, PIECE // (4 * self.out_channels) // 48 * 48)
         data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
@@ -147,6 +162,25 @@ class Product(nn.Module):
         row = self.clock.row if len(self.scales) > 1 else 0
         return self.signed_offset if self.operand.signed else self.offsets[row]
 
+    def zero_points(self) -> list[int]:
+        """The code of a real zero at each step."""
+        return [self.signed_offset] * len(self.scales) if self.operand.signed else self.offsets
+
+    def step_table(self) -> Tensor:
+        """Smallest and largest centred code, zero point and scale at each step, float32 `[T, 4]`, as `ops` takes them."""
+        columns = (self.lows, self.highs, self.zero_points(), self.scales)
+        return torch.tensor(columns, dtype=torch.float32).T.contiguous()
+
+    def geometry(self, **fields: int) -> list[int]:
+        """An `ops.Geometry` as a list, with these fields of its second half."""
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.taps_dilation
+        sizes = (self.out_channels, self.in_channels, self.channel_bytes, int(self.is_conv))
+        return list(ops.Geometry(*sizes, kh, kw, sh, sw, dh, dw, **fields))
+
+    def traced_quantizer(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """What the operations of `ops` take for `quantizer`."""
+        return self.steps, self._multipliers, self.operand.divisor, self.clock.rows
+
     def quantizer(self) -> tuple[int, int, float, float, int]:
         """The kernels' view of the current step: address of the multiplier, whether it is per channel, bounds of the
         centred codes, zero point."""
@@ -168,6 +202,9 @@ class Product(nn.Module):
             x = _ACTIVATIONS[act](x)
             x = x.repeat_interleave(up, -1).repeat_interleave(up, -2) if up > 1 else x
             return self._torch_codes(x, extra)
+        if is_compiling():
+            wanted, shape, sizes = self._layout(x.shape, self.is_conv, up, extra)
+            return Codes(ops.quantize(x, *self.traced_quantizer(), wanted, sizes, self.is_conv, up, act), shape)
         source, data, shape, sizes = self._prepare(x, self.is_conv, up, extra)
         kernels.dq_quantize(source.data_ptr(), data.data_ptr(), *sizes, up, act, *self.quantizer())
         return Codes(data, shape)
@@ -184,6 +221,10 @@ class Product(nn.Module):
                 y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
             y = _ACTIVATIONS[act](y)
             return self._torch_codes(y if self.is_conv else y.flatten(2).transpose(1, 2))
+        if is_compiling():
+            wanted, shape, sizes = self._layout(x.shape, True, 1, (0, 0))
+            of_norm = (norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift)
+            return Codes(ops.group_norm(x, *of_norm, act, *self.traced_quantizer(), wanted, sizes), shape)
         source, data, shape, sizes = self._prepare(x, True)
         scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
         kernels.dq_group_norm_quantize(
@@ -212,6 +253,9 @@ class Product(nn.Module):
                 y = y * (1 + scale[:, None]) + shift[:, None]
             return self._torch_codes(y)
         n, s, c = x.shape
+        if is_compiling():
+            of_norm = (norm.weight, norm.bias, norm.eps, scale, shift)
+            return Codes(ops.layer_norm(x, *of_norm, *self.traced_quantizer(), self.channel_bytes), (n, s))
         x = x.contiguous()
         scale, shift = (None if t is None else t.expand(n, -1).contiguous() for t in (scale, shift))
         data = torch.empty(n * s, self.channel_bytes, dtype=torch.uint8)
@@ -294,6 +338,8 @@ class Product(nn.Module):
 
     def _torch_codes(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
         """`quantize` in PyTorch's own operations: what is left without a C++ compiler."""
+        if is_compiling():
+            return self._traced_torch_codes(x, extra)
         row = self.clock.row if len(self.scales) > 1 else 0
         zero_point = self.zero_point()
         m = self.operand.multiplier(row)
@@ -311,3 +357,26 @@ class Product(nn.Module):
         )
         codes = F.pad(codes, (0, spare)) if spare else codes
         return Codes(codes.contiguous(), (x.shape[0], *self._out_size(*full)))
+
+    def _traced_torch_codes(self, x: Tensor, extra: tuple[int, int]) -> Codes:
+        """`_torch_codes` of rows that are known when the graph runs."""
+        rows = self.clock.rows if len(self.steps) > 1 else self.clock.rows[:1] * 0
+        batch = x.shape[0]
+        rows = rows[:1] if batch % len(rows) else rows.repeat_interleave(batch // len(rows))
+        shape = (-1, *(1,) * (x.dim() - 1))
+        low, high, zero_point, scale = (t.view(shape) for t in self.steps[rows].unbind(1))
+        divisor = self.operand.divisor
+        if divisor is not None:
+            scale = scale * (divisor.view(-1, 1, 1) if self.is_conv else divisor)
+        codes = (x * scale.reciprocal()).round().maximum(low).minimum(high)
+        spare = self.channel_bytes - self.in_channels
+        if not self.is_conv:
+            data = F.pad((codes + zero_point).to(torch.uint8), (0, spare))
+            return Codes(data.reshape(-1, self.channel_bytes), tuple(x.shape[:-1]))
+        full = (x.shape[2] + extra[0], x.shape[3] + extra[1])
+        top, bottom, left, right = self.padding_of(*full)
+        codes = (
+            F.pad(codes, (left, right + extra[1], top, bottom + extra[0])) + zero_point
+        )  # centred codes pad with zero
+        data = F.pad(codes.to(torch.uint8).permute(0, 2, 3, 1), (0, spare)).contiguous()
+        return Codes(data, (batch, *self._out_size(*full)))

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from dqtool import report
 
-__all__ = ["get", "has_products", "has_vnni", "on_tiles", "pointer", "problem"]
+__all__ = [
+    "get",
+    "has_products",
+    "has_vnni",
+    "layout_of_machine",
+    "on_tiles",
+    "pointer",
+    "problem",
+    "strides",
+]
 
 SOURCES = ("kernels.cpp", "tiles.cpp", "amx.cpp", "products.cpp", "attention.cpp", "winograd.cpp")
 FLAGS = (
@@ -39,6 +48,7 @@ FLAGS = (
     "-mprefer-vector-width=512",
 )
 
+_Strides = ctypes.c_int64 * 3
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _QUANTIZER = [_P, _I, _F, _F, _I]  # m, per_channel, lo, hi, zp
 _SIGNATURES = {
@@ -96,6 +106,17 @@ def on_tiles(depth: int) -> bool:
     refused with DQTOOL_AMX=0."""
     kernels = get()
     return kernels is not None and bool(kernels.dq_on_tiles(depth))
+
+
+def layout_of_machine(depth: int) -> int:
+    """A number for the layout in which the kernels of this machine read a weight of `depth` bytes."""
+    kernels = get()
+    return -1 if kernels is None else int(kernels.dq_features()) << 1 | int(on_tiles(depth))
+
+
+def strides(tensor: Tensor) -> ctypes.Array:
+    """Strides of the first three dimensions, for the attention kernel."""
+    return _Strides(*tensor.stride()[:3])
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from dqtool.core.allocator import FilePages
 from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
-from dqtool.runtimes.onednn import library
+from dqtool.runtimes.onednn import library, ops
 from dqtool.runtimes.onednn.codes import GEGLU, Clock, Codes, Product
+from dqtool.runtimes.onednn.layout import pack_weight, worth_winograd
 from dqtool.runtimes.onednn.library import pointer
 
 __all__ = ["NativeProduct", "OnednnProduct", "merge", "saturates"]
@@ -62,15 +64,21 @@ class NativeProduct(Product):
         self.register_buffer("sums", None)
         if not library.has_vnni() and self.operand.signed:
             self.stored = self.operand.zero_point.tolist()
+        self.machine = library.layout_of_machine(self.channel_bytes)
         self.largest_code = 2**self.operand.bits - 1 if not library.has_vnni() else 255
         self.largest_weight = 128
         self.pages = None
+        self.steps = self.step_table()
 
     def zero_point(self) -> int:
         """See `Product.zero_point`."""
         if self.stored is None:
             return super().zero_point()
         return self.stored[self.clock.row if len(self.stored) > 1 else 0]
+
+    def zero_points(self) -> list[int]:
+        """See `Product.zero_points`."""
+        return super().zero_points() if self.stored is None else self.stored
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The convolution's own, and for Winograd one more where the output's size is odd."""
@@ -89,6 +97,10 @@ class NativeProduct(Product):
         gate: Tensor | None = None,
     ) -> Tensor:
         """See `Product.multiply`."""
+        if is_compiling():
+            weight, how = self._traced_weight(self.gates)
+            rest = (self.steps, self.clock.rows, codes.shape, how, post)
+            return ops.multiply(codes.data, *weight, bias, gate, residual, *rest)
         kernels: Any = self.kernels
         _, packed, sums, scales, own = self._held or self._hold(codes)
         co = self.out_channels
@@ -133,6 +145,8 @@ class NativeProduct(Product):
 
     def feed(self, codes: Codes, following: Product, act: int) -> Codes:
         """See `Product.feed`; nothing is written between but the codes."""
+        if is_compiling():
+            return self._traced_feed(codes, following, act)
         kernels: Any = self.kernels
         half = self.out_channels // 2
         if act == GEGLU and self.packed is None and half % 64 == 0:
@@ -151,6 +165,35 @@ class NativeProduct(Product):
         )  # fmt: skip
         return Codes(data, codes.shape)
 
+    def _traced_feed(self, codes: Codes, following: Product, act: int) -> Codes:
+        half = self.out_channels // 2
+        fresh = self.packed is None
+        gates = half if fresh and act == GEGLU and half % 64 == 0 else self.gates
+        if bool(gates) != (act == GEGLU) or following.kernels is None or self.out_channels % 4:
+            return super().feed(codes, following, act)
+        weight, geometry = self._traced_weight(gates)
+        next_ = (*following.traced_quantizer(), following.channel_bytes)
+        return Codes(ops.linear_codes(codes.data, *weight, self.steps, geometry, *next_, act), codes.shape)
+
+    def _traced_weight(self, gates: int) -> tuple[tuple[Tensor, Tensor | None, Tensor, Tensor | None], list[int]]:
+        """The weight, its sums or zero points, its scales and bias, and the `Geometry` that says in which form it is."""
+        source, machine = self.source, 0
+        weight, beside, form = self.weight, None, ops.INT8
+        if self.packed is not None:
+            weight, beside, form = self.packed, self.sums, ops.WINOGRAD_LAYOUT if self.winograd else ops.KERNEL_LAYOUT
+            machine = self.machine
+        elif source is not None:
+            weight, beside, form = source.words, source.zero_points, source.bits
+        geometry = self.geometry(
+            gates=gates,
+            largest_code=self.largest_code,
+            may_winograd=int(self.may_winograd),
+            form=form,
+            largest_weight=self.largest_weight,
+            machine=machine,
+        )
+        return (weight, beside, self.weight_scale, self.bias), geometry
+
     def _hold(self, codes: Codes) -> tuple:
         """Addresses of the layer's tensors, and the tensors themselves, so that they stay."""
         if self.packed is None:
@@ -164,38 +207,21 @@ class NativeProduct(Product):
         return {**super().__getstate__(), "pages": None}
 
     def _pack(self, codes: Codes) -> None:
-        kernels = self.kernels
-        assert kernels is not None
-        columns, ci = -(-self.out_channels // 16) * 16, self.in_channels
         source = self.source
-        if source is None:
-            held: tuple[Tensor, ...] = (
-                self.weight.contiguous(),
-            )  # a network may have been moved to channels-last as a whole
-            weight: tuple = (held[0].data_ptr(), None, 0, 8, None)
-        else:
-            held = (source.words.contiguous(), source.zero_points.contiguous())
-            weight = (None, held[0].data_ptr(), held[0].shape[1] * 4, source.bits, held[1].data_ptr())
-        if self.winograd is None:
-            tiles = codes.shape[0] * -(-codes.shape[1] // 2) * -(-codes.shape[2] // 2)
-            # Where weights outweigh activations, memory decides, and the transform is larger.
-            self.winograd = columns * ci <= 1 << 19 or tiles >= 128
-            if self.winograd:
-                packed = torch.empty(columns * self.channel_bytes * 16, dtype=torch.int8)
-                starts = torch.empty(columns * 16, dtype=torch.int32)
-                self.winograd = bool(
-                    kernels.dq_winograd_pack(*weight, packed.data_ptr(), starts.data_ptr(), self.out_channels, ci)
-                )
-        if not self.winograd:
-            taps = self.kernel[0] * self.kernel[1]
-            packed = torch.empty(columns * self.channel_bytes * taps, dtype=torch.int8)
-            starts = torch.empty(columns, dtype=torch.int32)
-            self.largest_weight = kernels.dq_pack(
-                *weight, packed.data_ptr(), starts.data_ptr(), self.out_channels, ci, taps, self.gates
-            )
+        # A network may have been moved to channels-last as a whole.
+        weight = self.weight.contiguous() if source is None else source.words
+        wanted = self.winograd is None and worth_winograd(self.out_channels, self.in_channels, codes.shape)
+        held = pack_weight(
+            weight,
+            None if source is None else source.zero_points,
+            8 if source is None else source.bits,
+            (self.out_channels, self.in_channels, self.kernel[0] * self.kernel[1], self.channel_bytes),
+            self.gates,
+            wanted,
+        )
         if source is not None and self.pages is not None:
             self.pages.release(source.words.data_ptr(), source.words.nbytes)
-        self.packed, self.sums = packed, starts
+        self.packed, self.sums, self.winograd, self.largest_weight = held
         self.weight, self.source, self.pages = torch.empty(0, dtype=torch.int8), None, None
 
 
@@ -209,6 +235,7 @@ class OnednnProduct(Product):
         self.channel_bytes = self.in_channels
         self.register_buffer("packed", None)
         self.register_buffer("zeros", torch.zeros(self.out_channels, dtype=torch.int32))
+        self.steps = self.step_table()
 
     @staticmethod
     def exact(layer: IntegerLayer) -> bool:
@@ -231,25 +258,27 @@ class OnednnProduct(Product):
         gate: Tensor | None = None,
     ) -> Tensor:
         """See `Product.multiply`."""
-        ops = torch.ops.onednn
+        if is_compiling():
+            return self._traced(codes, bias, residual, post, gate)
+        onednn = torch.ops.onednn
         scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
         zero_point = self.zero_point()
         own = self.bias if bias is None else None
         if self.is_conv:
             stride, dilation, padding = list(self.stride), list(self.taps_dilation), [0, 0]
             if self.packed is None:
-                self.packed = ops.qconv_prepack(
+                self.packed = onednn.qconv_prepack(
                     self.weight, self.weight_scale, 1.0, zero_point, stride, padding, dilation, self.groups, None
                 )
-            out = ops.qconv2d_pointwise(
+            out = onednn.qconv2d_pointwise(
                 codes.data.permute(0, 3, 1, 2), scale, zero_point, self.packed, self.weight_scale, self.zeros, own,
                 stride, padding, dilation, self.groups, 1.0, 0, torch.float32, "none", [], "",
             )  # fmt: skip
             bias = None if bias is None else bias[:, :, None, None]
         else:
             if self.packed is None:
-                self.packed = ops.qlinear_prepack(self.weight, None)
-            out = ops.qlinear_pointwise(
+                self.packed = onednn.qlinear_prepack(self.weight, None)
+            out = onednn.qlinear_pointwise(
                 codes.data, scale, zero_point, self.packed, self.weight_scale, self.zeros, own,
                 1.0, 0, torch.float32, "none", [], "",
             )  # fmt: skip
@@ -257,13 +286,29 @@ class OnednnProduct(Product):
             bias = None if bias is None else bias.view(len(bias), *(1,) * (out.dim() - 2), -1)
         if self.weight.numel():
             self.weight = torch.empty(0, dtype=torch.int8)
+        return _finished(out, bias, residual, post, gate)
+
+    def _traced(
+        self, codes: Codes, bias: Tensor | None, residual: Tensor | None, post: float, gate: Tensor | None
+    ) -> Tensor:
+        own, packed = self.bias if bias is None else None, self.packed
+        weight = (self.weight, False) if packed is None else (packed, True)
+        rest = (self.steps, self.clock.rows, codes.shape, self.geometry(), self.groups)
+        out = ops.onednn_multiply(codes.data, *weight, self.weight_scale, self.zeros, own, *rest)
         if bias is not None:
-            out += bias
-        if gate is not None:
-            out *= gate.view(len(gate), *(1,) * (out.dim() - 2), -1)
-        if residual is not None:
-            out += residual
-        return out if post == 1.0 else out.mul_(post)
+            bias = bias[:, :, None, None] if self.is_conv else bias.view(len(bias), *(1,) * (out.dim() - 2), -1)
+        return _finished(out, bias, residual, post, gate)
+
+
+def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, post: float, gate: Tensor | None) -> Tensor:
+    """`((out + bias) * gate + residual) * post`, in place."""
+    if bias is not None:
+        out += bias
+    if gate is not None:
+        out *= gate.view(len(gate), *(1,) * (out.dim() - 2), -1)
+    if residual is not None:
+        out += residual
+    return out if post == 1.0 else out.mul_(post)
 
 
 @functools.cache

@@ -1,0 +1,61 @@
+"""Weights in the layout that the kernels read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dqtool.runtimes.onednn import library
+
+__all__ = ["PackedWeight", "pack_weight", "worth_winograd"]
+
+
+class PackedWeight(NamedTuple):
+    """A weight in the kernels' layout, int8; the sums of its columns, int32; whether it is Winograd-transformed; and its
+    largest code."""
+
+    packed: Tensor
+    sums: Tensor
+    winograd: bool
+    largest: int
+
+
+def worth_winograd(out_channels: int, in_channels: int, shape: tuple[int, ...]) -> bool:
+    """Return whether a transformed weight is faster at the output size `(N, H, W)`.
+
+    Where weights outweigh activations, memory decides, and the transformed weight is larger.
+    """
+    tiles = shape[0] * -(-shape[1] // 2) * -(-shape[2] // 2)
+    return -(-out_channels // 16) * 16 * in_channels <= 1 << 19 or tiles >= 128
+
+
+def pack_weight(
+    weight: Tensor, zero_points: Tensor | None, bits: int, sizes: tuple[int, int, int, int], gates: int, winograd: bool
+) -> PackedWeight:
+    """Pack centred int8 codes `[C_out, ...]` (without `zero_points`), or packed words int32 of `bits` bits with their zero
+    points, uint8 `[C_out]`.
+
+    `sizes` are out-channels, in-channels, taps and the bytes of a pixel's codes. `gates` columns gate as many others that
+    come before them. `winograd` asks for a transform, which is not made where its codes would not fit a byte.
+    """
+    kernels: Any = library.get()
+    assert kernels is not None
+    out_channels, in_channels, taps, channel_bytes = sizes
+    columns = -(-out_channels // 16) * 16
+    weight = weight.contiguous()
+    if zero_points is None:
+        given: tuple = (weight.data_ptr(), None, 0, 8, None)
+    else:
+        zero_points = zero_points.contiguous()
+        given = (None, weight.data_ptr(), weight.shape[1] * 4, bits, zero_points.data_ptr())
+    if winograd:
+        packed = torch.empty(columns * channel_bytes * 16, dtype=torch.int8)
+        sums = torch.empty(columns * 16, dtype=torch.int32)
+        if kernels.dq_winograd_pack(*given, packed.data_ptr(), sums.data_ptr(), out_channels, in_channels):
+            return PackedWeight(packed, sums, True, 128)
+    packed = torch.empty(columns * channel_bytes * taps, dtype=torch.int8)
+    sums = torch.empty(columns, dtype=torch.int32)
+    largest = kernels.dq_pack(*given, packed.data_ptr(), sums.data_ptr(), out_channels, in_channels, taps, gates)
+    return PackedWeight(packed, sums, False, int(largest))
