@@ -158,7 +158,8 @@ class StepIndex:
         asked = torch.as_tensor(timestep).detach()
         asked = asked.reshape(1) if asked.dim() == 0 else asked[:1] if _is_expanded(asked) else asked.reshape(-1)
         if torch.compiler.is_compiling():
-            self.select(torch.ops.dqtool.step_rows(asked, self.table_on(asked.device), self._key))
+            # Without `table_on`, whose memory changes: what a graph reads of it, it is compiled for.
+            self.select(torch.ops.dqtool.step_rows(asked, self.timesteps.to(asked.device), self._key))
             return
         rows = self.find(asked)
         if rows.device.type == "cpu" and len(rows) > 1 and bool((rows == rows[:1]).all()):
