@@ -30,7 +30,7 @@ $(RECIPES): setup
 
 # What training and scaling gain over: the same recipe calibrated alone, one quantizer for all steps. `make digits-ddpm-w4a4-ptq`.
 $(RECIPES:=-ptq): setup
-	$(BIN)/dqtool run recipes/$(@:-ptq=).yaml -o results/$@ --set dilate.scaling=none --set distill.static=true --set distill.iters=0
+	$(BIN)/dqtool run recipes/$(@:-ptq=).yaml -o results/$@ --set dilate.scaling=none --set calibrate.scaling=keep --set distill.static=true --set distill.iters=0
 
 test: setup
 	$(BIN)/python -m pytest

@@ -12,7 +12,10 @@ from dqtool.cli.output import run_stage
 from dqtool.stages.common import Common
 
 
-@command("dqtool calibrate dilated.safetensors --steps 20 --samples 5120")
+@command(
+    "dqtool calibrate dilated.safetensors --steps 20 --samples 5120",
+    "dqtool calibrate dilated.safetensors --steps 100 --scaling keep",
+)
 def calibrate(
     common: Common,
     artifact: Artifact = None,
@@ -27,6 +30,17 @@ def calibrate(
         str,
         typer.Option(metavar="NAME", help="Of which steps: stratified (all alike), uniform, normal or density."),
     ] = "stratified",
+    scaling: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How activations change dilate's factors: auto keeps or replaces each layer's by output error, and distill "
+            "learns on; keep leaves them; or none, smoothquant, osplus, omniquant, awq, dgq.",
+        ),
+    ] = "auto",
+    bits: Annotated[
+        str, typer.Option(metavar="W/A", help="The bits at which auto and osplus compare outputs.")
+    ] = "4/4",
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the images that are sampled.")] = 0,
     eta: Annotated[float, typer.Option(metavar="F", help="Noise added at each step of ddim.")] = 0.0,
     guidance: Guidance = None,
@@ -36,7 +50,7 @@ def calibrate(
     random_conditions: RandomConditions = False,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Images sampled together.")] = 64,
 ) -> None:
-    """Sample the full-precision model, keep statistics.
+    """Sample the full-precision model, choose factors by activations, keep statistics.
 
     One calibration, with its trajectory, serves every bit width.
     """

@@ -1,4 +1,4 @@
-"""`dqtool dilate`: widen in-channels."""
+"""`dqtool dilate`: dilate the weights."""
 
 from __future__ import annotations
 
@@ -52,13 +52,9 @@ def dilate(
         str,
         typer.Option(
             metavar="NAME",
-            help="How channels are scaled: auto chooses for every layer (in calibrate, unless --stats is given) and learns "
-            "on in distill; wd is Weight Dilation, exactly.",
+            help="wd is Weight Dilation; none leaves the weights as they are. Scaling by activations: calibrate --scaling.",
         ),
-    ] = "auto",
-    stats: Annotated[
-        str | None, typer.Option(metavar="CALIBRATED", help="Activation statistics, for methods that look at them.")
-    ] = None,
+    ] = "wd",
     cap: Annotated[float, typer.Option(metavar="F", help="The largest factor of a channel.")] = 64.0,
     threshold: Annotated[
         float, typer.Option(metavar="F", help="Of wd: leave channels alone whose factor would be smaller.")
@@ -76,15 +72,14 @@ def dilate(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA to add first; may be repeated.")
     ] = None,
-    bits: Annotated[
-        str, typer.Option(metavar="W/A", help="The bits that osplus and auto, which compare outputs, choose for.")
-    ] = "4/4",
     fold: Annotated[
         bool, typer.Option("--fold", help="Divide in what makes the input (norms, v, adaLN) where the algebra allows.")
     ] = False,
+    stats: Annotated[str | None, typer.Option(hidden=True, help="Moved: see calibrate --scaling.")] = None,
+    bits: Annotated[str | None, typer.Option(hidden=True, help="Moved: see calibrate --bits.")] = None,
 ) -> None:
-    """Widen in-channels of weights, and divide the inputs they read by the same factors.
+    """Multiply in-channels of weights by Weight Dilation's factors; quantizers divide the inputs by the same factors.
 
-    Weight Dilation (wd) reads weights only. By default factors balance weights and activations, which calibrate sees.
+    Reads weights only. The output computes what the model computes, and its weights keep their ranges.
     """
     run_stage("dilate", **locals())

@@ -1,9 +1,9 @@
-"""How `dilate` finds every layer's scale: what the method asks to see, gathered from weights and a calibrated artifact."""
+"""Choosing the factors of every layer, from its weights alone or from calibration activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,54 +12,96 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.artifacts import Artifact
-from dqtool.core.bits import LayerBits, parse_bits
+from dqtool.core.bits import LayerBits
 from dqtool.core.device import beside, main_memory
-from dqtool.errors import UsageError
+from dqtool.core.dilation import CAP
 from dqtool.graph.trace import LayerInfo
-from dqtool.models.families import Family
 from dqtool.nn.surgery import assign_bits
-from dqtool.scaling.folding import Fold
 from dqtool.scaling.groups import Groups, scaling_groups
 from dqtool.scaling.methods import Samples, ScalingInput, ScalingMethod, ScalingResult
-from dqtool.training.data import Trajectory
 
-__all__ = ["choose_scaling", "statistics_for"]
-
-STEPS, PER_STEP = 8, 2
-"""Of the recorded trajectory: steps, and points of each, whose layer inputs the searching methods look at."""
+__all__ = ["Activations", "choose_by_activations", "choose_by_weights"]
 
 
-def choose_scaling(
+@dataclass(frozen=True)
+class Activations:
+    """Activations of the float network, for the methods that look at them.
+
+    Attributes:
+        ranges: minimum and maximum of each in-channel over all steps, `[2, C_in]`, by group owner.
+        run: runs the network once on a few calibration points, ordered by denoising step.
+        samples_per_step: the number of those points at each step.
+    """
+
+    ranges: Mapping[str, Tensor]
+    run: Callable[[], object]
+    samples_per_step: Sequence[int]
+
+
+def choose_by_weights(
+    network: nn.Module, layers: Iterable[LayerInfo], method: ScalingMethod, cap: float = CAP, threshold: float = 1.0
+) -> dict[str, ScalingResult]:
+    """Return the factors that a method chooses from the weights of each group, by owner.
+
+    Groups whose factors are all 1 have no entry. `cap` and `threshold` are those of Weight Dilation.
+    """
+    found = {}
+    for owner, members in scaling_groups(layers).items():
+        result = method(ScalingInput(_weights(network, members), members[0].groups, cap=cap, threshold=threshold))
+        if bool((result.scale != 1).any()):
+            found[owner] = result
+    return found
+
+
+def choose_by_activations(
     network: nn.Module,
-    family: Family,
-    layers: list[LayerInfo],
-    statistics: Mapping[str, Tensor],
+    layers: Sequence[LayerInfo],
     method: ScalingMethod,
-    cap: float,
-    bits: str,
-    shifts: Mapping[str, Fold],
+    activations: Activations,
+    bits: LayerBits,
+    shiftable: Collection[str] = (),
+    present: Mapping[str, ScalingResult] | None = None,
+    cap: float = CAP,
     threshold: float = 1.0,
 ) -> dict[str, ScalingResult]:
-    """What the method chooses for every group, by owner; groups that it leaves alone have no entry.
+    """Return the factors that a method chooses for each group of the float `network`, by owner.
 
-    `network` is the float one; `statistics` hold what the method needs of `X.channel_range` by layer and of the
-    trajectory (`statistics_for`), `shifts` are the groups whose input can be moved, by owner.
+    Groups that the method leaves unscaled have no entry, unless it wants their factors learned. A group that the sampled
+    points don't reach keeps its `present` factors.
+
+    Args:
+        bits: of the layers, whose roles may raise them.
+        shiftable: owners of the groups whose input can be shifted.
+        present: factors that the groups have now, by owner.
+        cap: as in `choose_by_weights`, as is `threshold`.
 
     Raises:
-        UsageError: the method needs statistics, and these are of another network.
+        UsageError: the statistics are of another network.
     """
-    groups = scaling_groups(layers)
+    groups, present = scaling_groups(layers), present or {}
 
     def choose(owner: str, samples: Samples | None = None) -> ScalingResult:
         members = groups[owner]
-        weights = [network.get_parameter(f"{member.name}.weight").detach() for member in members]
-        lo, hi = beside(network, statistics.get(f"{owner}.channel_range", (None, None)))
-        result = method(ScalingInput(weights, members[0].groups, lo, hi, cap, threshold, samples, owner in shifts))
+        lo, hi = beside(network, activations.ranges.get(owner, (None, None)))
+        now = present.get(owner)
+        result = method(
+            ScalingInput(
+                _weights(network, members),
+                members[0].groups,
+                lo,
+                hi,
+                cap,
+                threshold,
+                samples,
+                shiftable=owner in shiftable,
+                present=None if now is None else replace(now, scale=beside(network, now.scale)),
+            )
+        )
         return replace(result, scale=main_memory(result.scale), shift=main_memory(result.shift))
 
     if method.needs_samples:
-        found = _with_samples(network, family, groups, statistics, layers, parse_bits(bits), choose)
+        found = _with_samples(network, groups, activations, layers, bits, choose)
+        found = {owner: found.get(owner) or present[owner] for owner in groups if owner in found or owner in present}
     else:
         found = {owner: choose(owner) for owner in groups}
     return {
@@ -69,59 +111,33 @@ def choose_scaling(
     }
 
 
-def statistics_for(method: ScalingMethod, stats: Artifact | None) -> Mapping[str, Tensor]:
-    """What the method may look at of a calibrated artifact: its tensors, or nothing where it needs none.
-
-    Raises:
-        UsageError: it needs some and there is no artifact, or one of a network that was changed before.
-    """
-    if not method.needs_statistics:
-        return {}
-    if stats is None:
-        raise UsageError(
-            f"--scaling {method.name} looks at activations",
-            where="--stats",
-            fix="Name a calibrated artifact of this model: dilate with `none`, calibrate, then give it as --stats",
-        )
-    changes = {"folded_into"}
-    if "scaling" not in stats.manifest.parameters:  # else calibrate itself moved inputs, and recorded them as they were
-        changes.add("shifted_in")
-    moved = [layer["name"] for layer in stats.manifest.layers if layer.get("scaling", {}).keys() & changes]
-    if moved:
-        raise UsageError(
-            f"The activations of {len(moved)} layers, first {moved[0]}, were changed before they were recorded",
-            where=f"--stats {stats.given}",
-            fix="Calibrate after `dilate --scaling none`",
-        )
-    return stats.tensors()
+def _weights(network: nn.Module, members: Iterable[LayerInfo]) -> list[Tensor]:
+    return [network.get_parameter(f"{member.name}.weight").detach() for member in members]
 
 
 def _with_samples(
     network: nn.Module,
-    family: Family,
     groups: Groups,
-    statistics: Mapping[str, Tensor],
-    layers: list[LayerInfo],
+    activations: Activations,
+    layers: Sequence[LayerInfo],
     bits: LayerBits,
     choose: Callable[[str, Samples | None], ScalingResult],
 ) -> dict[str, ScalingResult]:
-    """Run the float network over a few trajectory points and choose while each layer's inputs are at hand."""
-    planned = {plan.info.name: plan.bits for plan in assign_bits(layers, bits)}
-    trajectory = Trajectory.of(statistics)
-    index, counts = _points(trajectory)
-    points = trajectory.arguments(index)
+    """Run the network on the sampled points and choose as each group's first layer runs, when its input is at hand."""
+    planned = {plan.info.name: plan.bits for plan in assign_bits(list(layers), bits)}
+    counts = activations.samples_per_step
     found: dict[str, ScalingResult] = {}
-    with report.progress("dilate: comparing outputs", len(groups)) as progress:
+    with report.progress("calibrate: scaling by output error", len(groups)) as progress:
 
         def see(layer: nn.Module, args: tuple[Tensor, ...], owner: str) -> None:
             if owner in found:
-                return  # it runs several times: its first inputs stand for all
+                return  # the layer runs several times: its first input stands for all
             if len(args[0]) % sum(counts):
-                return  # it reads no sample (a class embedder of one row, say): it stays as it is
-            products = [_product(network.get_submodule(member.name)) for member in groups[owner]]
+                return  # its input isn't one of the samples (a class embedder of one row, say)
+            operations = [_operation(network.get_submodule(member.name)) for member in groups[owner]]
             parts = list(args[0].split([n * (len(args[0]) // sum(counts)) for n in counts]))
             channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
-            found[owner] = choose(owner, Samples(parts, products, planned[owner], channel_dim))
+            found[owner] = choose(owner, Samples(parts, operations, planned[owner], channel_dim))
             progress.advance()
 
         handles = [
@@ -129,22 +145,15 @@ def _with_samples(
         ]
         try:
             with torch.no_grad():
-                family.predict(network, *points)
+                activations.run()
         finally:
             for handle in handles:
                 handle.remove()
     return found
 
 
-def _points(trajectory: Trajectory) -> tuple[Tensor, list[int]]:
-    """A few of its samples, ordered by step: their indices, and how many each step has."""
-    present = trajectory.rows.unique()  # some draws keep points of some steps only
-    wanted = present[torch.linspace(0, len(present) - 1, min(STEPS, len(present))).round().long()]
-    chosen = [(trajectory.rows == step).nonzero()[:PER_STEP, 0] for step in wanted.tolist()]
-    return torch.cat(chosen), [len(part) for part in chosen]
-
-
-def _product(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def _operation(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the layer as a function of input and weight, without bias."""
     if isinstance(layer, nn.Conv2d):
         geometry: dict[str, Any] = {
             "stride": layer.stride,

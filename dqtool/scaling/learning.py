@@ -19,7 +19,7 @@ from dqtool.models.structure import graph_of
 from dqtool.nn.layers import FakeQuantLayer, InputTransform
 from dqtool.scaling.folding import Fold, find_shifts, subtract_shift
 from dqtool.scaling.groups import scaling_groups
-from dqtool.scaling.methods import SCALINGS
+from dqtool.scaling.methods import METHODS
 from dqtool.scaling.records import scaling_of
 
 __all__ = ["LearnedScaling", "attach", "learn_scaling", "merge_learned"]
@@ -71,7 +71,7 @@ def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
     groups = scaling_groups(layer_infos(manifest.layers))
     for owner in groups:
         scaling = scaling_of(manifest, owner)
-        method = SCALINGS.get(scaling.get("asked", scaling.get("method", "")))
+        method = METHODS.get(scaling.get("asked", scaling.get("method", "")))
         if method is not None and method.learning_rate and "folded_into" not in scaling:
             rates[owner] = method.learning_rate
             if method.learns_shift and "shifted_in" in scaling:

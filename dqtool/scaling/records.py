@@ -12,7 +12,7 @@ from dqtool import report
 from dqtool.artifacts import Manifest
 from dqtool.graph.trace import LayerInfo
 from dqtool.scaling.groups import scaling_groups
-from dqtool.scaling.methods import SCALINGS, ScalingMethod, ScalingResult
+from dqtool.scaling.methods import METHODS, ScalingMethod, ScalingResult
 
 __all__ = [
     "dilated_layers",
@@ -40,7 +40,7 @@ def layer_scales(layers: Sequence[LayerInfo], chosen: Mapping[str, ScalingResult
 
 def method_used(asked: ScalingMethod, result: ScalingResult) -> ScalingMethod:
     """Return the method whose factors these are: the one that was asked, or the one that it chose."""
-    return asked if result.method is None else SCALINGS[result.method]
+    return asked if result.method is None else METHODS[result.method]
 
 
 def scaling_record(asked: ScalingMethod, result: ScalingResult) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.device import place
-from dqtool.core.dilation import spread
 from dqtool.graph.trace import BlockInfo, Trace
 from dqtool.models.companions import companions_of_artifact
 from dqtool.models.conditioning import Conditions, Request
@@ -19,6 +18,7 @@ from dqtool.models.packed import layer_infos
 from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake
+from dqtool.scaling.rescaling import undilated_weights
 
 __all__ = [
     "conditions_of",
@@ -51,12 +51,9 @@ def split_dilated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The full-precision network: dilated weights divided by their factors again (equal to one unit in the last place)."""
-    state, dilation = split_dilated(tensors)
-    groups = {info.name: info.groups for info in layer_infos(manifest.layers)}
-    for name, scale in dilation.items():
-        weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = weight / spread(scale, weight, groups[name])
+    """Build the full-precision network: dilated weights are divided by their factors (the original ones to one ulp)."""
+    state, _ = split_dilated(tensors)
+    state |= undilated_weights(manifest, tensors)
     # Shared, not copied: nobody writes into the teacher, and a large network should be in memory once.
     return place(build_network(manifest.model["class"], manifest.model["config"], state, "teacher", share=True))
 

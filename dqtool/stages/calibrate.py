@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.manifest import canonical_json
+from dqtool.core.bits import parse_bits
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.schedules import finite_config
-from dqtool.scaling.by_activations import LATER, scale_now
 from dqtool.stages.running import Common, Product, execute, input_artifact
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from dqtool.models.conditioning import Conditions
     from dqtool.models.sampling import Sampler
+    from dqtool.scaling.rescaling import Rescaled
+    from dqtool.training.data import Trajectory
 
 __all__ = ["CalibrateOptions", "calibrate"]
 
@@ -32,6 +34,15 @@ RANGE = ".channel_range"
 STATISTICS_SAMPLES = 64
 """Samples of a step that its histograms are made of: each brings thousands of values per layer, more change nothing."""
 STRATIFIED = "stratified"
+
+KEEP, AUTO = "keep", "auto"
+WITHOUT_IMPORTS = (KEEP, AUTO, "none")
+"""Values of `--scaling` that are accepted without importing torch."""
+
+SCALING_VERSIONS = {AUTO: 2}
+"""Methods whose results have changed: artifacts of an older version are made again."""
+SCALING_STEPS, SCALING_POINTS = 8, 2
+"""Denoising steps, and trajectory points of each, whose layer inputs are seen by scalings that compare outputs."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,16 @@ class CalibrateOptions:
     conditions: str | None = None
     pipeline: str | None = None
     random_conditions: bool = False
+    scaling: str = AUTO
+    bits: str = "4/4"
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for a draw that does not exist."""
+        """Raise `UsageError` for a draw, scaling or bits that do not exist."""
+        parse_bits(self.bits)
+        if self.scaling not in WITHOUT_IMPORTS:
+            from dqtool.scaling.methods import check_activation_method
+
+            check_activation_method(self.scaling)
         if self.draw != STRATIFIED:  # the usual one is there without torch
             from dqtool.core.draws import draw_method
 
@@ -62,8 +80,8 @@ class CalibrateOptions:
 
 
 def calibrate(options: CalibrateOptions, common: Common) -> str:
-    """Record the trajectory and the statistics of every quantizer at every step, and choose the factors of channels that
-    `dilate` left open; returns the output's path as given.
+    """Record the trajectory, choose the layers' factors by activations, and record the statistics of every quantizer at
+    every step; returns the output's path as given.
 
     Raises:
         UsageError: fewer samples than steps, or guidance or prompts for a model that knows none.
@@ -77,7 +95,7 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         )
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
     prompts = None if options.prompts is None else read_prompts(options.prompts)
-    parameters = resolved(options, prompts) | awaited(dilated.manifest)
+    parameters = resolved(options, prompts)
     inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
     execute(
         "calibrate",
@@ -89,13 +107,6 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         lambda _key: produce(dilated, options, prompts),
     )
     return options.output
-
-
-def awaited(manifest: Manifest) -> dict[str, Any]:
-    """The scaling that `dilate` left to be chosen here: its tensors are the same whichever that is."""
-    waits = manifest.metrics.get(LATER)
-    version = manifest.parameters.get("scaling_version")
-    return {} if waits is None else {"scaling": {**waits, "version": version}}
 
 
 def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:
@@ -114,6 +125,12 @@ def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) ->
         parameters["guidance"] = options.guidance
     if options.draw != STRATIFIED:
         parameters["draw"] = options.draw
+    if options.scaling != KEEP:
+        parameters["scaling"] = options.scaling
+        if options.scaling in SCALING_VERSIONS:
+            parameters["scaling_version"] = SCALING_VERSIONS[options.scaling]
+        if options.scaling != "none":
+            parameters["bits"] = options.bits
     if prompts is not None:
         parameters["prompts"] = hashlib.sha256(canonical_json(prompts).encode()).hexdigest()
     return parameters | ConditionSource.of(options).parameters()
@@ -134,7 +151,6 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     manifest = dilated.manifest
     family, config = network_of(manifest.model)
     tensors = dilated.tensors()
-    _, dilation = split_dilated(tensors)
     scheduler = make_sampler((manifest.pipeline or {}).get("scheduler") or family.scheduler, options.sampler)
     images = -(-options.samples // options.steps)
     source = ConditionSource.of(options)
@@ -164,22 +180,20 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
                 yield run
                 progress.advance()
 
-    everything, records, chosen = dict(tensors), manifest.layers, dict(manifest.metrics)
-    moved: dict[str, torch.Tensor] = {}
-    if chosen.pop(LATER, None) is not None:
-        points_seen = {**seen, "timesteps": timesteps}
-        changed, records, found, moved = scale_now(
-            manifest, tensors, network, family, config, points_seen, per_step("ranges of channels")
-        )
-        everything, chosen = everything | changed, chosen | found
-        _, dilation = split_dilated(everything)
-        if moved:
-            network = teacher_of(manifest, everything)  # whose layers read what was moved
+    everything, records, metrics = dict(tensors), manifest.layers, dict(manifest.metrics)
+    shifts: dict[str, torch.Tensor] = {}
+    if options.scaling != KEEP:
+        rescaled = rescaled_by(options, manifest, tensors, network, points, per_step)
+        everything, records, shifts = rescaled.tensors, rescaled.records, rescaled.shifts
+        metrics |= rescaled.metrics
+        if shifts:
+            network = teacher_of(manifest, everything)  # whose layers read the shifted inputs
+    _, dilation = split_dilated(everything)
     statistics = collect(network, layer_infos(records), dilation, per_step("statistics"))
     ratios = range_ratios(statistics, dilation)
-    for name in moved.keys() & {name.removesuffix(RANGE) for name in statistics}:
-        statistics[name + RANGE] += moved[name]  # of the inputs as the model makes them, which other scalings look at
-    metrics = {
+    for name in shifts.keys() & {name.removesuffix(RANGE) for name in statistics}:
+        statistics[name + RANGE] += shifts[name]  # the ranges of the inputs as the model makes them
+    metrics |= {
         "activation_range_ratio": sum(ratios.values()) / len(ratios) if ratios else 1.0,
         "activation_range_ratios": ratios,
         "samples_per_step": quotas.tolist(),
@@ -199,9 +213,34 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
         if (origin := source.record()) and (conditions.random or not source.random):
             pipeline["sampling"]["conditions"] = origin
     everything |= trajectory | statistics | {"timesteps": timesteps}
-    return Product(
-        everything, manifest.model, pipeline, records, {**chosen, **metrics}, attachments=dilated.attachments()
-    )
+    return Product(everything, manifest.model, pipeline, records, metrics, attachments=dilated.attachments())
+
+
+def rescaled_by(
+    options: CalibrateOptions,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    points: Trajectory,
+    per_step: Callable[[str], Iterable[Callable[[], None]]],
+) -> Rescaled:
+    """Return the dilated artifact with the factors of `--scaling`; `network` is the float one, without factors."""
+    from dqtool.models.loading import network_of
+    from dqtool.models.packed import layer_infos
+    from dqtool.nn.statistics import channel_ranges
+    from dqtool.scaling.choosing import Activations
+    from dqtool.scaling.methods import scaling_method
+    from dqtool.scaling.rescaling import rescale_network
+
+    family, _ = network_of(manifest.model)
+    method = scaling_method(options.scaling)
+    ranges: dict[str, Tensor] = {}
+    if method.needs_statistics:
+        found = channel_ranges(network, layer_infos(manifest.layers), per_step("ranges of channels"))
+        ranges = {name.removesuffix(RANGE): span for name, span in found.items()}
+    index, counts = points.few_of_each_step(SCALING_STEPS, SCALING_POINTS)
+    activations = Activations(ranges, lambda: family.predict(network, *points.arguments(index)), counts)
+    return rescale_network(manifest, tensors, network, method, parse_bits(options.bits), activations)
 
 
 def quotas_by_step(

@@ -1,18 +1,15 @@
-"""`dqtool dilate`: Weight Dilation (or another scaling) of a full-precision model. Needs weights only."""
+"""`dqtool dilate`: Weight Dilation of a full-precision model, from its weights alone."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, DeferredTensors, Written, check_writable, open_artifact, sha256_file
-from dqtool.core.bits import parse_bits
+from dqtool.artifacts import Written, check_writable, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.models.told import Told
-from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE, LATER
 from dqtool.stages.running import Common, Product, execute
 
 if TYPE_CHECKING:
@@ -20,29 +17,26 @@ if TYPE_CHECKING:
 
     from dqtool.graph.network import NetworkGraph
     from dqtool.models.families import Family
-    from dqtool.scaling.methods import ScalingMethod, ScalingResult
 
 __all__ = ["DilateOptions", "dilate"]
 
 CODE_VERSION = 1
 
-SCALING_VERSIONS = {"auto": 2}
-"""Of methods whose results have changed: what an older one made is made again, and nothing else."""
+WITHOUT_IMPORTS = ("wd", "none")
+"""Values of `--scaling` that are accepted without importing torch."""
 
 
 @dataclass(frozen=True)
 class DilateOptions:
-    """Options of `dqtool dilate`."""
+    """Options of `dqtool dilate`. `stats` and `bits` now belong to `calibrate`: giving them is an error that says so."""
 
     model: str
     output: str = "dilated.safetensors"
     config: str | None = None
-    scaling: str = "auto"
-    stats: str | None = None
+    scaling: str = "wd"
     cap: float = 64.0
     threshold: float = 1.0
     fold: bool = False
-    bits: str = "4/4"
     family: str | None = None
     example: str | None = None
     components: str | None = None
@@ -52,6 +46,27 @@ class DilateOptions:
     tokenizer: str | None = None
     pipeline: str | None = None
     variant: str | None = None
+    stats: str | None = None
+    bits: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for a scaling that looks at activations, and for options that `calibrate` has now."""
+        if self.scaling not in WITHOUT_IMPORTS:
+            from dqtool.scaling.methods import check_weight_method
+
+            check_weight_method(self.scaling)
+        if self.stats is not None:
+            raise UsageError(
+                "dilate reads weights alone and takes no statistics",
+                where="--stats",
+                fix="Leave it out; scaling by activations is `dqtool calibrate --scaling NAME`",
+            )
+        if self.bits is not None:
+            raise UsageError(
+                "dilate reads weights alone, and its factors depend on no bits",
+                where="--bits",
+                fix="Give it to the stage that compares outputs: `dqtool calibrate --bits W/A`",
+            )
 
     def told(self) -> Told:
         """What the user says of the model beyond its files."""
@@ -66,26 +81,16 @@ def dilate(options: DilateOptions, common: Common) -> str:
     """Scale the model's in-channels and write the dilated artifact; returns its path as given.
 
     Raises:
-        UsageError: an unknown scaling, one that needs `stats`, or `fold` before there are factors.
+        UsageError: contradicting options.
         NumericError: the dilated network's output differs from the original's by more than round-off.
     """
-    parse_bits(options.bits)
     source = options.source()
     source.check_schedule()
     if source.lacks is not None:
         report.warn(source.lacks)
-    stats = None if options.stats is None else open_artifact(options.stats, ["calibrate"])
-    if options.fold and waits(options):
-        raise UsageError(
-            f"With --scaling {options.scaling} and no --stats the factors are chosen in calibrate",
-            where="--fold",
-            fix="Give a calibrated artifact with --stats, or use --scaling wd",
-        )
     reads = [*source.weights, *(lora.path for lora in source.loras)]
     check_writable(options.output, inputs=[options.model, *reads])
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
-    if stats is not None:
-        inputs.append({"name": stats.given, "sha256": stats.sha256, "stage": stats.stage})
     parameters = resolved(options)
     execute(
         "dilate",
@@ -94,21 +99,17 @@ def dilate(options: DilateOptions, common: Common) -> str:
         parameters,
         inputs,
         common,
-        lambda _key: produce(source, stats, options),
+        lambda _key: produce(source, options),
         reads=reads,
     )
     return options.output
 
 
 def resolved(options: DilateOptions) -> dict[str, Any]:
-    """All parameters that decide the result; what they are applied to, model and statistics, are inputs."""
+    """Return all parameters that decide the result; the model that they apply to is an input."""
     parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
-    if options.scaling in SCALING_VERSIONS:
-        parameters["scaling_version"] = SCALING_VERSIONS[options.scaling]
     if options.threshold != 1:
         parameters["threshold"] = options.threshold
-    if options.stats is not None or waits(options):
-        parameters["bits"] = options.bits
     if options.lora:
         parameters["lora"] = list(options.lora)
     if options.family is not None:
@@ -118,13 +119,8 @@ def resolved(options: DilateOptions) -> dict[str, Any]:
     return parameters
 
 
-def waits(options: DilateOptions) -> bool:
-    """Whether the factors are left to be chosen in `calibrate`, which sees activations."""
-    return options.stats is None and options.scaling in CHOSEN_IN_CALIBRATE
-
-
-def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions) -> Product:
-    """Load and scale; the check of the equivalence runs while the file is written."""
+def produce(source: ModelSource, options: DilateOptions) -> Product:
+    """Load and dilate; the check of the equivalence runs while the file is written."""
     import torch
 
     from dqtool.core.threads import operation_threads
@@ -133,17 +129,10 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     from dqtool.models.companions import attachments_of
     from dqtool.models.families import family_of
     from dqtool.models.loading import build_network, load_weights
-    from dqtool.scaling.choosing import choose_scaling, statistics_for
-    from dqtool.scaling.folding import Fold, add_shift_to_bias, find_folds, find_shifts, fold_scales, subtract_shift
+    from dqtool.scaling.dilating import dilate_network
+    from dqtool.scaling.folding import find_folds
     from dqtool.scaling.methods import scaling_method
-    from dqtool.scaling.records import (
-        layer_scales,
-        method_used,
-        report_scaling,
-        scaling_metrics,
-        scaling_record,
-        with_folds,
-    )
+    from dqtool.scaling.records import report_scaling
     from dqtool.scaling.verifying import check_equivalence
 
     class_name, config = described(source, options)
@@ -156,47 +145,9 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
     if float_parts:
         name, reason = next(iter(float_parts.items()))
         report.warn(f"{len(float_parts)} layers or products stay float, first {name}: {reason}")
-    asked, later = scaling_method(options.scaling), waits(options)
-    shifts: dict[str, Fold] = {}
-    if asked.shifts and not later:
-        shifts = find_shifts(graph.recording, traced.layers)
-    chosen: dict[str, ScalingResult] = {}
-    if not later:
-        chosen = choose_scaling(
-            network,
-            family,
-            traced.layers,
-            statistics_for(asked, stats),
-            asked,
-            options.cap,
-            options.bits,
-            shifts,
-            options.threshold,
-        )
-    scales = layer_scales(traced.layers, chosen)
-    tensors = DeferredTensors(state)
-    records = []
-    for info in traced.layers:
-        scale = scales.get(info.name)
-        record = asdict(info)
-        if scale is not None:
-            name, result = f"{info.name}.weight", chosen[info.shares or info.name]
-            # Made when it is written, so that the whole network need not fit twice.
-            whole = partial(scaled_rows, method_used(asked, result), state[name], scale, info.groups)
-            tensors.defer(name, state[name], whole, whole if info.groups == 1 else None)
-            tensors[f"{info.name}.dilation"] = scale
-            record["scaling"] = scaling_record(asked, result)
-            if result.shift is not None:
-                add_shift_to_bias(tensors, info, state[name], result.shift)
-                record["scaling"]["shifted_in"] = shifts[info.shares or info.name].names
-        records.append(record)
-    for owner, result in chosen.items():
-        if result.shift is not None:
-            subtract_shift(tensors, shifts[owner], result.shift)
-    if options.fold:
-        folded = fold_scales(tensors, find_folds(graph.recording, traced.layers), crossing=True)
-        scales = {name: scale for name, scale in scales.items() if name not in folded}
-        records = with_folds(records, folded)
+    method = scaling_method(options.scaling)
+    folds = find_folds(graph.recording, traced.layers) if options.fold else []
+    dilated = dilate_network(network, state, traced.layers, method, options.cap, options.threshold, folds)
     model = {
         "class": class_name,
         "config": config,
@@ -210,19 +161,12 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
         "parameters": sum(t.numel() for t in state.values()),
     }
     metrics: dict[str, Any] = {
-        **scaling_metrics(scales),
+        **dilated.metrics,
         "blocks": [{"name": block.name, "reads": sorted(block.reads)} for block in traced.blocks],
         "output_reads": sorted(traced.output_reads),
     }
     if float_parts:
         metrics["kept_float"] = float_parts
-    if later:
-        metrics[LATER] = {
-            "scaling": options.scaling,
-            "cap": options.cap,
-            "threshold": options.threshold,
-            "bits": options.bits,
-        }
     threads = torch.get_num_threads()
 
     def proof(written: Written) -> dict[str, float]:
@@ -232,25 +176,12 @@ def produce(source: ModelSource, stats: Artifact | None, options: DilateOptions)
             return found
 
         with operation_threads(max(1, threads - 1), then=threads):
-            error = check_equivalence(network, waited, scales, family, config, source.given)
-        if later:
-            report.say(
-                f"weights left as they are: calibrate, which sees activations, chooses the factors ({options.scaling})"
-            )
-        else:
-            report_scaling(records, metrics, error)
+            error = check_equivalence(network, waited, dilated.scales, family, config, source.given)
+        report_scaling(dilated.records, metrics, error)
         return {"equivalence_error": error}
 
     pipeline, attachments = source.pipeline_record(), attachments_of(source)
-    return Product(tensors, model, pipeline, records, metrics, attachments=attachments, proof=proof)
-
-
-def scaled_rows(method: ScalingMethod, weight: Tensor, scale: Tensor, groups: int, rows: slice = slice(None)) -> Tensor:
-    """Those rows of the scaled weight (all of them, where there are groups), made by one thread."""
-    from dqtool.core.threads import operation_threads
-
-    with operation_threads(1):
-        return method.apply(weight[rows], scale, groups)
+    return Product(dilated.tensors, model, pipeline, dilated.records, metrics, attachments=attachments, proof=proof)
 
 
 def recorded_network(network: nn.Module, family: Family, config: dict[str, Any]) -> NetworkGraph:

@@ -38,11 +38,11 @@ def _at(stage: str, *keys: str, scale: float = 1.0) -> Callable[[Metrics], float
 
 
 def _scaling(key: str, scale: float = 1.0) -> Callable[[Metrics], float | None]:
-    """Of the stage that chose the factors: `calibrate` where that waits for activations."""
+    """Return a figure of the final factors: those of `calibrate` where it was run, else of `dilate`."""
 
     def value(metrics: Metrics) -> float | None:
-        late = _at("calibrate", key, scale=scale)(metrics)
-        return _at("dilate", key, scale=scale)(metrics) if late is None else late
+        final = _at("calibrate", key, scale=scale)(metrics)
+        return _at("dilate", key, scale=scale)(metrics) if final is None else final
 
     return value
 

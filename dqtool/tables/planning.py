@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts import fingerprint
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import UsageError
-from dqtool.scaling.by_activations import CHOSEN_IN_CALIBRATE
 from dqtool.stages.image_metrics import enough_for, files_of
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "Step", "Target", "model_digest", "plan_table"]
 
-NEEDED_STATISTICS = "statistics"
-"""Stands for the path of `--stats` until there is one."""
 METRICS = ("digits", "similarity", "cost")
 ITERATIONS = ("iters", "refine_iters")
 SOURCE_OPTIONS = ("config", "components", "lora", "prediction_type", "scheduler", "tokenizer", "pipeline", "variant")
@@ -47,7 +44,6 @@ class Step:
     key: str
     model: str
     source: str | None = None  # key of the step whose output it works on
-    statistics: str | None = None  # of the one whose statistics a scaling looks at
 
 
 @dataclass(frozen=True)
@@ -186,25 +182,17 @@ def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
 
 
 def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step]:
-    """The steps of one cell. A scaling that looks at activations is preceded by a calibration of the undilated model, unless
-    it waits for the calibration that follows."""
+    """Yield the steps of one cell. A scaling that compares outputs does so at the bits that the cell will have."""
     from dqtool.scaling.methods import scaling_method
+    from dqtool.stages.calibrate import AUTO, KEEP
 
-    dilate = dict(options.get("dilate", {}))
+    options = {stage: dict(values) for stage, values in options.items()}
+    scaling = options["calibrate"].get("scaling", AUTO)
+    if scaling != KEEP and scaling_method(scaling).needs_samples:
+        options["calibrate"].setdefault("bits", options["distill"].get("bits", "4/4"))
+    dilate = options.get("dilate", {})
     digest = model_digest(model, dilate)
-    method = scaling_method(dilate.get("scaling", "auto"))
-    if method.needs_samples:  # the bits whose outputs it compares are those the cell will have
-        dilate.setdefault("bits", options.get("distill", {}).get("bits", "4/4"))
-    statistics = None
-    if method.needs_statistics and method.name not in CHOSEN_IN_CALIBRATE:
-        plain = {k: v for k, v in dilate.items() if k not in ("scaling", "bits")} | {"scaling": "none"}
-        first = _step("dilate", plain, model, [digest])
-        yield first
-        seen = _step("calibrate", options["calibrate"], model, [first.key], source=first.key)
-        yield seen
-        statistics = seen.key
-    inputs = [digest] if statistics is None else [digest, statistics]
-    step = _step("dilate", dilate, model, inputs, statistics=statistics)
+    step = _step("dilate", dilate, model, [digest])
     yield step
     for stage in stages[1:]:
         extra = [digest] if stage == "eval" else []  # compared with the model itself
@@ -212,22 +200,12 @@ def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step
         yield step
 
 
-def _step(
-    stage: str,
-    values: Mapping[str, Any],
-    model: str,
-    inputs: list[str],
-    source: str | None = None,
-    statistics: str | None = None,
-) -> Step:
-    named = dict(values)
-    if stage == "dilate":
-        named |= {"model": model, "stats": None if statistics is None else NEEDED_STATISTICS}
-    options = make_options(stage, named)
+def _step(stage: str, values: Mapping[str, Any], model: str, inputs: list[str], source: str | None = None) -> Step:
+    options = make_options(stage, {**values, "model": model} if stage == "dilate" else values)
     parameters = _parameters(stage, options)
     version = import_module(f"dqtool.stages.{stage}").CODE_VERSION
     key = fingerprint(stage, version, parameters, inputs)
-    return Step(stage, dict(values), parameters, key, model, source, statistics)
+    return Step(stage, dict(values), parameters, key, model, source)
 
 
 def _recipe(method: str | None) -> dict[str, Any]:

@@ -119,8 +119,6 @@ class Runner:
         values = dict(step.values) | {"output": str(path)}
         if step.source is None:
             values["model"] = step.model
-            if step.statistics is not None:
-                values["stats"] = str(self._at("calibrate", step.statistics))
         else:
             before = {"calibrate": "dilate", "distill": "calibrate", "eval": "distill"}[step.stage]
             values["artifact"] = str(self._at(before, step.source))

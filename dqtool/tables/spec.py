@@ -238,7 +238,7 @@ def _options(found: Entries, given: str) -> Options:
     return result
 
 
-_OURS = ("output", "reference", "grid", "save-samples", "stats")
+_OURS = ("output", "reference", "grid", "save-samples")
 
 
 def _allowed(option: str, stage: str, where: str) -> bool:

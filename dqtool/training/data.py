@@ -80,6 +80,14 @@ class Trajectory:
         mask[self.rows[samples]] = True
         return mask
 
+    def few_of_each_step(self, steps: int, per_step: int) -> tuple[Tensor, list[int]]:
+        """Return the indices of up to `per_step` samples at each of `steps` steps spread evenly, ordered by step, and how
+        many samples each of these steps has."""
+        present = self.rows.unique()  # some draws keep points of some steps only
+        wanted = present[torch.linspace(0, len(present) - 1, min(steps, len(present))).round().long()]
+        chosen = [(self.rows == step).nonzero()[:per_step, 0] for step in wanted.tolist()]
+        return torch.cat(chosen), [len(part) for part in chosen]
+
     def subset(self, count: int, seed: int) -> Trajectory:
         """`count` of the points, spread evenly over the steps and drawn at random within each, in their order.
 

@@ -16,8 +16,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPE = """\
 model: tiny
 stages:
-  dilate: {scaling: auto}
-  calibrate: {steps: 4, samples: 16}
+  dilate: {scaling: wd}
+  calibrate: {steps: 4, samples: 16, scaling: auto}
   distill: {bits: 4/4, iters: 2, refine-iters: 2}
   export:
   eval: {samples: 4, grid: samples.png}

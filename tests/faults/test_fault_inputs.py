@@ -23,7 +23,6 @@ class TestMissing:
             ("dilate", "gone"),
             ("dilate", "gone.safetensors"),
             ("dilate", "zoo:gone"),
-            ("dilate", "tiny", "--scaling", "awq", "--stats", "gone.safetensors"),
             ("calibrate", "gone.safetensors"),
             ("distill", "gone.safetensors"),
             ("export", "gone.safetensors"),

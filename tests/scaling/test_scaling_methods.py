@@ -6,7 +6,7 @@ from torch import Tensor
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import weight_dilation, weight_ranges
 from dqtool.errors import NumericError, UsageError
-from dqtool.scaling.methods import SCALINGS, Samples, ScalingInput, ScalingMethod, ScalingResult, scaling_method
+from dqtool.scaling.methods import METHODS, Samples, ScalingInput, ScalingMethod, ScalingResult, scaling_method
 
 CASES = {"linear": ((24, 200), 1), "conv": ((8, 12, 3, 3), 1), "grouped": ((8, 4, 3, 3), 4)}
 
@@ -32,7 +32,7 @@ def samples(x: Tensor, groups: int = 1) -> Samples:
     return Samples([x], [product], LayerBits(4, 4), -1 if x.ndim == 2 else 1)
 
 
-@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("layer", CASES)
 def test_scaling_is_equivalent(name: str, layer: str) -> None:
     weight, groups, x = case(layer)
@@ -64,37 +64,37 @@ def test_formulas_by_hand() -> None:
     low, high = torch.tensor([-9.0, -1.0, -5.0, 0.0]), torch.tensor([2.0, 16.0, 5.0, 0.0])
     given = ScalingInput([weight], 1, low, high)
     # a = 9, 16, 5, 0 and w = 1, 4, 0, 1; the last two are dead on one side.
-    assert SCALINGS["smoothquant"](given).scale.tolist() == [3, 2, 1, 1]
-    assert SCALINGS["awq"](given).scale.tolist() == [1, 2, 1, 1]
-    assert SCALINGS["none"](given).scale.tolist() == [1, 1, 1, 1]
+    assert METHODS["smoothquant"](given).scale.tolist() == [3, 2, 1, 1]
+    assert METHODS["awq"](given).scale.tolist() == [1, 2, 1, 1]
+    assert METHODS["none"](given).scale.tolist() == [1, 1, 1, 1]
     # Percentile by linear interpolation: 9 + 7 * (0.995 * 3 - 2).
-    torch.testing.assert_close(SCALINGS["dgq"](given).scale, torch.tensor([1, 16 / 15.895, 1, 1]))
+    torch.testing.assert_close(METHODS["dgq"](given).scale, torch.tensor([1, 16 / 15.895, 1, 1]))
 
 
 def test_smoothquant_takes_the_largest_of_weights_that_share_an_input() -> None:
     one, two = torch.tensor([[1.0, 4.0]]), torch.tensor([[16.0, 1.0]])
     given = ScalingInput([one, two], 1, torch.tensor([-1.0, -1.0]), torch.ones(2))
-    assert SCALINGS["smoothquant"](given).scale.tolist() == [0.25, 0.5]
+    assert METHODS["smoothquant"](given).scale.tolist() == [0.25, 0.5]
 
 
 def test_awq_scales_one_percent_of_the_channels() -> None:
     weight, groups, x = case("linear")
-    scale = SCALINGS["awq"](inputs(weight, groups, x)).scale
+    scale = METHODS["awq"](inputs(weight, groups, x)).scale
     a = x.abs().amax(0)
     assert set((scale != 1).nonzero().flatten().tolist()) == set(a.topk(2).indices.tolist())
 
 
 def test_silent_inputs_are_left_alone() -> None:
     given = ScalingInput([torch.randn(3, 4)], 1, torch.zeros(4), torch.zeros(4), samples=samples(torch.zeros(2, 4)))
-    for name in SCALINGS:
+    for name in METHODS:
         if name != "wd":
-            assert SCALINGS[name](given).scale.tolist() == [1, 1, 1, 1]
+            assert METHODS[name](given).scale.tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("name", [name for name in SCALINGS if SCALINGS[name].needs_statistics])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].needs_statistics])
 def test_statistics_are_required_and_checked(name: str) -> None:
     weight = torch.randn(3, 4)
-    with pytest.raises(UsageError, match=rf"{name}.*--stats"):
+    with pytest.raises(UsageError, match=rf"calibrate --scaling {name}"):
         scaling_method(name)(ScalingInput([weight]))
     with pytest.raises(UsageError, match="4 in-channels"):
         scaling_method(name)(ScalingInput([weight], 1, torch.zeros(5), torch.ones(5)))
@@ -113,7 +113,7 @@ def test_a_method_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch)
     def twice(given: ScalingInput) -> ScalingResult:
         return ScalingResult(torch.full((given.channels,), 2.0))
 
-    monkeypatch.setitem(SCALINGS, "twice", ScalingMethod("twice", twice))
+    monkeypatch.setitem(METHODS, "twice", ScalingMethod("twice", twice))
     weight = torch.randn(3, 4)
     method = scaling_method("twice")
     assert torch.equal(method.apply(weight, method(ScalingInput([weight])).scale), weight * 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import spread
 from dqtool.errors import UsageError
-from dqtool.scaling.methods import SCALINGS, OutputError, Samples, ScalingInput, ScalingResult, scaling_method
+from dqtool.scaling.methods import METHODS, OutputError, Samples, ScalingInput, ScalingResult, scaling_method
 
 STEPS = 3
 
@@ -37,7 +37,7 @@ def layer(kind: str, bits: str = "4/4", shiftable: bool = False) -> ScalingInput
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_osplus_has_the_threshold_of_least_error(kind: str) -> None:
     inputs = layer(kind)
-    result, error = SCALINGS["osplus"](inputs), OutputError(inputs)
+    result, error = METHODS["osplus"](inputs), OutputError(inputs)
     reach = inputs.input_absmax()
     ratio = reach / result.scale
     threshold = float(ratio[result.scale > 1].median()) if bool((result.scale > 1).any()) else float(reach.max())
@@ -51,7 +51,7 @@ def test_osplus_centres_what_can_be_moved() -> None:
     inputs = layer("linear", shiftable=True)
     assert inputs.input_min is not None
     assert inputs.input_max is not None
-    result = SCALINGS["osplus"](inputs)
+    result = METHODS["osplus"](inputs)
     assert result.shift is not None
     torch.testing.assert_close(result.shift, (inputs.input_min + inputs.input_max) / 2)
     assert OutputError(inputs)(result) < OutputError(inputs)(ScalingResult(torch.ones(16)))
@@ -61,19 +61,19 @@ def test_auto_is_at_least_as_good_as_each_of_its_methods() -> None:
     for kind in ("linear", "conv"):
         for bits in ("4/4", "8/8", "4/16"):
             inputs = layer(kind, bits)
-            error, chosen = OutputError(inputs), SCALINGS["auto"](inputs)
-            errors = {name: error(SCALINGS[name](inputs)) for name in ("none", "wd", "smoothquant")}
+            error, chosen = OutputError(inputs), METHODS["auto"](inputs)
+            errors = {name: error(METHODS[name](inputs)) for name in ("none", "wd", "smoothquant")}
             assert error(chosen) <= min(errors.values())
             assert chosen.method in errors
 
 
 def test_auto_centres_where_that_is_better() -> None:
     inputs = layer("linear", shiftable=True)  # whose channels lie off zero
-    error, chosen = OutputError(inputs), SCALINGS["auto"](inputs)
+    error, chosen = OutputError(inputs), METHODS["auto"](inputs)
     assert chosen.shift is not None
     assert torch.equal(chosen.shift, inputs.midpoint())
-    assert error(chosen) <= min(error(SCALINGS[name](inputs)) for name in ("none", "wd", "smoothquant", "omniquant"))
-    assert SCALINGS["auto"](replace(inputs, shiftable=False)).shift is None
+    assert error(chosen) <= min(error(METHODS[name](inputs)) for name in ("none", "wd", "smoothquant", "omniquant"))
+    assert METHODS["auto"](replace(inputs, shiftable=False)).shift is None
 
 
 def test_the_error_of_a_moved_input_is_of_the_same_output() -> None:
@@ -84,10 +84,10 @@ def test_the_error_of_a_moved_input_is_of_the_same_output() -> None:
     lost = LayerBits(16, 4)
     of_input = replace(inputs, samples=replace(inputs.samples, bits=lost))
     shift = inputs.midpoint()
-    (product,) = inputs.samples.products
-    whole = sum(float(product(x, weight).square().sum()) for x in inputs.samples.steps)
+    (operation,) = inputs.samples.operations
+    whole = sum(float(operation(x, weight).square().sum()) for x in inputs.samples.steps)
     moved = replace(inputs.samples, steps=[x - shift for x in inputs.samples.steps], bits=lost)
-    rest = sum(float(product(x, weight).square().sum()) for x in moved.steps)
+    rest = sum(float(operation(x, weight).square().sum()) for x in moved.steps)
     one = torch.ones(16)
     by_rest = OutputError(replace(inputs, samples=moved))(ScalingResult(one))
     torch.testing.assert_close(OutputError(of_input)(ScalingResult(one, shift)), by_rest * rest / whole)
@@ -105,7 +105,7 @@ def test_auto_depends_on_the_layer() -> None:
     picks = []
     for x in (flat, outlier):
         samples = Samples([x], [product], LayerBits(4, 4))
-        picks.append(SCALINGS["auto"](ScalingInput([weight], 1, x.amin(0), x.amax(0), samples=samples)))
+        picks.append(METHODS["auto"](ScalingInput([weight], 1, x.amin(0), x.amax(0), samples=samples)))
     assert picks[1].method == "smoothquant"  # WD and none leave the outlier alone
     spread_of = [float(pick.scale[0] / pick.scale[1:].mean()) for pick in picks]
     assert spread_of[1] > 3 * spread_of[0]
@@ -120,7 +120,7 @@ def test_the_error_falls_with_bits_and_vanishes_without_quantizers() -> None:
 @pytest.mark.parametrize("name", ["osplus", "omniquant"])
 def test_a_shift_and_its_bias_are_equivalent(name: str) -> None:
     inputs = layer("linear", shiftable=True)
-    result = SCALINGS[name](inputs)
+    result = METHODS[name](inputs)
     assert inputs.samples is not None
     assert result.shift is not None
     (weight,) = inputs.weights
@@ -131,11 +131,11 @@ def test_a_shift_and_its_bias_are_equivalent(name: str) -> None:
 
 def test_omniquant_starts_as_smoothquant() -> None:
     inputs = layer("conv")
-    assert torch.equal(SCALINGS["omniquant"](inputs).scale, SCALINGS["smoothquant"](inputs).scale)
-    assert {name for name, method in SCALINGS.items() if method.learning_rate} == {"omniquant", "auto"}
+    assert torch.equal(METHODS["omniquant"](inputs).scale, METHODS["smoothquant"](inputs).scale)
+    assert {name for name, method in METHODS.items() if method.learning_rate} == {"omniquant", "auto"}
 
 
-@pytest.mark.parametrize("name", [name for name in SCALINGS if SCALINGS[name].needs_samples])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].needs_samples])
 def test_methods_that_compare_need_inputs(name: str) -> None:
     with pytest.raises(UsageError, match="no inputs"):
         scaling_method(name)(ScalingInput([torch.randn(3, 4)], 1, -torch.ones(4), torch.ones(4)))

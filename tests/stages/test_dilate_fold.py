@@ -52,9 +52,11 @@ def loose(tmp_path_factory: pytest.TempPathFactory) -> Path:
         first = dilate(
             DilateOptions(model, str(at / "dilated.safetensors"), scaling="wd", fold=name == "folded"), QUIET
         )
-        second = calibrate(CalibrateOptions(first, str(at / "calibrated.safetensors"), steps=4, samples=16), QUIET)
-        options = DistillOptions(second, str(at / "distilled.safetensors"), bits="6/6", iters=3, refine_iters=0)
-        third = distill(options, QUIET)
+        options = CalibrateOptions(first, str(at / "calibrated.safetensors"), steps=4, samples=16, scaling="keep")
+        second = calibrate(options, QUIET)
+        third = distill(
+            DistillOptions(second, str(at / "distilled.safetensors"), bits="6/6", iters=3, refine_iters=0), QUIET
+        )
         export(ExportOptions(third, str(at / "exported")), QUIET)
     return root
 

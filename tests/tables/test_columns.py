@@ -23,9 +23,9 @@ def test_excess_is_a_share_of_what_the_baseline_adds(distance: float, baseline: 
 
 
 def test_factors_are_those_of_the_stage_that_chose_them() -> None:
-    """`dilate` has none yet where they wait for activations."""
-    waits = {"dilate": {"unsaturated_share": 0.0, "mean_dilation": 1.0}}
+    """`calibrate` may replace those of `dilate`."""
+    first = {"dilate": {"unsaturated_share": 0.0, "mean_dilation": 1.0}}
     chosen = {"calibrate": {"unsaturated_share": 0.875, "mean_dilation": 4.0}}
     for name, before, after in (("unsaturated", 0.0, 87.5), ("mean_dilation", 1.0, 4.0)):
-        assert COLUMNS[name].value(waits) == before
-        assert COLUMNS[name].value(waits | chosen) == after
+        assert COLUMNS[name].value(first) == before
+        assert COLUMNS[name].value(first | chosen) == after

@@ -49,11 +49,11 @@ groups:
     options: {{distill: {{bits: 8/8}}}}
 rows:
   - name: none
-    options: {{dilate: {{scaling: none}}}}
+    options: {{dilate: {{scaling: none}}, calibrate: {{scaling: keep}}}}
     paper: {{4/4: 9.63}}
   - name: SmoothQuant
     groups: [4/4]
-    options: {{dilate: {{scaling: smoothquant}}}}
+    options: {{dilate: {{scaling: none}}, calibrate: {{scaling: smoothquant}}}}
   - name: theirs
     paper-only: true
     paper: {{4/4: 30.69}}
@@ -131,14 +131,23 @@ def test_what_a_table_does_not_know_is_refused_with_its_line(
     assert says in str(caught.value)
 
 
-def test_cells_come_seed_by_seed_and_statistics_come_first(tiny: Path) -> None:
+def test_cells_come_seed_by_seed_and_share_their_first_stages(tiny: Path) -> None:
     cells = plan_table(load_table(tiny), Target())
     assert [cell.seed for cell in cells] == [0, 0, 0, 1]
     smooth = next(cell for cell in cells if cell.row == "SmoothQuant")
-    assert [step.stage for step in smooth.steps] == ["dilate", "calibrate", "dilate", "calibrate", "distill", "eval"]
-    assert smooth.steps[2].statistics == smooth.steps[1].key
+    assert [step.stage for step in smooth.steps] == ["dilate", "calibrate", "distill", "eval"]
     plain = next(cell for cell in cells if cell.row == "none")
-    assert plain.steps[1].key == smooth.steps[1].key  # made once
+    assert plain.steps[0].key == smooth.steps[0].key  # made once
+    assert plain.steps[1].key != smooth.steps[1].key
+
+
+def test_a_scaling_that_compares_outputs_does_so_at_the_bits_of_its_cell(tiny: Path) -> None:
+    given = {"calibrate": {"scaling": "auto"}}
+    for cell in plan_table(load_table(tiny), Target(overrides=given)):
+        assert cell.steps[1].parameters["bits"] == cell.group
+    fixed = {"calibrate": {"scaling": "auto", "bits": "3/3"}}
+    for cell in plan_table(load_table(tiny), Target(overrides=fixed)):
+        assert cell.steps[1].parameters["bits"] == "3/3"
 
 
 def test_keys_follow_what_decides_the_result_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +242,9 @@ def test_a_killed_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypat
     assert len(list((tmp_path / "results" / "cells").glob("*.json"))) == 1
     deadly = 10**6
     assert main(command) == 0
-    assert len(done) == len(set(done)) == 4  # two of the first cell, two more of the second
+    assert (
+        len(done) == len(set(done)) == 3
+    )  # two of the first cell, and the calibration of the second, which shares its dilation
     summary = json.loads((tmp_path / "results" / "short.json").read_text())
     assert summary["cells"] == {"finished": 2, "all": 3, "problems": []}  # without bits both widths are one
     assert "Incomplete: 2 of 3" in (tmp_path / "results" / "short.md").read_text()

@@ -12,17 +12,19 @@ from dqtool.scaling.methods.base import Samples, ScalingInput, ScalingMethod, Sc
 from dqtool.scaling.methods.output_error import OutputError
 
 __all__ = [
-    "SCALINGS",
+    "METHODS",
     "OutputError",
     "Samples",
     "ScalingInput",
     "ScalingMethod",
     "ScalingResult",
+    "check_activation_method",
+    "check_weight_method",
     "scale_weight",
     "scaling_method",
 ]
 
-SCALINGS: dict[str, ScalingMethod] = {
+METHODS: dict[str, ScalingMethod] = {
     module.METHOD.name: module.METHOD for module in (wd, none, smoothquant, awq, dgq, osplus, omniquant, auto)
 }
 """Every method by its name on the command line."""
@@ -34,6 +36,32 @@ def scaling_method(name: str) -> ScalingMethod:
     Raises:
         UsageError: there is none; the message lists those there are.
     """
-    if name not in SCALINGS:
-        raise UsageError(f"There is no scaling {name!r}.", where="--scaling", fix=f"Choose from {', '.join(SCALINGS)}.")
-    return SCALINGS[name]
+    if name not in METHODS:
+        raise UsageError(f"There is no scaling '{name}'", where="--scaling", fix=f"Choose from {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def check_weight_method(name: str) -> None:
+    """Raise `UsageError` unless `name` is a method that needs weights alone, so that `dilate` can run it."""
+    offered = ", ".join(method.name for method in METHODS.values() if not method.needs_statistics)
+    if name in METHODS and METHODS[name].needs_statistics:
+        raise UsageError(
+            f"The scaling {name} looks at activations, which dilate does not see",
+            where=f"--scaling {name}",
+            fix=f"Run `dqtool dilate`, then `dqtool calibrate --scaling {name}`",
+        )
+    if name not in METHODS:
+        raise UsageError(f"There is no scaling '{name}'", where="--scaling", fix=f"Choose from {offered}")
+
+
+def check_activation_method(name: str) -> None:
+    """Raise `UsageError` unless `name` is a method for `calibrate`: one that needs activations, or `none`."""
+    offered = ", ".join(["keep", *(m.name for m in METHODS.values() if m.needs_statistics or m.name == "none")])
+    if name in METHODS and not (METHODS[name].needs_statistics or name == "none"):
+        raise UsageError(
+            f"The scaling {name} needs weights alone, so dilate applies it",
+            where=f"--scaling {name}",
+            fix=f"Run `dqtool dilate --scaling {name}`, then `dqtool calibrate --scaling keep`",
+        )
+    if name not in METHODS:
+        raise UsageError(f"There is no scaling '{name}'", where="--scaling", fix=f"Choose from {offered}")

@@ -24,10 +24,15 @@ LEARNING_RATE = 3e-3
 def auto(inputs: ScalingInput) -> ScalingResult:
     """Return the candidate with the least output error at the layer's bits; the first of equals.
 
-    Candidates are no scaling, Weight Dilation and SmoothQuant at several strengths; if the input can be shifted, also
-    no scaling and SmoothQuant around the channels' midpoints. `distill` learns the factors further.
+    Candidates are no scaling, the factors that the layer has now, Weight Dilation and SmoothQuant at several strengths;
+    if the input can be shifted, also no scaling and SmoothQuant around the channels' midpoints. `distill` learns the
+    factors further.
     """
-    results = [replace(none(inputs), method="none"), replace(wd(inputs), method="wd")]
+    results = [replace(none(inputs), method="none")]
+    if inputs.present is not None:
+        results.append(inputs.present)
+    if inputs.present is None or inputs.present.method != "wd":
+        results.append(replace(wd(inputs), method="wd"))
     results += [replace(smoothquant(inputs, alpha), method="smoothquant") for alpha in STRENGTHS]
     if inputs.shiftable:
         shift = inputs.midpoint()

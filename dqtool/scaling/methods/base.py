@@ -17,14 +17,14 @@ __all__ = ["Samples", "ScalingInput", "ScalingMethod", "ScalingResult", "scale_w
 
 @dataclass(frozen=True)
 class Samples:
-    """Calibration inputs of one layer: `steps` holds one tensor a denoising step, `[n, C_in, H, W]` or `[n, ..., C_in]`.
+    """Calibration inputs of one group of layers: `steps` holds a tensor a step, `[n, C_in, H, W]` or `[n, ..., C_in]`.
 
-    `products` are the layer's own operation (convolution or linear, without bias), one for each weight: `(x, W) -> y`.
+    `operations` are the layers themselves (convolution or linear, without bias), one for each weight: `(x, W) -> y`.
     `bits` are those the layer will have.
     """
 
     steps: Sequence[Tensor]
-    products: Sequence[Callable[[Tensor, Tensor], Tensor]]
+    operations: Sequence[Callable[[Tensor, Tensor], Tensor]]
     bits: LayerBits
     channel_dim: int = -1
 
@@ -41,6 +41,7 @@ class ScalingInput:
     threshold: float = 1.0  # `wd` leaves channels alone whose dilation would be smaller
     samples: Samples | None = None
     shiftable: bool = False  # the input's producer and the layers' biases can absorb a shift of the input
+    present: ScalingResult | None = None  # factors that the artifact has now, of a method that reads weights
 
     @property
     def channels(self) -> int:
@@ -120,22 +121,22 @@ class ScalingMethod:
         if self.needs_statistics:
             if inputs.input_min is None or inputs.input_max is None:
                 raise UsageError(
-                    f"The scaling {self.name} looks at activations, and there are no statistics of them.",
+                    f"The scaling {self.name} looks at activations, and there are no statistics of them",
                     where="--scaling",
-                    fix="Give a calibrated artifact of the same model with --stats, or use --scaling wd.",
+                    fix=f"Use `dqtool calibrate --scaling {self.name}`, which records them",
                 )
             shapes = {tuple(inputs.input_min.shape), tuple(inputs.input_max.shape)}
             if shapes != {(inputs.channels,)}:
                 raise UsageError(
-                    f"The statistics don't belong to this layer: {inputs.channels} in-channels, statistics {shapes}.",
-                    where="--stats",
-                    fix="Calibrate this model.",
+                    f"The statistics don't belong to this layer: {inputs.channels} in-channels, statistics {shapes}",
+                    where="--scaling",
+                    fix="Calibrate this model",
                 )
         if self.needs_samples and inputs.samples is None:
             raise UsageError(
-                f"The scaling {self.name} compares outputs, and no inputs of this layer were sampled.",
-                where="--stats",
-                fix="Give a calibrated artifact of the same model.",
+                f"The scaling {self.name} compares outputs, and no inputs of this layer were sampled",
+                where="--scaling",
+                fix=f"Use `dqtool calibrate --scaling {self.name}`, which samples them",
             )
         result = self.function(inputs)
         if not (torch.isfinite(result.scale).all() and (result.scale > 0).all()):

@@ -45,8 +45,8 @@ class OutputError:
         for wanted, quantized in zip(
             expected, _quantized_inputs([x / divisor for x in inputs], bits.input), strict=True
         ):
-            for i, (product, y, scaled) in enumerate(zip(samples.products, wanted, weights, strict=True)):
-                squares[i] += float((product(quantized, scaled) - y).square().sum())
+            for i, (operation, y, scaled) in enumerate(zip(samples.operations, wanted, weights, strict=True)):
+                squares[i] += float((operation(quantized, scaled) - y).square().sum())
         return sum(w / n for w, n in zip(squares, self._energy, strict=True) if n)
 
     def _reference_outputs(self) -> list[list[Tensor]]:
@@ -60,7 +60,7 @@ class OutputError:
     def _outputs(self, inputs: list[Tensor]) -> list[list[Tensor]]:
         """Return the outputs of the float weights, by step and weight."""
         return [
-            [product(x, weight) for product, weight in zip(self.samples.products, self.weights, strict=True)]
+            [operation(x, weight) for operation, weight in zip(self.samples.operations, self.weights, strict=True)]
             for x in inputs
         ]
 

@@ -1,0 +1,143 @@
+"""Keeping or replacing the factors of a dilated network by its activations: what `dqtool calibrate --scaling` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dqtool.artifacts import Manifest
+from dqtool.core.bits import LayerBits
+from dqtool.core.device import beside, main_memory
+from dqtool.core.dilation import CAP, spread
+from dqtool.models.loading import network_of
+from dqtool.models.packed import layer_infos
+from dqtool.models.structure import graph_of
+from dqtool.scaling.choosing import Activations, choose_by_activations
+from dqtool.scaling.folding import Fold, add_shift_to_bias, find_shifts, subtract_shift
+from dqtool.scaling.groups import scaling_groups
+from dqtool.scaling.methods import ScalingMethod, ScalingResult
+from dqtool.scaling.records import (
+    layer_scales,
+    method_used,
+    report_scaling,
+    scaling_metrics,
+    scaling_of,
+    scaling_record,
+)
+from dqtool.scaling.verifying import check_equivalence
+
+__all__ = ["Rescaled", "rescale_network", "undilated_weights"]
+
+
+@dataclass(frozen=True)
+class Rescaled:
+    """A network whose factors were chosen again.
+
+    Attributes:
+        tensors: all tensors of the artifact, with the new weights, `X.dilation` and shifted biases.
+        records: the layers as manifests have them.
+        metrics: figures over all layers.
+        shifts: by how much the inputs of shifted layers moved, `[C_in]`, by layer.
+    """
+
+    tensors: dict[str, Tensor]
+    records: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    shifts: dict[str, Tensor]
+
+
+def rescale_network(
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    method: ScalingMethod,
+    bits: LayerBits,
+    activations: Activations,
+) -> Rescaled:
+    """Return a dilated artifact's tensors and records with the factors that `method` chooses by activations.
+
+    Layers that keep their factors keep their tensors bit for bit. Folded factors are part of the network and stay.
+    `network` is the float one, without factors; it is left as it is.
+
+    Raises:
+        NumericError: the output with the new factors differs from the original's by more than round-off.
+    """
+    layers = [info for info in layer_infos(manifest.layers) if "folded_into" not in scaling_of(manifest, info.name)]
+    shifts: dict[str, Fold] = {}
+    if method.shifts:
+        shifts = find_shifts(graph_of(manifest).recording, layers)
+    present = _present_factors(manifest, tensors)
+    chosen = choose_by_activations(
+        network,
+        layers,
+        method,
+        activations,
+        bits,
+        shifts.keys(),
+        present,
+        manifest.parameters.get("cap", CAP),
+        manifest.parameters.get("threshold", 1.0),
+    )
+    scales = layer_scales(layers, chosen)
+    changed, moved = dict(tensors), {}
+    records = {record["name"]: record for record in manifest.layers}
+    for info in layers:
+        name, owner = info.name, info.shares or info.name
+        if info.kind == "attention":
+            continue
+        record = {key: value for key, value in records[name].items() if key != "scaling"}
+        before, result = tensors.get(f"{name}.dilation"), chosen.get(owner)
+        if result is None:
+            if before is not None:
+                changed[f"{name}.weight"] = _weight(network, name)
+                del changed[f"{name}.dilation"]
+        elif result is present.get(owner):
+            record["scaling"] = records[name]["scaling"]
+        else:
+            record["scaling"] = scaling_record(method, result)
+            if before is None or not before.equal(scales[name]):
+                used = method_used(method, result)
+                changed[f"{name}.weight"] = used.apply(_weight(network, name), scales[name], info.groups)
+                changed[f"{name}.dilation"] = scales[name]
+            if result.shift is not None:
+                add_shift_to_bias(changed, info, _weight(network, name), result.shift)
+                moved[name] = result.shift
+                record["scaling"]["shifted_in"] = shifts[owner].names
+        records[name] = record
+    for owner, result in chosen.items():
+        if result.shift is not None:
+            subtract_shift(changed, shifts[owner], result.shift)
+    family, config = network_of(manifest.model)
+    found = list(records.values())
+    metrics = scaling_metrics(scales)
+    error = check_equivalence(network, lambda: beside(network, changed), scales, family, config, "calibrate")
+    report_scaling(found, metrics, error)
+    return Rescaled(changed, found, {**metrics, "equivalence_error": error}, moved)
+
+
+def undilated_weights(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of dilated layers divided by their factors, by tensor name: the original ones to one ulp."""
+    groups = {info.name: info.groups for info in layer_infos(manifest.layers)}
+    found = {}
+    for key, scale in tensors.items():
+        layer, _, leaf = key.rpartition(".")
+        if leaf == "dilation":
+            weight = tensors[f"{layer}.weight"]
+            found[f"{layer}.weight"] = weight / spread(scale, weight, groups[layer])
+    return found
+
+
+def _present_factors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, ScalingResult]:
+    """Return the factors that groups have in the artifact, by owner, under the method that gave them."""
+    return {
+        owner: ScalingResult(tensors[f"{owner}.dilation"], method=scaling_of(manifest, owner)["method"])
+        for owner in scaling_groups(layer_infos(manifest.layers))
+        if f"{owner}.dilation" in tensors
+    }
+
+
+def _weight(network: nn.Module, name: str) -> Tensor:
+    return main_memory(network.get_parameter(f"{name}.weight").detach())
