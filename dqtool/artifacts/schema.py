@@ -58,7 +58,10 @@ def problem(value: Any, kind: Any, key: str = "") -> Problem | None:
     if kind is Any:
         return _finite(value, key)
     if origin is Annotated:
-        return problem(value, arguments[0], key) or _bounded(value, arguments[1], key)
+        found = problem(value, arguments[0], key)
+        return found or next(
+            (wrong for each in arguments[1:] if (wrong := _bounded(value, each, key)) is not None), None
+        )
     if origin in (Union, types.UnionType):
         return _of_union(value, arguments, key)
     if origin is Literal:
@@ -100,9 +103,13 @@ def _built(value: Any, kind: Any) -> Any:
     container = origin or kind
     if isinstance(container, type) and dataclasses.is_dataclass(container):
         types_of = _fields(container)
-        return container(**{name: _built(value[name], types_of[name][0]) for name in types_of if name in value})
+        return container(
+            **{name: _built(value[key], inner) for name, (inner, _, key) in types_of.items() if key in value}
+        )
     if container in (dict, Mapping) and len(arguments) == 2:
         return {name: _built(item, arguments[1]) for name, item in value.items()}
+    if container is list and arguments:
+        return [_built(item, arguments[0]) for item in value]
     if container is tuple and arguments:
         inner = arguments[:1] * len(value) if arguments[1:] in ((), (...,)) else arguments
         return tuple(_built(item, each) for item, each in zip(value, inner, strict=True))
@@ -110,20 +117,30 @@ def _built(value: Any, kind: Any) -> Any:
 
 
 @cache
-def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
-    """Return a record's fields: type, and whether it must be there."""
+def _fields(kind: type) -> dict[str, tuple[Any, bool, str]]:
+    """Return a record's fields: type, whether it must be there, and its key, which `Annotated[kind, "key"]` may give."""
     hints = typing.get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
     return {
-        field.name: (hints[field.name], field.default is missing and field.default_factory is missing)
+        field.name: (
+            hints[field.name],
+            field.default is missing and field.default_factory is missing,
+            _alias(hints[field.name]) or field.name,
+        )
         for field in dataclasses.fields(kind)
     }
+
+
+def _alias(kind: Any) -> str | None:
+    if typing.get_origin(kind) is not Annotated:
+        return None
+    return next((each for each in typing.get_args(kind)[1:] if isinstance(each, str)), None)
 
 
 def _of_record(value: Any, kind: type, key: str) -> Problem | None:
     if not isinstance(value, Mapping):
         return Problem(key, "an object")
-    for name, (inner, needed) in _fields(kind).items():
+    for inner, needed, name in _fields(kind).values():
         if name not in value:
             if needed:
                 return Problem(_under(key, name), "there: the key is missing")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts.files import os_fault, sha256_file, target_of
 from dqtool.artifacts.manifest import Manifest, canonical_json
 from dqtool.artifacts.reading import MANIFEST_BYTES, parse_json, read_file
+from dqtool.artifacts.records import records_of
 from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
 from dqtool.artifacts.verified import has_digest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
@@ -159,6 +160,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             fix="Give the output of a dqtool stage; a model enters the chain through `dqtool dilate MODEL`",
         )
     manifest = Manifest.from_json(text, str(note))
+    records_of(manifest, str(note))
     is_report = manifest.file is None and manifest.files is None
     if Path(path) == note and not is_report:
         raise ArtifactError(
@@ -186,6 +188,8 @@ def open_artifact(path: str | os.PathLike[str], stages: Collection[str] | None =
             where=given,
             fix=f"Make it with {_either([_COMMANDS[stage] for stage in wanted])}",
         )
+    if stages is not None:
+        records_of(manifest, str(manifest_path(path)), whole=True)
     if manifest.file is not None:
         _verify(Path(path), given, manifest.file)
     for name, entry in (manifest.files or {}).items():

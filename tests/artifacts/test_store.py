@@ -33,7 +33,13 @@ TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.dilation": torch.ones
 
 
 def manifest(stage: str = "dilate", **changes: Any) -> Manifest:
-    return Manifest(stage=stage, fingerprint=changes.pop("fingerprint", PRINT), **changes)
+    needed: dict[str, Any] = {
+        "model": {"class": "UNet2DModel", "config": {}, "family": "unet2d", "source": "model"},
+        "pipeline": {"sampling": {"scheduler": {}, "steps": 4, "eta": 0.0}},
+        "metrics": {"blocks": [{"name": "a", "reads": []}], "output_reads": ["a"]},
+        "parameters": {"format": "dq"},
+    }
+    return Manifest(stage=stage, fingerprint=changes.pop("fingerprint", PRINT), **(needed | changes))
 
 
 def write_directory(path: Path) -> None:

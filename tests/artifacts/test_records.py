@@ -1,0 +1,133 @@
+"""Manifests whose checksum is right and whose values are not are refused, with the key."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dqtool.artifacts import Manifest, open_artifact, read_manifest
+from dqtool.artifacts.manifest import canonical_json
+from dqtool.artifacts.records import LayerRecord, records_of
+from dqtool.errors import ArtifactError
+
+FILES = {
+    "dilate": "dilated.safetensors",
+    "calibrate": "calibrated.safetensors",
+    "distill": "distilled.safetensors",
+    "export": "exported",
+}
+
+
+def resigned(note: Path, content: dict[str, Any]) -> None:
+    """Write a manifest with the checksum that its content has."""
+    import hashlib
+
+    content.pop("checksum", None)
+    checksum = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    note.write_text(json.dumps({**content, "checksum": checksum}))
+
+
+def note_of(chain: Path, stage: str) -> Path:
+    path = chain / FILES[stage]
+    return path / "dqtool.json" if path.suffix == "" else path.with_suffix(".json")
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_what_stages_write_passes(made: Path, stage: str):
+    artifact = open_artifact(made / FILES[stage], [stage])
+    records = records_of(artifact.manifest, "here", whole=True)
+    assert records.model is not None
+    assert records.model.class_name == "UNet2DModel"
+    assert isinstance(records.layers[0], LayerRecord)
+    assert [layer.name for layer in records.layers] == [layer["name"] for layer in artifact.manifest.layers]
+
+
+EDITS = [
+    ("dilate", ("model", "class"), 5),
+    ("dilate", ("model", "config"), []),
+    ("dilate", ("model",), {}),
+    ("dilate", ("layers", 0, "shape"), [0, 1]),
+    ("dilate", ("layers", 0, "shape"), [1] * 9),
+    ("dilate", ("layers", 0, "kind"), "conv3d"),
+    ("dilate", ("layers", 0, "macs"), -1),
+    ("dilate", ("layers", 0, "name"), ""),
+    ("dilate", ("layers", 0, "groups"), 0),
+    ("dilate", ("layers", 1, "name"), "time_embedding.linear_1"),
+    ("dilate", ("layers", 0, "shares"), "nothing"),
+    ("dilate", ("metrics", "blocks"), []),
+    ("dilate", ("metrics", "blocks"), None),
+    ("dilate", ("metrics", "blocks", 0, "reads"), ["nothing"]),
+    ("dilate", ("metrics", "output_reads"), ["nothing"]),
+    ("dilate", ("metrics", "scaling_in_calibrate"), {"scaling": "auto"}),
+    ("dilate", ("pipeline", "model_index", "unet"), ["diffusers"]),
+    ("dilate", ("pipeline", "model_index"), [1]),
+    ("dilate", ("pipeline", "component"), 5),
+    ("dilate", ("environment", "versions"), [1]),
+    ("calibrate", ("pipeline", "sampling", "steps"), 0),
+    ("calibrate", ("pipeline", "sampling", "steps"), 10**10),
+    ("calibrate", ("pipeline", "sampling", "eta"), "x"),
+    ("calibrate", ("pipeline", "sampling"), None),
+    ("calibrate", ("pipeline",), None),
+    ("calibrate", ("metrics", "samples_per_step"), "x"),
+    ("distill", ("layers", 0, "bits"), [4]),
+    ("distill", ("layers", 0, "bits"), [4, 9]),
+    ("distill", ("layers", 0, "bits"), None),
+    ("distill", ("layers", 0, "dilated"), "yes"),
+    ("export", ("parameters", "format"), 5),
+    ("export", ("parameters",), {}),
+    ("export", ("layers", 0), 7),
+]
+
+
+@pytest.mark.parametrize(("stage", "path", "value"), EDITS, ids=lambda each: str(each)[:40])
+def test_a_manifest_whose_checksum_is_right_and_a_value_is_not(chain: Path, stage: str, path: tuple, value: Any):
+    note = note_of(chain, stage)
+    content = json.loads(note.read_text())
+    holder: Any = content
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    resigned(note, content)
+    with pytest.raises(ArtifactError, match="malformed") as caught:
+        open_artifact(chain / FILES[stage], [stage])
+    assert str(path[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", FILES)
+def test_manifests_changed_at_random_are_read_or_refused(made: Path, stage: str):
+    original = json.loads(note_of(made, stage).read_text())
+    generator = random.Random(0)
+    values = [None, True, 0, -1, 10**15, 1.5, "", "x", [], {}, [[]], ["a", "b"], {"a": 1}]
+    refused = 0
+    for _ in range(300):
+        content = copy.deepcopy(original)
+        holder: Any = content
+        key: Any = None
+        while True:
+            keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+            if not keys:
+                break
+            key = generator.choice(keys)
+            if not isinstance(holder[key], dict | list) or generator.random() < 0.2:
+                break
+            holder = holder[key]
+        if key is None or (isinstance(holder, dict | list) and not holder):
+            continue
+        holder[key] = generator.choice(values)
+        content.pop("checksum", None)
+        import hashlib
+
+        content["checksum"] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+        try:
+            manifest = Manifest.from_json(json.dumps(content), "here")
+            records_of(manifest, "here", whole=True)
+        except ArtifactError as error:
+            refused += 1
+            assert len(str(error)) <= 500
+    assert refused > 50
+    assert read_manifest(made / FILES[stage]).stage == stage
