@@ -17,6 +17,7 @@ from dqtool.core.bits import FLOAT_BITS
 from dqtool.graph.attention import attention_layout
 from dqtool.nn.joint_attention import flux_attention, joint_attention
 from dqtool.nn.layers import multiply_shared
+from dqtool.nn.processors import keep_quantized, set_own
 from dqtool.nn.quantizers import quantize_operand
 from dqtool.nn.steps import StepIndex
 
@@ -37,11 +38,17 @@ class QuantAttnProcessor:
     """Computes what the diffusers processor in its place did, with both products on quantized operands.
 
     `bits` are those of q, k and v, `probs_bits` those of the softmax output (unsigned, zero point 0). `layout` is that of
-    the module it serves (`attention_layout`).
+    the module it serves (`attention_layout`). Made without arguments, as diffusers does to set another of the same class, it
+    stands for the one that the module has.
     """
 
-    def __init__(self, bits: int, probs_bits: int, steps: StepIndex, layout: str = "single") -> None:
-        self.bits, self.probs_bits, self.steps, self.layout = bits, probs_bits, steps, layout
+    steps: StepIndex
+
+    def __init__(
+        self, bits: int = 0, probs_bits: int = 0, steps: StepIndex | None = None, layout: str = "single"
+    ) -> None:
+        self.bits, self.probs_bits, self.layout = bits, probs_bits, layout
+        self.steps = steps  # type: ignore[assignment]
 
     def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
         """Fake-quantize operand `name`, `[N, H, S, D]`, with the module's tables; float operands pass through."""
@@ -146,10 +153,12 @@ def operands_shapes(bits: int, probs_bits: int, timesteps: int, heads: int) -> d
 def attach_operands(attn: nn.Module, bits: int, probs_bits: int, steps: StepIndex) -> None:
     """Give a diffusers attention module the quantizing processor; its tables are set afterwards.
 
-    A pipeline's `enable_attention_slicing` and `disable_attention_slicing` leave it in place.
+    `processors.py` says what becomes of it when another processor is set. A pipeline's `enable_attention_slicing` and
+    `disable_attention_slicing` leave it in place.
     """
     layout = attention_layout(attn) or "single"
-    attn.set_processor(QuantAttnProcessor(bits, probs_bits, steps, layout))  # type: ignore[operator]
+    set_own(attn, QuantAttnProcessor(bits, probs_bits, steps, layout))
+    attn.register_forward_pre_hook(keep_quantized)
     attn.__dict__["set_attention_slice"] = _keep_processor
 
 

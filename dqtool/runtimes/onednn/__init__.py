@@ -31,6 +31,7 @@ from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.calls import one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
+from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
 from dqtool.runtimes.onednn import library
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor, SharedInput
@@ -144,7 +145,7 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
     scale = getattr(attn, "scale", None)
     if scale is None and getattr(attn, "head_dim", None) is not None:
         scale = attn.head_dim**-0.5
-    attn.set_processor(IntegerAttnProcessor(attn.processor, operands if native else None, clock, scale))
+    set_own(attn, IntegerAttnProcessor(attn.processor, operands if native else None, clock, scale))
     if attn.processor.layout == "single":
         for target, sources in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
             layers = [getattr(attn, source) for source in sources]

@@ -39,8 +39,15 @@ class IntegerAttnProcessor(QuantAttnProcessor):
     """
 
     def __init__(
-        self, like: QuantAttnProcessor, products: IntegerAttention | None, clock: Clock, scale: float | None = None
+        self,
+        like: QuantAttnProcessor | None = None,
+        products: IntegerAttention | None = None,
+        clock: Clock | None = None,
+        scale: float | None = None,
     ) -> None:
+        if like is None or clock is None:
+            super().__init__()
+            return
         super().__init__(like.bits, like.probs_bits, like.steps, like.layout)
         self.products, self.clock = products, clock
         self.compiled = library.get() is not None

@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from dqtool.nn.processors import runs_own, without_hook
 from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
 from dqtool.runtimes.onednn.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, Product
 
@@ -31,6 +32,8 @@ def fuse(network: nn.Module) -> int:
         if fused is not None and fused.fits(module):
             module.__class__ = fused
             count += 1
+            if isinstance(module, FusedAttention):
+                without_hook(module)
     return count + _fuse_head(network)
 
 
@@ -186,7 +189,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """As the original."""
-        if self.attn2 is not None and encoder_hidden_states is None:
+        fused = runs_own(self.attn1) and (self.attn2 is None or runs_own(self.attn2))
+        if not fused or (self.attn2 is not None and encoder_hidden_states is None):
             rest: Any = (encoder_attention_mask, timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *rest)
         x = hidden_states.float()
@@ -260,8 +264,9 @@ class FusedAttention(Attention):
         **cross_attention_kwargs: Any,
     ) -> Tensor:
         """As the original."""
+        own = runs_own(self)
         processor: Any = self.processor
-        if not isinstance(processor, IntegerAttnProcessor) or not cross_attention_kwargs.keys() <= {"temb"}:
+        if not own or not cross_attention_kwargs.keys() <= {"temb"}:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
         return processor(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[return-value]
 
