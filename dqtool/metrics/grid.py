@@ -28,7 +28,7 @@ def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, co
 
     Small images are enlarged without smoothing. Raises `EnvironmentFault` when the file can't be written.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     sides = []
     for caption, images in panels:
@@ -44,7 +44,7 @@ def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, co
         picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
         side = Image.new("RGB", (picture.width, picture.height + 20), "white")
         side.paste(picture, (0, 20))
-        ImageDraw.Draw(side).text((4, 4), caption, fill="black")
+        ImageDraw.Draw(side).text((2, 2), caption, fill="black", font=ImageFont.load_default(14))
         sides.append(side)
     gap = 12
     width = sum(s.width for s in sides) + gap * (len(sides) - 1)

@@ -54,7 +54,9 @@ def scatter(
         if reference[2] is not None:
             xs.append(reference[2])
     canvas = Canvas(WIDTH, ABOVE + 200 + BELOW)
-    frame = Frame(canvas, Axis.over(x_label, xs), Axis.over(y_label, ys), (LEFT, ABOVE, WIDTH - LEFT - RIGHT, 200))
+    frame = Frame(
+        canvas, Axis.over(x_label, xs), Axis.over(y_label, ys, wide=3.0), (LEFT, ABOVE, WIDTH - LEFT - RIGHT, 200)
+    )
     frame.draw()
     if reference is not None:
         name, quality, cost = reference

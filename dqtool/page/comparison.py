@@ -20,7 +20,10 @@ def comparison_section(summary: Mapping[str, Any]) -> Section:
     source = f" ({summary['source']})" if summary["source"] else ""
     variant = f", {summary['variant']}" if summary.get("variant") else ""
     section = Section(
-        summary["title"] + source + variant, [Paragraph(f"{summary['runs_on'].capitalize()}. {summary['said']}")], 2
+        summary["title"] + source + variant,
+        [Paragraph(f"{summary['runs_on'].capitalize()}. {summary['said']}")],
+        2,
+        "Comparisons",
     )
     if summary["about"]:
         section.blocks.append(Paragraph(summary["about"]))

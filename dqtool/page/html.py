@@ -17,9 +17,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def render_html(page: Page) -> str:
     """The page as text; equal pages give equal text."""
-    models = [section for section in page.sections if section.level == 2]
-    contents = "".join(f'<li><a href="#{_anchor(s, page)}">{escape(s.title)}</a></li>' for s in models)
-    nav = f'<nav aria-label="Contents"><ul>{contents}</ul></nav>' if len(models) > 2 else ""
+    nav = _contents(page)
     body = "".join(_section(section, page) for section in page.sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -30,6 +28,22 @@ def render_html(page: Page) -> str:
         f'<header><h1>{escape(page.title)}</h1><p class="lead">{escape(page.lead)}</p></header>\n'
         f"{nav}{body}</main>\n</body>\n</html>\n"
     )
+
+
+def _contents(page: Page) -> str:
+    """Return the table of contents: a list of sections for each chapter. Short pages have none."""
+    chapters: dict[str, list[Section]] = {}
+    for section in page.sections:
+        if section.level == 2:
+            chapters.setdefault(section.chapter, []).append(section)
+    if sum(map(len, chapters.values())) <= 3:
+        return ""
+    parts = []
+    for chapter, sections in chapters.items():
+        entries = "".join(f'<li><a href="#{_anchor(s, page)}">{escape(s.title)}</a></li>' for s in sections)
+        heading = f"<h2>{escape(chapter)}</h2>" if chapter else ""
+        parts.append(f"<div>{heading}<ol>{entries}</ol></div>")
+    return f'<nav aria-label="Contents">{"".join(parts)}</nav>'
 
 
 def _section(section: Section, page: Page) -> str:
@@ -51,7 +65,7 @@ def _block(block: Block) -> str:
         return _table(block)
     if isinstance(block, Charts):
         return f'<div class="charts">{"".join(_chart(*chart) for chart in block.charts)}</div>\n'
-    assert isinstance(block, Pictures)
+    assert isinstance(block, Pictures), "omissions are gathered before a page is written"
     figures = "".join(
         f'<figure><img src="{picture.uri}" alt="{escape(picture.caption)}"><figcaption>{escape(picture.caption)}'
         "</figcaption></figure>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from html import escape
 
-from dqtool.page.document import Block, Cell, Charts, Note, Page, Paragraph, Table
+from dqtool.page.document import Block, Cell, Charts, Note, Page, Paragraph, Pictures, Table
 from dqtool.page.style import CHART_STYLE
 
 __all__ = ["render_markdown"]
@@ -36,6 +36,7 @@ def _block(block: Block) -> list[str]:
     if isinstance(block, Charts):
         pairs = [(heading, _data_uri(svg), caption) for heading, svg, caption in block.charts]
     else:
+        assert isinstance(block, Pictures), "omissions are gathered before a page is written"
         pairs = [(picture.caption, picture.uri, "") for picture in block.pictures]
     lines: list[str] = []
     for heading, uri, caption in pairs:

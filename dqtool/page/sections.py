@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dqtool.metrics.frechet import minimum_samples
 from dqtool.page.charts import Line, Point, bands, dots, heatmap, lines, ridges, scatter
 from dqtool.page.comparison import REFERENCE
-from dqtool.page.document import Block, Charts, Note, Paragraph, Picture, Pictures, Section
+from dqtool.page.document import Block, Charts, Note, Omission, Paragraph, Picture, Pictures, Section
 from dqtool.page.figures import COSTS, extractors, figure, figures_of, quality_key
 from dqtool.page.measures import DilatedInput, Errors
 from dqtool.page.results import Bench, Result, differences
@@ -36,7 +36,7 @@ def results_section(results: Sequence[Result], others: Sequence[Result] = ()) ->
         steps = parameters.get("steps") or sampling.get("steps")
         parts.append(f"{sampling['scheduler']['_class_name']}, {steps} steps, eta {sampling.get('eta', 0):g}")
     title = ", ".join([source.removeprefix("zoo:").rsplit("/", 1)[-1], *differences(results[0], others)])
-    section = Section(title, [Paragraph("; ".join(parts) + ".")], level=2)
+    section = Section(title, [Paragraph("; ".join(parts) + ".")], 2, "Models")
     section.blocks.append(result_table(results))
     features = extractor_text(results)
     if features is not None:
@@ -46,42 +46,62 @@ def results_section(results: Sequence[Result], others: Sequence[Result] = ()) ->
 
 
 def quality_section(results: Sequence[Result], benches: Sequence[Bench]) -> Section:
-    """The first metric against every cost that is known."""
+    """Plot quality against every cost that is known: the main metric as a ratio to full precision's, and PSNR beside it."""
     section = Section("Quality against cost")
     key = quality_key(results)
     if key is None:
-        section.blocks.append(Note("Left out: no result has a metric of quality (eval ran without one)."))
+        section.blocks.append(Omission("no result has a metric of quality (eval ran without one)"))
         return section
-    label = figure(key).heading
-    references = [figures_of(r.metrics.get("reference", {})) for r in results]
-    full = {values[key] * figure(key).scale for values in references if key in values}
     quantized = results[0].quantized_reference
+    reference = REFERENCE if quantized is None else "reference"
+    measures = [_relative(results, key, reference)]
+    if key != "psnr" and any("psnr" in figures_of(r.metrics) for r in results):
+        measures.append(_absolute(results, "psnr"))
     charts, missing = [], []
     for cost in COSTS:
-        points = []
-        for number, result in enumerate(results, start=1):
-            value, quality = cost.of(result, benches), figures_of(result.metrics).get(key)
-            if value is not None and quality is not None:
-                points.append(Point(number, result.name, value, quality * figure(key).scale, number - 1))
-        if not points:
+        costs = [cost.of(result, benches) for result in results]
+        if all(value is None for value in costs):
             missing.append(f"{cost.label.split(',')[0]} ({cost.hint})")
             continue
-        base = None
-        if full:
-            costs = [cost.of_reference(result, benches) for result in results] if quantized is None else []
-            base = (
-                REFERENCE if quantized is None else "reference",
-                statistics.mean(full),
-                next((value for value in costs if value is not None), None),
-            )
-        svg = scatter(f"{label} against {cost.label}", cost.label, label, points, base)
-        charts.append((f"{figure(key).label} by {cost.label.split(',')[0]}", svg, ""))
+        of_reference = [cost.of_reference(result, benches) for result in results] if quantized is None else []
+        float_cost = next((value for value in of_reference if value is not None), None)
+        for label, values, base in measures:
+            points = [
+                Point(number, result.name, value, quality, number - 1)
+                for number, (result, value, quality) in enumerate(zip(results, costs, values, strict=True), start=1)
+                if value is not None and quality is not None
+            ]
+            if points:
+                line = None if base is None else (reference, base, float_cost)
+                svg = scatter(f"{label} against {cost.label}", cost.label, label, points, line)
+                charts.append((f"{label} by {cost.label.split(',')[0]}", svg, ""))
     if charts:
-        text = "Numbers are those of the table." + (f" The dashed line is {quantized or REFERENCE}." if full else "")
-        section.blocks += [Paragraph(text), Charts(charts)]
+        dashed = (
+            f" The dashed line is {quantized or REFERENCE}." if any(base is not None for *_, base in measures) else ""
+        )
+        section.blocks += [Paragraph("Numbers are those of the table." + dashed), Charts(charts)]
     if missing:
-        section.blocks.append(Note(f"Left out: {'; '.join(missing)}."))
+        section.blocks.append(Omission("; ".join(missing)))
     return section
+
+
+Measure = tuple[str, list[float | None], float | None]
+"""A label, the value of every result, and the full-precision model's."""
+
+
+def _relative(results: Sequence[Result], key: str, reference: str) -> Measure:
+    """Return a figure as a multiple of the full-precision model's, so that a bad result does not press the others into one
+    line; as it is where some result lacks the full-precision figure."""
+    found = [(figures_of(r.metrics).get(key), figures_of(r.metrics.get("reference", {})).get(key)) for r in results]
+    if any(value is not None and not full for value, full in found):
+        return _absolute(results, key)
+    ratios = [value / full if value is not None and full else None for value, full in found]
+    return f"{figure(key).label} / {reference}'s", ratios, 1.0
+
+
+def _absolute(results: Sequence[Result], key: str) -> Measure:
+    values = [figures_of(result.metrics).get(key) for result in results]
+    return figure(key).heading, [None if v is None else v * figure(key).scale for v in values], None
 
 
 def samples_section(results: Sequence[Result]) -> Section:
@@ -100,9 +120,7 @@ def samples_section(results: Sequence[Result]) -> Section:
         section.blocks.append(Pictures(pictures))
     section.blocks += [Note(text) for text in notes]
     if absent:
-        section.blocks.append(
-            Note(f"Left out: no picture of {', '.join(absent)}; `dqtool eval --grid FILE.png` writes one.")
-        )
+        section.blocks.append(Omission(f"no picture of {', '.join(absent)}; `dqtool eval --grid FILE.png` writes one"))
     return section
 
 
@@ -149,9 +167,7 @@ def error_sections(
     if known:
         steps.blocks.append(Charts(_step_charts(known)))
     else:
-        steps.blocks.append(
-            Note("Left out: it needs the calibrated and the distilled artifact of a result (see above).")
-        )
+        steps.blocks.append(Omission("it needs the calibrated and the distilled artifact of a result"))
     return [layers, steps]
 
 
@@ -195,7 +211,7 @@ def activations_section(found: Sequence[tuple[str, Sequence[DilatedInput]]], mis
             )
         )
         section.blocks.append(Charts(charts))
-    section.blocks += [Note(f"Left out: {text}.") for text in missing]
+    section.blocks += [Omission(text) for text in missing]
     return section
 
 
@@ -292,10 +308,10 @@ def _left_out(results: Sequence[Result], missing: Mapping[str, str]) -> list[Blo
         if result.name in missing:
             reasons.setdefault(missing[result.name], []).append(result.name)
     blocks: list[Block] = [
-        Note(f"Left out: errors of weights and activations of {', '.join(names)}: {reason}")
+        Omission(f"errors of weights and activations of {', '.join(names)}: {reason}")
         for reason, names in reasons.items()
     ]
     without = [r.name for r in results if not r.metrics.get("layer_errors")]
     if without:
-        blocks.append(Note(f"Left out: errors of layers' outputs of {', '.join(without)}: eval did not record them."))
+        blocks.append(Omission(f"errors of layers' outputs of {', '.join(without)}: eval did not record them"))
     return blocks

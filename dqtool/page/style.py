@@ -59,7 +59,9 @@ h3 { font-size: 1rem; margin: 30px 0 0; }
 p { max-width: 78ch; margin: 8px 0; }
 .lead { color: var(--soft); }
 .note { color: var(--warn); font-size: 0.9rem; border-left: 3px solid currentColor; padding-left: 10px; }
-nav ul { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; padding: 0; margin: 14px 0 0; }
+nav { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 4px 32px; margin: 18px 0 0; }
+nav h2 { font-size: 0.95rem; margin: 10px 0 4px; padding: 0; border: 0; }
+nav ol { list-style: none; padding: 0; margin: 0; font-size: 0.92rem; }
 a { color: var(--c0); }
 .scroll { overflow-x: auto; margin: 12px 0; position: relative; }
 .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
@@ -85,7 +87,7 @@ figure { margin: 0; min-width: 0; }
 .charts .hollow, .charts .mark { --ground: var(--panel); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 16px 24px; margin: 12px 0; }
 .pictures figure { max-width: 820px; }
-.pictures img { display: block; width: 100%; height: auto; border-radius: 6px; background: #fff; image-rendering: pixelated; }
+.pictures img { display: block; max-width: 100%; height: auto; border-radius: 6px; background: #fff; }
 .pictures figcaption { color: var(--soft); font-size: 0.87rem; margin-top: 4px; }
 @media (max-width: 520px) { main { padding: 16px 14px 40px; } .charts figure { padding: 10px 6px 6px; } }
 @media print { details > *:not(summary) { display: block; } .charts figure { break-inside: avoid; } }

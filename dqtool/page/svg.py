@@ -42,13 +42,16 @@ class Axis:
     log: bool = False
 
     @classmethod
-    def over(cls, label: str, values: Sequence[float], zero: bool = False, margin: float = 0.06) -> Axis:
-        """Around finite values with a margin, from zero if wished, logarithmic when they span more than a factor of 20."""
+    def over(
+        cls, label: str, values: Sequence[float], zero: bool = False, margin: float = 0.06, wide: float = 20.0
+    ) -> Axis:
+        """Return an axis around finite values with a margin, from zero if wished; logarithmic when they span more than a factor
+        of `wide`."""
         positive = [v for v in values if v > 0]
         if not values:
             return cls(label, 0, 1)
         low, high = min(values), max(values)
-        if not zero and len(positive) == len(values) and high / low > 20:
+        if not zero and len(positive) == len(values) and high / low > wide:
             room = (high / low) ** margin
             return cls(label, low / room, high * room, log=True)
         room = (high - low) * margin or abs(high) * 0.1 or 1.0

@@ -121,7 +121,7 @@ def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Be
 
 def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[dict[str, Any]]) -> Page:
     from dqtool.page.comparison import comparison_section
-    from dqtool.page.document import Page, Paragraph, Section
+    from dqtool.page.document import Page, Paragraph, Section, gather_omissions
     from dqtool.page.results import chain_key
     from dqtool.page.tables import bench_tables, making_tables
 
@@ -136,7 +136,7 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
         sections += _group_sections(group, benches, others)
     sections += [comparison_section(table) for table in tables]
     if benches:
-        speed = Section("Speed", level=2)
+        speed = Section("Speed", level=2, chapter="About")
         for bench in benches:
             model, machine = bench.report["model"], bench.report["machine"]
             speed.blocks.append(
@@ -148,7 +148,7 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
             speed.blocks += bench_tables(bench)
         sections.append(speed)
     if results:
-        sections.append(Section("How these results were made", list(making_tables(results)), level=2))
+        sections.append(Section("How these results were made", list(making_tables(results)), 2, "About"))
     counts = [
         f"{len(results)} result{'s' * (len(results) != 1)} of {len(set(models))} model{'s' * (len(set(models)) != 1)}"
     ]
@@ -156,7 +156,11 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
         counts.append(f"{len(benches)} timing report{'s' * (len(benches) != 1)}")
     if tables:
         counts.append(f"{len(tables)} table{'s' * (len(tables) != 1)} of comparisons")
-    return Page("Quantization report", f"{', '.join(counts)}; page made by dqtool {dqtool_version()}.", sections)
+    return Page(
+        "Quantization report",
+        f"{', '.join(counts)}; page made by dqtool {dqtool_version()}.",
+        gather_omissions(sections),
+    )
 
 
 def _group_sections(group: Sequence[Result], benches: Sequence[Bench], others: Sequence[Result]) -> list[Section]:
