@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -232,24 +233,25 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    """`conv` is `nn.Conv1d` in guided-diffusion, `nn.Conv2d` in consistency models; `new_order`: all of q, then k, then v."""
+
+    def __init__(self, width: int, heads: int, conv: Any = nn.Conv1d, new_order: bool = False) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm, self.qkv, self.proj_out = (
-            nn.GroupNorm(32, width),
-            nn.Conv1d(width, 3 * width, 1),
-            nn.Conv1d(width, width, 1),
-        )
+        self.heads, self.new_order = heads, new_order
+        self.norm, self.qkv, self.proj_out = nn.GroupNorm(32, width), conv(width, 3 * width, 1), conv(width, width, 1)
 
     def forward(self, x: Tensor, _emb: Tensor, _context: Tensor | None) -> Tensor:
-        flat = x.flatten(2)
-        qkv = self.qkv(self.norm(flat))
+        shaped = x if isinstance(self.qkv, nn.Conv2d) else x.flatten(2)
+        qkv = self.qkv(self.norm(shaped)).flatten(2)
         n, width, length = qkv.shape
         ch = width // (3 * self.heads)
-        q, k, v = qkv.reshape(n * self.heads, ch * 3, length).split(ch, dim=1)
+        if self.new_order:
+            q, k, v = (part.reshape(n * self.heads, ch, length) for part in qkv.chunk(3, dim=1))
+        else:
+            q, k, v = qkv.reshape(n * self.heads, ch * 3, length).split(ch, dim=1)
         weights = (torch.einsum("bct,bcs->bts", q, k) / math.sqrt(ch)).softmax(-1)
         a = torch.einsum("bts,bcs->bct", weights, v).reshape(n, -1, length)
-        return (flat + self.proj_out(a)).view_as(x)
+        return x + self.proj_out(a.view_as(shaped)).view_as(x)
 
 
 class CrossAttention(nn.Module):
@@ -338,7 +340,7 @@ class UNetModel(nn.Module):
     """`UNetModel` of openaimodel.py; `context` makes its attention `SpatialTransformer`s.
 
     `depths` are the transformer blocks of each resolution, `mid_depth` those of the middle (0: SSD-1B has none); `vector` is the
-    width of what is added to the timestep.
+    width of what is added to the timestep, `classes` the number of labels.
     """
 
     def __init__(
@@ -358,6 +360,9 @@ class UNetModel(nn.Module):
         mid_depth: int = 1,
         vector: int | None = None,
         out_channels: int | None = None,
+        classes: int | None = None,
+        conv: Any = nn.Conv1d,
+        new_order: bool = False,
     ) -> None:
         super().__init__()
         self.model_channels = model_channels
@@ -366,10 +371,13 @@ class UNetModel(nn.Module):
             projection = nn.Sequential(nn.Linear(vector, emb), nn.SiLU(), nn.Linear(emb, emb))
             self.label_emb = nn.Sequential(projection)
 
+        if classes is not None:
+            self.label_emb = nn.Embedding(classes, emb)
+
         def attend(width: int, depth: int = 1) -> nn.Module:
             count = heads or width // head_channels
             if context is None:
-                return AttentionBlock(width, count)
+                return AttentionBlock(width, count, conv, new_order)
             return SpatialTransformer(width, context, count, linear, depth)
 
         def resnet(width_in: int, width: int, resample: str = "") -> ResBlock:
@@ -406,10 +414,10 @@ class UNetModel(nn.Module):
             nn.GroupNorm(32, ch), nn.SiLU(), nn.Conv2d(ch, out_channels or in_channels, 3, padding=1)
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         emb = sinusoids(t, self.model_channels, cosine_first=True, denominator=self.model_channels // 2)
         emb = self.time_embed(emb)
-        emb = emb if vector is None else emb + self.label_emb(vector)
+        emb = emb if y is None else emb + self.label_emb(y)
 
         def run(layers: nn.ModuleList, h: Tensor) -> Tensor:
             for layer in layers:

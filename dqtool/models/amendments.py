@@ -2,7 +2,8 @@
 
 `{"original": {"attention_heads": 8}}` gives every attention that many heads whatever its width (LDM-8 church; a
 `UNet2DModel` knows heads of one width only). `{"original": {"time_freq_shift": 0}}` sets the spacing of the timestep
-frequencies (facebookresearch/DiT divides by the number of frequencies, diffusers' DiT by one less). diffusers carries
+frequencies (facebookresearch/DiT divides by the number of frequencies, diffusers' DiT by one less). `attention_order` and `label_values` tell how the original
+file is read (`models/original/guided_diffusion.py`) and change nothing here. diffusers carries
 unknown keys of a config along, so they survive `save_pretrained`.
 
 One amendment needs no entry: diffusers' `DiTPipeline` asks for no class by the number 1000, whatever the network's
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["KEY", "amend"]
 
 KEY = "original"
-_KNOWN = ("attention_heads", "time_freq_shift")
+_KNOWN = ("attention_heads", "time_freq_shift", "attention_order", "label_values")
 _NO_CLASS = 1000
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,13 +44,16 @@ class Told:
 
 
 def scheduler_config(given: str) -> dict[str, Any]:
-    """Return the scheduler config at `given`: a JSON file, a scheduler directory, or a pipeline directory.
+    """Return the scheduler config at `given`: a JSON file, a scheduler directory, a pipeline directory, or the name of a diffusers
+    scheduler, which stands for its defaults.
 
     Raises:
         EnvironmentFault: there is nothing.
         ArtifactError: it is no scheduler's config.
     """
     path = Path(given)
+    if not path.exists() and re.fullmatch(r"[A-Z]\w*Scheduler", given):
+        return {"_class_name": given}
     if not path.exists():
         raise EnvironmentFault("There is no such file or directory", where=f"--scheduler {given}")
     if path.is_dir():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import ArtifactError
-from dqtool.models.original import ddim_cifar10, dit, latent_diffusion, stable_diffusion, transformers
+from dqtool.models.original import ddim_cifar10, dit, guided_diffusion, latent_diffusion, stable_diffusion, transformers
 from dqtool.models.original.checkpoint import is_pickle, read_checkpoint, read_entries
 from dqtool.models.original.layout import LAYOUTS, Description, Known, Layout
 
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LAYOUTS", "Description", "Known", "Layout", "convert", "is_pickle", "recognise"]
 
-_MODULES = (ddim_cifar10, dit, latent_diffusion, stable_diffusion, transformers)  # importing them fills LAYOUTS
+_MODULES = (
+    ddim_cifar10,
+    dit,
+    guided_diffusion,
+    latent_diffusion,
+    stable_diffusion,
+    transformers,
+)  # importing them fills LAYOUTS
 
 
 def recognise(path: Path) -> tuple[Layout, dict[str, dict[str, Any]]] | None:
