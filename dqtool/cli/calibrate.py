@@ -23,7 +23,28 @@ def calibrate(
     steps: Annotated[int, typer.Option(metavar="N", help="Sampling steps the quantized model will take.")] = 20,
     sampler: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="ddim, ddpm, plms, dpmsolver or euler; left out: the pipeline's own."),
+        typer.Option(
+            metavar="NAME",
+            help="ddim, ddpm, plms, dpmsolver, euler, euler_ancestral or lcm; left out: the pipeline's own.",
+        ),
+    ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Timesteps: leading, trailing, linspace or quad; left out: as the pipeline spaces them.",
+        ),
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="Exactly these timesteps, from the most noise on.")
+    ] = None,
+    clip: Annotated[
+        bool | None,
+        typer.Option("--clip/--no-clip", help="Clip predicted images to [-1, 1]; left out: as the pipeline does."),
+    ] = None,
+    variance: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of ddpm: fixed_small, fixed_large, or learned_range (DiT's own protocol)."),
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", help="Pairs (x_t, t) to keep for training.")] = 5120,
     draw: Annotated[

@@ -65,6 +65,13 @@ def dilate(
     example: Annotated[
         str | None, typer.Option(metavar="FILE", help="For generic: a tensor for each further argument, safetensors.")
     ] = None,
+    time_scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            help="For generic: the network receives F * t for the scheduler's timestep t, or 1 + F * t where F is negative.",
+        ),
+    ] = None,
     components: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Which network of a pipeline, one at a time; left out: its denoiser."),

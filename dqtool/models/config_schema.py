@@ -18,7 +18,7 @@ from functools import cache
 from typing import Annotated, Any, Union
 
 from dqtool.artifacts.schema import Between, Problem, problem
-from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 
 __all__ = ["bounded_parameters", "built", "check_network_config", "check_scheduler_config", "diffusers_class"]
 
@@ -122,7 +122,7 @@ def built(what: str, where: str) -> Iterator[None]:
     """Say what diffusers raises while it builds something of a config alone, without weights, as `ArtifactError`."""
     try:
         yield
-    except (ArtifactError, MemoryError, OSError, ImportError):
+    except (DqtoolError, MemoryError, OSError, ImportError):
         raise
     except Exception as error:  # its constructors trust their arguments: whatever arithmetic and indexing raise
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]

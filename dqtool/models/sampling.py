@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.core.device import beside
 from dqtool.errors import UsageError
-from dqtool.models.config_schema import built, check_scheduler_config, diffusers_class
+from dqtool.models.config_schema import built
 from dqtool.models.families import Family
+from dqtool.models.network_time import NetworkTime
 from dqtool.models.noise_correction import NoiseCorrection, noise_scale, response
-from dqtool.models.told import is_flow
+from dqtool.models.schedulers import CONFIG, SAMPLERS, SchedulerChoices, make_sampler, scheduler_class, set_listed
 from dqtool.nn.steps import step_run
 
 __all__ = [
@@ -30,23 +31,6 @@ __all__ = [
     "scheduler_class",
 ]
 
-SAMPLERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "plms": "PNDMScheduler",
-    "dpmsolver": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-}
-"""Names on the command line, and the diffusers scheduler each stands for."""
-
-FLOW = "FlowMatchEulerDiscreteScheduler"
-"""What `euler` stands for where the network was trained by flow matching; the others know no such schedule."""
-
-CONFIG = "scheduler config"
-
-BARE_COMPONENT = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
-"""The schedule of a network that comes without a pipeline: DDIM over 1000 linear betas."""
-
 CALIBRATION, IMAGES = 0, 500_000_000
 """Where each use's noise begins: the images that are judged never share noise with those a model was trained on."""
 
@@ -54,48 +38,13 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called with (model input, timestep, prediction) at every step."""
 
 
-def make_sampler(config: Mapping[str, Any] | None, name: str | None = None) -> Any:
-    """Return a diffusers scheduler: the pipeline's own (`config`, its class in `_class_name`) or the one called `name` with
-    the pipeline's noise schedule.
-
-    Raises:
-        UsageError: an unknown name, or a sampler that can't be used with the pipeline's noise schedule.
-        ArtifactError: the pipeline's own scheduler is of a class that diffusers lacks, or its config is not one of it.
-    """
-    config = dict(config or BARE_COMPONENT)
-    own = str(config.get("_class_name", BARE_COMPONENT["_class_name"]))
-    if name is not None and name not in SAMPLERS:
-        raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
-    class_name = own if name is None else SAMPLERS[name]
-    if name is not None and is_flow(config):
-        if name != "euler":
-            raise UsageError(
-                f"This model was trained by flow matching; {name} follows another noise schedule",
-                where="--sampler",
-                fix="Leave it out, or choose euler",
-            )
-        class_name = own if own.startswith("FlowMatch") else FLOW
-    if class_name != own:
-        config = {k: v for k, v in config.items() if k not in ("_class_name", "_use_default_values")}
-        if name == "plms":
-            config["skip_prk_steps"] = True
-    cls = diffusers_class(class_name, "SchedulerMixin", f"{CONFIG}, key _class_name")
-    check_scheduler_config(cls, config, CONFIG)
-    with built(class_name, CONFIG):
-        return cls.from_config(config)
-
-
-def scheduler_class(config: Mapping[str, Any] | None, name: str | None = None) -> str:
-    """The diffusers class of what `make_sampler` gives for a network that was not trained by flow matching."""
-    return SAMPLERS.get(name or "") or str((config or BARE_COMPONENT).get("_class_name", BARE_COMPONENT["_class_name"]))
-
-
 @dataclass
 class Sampler:
     """A family's reverse process with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
 
     `tokens` counts the image tokens of a sample, for flow schedules that are shifted by it. `correction` takes what
-    quantization does to predictions out of them.
+    quantization does to predictions out of them. `time` is what the network receives for a timestep (None: what the family
+    says), `listed` the scheduler's timesteps where it does not space them itself.
 
     Raises:
         UsageError: more steps than the schedule was trained with, or eta or guidance that is no number.
@@ -109,6 +58,38 @@ class Sampler:
     guidance: float = 1.0
     tokens: int = 0
     correction: NoiseCorrection | None = None
+    time: NetworkTime | None = None
+    listed: Sequence[float] | None = None
+
+    @classmethod
+    def calibrated(
+        cls,
+        family: Family,
+        config: Mapping[str, Any],
+        sampling: Mapping[str, Any],
+        guidance: float,
+        steps: int | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """Return the sampler that a manifest's `sampling` describes; `steps` and `name` in place of what it says.
+
+        Raises:
+            UsageError: an unknown sampler, one that does not fit the model's noise schedule, or another number of steps
+                than a list of timesteps has.
+        """
+        scheduler = make_sampler(sampling["scheduler"], name)
+        listed, spacing = sampling.get("timesteps"), sampling.get("spacing")
+        if listed is not None and steps not in (None, sampling["steps"]):
+            if spacing is None:
+                raise UsageError(
+                    f"This model was calibrated for a list of {len(listed)} timesteps",
+                    where="--steps",
+                    fix="Leave it out",
+                )
+            listed = SchedulerChoices(spacing).listed(scheduler, steps)
+        steps = steps or sampling["steps"]
+        time = family.time(config)
+        return cls(family, scheduler, steps, sampling["eta"], guidance, family.tokens(config), None, time, listed)
 
     def __post_init__(self) -> None:
         """Take the first step of a sample of nothing: what diffusers finds wrong with a schedule only then is told here."""
@@ -176,15 +157,26 @@ class Sampler:
             if observer is not None:
                 observer(x_in, given, prediction)
             if guided:
-                without, with_it = prediction.chunk(2)
-                prediction = without + self.guidance * (with_it - without)
+                prediction = self._guided(prediction, x.shape[1], scheduler)
             if prediction.shape[1] == 2 * x.shape[1] and not _learns_variance(scheduler):
                 prediction = prediction[:, : x.shape[1]]
             if self.correction is not None:
                 x = self._corrected_step(scheduler, prediction, timestep, x, x_in[: len(x)], extra)
             else:
-                x = scheduler.step(prediction, timestep, x, **extra).prev_sample
+                x = scheduler.step(self._signed(prediction), timestep, x, **extra).prev_sample
         return x
+
+    def _signed(self, prediction: Tensor) -> Tensor:
+        """The network's prediction with the sign that the scheduler takes it with."""
+        return -prediction if self._time.negated else prediction
+
+    def _guided(self, prediction: Tensor, channels: int, scheduler: Any) -> Tensor:
+        """Classifier-free guidance. A variance that the scheduler takes is that of the network with the condition."""
+        without, with_it = prediction.chunk(2)
+        guided = without + self.guidance * (with_it - without)
+        if prediction.shape[1] == 2 * channels and _learns_variance(scheduler):
+            guided = torch.cat([guided[:, :channels], with_it[:, channels:]], 1)
+        return guided
 
     def _corrected_step(
         self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, x_in: Tensor, extra: dict
@@ -194,7 +186,7 @@ class Sampler:
         given = self._given(timestep)
         channels = x.shape[1]  # behind them may be a learned variance
         corrected = self.correction.corrected(prediction[:, :channels], given, x_in)
-        prediction = torch.cat([corrected, prediction[:, channels:]], 1)
+        prediction = self._signed(torch.cat([corrected, prediction[:, channels:]], 1))
         sigma = noise_scale(scheduler, timestep, self.eta)
         generators = extra.get("generator")
         if not sigma or not generators:
@@ -231,22 +223,32 @@ class Sampler:
     def _fresh(self) -> Any:
         """A scheduler at its start: multistep ones keep a history."""
         scheduler = copy.deepcopy(self.scheduler)
+        if self.listed is not None:
+            return set_listed(scheduler, self.listed)
         if not type(scheduler).__name__.startswith("FlowMatch"):
-            scheduler.set_timesteps(self.steps)
+            try:
+                scheduler.set_timesteps(self.steps)
+            except ValueError as e:
+                raise UsageError(
+                    f"{type(scheduler).__name__} can't take {self.steps} steps: {e}", where="--steps"
+                ) from e
             return scheduler
         config = scheduler.config
         given: dict[str, Any] = {}
         if config.get("use_dynamic_shifting"):
             given["mu"] = _shift(config, self.tokens)
-        if self.family.timestep_divisor != 1 and not config.get("use_flow_sigmas"):  # as Flux' pipeline does
+        if self._time.linear_sigmas and not config.get("use_flow_sigmas"):
             given["sigmas"] = [1 - i * (1 - 1 / self.steps) / max(1, self.steps - 1) for i in range(self.steps)]
         scheduler.set_timesteps(self.steps, **given)
         return scheduler
 
     def _given(self, timestep: Tensor) -> Tensor:
-        """The scheduler's timestep as the network is given it."""
-        divisor = self.family.timestep_divisor
-        return timestep if divisor == 1 else timestep / divisor
+        """The scheduler's timestep as the network receives it."""
+        return self._time.given(timestep)
+
+    @property
+    def _time(self) -> NetworkTime:
+        return self.time or self.family.time({})
 
 
 def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: int = IMAGES) -> Tensor:

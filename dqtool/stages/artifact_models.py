@@ -15,7 +15,7 @@ from dqtool.models.conditioning import Conditions, Request
 from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.loading import build_network, network_of
 from dqtool.models.packed import layer_infos
-from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.models.sampling import Sampler
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake
 from dqtool.scaling.rescaling import undilated_weights
@@ -105,6 +105,4 @@ def sampler_of(
         "steps": 20,
         "eta": 0.0,
     }
-    scheduler = make_sampler(sampling["scheduler"], name)
-    tokens = family.tokens(config)
-    return Sampler(family, scheduler, steps or sampling["steps"], sampling["eta"], conditions.guidance, tokens)
+    return Sampler.calibrated(family, config, sampling, conditions.guidance, steps, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
@@ -14,6 +14,7 @@ from dqtool.core.bits import parse_bits
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.given_conditions import ConditionSource
+from dqtool.models.schedulers import SchedulerChoices
 from dqtool.models.schedules import finite_config
 from dqtool.stages.running import Common, Product, execute, input_artifact
 
@@ -65,10 +66,15 @@ class CalibrateOptions:
     random_conditions: bool = False
     scaling: str = AUTO
     bits: str = "4/4"
+    spacing: str | None = None
+    timesteps: str | None = None
+    clip: bool | None = None
+    variance: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for a draw, scaling or bits that do not exist."""
+        """Raise `UsageError` for a draw, scaling, bits, spacing or variance that does not exist, or a list that is none."""
         parse_bits(self.bits)
+        schedule_of(self)
         if self.scaling not in WITHOUT_IMPORTS:
             from dqtool.scaling.methods import check_activation_method
 
@@ -84,9 +90,11 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
     every step; returns the output's path as given.
 
     Raises:
-        UsageError: fewer samples than steps, or guidance or prompts for a model that knows none.
+        UsageError: fewer samples than steps, no conditions, or guidance or prompts for a model that knows none.
         NumericError: the model's own samples are not finite, or the scaled network's output is not the original's.
     """
+    if options.timesteps is not None:
+        options = replace(options, steps=len(schedule_of(options).timesteps or ()))
     if options.samples < options.steps:
         raise UsageError(
             f"{options.samples} samples can't cover {options.steps} steps",
@@ -107,6 +115,23 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         lambda _key: produce(dilated, options, prompts),
     )
     return options.output
+
+
+def schedule_of(options: CalibrateOptions) -> SchedulerChoices:
+    """Return what the options say of the scheduler's timesteps, clipping and variance.
+
+    Raises:
+        UsageError: a spacing or variance that does not exist, or a list that is none.
+    """
+    listed = None
+    if options.timesteps is not None:
+        try:
+            listed = tuple(float(part) for part in options.timesteps.split(","))
+        except ValueError as e:
+            raise UsageError(
+                f"'{options.timesteps}' is no list of timesteps", where="--timesteps", fix="Example: 999,749,499,249"
+            ) from e
+    return SchedulerChoices(options.spacing, listed, options.clip, options.variance)
 
 
 def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:
@@ -133,6 +158,13 @@ def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) ->
             parameters["bits"] = options.bits
     if prompts is not None:
         parameters["prompts"] = hashlib.sha256(canonical_json(prompts).encode()).hexdigest()
+    chosen = {
+        "spacing": options.spacing,
+        "timesteps": options.timesteps,
+        "clip": options.clip,
+        "variance": options.variance,
+    }
+    parameters |= {key: value for key, value in chosen.items() if value is not None}
     return parameters | ConditionSource.of(options).parameters()
 
 
@@ -151,14 +183,31 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     manifest = dilated.manifest
     family, config = network_of(manifest.model)
     tensors = dilated.tensors()
-    scheduler = make_sampler((manifest.pipeline or {}).get("scheduler") or family.scheduler, options.sampler)
+    choices = schedule_of(options)
+    scheduler = make_sampler((manifest.pipeline or {}).get("scheduler") or family.scheduler, options.sampler, choices)
+    check_variance(scheduler.config, config)
     images = -(-options.samples // options.steps)
     source = ConditionSource.of(options)
     conditions = conditions_of(dilated, Request(images, options.seed, options.guidance, prompts), source)
     network = teacher_of(manifest, tensors)
-    sampler = Sampler(
-        family, scheduler, options.steps, options.eta, guidance=conditions.guidance, tokens=family.tokens(config)
-    )
+    listed = choices.listed(scheduler, options.steps)
+    pipeline = dict(manifest.pipeline or {})
+    sampling: dict[str, Any] = {
+        "sampler": options.sampler,
+        "scheduler": finite_config(scheduler.config) | {"_class_name": type(scheduler).__name__},
+        "steps": options.steps,
+        "eta": options.eta,
+    }
+    pipeline["sampling"] = sampling
+    if listed is not None:
+        sampling |= {"timesteps": list(listed)} | ({} if options.spacing is None else {"spacing": options.spacing})
+    if conditions.table:  # none (1) as well: what was calibrated is not what the model's card says
+        sampling["guidance"] = conditions.guidance
+        if conditions.embedded is not None:
+            sampling["embedded_guidance"] = conditions.embedded
+        if (origin := source.record()) and (conditions.random or not source.random):
+            sampling["conditions"] = origin
+    sampler = Sampler.calibrated(family, config, sampling, conditions.guidance)
     timesteps = sampler.timesteps()
     shape = family.sample_shape(config)
     generator = torch.Generator().manual_seed(options.seed)
@@ -199,19 +248,6 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
         "samples_per_step": quotas.tolist(),
     }
     report.say(f"activation range after dilation: {metrics['activation_range_ratio']:.3f} of that before (layer mean)")
-    pipeline = dict(manifest.pipeline or {})
-    pipeline["sampling"] = {
-        "sampler": options.sampler,
-        "scheduler": finite_config(sampler.scheduler.config) | {"_class_name": type(sampler.scheduler).__name__},
-        "steps": options.steps,
-        "eta": options.eta,
-    }
-    if conditions.table:  # none (1) as well: what was calibrated is not what the model's card says
-        pipeline["sampling"]["guidance"] = conditions.guidance
-        if conditions.embedded is not None:
-            pipeline["sampling"]["embedded_guidance"] = conditions.embedded
-        if (origin := source.record()) and (conditions.random or not source.random):
-            pipeline["sampling"]["conditions"] = origin
     everything |= trajectory | statistics | {"timesteps": timesteps}
     return Product(everything, manifest.model, pipeline, records, metrics, attachments=dilated.attachments())
 
@@ -241,6 +277,18 @@ def rescaled_by(
     index, counts = points.few_of_each_step(SCALING_STEPS, SCALING_POINTS)
     activations = Activations(ranges, lambda: family.predict(network, *points.arguments(index)), counts)
     return rescale_network(manifest, tensors, network, method, parse_bits(options.bits), activations)
+
+
+def check_variance(scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a scheduler that takes a learned variance from a network that predicts none."""
+    if str(scheduler.get("variance_type")).startswith("learned"):
+        channels = network.get("in_channels"), network.get("out_channels")
+        if channels[0] is not None and channels[1] != 2 * channels[0]:
+            raise UsageError(
+                f"This network predicts no variance: {channels[1]} channels of {channels[0]}",
+                where="--variance learned_range",
+                fix="Choose fixed_small or fixed_large, or leave it out",
+            )
 
 
 def quotas_by_step(

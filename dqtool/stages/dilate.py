@@ -45,6 +45,7 @@ class DilateOptions:
     scheduler: str | None = None
     tokenizer: str | None = None
     pipeline: str | None = None
+    time_scale: float | None = None
     variant: str | None = None
     stats: str | None = None
     bits: str | None = None
@@ -116,6 +117,8 @@ def resolved(options: DilateOptions) -> dict[str, Any]:
         parameters["family"] = options.family
     if options.example is not None:
         parameters["example"] = sha256_file(options.example)
+    if options.family == "generic":  # which passed the scheduler's own timestep at first
+        parameters["time_scale"] = options.time_scale
     return parameters
 
 
@@ -217,12 +220,16 @@ def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[st
     from dqtool.models.companions import companions_of_source
     from dqtool.models.families import FAMILIES, family_of
     from dqtool.models.families.generic import EXAMPLE, PREFIX, example_shapes
+    from dqtool.models.network_time import TIME, network_time
 
     class_name, config = source.class_name, dict(source.config)
     if options.family == "generic":
         class_name = PREFIX + class_name
         if options.example is not None:
             config[EXAMPLE] = example_shapes(options.example)
+        config[TIME] = network_time(source.class_name, config, source.scheduler, options.time_scale).record()
+    elif options.time_scale is not None:
+        raise UsageError("Known families know what time they pass", where="--time-scale", fix="Leave it out")
     elif options.example is not None:
         raise UsageError("An example is for `--family generic`; known families need none", where="--example")
     elif options.family is not None and options.family != getattr(FAMILIES.get(class_name), "name", None):

@@ -204,7 +204,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.core.device import device_of, main_memory, peak_bytes, restart_peak
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
-    from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.models.sampling import Sampler
     from dqtool.models.structure import graph_of
     from dqtool.nn.surgery import packed_state
     from dqtool.scaling.folding import fold_packed
@@ -238,14 +238,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
         student=student,
         trace=trace,
         trajectory=training_points(Trajectory.of(tensors), options),
-        sampler=Sampler(
-            family,
-            make_sampler(sampling["scheduler"]),
-            sampling["steps"],
-            sampling["eta"],
-            sampling.get("guidance", 1.0),
-            family.tokens(config),
-        ),
+        sampler=Sampler.calibrated(family, config, sampling, sampling.get("guidance", 1.0)),
         seed=options.seed,
         store=workspace,
         graph=graph_of(manifest),

@@ -17,7 +17,7 @@ from dqtool.models.conditioning import Conditions, Request
 from dqtool.models.families import family_of
 from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.loading import network_of
-from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.models.sampling import Sampler
 from dqtool.models.sources import ModelSource
 from dqtool.stages.artifact_models import conditions_of, sampler_of
 from dqtool.stages.running import sampling_of
@@ -87,8 +87,8 @@ def maker_of_source(source: ModelSource, count: int, seed: int, steps: int) -> I
     config = dict(source.config) | ({} if companions is None else family.hints(companions))
     request = Request(count, seed, card={} if companions is None else companions.card)
     conditions = family.ask(config, request, companions)
-    scheduler = make_sampler(source.scheduler or family.scheduler)
-    sampler = Sampler(family, scheduler, steps, guidance=conditions.guidance, tokens=family.tokens(config))
+    sampling = {"scheduler": source.scheduler or family.scheduler, "steps": steps, "eta": 0.0}
+    sampler = Sampler.calibrated(family, config, sampling, conditions.guidance)
     return _maker(sampler, conditions, config, companions)
 
 

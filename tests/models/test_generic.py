@@ -14,6 +14,7 @@ from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.families.generic import EXAMPLE, Generic
+from dqtool.nn.surgery import steps_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -83,11 +84,17 @@ def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     export(ExportOptions(at["q"], str(tmp_path / "exported")), QUIET)
     report = evaluate(EvalOptions(str(tmp_path / "exported"), str(tmp_path / "eval.json"), samples=2), QUIET)
     assert open_artifact(report).manifest.metrics["psnr"]["mean"] > 20
-    from diffusers import AuraFlowTransformer2DModel
+    from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
     theirs = AuraFlowTransformer2DModel.from_pretrained(tmp_path / "exported")
     ours = dqtool.load(str(tmp_path / "exported"), runtime="simulate")
-    x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.tensor([999.0, 999.0])
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    scheduler.set_timesteps(2)
+    for row, t in enumerate(scheduler.timesteps):  # as AuraFlowPipeline passes it
+        ours(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12), torch.tensor([t / 1000]))
+        assert steps_of(ours).rows.tolist() == [row]
+    assert not steps_of(ours).missed
+    x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.tensor([1.0, 1.0])
     with torch.no_grad():
         assert torch.equal(ours(x, text, t).sample, theirs(x, text, t).sample)
 

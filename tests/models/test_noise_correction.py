@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dqtool.artifacts import open_artifact
+from dqtool.models.network_time import NetworkTime
 from dqtool.models.noise_correction import NoiseCorrection, StepNoise, fit_noise, noise_scale, response
 from dqtool.models.sampling import Sampler, make_sampler
 from dqtool.stages.eval import network_of_artifact
@@ -95,7 +96,8 @@ def test_the_rest_of_the_error_takes_the_place_of_sampling_noise() -> None:
 class _Zero:
     """A family whose network predicts nothing but an error."""
 
-    timestep_divisor = 1.0
+    def time(self, config):
+        return NetworkTime()
 
     def __init__(self, error) -> None:
         self.error = error

@@ -18,6 +18,7 @@ from dqtool.graph.network import NetworkGraph
 from dqtool.models.amendments import amend
 from dqtool.models.conditioning import Conditions, Request, random_conditions, with_embedded
 from dqtool.models.config_schema import bounded_parameters, built, check_network_config, diffusers_class
+from dqtool.models.network_time import NetworkTime
 
 if TYPE_CHECKING:
     from dqtool.models.companions import Companions
@@ -104,6 +105,10 @@ class Family(ABC):
         found = random_conditions(self.conditions, config, replace(request, guidance=None))
         return with_embedded(found, request.weight(self.default_guidance(config)), embed)
 
+    def time(self, config: Mapping[str, Any]) -> NetworkTime:
+        """What the network receives for a scheduler's timestep."""
+        return NetworkTime(self.timestep_divisor, linear_sigmas=self.timestep_divisor != 1)
+
     def default_guidance(self, config: Mapping[str, Any]) -> float:
         """Guidance of this family's pipelines where the user and the model's card name none."""
         return self.guidance
@@ -137,9 +142,7 @@ class Family(ABC):
         """Arguments for one forward on random input, to trace and to compare networks with."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, *self.sample_shape(config), generator=generator)
-        timestep = torch.randint(0, 1000, (batch,), generator=generator)
-        if self.timestep_divisor != 1:
-            timestep = timestep / self.timestep_divisor
+        timestep = self.time(config).given(torch.randint(0, 1000, (batch,), generator=generator))
         return self.arguments(x, timestep, self.conditions(config, batch, generator))
 
     def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:

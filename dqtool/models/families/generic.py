@@ -20,6 +20,7 @@ from dqtool.artifacts.tensorfile import load_tensors
 from dqtool.errors import ArtifactError
 from dqtool.models.config_schema import diffusers_class
 from dqtool.models.families.base import Family, square_sample
+from dqtool.models.network_time import TIME, NetworkTime
 from dqtool.nn.prediction import SAMPLE_NAMES
 
 __all__ = ["EXAMPLE", "PREFIX", "Generic", "example_shapes"]
@@ -82,6 +83,10 @@ class Generic(Family):
         """That of the example, else from `in_channels` and `sample_size`."""
         example = config.get(EXAMPLE, {})
         return tuple(example[self.sample]["shape"]) if self.sample in example else square_sample(config)
+
+    def time(self, config: Mapping[str, Any]) -> NetworkTime:
+        """What `dilate` recorded; artifacts without a record pass the scheduler's timestep."""
+        return NetworkTime(**config.get(TIME, {}))
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random tensors shaped like the example's.
