@@ -57,10 +57,12 @@ def make_problem(made: Path) -> MakeProblem:
     """`make_problem(static=True, ...)`: options of `distill` as given, calibrated artifact as made."""
     from dqtool.artifacts import open_artifact
     from dqtool.models.loading import network_of
+    from dqtool.models.packed import layer_infos
     from dqtool.models.sampling import Sampler, make_sampler
     from dqtool.models.structure import graph_of
-    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
-    from dqtool.stages.distill import DistillOptions, layer_plans
+    from dqtool.nn.assignment import assign_bits
+    from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of, trace_of
+    from dqtool.stages.distill import DistillOptions, network_spec
     from dqtool.training.data import Problem, Trajectory
 
     def make(artifact: Path | None = None, **options: Any) -> Problem:
@@ -68,7 +70,12 @@ def make_problem(made: Path) -> MakeProblem:
         manifest, tensors = calibrated.manifest, calibrated.tensors()
         family, _ = network_of(manifest.model)
         chosen = DistillOptions(**options)
-        student = student_of(manifest, tensors, layer_plans(manifest, tensors, chosen), chosen.static)
+        student = student_of(
+            manifest,
+            tensors,
+            assign_bits(layer_infos(manifest.layers), network_spec(chosen, manifest), split_dilated(tensors)[1]),
+            chosen.static,
+        )
         sampling = manifest.pipeline["sampling"]
         return Problem(
             family,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dqtool.core.bits import FLOAT_BITS, parse_bits
+from dqtool.core.bits import FLOAT_BITS
 from dqtool.core.dilation import spread
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.families import FAMILIES
 from dqtool.models.loading import load_weights
 from dqtool.models.packed import packed_network
 from dqtool.models.sources import resolve_model
-from dqtool.nn.attention import OPERANDS, has_zero_point, operand_bits
-from dqtool.nn.surgery import assign_bits, assign_tables, initialise_weights, insert_fake, packed_state
+from dqtool.nn.assignment import assign_bits
+from dqtool.nn.attention import OPERANDS, has_zero_point
+from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake, packed_state
 
 __all__ = ["synthetic_network"]
 
@@ -32,13 +34,13 @@ def synthetic_network(model: str, bits: str, steps: int = 5) -> nn.Module:
     for name, factors in dilation.items():
         weight = network.get_submodule(name).weight
         weight.data *= spread(factors, weight, 1)
-    plans = assign_bits(traced.layers, parse_bits(bits), dilated=dilation)
+    plans = assign_bits(traced.layers, QuantizationSpec.parse(bits), dilated=dilation)
     insert_fake(network, plans, torch.arange(steps) * 50.0, dilation)
     tables = {}
     for plan in plans:
         heads = (plan.info.heads,) if plan.info.kind == "attention" else ()
         for operand in OPERANDS if heads else ("",):
-            width = operand_bits(operand, plan.bits.input, plan.bits.weight) if heads else plan.bits.input
+            width = plan.bits.of(operand) if heads else plan.bits.input
             if width >= FLOAT_BITS:
                 continue
             scale = (0.5 + torch.rand(steps, *heads, generator=generator)) * 6 / 2**width

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Manifest, commit_directory, environment, fingerprint, is_current, lock
-from dqtool.core.bits import parse_bits
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.architectures import Architecture, architecture
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dqtool.graph.trace import LayerInfo
     from dqtool.models.families import Family
-    from dqtool.nn.surgery import LayerPlan
+    from dqtool.nn.assignment import LayerPlan
 
 __all__ = ["random_export"]
 
@@ -31,15 +31,15 @@ OBSERVED = 2
 """Timesteps at which ranges are observed; the table's other rows repeat the nearest of them."""
 
 
-def random_export(arch: str, bits: str, force: bool = False) -> str:
-    """The exported directory of an architecture, made on first use under `$DQTOOL_CACHE` (default `~/.cache/dqtool`).
+def random_export(arch: str, spec: QuantizationSpec, force: bool = False) -> str:
+    """Return the exported directory of an architecture at these bits, made on first use under `$DQTOOL_CACHE` (default `~/.cache/dqtool`).
 
     Raises:
         UsageError: no such architecture.
         EnvironmentFault: the cache can't be written.
     """
     wanted = architecture(arch)
-    parse_bits(bits)
+    bits = str(spec.bits)
     parameters = {"arch": arch, "bits": bits, "config": wanted.network_config(), "format": "dq"}
     key = fingerprint("export", CODE_VERSION, parameters, [])
     folder = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "bench"
@@ -49,32 +49,31 @@ def random_export(arch: str, bits: str, force: bool = False) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with lock(path):
         if force or not is_current(path, key):
-            _make(path, wanted, bits, parameters, key)
+            _make(path, wanted, spec, parameters, key)
     return str(path)
 
 
-def _make(path: Path, wanted: Architecture, bits: str, parameters: dict[str, Any], key: str) -> None:
+def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: dict[str, Any], key: str) -> None:
     from dqtool.artifacts.tensorfile import save_tensors
     from dqtool.models.export_layout import WEIGHTS
     from dqtool.models.families import family_of
     from dqtool.models.hub import quantization_config
     from dqtool.models.packed import plan_records
-    from dqtool.nn.surgery import assign_bits, packed_state
+    from dqtool.nn.assignment import assign_bits
+    from dqtool.nn.surgery import packed_state
 
     family = family_of(wanted.class_name, f"architecture {wanted.name}")
     with report.progress(f"bench: random {wanted.name}", 4) as progress:
         network, infos, dilation, count = _network(family, wanted)
         progress.advance(note="weights")
-        plans = assign_bits(infos, parse_bits(bits), dilated=dilation.keys())
+        plans = assign_bits(infos, spec, dilated=dilation.keys())
         tables = _tables(network, family, wanted, plans, dilation)
         progress.advance(note="ranges")
         _quantize(network, plans, timesteps_of(wanted), dilation, tables)
         state = packed_state(network)
         progress.advance(note="packing")
         del network
-        records = [
-            asdict(plan.info) | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated} for plan in plans
-        ]
+        records = [asdict(plan.info) | {"bits": plan.bits.to_json(), "dilated": plan.dilated} for plan in plans]
         config = wanted.network_config()
         ours = quantization_config(plan_records(records), len(state["timesteps"]), static=False)
         packed = config | {"quantization_config": ours}

@@ -1,16 +1,19 @@
-"""Bit widths as users write them. No torch, so that a bad `--bits` is refused at once."""
+"""Bit widths of a layer's and of an attention module's operands. No torch, so that a bad `--bits` is refused at once."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dqtool.errors import UsageError
 
-__all__ = ["FLOAT_BITS", "LayerBits", "parse_bits", "parse_keep"]
+__all__ = ["FLOAT_BITS", "AttentionBits", "Bits", "LayerBits", "bits_from_json", "check_width", "parse_bits"]
 
 FLOAT_BITS = 16
 """From this width on, an operand stays in float."""
+
+WIDTHS = (*range(2, 9), FLOAT_BITS)
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,73 @@ class LayerBits:
         """Whether the input is on an integer grid."""
         return self.input < FLOAT_BITS
 
+    def operations(self, macs: int) -> int:
+        """Return the bit operations of `macs` multiply-accumulates, `macs · b_w · b_a`."""
+        return macs * _cost(self.weight) * _cost(self.input)
+
+    def to_json(self) -> list[int]:
+        """Return [weight, input], the form that manifests hold."""
+        return [self.weight, self.input]
+
+    def __str__(self) -> str:
+        return f"{self.weight}/{self.input}"
+
+
+@dataclass(frozen=True)
+class AttentionBits:
+    """Bits of the operands of an attention module's two products, `q·kᵀ` and `softmax·v`.
+
+    `qkv` are those of q, k and v, `softmax` those of the softmax output; `FLOAT_BITS` and more mean float.
+    """
+
+    qkv: int
+    softmax: int
+
+    def of(self, operand: str) -> int:
+        """Return the bits of "q", "k", "v" or "probs" (the softmax output)."""
+        return self.softmax if operand == "probs" else self.qkv
+
+    def operations(self, macs: int) -> int:
+        """Return the bit operations of both products, which have half of `macs` each."""
+        qkv = _cost(self.qkv)
+        return macs // 2 * qkv * (qkv + _cost(self.softmax))
+
+    def to_json(self) -> list[int]:
+        """Return [softmax, qkv], the form that manifests hold."""
+        return [self.softmax, self.qkv]
+
+    def __str__(self) -> str:
+        return f"{self.softmax}/{self.qkv}"
+
+
+Bits = LayerBits | AttentionBits
+
+
+def bits_from_json(kind: str, widths: Sequence[int]) -> Bits:
+    """Return the bits that `to_json` gave, of a layer of this kind ("attention", or any other)."""
+    first, second = widths
+    return AttentionBits(qkv=second, softmax=first) if kind == "attention" else LayerBits(first, second)
+
+
+def check_width(bits: int, where: str) -> int:
+    """Return `bits`.
+
+    Raises:
+        UsageError: they are not 2 to 8, or 16 for float.
+    """
+    if bits not in WIDTHS:
+        raise UsageError(f"{bits} bits are not offered", where=where, fix="Give 2 to 8, or 16 for float")
+    return bits
+
 
 def parse_bits(text: str, where: str = "--bits") -> LayerBits:
-    """`"W/A"` with each of 2..8 or 16 (float), e.g. `4/4`, `8/8`, `4/16` (weight-only).
+    """Parse `"W/A"` with each of 2..8 or 16 (float), e.g. `4/4`, `8/8`, `4/16` (weight-only).
 
     Raises:
         UsageError: anything else.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    allowed = (*range(2, 9), FLOAT_BITS)
-    if not match or int(match[1]) not in allowed or int(match[2]) not in allowed:
+    if not match or int(match[1]) not in WIDTHS or int(match[2]) not in WIDTHS:
         raise UsageError(
             f"'{text}' is not a bit width",
             where=where,
@@ -48,17 +108,6 @@ def parse_bits(text: str, where: str = "--bits") -> LayerBits:
     return LayerBits(int(match[1]), int(match[2]))
 
 
-def parse_keep(text: str) -> tuple[str, LayerBits]:
-    """`"REGEX=W/A"`: the layers whose full name matches, and their bits.
-
-    Raises:
-        UsageError: no `=`, bits that don't exist, or no regular expression.
-    """
-    pattern, equals, bits = text.rpartition("=")
-    if not equals or not pattern:
-        raise UsageError(f"'{text}' is not of the form REGEX=W/A", where="--keep", fix="Example: --keep 'conv_in=8/8'")
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        raise UsageError(f"'{pattern}' is not a regular expression: {e}", where="--keep") from e
-    return pattern, parse_bits(bits, "--keep")
+def _cost(bits: int) -> int:
+    """Width that an operand is multiplied at: float operands are float32."""
+    return 32 if bits >= FLOAT_BITS else bits

@@ -6,36 +6,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dqtool.artifacts.header import file_header
+from dqtool.core.bits import bits_from_json
 
 __all__ = ["bops", "bops_ratio", "file_bytes", "size_ratio"]
 
-FLOAT_BITS = 32
-STAYS_FLOAT = 16  # widths from here on are not quantized
-
 
 def bops(layers: Iterable[Mapping[str, Any]]) -> int:
-    """Bit operations `Σ macs · b_w · b_a` of layers `{"kind": str, "macs": int, "bits": [w, a]}`.
+    """Return the bit operations of layers `{"kind": str, "macs": int, "bits": [...]}`, as manifests list them.
 
-    `bits` None, and widths from 16 on (operands that stay float32), count 32. A layer of kind "attention" stands for
-    both products, half of its MACs each, with bits (softmax output, q·k·v): `q·kᵀ` costs `a·a`, `softmax·v` `w·a`. MACs are
-    those of one forward pass at the batch size they were counted for.
+    `bits` are those of `Bits.to_json`; None, and widths from 16 on (operands that stay float32), count 32. A layer of kind
+    "attention" stands for both products, half of its MACs each. MACs are those of one forward pass at the batch size
+    that they were counted for.
     """
     total = 0
     for layer in layers:
-        weight, activation = (
-            FLOAT_BITS if bits is None or bits >= STAYS_FLOAT else bits for bits in layer["bits"] or (None, None)
-        )
-        if layer.get("kind") == "attention":
-            total += layer["macs"] // 2 * activation * (weight + activation)
-        else:
-            total += layer["macs"] * weight * activation
+        widths = [32 if width is None else width for width in layer["bits"] or (None, None)]
+        total += bits_from_json(layer.get("kind", "linear"), widths).operations(layer["macs"])
     return total
 
 
 def bops_ratio(layers: Sequence[Mapping[str, Any]]) -> float:
     """How many times fewer bit operations than the same layers in float32; 1 for a model without any."""
     quantized = bops(layers)
-    return sum(layer["macs"] for layer in layers) * FLOAT_BITS**2 / quantized if quantized else 1.0
+    return sum(layer["macs"] for layer in layers) * 32**2 / quantized if quantized else 1.0
 
 
 def file_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> int:

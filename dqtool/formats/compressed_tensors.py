@@ -17,14 +17,15 @@ from torch import Tensor
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import save_tensors
 from dqtool.core.affine import SYMMETRIC_BITS
+from dqtool.core.bits import AttentionBits, LayerBits
 from dqtool.core.dilation import spread
 from dqtool.core.packing import pack
 from dqtool.errors import ArtifactError
 from dqtool.formats import Exported, require
 from dqtool.models.export_layout import WEIGHTS
 from dqtool.models.packed import plans_of
+from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.prediction import NAME as PREDICTION
-from dqtool.nn.surgery import LayerPlan
 
 __all__ = ["EXTRA", "FORMAT", "prepare"]
 
@@ -66,7 +67,7 @@ def refuse(plans: Sequence[LayerPlan], tensors: Mapping[str, Tensor], where: str
             problems.setdefault(reason, []).append(plan.info.name)
     if f"{PREDICTION}.scale" in tensors:
         problems.setdefault("predictions are corrected at each step (distill --no-correct-noise leaves that out)", [])
-    if not any(plan.bits.quantizes_weight and plan.info.kind == "linear" for plan in plans):
+    if not any(_quantized_linear(plan) for plan in plans):
         problems.setdefault("there is no quantized linear layer", [])
     if not problems:
         return
@@ -94,8 +95,8 @@ def quantization_config(plans: Sequence[LayerPlan]) -> dict[str, Any]:
 
     groups: dict[tuple[int, int], list[str]] = {}
     for plan in plans:
-        if plan.info.kind == "linear" and plan.bits.quantizes_weight:
-            groups.setdefault((plan.bits.weight, plan.bits.input), []).append(plan.info.name)
+        if (bits := _quantized_linear(plan)) is not None:
+            groups.setdefault((bits.weight, bits.input), []).append(plan.info.name)
     schemes: dict[str, Any] = {}
     for index, ((weight, activation), names) in enumerate(sorted(groups.items())):
         inputs = QuantizationArgs(num_bits=activation, symmetric=False, strategy="tensor", dynamic=False)
@@ -113,9 +114,17 @@ def quantization_config(plans: Sequence[LayerPlan]) -> dict[str, Any]:
     return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
 
 
+def _quantized_linear(plan: LayerPlan) -> LayerBits | None:
+    """Bits of a linear layer whose weight is quantized; None for any other layer."""
+    bits = plan.bits
+    if plan.info.kind == "linear" and isinstance(bits, LayerBits) and bits.quantizes_weight:
+        return bits
+    return None
+
+
 def _obstacle(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> str | None:
     name, bits = plan.info.name, plan.bits
-    if plan.info.kind == "attention":
+    if isinstance(bits, AttentionBits):
         return "attention products are quantized" if f"{name}.q_scale" in tensors else None
     if not bits.quantizes_weight and not bits.quantizes_input:
         return None
@@ -134,7 +143,7 @@ def _obstacle(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> str | None:
 def _convert(state: dict[str, Tensor], plan: LayerPlan) -> None:
     """Rewrite one layer's tensors in place."""
     name, bits = plan.info.name, plan.bits
-    if not bits.quantizes_weight:
+    if isinstance(bits, AttentionBits) or not bits.quantizes_weight:
         dilation = state.pop(f"{name}.dilation", None)
         if dilation is not None:
             weight = state[f"{name}.weight"]

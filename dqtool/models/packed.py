@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
-from dqtool.core.bits import LayerBits
+from dqtool.core.bits import bits_from_json
 from dqtool.errors import ArtifactError
 from dqtool.graph.repeats import tie_repeats
 from dqtool.graph.trace import LayerInfo
 from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import family_of
 from dqtool.models.loading import materialise
+from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.prediction import NAME as PREDICTION
-from dqtool.nn.surgery import LayerPlan, insert_packed, refresh_steps
+from dqtool.nn.surgery import insert_packed, refresh_steps
 
 __all__ = [
     "is_static",
@@ -45,7 +46,7 @@ def layer_infos(records: Sequence[Mapping[str, Any]]) -> list[LayerInfo]:
 def plans_from(records: Sequence[Mapping[str, Any]]) -> list[LayerPlan]:
     """Layers with their bits."""
     return [
-        LayerPlan(info, LayerBits(*record["bits"]), bool(record["dilated"]))
+        LayerPlan(info, bits_from_json(info.kind, record["bits"]), bool(record["dilated"]))
         for info, record in zip(layer_infos(records), records, strict=True)
     ]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, lowest_code
-from dqtool.core.bits import FLOAT_BITS
+from dqtool.core.bits import FLOAT_BITS, AttentionBits
 from dqtool.graph.attention import attention_layout
 from dqtool.nn.joint_attention import flux_attention, joint_attention
 from dqtool.nn.layers import multiply_shared
@@ -25,29 +25,28 @@ __all__ = [
     "OPERANDS",
     "QuantAttnProcessor",
     "attach_operands",
-    "operand_bits",
     "operand_state",
     "operands_shapes",
 ]
+
+NO_BITS = AttentionBits(FLOAT_BITS, FLOAT_BITS)
 
 OPERANDS = ("q", "k", "v", "probs")
 """Names of the four operands of the two products, in the order they are made."""
 
 
 class QuantAttnProcessor:
-    """Computes what the diffusers processor in its place did, with both products on quantized operands.
+    """Attention processor that computes what diffusers' own did, with both products on quantized operands.
 
-    `bits` are those of q, k and v, `probs_bits` those of the softmax output (unsigned, zero point 0). `layout` is that of
-    the module it serves (`attention_layout`). Made without arguments, as diffusers does to set another of the same class, it
+    `bits` are those of the products' operands; the softmax output is unsigned with zero point 0. `layout` is that of the
+    module it serves (`attention_layout`). Made without arguments, as diffusers does to set another of the same class, it
     stands for the one that the module has.
     """
 
     steps: StepIndex
 
-    def __init__(
-        self, bits: int = 0, probs_bits: int = 0, steps: StepIndex | None = None, layout: str = "single"
-    ) -> None:
-        self.bits, self.probs_bits, self.layout = bits, probs_bits, layout
+    def __init__(self, bits: AttentionBits = NO_BITS, steps: StepIndex | None = None, layout: str = "single") -> None:
+        self.bits, self.layout = bits, layout
         self.steps = steps  # type: ignore[assignment]
 
     def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class QuantAttnProcessor:
         scale: Tensor | None = getattr(attn, f"{name}_scale", None)
         if scale is None:
             return x
-        bits = operand_bits(name, self.bits, self.probs_bits)
+        bits = self.bits.of(name)
         zero_point: Tensor | None = getattr(attn, f"{name}_zero_point", None)
         if zero_point is None:
             zero_point = torch.full_like(scale, 0 if name == "probs" else 2 ** (bits - 1), requires_grad=False)
@@ -128,21 +127,16 @@ class QuantAttnProcessor:
         return (hidden_states / attn.rescale_output_factor).to(residual.dtype)
 
 
-def operand_bits(name: str, bits: int, probs_bits: int) -> int:
-    """Bits of operand `name`."""
-    return probs_bits if name == "probs" else bits
-
-
 def has_zero_point(name: str, bits: int) -> bool:
     """Softmax output starts at zero and 8-bit q, k, v are symmetric: neither stores a zero point."""
     return name != "probs" and bits != SYMMETRIC_BITS
 
 
-def operands_shapes(bits: int, probs_bits: int, timesteps: int, heads: int) -> dict[str, tuple[tuple[int, ...], str]]:
+def operands_shapes(bits: AttentionBits, timesteps: int, heads: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of the tables of one attention module in the packed form."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in OPERANDS:
-        b = operand_bits(name, bits, probs_bits)
+        b = bits.of(name)
         if b < FLOAT_BITS:
             shapes[f"{name}_scale"] = ((timesteps, heads), "float32")
             if has_zero_point(name, b):
@@ -150,14 +144,14 @@ def operands_shapes(bits: int, probs_bits: int, timesteps: int, heads: int) -> d
     return shapes
 
 
-def attach_operands(attn: nn.Module, bits: int, probs_bits: int, steps: StepIndex) -> None:
+def attach_operands(attn: nn.Module, bits: AttentionBits, steps: StepIndex) -> None:
     """Give a diffusers attention module the quantizing processor; its tables are set afterwards.
 
     `processors.py` says what becomes of it when another processor is set. A pipeline's `enable_attention_slicing` and
     `disable_attention_slicing` leave it in place.
     """
     layout = attention_layout(attn) or "single"
-    set_own(attn, QuantAttnProcessor(bits, probs_bits, steps, layout))
+    set_own(attn, QuantAttnProcessor(bits, steps, layout))
     attn.register_forward_pre_hook(keep_quantized)
     attn.__dict__["set_attention_slice"] = _keep_processor
 

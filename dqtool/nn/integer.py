@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, levels, lowest_code
 from dqtool.core.packing import unpack
-from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, operand_bits
+from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.layers import PackedLayer
 
 __all__ = [
@@ -227,7 +227,7 @@ def integer_attention(attn: nn.Module) -> IntegerAttention:
         scale: Tensor | None = getattr(attn, f"{name}_scale", None)
         if scale is None:
             continue
-        bits = operand_bits(name, processor.bits, processor.probs_bits)
+        bits = processor.bits.of(name)
         zero_point: Tensor | None = getattr(attn, f"{name}_zero_point", None)
         if zero_point is None:
             zero_point = torch.full_like(scale, 0 if name == "probs" else 2 ** (bits - 1))

@@ -238,7 +238,7 @@ class LoweredAttention(QuantAttnProcessor):
 
     def __init__(self, attn: nn.Module, tables: StepTables, product: Product) -> None:
         processor: QuantAttnProcessor = attn.processor  # type: ignore[assignment]
-        super().__init__(processor.bits, processor.probs_bits, processor.steps, processor.layout)
+        super().__init__(processor.bits, processor.steps, processor.layout)
         form = integer_attention(attn)
         self.product = product
         self.codes: dict[str, OperandCodes] = {}

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import search_histogram
+from dqtool.core.bits import AttentionBits
 from dqtool.graph.attention import attention_layout
 from dqtool.graph.trace import LayerInfo
-from dqtool.nn.attention import OPERANDS, QuantAttnProcessor, operand_bits
+from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.steps import StepIndex
-from dqtool.nn.surgery import LayerPlan
 
 __all__ = ["BINS", "channel_ranges", "collect", "initial_tables"]
 
@@ -61,7 +62,7 @@ class _ObservingProcessor(QuantAttnProcessor):
     """Computes float attention and shows its operands to a recorder."""
 
     def __init__(self, name: str, recorder: _Recorder, layout: str) -> None:
-        super().__init__(8, 8, StepIndex(torch.zeros(1)), layout)
+        super().__init__(AttentionBits(8, 8), StepIndex(torch.zeros(1)), layout)
         self.name, self.recorder = name, recorder
 
     def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -175,9 +176,9 @@ def initial_tables(
     """
     tables = {}
     for plan in plans:
-        if plan.info.kind == "attention":
+        if isinstance(plan.bits, AttentionBits):
             for operand in OPERANDS:
-                bits = operand_bits(operand, plan.bits.input, plan.bits.weight)
+                bits = plan.bits.of(operand)
                 if bits < 16:
                     key = f"{plan.info.name}.{operand}"
                     tables[key] = _table(statistics, key, bits, symmetric=operand != "probs", static=static)

@@ -1,28 +1,23 @@
-"""Putting quantized layers into a diffusers network: which layer gets how many bits, and the replacement itself."""
+"""Put quantized layers in place of a diffusers network's own, and take their tensors out again."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import search_weight
-from dqtool.core.bits import FLOAT_BITS, LayerBits
+from dqtool.core.bits import AttentionBits
 from dqtool.core.device import device_of
-from dqtool.errors import UsageError
 from dqtool.graph.attention import is_attention
-from dqtool.graph.trace import LayerInfo
-from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_bits, operand_state, operands_shapes
+from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_state, operands_shapes
 from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
 from dqtool.nn.prediction import attach_prediction, prediction_shapes
 from dqtool.nn.steps import StepIndex, step_hook
 
 __all__ = [
-    "LayerPlan",
-    "assign_bits",
     "assign_tables",
     "initialise_weights",
     "insert_fake",
@@ -33,66 +28,6 @@ __all__ = [
     "state_shapes",
     "steps_of",
 ]
-
-END_BITS = 8
-"""Bits of the layers that see the model's raw input and produce its output, whatever was asked for."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """A layer and its bits. For `kind == "attention"` the bits are those of (softmax output, q·k·v)."""
-
-    info: LayerInfo
-    bits: LayerBits
-    dilated: bool = False
-
-
-def assign_bits(
-    layers: Sequence[LayerInfo],
-    bits: LayerBits,
-    keep: Iterable[tuple[str, LayerBits]] = (),
-    probs_bits: int = 8,
-    dilated: Iterable[str] = (),
-) -> list[LayerPlan]:
-    """The bits of every layer: `bits`, except the ends at 8/8 (by role) and what `keep` (pattern, bits) names.
-
-    A pattern matches a layer's full name as a regular expression; later patterns win.
-
-    Raises:
-        UsageError: a pattern that matches no layer.
-    """
-    dilated = set(dilated)
-
-    def products(activation: int) -> LayerBits:
-        return LayerBits(FLOAT_BITS if activation >= FLOAT_BITS else probs_bits, activation)
-
-    plans = {}
-    for info in layers:
-        chosen = bits
-        if info.kind == "attention":
-            chosen = products(bits.input)
-        elif info.role is not None:
-            chosen = LayerBits(max(bits.weight, END_BITS), max(bits.input, END_BITS))
-        plans[info.name] = LayerPlan(info, chosen, info.name in dilated)
-    for pattern, kept in keep:
-        matched = [name for name in plans if re.fullmatch(pattern, name)]
-        if not matched:
-            raise UsageError(
-                f"'{pattern}' matches no layer.", where="--keep", fix="`dqtool inspect` lists the names of all layers"
-            )
-        for name in matched:
-            attention = plans[name].info.kind == "attention"
-            plans[name] = replace(plans[name], bits=products(kept.input) if attention else kept)
-    # Layers that share a quantized input must agree on its bits: the finest of them wins.
-    sharing: dict[str, list[str]] = {}
-    for name, plan in plans.items():
-        if plan.info.kind != "attention":
-            sharing.setdefault(plan.info.shares or name, []).append(name)
-    for members in sharing.values():
-        finest = max(plans[name].bits.input for name in members)
-        for name in members:
-            plans[name] = replace(plans[name], bits=replace(plans[name].bits, input=finest))
-    return list(plans.values())
 
 
 def insert_fake(
@@ -106,8 +41,8 @@ def insert_fake(
     steps = _attach_steps(model, timesteps)
     for plan in plans:
         module = model.get_submodule(plan.info.name)
-        if plan.info.kind == "attention":
-            attach_operands(module, plan.bits.input, plan.bits.weight, steps)
+        if isinstance(plan.bits, AttentionBits):
+            attach_operands(module, plan.bits, steps)
             continue
         layer = fake_layer(module, plan.bits, steps)
         if plan.info.name in dilation:
@@ -132,8 +67,8 @@ def insert_packed(
     for plan in plans:
         module = model.get_submodule(plan.info.name)
         shapes = _plan_shapes(plan, timesteps)
-        if plan.info.kind == "attention":
-            attach_operands(module, plan.bits.input, plan.bits.weight, steps)
+        if isinstance(plan.bits, AttentionBits):
+            attach_operands(module, plan.bits, steps)
             for name, (shape, dtype) in shapes.items():
                 module.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
             continue
@@ -189,7 +124,7 @@ def state_shapes(
     if prediction is not None:
         shapes |= prediction_shapes(timesteps, prediction)
     for plan in plans:
-        if plan.info.kind != "attention":
+        if not isinstance(plan.bits, AttentionBits):
             for key in ("weight", "bias"):
                 shapes.pop(f"{plan.info.name}.{key}", None)
         for key, value in _plan_shapes(plan, timesteps).items():
@@ -210,13 +145,13 @@ def assign_tables(model: nn.Module, plans: Sequence[LayerPlan], tables: Mapping[
     device = device_of(model)
     for plan in plans:
         module = model.get_submodule(plan.info.name)
-        if plan.info.kind == "attention":
+        if isinstance(plan.bits, AttentionBits):
             for operand in OPERANDS:
                 key = f"{plan.info.name}.{operand}"
                 if key in tables:
                     scale, zero_point = tables[key]
                     setattr(module, f"{operand}_scale", nn.Parameter(scale.to(device, copy=True)))
-                    if has_zero_point(operand, operand_bits(operand, plan.bits.input, plan.bits.weight)):
+                    if has_zero_point(operand, plan.bits.of(operand)):
                         setattr(module, f"{operand}_zero_point", nn.Parameter(zero_point.to(device, copy=True)))
         elif plan.bits.quantizes_input:
             if plan.info.shares is not None:
@@ -246,8 +181,8 @@ def _attach_steps(model: nn.Module, timesteps: Tensor) -> StepIndex:
 
 def _plan_shapes(plan: LayerPlan, timesteps: int) -> dict[str, tuple[tuple[int, ...], str]]:
     info = plan.info
-    if info.kind == "attention":
-        return operands_shapes(plan.bits.input, plan.bits.weight, timesteps, info.heads)
+    if isinstance(plan.bits, AttentionBits):
+        return operands_shapes(plan.bits, timesteps, info.heads)
     return packed_shapes(
         info.shape, plan.bits, timesteps, info.shape[1] * info.groups if plan.dilated else 0, info.bias
     )

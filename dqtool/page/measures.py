@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.affine import lowest_code
+from dqtool.core.bits import AttentionBits, bits_from_json
 from dqtool.core.dilation import spread
 from dqtool.core.packing import unpack
 from dqtool.core.quantization_error import error_parts, histogram_error
 from dqtool.models.loading import network_of
 from dqtool.models.packed import layer_infos
-from dqtool.nn.attention import OPERANDS, operand_bits
+from dqtool.nn.attention import OPERANDS
 from dqtool.nn.statistics import collect
 from dqtool.page.results import Result
 from dqtool.training.data import Trajectory
@@ -83,10 +84,10 @@ def quantization_errors(result: Result) -> Errors:
     activations: dict[str, list[Parts]] = {}
     steps = len(known["timesteps"])
     for layer in distilled.manifest.layers:
-        name, (weight_bits, input_bits) = layer["name"], layer["bits"]
-        if layer["kind"] == "attention":
+        name, widths = layer["name"], bits_from_json(layer["kind"], layer["bits"])
+        if isinstance(widths, AttentionBits):
             for operand in OPERANDS:
-                bits = operand_bits(operand, input_bits, weight_bits)
+                bits = widths.of(operand)
                 low = lowest_code(bits, symmetric=operand != "probs")
                 default = 0 if operand == "probs" else 2 ** (bits - 1)
                 parts = _activation(packed, known, f"{name}.{operand}", f"{name}.{operand}", bits, low, default, steps)
@@ -100,9 +101,9 @@ def quantization_errors(result: Result) -> Errors:
             reference = known[f"{name}.weight"]
             if moved is not None:
                 reference = reference * spread(moved, reference, int(layer["groups"]))
-            weights[name] = _weight(packed, reference, name, weight_bits, name in producers)
+            weights[name] = _weight(packed, reference, name, widths.weight, name in producers)
         mean = 1.0 if moved is None else float(moved.log().mean().exp())
-        parts = _activation(packed, known, name, f"{name}.input", input_bits, 0, 0, steps, 1 / mean)
+        parts = _activation(packed, known, name, f"{name}.input", widths.input, 0, 0, steps, 1 / mean)
         if parts is not None:
             activations[name] = parts
     return Errors(known["timesteps"].tolist(), weights, activations)

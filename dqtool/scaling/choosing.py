@@ -15,8 +15,9 @@ from dqtool import report
 from dqtool.core.bits import LayerBits
 from dqtool.core.device import beside, main_memory
 from dqtool.core.dilation import CAP
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.graph.trace import LayerInfo
-from dqtool.nn.surgery import assign_bits
+from dqtool.nn.assignment import assign_bits
 from dqtool.scaling.groups import Groups, scaling_groups
 from dqtool.scaling.methods import Samples, ScalingInput, ScalingMethod, ScalingResult
 
@@ -124,7 +125,8 @@ def _with_samples(
     choose: Callable[[str, Samples | None], ScalingResult],
 ) -> dict[str, ScalingResult]:
     """Run the network on the sampled points and choose as each group's first layer runs, when its input is at hand."""
-    planned = {plan.info.name: plan.bits for plan in assign_bits(list(layers), bits)}
+    plans = assign_bits(list(layers), QuantizationSpec(bits))
+    planned = {plan.info.name: plan.bits for plan in plans if isinstance(plan.bits, LayerBits)}
     counts = activations.samples_per_step
     found: dict[str, ScalingResult] = {}
     with report.progress("calibrate: scaling by output error", len(groups)) as progress:

@@ -16,8 +16,9 @@ from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.loading import build_network, network_of
 from dqtool.models.packed import layer_infos
 from dqtool.models.sampling import Sampler
+from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.statistics import initial_tables
-from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake
+from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake
 from dqtool.scaling.rescaling import undilated_weights
 
 __all__ = [

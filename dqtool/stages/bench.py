@@ -10,11 +10,12 @@ import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
-from dqtool.core.bits import parse_bits
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import ArtifactError, NumericError, UsageError
 from dqtool.stages.common import Common
 from dqtool.stages.running import input_artifact
@@ -57,7 +58,7 @@ class BenchOptions:
         """
         from dqtool.bench.contenders import expand
 
-        parse_bits(self.bits)
+        _ = self.spec
         expand(self.against)
         if self.arch is not None and self.artifact is not None:
             raise UsageError("A directory and --arch were given", where="--arch", fix="Give one of them")
@@ -72,6 +73,11 @@ class BenchOptions:
                     raise UsageError(f"{value} is too small", where=option, fix="Give 1 or more")
         if not (math.isfinite(self.seconds) and self.seconds >= 0):
             raise UsageError(f"{self.seconds} is no time", where="--seconds", fix="Give a number of seconds, 0 or more")
+
+    @cached_property
+    def spec(self) -> QuantizationSpec:
+        """`bits`, parsed."""
+        return QuantizationSpec.parse(self.bits)
 
 
 def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
@@ -202,7 +208,7 @@ def _subject_artifact(options: BenchOptions, common: Common) -> Artifact:
         return input_artifact(options.artifact, ["export"], "export")
     from dqtool.bench.random_export import random_export
 
-    return open_artifact(random_export(options.arch, options.bits, common.force), ["export"])
+    return open_artifact(random_export(options.arch, options.spec, common.force), ["export"])
 
 
 def _subject(artifact: Artifact, options: BenchOptions, workspace: str, threads: int) -> Subject:

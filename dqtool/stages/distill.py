@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
-from dqtool.core.bits import FLOAT_BITS, parse_bits, parse_keep
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
-from dqtool.stages.presets import check_preset, preset_keep
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
 from dqtool.training.methods import Method, method_of, resolve
 from dqtool.training.options import EXTRAPOLATING
@@ -20,7 +20,6 @@ from dqtool.training.options import EXTRAPOLATING
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
     from dqtool.graph.trace import Trace
-    from dqtool.nn.surgery import LayerPlan
     from dqtool.training.data import Trajectory
 
 __all__ = ["DistillOptions", "corrects", "distill", "scheduler_of", "settled"]
@@ -71,14 +70,7 @@ class DistillOptions:
             UsageError: bits, `--keep` patterns, a method or a preset that don't exist, or options that contradict each
                 other.
         """
-        parse_bits(self.bits)
-        for text in self.keep:
-            parse_keep(text)
-        if self.softmax_bits not in (*range(2, 9), FLOAT_BITS):
-            raise UsageError(
-                f"{self.softmax_bits} bits are not offered", where="--softmax-bits", fix="Give 2 to 8, or 16"
-            )
-        check_preset(self.preset)
+        _ = self.spec
         method, _ = method_and_options(self)
         if self.blocks is not None and not method.by_blocks:
             raise UsageError(
@@ -95,6 +87,11 @@ class DistillOptions:
         except re.error as e:
             raise UsageError(f"'{self.blocks}' is no regular expression: {e}", where="--blocks") from e
 
+    @cached_property
+    def spec(self) -> QuantizationSpec:
+        """`bits`, `keep`, `softmax_bits` and `preset`, parsed."""
+        return QuantizationSpec.parse(self.bits, self.keep, self.softmax_bits, self.preset)
+
 
 def distill(options: DistillOptions, common: Common) -> str:
     """Make the quantized artifact; returns its path as given.
@@ -106,8 +103,6 @@ def distill(options: DistillOptions, common: Common) -> str:
     """
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     check_steps(calibrated, options.steps)
-    keep = (*preset_keep(options.preset, calibrated.manifest), *options.keep)
-    options = replace(options, keep=keep)
     calm = settled(options, str(scheduler_of(calibrated.manifest).get("_class_name")))
     if calm != options:
         report.say(
@@ -116,11 +111,12 @@ def distill(options: DistillOptions, common: Common) -> str:
         )
     options = calm
     check_samples(options.train_samples, calibrated.manifest)
-    parameters = resolved(options)
+    spec = network_spec(options, calibrated.manifest)
+    parameters = resolved(options) | spec.to_json()
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> Product:
-        return produce(calibrated, options, Workspace(options.output, key, forced=common.force))
+        return produce(calibrated, options, spec, Workspace(options.output, key, forced=common.force))
 
     execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work)
     return options.output
@@ -174,15 +170,16 @@ def resolved(options: DistillOptions) -> dict[str, Any]:
         chosen["low_memory"] = [LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
     if corrects(options):
         chosen |= {"correct_images": CORRECT_IMAGES, "correct_detail": True}
-    return chosen | {
-        "bits": options.bits,
-        "method": options.method,
-        "seed": options.seed,
-        "keep": list(options.keep),
-        "softmax_bits": options.softmax_bits,
-        "static": options.static,
-        "recipe": asdict(method_and_options(options)[1]),
-    }
+    return (
+        chosen
+        | options.spec.to_json()
+        | {
+            "method": options.method,
+            "seed": options.seed,
+            "static": options.static,
+            "recipe": asdict(method_and_options(options)[1]),
+        }
+    )
 
 
 def check_samples(wanted: int | None, manifest: Manifest) -> None:
@@ -196,7 +193,7 @@ def check_samples(wanted: int | None, manifest: Manifest) -> None:
         )
 
 
-def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace) -> Product:
+def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpec, workspace: Workspace) -> Product:
     """Initialise, train, pack."""
     import torch
 
@@ -204,13 +201,15 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     from dqtool.core.device import device_of, main_memory, peak_bytes, restart_peak
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
+    from dqtool.models.packed import layer_infos
     from dqtool.models.sampling import Sampler
     from dqtool.models.structure import graph_of
+    from dqtool.nn.assignment import assign_bits
     from dqtool.nn.surgery import packed_state
     from dqtool.scaling.folding import fold_packed
     from dqtool.scaling.learning import learn_scaling
     from dqtool.scaling.records import with_folds, with_learned_scales
-    from dqtool.stages.artifact_models import student_of, teacher_of, trace_of
+    from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of, trace_of
     from dqtool.training.data import Problem, Trajectory
     from dqtool.training.prediction import correct_predictions
 
@@ -223,7 +222,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     level = resident()
     tensors = calibrated.tensors()
     start = time.perf_counter()
-    plans = layer_plans(manifest, tensors, options)
+    plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])
     student = student_of(manifest, tensors, plans, options.static)
     shifts = learn_scaling(manifest, student)
     report.say(
@@ -268,7 +267,7 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     learned = {name: value for name, value in state.items() if name.endswith(".dilation")}
     folded = fold_packed(manifest, state)
     layers = [
-        record | {"bits": [plan.bits.weight, plan.bits.input], "dilated": plan.dilated and plan.info.name not in folded}
+        record | {"bits": plan.bits.to_json(), "dilated": plan.dilated and plan.info.name not in folded}
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
     layers = with_folds(with_learned_scales(layers, tensors, learned), folded)
@@ -286,18 +285,15 @@ def produce(calibrated: Artifact, options: DistillOptions, workspace: Workspace)
     )
 
 
-def layer_plans(manifest: Manifest, tensors: Collection[str], options: DistillOptions) -> list[LayerPlan]:
-    """Return the bits of every layer of a calibrated artifact that holds these `tensors`."""
+def network_spec(options: DistillOptions, calibrated: Manifest) -> QuantizationSpec:
+    """Return the bits that were asked for, with the layers that the preset leaves in float in this artifact's network."""
+    if options.spec.preset == "standard":
+        return options.spec  # without importing torch: the artifact may be cached
     from dqtool.models.packed import layer_infos
-    from dqtool.nn.surgery import assign_bits
+    from dqtool.models.structure import graph_of
+    from dqtool.nn.assignment import apply_preset
 
-    return assign_bits(
-        layer_infos(manifest.layers),
-        parse_bits(options.bits),
-        [parse_keep(text) for text in options.keep],
-        options.softmax_bits,
-        dilated={name.removesuffix(".dilation") for name in tensors if name.endswith(".dilation")},
-    )
+    return apply_preset(options.spec, layer_infos(calibrated.layers), lambda: graph_of(calibrated).roles)
 
 
 def training_points(trajectory: Trajectory, options: DistillOptions) -> Trajectory:

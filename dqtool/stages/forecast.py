@@ -5,9 +5,11 @@ The network is built and run on shapes (the `meta` device), so a forecast of Sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
+
+from dqtool.core.quantization import QuantizationSpec
 
 __all__ = ["forecast"]
 
@@ -15,12 +17,9 @@ __all__ = ["forecast"]
 def forecast(
     class_name: str,
     config: Mapping[str, Any],
-    bits: str,
+    spec: QuantizationSpec,
     steps: int,
-    keep: Sequence[str] = (),
-    softmax_bits: int = 8,
     dilated: bool = True,
-    preset: str = "standard",
     corrected: bool = False,
 ) -> dict[str, Any]:
     """Counts of the network that `distill --bits W/A` and `export` would make, with tables for `steps` steps; `corrected`: of
@@ -31,18 +30,17 @@ def forecast(
 
     Raises:
         ArtifactError: no family serves the class, or diffusers refuses the config.
-        UsageError: bits or `keep` patterns that don't exist.
+        UsageError: a `--keep` pattern matches no layer.
     """
     import torch
 
-    from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.core.cost import bops, file_bytes
     from dqtool.formats.shapes import swapped
     from dqtool.graph.repeats import tie_repeats
     from dqtool.models.families import family_of
+    from dqtool.nn.assignment import apply_preset, assign_bits
     from dqtool.nn.prediction import row_shapes
-    from dqtool.nn.surgery import assign_bits, state_shapes
-    from dqtool.stages.presets import kept_layers
+    from dqtool.nn.surgery import state_shapes
 
     family = family_of(class_name, "model config, key _class_name")
     with torch.device("meta"):
@@ -52,22 +50,18 @@ def forecast(
     tie_repeats(network, names, family.repeats(config))
     graph = family.graph(network, config)
     layers = graph.trace.layers
-    if preset != "standard":
-        keep = (*kept_layers(layers, graph.roles), *keep)
+    spec = apply_preset(spec, layers, lambda: graph.roles)
     scaled = [info.name for info in layers if info.kind != "attention"] if dilated else []
-    plans = assign_bits(layers, parse_bits(bits), [parse_keep(text) for text in keep], softmax_bits, dilated=scaled)
+    plans = assign_bits(layers, spec, scaled)
     shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in network.state_dict().items()}
     tables = row_shapes(family.prediction_row(config)) if corrected else None
-    rows = [
-        {"name": p.info.name, "shape": p.info.shape, "bits": [p.bits.weight, p.bits.input], "macs": p.info.macs}
-        for p in plans
-    ]
+    rows = [plan.summary() for plan in plans]
     return {
         "network": class_name,
         "parameters": sum(prod(shape) for shape, _ in shapes.values()),
         "bytes": file_bytes(swapped(state_shapes(shapes, plans, steps, tables))),
         "bytes_float32": file_bytes(swapped(shapes)),
-        "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
+        "bops": bops(rows),
         "bops_float32": bops({"macs": info.macs, "bits": None} for info in layers),
         "macs": sum(info.macs for info in layers),
         "layers": rows,

@@ -90,11 +90,8 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
     return forecast(
         source.class_name,
         config,
-        options.bits,
+        options.spec,
         steps,
-        options.keep,
-        options.softmax_bits,
-        preset=options.preset,
         corrected=corrects(options),
     )
 
@@ -148,34 +145,26 @@ def _calibrate(execution: Execution, _: Any) -> Work:
 
 
 def _distill(execution: Execution, options: Any) -> Work:
-    from dqtool.core.bits import parse_bits, parse_keep
     from dqtool.models.packed import layer_infos
-    from dqtool.nn.surgery import assign_bits
+    from dqtool.nn.assignment import assign_bits
     from dqtool.scaling.folding import pending_folds
     from dqtool.scaling.records import dilated_layers
-    from dqtool.stages.distill import corrects, method_and_options, scheduler_of, settled
+    from dqtool.stages.distill import corrects, method_and_options, network_spec, scheduler_of, settled
 
     calibrated = read_manifest(execution.inputs[0]["name"])
     options = settled(options, str(scheduler_of(calibrated).get("_class_name")))
     given = execution.parameters
     folded = {name for found in pending_folds(calibrated) for name in found.layers}
     dilated = dilated_layers(calibrated) - folded
-    keep = [parse_keep(text) for text in given["keep"]]
-    plans = assign_bits(
-        layer_infos(calibrated.layers), parse_bits(given["bits"]), keep, given["softmax_bits"], dilated=dilated
-    )
+    plans = assign_bits(layer_infos(calibrated.layers), network_spec(options, calibrated), dilated)
     steps = 1 if given["static"] else _timesteps(execution.inputs[0]["name"])
     blocks = len(calibrated.metrics["blocks"])
     method, recipe = method_and_options(options)
-    layers = [
-        {"name": p.info.name, "shape": p.info.shape, "bits": [p.bits.weight, p.bits.input], "macs": p.info.macs}
-        for p in plans
-    ]
     return {
         "blocks": blocks,
         "iterations": method.work(recipe, blocks),
         **_size(calibrated, plans, steps, _prediction_rows(calibrated) if corrects(options) else {}),
-        "layers": layers,
+        "layers": [plan.summary() for plan in plans],
     }
 
 
@@ -252,7 +241,7 @@ def _size(
     return {
         "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, prediction))),
         "bytes_float32": file_bytes(swapped(shapes)),
-        "bops": bops({"kind": p.info.kind, "macs": p.info.macs, "bits": [p.bits.weight, p.bits.input]} for p in plans),
+        "bops": bops(plan.summary() for plan in plans),
         "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
     }
 

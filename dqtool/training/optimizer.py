@@ -15,7 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dqtool.nn.attention import OPERANDS, operand_bits
+from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.options import Rates
 
@@ -245,6 +245,5 @@ def _zero_limits(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
         for operand in OPERANDS:
             zero_point = getattr(layer, f"{operand}_zero_point", None)
             if isinstance(zero_point, nn.Parameter):
-                processor = layer.processor
-                limits[zero_point] = 2 ** operand_bits(operand, processor.bits, processor.probs_bits) - 1  # type: ignore
+                limits[zero_point] = 2 ** layer.processor.bits.of(operand) - 1  # type: ignore
     return list(limits.items())

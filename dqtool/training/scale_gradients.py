@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import levels
-from dqtool.nn.attention import operand_bits
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.data import Problem
 
@@ -42,8 +41,7 @@ def scaled_gradients(problem: Problem) -> Iterator[None]:
                 scale = getattr(module, f"{name}_scale", None)
                 if isinstance(scale, nn.Parameter):
                     count = values[name] // info.heads if name in values else queries * keys
-                    processor = module.processor
-                    bits = operand_bits(name, processor.bits, processor.probs_bits)  # type: ignore[union-attr,arg-type]
+                    bits = module.processor.bits.of(name)  # type: ignore[union-attr,operator]
                     counts[scale] = gradient_scale(count, bits)
 
     def times(factor: float) -> object:

@@ -11,6 +11,7 @@ from helpers import NETWORK, SCHEDULER
 import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.bench.random_export import random_export
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.models import architectures
 from dqtool.models.architectures import Architecture
@@ -35,7 +36,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Architecture:
 
 @pytest.mark.parametrize("bits", ["4/4", "8/8"])
 def test_the_export_runs_and_is_cached(tiny: Architecture, bits: str):
-    path = random_export("tiny", bits)
+    path = random_export("tiny", QuantizationSpec.parse(bits))
     artifact = open_artifact(path, ["export"])
     layers = {layer["name"]: layer for layer in artifact.manifest.layers}
     assert layers["conv_in"]["bits"] == [8, 8]
@@ -47,10 +48,10 @@ def test_the_export_runs_and_is_cached(tiny: Architecture, bits: str):
         output = network(torch.randn(2, 1, 8, 8), network.timesteps[1], return_dict=False)[0]
     assert output.isfinite().all()
     stamp = (Path(path) / "dqtool.json").stat().st_mtime_ns
-    assert random_export("tiny", bits) == path
+    assert random_export("tiny", QuantizationSpec.parse(bits)) == path
     assert (Path(path) / "dqtool.json").stat().st_mtime_ns == stamp
 
 
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(UsageError, match="ddpm-cifar10"):
-        random_export("unknown", "4/4")
+        random_export("unknown", QuantizationSpec.parse("4/4"))

@@ -13,12 +13,14 @@ import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.core.bits import LayerBits
 from dqtool.core.detail import detail
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
+from dqtool.nn.assignment import assign_bits
 from dqtool.nn.prediction import attach_prediction, row_shapes
 from dqtool.nn.steps import StepIndex
-from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
+from dqtool.nn.surgery import insert_fake, steps_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -129,7 +131,7 @@ def test_attention_on_float_operands_is_that_of_diffusers(name: str) -> None:
     with torch.no_grad():
         expected = network(**example, return_dict=False)[0]
         traced = family.graph(network, config).trace
-        insert_fake(network, assign_bits(traced.layers, LayerBits(16, 16)), torch.arange(3.0), {})
+        insert_fake(network, assign_bits(traced.layers, QuantizationSpec(LayerBits(16, 16))), torch.arange(3.0), {})
         found = network(**example, return_dict=False)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -146,7 +148,7 @@ def test_every_call_of_every_sampler_finds_its_own_step(name: str) -> None:
         sampler = Sampler(family, scheduler, 4, guidance=2.0, tokens=family.tokens(config))
         quantized = build(name)
         timesteps = sampler.timesteps()
-        insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
+        insert_fake(quantized, assign_bits(traced.layers, QuantizationSpec(LayerBits(16, 16))), timesteps, {})
         asked, used = [], []
 
         def see(

@@ -174,16 +174,18 @@ def test_partial_schedules_index_right(tmp_path: Path) -> None:
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
     from dqtool.core.bits import LayerBits
+    from dqtool.core.quantization import QuantizationSpec
     from dqtool.models.families import FAMILIES
     from dqtool.models.sampling import Sampler
-    from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
+    from dqtool.nn.assignment import assign_bits
+    from dqtool.nn.surgery import insert_fake, steps_of
 
     source = resolve_model(str(text_pipeline("sd", tmp_path / "model")))
     base = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     family = FAMILIES["UNet2DConditionModel"]
     traced = family.graph(base.unet, source.config).trace
     timesteps = Sampler(family, base.scheduler, 8).timesteps()
-    insert_fake(base.unet, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
+    insert_fake(base.unet, assign_bits(traced.layers, QuantizationSpec(LayerBits(16, 16))), timesteps, {})
     pipeline = StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     used: list[float] = []

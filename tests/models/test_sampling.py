@@ -9,10 +9,12 @@ from helpers import NETWORK
 from torch import nn
 
 from dqtool.core.bits import LayerBits
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.models.families import FAMILIES
 from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
-from dqtool.nn.surgery import assign_bits, insert_fake, steps_of
+from dqtool.nn.assignment import assign_bits
+from dqtool.nn.surgery import insert_fake, steps_of
 
 FAMILY = FAMILIES["UNet2DModel"]
 SCHEDULE = {
@@ -37,7 +39,7 @@ def test_every_call_of_every_sampler_finds_its_own_entry(model: nn.Module, name:
     timesteps = sampler.timesteps()
     traced = FAMILY.graph(model, model.config).trace
     quantized = UNet2DModel(**NETWORK).eval()
-    insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
+    insert_fake(quantized, assign_bits(traced.layers, QuantizationSpec(LayerBits(16, 16))), timesteps, {})
     asked: list[float] = []
     used: list[float] = []
 
@@ -105,7 +107,7 @@ def test_another_sampler_than_calibrated_takes_the_nearest_steps_and_warns(model
     timesteps = Sampler(FAMILY, make_sampler(SCHEDULE, "ddim"), 5).timesteps()
     traced = FAMILY.graph(model, model.config).trace
     quantized = UNet2DModel(**NETWORK).eval()
-    insert_fake(quantized, assign_bits(traced.layers, LayerBits(16, 16)), timesteps, {})
+    insert_fake(quantized, assign_bits(traced.layers, QuantizationSpec(LayerBits(16, 16))), timesteps, {})
     other = Sampler(FAMILY, make_sampler({**SCHEDULE, "timestep_spacing": "linspace"}, "euler"), 5)
     with pytest.warns(DqtoolWarning, match="not among the 5 calibrated"):
         other.run(quantized, initial_noise((1, 8, 8), range(2), 0), {})

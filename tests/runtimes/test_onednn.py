@@ -14,7 +14,7 @@ from helpers import tiny_pipeline
 from torch import Tensor, nn
 
 from dqtool import load
-from dqtool.core.bits import LayerBits
+from dqtool.core.bits import AttentionBits, LayerBits
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import IntegerLayer, Operand, accumulate, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
@@ -352,7 +352,7 @@ def test_attention_products_on_integers(bits: int, probs: int, queries: int, key
     heads = 2
     attn = nn.Module()
     attn.heads, attn.scale = heads, dim**-0.5
-    processor = QuantAttnProcessor(bits, probs, StepIndex(torch.tensor([0.0])))
+    processor = QuantAttnProcessor(AttentionBits(bits, probs), StepIndex(torch.tensor([0.0])))
     attn.processor = processor
     for name in ("q", "k", "v"):
         attn.register_buffer(f"{name}_scale", torch.rand(1, heads) * 0.1 + 6 / 2**bits)
@@ -455,7 +455,7 @@ def quantized(root: nn.Module) -> nn.Module:
                 module.register_buffer(f"{operand}_scale", torch.full((1, 2), 4 / 63))
                 module.register_buffer(f"{operand}_zero_point", torch.full((1, 2), 32, dtype=torch.uint8))
             module.register_buffer("probs_scale", torch.full((1, 2), 1 / 255))
-            module.set_processor(QuantAttnProcessor(6, 8, steps))
+            module.set_processor(QuantAttnProcessor(AttentionBits(6, 8), steps))
         elif is_quantizable(module) and "emb" not in name:
             fake = fake_layer(module, bits, steps)
             fake.weight_scale, fake.weight_zero_point = map(nn.Parameter, search_weight(module.weight, 6, False))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dqtool.core.bits import LayerBits
 from dqtool.graph.recording import record
 from dqtool.graph.trace import LayerInfo
-from dqtool.nn.surgery import LayerPlan, assign_tables, initialise_weights, insert_fake, packed_state
+from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake, packed_state
 from dqtool.scaling.folding import find_shifts, fold_scale, subtract_shift
 from dqtool.scaling.learning import attach, merge_learned
 from dqtool.training.optimizer import QuantAdam

@@ -9,10 +9,11 @@ import torch
 
 import dqtool
 from dqtool.artifacts import open_artifact
-from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.core.cost import bops_ratio, file_bytes
+from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.families import FAMILIES
-from dqtool.nn.surgery import assign_bits, quant_layers, state_shapes
+from dqtool.nn.assignment import assign_bits
+from dqtool.nn.surgery import quant_layers, state_shapes
 from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export, network_shapes, swapped
@@ -53,14 +54,12 @@ def test_cifar10_architecture_is_an_eighth_at_four_bits() -> None:
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(35.75e6, rel=0.001)
     traced = family.graph(network, network.config).trace
     names = [info.name for info in traced.layers if info.kind != "attention"]
-    plans = assign_bits(traced.layers, parse_bits("4/4"), dilated=names)
+    plans = assign_bits(traced.layers, QuantizationSpec.parse("4/4"), dilated=names)
     shapes = network_shapes(family, CIFAR10)
     full, packed = file_bytes(swapped(shapes)), file_bytes(swapped(state_shapes(shapes, plans, 100)))
     assert full / packed >= 7.5
-    six = assign_bits(traced.layers, LayerBits(6, 6))
-    records = [
-        {"kind": plan.info.kind, "macs": plan.info.macs, "bits": [plan.bits.weight, plan.bits.input]} for plan in six
-    ]
+    six = assign_bits(traced.layers, QuantizationSpec.parse("6/6"))
+    records = [plan.summary() for plan in six]
     assert 26 < bops_ratio(records) < 28.5
 
 

@@ -17,10 +17,10 @@ from helpers import refused
 from safetensors.torch import load_file, save_file
 
 from dqtool.artifacts import open_artifact
-from dqtool.core.bits import LayerBits
 from dqtool.errors import UsageError
 from dqtool.models.packed import packed_network
-from dqtool.nn.surgery import LayerPlan, packed_state, quant_layers
+from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.surgery import packed_state, quant_layers
 from dqtool.stages.distill import DistillOptions, distill, resolved
 from dqtool.stages.running import Common
 from dqtool.training.data import Problem
@@ -95,7 +95,7 @@ def plans_of(problem: Problem) -> list[LayerPlan]:
     for info in problem.trace.layers:
         module = problem.student.get_submodule(info.name)
         if info.kind == "attention":
-            plans.append(LayerPlan(info, LayerBits(module.processor.probs_bits, module.processor.bits)))
+            plans.append(LayerPlan(info, module.processor.bits))
         else:
             plans.append(LayerPlan(info, module.bits, module.dilation is not None))
     return plans

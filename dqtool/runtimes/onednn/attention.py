@@ -48,7 +48,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         if like is None or clock is None:
             super().__init__()
             return
-        super().__init__(like.bits, like.probs_bits, like.steps, like.layout)
+        super().__init__(like.bits, like.steps, like.layout)
         self.products, self.clock = products, clock
         self.compiled = library.get() is not None
         self._steps: tuple[float, Tensor, Tensor, Tensor] | None = None
