@@ -11,9 +11,7 @@ from typing import Any
 from dqtool.errors import UsageError
 from dqtool.yamltree import compose, convert, entries, listed, nearest, read_text, text_of
 
-__all__ = ["STAGE_ORDER", "Recipe", "load_recipe"]
-
-STAGE_ORDER = ("dilate", "calibrate", "distill", "export", "eval")
+__all__ = ["Recipe", "load_recipe"]
 
 _TOP_LEVEL = ("model", "stages", "title", "description")
 
@@ -35,7 +33,7 @@ class Recipe:
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options: Options) -> Recipe:
     """Read a recipe and apply `--set` overrides (`stage.option=value` or `model=value`, the value read as YAML).
 
-    `options` says, per stage, the type of each long option: str, int, float, bool, or list for one that may be
+    `options` says, per stage in their order, the type of each long option: str, int, float, bool, or list for one that may be
     repeated; any other type is passed on as text. Raises `EnvironmentFault` when there is no such file; `UsageError`
     with the line and the nearest valid name for everything a recipe does not know: syntax, keys, stages out of order
     or twice, options, and values of another type.
@@ -48,7 +46,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options:
     if "stages" in top:
         _, node = top["stages"]
         for stage, (stage_line, stage_node) in entries(node, given, tuple(options), "stage").items():
-            _check_order(stage, list(stages), f"{given}:{stage_line}")
+            _check_order(stage, list(stages), tuple(options), f"{given}:{stage_line}")
             stages[stage] = {
                 option: convert(value, options[stage][option], f"{given}:{value_line}", option)
                 for option, (value_line, value) in entries(
@@ -64,7 +62,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options:
             fix="Name one with --set model=MODEL, or add a line such as `model: zoo:digits-ddpm`",
         )
     if not stages:
-        raise UsageError("The recipe names no stages", where=given, fix=f"Add `stages:` with {listed(STAGE_ORDER)}")
+        raise UsageError("The recipe names no stages", where=given, fix=f"Add `stages:` with {listed(tuple(options))}")
     return Recipe(
         model=texts["model"],
         stages=list(stages.items()),
@@ -75,13 +73,11 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options:
     )
 
 
-def _check_order(stage: str, before: Sequence[str], where: str) -> None:
-    if stage not in STAGE_ORDER:
-        return
+def _check_order(stage: str, before: Sequence[str], order: Sequence[str], where: str) -> None:
     for earlier in before:
-        if earlier in STAGE_ORDER and STAGE_ORDER.index(earlier) > STAGE_ORDER.index(stage):
+        if order.index(earlier) > order.index(stage):
             raise UsageError(
-                f"The stage {stage} can not follow {earlier}", where=where, fix=f"The order is {listed(STAGE_ORDER)}"
+                f"The stage {stage} can not follow {earlier}", where=where, fix=f"The order is {listed(order)}"
             )
 
 

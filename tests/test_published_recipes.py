@@ -11,10 +11,10 @@ import pytest
 from dqtool.artifacts.header import file_header
 from dqtool.errors import UsageError
 from dqtool.models.architectures import ARCHITECTURES
-from dqtool.recipe import STAGE_ORDER, load_recipe
+from dqtool.recipe import load_recipe
 from dqtool.stages.common import Common
 from dqtool.stages.plan import plan_recipe
-from dqtool.stages.registry import option_types
+from dqtool.stages.registry import chained_stages, option_types
 from dqtool.stages.run import steps_of_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "published").glob("*.yaml"))
@@ -35,10 +35,10 @@ def test_every_published_model_has_its_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_options_are_known_and_a_model_is_asked_for(path: Path) -> None:
     with pytest.raises(UsageError, match="names no model") as caught:
-        load_recipe(path, [], {name: option_types(name) for name in STAGE_ORDER})
+        load_recipe(path, [], {name: option_types(name) for name in chained_stages()})
     assert "--set model=" in str(caught.value)
     _, steps = steps_of_recipe(str(path), ["model=somewhere"])
-    assert [name for name, _ in steps] == list(STAGE_ORDER)
+    assert [name for name, _ in steps] == list(chained_stages())
     bits = path.stem.rsplit("-", 1)[1]
     assert dict(steps)["distill"]["bits"] == f"{bits[1]}/{bits[3]}"
     assert dict(steps)["calibrate"]["samples"] >= dict(steps)["calibrate"]["steps"]

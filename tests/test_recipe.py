@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from dqtool.artifacts import STAGES
 from dqtool.errors import EnvironmentFault, UsageError
-from dqtool.recipe import STAGE_ORDER, Recipe, load_recipe
+from dqtool.recipe import Recipe, load_recipe
+from dqtool.stages.registry import chained_stages
 
 OPTIONS: dict[str, dict[str, type]] = {
     "dilate": {"scaling": str, "fold": bool},
@@ -199,4 +201,4 @@ def test_missing_file_is_the_environment_and_no_text_is_no_recipe(tmp_path: Path
 
 
 def test_the_order_is_that_of_the_commands():
-    assert STAGE_ORDER == ("dilate", "calibrate", "distill", "export", "eval")
+    assert chained_stages() == ("dilate", "calibrate", "distill", "export", "eval") == STAGES

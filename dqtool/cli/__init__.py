@@ -1,6 +1,6 @@
 """The command line: what can be typed. Each command parses, calls a stage and prints one line.
 
-A command is a file here. Nothing heavy is imported, so that `dqtool --help` answers at once; the stages import torch when
+The stages' commands are derived from what they declare; any other command is a file here. Nothing heavy is imported, so that `dqtool --help` answers at once; the stages import torch when
 there is work.
 """
 
@@ -19,8 +19,8 @@ from dqtool.errors import UsageError
 
 __all__ = ["COMMON", "app", "invoke"]
 
-ORDER = ("dilate", "calibrate", "distill", "export", "eval", "sample", "stats", "run", "inspect", "bench", "report")
-"""The commands' files in the order of `dqtool --help`; others come after them."""
+ORDER = ("stages", "run", "inspect", "bench", "report")
+"""The commands' files in the order of `dqtool --help`; others come after them. `stages` holds those of all stages."""
 
 
 def _position(name: str) -> tuple[int, str]:

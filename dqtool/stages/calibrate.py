@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.manifest import canonical_json
-from dqtool.core.bits import parse_bits
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.given_conditions import ConditionSource
-from dqtool.models.schedulers import SchedulerChoices
 from dqtool.models.schedules import finite_config
+from dqtool.stages.options.calibrate import AUTO, KEEP, STRATIFIED, CalibrateOptions, schedule_of
 from dqtool.stages.running import Common, Product, execute, input_artifact
 
 if TYPE_CHECKING:
@@ -34,55 +33,10 @@ CODE_VERSION = 1
 RANGE = ".channel_range"
 STATISTICS_SAMPLES = 64
 """Samples of a step that its histograms are made of: each brings thousands of values per layer, more change nothing."""
-STRATIFIED = "stratified"
-
-KEEP, AUTO = "keep", "auto"
-WITHOUT_IMPORTS = (KEEP, AUTO, "none")
-"""Values of `--scaling` that are accepted without importing torch."""
-
 SCALING_VERSIONS = {AUTO: 2}
 """Methods whose results have changed: artifacts of an older version are made again."""
 SCALING_STEPS, SCALING_POINTS = 8, 2
 """Denoising steps, and trajectory points of each, whose layer inputs are seen by scalings that compare outputs."""
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """Options of `dqtool calibrate`. `samples` counts (x_t, t) pairs, `draw` says how many of them are of which step."""
-
-    artifact: str | None = None
-    output: str = "calibrated.safetensors"
-    steps: int = 20
-    sampler: str | None = None
-    samples: int = 5120
-    seed: int = 0
-    eta: float = 0.0
-    guidance: float | None = None
-    prompts: str | None = None
-    batch_size: int = 64
-    draw: str = STRATIFIED
-    conditions: str | None = None
-    pipeline: str | None = None
-    random_conditions: bool = False
-    scaling: str = AUTO
-    bits: str = "4/4"
-    spacing: str | None = None
-    timesteps: str | None = None
-    clip: bool | None = None
-    variance: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise `UsageError` for a draw, scaling, bits, spacing or variance that does not exist, or a list that is none."""
-        parse_bits(self.bits)
-        schedule_of(self)
-        if self.scaling not in WITHOUT_IMPORTS:
-            from dqtool.scaling.methods import check_activation_method
-
-            check_activation_method(self.scaling)
-        if self.draw != STRATIFIED:  # the usual one is there without torch
-            from dqtool.core.draws import draw_method
-
-            draw_method(self.draw)
 
 
 def calibrate(options: CalibrateOptions, common: Common) -> str:
@@ -115,23 +69,6 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         lambda _key: produce(dilated, options, prompts),
     )
     return options.output
-
-
-def schedule_of(options: CalibrateOptions) -> SchedulerChoices:
-    """Return what the options say of the scheduler's timesteps, clipping and variance.
-
-    Raises:
-        UsageError: a spacing or variance that does not exist, or a list that is none.
-    """
-    listed = None
-    if options.timesteps is not None:
-        try:
-            listed = tuple(float(part) for part in options.timesteps.split(","))
-        except ValueError as e:
-            raise UsageError(
-                f"'{options.timesteps}' is no list of timesteps", where="--timesteps", fix="Example: 999,749,499,249"
-            ) from e
-    return SchedulerChoices(options.spacing, listed, options.clip, options.variance)
 
 
 def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:
@@ -276,7 +213,7 @@ def rescaled_by(
         ranges = {name.removesuffix(RANGE): span for name, span in found.items()}
     index, counts = points.few_of_each_step(SCALING_STEPS, SCALING_POINTS)
     activations = Activations(ranges, lambda: family.predict(network, *points.arguments(index)), counts)
-    return rescale_network(manifest, tensors, network, method, parse_bits(options.bits), activations)
+    return rescale_network(manifest, tensors, network, method, options.layer_bits, activations)
 
 
 def check_variance(scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> None:

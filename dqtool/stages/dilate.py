@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Written, check_writable, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
-from dqtool.models.sources import ModelSource, resolve_model
-from dqtool.models.told import Told
+from dqtool.models.sources import ModelSource
+from dqtool.stages.options.dilate import DilateOptions
 from dqtool.stages.running import Common, Product, execute
 
 if TYPE_CHECKING:
@@ -21,61 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["DilateOptions", "dilate"]
 
 CODE_VERSION = 1
-
-WITHOUT_IMPORTS = ("wd", "none")
-"""Values of `--scaling` that are accepted without importing torch."""
-
-
-@dataclass(frozen=True)
-class DilateOptions:
-    """Options of `dqtool dilate`. `stats` and `bits` now belong to `calibrate`: giving them is an error that says so."""
-
-    model: str
-    output: str = "dilated.safetensors"
-    config: str | None = None
-    scaling: str = "wd"
-    cap: float = 64.0
-    threshold: float = 1.0
-    fold: bool = False
-    family: str | None = None
-    example: str | None = None
-    components: str | None = None
-    lora: tuple[str, ...] = ()
-    prediction_type: str | None = None
-    scheduler: str | None = None
-    tokenizer: str | None = None
-    pipeline: str | None = None
-    time_scale: float | None = None
-    variant: str | None = None
-    stats: str | None = None
-    bits: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise `UsageError` for a scaling that looks at activations, and for options that `calibrate` has now."""
-        if self.scaling not in WITHOUT_IMPORTS:
-            from dqtool.scaling.methods import check_weight_method
-
-            check_weight_method(self.scaling)
-        if self.stats is not None:
-            raise UsageError(
-                "dilate reads weights alone and takes no statistics",
-                where="--stats",
-                fix="Leave it out; scaling by activations is `dqtool calibrate --scaling NAME`",
-            )
-        if self.bits is not None:
-            raise UsageError(
-                "dilate reads weights alone, and its factors depend on no bits",
-                where="--bits",
-                fix="Give it to the stage that compares outputs: `dqtool calibrate --bits W/A`",
-            )
-
-    def told(self) -> Told:
-        """What the user says of the model beyond its files."""
-        return Told(self.prediction_type, self.scheduler, self.tokenizer, self.pipeline, self.variant)
-
-    def source(self) -> ModelSource:
-        """The model that is meant. Raises what `resolve_model` raises."""
-        return resolve_model(self.model, self.config, self.components, self.lora, self.told())
 
 
 def dilate(options: DilateOptions, common: Common) -> str:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
+from dqtool.stages.options.distill import DistillOptions, corrects, method_and_options, settled
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
-from dqtool.training.methods import Method, method_of, resolve
-from dqtool.training.options import EXTRAPOLATING
 
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
@@ -32,65 +30,6 @@ CORRECT_IMAGES = 64
 LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
 """With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
 network learns or samples."""
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """Options of `dqtool distill`. `iters` per block, or of the network where a method trains it whole; `refine_iters` for
-    the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on.
-    `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result.
-    `low_memory`: all of them go there, and few samples run together. `correct_noise`: whether predictions are corrected at
-    each step; None: where the method says so and something was trained. `strict`: a training that diverges is an error; otherwise
-    its block stays as calibrated, and the manifest's metric `warnings` says so. See also `settled`."""
-
-    artifact: str | None = None
-    output: str = "distilled.safetensors"
-    bits: str = "4/4"
-    steps: int | None = None
-    iters: int | None = None
-    refine_iters: int | None = None
-    method: str = "bkd"
-    seed: int = 0
-    keep: tuple[str, ...] = ()
-    softmax_bits: int = 8
-    static: bool = False
-    batch_size: int | None = None
-    blocks: str | None = None
-    preset: str = "standard"
-    train_samples: int | None = None
-    cache_memory: int = 6144
-    low_memory: bool = False
-    correct_noise: bool | None = None
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse, before anything runs, what no artifact could make right.
-
-        Raises:
-            UsageError: bits, `--keep` patterns, a method or a preset that don't exist, or options that contradict each
-                other.
-        """
-        _ = self.spec
-        method, _ = method_and_options(self)
-        if self.blocks is not None and not method.by_blocks:
-            raise UsageError(
-                f"--method {method.name} trains the network as a whole", where="--blocks", fix="Leave it out"
-            )
-        if self.correct_noise and self.static:
-            raise UsageError(
-                "--static leaves one quantizer for all steps, and the correction is one of each step",
-                where="--correct-noise",
-                fix="Leave one of the two out",
-            )
-        try:
-            re.compile(self.blocks or "")
-        except re.error as e:
-            raise UsageError(f"'{self.blocks}' is no regular expression: {e}", where="--blocks") from e
-
-    @cached_property
-    def spec(self) -> QuantizationSpec:
-        """`bits`, `keep`, `softmax_bits` and `preset`, parsed."""
-        return QuantizationSpec.parse(self.bits, self.keep, self.softmax_bits, self.preset)
 
 
 def distill(options: DistillOptions, common: Common) -> str:
@@ -125,38 +64,6 @@ def distill(options: DistillOptions, common: Common) -> str:
 def scheduler_of(calibrated: Manifest) -> Mapping[str, Any]:
     """Config of the scheduler that a model was calibrated with."""
     return ((calibrated.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
-
-
-def settled(options: DistillOptions, scheduler: str) -> DistillOptions:
-    """With the defaults that hold for a scheduler of this class: where it is `EXTRAPOLATING`, our methods leave out the second
-    pass and don't correct predictions, unless they were asked to."""
-    method = method_of(options.method)
-    if scheduler not in EXTRAPOLATING or not method.corrects:
-        return options
-    passes = options.refine_iters
-    if passes is None and any(field.name == "refine_iters" for field in fields(method.options)):
-        passes = 0
-    return replace(options, refine_iters=passes, correct_noise=bool(options.correct_noise))
-
-
-def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
-    """The training method and its options, with defaults filled in.
-
-    Raises:
-        UsageError: there is no such method, or something was given that it has no use for.
-    """
-    method = method_of(options.method)
-    given = {"iters": options.iters, "refine_iters": options.refine_iters, "batch_size": options.batch_size}
-    return method, resolve(method, given)
-
-
-def corrects(options: DistillOptions) -> bool:
-    """Whether the network's predictions will be corrected at each step. Of options that are `settled`."""
-    if options.correct_noise is not None:
-        return options.correct_noise
-    method, recipe = method_and_options(options)
-    trains = any(getattr(recipe, name, 0) for name in ("iters", "refine_iters"))
-    return method.corrects and trains and not options.static
 
 
 def resolved(options: DistillOptions) -> dict[str, Any]:

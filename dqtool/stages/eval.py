@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
@@ -18,6 +17,7 @@ from dqtool.stages.eval_reference import ExportedReference, Reference, find_refe
 from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
+from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
 from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact, sampling_of
 
 if TYPE_CHECKING:
@@ -28,47 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["EvalOptions", "evaluate"]
 
 CODE_VERSION = 2
-NETWORK_METRICS = ("layers", "cost")
-"""Metrics of the network in place of its images: error per layer; size and bit operations."""
-DEFAULT_METRICS = ("digits", "similarity", *NETWORK_METRICS)
-"""Metrics that need no file. The others join when the files they need are given."""
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """Options of `dqtool eval`. `samples` counts images; `reference` defaults to the model the artifact was made from;
-    an exported directory stands for its samples in the `simulate` runtime."""
-
-    artifact: str | None = None
-    output: str = "eval.json"
-    reference: str | None = None
-    metrics: tuple[str, ...] | None = None
-    samples: int = 1024
-    seed: int = 0
-    steps: int | None = None
-    sampler: str | None = None
-    guidance: float | None = None
-    prompts: str | None = None
-    batch_size: int = 128
-    runtime: str = "simulate"
-    grid: str | None = None
-    inception_weights: str | None = None
-    ref_stats: str | None = None
-    clip: str | None = None
-    aesthetic_weights: str | None = None
-    image_size: int | None = None
-    save_samples: str | None = None
-    correct_noise: bool = False
-    conditions: str | None = None
-    pipeline: str | None = None
-    random_conditions: bool = False
-
-    def __post_init__(self) -> None:
-        """Raise `UsageError` for an unknown metric."""
-        for metric in self.metrics or ():
-            if metric not in METRICS and metric not in NETWORK_METRICS:
-                known = ", ".join(dict.fromkeys((*DEFAULT_METRICS, *METRICS)))
-                raise UsageError(f"unknown metric '{metric}'", where="--metrics", fix=f"Choose from {known}")
 
 
 def evaluate(options: EvalOptions, common: Common) -> str:

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact
-from dqtool.errors import UsageError
 from dqtool.formats import FORMATS, prepare
 from dqtool.formats.shapes import network_shapes, swapped
+from dqtool.stages.options.export import ExportOptions
 from dqtool.stages.running import Common, Product, execute, input_artifact
 
 __all__ = ["FORMATS", "ExportOptions", "export", "network_shapes", "swapped"]
 
 CODE_VERSION = 2
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Options of `dqtool export`."""
-
-    artifact: str | None = None
-    output: str = "exported"
-    format: str = "dq"
-
-    def __post_init__(self) -> None:
-        """Raise `UsageError` for an unknown format."""
-        if self.format not in FORMATS:
-            raise UsageError(
-                f"unknown format '{self.format}'", where="--format", fix=f"Choose from {', '.join(FORMATS)}"
-            )
 
 
 def export(options: ExportOptions, common: Common) -> str:

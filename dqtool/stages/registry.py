@@ -1,98 +1,170 @@
-"""The stages by name: where each one is and what it can be told. The command line and recipes both ask here."""
+"""The stages: one entry each, from which the command line, recipes, tables and dry runs know what there is.
+
+Light: `dqtool --help` imports it. What an entry names is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from dqtool.errors import UsageError
-from dqtool.stages.common import Common
+from dqtool.stages.common import Common, Execution
+from dqtool.stages.options.declared import declared_options, make
 
-__all__ = ["STAGES", "make_options", "option_types", "stage_function"]
+__all__ = [
+    "STAGES",
+    "Stage",
+    "chained_stages",
+    "default_output",
+    "make_options",
+    "option_types",
+    "options_class",
+    "stage_function",
+    "work_function",
+]
 
-STAGES = {
-    "dilate": ("DilateOptions", "dilate"),
-    "calibrate": ("CalibrateOptions", "calibrate"),
-    "distill": ("DistillOptions", "distill"),
-    "export": ("ExportOptions", "export"),
-    "eval": ("EvalOptions", "evaluate"),
-    "sample": ("SampleOptions", "sample"),
-    "stats": ("StatsOptions", "stats"),
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage. `options`, `function` and `work` are named as "MODULE:NAME".
+
+    `options` is a dataclass of annotated fields (`options.declared`), whose field `output` holds the default output;
+    `function` runs the stage, (options, common) to the path that was written; `work` counts what a run would do, for
+    `--dry-run`. `help` and `examples` are those of the command. `chained` stages follow one another in a recipe.
+    """
+
+    options: str
+    function: str
+    work: str
+    help: str
+    examples: tuple[str, ...]
+    chained: bool = True
+
+
+STAGES: dict[str, Stage] = {
+    "dilate": Stage(
+        "dqtool.stages.options.dilate:DilateOptions",
+        "dqtool.stages.dilate:dilate",
+        "dqtool.stages.work:dilate_work",
+        help="Multiply in-channels of weights by Weight Dilation's factors; quantizers divide the inputs by "
+        "the same factors.\n\n"
+        "Reads weights only. The output computes what the model computes, and its weights keep their ranges.",
+        examples=(
+            "dqtool dilate model.safetensors -o dilated.safetensors",
+            "dqtool dilate zoo:digits-ddpm",
+        ),
+    ),
+    "calibrate": Stage(
+        "dqtool.stages.options.calibrate:CalibrateOptions",
+        "dqtool.stages.calibrate:calibrate",
+        "dqtool.stages.work:calibrate_work",
+        help="Sample the full-precision model, choose factors by activations, keep statistics.\n\n"
+        "One calibration, with its trajectory, serves every bit width.",
+        examples=(
+            "dqtool calibrate dilated.safetensors --steps 20 --samples 5120",
+            "dqtool calibrate dilated.safetensors --steps 100 --scaling keep",
+        ),
+    ),
+    "distill": Stage(
+        "dqtool.stages.options.distill:DistillOptions",
+        "dqtool.stages.distill:distill",
+        "dqtool.stages.work:distill_work",
+        help="Choose the bits, train block by block, and pack.\n\n"
+        "The quantizers are set from the calibration, then trained with the weights against the "
+        "full-precision model.",
+        examples=(
+            "dqtool distill calibrated.safetensors --bits 4/4",
+            "dqtool distill calibrated.safetensors --bits 4/4 --keep 'mid_block.*=8/8' -o w4a4.safetensors",
+        ),
+    ),
+    "export": Stage(
+        "dqtool.stages.options.export:ExportOptions",
+        "dqtool.stages.export:export",
+        "dqtool.stages.work:export_work",
+        help="Write a diffusers directory.\n\n"
+        "`import dqtool; DiffusionPipeline.from_pretrained(DIR)` and `dqtool.load(DIR)` read it.",
+        examples=("dqtool export distilled.safetensors -o exported",),
+    ),
+    "eval": Stage(
+        "dqtool.stages.options.eval:EvalOptions",
+        "dqtool.stages.eval:evaluate",
+        "dqtool.stages.work:eval_work",
+        help="Measure against the full-precision reference.\n\n"
+        "Takes any artifact or exported directory; samples both models with the same seeds.",
+        examples=(
+            "dqtool eval exported --samples 4096 --grid samples.png",
+            "dqtool eval exported --samples 50000 --inception-weights pt_inception-2015-12-05.pth --ref-stats imagenet.npz",
+        ),
+    ),
+    "sample": Stage(
+        "dqtool.stages.options.sample:SampleOptions",
+        "dqtool.stages.sample:sample",
+        "dqtool.stages.work:sample_work",
+        help="Draw images from an exported directory.",
+        examples=("dqtool sample exported -n 16 -o samples.png",),
+        chained=False,
+    ),
+    "stats": Stage(
+        "dqtool.stages.options.stats:StatsOptions",
+        "dqtool.stages.stats:stats",
+        "dqtool.stages.work:stats_work",
+        help="Compute reference statistics of a folder of images.\n\n"
+        "For `dqtool eval --ref-stats`, and for the ADM evaluation suite, whose layout they have.",
+        examples=(
+            "dqtool stats val2014 --image-size 300 --inception-weights pt_inception-2015-12-05.pth -o coco.npz",
+            "dqtool stats imagenet/train --image-size 256 --inception-weights classify_image_graph_def.pb -o imagenet.npz",
+        ),
+        chained=False,
+    ),
 }
-"""`dqtool NAME` is `dqtool.stages.NAME`: the names of its options class and of its function (options, common) -> path."""
+"""By name, in the order of the data and of `dqtool --help`."""
 
-_LEAST = {
-    "steps": 1,
-    "samples": 1,
-    "batch_size": 1,
-    "number": 1,
-    "seed": 0,
-    "eta": 0,
-    "guidance": 0,
-    "iters": 0,
-    "refine_iters": 0,
-    "train_samples": 1,
-    "cache_memory": 0,
-    "cap": 1,
-    "threshold": 1,
-    "image_size": 1,
-    "keep_images": 0,
-}
-"""The least value of options that are numbers, whatever stage they belong to."""
 
-_LARGEST_SEED = 2**32 - 1
+def chained_stages() -> tuple[str, ...]:
+    """Return the names of the stages that follow one another, in their order."""
+    return tuple(name for name, stage in STAGES.items() if stage.chained)
 
-_INPUTS = ("model", "artifact", "directory")  # positional on the command line
+
+def options_class(name: str) -> type:
+    """Return the options class of a stage."""
+    return _named(STAGES[name].options)
 
 
 def stage_function(name: str) -> Callable[[Any, Common], str]:
-    """The function that runs a stage; it returns the path of what was written, as given."""
-    return getattr(_module(name), STAGES[name][1])
+    """Return the function that runs a stage; it returns the path of what was written, as given."""
+    return _named(STAGES[name].function)
+
+
+def work_function(name: str) -> Callable[[Execution, Any], dict[str, Any]]:
+    """Return the function that counts what a run of a stage would do."""
+    return _named(STAGES[name].work)
+
+
+def default_output(name: str) -> str:
+    """Return the path that a stage writes to when none is given."""
+    return next(each.default for each in declared_options(options_class(name)) if each.name == "output")
 
 
 def make_options(name: str, values: Mapping[str, Any]) -> Any:
-    """The options of a stage from values by field name. None stands for the default; a list becomes a tuple.
+    """Return the options of a stage from values by field name; None stands for the default.
 
-    Raises `UsageError` for a number below the least one that makes sense, and what the options class itself refuses.
+    Raises:
+        UsageError: a value is out of bounds, or not offered.
     """
-    options = getattr(_module(name), STAGES[name][0])
-    given = {}
-    for key, value in values.items():
-        if value is not None and key in _LEAST and not value >= _LEAST[key]:
-            raise UsageError(
-                f"{value} is too small", where=f"--{key.replace('_', '-')}", fix=f"Give {_LEAST[key]} or more"
-            )
-        if key == "seed" and value is not None and value > _LARGEST_SEED:
-            raise UsageError(f"{value} is too large", where="--seed", fix=f"Give at most {_LARGEST_SEED}")
-        if key == "metrics" and value is not None:  # one option `--metrics a,b`, or a list in a recipe
-            parts = [value] if isinstance(value, str) else value
-            given[key] = tuple(metric.strip() for part in parts for metric in part.split(",") if metric.strip())
-        elif value is not None:
-            given[key] = tuple(value) if isinstance(value, list) else value
-    return options(**given)
+    return make(options_class(name), values)
 
 
 def option_types(name: str) -> dict[str, type]:
-    """Long option, without dashes in front, to its type as recipes take it: str, int, float, bool or list."""
-    options = getattr(_module(name), STAGES[name][0])
-    hints = typing.get_type_hints(options)
+    """Return the type of each long option (without dashes in front) as recipes take it: str, int, float, bool or list."""
     return {
-        field.name.replace("_", "-"): _plain(hints[field.name])
-        for field in dataclasses.fields(options)
-        if field.name not in _INPUTS
+        each.long.removeprefix("--"): each.kind
+        for each in declared_options(options_class(name))
+        if not each.option.positional
     }
 
 
-def _plain(hint: Any) -> type:
-    """`int | None` is an int, `tuple[str, ...]` a list."""
-    if isinstance(hint, types.UnionType):
-        hint = next(each for each in typing.get_args(hint) if each is not type(None))
-    return list if typing.get_origin(hint) is tuple else hint
-
-
-def _module(name: str) -> types.ModuleType:
-    return import_module(f"dqtool.stages.{name}")
+def _named(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

@@ -10,10 +10,9 @@ from typing import Any
 from dqtool import report
 from dqtool.artifacts.files import os_fault
 from dqtool.errors import DqtoolError
-from dqtool.recipe import STAGE_ORDER, Recipe, load_recipe
+from dqtool.recipe import Recipe, load_recipe
 from dqtool.stages.common import Common
-from dqtool.stages.registry import make_options, option_types, stage_function
-from dqtool.stages.running import DEFAULT_OUTPUTS
+from dqtool.stages.registry import chained_stages, default_output, make_options, option_types, stage_function
 
 __all__ = ["run", "steps_of_recipe"]
 
@@ -59,13 +58,13 @@ def steps_of_recipe(
     path: str, overrides: Sequence[str], directory: str | None = None
 ) -> tuple[Recipe, list[tuple[str, dict[str, Any]]]]:
     """The recipe and its stages as (name, values of its options by field name), inputs and outputs filled in."""
-    recipe = load_recipe(path, overrides, {name: option_types(name) for name in STAGE_ORDER})
+    recipe = load_recipe(path, overrides, {name: option_types(name) for name in chained_stages()})
     work = directory or os.path.join("results", recipe.name)
     steps: list[tuple[str, dict[str, Any]]] = []
     previous = recipe.model
     for name, given in recipe.stages:
         values = {option.replace("-", "_"): value for option, value in given.items()}
-        values.setdefault("output", DEFAULT_OUTPUTS[name])
+        values.setdefault("output", default_output(name))
         for key in WRITTEN:
             if key in values and not os.path.dirname(values[key].rstrip("/")):
                 values[key] = os.path.join(work, values[key])

@@ -32,12 +32,12 @@ from dqtool.artifacts import (
 )
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.stages.common import Common, Execution
+from dqtool.stages.registry import default_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "DEFAULT_OUTPUTS",
     "Common",
     "Execution",
     "Product",
@@ -47,14 +47,6 @@ __all__ = [
     "sampling_of",
     "set_up_torch",
 ]
-
-DEFAULT_OUTPUTS = {
-    "dilate": "dilated.safetensors",
-    "calibrate": "calibrated.safetensors",
-    "distill": "distilled.safetensors",
-    "export": "exported",
-    "eval": "eval.json",
-}
 
 
 @dataclass
@@ -86,7 +78,7 @@ def input_artifact(given: str | None, stages: Collection[str], default: str) -> 
     if given is None:
         given = _from_standard_input()
     if given is None:
-        given = DEFAULT_OUTPUTS[default]
+        given = default_output(default)
         if not os.path.lexists(given):
             raise EnvironmentFault(
                 f"No artifact was given and the default, {given}, is not here",

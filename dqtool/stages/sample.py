@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
@@ -11,29 +11,10 @@ from dqtool.models.given_conditions import ConditionSource
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.eval_reference import find_reference, reference_network
 from dqtool.stages.noise import fitted, needs_reference, with_correction
+from dqtool.stages.options.sample import SampleOptions
 from dqtool.stages.running import check_steps, sampling_of, set_up_torch
 
 __all__ = ["SampleOptions", "sample"]
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Options of `dqtool sample`."""
-
-    directory: str
-    number: int = 16
-    output: str = "samples.png"
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    prompts: str | None = None
-    batch_size: int = 64
-    runtime: str = "simulate"
-    correct_noise: bool = False
-    reference: str | None = None
-    conditions: str | None = None
-    pipeline: str | None = None
-    random_conditions: bool = False
 
 
 def sample(options: SampleOptions, common: Common) -> str:

@@ -5,30 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 from dqtool.stages.common import Common, Execution
+from dqtool.stages.options.stats import StatsOptions
 from dqtool.stages.running import set_up_torch
 
 if TYPE_CHECKING:
     from dqtool.metrics.batches import ImageFolder, NpzImages
 
 __all__ = ["StatsOptions", "stats"]
-
-
-@dataclass(frozen=True)
-class StatsOptions:
-    """Options of `dqtool stats`; `directory` may also be an npz file of images."""
-
-    directory: str
-    output: str = "stats.npz"
-    inception_weights: str | None = None
-    image_size: int | None = None
-    keep_images: int = 10_000
 
 
 def stats(options: StatsOptions, common: Common) -> str:

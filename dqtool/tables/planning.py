@@ -158,7 +158,7 @@ def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any], asked: 
 def _settled(model: str, options: Options) -> dict[str, Any]:
     """Options of `distill` with the defaults that hold for the sampler, as it takes them by itself: before they are shortened."""
     from dqtool.models.sampling import scheduler_class
-    from dqtool.stages.distill import settled
+    from dqtool.stages.options.distill import settled
 
     values, dilate = dict(options["distill"]), options.get("dilate", {})
     source = _source(model, _of_source(dilate))

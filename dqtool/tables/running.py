@@ -17,6 +17,7 @@ from dqtool.stages.registry import make_options, stage_function
 from dqtool.tables.cells import CellStore, claim
 from dqtool.tables.measures import MEASURES_VERSION, measure
 from dqtool.tables.planning import Cell, Step
+from dqtool.tables.spec import STAGES
 
 __all__ = ["Runner"]
 
@@ -120,7 +121,7 @@ class Runner:
         if step.source is None:
             values["model"] = step.model
         else:
-            before = {"calibrate": "dilate", "distill": "calibrate", "eval": "distill"}[step.stage]
+            before = STAGES[STAGES.index(step.stage) - 1]
             values["artifact"] = str(self._at(before, step.source))
         if step.stage == "eval":
             values["reference"] = step.model

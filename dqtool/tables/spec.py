@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import UsageError
-from dqtool.stages.registry import option_types
+from dqtool.stages.registry import chained_stages, option_types
 from dqtool.tables.columns import COLUMNS
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.yamltree import compose, convert, entries, items, listed, nearest, read_text, text_of
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "Group", "Options", "Published", "Row", "Table", "load_table"]
 
-STAGES = ("dilate", "calibrate", "distill", "eval")
+STAGES = tuple(name for name in chained_stages() if name != "export")
+"""Stages of a cell: what is measured is the distilled artifact, not an export of it."""
 """What a cell can consist of, in order. Exporting changes no figure: what is measured is what would be exported."""
 
 Options = dict[str, dict[str, Any]]

@@ -8,10 +8,10 @@ import pytest
 from conftest import Run
 from helpers import load_json, rewrite_weights, weights_of
 
-from dqtool.stages.running import DEFAULT_OUTPUTS
+from dqtool.stages.registry import chained_stages, default_output
 
 
-@pytest.mark.parametrize(("stage", "path"), DEFAULT_OUTPUTS.items())
+@pytest.mark.parametrize(("stage", "path"), [(stage, default_output(stage)) for stage in chained_stages()])
 def test_an_artifact_of_every_stage(run: Run, made: Path, stage: str, path: str):
     result = run("inspect", path, cwd=made)
     assert (result.returncode, result.stderr) == (0, "")

@@ -9,8 +9,8 @@ import pytest
 from conftest import Run
 from helpers import listing, load_json
 
-from dqtool.recipe import STAGE_ORDER, load_recipe
-from dqtool.stages.registry import option_types
+from dqtool.recipe import load_recipe
+from dqtool.stages.registry import chained_stages, option_types
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPE = """\
@@ -81,7 +81,9 @@ def test_dry_run_lists_the_stages_and_writes_nothing(run: Run, chain: Path, reci
     before = listing(chain)
     result = run("run", "small.yaml", "--dry-run", cwd=chain)
     assert result.returncode == 0, result.stderr
-    assert [line.split(":")[0] for line in result.stdout.splitlines() if "would write" in line] == list(STAGE_ORDER)
+    assert [line.split(":")[0] for line in result.stdout.splitlines() if "would write" in line] == list(
+        chained_stages()
+    )
     assert listing(chain) == before
     # With the first stages there, they are cached, the first that is not is planned in full, the rest as named.
     plan = load_json(
@@ -111,8 +113,8 @@ def test_a_bad_option_of_a_late_stage_is_refused_before_the_first_runs(run: Run,
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_of_the_repository_are_valid(path: Path):
-    recipe = load_recipe(path, [], {stage: option_types(stage) for stage in STAGE_ORDER})
-    assert [stage for stage, _ in recipe.stages] == list(STAGE_ORDER)
+    recipe = load_recipe(path, [], {stage: option_types(stage) for stage in chained_stages()})
+    assert [stage for stage, _ in recipe.stages] == list(chained_stages())
     assert recipe.title
 
 

@@ -14,9 +14,9 @@ from conftest import CHAIN, Run
 from helpers import listing, load_json
 
 from dqtool.artifacts import read_manifest
-from dqtool.stages.running import DEFAULT_OUTPUTS
+from dqtool.stages.registry import chained_stages, default_output
 
-OUTPUTS = list(DEFAULT_OUTPUTS.values())
+OUTPUTS = [default_output(stage) for stage in chained_stages()]
 
 
 def shell(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,61 @@
+"""The commands of the stages, derived from what each stage declares."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from dqtool.cli.app import app, command
+from dqtool.cli.output import run_stage
+from dqtool.stages.common import Common
+from dqtool.stages.options.declared import Declared, declared_options
+from dqtool.stages.registry import STAGES, Stage, options_class
+
+__all__ = ["add_stage"]
+
+
+def add_stage(name: str, stage: Stage, group: typer.Typer = app) -> None:
+    """Register a stage as a command with the options that its class declares."""
+
+    def body(common: Common, **values: Any) -> None:
+        run_stage(name, common, **values)
+
+    own = [_parameter(each) for each in declared_options(options_class(name))]
+    common = inspect.Parameter("common", inspect.Parameter.KEYWORD_ONLY, annotation=Common)
+    body.__signature__ = inspect.Signature([*own, common])  # type: ignore[attr-defined]
+    body.__doc__ = stage.help
+    command(*stage.examples, group=group, name=name)(body)
+
+
+def _parameter(declared: Declared) -> inspect.Parameter:
+    """The parameter that Typer reads an option from."""
+    option = declared.option
+    kind: Any = declared.kind
+    default = inspect.Parameter.empty if declared.default is dataclasses.MISSING else declared.default
+    if kind is list:
+        kind, default = (str if option.separated else list[str]) | None, None
+    elif declared.optional:
+        kind = kind | None
+    shown: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "hidden": option.hidden}
+    if option.positional:
+        info = typer.Argument(**shown)
+    else:
+        info = typer.Option(*_flags(declared), **shown, show_default=option.show_default)
+    return inspect.Parameter(
+        declared.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )
+
+
+def _flags(declared: Declared) -> tuple[str, ...]:
+    """How the option is typed: a switch has no `--no-`, unless it can be left open."""
+    long = declared.long
+    if declared.kind is bool and declared.optional:
+        long = f"{long}/--no-{long.removeprefix('--')}"
+    return (long,) if declared.option.short is None else (long, declared.option.short)
+
+
+for _name, _stage in STAGES.items():
+    add_stage(_name, _stage)

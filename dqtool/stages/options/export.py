@@ -1,0 +1,30 @@
+"""Options of `dqtool export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from dqtool.errors import UsageError
+from dqtool.stages.options.declared import Option
+from dqtool.stages.options.shared import ARTIFACT, OUTPUT_DIRECTORY
+
+__all__ = ["ExportOptions"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `dqtool export`."""
+
+    artifact: Annotated[str | None, ARTIFACT] = None
+    output: Annotated[str, OUTPUT_DIRECTORY] = "exported"
+    format: Annotated[str, Option("dq: packed bits; dense: float weights on the quantized grid.", "NAME")] = "dq"
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for an unknown format."""
+        from dqtool.formats import FORMATS
+
+        if self.format not in FORMATS:
+            raise UsageError(
+                f"unknown format '{self.format}'", where="--format", fix=f"Choose from {', '.join(FORMATS)}"
+            )

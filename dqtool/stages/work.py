@@ -1,0 +1,134 @@
+"""What a run of each stage would do, counted for `--dry-run` from its input's manifest: forward passes, layers, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from dqtool.artifacts import Manifest, read_header, read_manifest
+from dqtool.stages.common import Execution
+
+Work = dict[str, Any]
+
+
+def dilate_work(_: Execution, options: Any) -> Work:
+    source = options.source()
+    tensors = source.tensor_entries().values()
+    return {
+        "network": source.class_name,
+        "weights": sum(prod(entry["shape"]) for entry in tensors),
+        "tensors": len(tensors),
+        "bytes": 4 * sum(prod(entry["shape"]) for entry in tensors),
+    }
+
+
+def calibrate_work(execution: Execution, _: Any) -> Work:
+    given = execution.parameters
+    images = -(-given["samples"] // given["steps"])
+    forwards = images * given["steps"] + given["samples"]
+    return {
+        "images": images,
+        "forwards": forwards,
+        "macs": forwards * _macs(read_manifest(execution.inputs[0]["name"])),
+    }
+
+
+def distill_work(execution: Execution, options: Any) -> Work:
+    from dqtool.models.packed import layer_infos
+    from dqtool.nn.assignment import assign_bits
+    from dqtool.scaling.folding import pending_folds
+    from dqtool.scaling.records import dilated_layers
+    from dqtool.stages.distill import network_spec, scheduler_of
+    from dqtool.stages.options.distill import corrects, method_and_options, settled
+
+    calibrated = read_manifest(execution.inputs[0]["name"])
+    options = settled(options, str(scheduler_of(calibrated).get("_class_name")))
+    given = execution.parameters
+    folded = {name for found in pending_folds(calibrated) for name in found.layers}
+    dilated = dilated_layers(calibrated) - folded
+    plans = assign_bits(layer_infos(calibrated.layers), network_spec(options, calibrated), dilated)
+    steps = 1 if given["static"] else _timesteps(execution.inputs[0]["name"])
+    blocks = len(calibrated.metrics["blocks"])
+    method, recipe = method_and_options(options)
+    return {
+        "blocks": blocks,
+        "iterations": method.work(recipe, blocks),
+        **_size(calibrated, plans, steps, _prediction_rows(calibrated) if corrects(options) else {}),
+        "layers": [plan.summary() for plan in plans],
+    }
+
+
+def export_work(execution: Execution, _: Any) -> Work:
+    from dqtool.models.packed import plans_of
+    from dqtool.nn.prediction import NAME as PREDICTION
+
+    prefix = f"{PREDICTION}."
+    distilled = read_manifest(execution.inputs[0]["name"])
+    if execution.parameters["format"] == "dense":
+        return {"bytes": _size(distilled, [], 0)["bytes_float32"]}
+    keys = ("name", "shape", "bits", "macs")
+    layers = [{key: layer[key] for key in keys} for layer in distilled.layers]
+    if execution.parameters["format"] != "dq":  # other formats' files are not known to the byte beforehand
+        return {"layers": layers}
+    path = execution.inputs[0]["name"]
+    header = read_header(path)
+    rows = {n.removeprefix(prefix): tuple(e["shape"][1:]) for n, e in header.items() if n.startswith(prefix)}
+    return {**_size(distilled, plans_of(distilled), _timesteps(path), rows), "layers": layers}
+
+
+def eval_work(execution: Execution, _: Any) -> Work:
+    given = execution.parameters
+    pipeline = read_manifest(execution.inputs[0]["name"]).pipeline or {}
+    steps = given["steps"] or pipeline.get("sampling", {}).get("steps")
+    models = len(execution.inputs)
+    work = {"networks": models, "images": given["samples"]}
+    return (
+        work if steps is None else {**work, "sampling": f"{steps} steps", "forwards": models * given["samples"] * steps}
+    )
+
+
+def sample_work(execution: Execution, options: Any) -> Work:
+    steps = options.steps or (read_manifest(execution.inputs[0]["name"]).pipeline or {})["sampling"]["steps"]
+    return {"sampling": f"{steps} steps", "forwards": options.number * steps}
+
+
+def stats_work(_: Execution, options: Any) -> Work:
+    from dqtool.stages.stats import image_source
+
+    return {"images": len(image_source(options))}
+
+
+def _prediction_rows(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """By name the shape of a row of each table that will correct the network's predictions."""
+    from dqtool.models.families import family_of
+    from dqtool.nn.prediction import row_shapes
+
+    return row_shapes(family_of(manifest.model["class"], "manifest").prediction_row(manifest.model["config"]))
+
+
+def _size(
+    manifest: Manifest, plans: Sequence[Any], timesteps: int, prediction: Mapping[str, tuple[int, ...]] | None = None
+) -> Work:
+    """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
+    from dqtool.core.cost import bops, file_bytes
+    from dqtool.models.families import family_of
+    from dqtool.nn.surgery import state_shapes
+    from dqtool.stages.export import network_shapes, swapped
+
+    family = family_of(manifest.model["class"], "manifest")
+    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
+    return {
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, prediction))),
+        "bytes_float32": file_bytes(swapped(shapes)),
+        "bops": bops(plan.summary() for plan in plans),
+        "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
+    }
+
+
+def _timesteps(path: str) -> int:
+    return int(read_header(path)["timesteps"]["shape"][0])
+
+
+def _macs(manifest: Manifest) -> int:
+    return sum(layer["macs"] for layer in manifest.layers)
