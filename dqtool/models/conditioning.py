@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dqtool.models.companions import Companions
 
 __all__ = [
+    "BESIDE",
     "CONTEXT_TOKENS",
     "SAMPLE_SIZE",
     "WAYS",
@@ -40,6 +41,10 @@ __all__ = [
 CONTEXT_TOKENS, SAMPLE_SIZE = "_context_tokens", "_sample_size"
 """Config keys for what a network takes of any length: tokens of its context, side of its latents. diffusers keeps keys
 with an underscore and ignores them."""
+
+BESIDE = "beside_latents"
+"""Condition `[K, C, H, W]` that stands behind the noisy latents in the network's input: mask and masked image for
+inpainting, the image for editing. It is the same with and without guidance."""
 
 MOST_RANDOM = 64
 """Rows of a table of random conditions."""

@@ -173,7 +173,7 @@ def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
 def _of_file(path: str, family: Family, config: Mapping[str, Any], request: Request) -> Conditions:
     import torch
 
-    from dqtool.models.conditioning import Conditions, with_embedded
+    from dqtool.models.conditioning import BESIDE, Conditions, with_embedded
 
     if request.prompts is not None:
         raise UsageError(
@@ -197,6 +197,7 @@ def _of_file(path: str, family: Family, config: Mapping[str, Any], request: Requ
             )
         warn(f"{path} holds no null.NAME: sampling goes without guidance")
         return Conditions(table)
+    null |= {BESIDE: table[BESIDE][:1]} if BESIDE in table else {}  # which is the same with and without guidance
     null = _completed(null, family, config, path)
     guidance = request.weight(default)
     if guidance <= 1:

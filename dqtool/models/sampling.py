@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dqtool.core.device import beside
 from dqtool.errors import UsageError
+from dqtool.models.conditioning import BESIDE
 from dqtool.models.config_schema import built
 from dqtool.models.families import Family
 from dqtool.models.network_time import NetworkTime
@@ -131,7 +132,8 @@ class Sampler:
         observer: Observer | None = None,
         null: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device.
+        """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device; those of a network
+        that takes a condition beside them, `BESIDE`, have so many channels less.
 
         With guidance above 1, `null` is the condition of none, `[1, ...]` each, and every call of the network is for
         `2 N` inputs: without condition, then with it.
@@ -142,14 +144,20 @@ class Sampler:
         scheduler = self._fresh()
         guided = self.guidance > 1 and null is not None
         noise, conditions, null = beside(model, (noise, dict(conditions), None if null is None else dict(null)))
+        behind = conditions.get(BESIDE)
         if guided and null is not None:
             conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}
         generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         extra = _step_arguments(scheduler, self.eta, generators)
-        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # flow schedules start from the noise as it is
+        channels = noise.shape[1] if behind is None else noise.shape[1] - behind.shape[1]
+        x = noise[:, :channels] * getattr(
+            scheduler, "init_noise_sigma", 1.0
+        )  # flow schedules start from the noise as it is
         scale = getattr(scheduler, "scale_model_input", lambda x, _t: x)
         for timestep in scheduler.timesteps:
             x_in = scale(x, timestep)
+            if behind is not None:
+                x_in = torch.cat([x_in, behind], 1)
             if guided:
                 x_in = torch.cat([x_in, x_in])
             given = self._given(timestep)

@@ -117,6 +117,10 @@ class Family(ABC):
         """Conditions beside the precomputed ones in `given`, `[K, ...]` each, that follow from config and shapes: sizes, masks."""
         return {}
 
+    def channels_beside(self, config: Mapping[str, Any]) -> int:
+        """How many of the sample's channels are no noisy image but a condition, `BESIDE`, behind it."""
+        return 0
+
     def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
         """Whether the network takes guidance as an input, so that its pipeline asks it once a step."""
         return False
@@ -151,6 +155,8 @@ class Family(ABC):
         sample = self.sample_shape(config)
         if len(sample) < 3:
             return (1,) * len(sample)
+        if self.channels_beside(config):
+            return (sample[0] - self.channels_beside(config), *(1,) * (len(sample) - 1))
         learns_variance = config.get("out_channels") == 2 * sample[0]
         return (sample[0] * (1 + learns_variance), *(1,) * (len(sample) - 1))
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool import report
 from dqtool.errors import ArtifactError
-from dqtool.models.conditioning import CONTEXT_TOKENS, Conditions, Request, class_contexts, text_conditions
+from dqtool.models.conditioning import (
+    BESIDE,
+    CONTEXT_TOKENS,
+    Conditions,
+    Request,
+    class_contexts,
+    missing_conditions,
+    text_conditions,
+)
 from dqtool.models.families.base import Family, image_side, register, small_sample, square_sample
 
 if TYPE_CHECKING:
@@ -70,7 +80,14 @@ class UNet2DCondition(Family):
             given["time_ids"] = self._time_ids(config, None).expand(batch, -1)
         if config.get("time_cond_proj_dim"):
             given["timestep_cond"] = guidance_embedding(LCM_GUIDANCE, config["time_cond_proj_dim"]).expand(batch, -1)
+        if self.channels_beside(config):
+            _, height, width = self.sample_shape(config)
+            given[BESIDE] = torch.randn(batch, self.channels_beside(config), height, width, generator=generator)
         return given
+
+    def channels_beside(self, config: Mapping[str, Any]) -> int:
+        """Five of the nine that inpainting takes (mask, masked image), four of eight for editing (the image)."""
+        return max(int(config["in_channels"]) - int(config.get("out_channels", config["in_channels"])), 0)
 
     def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sizes of uncropped images."""
@@ -91,8 +108,8 @@ class UNet2DCondition(Family):
         return {"timestep_cond": guidance_embedding(guidance, config["time_cond_proj_dim"]).expand(rows, -1)}
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """SDXL's two go into `added_cond_kwargs`."""
-        plain = {k: v for k, v in conditions.items() if k not in ("text_embeds", "time_ids")}
+        """SDXL's two go into `added_cond_kwargs`; `BESIDE` is a part of `x` already."""
+        plain = {k: v for k, v in conditions.items() if k not in ("text_embeds", "time_ids", BESIDE)}
         if "text_embeds" in conditions:
             added = {"text_embeds": conditions["text_embeds"], "time_ids": conditions["time_ids"]}
             return {"sample": x, "timestep": timestep, **plain, "added_cond_kwargs": added}
@@ -131,7 +148,25 @@ class UNet2DCondition(Family):
         default = self.default_guidance(config)
         if str(companions.index.get("_class_name")).startswith("LatentConsistencyModel"):
             default = LCM_GUIDANCE
-        return text_conditions(request, companions, default, encode, self.embedder(config))
+        found = text_conditions(request, companions, default, encode, self.embedder(config))
+        return self._with_beside(found, config, request)
+
+    def _with_beside(self, found: Conditions, config: Mapping[str, Any], request: Request) -> Conditions:
+        """The conditions of prompts with those of images, which no text encoder makes.
+
+        Raises:
+            UsageError: the network takes some, and random ones are not allowed.
+        """
+        if not self.channels_beside(config):
+            return found
+        drawn = self.conditions(config, len(found), torch.Generator().manual_seed(request.seed))[BESIDE]
+        if not request.random:
+            table = {**found.table, BESIDE: drawn}
+            raise missing_conditions(
+                "This network takes images beside the noisy latents, which prompts don't make", table
+            )
+        report.warn("images beside the noisy latents are drawn at random: quality with real ones may be lower")
+        return replace(found, table={**found.table, BESIDE: drawn}, random=True)
 
     def _time_ids(self, config: Mapping[str, Any], companions: Companions | None, score: float = AESTHETIC) -> Tensor:
         """Return `[1, 6]` for an uncropped image of the size that is generated; `[1, 5]` with a score for a refiner."""
