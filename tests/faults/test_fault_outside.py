@@ -16,7 +16,8 @@ home = os.path.realpath(os.getcwd())
 def watch(event, arguments):
     if event == 'open' and isinstance(arguments[0], (str, bytes)):
         path = os.path.realpath(os.fsdecode(arguments[0]))
-        if path.startswith(home + os.sep) and not path.startswith(os.path.join(home, 'exported') + os.sep):
+        inside = path.startswith(os.path.join(home, 'exported') + os.sep) or path.endswith('.__path_hook__')
+        if path.startswith(home + os.sep) and not inside and os.path.exists(path):
             print('READ', path, file=sys.stderr)
 sys.addaudithook(watch)
 """
