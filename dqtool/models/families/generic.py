@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ class Generic(Family):
         """That of the example, else from `in_channels` and `sample_size`."""
         example = config.get(EXAMPLE, {})
         return tuple(example[self.sample]["shape"]) if self.sample in example else square_sample(config)
+
+    def tokens(self, config: Mapping[str, Any]) -> int:
+        """Places of a sample that the network sees as tokens: squares of its last two dimensions, in each frame; the first
+        dimension of a sequence `(tokens, width)`, and one of a vector."""
+        shape = self.sample_shape(config)
+        if len(shape) < 3:
+            return shape[0] if len(shape) == 2 else 1
+        patch = config.get("patch_size") or 1
+        sides = [int(side) for side in patch][-2:] if isinstance(patch, list | tuple) else [int(patch)] * 2
+        frames = 1 if len(shape) == 3 else prod(shape[:-2]) // int(config.get("in_channels") or 1)
+        return max(1, frames) * (shape[-2] // sides[0]) * (shape[-1] // sides[-1])
 
     def time(self, config: Mapping[str, Any]) -> NetworkTime:
         """What `dilate` recorded; artifacts without a record pass the scheduler's timestep."""
