@@ -88,11 +88,16 @@ def detail_ratio(a: Tensor, b: Tensor) -> float:
 
 def compare_images(images: Tensor, expected: Tensor | None, _asked: Tensor | None) -> dict[str, Any]:
     """Return PSNR and SSIM (mean and median over images) and the ratio of detail of `images [N, C, H, W]` in [-1, 1] to
-    `expected`; nothing without a reference."""
+    `expected`; nothing without a reference. Frames of videos `[N, C, F, H, W]` count as channels; samples of fewer
+    dimensions (sounds, embeddings) have a PSNR alone."""
     if expected is None:
         return {}
+    if images.dim() > 4:
+        images, expected = images.flatten(1, -3), expected.flatten(1, -3)
     figures: dict[str, Any] = {}
     for name, measure in (("psnr", psnr), ("ssim", ssim)):
+        if name == "ssim" and images.dim() < 4:
+            return figures
         values = measure(images, expected, 2.0)
         figures[name] = {"mean": float(values.mean()), "median": float(values.median())}
     figures["detail_power"] = detail_ratio(images, expected)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dqtool.core.device import device_of
+from dqtool.errors import UsageError
 from dqtool.graph.trace import Trace
 from dqtool.training.spilling import Store
 
@@ -128,6 +129,8 @@ class Replay:
                     result = [self._store.empty(self.samples, y) if isinstance(y, Tensor) else y for y in leaves]
                 for held, y in zip(result, leaves, strict=True):
                     if isinstance(y, Tensor):
+                        if len(y) != rows.stop - rows.start:
+                            raise _folded(self.trace.blocks[index].name)
                         held[rows] = y
         assert result is not None
         return tree_unflatten(result, structure)
@@ -166,6 +169,14 @@ class Replay:
             ),
             self._shapes[name],
         )
+
+
+def _folded(name: str) -> UsageError:
+    return UsageError(
+        f"Block {name} can't be trained by itself: the network folds frames or places into its batch",
+        where="--method",
+        fix="Choose on-policy, which trains the whole network, or ptq",
+    )
 
 
 def _shape_of(x: Any) -> Any:

@@ -157,7 +157,7 @@ class Family(ABC):
             return (1,) * len(sample)
         if self.channels_beside(config):
             return (sample[0] - self.channels_beside(config), *(1,) * (len(sample) - 1))
-        learns_variance = config.get("out_channels") == 2 * sample[0]
+        learns_variance = config.get("out_channels") == 2 * config.get("in_channels", sample[0])
         return (sample[0] * (1 + learns_variance), *(1,) * (len(sample) - 1))
 
     def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:

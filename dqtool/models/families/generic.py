@@ -57,7 +57,7 @@ class Generic(Family):
     """A network without an adapter of its own."""
 
     name = "generic"
-    block_classes = ()
+    block_classes = ("Attention",)  # quantized attention runs its projections as one
 
     def __init__(self, class_name: str) -> None:
         self.class_name = class_name
