@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ __all__ = [
     "scheduler_class",
 ]
 
-CALIBRATION, IMAGES = 0, 500_000_000
-"""Where each use's noise begins: the images that are judged never share noise with those a model was trained on."""
+CALIBRATION, IMAGES = "calibration", "images"
+"""Uses of noise: `image_seeds` gives each its own, so that judged images never share noise with those a model was trained
+on, whatever the two seeds."""
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Called with (model input, timestep, prediction) at every step."""
@@ -218,7 +220,7 @@ class Sampler:
         batch_size: int,
         conditions: Callable[[int, int], Mapping[str, Tensor]] | None = None,
         observer: Observer | None = None,
-        use: int = IMAGES,
+        use: str = IMAGES,
         null: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """Samples `[n, *shape]`, batch by batch, `samples` in all; image i depends on `seed`, i and `use` alone."""
@@ -259,7 +261,7 @@ class Sampler:
         return self.time or self.family.time({})
 
 
-def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: int = IMAGES) -> Tensor:
+def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: str = IMAGES) -> Tensor:
     """Starting noise of the images with these indices, `[len(indices), *shape]`: a function of its arguments alone."""
     return torch.stack(
         [
@@ -269,9 +271,13 @@ def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: int = 
     )
 
 
-def image_seeds(indices: range, seed: int, use: int = IMAGES) -> list[int]:
-    """One seed an image, for a stochastic sampler's own noise; its successor is that of the starting noise."""
-    return [(seed * 1_000_003 + use + index) % (1 << 62) * 2 for index in indices]
+def image_seeds(indices: range, seed: int, use: str = IMAGES) -> list[int]:
+    """Return one even seed an image, for a stochastic sampler's own noise; its successor is that of the starting noise.
+
+    They are 62 bits of a hash of use, seed and index: no two of (use, seed, index) share noise.
+    """
+    digests = (hashlib.sha256(f"{use}:{seed}:{index}".encode()).digest() for index in indices)
+    return [int.from_bytes(digest[:8], "big") >> 2 << 1 for digest in digests]
 
 
 def _learns_variance(scheduler: Any) -> bool:

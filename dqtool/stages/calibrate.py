@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CalibrateOptions", "calibrate"]
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 RANGE = ".channel_range"
 STATISTICS_SAMPLES = 64

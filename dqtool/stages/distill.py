@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillOptions", "corrects", "distill", "scheduler_of", "settled"]
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 
 CORRECT_IMAGES = 64
 """With `--correct-noise`, how many images the prediction tables are fitted on."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalOptions", "evaluate"]
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 def evaluate(options: EvalOptions, common: Common) -> str:
