@@ -303,7 +303,7 @@ class LoweredGroupNorm(nn.Module):
 class LoweredNetwork(nn.Module):
     """`packed` (a network of `PackedLayer`s; it is rewritten in place) as a function of flat tensors.
 
-    `names` are the arguments in order, `a.b` for entry b of the dict argument a; `timestep` is `[1]`, or `[N]` for mixed
+    `names` are the arguments in order as `flat_arguments` names them; `timestep` is `[1]`, or `[N]` for mixed
     steps. Returns the network's outputs, most often one.
     """
 
@@ -365,17 +365,18 @@ class LoweredNetwork(nn.Module):
 
 
 def flat_arguments(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among a network's keyword arguments by name, in order, entries of nested dicts as `a.b`."""
+    """Return the tensors among a network's keyword arguments by name, in order: `a.b` is entry b of a dict, `a.0` the first
+    entry of a list or tuple."""
     leaves, _ = tree_flatten_with_path(dict(arguments))
     return {
-        ".".join(str(key.key) for key in path): leaf  # type: ignore[attr-defined]
+        ".".join(str(getattr(key, "key", getattr(key, "idx", None))) for key in path): leaf
         for path, leaf in leaves
         if isinstance(leaf, Tensor)
     }
 
 
 def nested_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inverse of `flat_arguments`."""
+    """Return the inverse of `flat_arguments`. Tuples come back as lists."""
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *outer, leaf = name.split(".")
@@ -383,7 +384,14 @@ def nested_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         for key in outer:
             holder = holder.setdefault(key, {})
         holder[leaf] = tensor
-    return arguments
+    return {name: _with_lists(value) for name, value in arguments.items()}
+
+
+def _with_lists(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    entries = {key: _with_lists(each) for key, each in value.items()}
+    return list(entries.values()) if entries and all(key.isdigit() for key in entries) else entries
 
 
 def largest_code(operand: Operand) -> int:

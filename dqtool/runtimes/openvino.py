@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dqtool import report
@@ -44,11 +45,15 @@ from dqtool.models.packed import is_static, packed_network, plans_of
 from dqtool.nn.calls import CallLock
 from dqtool.nn.lowered import flat_arguments, nested_arguments
 from dqtool.nn.steps import StepIndex, nearest_rows
+from dqtool.runtimes.openvino_fixed import Fixed
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Part of the cache's key: raise it when the graph changes."""
+
+ATTENTION_ARGUMENTS = {"cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"}
+"""Arguments through which pipelines pass a dict to attention processors."""
 
 KEPT = 2
 """Compiled graphs kept in memory, one per combination of input shapes; each holds its own weights."""
@@ -87,9 +92,11 @@ def integer_report(network: nn.Module) -> dict[str, str]:
     return {name: "int8" if name in integers else "float" for name in names}
 
 
-class OpenVINONetwork(nn.Module):
-    """Has the original network's forward signature, `config`, `dtype` and `device`, so that a pipeline takes it as its own,
-    and what pipelines read besides: `add_embedding.linear_1.in_features` of SDXL's, `cache_context` of transformers.
+class OpenVINONetwork(Fixed, ModelMixin):
+    """A network that pipelines take as their own: it has the original's forward signature, `config`, `dtype` and `device`, and
+    what pipelines read besides, `add_embedding.linear_1.in_features` of SDXL's and `cache_context` of transformers.
+
+    Moving it to another dtype changes what its `dtype` says. What would change the compiled graph is refused (`Fixed`).
 
     `steps` warns of timesteps that the tables are not for, and remembers them.
     """
@@ -102,6 +109,7 @@ class OpenVINONetwork(nn.Module):
 
         model = artifact.manifest.model
         self.artifact, self.precision = artifact, precision
+        self._dtype = torch.float32
         self.family = family_of(model["class"], artifact.given)
         self.config = FrozenDict(model["config"])
         if self.config.get("addition_embed_type") == "text_time":
@@ -130,13 +138,24 @@ class OpenVINONetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of inputs and outputs."""
-        return torch.float32
+        """The dtype that was asked for last. Outputs have that of the input."""
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
         """OpenVINO's CPU plugin."""
         return torch.device("cpu")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OpenVINONetwork:
+        probe = fn(torch.empty(0, dtype=self._dtype))
+        if probe.device.type not in ("cpu", "meta"):
+            raise UsageError(
+                f"The openvino runtime computes on the CPU, and its network can't move to {probe.device}",
+                where="openvino runtime",
+                fix='Leave it where it is, or load it with runtime="simulate"',
+            )
+        self._dtype = probe.dtype
+        return self
 
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
         """Nothing is cached from step to step."""
@@ -152,6 +171,8 @@ class OpenVINONetwork(nn.Module):
         bound.apply_defaults()
         given = {k: v for k, v in list(bound.arguments.items())[1:] if v is not None}
         as_dict = given.pop("return_dict", True)
+        for name in ATTENTION_ARGUMENTS & given.keys():  # `scale` is that of LoRA, which a graph has none of
+            given[name] = {key: value for key, value in given[name].items() if key != "scale"}
         _only_tensors({k: v for k, v in given.items() if v is not self._signature.parameters[k].default})
         given["timestep"] = self._timestep(given["timestep"])
         tensors = flat_arguments(given)
@@ -289,15 +310,17 @@ class OpenVINONetwork(nn.Module):
 
 
 def _only_tensors(arguments: Mapping[str, Any]) -> None:
-    """Raises `UsageError` for what a graph has no input for: anything but tensors, and dicts of them."""
+    """Raises `UsageError` for what a graph has no input for: anything but tensors, and dicts and sequences of them."""
     for name, value in arguments.items():
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             _only_tensors({f"{name}.{key}": each for key, each in value.items() if each is not None})
         elif name != "timestep" and not isinstance(value, Tensor):
             raise UsageError(
                 f"The argument '{name}' is {value!r:.60}, and the compiled graph takes tensors alone",
                 where="openvino runtime",
-                fix="Leave it out, or use another runtime",
+                fix='Leave it out, or load the network with runtime="onednn" or "simulate"',
             )
 
 

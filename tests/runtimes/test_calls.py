@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import component_directory
+from families import build, component_directory
 from synthetic import synthetic_network
 from torch import Tensor, nn
 
@@ -199,3 +199,68 @@ def test_nan_is_not_lost(simulated: Any, where: str) -> None:
     found = engine(**arguments)[0]
     assert torch.equal(found[0], expected[0])
     assert found[1].isnan().all()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """A small UNet with a context by OpenVINO, and simulated."""
+    pytest.importorskip("openvino")
+    directory = exported("unet2d_condition", tmp_path_factory.mktemp("compiled"))
+    return dqtool.load(directory, "openvino"), dqtool.load(directory, "simulate")
+
+
+def test_openvino_takes_the_residuals_of_other_networks(compiled: tuple[Any, Any]) -> None:
+    network, simulated = compiled
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 8, 8, 8), (2, 8, 8, 8), (2, 8, 4, 4), (2, 16, 4, 4)]
+    down = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    middle = torch.randn(2, 16, 4, 4, generator=generator)
+    controlled = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    for extra in (controlled, {"down_intrablock_additional_residuals": [down[2], down[3]]}):
+        with torch.no_grad():
+            expected = simulated(**example(simulated), **{k: v if k[0] == "m" else list(v) for k, v in extra.items()})[
+                0
+            ]
+        assert float((network(**example(simulated), **extra)[0] - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_openvino_says_what_a_graph_can_not(compiled: tuple[Any, Any]) -> None:
+    network, simulated = compiled
+    arguments = example(simulated)
+    expected = network(**arguments)[0]
+    assert torch.equal(network(**arguments, cross_attention_kwargs={"scale": 0.5})[0], expected)
+    with pytest.raises(UsageError, match=r'masks.*runtime="onednn"'):
+        network(**arguments, cross_attention_kwargs={"masks": "none"})
+    for method in (
+        "enable_freeu",
+        "set_attn_processor",
+        "enable_cache",
+        "load_lora_adapter",
+        "_load_ip_adapter_weights",
+    ):
+        with pytest.raises(UsageError, match=r'OpenVINO can.t .*runtime="onednn"'):
+            getattr(network, method)()
+    network.disable_freeu()
+
+
+def test_pipelines_take_an_openvino_network(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    directory = exported("unet2d", tmp_path / "unet")
+    network, simulated = dqtool.load(directory, "openvino"), dqtool.load(directory, "simulate")
+    DDIMPipeline(build("unet2d"), DDIMScheduler(num_train_timesteps=1000)).save_pretrained(tmp_path / "pipeline")
+    pipeline = DDIMPipeline.from_pretrained(tmp_path / "pipeline", unet=network)
+    assert pipeline.unet is network
+    reference = DDIMPipeline(simulated, DDIMScheduler(num_train_timesteps=1000))
+    images = []
+    for each in (pipeline, reference):
+        each.set_progress_bar_config(disable=True)
+        images.append(
+            each(num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="numpy").images
+        )
+    assert abs(images[0] - images[1]).max() < 1e-3
+    assert pipeline.to(torch.bfloat16).dtype == torch.bfloat16
+    assert network(torch.zeros(1, 3, 8, 8), simulated.timesteps[0]).sample.dtype == torch.float32
+    with pytest.raises(UsageError, match="on the CPU"):
+        network._apply(lambda t: SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype))  # as `.to("cuda")` does
