@@ -16,7 +16,7 @@ setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[zoo,text,openvino,onnx,compressed-tensors,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[zoo,text,openvino,onnx,compressed-tensors,lora,dev]"
 	touch $@
 
 # The main job: a 4-bit model out of the embedded one, trained with the defaults and compared with it on 1024 images.

@@ -23,12 +23,26 @@ def _register_runs(pipeline_utils: ModuleType) -> None:
     register(pipeline_utils)
 
 
+def _register_adapters(config: ModuleType) -> None:
+    from dqtool.models.adapters import register
+
+    register(config)
+
+
+def _refuse_lokr(model: ModuleType) -> None:
+    from dqtool.models.adapters import refuse_lokr
+
+    refuse_lokr(model)
+
+
 TARGETS = {
     "diffusers.quantizers.auto": _register_quantizer,
     "diffusers.pipelines.pipeline_utils": _register_runs,
+    "peft.tuners.lora.config": _register_adapters,
+    "peft.tuners.lokr.model": _refuse_lokr,
 }
-"""Modules of diffusers and what is done with each once it has been imported: the first holds the tables of quantizers, the
-second the pipelines' base class."""
+"""Modules of diffusers and peft and what is done with each once it has been imported: they hold the tables of quantizers, the
+pipelines' base class, and the settings of LoRA."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -17,6 +17,7 @@ from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
 from dqtool.core.packing import pack, packed_words, unpack
 from dqtool.graph.leaves import zero_padding
+from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.quantizers import quantize_operand
 from dqtool.nn.steps import StepIndex
 
@@ -223,7 +224,7 @@ class FakeQuantLayer(QuantLayer):
         return state
 
 
-class PackedLayer(QuantLayer):
+class PackedLayer(Adaptable, QuantLayer):
     """The shipped form: `weight_packed` int32, `weight_scale` `[C_out]` float32, `weight_zero_point` uint8 (absent on the
     symmetric 8-bit grid), `weight_shape`. Not trainable."""
 
@@ -243,6 +244,25 @@ class PackedLayer(QuantLayer):
         for name, (shape, dtype) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
         self._expanded: Tensor | None = None
+
+    @property
+    def qweight(self) -> Tensor:
+        """See `Adaptable.qweight`."""
+        return self.weight if "weight" in self._buffers else self.weight_scale
+
+    def geometry_of_float(self) -> dict[str, object]:
+        """See `Adaptable.geometry_of_float`."""
+        if not self.is_conv:
+            return {"in_features": self.in_features, "out_features": self.out_features}
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation_taps,
+            "groups": self.groups,
+        }
 
     def codes(self) -> Tensor:
         """Centred weight codes, int32, in the weight's own shape: what an integer kernel multiplies."""

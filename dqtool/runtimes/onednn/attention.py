@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.integer import IntegerAttention
 from dqtool.runtimes.onednn import library, ops
 from dqtool.runtimes.onednn.codes import Clock, Codes, Product
 from dqtool.runtimes.onednn.library import pointer
 
-__all__ = ["IntegerAttnProcessor", "SharedInput"]
+__all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare"]
 
 
-class SharedInput(nn.Module):
+class SharedInput(Adaptable, nn.Module):
     """What stands in the place of a projection that was merged with others of the same input: its part of their output,
     for callers that want one alone."""
 
@@ -26,9 +27,27 @@ class SharedInput(nn.Module):
         self._merged = [merged]  # in a list: it is a child of the attention module, not of this one
         self.start, self.in_features, self.out_features = start, merged.in_channels, out_features
 
+    @property
+    def qweight(self) -> Tensor:
+        """See `Adaptable.qweight`."""
+        return self._merged[0].weight_scale
+
+    def geometry_of_float(self) -> dict[str, object]:
+        """See `Adaptable.geometry_of_float`."""
+        return {"in_features": self.in_features, "out_features": self.out_features}
+
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """`[..., C]` to `[..., out_features]`."""
         return self._merged[0](x)[..., self.start : self.start + self.out_features]
+
+
+def is_bare(attn: Any) -> bool:
+    """Return whether no projection into a module's attention has something around it, such as a LoRA branch."""
+    return (
+        isinstance(attn.to_q, SharedInput | Product)
+        and isinstance(attn.to_k, SharedInput | Product)
+        and isinstance(attn.to_v, SharedInput | Product)
+    )
 
 
 class IntegerAttnProcessor(QuantAttnProcessor):
@@ -96,7 +115,8 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         # A context for merged q, k, v, or none for a cross-attention, takes the general way.
         first = getattr(attn, "to_qkv", None) if encoder_hidden_states is None else attn.to_q
         usual = isinstance(first, Product) and (encoder_hidden_states is None or hasattr(attn, "to_kv"))
-        if self.layout != "single" or attn.spatial_norm is not None or not isinstance(first, Product) or not usual:
+        usual = usual and self.layout == "single" and attn.spatial_norm is None and is_bare(attn)
+        if not isinstance(first, Product) or not usual:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         x = hidden_states.float()
         image = x.dim() == 4

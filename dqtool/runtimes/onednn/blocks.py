@@ -1,7 +1,8 @@
 """diffusers' blocks with norm, activation and quantizer in one pass, and residuals added by the product itself.
 
 A block is fused by giving it a subclass of its class, so that it keeps its place, its name and its children; where a
-block has something the fused forward doesn't know, it is left as it is and its layers quantize one by one.
+block has something the fused forward doesn't know, it is left as it is and its layers quantize one by one. So do those of a
+fused block while one of them has something around it, such as a LoRA branch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dqtool.nn.processors import runs_own, without_hook
-from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
+from dqtool.runtimes.onednn.attention import IntegerAttnProcessor, is_bare
 from dqtool.runtimes.onednn.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, Product
 
 __all__ = ["fuse"]
@@ -58,6 +59,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
         """As the original."""
         conv1: Any = self.conv1
         conv2: Any = self.conv2
+        if not (isinstance(conv1, Product) and isinstance(conv2, Product)):
+            return super().forward(input_tensor, temb)  # type: ignore[arg-type]
         x = input_tensor.float()
         codes = conv1.group_norm(x, self.norm1, SILU)
         bias = scale = shift = None
@@ -92,6 +95,8 @@ class FusedDownsample2D(Downsample2D):
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """As the original."""
         conv: Any = self.conv
+        if not isinstance(conv, Product):
+            return super().forward(hidden_states)
         extra = (1, 1) if self.padding == 0 else (0, 0)
         return conv.multiply(conv.quantize(hidden_states.float(), extra=extra)).to(hidden_states.dtype)
 
@@ -114,6 +119,8 @@ class FusedUpsample2D(Upsample2D):
     def forward(self, hidden_states: Tensor, output_size: Any = None, *_: object, **__: object) -> Tensor:
         """As the original."""
         conv: Any = self.conv
+        if not isinstance(conv, Product):
+            return super().forward(hidden_states, output_size)
         x = hidden_states.float()
         if output_size is not None:
             return conv(F.interpolate(x, size=output_size, mode="nearest")).to(hidden_states.dtype)
@@ -137,7 +144,14 @@ class FusedFeedForward(FeedForward):
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """As the original."""
         first: Any = self.net[0].proj
+        if not self.is_bare():
+            return super().forward(hidden_states)
         return self.from_codes(first.quantize(hidden_states.float())).to(hidden_states.dtype)
+
+    def is_bare(self) -> bool:
+        """Return whether neither layer has something around it."""
+        act: Any = self.net[0]
+        return isinstance(act.proj, Product) and isinstance(self.net[2], Product)
 
     def from_codes(self, codes: Codes, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """On the codes of the first layer's input, times `gate` `[N, C]`, plus `residual`."""
@@ -189,7 +203,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """As the original."""
-        fused = runs_own(self.attn1) and (self.attn2 is None or runs_own(self.attn2))
+        feed_forward: Any = self.ff
+        fused = runs_own(self.attn1) and is_bare(self.attn1) and feed_forward.is_bare()
+        fused = fused and (self.attn2 is None or (runs_own(self.attn2) and is_bare(self.attn2)))
         if not fused or (self.attn2 is not None and encoder_hidden_states is None):
             rest: Any = (encoder_attention_mask, timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *rest)
@@ -231,6 +247,8 @@ class FusedTransformer2DModel(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         proj_in: Any = self.proj_in
+        if not (isinstance(proj_in, Product) and isinstance(self.proj_out, Product)):
+            return super()._operate_on_continuous_inputs(hidden_states)
         h = proj_in.multiply(proj_in.group_norm(hidden_states.float(), self.norm))
         if proj_in.is_conv:
             h = h.permute(0, 2, 3, 1).flatten(1, 2)
@@ -240,6 +258,9 @@ class FusedTransformer2DModel(Transformer2DModel):
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         proj_out: Any = self.proj_out
+        if not (isinstance(proj_out, Product) and isinstance(self.proj_in, Product)):
+            sizes = (batch_size, height, width, inner_dim)
+            return super()._get_output_for_continuous_inputs(hidden_states, residual, *sizes)
         h, whole = hidden_states.float(), residual.float()
         if proj_out.is_conv:
             image = h.view(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.onednn import library, ops
 from dqtool.runtimes.onednn.library import pointer
@@ -57,7 +58,7 @@ class Codes(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Product(nn.Module):
+class Product(Adaptable, nn.Module):
     """One layer; call it like the layer it replaces, or make codes and multiply in two steps."""
 
     weight: Tensor
@@ -107,6 +108,20 @@ class Product(nn.Module):
     # What the subclass decides: the zero point of signed codes, bytes per pixel, and padding inside the codes.
     signed_offset = 128
     channel_bytes: int
+
+    def geometry_of_float(self) -> dict[str, object]:
+        """See `Adaptable.geometry_of_float`."""
+        if not self.is_conv:
+            return {"in_features": self.in_channels, "out_features": self.out_channels}
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.taps_dilation,
+            "groups": self.groups,
+        }
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Padding (top, bottom, left, right) that the codes of a convolution carry, for one input size."""
