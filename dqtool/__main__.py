@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -34,6 +35,8 @@ def main() -> int:
             _silence_libraries()
         from dqtool.cli import invoke
 
+        if hasattr(sys.stdout, "reconfigure"):  # a path of any bytes is printed as it was given
+            sys.stdout.reconfigure(errors="surrogateescape")
         code = invoke(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -88,9 +91,12 @@ def _fail(arguments: list[str], error: Exception, debug: bool) -> int:
     if fault is not None:
         _print_fault(arguments, str(fault))
         return fault.exit_code
-    text = " ".join(str(error).split())
+    from dqtool.errors import plain
+
     hint = "" if debug else " Run it again with --debug for the traceback."
-    _print_fault(arguments, f"unexpected {type(error).__name__}: {text[:400]}. This is a bug in dqtool.{hint}")
+    _print_fault(
+        arguments, f"unexpected {type(error).__name__}: {plain(str(error))[:380]}. This is a bug in dqtool.{hint}"
+    )
     return 1
 
 
@@ -101,6 +107,10 @@ def _fault(error: Exception) -> EnvironmentFault | None:
 
     if isinstance(error, OSError):
         return os_fault(error, error.filename or "standard output or an open file")
+    if "Too many open files" in str(error):  # as other libraries say it, in errors of their own
+        return os_fault(OSError(errno.EMFILE, "Too many open files"), "an open file")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return EnvironmentFault("A path holds a NUL character", where="a path", fix="Check the names that are given")
     # torch's own errors by name: it may not even be imported.
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "can't allocate memory" in str(error):

@@ -14,7 +14,12 @@ __all__ = [
     "NumericError",
     "Terminated",
     "UsageError",
+    "plain",
+    "shown",
 ]
+
+LONGEST = 500
+"""Most characters of a message."""
 
 
 class DqtoolError(Exception):
@@ -29,12 +34,15 @@ class DqtoolError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        parts = [_sentence(self.what)]
+        parts = [plain(self.what)]
         if self.where:
-            parts.append(_sentence(f"Where: {self.where}"))
+            parts.append(plain(f"Where: {self.where}"))
         if self.fix:
-            parts.append(_sentence(self.fix))
-        return " ".join(parts)
+            parts.append(plain(self.fix))
+        while (excess := sum(map(len, parts)) + 2 * len(parts) - LONGEST) > 0:
+            longest = max(range(len(parts)), key=lambda number: len(parts[number]))
+            parts[longest] = _shortened(parts[longest], max(len(parts[longest]) - excess, 60))
+        return " ".join(map(_sentence, parts))
 
 
 class UsageError(DqtoolError):
@@ -69,7 +77,26 @@ class DqtoolWarning(UserWarning):
     """What a library user is warned of; the command line shows these and hides the warnings of other libraries."""
 
 
-def _sentence(text: str) -> str:
-    # Texts quoted from other libraries may span lines, and the promise is one paragraph; spaces inside a path stay.
-    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+def plain(text: str) -> str:
+    """Return a text in one line without control characters, which files may hold: escape sequences would act on the
+    terminal, and marks of direction hide what a name is. Spaces inside a path stay."""
+    if len(text) > 20 * LONGEST:
+        text = _shortened(text, 20 * LONGEST)
+    return shown(" ".join(part.strip() for part in text.splitlines() if part.strip()))
+
+
+def shown(line: str) -> str:
+    """Return a line with its control characters written as escapes."""
+    if line.isprintable():
+        return line
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+
+
+def _shortened(text: str, length: int) -> str:
+    """Return the beginning and the end of a text."""
+    head = (length - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (length - 5 - head) :]}"
+
+
+def _sentence(line: str) -> str:
     return line if line.endswith((".", "?", "!")) else line + "."

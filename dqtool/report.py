@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from dqtool.errors import shown
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
@@ -252,6 +254,8 @@ def _emit_rich_table(
 def _emit(text: str, style: str | None = None) -> None:
     if sys.stderr is None:
         return
+    if not text.isprintable():  # names come from files
+        text = "\n".join(shown(line) for line in text.split("\n"))
     try:
         if _on_terminal():
             _console().print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -21,3 +21,17 @@ def test_exit_codes_of_the_contract():
 )
 def test_is_one_paragraph(error: DqtoolError, text: str):
     assert str(error) == text
+
+
+def test_messages_are_short_and_without_control_characters():
+    error = DqtoolError("a\x1b[2Jb\u202ec" + "x" * 30_000, where="dir/\x07name", fix="Mend " + "y" * 2000)
+    text = str(error)
+    assert len(text) <= 500
+    assert text.isprintable()
+    assert "\\x1b" in text
+    assert r"Where: dir/\x07name." in text
+    assert text.endswith("yyy.")
+
+
+def test_short_messages_stay_as_they_are():
+    assert str(DqtoolError("Größe 八", where="a b  c")) == "Größe 八. Where: a b  c."

@@ -11,7 +11,7 @@ import typer
 
 from dqtool import report
 from dqtool.errors import UsageError
-from dqtool.stages.common import Common
+from dqtool.stages.common import Common, check_values
 
 __all__ = ["COMMON", "app", "command"]
 
@@ -71,6 +71,7 @@ def command(*examples: str, group: typer.Typer = app, name: str | None = None) -
 
         def callback(**values: Any) -> None:
             common = common_options(**{key: values.pop(key) for key in COMMON})
+            check_values(values)
             body(**values, common=common)
 
         parameters = [p for p in own.values() if p.name != "common"] + list(COMMON.values())

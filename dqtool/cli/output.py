@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dqtool.errors import shown
 from dqtool.stages.common import Common
 
 __all__ = ["on_standard_error", "print_report", "print_result", "run_stage"]
@@ -43,19 +44,20 @@ def print_result(path: str, common: Common) -> None:
         print(path)
         return
     from dqtool.artifacts import manifest_path
+    from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 
     last = common.log[-1] if common.log else None
     found: dict[str, Any] = {}
     if last is not None and manifest_path(path).is_file():
-        found = json_format.loads(manifest_path(path).read_text(encoding="utf-8"))
+        found = load_json(manifest_path(path), MANIFEST_BYTES)
     if len(common.log) > 1:
         found["stages"] = [{"stage": e.stage, "path": e.output, "cached": e.cached} for e in common.log]
     print(json_format.dumps(found | {"path": path, "cached": last is not None and last.cached}, sort_keys=True))
 
 
 def print_report(content: Any, lines: Sequence[str], common: Common) -> None:
-    """A report: its lines, or with --json its content."""
+    """Print a report: its lines, in which names from files are without control characters, or with --json its content."""
     if common.json:
         print(json_format.dumps(content, sort_keys=True))
     else:
-        print("\n".join(lines))
+        print("\n".join(map(shown, lines)))

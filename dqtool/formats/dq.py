@@ -13,6 +13,7 @@ from dqtool.models.export_layout import WEIGHTS
 from dqtool.models.families import family_of
 from dqtool.models.hub import quantization_config
 from dqtool.models.packed import is_static, plan_records, plans_of, prediction_rows
+from dqtool.models.packed_checks import check_state, step_count
 from dqtool.nn.integer import runs_as
 from dqtool.nn.surgery import state_shapes
 
@@ -23,8 +24,9 @@ def prepare(distilled: Artifact) -> Exported:
     """The distilled tensors as they are; the layers' bits stand in the `quantization_config`, and the manifest says of each
     whether integer runtimes compute it in int8 (`runs`)."""
     manifest, tensors = distilled.manifest, distilled.tensors()
-    config, timesteps = dict(manifest.model["config"]), len(tensors["timesteps"])
-    family = family_of(manifest.model["class"], distilled.given)
+    config, timesteps = dict(manifest.model["config"]), step_count(tensors)
+    check_state(tensors, plans_of(manifest), {})
+    family = family_of(manifest.model["class"], distilled.given, config)
     float_shapes = network_shapes(family, config, manifest.layers)
     rows = prediction_rows(tensors)
     predicted = file_bytes(swapped(state_shapes(float_shapes, plans_of(manifest), timesteps, rows)))

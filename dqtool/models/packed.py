@@ -16,6 +16,7 @@ from dqtool.graph.trace import LayerInfo
 from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import family_of
 from dqtool.models.loading import materialise
+from dqtool.models.packed_checks import check_plans, check_state, step_count
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import insert_packed, refresh_steps
@@ -89,20 +90,37 @@ def packed_network(
     `static`: one row of the step tables serves all timesteps, see `is_static`.
 
     Raises:
-        ArtifactError: the tensors are not those the plan calls for.
+        ArtifactError: the tensors are not those the plan calls for, or hold what no quantizer has.
+        NumericError: NaN or infinity among scales or timesteps.
     """
     family = family_of(class_name, "manifest, key model.class", config)
     with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
         network = tie_repeats(family.build(config), state, family.repeats(config))
-    insert_packed(network, plans, len(state["timesteps"]), prediction_rows(state))
+    check_plans(network, plans)
+    insert_packed(network, plans, step_count(state), prediction_rows(state))
+    check_state(state, plans, network.state_dict())
     if not _assigned(network, state):
         try:
             network.load_state_dict(dict(state), assign=True)
         except RuntimeError as e:
-            raise ArtifactError(f"The packed tensors don't fit the manifest: {e}") from e
+            raise ArtifactError(
+                f"The packed tensors don't fit the manifest: {_misfits(network, state) or e}",
+                fix="Make the artifact again",
+            ) from e
     materialise(network, family, config)
     refresh_steps(network, static)
     return network.eval().requires_grad_(False)
+
+
+def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return how many tensors are missing, unknown or of another shape, and the first of each."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    kinds = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(n for n in own.keys() & state.keys() if own[n] != tuple(state[n].shape)),
+    }
+    return "; ".join(f"{len(names)} are {kind}, first {', '.join(names[:2])}" for kind, names in kinds.items() if names)
 
 
 def _assigned(network: nn.Module, state: Mapping[str, Tensor]) -> bool:

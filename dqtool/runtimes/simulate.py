@@ -8,6 +8,7 @@ from dqtool.artifacts import Artifact
 from dqtool.models.export_layout import weights_file
 from dqtool.models.loading import build_network
 from dqtool.models.packed import is_static, packed_network, plans_of
+from dqtool.models.packed_checks import step_count
 from dqtool.nn.calls import one_call_at_a_time
 
 __all__ = ["available", "load"]
@@ -25,7 +26,7 @@ def load(artifact: Artifact) -> nn.Module:
             manifest.model["config"],
             plans_of(manifest),
             state,
-            is_static(manifest, len(state["timesteps"])),
+            is_static(manifest, step_count(state)),
         )
     )
 

@@ -253,9 +253,10 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
         return place(network) if runtime == "simulate" else network
     if artifact.stage == "distill":
         from dqtool.models.packed import is_static, packed_network, plans_of
+        from dqtool.models.packed_checks import step_count
 
         state = artifact.tensors()
-        static = is_static(manifest, len(state["timesteps"]))
+        static = is_static(manifest, step_count(state))
         packed = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state, static)
         return place(packed)
     from dqtool.stages.artifact_models import teacher_of

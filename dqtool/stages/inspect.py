@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import manifest_path, open_artifact
+from dqtool.artifacts.reading import MANIFEST_BYTES, load_json, parse_json, read_file
 from dqtool.core.cost import bops, bops_ratio
 from dqtool.models.sources import ModelSource, resolve_model
 from dqtool.report import format_seconds, table_lines
@@ -42,7 +42,7 @@ def _has_manifest(given: str) -> bool:
         return True
     # Weights called X.safetensors may have an X.json that is not ours, such as a config.json.
     try:
-        payload = json.loads(note.read_bytes())
+        payload = parse_json(read_file(note, MANIFEST_BYTES))
     except ValueError:
         return True  # damaged: opening it will say so
     return isinstance(payload, dict) and "format" in payload
@@ -50,7 +50,7 @@ def _has_manifest(given: str) -> bool:
 
 def _describe_artifact(given: str) -> dict[str, Any]:
     artifact = open_artifact(given)
-    note = json.loads(manifest_path(given).read_bytes())
+    note = load_json(manifest_path(given), MANIFEST_BYTES)
     files = note.get("files") or ({given: note["file"]} if "file" in note else {})
     size = sum(entry["bytes"] for entry in files.values()) if files else artifact.path.stat().st_size
     note |= {"kind": "artifact", "path": given, "bytes": size, "sha256": artifact.sha256}

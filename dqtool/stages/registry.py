@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from dqtool.stages.common import Common, Execution
+from dqtool.stages.common import Common, Execution, check_values
 from dqtool.stages.options.declared import declared_options, make
 
 __all__ = [
@@ -153,6 +153,7 @@ def make_options(name: str, values: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: a value is out of bounds, or not offered.
     """
+    check_values(values)
     return make(options_class(name), values)
 
 

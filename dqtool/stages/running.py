@@ -104,6 +104,9 @@ def check_steps(artifact: Artifact, steps: int | None) -> None:
         )
 
 
+_LONGEST_LINE = 1 << 16
+
+
 def _from_standard_input() -> str | None:
     """One line from standard input when that is a pipe or a file; None on a terminal, `/dev/null` or when closed."""
     import stat
@@ -116,7 +119,12 @@ def _from_standard_input() -> str | None:
         return None
     if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
         return None
-    line = sys.stdin.readline().strip()
+    try:
+        line = sys.stdin.readline(_LONGEST_LINE).strip()
+    except UnicodeDecodeError:
+        line = ""
+    if "\0" in line or len(line) >= _LONGEST_LINE - 1:  # a stream of something else
+        line = ""
     if not line:
         raise ArtifactError(
             "Standard input is a pipe or file and brought no path",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import resigned
 
 from dqtool.artifacts import Manifest, open_artifact, read_manifest
 from dqtool.artifacts.manifest import canonical_json
@@ -21,15 +22,6 @@ FILES = {
     "distill": "distilled.safetensors",
     "export": "exported",
 }
-
-
-def resigned(note: Path, content: dict[str, Any]) -> None:
-    """Write a manifest with the checksum that its content has."""
-    import hashlib
-
-    content.pop("checksum", None)
-    checksum = hashlib.sha256(canonical_json(content).encode()).hexdigest()
-    note.write_text(json.dumps({**content, "checksum": checksum}))
 
 
 def note_of(chain: Path, stage: str) -> Path:

@@ -23,6 +23,11 @@ stages:
     ("arguments", "word"),
     [
         (("distill", "--bits", "9/4"), "9/4"),
+        (("calibrate", "--eta", "inf"), "--eta"),
+        (("calibrate", "--guidance", "nan"), "--guidance"),
+        (("calibrate", "--steps", "1001", "--samples", "2000"), "--steps"),
+        (("calibrate", "--samples", str(10**30)), "--samples"),
+        (("calibrate", "-o", "two\nlines.safetensors"), "--output"),
         (("distill", "--bits", "4/1"), "4/1"),
         (("distill", "--bits", "4"), "W/A"),
         (("distill", "--bits", "four/4"), "four/4"),

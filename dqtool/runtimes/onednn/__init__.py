@@ -27,6 +27,7 @@ from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.graph.attention import is_attention
 from dqtool.models.export_layout import weights_file
 from dqtool.models.packed import is_static, packed_network, plans_of
+from dqtool.models.packed_checks import step_count
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.calls import one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
@@ -76,7 +77,7 @@ def load(artifact: Artifact) -> nn.Module:
             manifest.model["config"],
             plans_of(manifest),
             state,
-            is_static(manifest, len(state["timesteps"])),
+            is_static(manifest, step_count(state)),
         )
     )
     for tensor in mapped.values():  # what has been read by now, and what stays resident of a file just written

@@ -1,0 +1,106 @@
+"""What packed tensors must be before a network computes with them: numbers, ranges, types, and shapes of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.errors import ArtifactError, NumericError
+
+if TYPE_CHECKING:
+    from dqtool.nn.assignment import LayerPlan
+
+__all__ = ["check_plans", "check_state", "step_count"]
+
+_FIX = "Make the artifact again with the dqtool stage that wrote it"
+_ZERO, _SCALE, _WIDEST = "zero_point", "_scale", 8
+
+
+def step_count(state: Mapping[str, Tensor]) -> int:
+    """Return how many timesteps the tables of an artifact are for.
+
+    Raises:
+        ArtifactError: it has no table of distinct timesteps.
+        NumericError: one is NaN or infinite.
+    """
+    timesteps = state.get("timesteps")
+    if timesteps is None or timesteps.dim() != 1 or not len(timesteps) or not timesteps.is_floating_point():
+        raise ArtifactError("The artifact holds no table of timesteps", where="tensor timesteps", fix=_FIX)
+    if not bool(torch.isfinite(timesteps).all()):
+        raise NumericError("A timestep is NaN or infinite", where="tensor timesteps", fix=_FIX)
+    if len(timesteps.unique()) != len(timesteps):
+        raise ArtifactError("A timestep stands twice in the table", where="tensor timesteps", fix=_FIX)
+    return len(timesteps)
+
+
+def check_plans(network: nn.Module, plans: Sequence[LayerPlan]) -> None:
+    """Check the layers that a manifest lists against the network that its config describes.
+
+    Raises:
+        ArtifactError: names the layer that the network does not have, or has in another shape.
+    """
+    modules = dict(network.named_modules())
+    for plan in plans:
+        info, module = plan.info, modules.get(plan.info.name)
+        if module is None:
+            raise ArtifactError(
+                f"The manifest lists a layer '{info.name}', which the config's network does not have",
+                where="manifest, key layers",
+                fix=_FIX,
+            )
+        weight = getattr(module, "weight", None)
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        kind = {"conv2d": nn.Conv2d, "linear": nn.Linear}.get(info.kind)
+        fits = hasattr(module, "to_q") if kind is None else isinstance(module, kind) and shape == tuple(info.shape)
+        if not fits:
+            raise ArtifactError(
+                f"The manifest says that '{info.name}' is a {info.kind} of shape {list(info.shape)}, and it is a "
+                f"{type(module).__name__}" + (f" of {list(shape)}" if shape else ""),
+                where="manifest, key layers",
+                fix=_FIX,
+            )
+
+
+def check_state(state: Mapping[str, Tensor], plans: Sequence[LayerPlan], expected: Mapping[str, Tensor]) -> None:
+    """Check scales (finite, above 0), zero points (whole, within the grid of their bits), recorded shapes, and types.
+    `expected` are the tensors that the network awaits.
+
+    Raises:
+        NumericError: a scale is NaN or infinite.
+        ArtifactError: names the tensor that is otherwise wrong.
+    """
+    bits = {plan.info.name: plan.bits for plan in plans}
+    shapes = {plan.info.name: tuple(plan.info.shape) for plan in plans}
+    for name, tensor in state.items():
+        layer, _, leaf = name.rpartition(".")
+        like = expected.get(name)
+        if like is not None and not like.is_floating_point() and like.dtype != tensor.dtype:
+            raise _wrong(name, f"should hold {_type(like)}, and holds {_type(tensor)}")
+        if tensor.is_complex() or (like is not None and like.is_floating_point() != tensor.is_floating_point()):
+            raise _wrong(name, f"holds {_type(tensor)}")
+        if not tensor.numel():
+            raise _wrong(name, "is empty")
+        if leaf.endswith(_SCALE) and layer in bits:
+            low, high = float(tensor.amin()), float(tensor.amax())
+            if not (low > -torch.inf and high < torch.inf):  # a NaN fails both
+                raise NumericError(f"Tensor {name} holds NaN or infinite scales", where=f"tensor {name}", fix=_FIX)
+            if low <= 0:
+                raise _wrong(name, f"holds a scale of {low:g}, and scales are above 0")
+        elif leaf.endswith(_ZERO) and layer in bits:
+            width = {f"weight_{_ZERO}": bits[layer].weight, f"input_{_ZERO}": bits[layer].input}.get(leaf, _WIDEST)
+            most = 2 ** min(width, _WIDEST) - 1
+            if int(tensor.max()) > most or int(tensor.min()) < 0:
+                raise _wrong(name, f"holds a zero point that is not within 0 to {most}")
+        elif leaf == "weight_shape" and layer in shapes and tuple(tensor.flatten().tolist()) != shapes[layer]:
+            raise _wrong(name, f"says {tensor.flatten().tolist()}, and the manifest {list(shapes[layer])}")
+
+
+def _wrong(name: str, what: str) -> ArtifactError:
+    return ArtifactError(f"Tensor {name} {what}", where=f"tensor {name}", fix=_FIX)
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
