@@ -31,6 +31,7 @@ COMMANDS = {
     "dilate-sd14": "make dilate-cost",
     "full-size": "make full-size",
     "same-integers": "make same-integers",
+    "fuzz": "make fuzz",
 }
 """Commands of results that do not record their own."""
 

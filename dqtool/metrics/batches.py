@@ -8,6 +8,7 @@ entry, `dqtool`, a JSON text that says what they were made with; the suite does 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -267,6 +268,8 @@ def _faults(given: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # a place before the file's start, which a damaged archive names
+            raise ArtifactError("This is no npz file, or it is damaged", where=given, fix=_NPZ) from error
         raise os_fault(error, given) from error
     except _DAMAGE as error:
         raise ArtifactError("This is no npz file, or it is damaged", where=given, fix=_NPZ) from error

@@ -90,8 +90,8 @@ def check_state(state: Mapping[str, Tensor], plans: Sequence[LayerPlan], expecte
             if low <= 0:
                 raise _wrong(name, f"holds a scale of {low:g}, and scales are above 0")
         elif leaf.endswith(_ZERO) and layer in bits:
-            width = {f"weight_{_ZERO}": bits[layer].weight, f"input_{_ZERO}": bits[layer].input}.get(leaf, _WIDEST)
-            most = 2 ** min(width, _WIDEST) - 1
+            width = getattr(bits[layer], leaf.removesuffix(f"_{_ZERO}"), None)
+            most = 2 ** min(width if isinstance(width, int) else _WIDEST, _WIDEST) - 1
             if int(tensor.max()) > most or int(tensor.min()) < 0:
                 raise _wrong(name, f"holds a zero point that is not within 0 to {most}")
         elif leaf == "weight_shape" and layer in shapes and tuple(tensor.flatten().tolist()) != shapes[layer]:
