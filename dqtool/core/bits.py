@@ -98,7 +98,7 @@ def parse_bits(text: str, where: str = "--bits") -> LayerBits:
     Raises:
         UsageError: anything else.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,2})/(\d{1,2})", text.strip())
     if not match or int(match[1]) not in WIDTHS or int(match[2]) not in WIDTHS:
         raise UsageError(
             f"'{text}' is not a bit width",

@@ -45,7 +45,7 @@ class KeptLayers:
             )
         try:
             re.compile(pattern)
-        except re.error as e:
+        except (re.error, RecursionError, OverflowError) as e:
             raise UsageError(f"'{pattern}' is not a regular expression: {e}", where="--keep") from e
         return cls(pattern, parse_bits(bits, "--keep"))
 

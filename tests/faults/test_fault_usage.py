@@ -24,6 +24,8 @@ stages:
     [
         (("distill", "--bits", "9/4"), "9/4"),
         (("calibrate", "--eta", "inf"), "--eta"),
+        (("distill", "--bits", "9" * 5000 + "/4"), "bit width"),
+        (("distill", "--keep", "(" * 500 + "=4/4"), "regular expression"),
         (("calibrate", "--guidance", "nan"), "--guidance"),
         (("calibrate", "--steps", "1001", "--samples", "2000"), "--steps"),
         (("calibrate", "--samples", str(10**30)), "--samples"),

@@ -106,7 +106,7 @@ class DistillOptions:
             )
         try:
             re.compile(self.blocks or "")
-        except re.error as e:
+        except (re.error, RecursionError, OverflowError) as e:
             raise UsageError(f"'{self.blocks}' is no regular expression: {e}", where="--blocks") from e
 
     @cached_property
