@@ -78,7 +78,7 @@ def refuse(plans: Sequence[LayerPlan], tensors: Mapping[str, Tensor], where: str
     raise ArtifactError(
         f"The compressed-tensors format can't hold this network. {'; '.join(said)}",
         where=where,
-        fix="Quantize linear weights only (dilate --scaling none; distill --bits 4/16 --keep 'CONVOLUTIONS=16/16'), or "
+        fix="Quantize linear weights only (calibrate --scaling none; distill --bits 4/16 --keep 'CONVOLUTIONS=16/16'), or "
         "export with --format dq",
     )
 

@@ -25,7 +25,7 @@ def export(run: Run, made: Path, directory: Path, bits: str, *keep: str, steps: 
     """`dq` and `ct` directories of the tiny model, not dilated."""
     for arguments in (
         ("dilate", str(made / "tiny"), "--scaling", "none"),
-        ("calibrate", "--steps", steps, "--samples", "8"),
+        ("calibrate", "--steps", steps, "--samples", "8", "--scaling", "keep"),
         ("distill", "--bits", bits, "--iters", "0", "--refine-iters", "0", *KEEP, *keep),
         ("export", "-o", "dq"),
     ):

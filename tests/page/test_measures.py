@@ -20,7 +20,9 @@ def test_inputs_before_dilation_are_those_of_the_points_conditions(tmp_path: Pat
     quiet = Common(quiet=True)
     dilated, calibrated = str(tmp_path / "dilated.safetensors"), str(tmp_path / "calibrated.safetensors")
     dilate(DilateOptions(str(dit_pipeline(tmp_path / "model")), dilated, scaling="wd"), quiet)
-    calibrate(CalibrateOptions(dilated, calibrated, steps=2, samples=48, batch_size=8, guidance=1.5), quiet)
+    calibrate(
+        CalibrateOptions(dilated, calibrated, steps=2, samples=48, batch_size=8, guidance=1.5, scaling="keep"), quiet
+    )
     artifact = open_artifact(calibrated)
     tensors = artifact.tensors()
     assert len(tensors["trajectory.x"]) > max(len(v) for k, v in tensors.items() if k.startswith("condition."))

@@ -81,7 +81,10 @@ def exported(name: str, directory: Path) -> str:
     model = component_directory(name, directory / "model")
     at = {stage: str(directory / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
     dilate(DilateOptions(str(model), at["dilated"], scaling="wd"), quiet)
-    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4, random_conditions=True), quiet)
+    calibrate(
+        CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4, random_conditions=True, scaling="keep"),
+        quiet,
+    )
     distill(DistillOptions(at["calibrated"], at["distilled"], bits="6/6", method="ptq"), quiet)
     export(ExportOptions(at["distilled"], str(directory / "exported")), quiet)
     return str(directory / "exported")

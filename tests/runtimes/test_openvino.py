@@ -263,7 +263,7 @@ def test_sizes_of_as_many_tokens_have_positions_of_their_own(tmp_path: Path) -> 
     quiet = Common(quiet=True)
     at = {name: str(tmp_path / name) for name in ("dilated", "calibrated", "distilled", "dq", "ir")}
     dilate(DilateOptions(str(dit_pipeline(tmp_path / "model")), at["dilated"], scaling="wd"), quiet)
-    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4), quiet)
+    calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4, scaling="keep"), quiet)
     distill(DistillOptions(at["calibrated"], at["distilled"], bits="6/6", method="ptq"), quiet)
     export(ExportOptions(at["distilled"], at["dq"]), quiet)
     export(ExportOptions(at["distilled"], at["ir"], format="openvino"), quiet)
