@@ -189,7 +189,7 @@ class StepIndex:
         pending, self._pending = self._pending, []
         for timestep, missed in pending:
             values = timestep.cpu().double().tolist()
-            lost = [value for value, is_missed in zip(values, missed.tolist(), strict=True) if is_missed]
+            lost = [value for value, is_missed in zip(values, missed.cpu().tolist(), strict=True) if is_missed]
             self._missed.update(lost)
             if run is not None:
                 run.asked.update(values)
