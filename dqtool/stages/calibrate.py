@@ -15,7 +15,7 @@ from dqtool.metrics.prompts import read_prompts
 from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.schedules import finite_config
 from dqtool.stages.options.calibrate import AUTO, KEEP, STRATIFIED, CalibrateOptions, schedule_of
-from dqtool.stages.running import Common, Product, execute, input_artifact
+from dqtool.stages.running import Common, StageOutput, execute, input_artifact
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
         )
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
     prompts = None if options.prompts is None else read_prompts(options.prompts)
-    parameters = resolved(options, prompts)
+    parameters = fingerprint_parameters(options, prompts)
     inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
     execute(
         "calibrate",
@@ -71,8 +71,8 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
     return options.output
 
 
-def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:
-    """All parameters that decide the result; `prompts` are those that the options' file holds (None: it is read)."""
+def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return all parameters that decide the result; `prompts` are those of the options' file (None: it is read)."""
     if prompts is None and options.prompts is not None:
         prompts = read_prompts(options.prompts)
     parameters: dict[str, Any] = {
@@ -105,7 +105,7 @@ def resolved(options: CalibrateOptions, prompts: Sequence[str] | None = None) ->
     return parameters | ConditionSource.of(options).parameters()
 
 
-def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str] | None = None) -> Product:
+def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str] | None = None) -> StageOutput:
     """Sample, draw, count."""
     import torch
 
@@ -186,7 +186,7 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     }
     report.say(f"activation range after dilation: {metrics['activation_range_ratio']:.3f} of that before (layer mean)")
     everything |= trajectory | statistics | {"timesteps": timesteps}
-    return Product(everything, manifest.model, pipeline, records, metrics, attachments=dilated.attachments())
+    return StageOutput(everything, manifest.model, pipeline, records, metrics, attachments=dilated.attachments())
 
 
 def rescaled_by(

@@ -9,7 +9,7 @@ from dqtool.artifacts import Written, check_writable, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources import ModelSource
 from dqtool.stages.options.dilate import DilateOptions
-from dqtool.stages.running import Common, Product, execute
+from dqtool.stages.running import Common, StageOutput, execute
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +36,7 @@ def dilate(options: DilateOptions, common: Common) -> str:
     reads = [*source.weights, *(lora.path for lora in source.loras)]
     check_writable(options.output, inputs=[options.model, *reads])
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
-    parameters = resolved(options)
+    parameters = fingerprint_parameters(options)
     execute(
         "dilate",
         CODE_VERSION,
@@ -50,7 +50,7 @@ def dilate(options: DilateOptions, common: Common) -> str:
     return options.output
 
 
-def resolved(options: DilateOptions) -> dict[str, Any]:
+def fingerprint_parameters(options: DilateOptions) -> dict[str, Any]:
     """Return all parameters that decide the result; the model that they apply to is an input."""
     parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
     if options.threshold != 1:
@@ -66,7 +66,7 @@ def resolved(options: DilateOptions) -> dict[str, Any]:
     return parameters
 
 
-def produce(source: ModelSource, options: DilateOptions) -> Product:
+def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
     """Load and dilate; the check of the equivalence runs while the file is written."""
     import torch
 
@@ -128,7 +128,7 @@ def produce(source: ModelSource, options: DilateOptions) -> Product:
         return {"equivalence_error": error}
 
     pipeline, attachments = source.pipeline_record(), attachments_of(source)
-    return Product(dilated.tensors, model, pipeline, dilated.records, metrics, attachments=attachments, proof=proof)
+    return StageOutput(dilated.tensors, model, pipeline, dilated.records, metrics, attachments=attachments, proof=proof)
 
 
 def recorded_network(network: nn.Module, family: Family, config: dict[str, Any]) -> NetworkGraph:

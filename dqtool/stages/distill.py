@@ -12,15 +12,15 @@ from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
-from dqtool.stages.options.distill import DistillOptions, corrects, method_and_options, settled
-from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact
+from dqtool.stages.options.distill import DistillOptions, corrects, method_and_options, with_sampler_defaults
+from dqtool.stages.running import Common, StageOutput, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
     from dqtool.graph.trace import Trace
     from dqtool.training.data import Trajectory
 
-__all__ = ["DistillOptions", "corrects", "distill", "scheduler_of", "settled"]
+__all__ = ["DistillOptions", "corrects", "distill", "scheduler_of", "with_sampler_defaults"]
 
 CODE_VERSION = 4
 
@@ -42,19 +42,19 @@ def distill(options: DistillOptions, common: Common) -> str:
     """
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     check_steps(calibrated, options.steps)
-    calm = settled(options, str(scheduler_of(calibrated.manifest).get("_class_name")))
-    if calm != options:
+    adapted = with_sampler_defaults(options, str(scheduler_of(calibrated.manifest).get("_class_name")))
+    if adapted != options:
         report.say(
-            "distill: this sampler extrapolates from several predictions: without second pass and correction of predictions"
-            ", where --refine-iters or --correct-noise don't ask for them"
+            "distill: this sampler extrapolates from several predictions, so the second pass and the correction of "
+            "predictions are left out, unless --refine-iters or --correct-noise asks for them"
         )
-    options = calm
+    options = adapted
     check_samples(options.train_samples, calibrated.manifest)
     spec = network_spec(options, calibrated.manifest)
-    parameters = resolved(options) | spec.to_json()
+    parameters = fingerprint_parameters(options) | spec.to_json()
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
-    def work(key: str) -> Product:
+    def work(key: str) -> StageOutput:
         return produce(calibrated, options, spec, Workspace(options.output, key, forced=common.force))
 
     execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work)
@@ -66,8 +66,8 @@ def scheduler_of(calibrated: Manifest) -> Mapping[str, Any]:
     return ((calibrated.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
 
 
-def resolved(options: DistillOptions) -> dict[str, Any]:
-    """All parameters that decide the result, with defaults filled in."""
+def fingerprint_parameters(options: DistillOptions) -> dict[str, Any]:
+    """Return all parameters that decide the result, with defaults filled in."""
     chosen: dict[str, Any] = {} if options.blocks is None else {"blocks": options.blocks}
     if options.preset != "standard":
         chosen["preset"] = options.preset
@@ -100,7 +100,7 @@ def check_samples(wanted: int | None, manifest: Manifest) -> None:
         )
 
 
-def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpec, workspace: Workspace) -> Product:
+def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpec, workspace: Workspace) -> StageOutput:
     """Initialise, train, pack."""
     import torch
 
@@ -181,7 +181,7 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
     if problem.warnings:
         trained |= {"warnings": problem.warnings}
     metrics = {**manifest.metrics, **trained}
-    return Product(
+    return StageOutput(
         state,
         manifest.model,
         manifest.pipeline,

@@ -18,7 +18,7 @@ from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
-from dqtool.stages.running import Common, Product, check_steps, execute, input_artifact, sampling_of
+from dqtool.stages.running import Common, StageOutput, check_steps, execute, input_artifact, sampling_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +46,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options.reference, artifact)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
-    parameters = resolved(options, metrics, prompts)
+    parameters = fingerprint_parameters(options, metrics, prompts)
     if options.correct_noise:
         needs_reference(reference, artifact)
     inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
@@ -79,8 +79,10 @@ def check_runtime(artifact: Artifact, runtime: str) -> None:
         )
 
 
-def resolved(options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str] | None = None) -> dict[str, Any]:
-    """All parameters that decide the figures; `prompts` are those that the options' file holds (None: it is read)."""
+def fingerprint_parameters(
+    options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return all parameters that decide the figures; `prompts` are those of the options' file (None: it is read)."""
     files = files_of(options)
     if prompts is None and options.prompts is not None:
         prompts = read_prompts(options.prompts)
@@ -159,7 +161,7 @@ def produce(
     metrics: tuple[str, ...],
     options: EvalOptions,
     prompts: Sequence[str] | None = None,
-) -> Product:
+) -> StageOutput:
     """Sample from both networks with the same seeds and compute every figure."""
     from dqtool.nn.surgery import steps_of
     from dqtool.stages.images import first_channels, maker_of_artifact, makes_latents
@@ -226,7 +228,7 @@ def produce(
         figures["cost"] = cost_figures(artifact)
     if "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
         figures["layer_errors"] = layer_errors(float_network, network, maker, options.seed)
-    return Product(None, manifest.model, manifest.pipeline, manifest.layers, figures)
+    return StageOutput(None, manifest.model, manifest.pipeline, manifest.layers, figures)
 
 
 def check_needs_no_pixels(metrics: Sequence[str], options: EvalOptions) -> None:

@@ -12,7 +12,7 @@ from dqtool.artifacts import Artifact
 from dqtool.formats import FORMATS, prepare
 from dqtool.formats.shapes import network_shapes, swapped
 from dqtool.stages.options.export import ExportOptions
-from dqtool.stages.running import Common, Product, execute, input_artifact
+from dqtool.stages.running import Common, StageOutput, execute, input_artifact
 
 __all__ = ["FORMATS", "ExportOptions", "export", "network_shapes", "swapped"]
 
@@ -36,7 +36,7 @@ def export(options: ExportOptions, common: Common) -> str:
     return options.output
 
 
-def produce(distilled: Artifact, format_name: str) -> Product:
+def produce(distilled: Artifact, format_name: str) -> StageOutput:
     """Collect what the directory holds and predict its size."""
     from dqtool.core.cost import bops, file_bytes
     from dqtool.models.companions import in_float32
@@ -73,7 +73,7 @@ def produce(distilled: Artifact, format_name: str) -> Product:
             + f"{full / quantized:.1f}x fewer BOPs"
         )
 
-    return Product(None, manifest.model, manifest.pipeline, exported.layers, metrics, build)
+    return StageOutput(None, manifest.model, manifest.pipeline, exported.layers, metrics, build)
 
 
 def write_directory(

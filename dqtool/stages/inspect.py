@@ -133,7 +133,11 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
     has_scaling = any("scaling" in layer for layer in layers)
     per_layer = _per_layer(metrics, layers)
     columns = ["layer", "kind", "weight", "MACs"]
-    columns += ["bits"] * has_bits + ["runs"] * has_runs + ["unsaturated", "mean 1/s", "max s", "1/s in"] * has_scaling
+    columns += (
+        ["bits"] * has_bits
+        + ["runs"] * has_runs
+        + ["scaling", "unsaturated", "mean 1/s", "max s", "1/s in"] * has_scaling
+    )
     columns += per_layer
     rows = []
     for layer in layers:
@@ -146,13 +150,14 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
         if has_scaling:
             row += (
                 [
+                    scaling["method"],
                     f"{scaling['unsaturated_share']:.1%}",
                     f"{scaling['mean_inverse']:.3f}",
                     f"{scaling['max']:.2f}",
                     ", ".join(scaling.get("folded_into", ["quantizer"])),
                 ]
                 if scaling
-                else [None] * 4
+                else [None] * 5
             )
         row += [metrics[key].get(layer["name"]) for key in per_layer]
         rows.append(row)

@@ -78,9 +78,9 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
     from dqtool.models.families import family_of
     from dqtool.models.sampling import scheduler_class
     from dqtool.stages.forecast import forecast
-    from dqtool.stages.options.distill import corrects, settled
+    from dqtool.stages.options.distill import corrects, with_sampler_defaults
 
-    options = settled(make_options("distill", values), scheduler_class(source.scheduler, sampler))
+    options = with_sampler_defaults(make_options("distill", values), scheduler_class(source.scheduler, sampler))
     companions = companions_of_source(source)
     family = family_of(source.class_name, str(source.config_path))
     config = source.config if companions is None else source.config | family.hints(companions)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Common",
     "Execution",
-    "Product",
+    "StageOutput",
     "check_steps",
     "execute",
     "input_artifact",
@@ -50,8 +50,8 @@ __all__ = [
 
 
 @dataclass
-class Product:
-    """What a stage made, before it is committed: tensors for a file, or `build` for a directory, or neither for a report."""
+class StageOutput:
+    """Output of a stage before it is committed: tensors of a file, or `build` for a directory, or neither for a report."""
 
     tensors: Mapping[str, Tensor] | None
     model: dict[str, Any]
@@ -141,7 +141,7 @@ def execute(
     parameters: dict[str, Any],
     inputs: Sequence[dict[str, Any]],
     common: Common,
-    produce: Callable[[str], Product],
+    produce: Callable[[str], StageOutput],
     kind: str = "file",
     also: Sequence[str] = (),
     reads: Sequence[str | Path] = (),

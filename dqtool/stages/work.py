@@ -40,10 +40,10 @@ def distill_work(execution: Execution, options: Any) -> Work:
     from dqtool.scaling.folding import pending_folds
     from dqtool.scaling.records import dilated_layers
     from dqtool.stages.distill import network_spec, scheduler_of
-    from dqtool.stages.options.distill import corrects, method_and_options, settled
+    from dqtool.stages.options.distill import corrects, method_and_options, with_sampler_defaults
 
     calibrated = read_manifest(execution.inputs[0]["name"])
-    options = settled(options, str(scheduler_of(calibrated).get("_class_name")))
+    options = with_sampler_defaults(options, str(scheduler_of(calibrated).get("_class_name")))
     given = execution.parameters
     folded = {name for found in pending_folds(calibrated) for name in found.layers}
     dilated = dilated_layers(calibrated) - folded

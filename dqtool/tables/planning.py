@@ -116,7 +116,7 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     try:
         asked = target.overrides.get("distill", {})
         merged["distill"] = _of_the_method(merged.get("distill", {}), row.options.get("distill", {}), asked)
-        merged["distill"] = _settled(model, merged)
+        merged["distill"] = _with_sampler_defaults(model, merged)
         if "distill" in table.stages and (target.model is None or target.schedule is not None):
             merged["distill"] = _shortened(merged.get("distill", {}), schedule.share)
         for stage in ("calibrate", "distill", "eval"):
@@ -155,15 +155,15 @@ def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any], asked: 
     return found
 
 
-def _settled(model: str, options: Options) -> dict[str, Any]:
-    """Options of `distill` with the defaults that hold for the sampler, as it takes them by itself: before they are shortened."""
+def _with_sampler_defaults(model: str, options: Options) -> dict[str, Any]:
+    """Return the options of `distill` with the defaults for the sampler, before a schedule shortens them."""
     from dqtool.models.sampling import scheduler_class
-    from dqtool.stages.options.distill import settled
+    from dqtool.stages.options.distill import with_sampler_defaults
 
     values, dilate = dict(options["distill"]), options.get("dilate", {})
     source = _source(model, _of_source(dilate))
     given = make_options("distill", values)
-    found = settled(given, scheduler_class(source.scheduler, options.get("calibrate", {}).get("sampler")))
+    found = with_sampler_defaults(given, scheduler_class(source.scheduler, options.get("calibrate", {}).get("sampler")))
     changed = {name: getattr(found, name) for name in ("refine_iters", "correct_noise")}
     return values | {name: value for name, value in changed.items() if value != getattr(given, name)}
 
@@ -215,12 +215,14 @@ def _recipe(method: str | None) -> dict[str, Any]:
 
 
 def _parameters(stage: str, options: Any) -> dict[str, Any]:
-    """All that decides the result, as the stage itself says it. A cell without a figure that reports have got since is finished
-    all the same (`--refresh` makes it again)."""
-    resolved = import_module(f"dqtool.stages.{stage}").resolved
+    """Return the parameters that decide a stage's result, from the stage itself.
+
+    Figures that reports gained later are left out: a cell without them counts as finished (`--refresh` makes it again).
+    """
+    of_stage = import_module(f"dqtool.stages.{stage}").fingerprint_parameters
     if stage != "eval":
-        return resolved(options)
-    parameters = resolved(options, options.metrics or ())
+        return of_stage(options)
+    parameters = of_stage(options, options.metrics or ())
     return {name: value for name, value in parameters.items() if name != "figures_added"}
 
 

@@ -32,7 +32,7 @@ from dqtool.training.recompute import recomputed_blocks
 from dqtool.training.recovery import Recovery, StoredStates
 from dqtool.training.spilling import Store
 
-__all__ = ["own_trajectory", "refine", "settle"]
+__all__ = ["centre_weights", "own_trajectory", "refine"]
 
 ITERATIONS_A_TRIM = 10
 """Where memory is short: iterations after which what they freed goes back to the system. It costs as much as a tenth of
@@ -45,7 +45,7 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
 
     Returns `losses`, of every iteration, `seconds`, and how many of them went to sampling, `sampling_seconds`.
     """
-    settle(problem.student)
+    centre_weights(problem.student)
     if problem.only is None:
         trainable(problem.student)
     else:
@@ -125,7 +125,7 @@ def _error(problem: Problem, points: Trajectory, targets: Tensor, rows: Tensor) 
     return F.mse_loss(predictions, targets[rows].to(predictions.device))
 
 
-def settle(module: nn.Module) -> None:
+def centre_weights(module: nn.Module) -> None:
     """Move every weight to the centre of its code. The function stays what it is, bit for bit.
 
     Training leaves many weights beside a rounding threshold, where they have been going back and forth. With all of

@@ -22,7 +22,7 @@ from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
-from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill, settled
+from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill, with_sampler_defaults
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.plan import plan_stage
 from dqtool.training.data import Problem
@@ -169,10 +169,10 @@ def test_samplers_that_extrapolate_have_other_defaults(made: Path, tmp_path: Pat
     directory = export(ExportOptions(given.output, str(tmp_path / "exported")), Common(quiet=True))
     assert foreseen["bytes"] == open_artifact(directory).manifest.metrics["bytes"]
     asked = replace(given, refine_iters=1, correct_noise=True)
-    assert settled(asked, "PNDMScheduler") == asked
+    assert with_sampler_defaults(asked, "PNDMScheduler") == asked
     lsq = replace(given, method="lsq")
-    assert settled(lsq, "PNDMScheduler") == lsq
-    assert settled(given, "DDIMScheduler") == given
+    assert with_sampler_defaults(lsq, "PNDMScheduler") == lsq
+    assert with_sampler_defaults(given, "DDIMScheduler") == given
 
 
 def test_static_quantizers_have_no_steps_to_correct() -> None:

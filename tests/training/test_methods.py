@@ -21,10 +21,10 @@ from dqtool.errors import UsageError
 from dqtool.models.packed import packed_network
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.surgery import packed_state, quant_layers
-from dqtool.stages.distill import DistillOptions, distill, resolved
+from dqtool.stages.distill import DistillOptions, distill, fingerprint_parameters
 from dqtool.stages.running import Common
 from dqtool.training.data import Problem
-from dqtool.training.methods import METHODS, resolve
+from dqtool.training.methods import METHODS, method_options
 
 FEW = {
     "bkd": {"iters": 4, "refine_iters": 2, "refine_images": 2, "batch_size": 8},
@@ -62,12 +62,12 @@ def test_names_are_known_without_torch() -> None:
 
 
 def test_options_are_resolved_into_the_parameters() -> None:
-    given = resolved(DistillOptions(method="lsq", iters=7, batch_size=4))
+    given = fingerprint_parameters(DistillOptions(method="lsq", iters=7, batch_size=4))
     assert given["recipe"]["iters"] == 7
     assert given["recipe"]["batch_size"] == 4
     assert given["recipe"]["rates"]["weight"] > 0
-    assert resolve(METHODS["bkd"], {"iters": 0}).refine_iters == 0
-    assert resolve(METHODS["ptq"], {"iters": None}).iters == 0
+    assert method_options(METHODS["bkd"], {"iters": 0}).refine_iters == 0
+    assert method_options(METHODS["ptq"], {"iters": None}).iters == 0
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_training_points_are_drawn_evenly_over_the_steps(problem: Problem) -> No
 def test_no_iterations_is_ptq(problem: Problem, silent: Any, name: str) -> None:
     problem.only = first_blocks(problem)
     before = packed_state(copy.deepcopy(problem.student))
-    METHODS[name].train(problem, resolve(METHODS[name], {"iters": 0}), silent.bars)
+    METHODS[name].train(problem, method_options(METHODS[name], {"iters": 0}), silent.bars)
     after = packed_state(problem.student)
     assert before.keys() == after.keys()
     for key, value in before.items():

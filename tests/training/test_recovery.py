@@ -12,7 +12,7 @@ from dqtool.errors import NumericError
 from dqtool.training.bkd import BkdLearner, distill_blocks
 from dqtool.training.block_loop import Learner, block_state
 from dqtool.training.methods.lsq import METHOD as LSQ
-from dqtool.training.on_policy import refine, settle
+from dqtool.training.on_policy import centre_weights, refine
 from dqtool.training.optimizer import QuantAdam
 from dqtool.training.options import BkdOptions, OnPolicyOptions, Rates
 from dqtool.training.recovery import BACKOFF, BlockStates, Recovery
@@ -79,7 +79,7 @@ def test_one_bad_iteration_goes_back_and_on_at_a_lower_rate(
 def test_passes_over_the_network_keep_the_calibrated_one(
     problem: Problem, silent: Silent, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
-    settle(problem.student)
+    centre_weights(problem.student)
     before = block_state(problem.student)
     step = QuantAdam.step
 

@@ -15,7 +15,7 @@ from dqtool.stages.options.shared import ARTIFACT, LARGEST_SEED, OUTPUT
 if TYPE_CHECKING:
     from dqtool.training.methods import Method
 
-__all__ = ["DistillOptions", "corrects", "method_and_options", "settled"]
+__all__ = ["DistillOptions", "corrects", "method_and_options", "with_sampler_defaults"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DistillOptions:
     `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result.
     `low_memory`: all of them go there, and few samples run together. `correct_noise`: whether predictions are corrected at
     each step; None: where the method says so and something was trained. `strict`: a training that diverges is an error; otherwise
-    its block stays as calibrated, and the manifest's metric `warnings` says so. See also `settled`."""
+    its block stays as calibrated, and the manifest's metric `warnings` says so. See also `with_sampler_defaults`."""
 
     artifact: Annotated[str | None, ARTIFACT] = None
     output: Annotated[str, OUTPUT] = "distilled.safetensors"
@@ -115,9 +115,12 @@ class DistillOptions:
         return QuantizationSpec.parse(self.bits, self.keep, self.softmax_bits, self.preset)
 
 
-def settled(options: DistillOptions, scheduler: str) -> DistillOptions:
-    """With the defaults that hold for a scheduler of this class: where it is `EXTRAPOLATING`, our methods leave out the second
-    pass and don't correct predictions, unless they were asked to."""
+def with_sampler_defaults(options: DistillOptions, scheduler: str) -> DistillOptions:
+    """Return the options with the defaults for a scheduler of this class.
+
+    With an `EXTRAPOLATING` one, our methods leave out the second pass and don't correct predictions, unless the user
+    asks for them.
+    """
     from dqtool.training.methods import method_of
     from dqtool.training.options import EXTRAPOLATING
 
@@ -136,15 +139,15 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
     Raises:
         UsageError: there is no such method, or something was given that it has no use for.
     """
-    from dqtool.training.methods import method_of, resolve
+    from dqtool.training.methods import method_of, method_options
 
     method = method_of(options.method)
     given = {"iters": options.iters, "refine_iters": options.refine_iters, "batch_size": options.batch_size}
-    return method, resolve(method, given)
+    return method, method_options(method, given)
 
 
 def corrects(options: DistillOptions) -> bool:
-    """Whether the network's predictions will be corrected at each step. Of options that are `settled`."""
+    """Whether the network's predictions will be corrected at each step. `options` are those of `with_sampler_defaults`."""
     if options.correct_noise is not None:
         return options.correct_noise
     method, recipe = method_and_options(options)

@@ -17,7 +17,7 @@ from dqtool.errors import UsageError
 if TYPE_CHECKING:
     from dqtool.training.data import Bars, Problem
 
-__all__ = ["METHODS", "Method", "method_of", "resolve"]
+__all__ = ["METHODS", "Method", "method_of", "method_options"]
 
 
 def _as_given(options: Any, _given: Mapping[str, Any]) -> Any:
@@ -26,12 +26,15 @@ def _as_given(options: Any, _given: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train.
+    """A training method.
 
-    `options`: a frozen dataclass whose defaults hold for every model; all of it goes into the manifest. `train`: see above.
-    `settle(options, given)`: the options that follow from what the user gave (by field name). `by_blocks`: blocks are
-    trained one after another, so that some of them can be left out. `work(options, blocks)`: the iterations in words.
-    `corrects`: once something has been trained, `distill --correct-noise` is the default (not for samplers that extrapolate).
+    Attributes:
+        options: a frozen dataclass whose defaults hold for every model; all of it goes into the manifest.
+        train: see above.
+        derive: called as `derive(options, given)`, returns the options that follow from those the user gave.
+        by_blocks: blocks are trained one after another, so that some of them can be left out.
+        work: called as `work(options, blocks)`, returns the iterations in words.
+        corrects: `distill --correct-noise` is the default after training (not for samplers that extrapolate).
     """
 
     name: str
@@ -41,11 +44,11 @@ class Method:
     work: Callable[[Any, int], str]
     by_blocks: bool = False
     corrects: bool = False
-    settle: Callable[[Any, Mapping[str, Any]], Any] = _as_given
+    derive: Callable[[Any, Mapping[str, Any]], Any] = _as_given
 
 
 def method_of(name: str) -> Method:
-    """The method of this name.
+    """Return the method of this name.
 
     Raises:
         UsageError: there is none.
@@ -55,8 +58,8 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-def resolve(method: Method, given: Mapping[str, Any]) -> Any:
-    """The method's options with what was given (None: nothing) in place of defaults.
+def method_options(method: Method, given: Mapping[str, Any]) -> Any:
+    """Return the method's options with the given values in place of defaults; None stands for the default.
 
     Raises:
         UsageError: something was given that the method has no use for.
@@ -68,7 +71,7 @@ def resolve(method: Method, given: Mapping[str, Any]) -> Any:
             raise UsageError(
                 f"--method {method.name} has no use for it", where=f"--{key.replace('_', '-')}", fix="Leave it out"
             )
-    return method.settle(replace(method.options(), **told), told)
+    return method.derive(replace(method.options(), **told), told)
 
 
 def _found() -> dict[str, Method]:

@@ -37,7 +37,7 @@ def train(problem: Problem, options: BkdOptions, bars: Bars) -> dict[str, Any]:
     return metrics
 
 
-def settle(options: BkdOptions, given: Mapping[str, Any]) -> BkdOptions:
+def derive_options(options: BkdOptions, given: Mapping[str, Any]) -> BkdOptions:
     """`--iters 0` is plain PTQ, unless the second pass is asked for."""
     if options.iters == 0 and "refine_iters" not in given:
         return replace(options, refine_iters=0)
@@ -51,6 +51,6 @@ METHOD = Method(
     train,
     lambda options, blocks: f"{blocks} x {options.iters} + {options.refine_iters} over all blocks",
     by_blocks=True,
-    settle=settle,
+    derive=derive_options,
     corrects=True,
 )

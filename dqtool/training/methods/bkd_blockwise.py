@@ -39,7 +39,7 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
 
     from dqtool.training.bkd import BkdLearner
     from dqtool.training.block_loop import train_blocks
-    from dqtool.training.on_policy import own_trajectory, settle
+    from dqtool.training.on_policy import centre_weights, own_trajectory
 
     problem = replace(
         problem, replay_batch=options.replay_batch, network_batch=problem.network_batch or options.replay_batch
@@ -55,7 +55,7 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
             metrics |= train_blocks(problem, first, progress)
     problem.merge_scaling()
     if options.refine_iters:
-        settle(problem.student)
+        centre_weights(problem.student)
         own, _ = own_trajectory(problem, options.refine_images, 0)
         there = replace(problem, trajectory=own)
 
@@ -68,7 +68,7 @@ def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, 
     return metrics
 
 
-def settle_options(options: BlockwiseOptions, given: Mapping[str, Any]) -> BlockwiseOptions:
+def derive_options(options: BlockwiseOptions, given: Mapping[str, Any]) -> BlockwiseOptions:
     """As for `bkd`: `--iters 0` is plain PTQ, unless the second pass is asked for."""
     if options.iters == 0 and "refine_iters" not in given:
         return replace(options, refine_iters=0)
@@ -82,6 +82,6 @@ METHOD = Method(
     train,
     lambda options, blocks: f"{blocks} x {options.iters} + {blocks} x {options.refine_iters}",
     by_blocks=True,
-    settle=settle_options,
+    derive=derive_options,
     corrects=True,
 )

@@ -27,7 +27,7 @@ def train(problem: Problem, options: PtqOptions, bars: Bars) -> dict[str, Any]:
     return {}
 
 
-def settle(_options: PtqOptions, given: Mapping[str, Any]) -> PtqOptions:
+def derive_options(_options: PtqOptions, given: Mapping[str, Any]) -> PtqOptions:
     """No iterations.
 
     Raises:
@@ -39,5 +39,5 @@ def settle(_options: PtqOptions, given: Mapping[str, Any]) -> PtqOptions:
 
 
 METHOD = Method(
-    "ptq", "calibrated only", PtqOptions, train, lambda _options, _blocks: "none", by_blocks=True, settle=settle
+    "ptq", "calibrated only", PtqOptions, train, lambda _options, _blocks: "none", by_blocks=True, derive=derive_options
 )

@@ -66,7 +66,7 @@ def train(problem: Problem, options: QatPartialOptions, bars: Bars) -> dict[str,
     return metrics | {"trained_layers": list(chosen)}
 
 
-def settle(options: QatPartialOptions, given: Mapping[str, Any]) -> QatPartialOptions:
+def derive_options(options: QatPartialOptions, given: Mapping[str, Any]) -> QatPartialOptions:
     """A given `iters` is another length for all of it; 0 is plain PTQ."""
     if given.get("iters") is None:
         return options
@@ -80,5 +80,5 @@ METHOD = Method(
     QatPartialOptions,
     train,
     lambda options, _: f"{options.temporal_iters} for the time embedding + {options.iters}",
-    settle=settle,
+    derive=derive_options,
 )
