@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dqtool.artifacts.checkpoints import Checkpoints
 from dqtool.artifacts.committing import Written, commit, commit_directory, commit_report
 from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import sha256_file
@@ -27,6 +28,7 @@ __all__ = [
     "FORMAT",
     "STAGES",
     "Artifact",
+    "Checkpoints",
     "DeferredTensors",
     "Manifest",
     "Workspace",

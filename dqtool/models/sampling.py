@@ -222,9 +222,11 @@ class Sampler:
         observer: Observer | None = None,
         use: str = IMAGES,
         null: Mapping[str, Tensor] | None = None,
+        first: int = 0,
     ) -> Iterator[Tensor]:
-        """Samples `[n, *shape]`, batch by batch, `samples` in all; image i depends on `seed`, i and `use` alone."""
-        for start in range(0, samples, batch_size):
+        """Yield samples `[n, *shape]`, batch by batch, from image `first` up to image `samples`; image i depends on `seed`, i
+        and `use` alone."""
+        for start in range(first, samples, batch_size):
             stop = min(start + batch_size, samples)
             noise = initial_noise(shape, range(start, stop), seed, use)
             given = {} if conditions is None else conditions(start, stop)

@@ -6,6 +6,7 @@ One quantizer is one layer's input (divided by its dilation) or one attention op
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,17 @@ __all__ = ["BINS", "channel_ranges", "collect", "initial_tables"]
 
 BINS = 512
 """Bins of a histogram, over that step's own range."""
+PIECE = 1 << 18
+"""Values counted at a time: what is computed on the way stays in the processor's cache."""
+
+
+class Rows(Protocol):
+    """Records of steps that are kept while statistics are collected (`dqtool.artifacts.Checkpoints`, say)."""
+
+    found: dict[int, dict[str, Tensor]]
+
+    def add(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take in the record of step `index`."""
 
 
 class _Recorder:
@@ -45,13 +57,15 @@ class _Recorder:
             return
         lo, hi = self.ranges[name].unbind(1)
         width = ((hi - lo) / BINS).clamp(min=torch.finfo(rows.dtype).tiny)
-        bins = ((rows - lo[:, None]) / width[:, None]).long().clamp_(0, BINS - 1)
-        bins += torch.arange(len(rows), device=rows.device)[:, None] * BINS
-        counts = torch.bincount(bins.flatten(), minlength=len(rows) * BINS).view(len(rows), BINS)
-        self.counts[name] = self.counts.get(name, 0) + counts
+        first = torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None] * BINS
+        counts = self.counts.setdefault(name, torch.zeros(len(rows), BINS, dtype=torch.int64, device=rows.device))
+        for part in rows.split(max(1, PIECE // len(rows)), 1):
+            bins = ((part - lo[:, None]) / width[:, None]).to(torch.int32).clamp_(0, BINS - 1)
+            bins += first
+            counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view(len(rows), BINS)
 
     def see_channels(self, name: str, x: Tensor, channel_dim: int) -> None:
-        """Range of each in-channel of a layer's (undivided) input, over all steps: `[2, C]`."""
+        """Take in the range of each in-channel of a layer's (undivided) input at this step: `[2, C]`."""
         dims = [d for d in range(x.dim()) if d != channel_dim % x.dim()]
         new = torch.stack([x.amin(dims), x.amax(dims)])
         old = self.channels.get(name, new)
@@ -73,9 +87,12 @@ class _ObservingProcessor(QuantAttnProcessor):
 
 @torch.no_grad()
 def channel_ranges(
-    model: nn.Module, layers: Sequence[LayerInfo], steps: Iterable[Callable[[], None]]
+    model: nn.Module,
+    layers: Sequence[LayerInfo],
+    steps: Iterable[Callable[[], None]],
+    kept: Rows | None = None,
 ) -> dict[str, Tensor]:
-    """Of `collect` the `Q.channel_range` alone, which takes one run of each of `steps` instead of two."""
+    """Return the `Q.channel_range` of `collect` alone, for one run of each of `steps` in place of two."""
     recorder = _Recorder()
     handles = []
     for info in layers:
@@ -90,13 +107,27 @@ def channel_ranges(
                 recorder.see_channels(name, args[0], channel_dim)
 
             handles.append(model.get_submodule(info.name).register_forward_pre_hook(hook))
+    found: list[Mapping[str, Tensor]] = []
     try:
-        for run in steps:
+        for index, run in enumerate(steps):
+            if kept is not None and index in kept.found:
+                found.append(kept.found[index])
+                continue
+            recorder.channels = {}
             run()
+            found.append({name: span.cpu() for name, span in recorder.channels.items()})
+            if kept is not None:
+                kept.add(index, found[-1])
     finally:
         for handle in handles:
             handle.remove()
-    return {f"{name}.channel_range": found.cpu() for name, found in recorder.channels.items()}
+    return {f"{name}.channel_range": _widest([each[name] for each in found]) for name in (found[0] if found else {})}
+
+
+def _widest(spans: Sequence[Tensor]) -> Tensor:
+    """Return the range `[2, C]` over the ranges of all steps."""
+    both = torch.stack(list(spans))  # [T, 2, C]
+    return torch.stack([both[:, 0].amin(0), both[:, 1].amax(0)])
 
 
 @torch.no_grad()
@@ -105,12 +136,14 @@ def collect(
     layers: Sequence[LayerInfo],
     dilation: Mapping[str, Tensor],
     steps: Iterable[Callable[[], None]],
+    kept: Rows | None = None,
 ) -> dict[str, Tensor]:
     """Run the float `model` and return, for each quantizer Q, `Q.histogram` int32 `[T, (H,) BINS]`, `Q.range` `[T, (H,) 2]`
     and, for layers, `Q.channel_range` `[2, C_in]` over all steps.
 
     `steps` yields one function per denoising step, in table order; calling it runs `model` over that step's samples
-    (it is called twice). Layers that share an input with another have no entry of their own.
+    (it is called twice). Layers that share an input with another have no entry of their own. `kept` holds what an
+    earlier run recorded of the first steps, and takes in what this one does.
     """
     recorder = _Recorder()
     handles, processors = [], {}
@@ -140,17 +173,22 @@ def collect(
                 recorder.see(name, (x if divisor is None else x / divisor).reshape(1, -1))
 
             handles.append(module.register_forward_pre_hook(hook))
-    ranges: dict[str, list[Tensor]] = {}
-    counts: dict[str, list[Tensor]] = {}
+    rows: list[Mapping[str, Tensor]] = []
     try:
-        for run in steps:
-            recorder.ranges, recorder.counts, recorder.counting = {}, {}, False
+        for index, run in enumerate(steps):
+            if kept is not None and index in kept.found:
+                rows.append(kept.found[index])
+                continue
+            recorder.ranges, recorder.counts, recorder.channels, recorder.counting = {}, {}, {}, False
             run()
             recorder.counting = True
             run()
-            for name in recorder.ranges:
-                ranges.setdefault(name, []).append(recorder.ranges[name].cpu())
-                counts.setdefault(name, []).append(recorder.counts[name].cpu())
+            row = {f"{name}.range": span.cpu() for name, span in recorder.ranges.items()}
+            row |= {f"{name}.histogram": count.to(torch.int32).cpu() for name, count in recorder.counts.items()}
+            row |= {f"{name}.channel_range": span.cpu() for name, span in recorder.channels.items()}
+            rows.append(row)
+            if kept is not None:
+                kept.add(index, row)
     finally:
         for handle in handles:
             handle.remove()
@@ -158,12 +196,13 @@ def collect(
             model.get_submodule(name).set_processor(processor)  # type: ignore[operator]
     attention = {f"{info.name}.{operand}" for info in layers if info.kind == "attention" for operand in OPERANDS}
     result: dict[str, Tensor] = {}
-    for name in ranges:
-        histogram, span = torch.stack(counts[name]).to(torch.int32), torch.stack(ranges[name])
-        result[f"{name}.histogram"] = histogram if name in attention else histogram[:, 0]
-        result[f"{name}.range"] = span if name in attention else span[:, 0]
-        if name in recorder.channels:
-            result[f"{name}.channel_range"] = recorder.channels[name].cpu()
+    for full in rows[0] if rows else {}:
+        name, _, kind = full.rpartition(".")
+        if kind == "channel_range":
+            result[full] = _widest([row[full] for row in rows])
+        else:
+            values = torch.stack([row[full] for row in rows])
+            result[full] = values if name in attention else values[:, 0]
     return result
 
 

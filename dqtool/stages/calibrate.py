@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, Manifest
+from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -33,6 +33,9 @@ CODE_VERSION = 2
 RANGE = ".channel_range"
 STATISTICS_SAMPLES = 64
 """Samples of a step that its histograms are made of: each brings thousands of values per layer, more change nothing."""
+WORK_TOGETHER = 64 * 10**9
+"""Multiply-accumulates of the samples that run together where statistics are collected: large networks gain nothing from
+more and need memory for it."""
 SCALING_VERSIONS = {AUTO: 2}
 """Methods whose results have changed: artifacts of an older version are made again."""
 SCALING_STEPS, SCALING_POINTS = 8, 2
@@ -59,15 +62,11 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     parameters = fingerprint_parameters(options, prompts)
     inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
-    execute(
-        "calibrate",
-        CODE_VERSION,
-        options.output,
-        parameters,
-        inputs,
-        common,
-        lambda _key: produce(dilated, options, prompts),
-    )
+
+    def work(key: str) -> StageOutput:
+        return produce(dilated, options, Workspace(options.output, key, forced=common.force), prompts)
+
+    execute("calibrate", CODE_VERSION, options.output, parameters, inputs, common, work)
     return options.output
 
 
@@ -105,8 +104,10 @@ def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | N
     return parameters | ConditionSource.of(options).parameters()
 
 
-def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str] | None = None) -> StageOutput:
-    """Sample, draw, count."""
+def produce(
+    dilated: Artifact, options: CalibrateOptions, workspace: Workspace, prompts: Sequence[str] | None = None
+) -> StageOutput:
+    """Sample, draw, count. What is finished goes to `workspace` from time to time."""
     import torch
 
     from dqtool.models.conditioning import Request
@@ -151,31 +152,39 @@ def produce(dilated: Artifact, options: CalibrateOptions, prompts: Sequence[str]
     blocks = [block["name"] for block in manifest.metrics["blocks"]]
     quotas = quotas_by_step(network, shape, sampler, timesteps, conditions, options, blocks, generator)
     conditions = conditions.evenly(images_of(quotas, conditions))
-    trajectory, seen = record(network, shape, sampler, timesteps, conditions, options, quotas, generator)
+    trajectory, seen = record(network, shape, sampler, timesteps, conditions, options, quotas, generator, workspace)
     points = Trajectory.of({**seen, "timesteps": timesteps})
 
-    def per_step(what: str) -> Iterator[Callable[[], None]]:
-        with report.progress(f"calibrate: {what}", len(timesteps)) as progress:
-            for step, timestep in enumerate(timesteps):
-                mine = (points.rows == step).nonzero()[:STATISTICS_SAMPLES, 0]
+    together = samples_together(manifest.layers, options.batch_size)
 
-                def run(mine: torch.Tensor = mine, timestep: torch.Tensor = timestep) -> None:
-                    for part in mine.split(options.batch_size * 4):
+    def per_step(what: str, runs: int = 1) -> Iterator[Callable[[], None]]:
+        """Yield a function for each step that runs the network over the step's samples; it is called `runs` times."""
+        mine = [(points.rows == step).nonzero()[:STATISTICS_SAMPLES, 0] for step in range(len(timesteps))]
+        with report.progress(f"calibrate: {what}", runs * sum(map(len, mine)), "sample") as progress:
+            for step, timestep in enumerate(timesteps):
+                before = progress.done
+
+                def run(chosen: torch.Tensor = mine[step], timestep: torch.Tensor = timestep) -> None:
+                    for part in chosen.split(together):
                         family.predict(network, points.x[part], timestep, points.given(part))
+                        progress.advance(len(part))
 
                 yield run
-                progress.advance()
+                if progress.done == before:  # an earlier run had recorded it
+                    progress.skip(runs * len(mine[step]))
 
     everything, records, metrics = dict(tensors), manifest.layers, dict(manifest.metrics)
     shifts: dict[str, torch.Tensor] = {}
     if options.scaling != KEEP:
-        rescaled = rescaled_by(options, manifest, tensors, network, points, per_step)
+        rescaled = rescaled_by(options, manifest, tensors, network, points, per_step, workspace)
         everything, records, shifts = rescaled.tensors, rescaled.records, rescaled.shifts
         metrics |= rescaled.metrics
         if shifts:
             network = teacher_of(manifest, everything)  # whose layers read the shifted inputs
     _, dilation = split_dilated(everything)
-    statistics = collect(network, layer_infos(records), dilation, per_step("statistics"))
+    statistics = collect(
+        network, layer_infos(records), dilation, per_step("statistics", 2), Checkpoints(workspace, "statistics")
+    )
     ratios = range_ratios(statistics, dilation)
     for name in shifts.keys() & {name.removesuffix(RANGE) for name in statistics}:
         statistics[name + RANGE] += shifts[name]  # the ranges of the inputs as the model makes them
@@ -196,6 +205,7 @@ def rescaled_by(
     network: nn.Module,
     points: Trajectory,
     per_step: Callable[[str], Iterable[Callable[[], None]]],
+    workspace: Workspace,
 ) -> Rescaled:
     """Return the dilated artifact with the factors of `--scaling`; `network` is the float one, without factors."""
     from dqtool.models.loading import network_of
@@ -209,11 +219,18 @@ def rescaled_by(
     method = scaling_method(options.scaling)
     ranges: dict[str, Tensor] = {}
     if method.needs_statistics:
-        found = channel_ranges(network, layer_infos(manifest.layers), per_step("ranges of channels"))
+        kept = Checkpoints(workspace, "channel ranges")
+        found = channel_ranges(network, layer_infos(manifest.layers), per_step("ranges of channels"), kept)
         ranges = {name.removesuffix(RANGE): span for name, span in found.items()}
     index, counts = points.few_of_each_step(SCALING_STEPS, SCALING_POINTS)
     activations = Activations(ranges, lambda: family.predict(network, *points.arguments(index)), counts)
     return rescale_network(manifest, tensors, network, method, options.layer_bits, activations)
+
+
+def samples_together(layers: Sequence[Mapping[str, Any]], batch_size: int) -> int:
+    """Return how many samples run together where statistics are collected."""
+    work = sum(int(layer["macs"]) for layer in layers) or 1
+    return max(1, min(4 * batch_size, WORK_TOGETHER // work))
 
 
 def check_variance(scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> None:
@@ -307,6 +324,7 @@ def record(
     options: CalibrateOptions,
     quotas: Tensor,
     generator: torch.Generator,
+    workspace: Workspace,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Take `quotas[t]` points of every step, at random; with guidance a point counts twice, for what the network is asked
     without and with the condition. Returns the points that are kept, and those that statistics are made of, which are
@@ -314,7 +332,7 @@ def record(
 
     Each holds `trajectory.x` `[N, C, H, W]` and `trajectory.rows` `[N]` (row of the step in `timesteps`), ordered by step;
     for a conditional network one table `condition.NAME` `[K, ...]` a condition and `trajectory.subjects` `[N]`, the row
-    of each sample in them.
+    of each sample in them. Finished batches of images go to `workspace`.
     """
     import torch
 
@@ -325,18 +343,26 @@ def record(
     images = images_of(quotas, conditions)
     pools: list[list[Tensor]] = [[] for _ in range(steps)]
     owners: list[list[Tensor]] = [[] for _ in range(steps)]
-    done = 0
-    calls = -(-images // options.batch_size) * steps
-    with report.progress("calibrate: trajectory", calls) as progress:
+    kept = Checkpoints(workspace, "trajectory")
+    batches = list(range(0, images, options.batch_size))
+    with report.progress("calibrate: trajectory", len(batches) * steps) as progress:
+        seen: list[tuple[int, Tensor]] = []
 
         def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-            row = row_of(timestep, timesteps)
             # [n, halves, ...]: a point's inputs beside each other.
-            pools[row].append(main_memory(torch.stack(x.chunk(halves), 1)))
-            owners[row].append(torch.arange(done, done + len(x) // halves))
+            seen.append((row_of(timestep, timesteps), main_memory(torch.stack(x.chunk(halves), 1))))
             progress.advance()
 
-        for batch in sampler.batches(
+        def pool(index: int, points: Iterable[tuple[int, Tensor]]) -> None:
+            for row, x in points:
+                pools[row].append(x)
+                owners[row].append(torch.arange(batches[index], batches[index] + len(x)))
+
+        for index, found in kept.found.items():
+            pool(index, [(int(name.split()[1]), x) for name, x in sorted(found.items())])
+            progress.skip(steps)
+
+        running = sampler.batches(
             network,
             shape,
             images,
@@ -346,8 +372,12 @@ def record(
             see,
             CALIBRATION,
             conditions.null,
-        ):
-            done += len(batch)
+            first=options.batch_size * len(kept.found),
+        )
+        for index, batch in enumerate(running, len(kept.found)):
+            pool(index, seen)
+            kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
+            seen.clear()
             if not bool(torch.isfinite(batch).all()):
                 raise NumericError(
                     "The full-precision model's own samples are not finite",
@@ -372,10 +402,10 @@ def record(
             found |= {f"condition.{name}": values for name, values in conditions.table.items()}
         return found
 
-    kept = taken(quotas.tolist())
+    points = taken(quotas.tolist())
     if int(quotas.max()) - int(quotas.min()) <= 1:
-        return kept, kept
-    return kept, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
+        return points, points
+    return points, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
 
 
 def range_ratios(statistics: dict[str, Tensor], dilation: dict[str, Tensor]) -> dict[str, float]:

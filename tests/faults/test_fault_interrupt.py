@@ -15,6 +15,7 @@ import pytest
 from conftest import Run
 from helpers import listing
 
+from dqtool.models.families.unet2d import UNet2D
 from dqtool.training import block_loop
 
 ARGUMENTS = ("distill", "--iters", "12", "--refine-iters", "2", "--seed", "5")
@@ -90,3 +91,36 @@ def finished(index: Path) -> list[str]:
         return list(json.loads(index.read_text())["pieces"])
     except FileNotFoundError:
         return []
+
+
+@pytest.mark.parametrize("calls", [3, 7, 12, 17])
+def test_calibrate_goes_on_from_the_steps_it_had_recorded(
+    run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    arguments = ("calibrate", "dilated.safetensors", "--steps", "4", "--samples", "16", "--batch-size", "2")
+    assert run(*arguments, "-o", "whole.safetensors", cwd=chain).returncode == 0
+    monkeypatch.setattr("dqtool.artifacts.checkpoints.EVERY", 0.0)
+    predict, left = UNet2D.predict, [calls]
+
+    def counted(self: UNet2D, *given: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return predict(self, *given)
+
+    monkeypatch.setattr(UNet2D, "predict", counted)
+    assert run(*arguments, "-o", "parted.safetensors", cwd=chain).returncode == 130
+    kept = finished(chain / ".parted.safetensors.partial" / "index.json")
+    left[0] = 10**9
+    assert run(*arguments, "-o", "parted.safetensors", cwd=chain).returncode == 0
+    first, used = 10**9 - left[0], predictions_of(run, chain, arguments, left)
+    assert len(kept) == 0 or first < used
+    assert (chain / "parted.safetensors").read_bytes() == (chain / "whole.safetensors").read_bytes()
+    assert not (chain / ".parted.safetensors.partial").exists()
+
+
+def predictions_of(run: Run, chain: Path, arguments: tuple[str, ...], left: list[int]) -> int:
+    """Predictions that a whole run makes."""
+    left[0] = 10**9
+    assert run(*arguments, "-o", "other.safetensors", cwd=chain).returncode == 0
+    return 10**9 - left[0]
