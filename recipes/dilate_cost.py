@@ -28,7 +28,7 @@ import sys
 from dqtool.stages.running import set_up_torch
 set_up_torch("cpu")
 import accelerate, diffusers, safetensors.torch
-import dqtool.stages.dilate, dqtool.scaling.folding, dqtool.scaling.verifying, dqtool.graph.trace, dqtool.scaling.choosing
+import dqtool.stages.dilate, dqtool.scaling.folding, dqtool.scaling.dilating, dqtool.scaling.verifying, dqtool.graph.trace
 from dqtool.models.families import family_of
 family_of(sys.argv[1], "imports")
 getattr(diffusers, sys.argv[1])
