@@ -65,7 +65,7 @@ CONTENDERS = {
         _ir("nncf-int8", quantized=True, precision=None),
     )
 }
-"""What the network is measured against, by name. None is the name of a runtime."""
+"""Alternatives that the network is measured against, by name. None has the name of a runtime."""
 
 GROUPS = {"fp32": ("fp32", "fp32-channels-last"), "bf16": ("bf16", "bf16-channels-last")}
 """Names that stand for the same thing in more than one memory format: the faster one counts."""

@@ -50,7 +50,7 @@ def _parameter(declared: Declared) -> inspect.Parameter:
 
 
 def _flags(declared: Declared) -> tuple[str, ...]:
-    """How the option is typed: a switch has no `--no-`, unless it can be left open."""
+    """Return the option as it is typed. A switch has a `--no-` form only if it can be left open."""
     long = declared.long
     if declared.kind is bool and declared.optional:
         long = f"{long}/--no-{long.removeprefix('--')}"

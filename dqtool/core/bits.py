@@ -11,7 +11,7 @@ from dqtool.errors import UsageError
 __all__ = ["FLOAT_BITS", "AttentionBits", "Bits", "LayerBits", "bits_from_json", "check_width", "parse_bits"]
 
 FLOAT_BITS = 16
-"""From this width on, an operand stays in float."""
+"""Least width that means float."""
 
 WIDTHS = (*range(2, 9), FLOAT_BITS)
 
@@ -25,12 +25,12 @@ class LayerBits:
 
     @property
     def quantizes_weight(self) -> bool:
-        """Whether weights are on an integer grid."""
+        """Say whether weights are on an integer grid."""
         return self.weight < FLOAT_BITS
 
     @property
     def quantizes_input(self) -> bool:
-        """Whether the input is on an integer grid."""
+        """Say whether the input is on an integer grid."""
         return self.input < FLOAT_BITS
 
     def operations(self, macs: int) -> int:

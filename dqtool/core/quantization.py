@@ -50,7 +50,7 @@ class KeptLayers:
         return cls(pattern, parse_bits(bits, "--keep"))
 
     def matches(self, name: str) -> bool:
-        """Whether a layer of this name is one of them."""
+        """Say whether a layer of this name is one of them."""
         return re.fullmatch(self.pattern, name) is not None
 
     def __str__(self) -> str:

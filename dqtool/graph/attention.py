@@ -28,6 +28,6 @@ def attention_layout(module: nn.Module) -> str | None:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether `module` is a diffusers attention module with a known layout."""
+    """Say whether `module` is a diffusers attention module with a known layout."""
     named = all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "heads", "set_processor"))
     return named and attention_layout(module) is not None

@@ -8,7 +8,7 @@ __all__ = ["is_quantizable", "zero_padding"]
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether `module` is a leaf that dqtool quantizes."""
+    """Say whether `module` is a leaf that dqtool quantizes."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and zero_padding(module) is not None)
 
 

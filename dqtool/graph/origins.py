@@ -47,6 +47,6 @@ def follow_origins(
 
 
 def _ignores_values(op: Op) -> bool:
-    """Whether an operation reads nothing of its arguments but their shape, as `zeros_like` and `new_zeros` do."""
+    """Say whether an operation reads nothing of its arguments but their shape, as `zeros_like` and `new_zeros` do."""
     name = op.name.removeprefix("aten.").split(".")[0]
     return name.endswith("_like") or name.startswith("new_")

@@ -86,7 +86,7 @@ class Recording:
         return None if self.is_written(tensor) else self.makers.get(id(tensor))
 
     def is_written(self, tensor: Tensor) -> bool:
-        """Whether the tensor's memory was changed after it was made."""
+        """Say whether the tensor's memory was changed after it was made."""
         return storage_of(tensor) in self.written
 
     def reads(self, tensor: Tensor) -> list[Op]:

@@ -1,7 +1,7 @@
 """Modules that a diffusers class builds several times though the model has one of them (`Family.repeats`).
 
-Where all copies hold the same values they are stored once, under the first one's names, and a network that is built
-from such a state shares one module among all the places. A model that was trained with copies that differ keeps them.
+Copies that all hold the same values are stored once, under the names of the first, and a network built from such a state
+shares one module among all places. A model whose copies differ keeps them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Pairs = Sequence[tuple[str, str]]
 
 
 def drop_repeats(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
-    """The state without the copies, if every one of them equals its original; else all of it."""
+    """Return the state without the copies if every copy equals its original, else the whole state."""
     names = _copies(state, pairs)
     if any(original not in state for original in names.values()):
         return dict(state)
@@ -30,7 +30,7 @@ def drop_repeats(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]
 
 
 def restore_repeats(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
-    """The state with the copies again, for a network that does not share them."""
+    """Return the state with the copies again, for a network that does not share them."""
     full = dict(state)
     for copy, original in pairs:
         for name in state:

@@ -14,11 +14,14 @@ __all__ = ["Roles", "roles_of"]
 
 @dataclass(frozen=True)
 class Roles:
-    """Names of layers, each list in execution order.
+    """Names of layers by role, each in execution order.
 
-    temporal: their input depends on the timestep and not on the sample (TFMQ's temporal information block, arXiv
-    2311.16503); temporal_ends: those of them that feed none of the others; resized: convolutions that read what was just
-    upsampled; shortcuts: layers on a skip connection, added to what other layers made of the same input.
+    Attributes:
+        temporal: layers whose input depends on the timestep and not on the sample (TFMQ's temporal information block,
+            arXiv 2311.16503).
+        temporal_ends: temporal layers that feed no other temporal layer.
+        resized: layers that read an upsampled tensor.
+        shortcuts: layers on a skip connection, whose output is added to what other layers made of the same input.
     """
 
     temporal: tuple[str, ...] = ()
@@ -46,7 +49,7 @@ def roles_of(recording: Recording, sample: str = "sample", timestep: str = "time
 
 
 def _reads_upsampled(recording: Recording, op: Op) -> bool:
-    """Whether nothing but casts and copies lie between an upsampling and this layer."""
+    """Say whether nothing but casts and copies lies between an upsampling and this layer."""
     tensors = tensors_in(op.args)
     while len(tensors) == 1:
         maker = recording.maker(tensors[0])
@@ -61,7 +64,7 @@ def _reads_upsampled(recording: Recording, op: Op) -> bool:
 
 
 def _is_shortcut(recording: Recording, op: Op) -> bool:
-    """Whether the layer's output is added to something that other layers made of the tensor that it reads."""
+    """Say whether the layer's output is added to something that other layers made of the tensor that it reads."""
     source = tensors_in(op.args)[0]
     for reader in recording.reads(op.outputs[0]):
         if not reader.name.startswith("aten.add."):
@@ -73,7 +76,7 @@ def _is_shortcut(recording: Recording, op: Op) -> bool:
 
 
 def _descends(recording: Recording, tensor: Tensor, source: Tensor, without: Op) -> bool:
-    """Whether `tensor` was computed from `source` by a layer, not counting what went through the layer `without`."""
+    """Say whether `tensor` was computed from `source` by a layer, not counting what went through the layer `without`."""
     pending: list[tuple[Tensor, bool]] = [(tensor, False)]
     seen: set[tuple[int, bool]] = set()
     while pending:

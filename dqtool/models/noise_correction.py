@@ -20,12 +20,12 @@ from dqtool.nn.steps import look_up
 __all__ = ["NoiseCorrection", "StepNoise", "fit_noise", "noise_scale", "response"]
 
 LEAST_FACTOR = 0.1
-"""Of 1 + k: a network that lost the prediction altogether can not be scaled back."""
+"""Least value of 1 + k: a network that lost the prediction altogether can not be scaled back."""
 
 
 @dataclass(frozen=True)
 class StepNoise:
-    """What was found at one step: `slope` k, `bias` b_c `[C]`, and the mean square of the rest after correction,
+    """Fit of one step: `slope` k, `bias` b_c `[C]`, and the mean square of the rest after correction,
     `variance`; `correlation` is that of `e^ - e` with `e` before correction."""
 
     slope: float
@@ -61,7 +61,7 @@ class NoiseCorrection:
     steps: dict[float, StepNoise] = field(default_factory=dict)
 
     def corrected(self, prediction: Tensor, timestep: Tensor, inputs: Tensor) -> Tensor:
-        """What the sampler is to take in place of `prediction`, the network's answer to `inputs`, both `[N, C, ...]`."""
+        """Return the prediction that the sampler takes in place of `prediction`, the network's answer to `inputs`, both `[N, C, ...]`."""
         found = self._at(timestep)
         return prediction if found is None else found.corrected(prediction, inputs)
 
@@ -92,7 +92,7 @@ class NoiseCorrection:
 
     @classmethod
     def from_json(cls, entries: list[Mapping[str, Any]]) -> NoiseCorrection:
-        """What `to_json` gave."""
+        """Read what `to_json` wrote."""
         return cls(
             {
                 float(each["timestep"]): StepNoise(
@@ -122,7 +122,7 @@ def noise_scale(scheduler: Any, timestep: Tensor, eta: float) -> float:
 
 
 def response(scheduler: Any, timestep: Tensor, extra: Mapping[str, Any]) -> float:
-    """How much the next sample moves for a prediction moved by 1: `c_t`, from two steps whose noise is the same.
+    """Return by how much the next sample moves for a prediction moved by 1: `c_t`, from two steps with the same noise.
 
     The difference is small, so that samplers that clip the predicted image are asked within the clip.
     """

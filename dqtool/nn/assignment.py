@@ -1,4 +1,4 @@
-"""Which layer of a network gets how many bits: a specification applied to the layers that were recorded."""
+"""Bits of every layer: a specification applied to the layers that were recorded."""
 
 from __future__ import annotations
 

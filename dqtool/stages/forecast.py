@@ -1,4 +1,4 @@
-"""What quantizing a network will give, from its config alone: layers with their bits, bytes, bit operations.
+"""Forecast of a quantized network from its config alone: layers with their bits, bytes, bit operations.
 
 The network is built and run on shapes (the `meta` device), so a forecast of Stable Diffusion takes seconds and no weights.
 """

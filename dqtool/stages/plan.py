@@ -20,7 +20,7 @@ Work = dict[str, Any]
 
 
 def plan_stage(execution: Execution, options: Any) -> dict[str, Any]:
-    """What a dry run of one stage with these options found: inputs, resolved parameters, whether it is cached, `work`.
+    """Return the findings of a dry run of one stage with these options: inputs, resolved parameters, whether it is cached, `work`.
 
     `work` holds counts; for distill and export also `layers` with their bits, the exact size of the file, `bytes`, and
     the bit operations of a forward pass, `bops`. `seconds_before` is how long the run took whose output would be replaced.
@@ -53,7 +53,7 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
     for name, values in steps:
         steps_taken = values.get("steps") or steps_taken
         sampler = values.get("sampler") if name == "calibrate" else sampler
-        # What a pending stage will write is not there to be looked at, nor is a directory that the run would make.
+        # The output of a pending stage is not there to be looked at, nor is a directory that the run would make.
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
                 source = make_options(name, values).source()

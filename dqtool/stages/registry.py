@@ -119,7 +119,7 @@ STAGES: dict[str, Stage] = {
         chained=False,
     ),
 }
-"""By name, in the order of the data and of `dqtool --help`."""
+"""All stages by name, in the order of the data and of `dqtool --help`."""
 
 
 def chained_stages() -> tuple[str, ...]:
@@ -167,5 +167,6 @@ def option_types(name: str) -> dict[str, type]:
 
 
 def _named(path: str) -> Any:
+    """Import what "MODULE:NAME" names."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)

@@ -1,4 +1,4 @@
-"""What a run of each stage would do, counted for `--dry-run` from its input's manifest: forward passes, layers, bytes."""
+"""Work of a run of each stage, counted for `--dry-run` from its input's manifest: forward passes, layers, bytes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def stats_work(_: Execution, options: Any) -> Work:
 
 
 def _prediction_rows(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """By name the shape of a row of each table that will correct the network's predictions."""
+    """Row shapes of the tables that will correct the network's predictions, by name."""
     from dqtool.models.families import family_of
     from dqtool.nn.prediction import row_shapes
 

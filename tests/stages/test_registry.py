@@ -96,7 +96,7 @@ def test_a_dry_run_prints_the_work(toy_stage: Stage, capsys: pytest.CaptureFixtu
         ("copies", 0, "too small"),
         ("copies", 10, "too large"),
         ("rate", -1.0, "too small"),
-        ("rate", float("nan"), "small"),
+        ("rate", float("nan"), "finite"),
     ],
 )
 def test_numbers_are_bounded_wherever_they_come_from(

@@ -1,1 +1,1 @@
-"""What each stage can be told: one dataclass of annotated fields a stage, from which the command line and recipes are derived."""
+"""Options of the stages: one dataclass of annotated fields each, from which the command line and recipes are derived."""

@@ -1,4 +1,4 @@
-"""How a stage's options are declared: once, as the annotated fields of a dataclass.
+"""Declarations of a stage's options: made once, as the annotated fields of a dataclass.
 
     steps: Annotated[int, Option("Sampling steps the quantized model will take.", "N", least=1)] = 20
 
@@ -108,7 +108,7 @@ def _converted(declared: Declared, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _declared(field: dataclasses.Field, hint: Any) -> Declared:
+def _declared(field: dataclasses.Field[Any], hint: Any) -> Declared:
     plain, *notes = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
     option = next((note for note in notes if isinstance(note, Option)), None)
     if option is None:

@@ -102,13 +102,13 @@ class DilateOptions:
             )
 
     def told(self) -> Told:
-        """What the user says of the model beyond its files."""
+        """Return the user's statements about the model beyond its files."""
         from dqtool.models.told import Told
 
         return Told(self.prediction_type, self.scheduler, self.tokenizer, self.pipeline, self.variant)
 
     def source(self) -> ModelSource:
-        """The model that is meant. Raises what `resolve_model` raises."""
+        """Return the model that is meant. Raises the errors of `resolve_model`."""
         from dqtool.models.sources import resolve_model
 
         return resolve_model(self.model, self.config, self.components, self.lora, self.told())

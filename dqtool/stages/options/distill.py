@@ -20,12 +20,13 @@ __all__ = ["DistillOptions", "corrects", "method_and_options", "with_sampler_def
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Options of `dqtool distill`. `iters` per block, or of the network where a method trains it whole; `refine_iters` for
-    the pass over all blocks; None: the method's defaults. `train_samples`: points of the trajectory to train on.
-    `cache_memory`: MiB that cached activations may take before they go to disk; it changes nothing in the result.
-    `low_memory`: all of them go there, and few samples run together. `correct_noise`: whether predictions are corrected at
-    each step; None: where the method says so and something was trained. `strict`: a training that diverges is an error; otherwise
-    its block stays as calibrated, and the manifest's metric `warnings` says so. See also `with_sampler_defaults`."""
+    """Options of `dqtool distill`.
+
+    `iters`, `refine_iters` and `batch_size` None stand for the method's own. `cache_memory`, MiB, changes nothing in the
+    result. `correct_noise` None corrects predictions where the method does so by default and something was trained. A
+    training that diverges leaves its block as calibrated, which the manifest's metric `warnings` notes, unless it is
+    `strict`. See also `with_sampler_defaults`.
+    """
 
     artifact: Annotated[str | None, ARTIFACT] = None
     output: Annotated[str, OUTPUT] = "distilled.safetensors"
@@ -134,7 +135,7 @@ def with_sampler_defaults(options: DistillOptions, scheduler: str) -> DistillOpt
 
 
 def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
-    """The training method and its options, with defaults filled in.
+    """Return the training method and its options, with defaults filled in.
 
     Raises:
         UsageError: there is no such method, or something was given that it has no use for.
@@ -147,7 +148,7 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
 
 
 def corrects(options: DistillOptions) -> bool:
-    """Whether the network's predictions will be corrected at each step. `options` are those of `with_sampler_defaults`."""
+    """Say whether the network's predictions will be corrected at each step. `options` are those of `with_sampler_defaults`."""
     if options.correct_noise is not None:
         return options.correct_noise
     method, recipe = method_and_options(options)
