@@ -8,11 +8,11 @@ from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import sha256_file
 from dqtool.artifacts.locking import clear_leftovers, lock, remove_pieces
 from dqtool.artifacts.manifest import FORMAT, STAGES, Manifest, dqtool_version, environment
+from dqtool.artifacts.outputs import Kind, check_outputs, check_outside, check_writable
 from dqtool.artifacts.store import (
     ATTACHMENT,
     DIRECTORY_MANIFEST,
     Artifact,
-    check_writable,
     fingerprint,
     is_current,
     manifest_path,
@@ -30,10 +30,13 @@ __all__ = [
     "Artifact",
     "Checkpoints",
     "DeferredTensors",
+    "Kind",
     "Manifest",
     "Workspace",
     "Written",
     "check_finite",
+    "check_outputs",
+    "check_outside",
     "check_writable",
     "clear_leftovers",
     "commit",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of, write_text
 from dqtool.artifacts.manifest import Manifest
-from dqtool.artifacts.store import DIRECTORY_MANIFEST, Artifact, check_writable, manifest_path
+from dqtool.artifacts.outputs import check_writable
+from dqtool.artifacts.store import DIRECTORY_MANIFEST, Artifact, manifest_path
 from dqtool.artifacts.tensorfile import library_faults, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ def commit(
     tensors: Mapping[str, torch.Tensor],
     manifest: Manifest,
     proof: Callable[[Written], Mapping[str, Any]] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Artifact:
-    """Write a safetensors artifact and its manifest; `manifest.file` is filled in.
+    """Write a safetensors artifact and its manifest; `manifest.file` is filled in. `overwrite` as in `check_writable`.
 
     `proof` runs in a thread while the data is being written. It is given a function that waits for the end of that and
     maps the new file's tensors; its result is added to the metrics. What it raises is raised, and nothing is committed.
@@ -39,7 +42,7 @@ def commit(
     whole (or, in the instant after the last move, the new artifact), and no temporary file is left. Raises `EnvironmentFault` for a full, read-only or missing place, `NumericError` for a
     NaN in the manifest.
     """
-    check_writable(path)
+    check_writable(path, overwrite=overwrite)
     target = target_of(path)
     try:
         with staging(target) as area:
@@ -60,13 +63,15 @@ def commit(
     return Artifact(target, os.fspath(path), manifest)
 
 
-def commit_directory(path: str | os.PathLike[str], build: Callable[[Path], object], manifest: Manifest) -> Artifact:
+def commit_directory(
+    path: str | os.PathLike[str], build: Callable[[Path], object], manifest: Manifest, *, overwrite: bool = False
+) -> Artifact:
     """Let `build` fill a new directory, then put it at `path` with its manifest; `manifest.files` is filled in.
 
     A directory that dqtool made before is replaced as a whole. Raises `EnvironmentFault`, with nothing touched, when
     the directory at `path` holds anything else; else as `commit`.
     """
-    check_writable(path, directory=True)
+    check_writable(path, "directory", overwrite=overwrite)
     target = target_of(path)
     try:
         with staging(target) as area:
@@ -91,9 +96,11 @@ def commit_directory(path: str | os.PathLike[str], build: Callable[[Path], objec
     return Artifact(target, os.fspath(path), manifest)
 
 
-def commit_report(path: str | os.PathLike[str], report: Manifest | Mapping[str, Any]) -> None:
+def commit_report(
+    path: str | os.PathLike[str], report: Manifest | Mapping[str, Any], *, overwrite: bool = False
+) -> None:
     """Write a report, one JSON file, atomically. A manifest (stage eval) makes it an artifact that can be cached."""
-    check_writable(path, report=True)
+    check_writable(path, "report", overwrite=overwrite)
     if isinstance(report, Manifest):
         report.file = report.files = None
         text = report.to_json()

@@ -8,6 +8,7 @@ import hashlib
 import mmap
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,15 +21,18 @@ __all__ = [
     "content_digest",
     "fsync_path",
     "has_leftovers",
+    "is_interrupted",
     "os_fault",
     "partial_of",
     "sha256_file",
     "staging",
     "swap_in",
-    "sweep",
     "target_of",
     "write_text",
 ]
+
+_MOVES = "moves"
+"""File in a staging directory that lists the moves of `swap_in`, from when everything to be moved is whole."""
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -69,11 +73,34 @@ def content_digest(path: str | os.PathLike[str], piece: int = 256 << 20) -> str:
 
 
 def target_of(path: str | os.PathLike[str]) -> Path:
-    """`path` as a place that can be written to; `EnvironmentFault` for `.`, `..` and `/`, which can't be replaced."""
+    """Return `path` as a place that can be written to.
+
+    Raises:
+        EnvironmentFault: it is `.`, `..` or `/`, which can't be replaced; a symbolic link, which would be; or something else
+            than a file or directory, such as a device.
+    """
     target = Path(path)
     if target.name in ("", ".."):
         raise EnvironmentFault(
             "This directory can not be replaced", where=os.fspath(path), fix="Name a new directory or file with -o"
+        )
+    if "\0" in os.fspath(target):
+        raise EnvironmentFault("A path can not hold a NUL character", where=ascii(target), fix="Check the path")
+    try:
+        mode = target.lstat().st_mode
+    except OSError:  # nothing is there, or its parent says more when it is looked at
+        return target
+    if stat.S_ISLNK(mode):
+        raise EnvironmentFault(
+            "This output is a symbolic link, and dqtool does not replace links",
+            where=os.fspath(path),
+            fix=f"Give the file that it leads to, {os.path.realpath(target)}, or another name",
+        )
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise EnvironmentFault(
+            "This is no ordinary file: a device, a pipe or a socket can not be an output",
+            where=os.fspath(path),
+            fix="Name another file with -o",
         )
     return target
 
@@ -122,9 +149,10 @@ def staging(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove the temporary files that killed writers of `path` left beside it. Only the holder of the lock on `path` may."""
+    """Remove the temporary files that killed writers of `path` left beside it, after finishing the moves of one that was
+    killed between them. Only the holder of the lock on `path` may."""
     for _, stale in _staging_areas(path):
-        shutil.rmtree(stale, ignore_errors=True)
+        _clear(stale)
 
 
 def _sweep_dead(path: Path) -> None:
@@ -133,7 +161,7 @@ def _sweep_dead(path: Path) -> None:
         try:
             os.kill(process, 0)
         except (ProcessLookupError, OverflowError):
-            shutil.rmtree(stale, ignore_errors=True)
+            _clear(stale)
         except OSError:  # it lives, and is somebody else's
             continue
 
@@ -144,6 +172,23 @@ def _staging_areas(path: Path) -> list[tuple[int, Path]]:
     found = path.parent.glob(f"{glob.escape(before)}*.tmp")
     named = ((area.name.removeprefix(before).removesuffix(".tmp"), area) for area in found)
     return [(int(number), area) for number, area in named if number.isascii() and number.isdigit()]
+
+
+def _clear(area: Path) -> None:
+    """Remove a staging directory. If `swap_in` had begun its moves, everything new is whole: they are made first."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (area / _MOVES).read_text(encoding="utf-8").splitlines()
+        for number, (new, target) in enumerate(line.split("/") for line in lines):
+            if os.path.lexists(area / new):
+                if os.path.lexists(area.parent / target):
+                    os.rename(area.parent / target, area / f"replaced-{number}")
+                os.replace(area / new, area.parent / target)
+    shutil.rmtree(area, ignore_errors=True)
+
+
+def is_interrupted(path: Path) -> bool:
+    """Return whether a writer of `path` was killed, or is at work, while it moved new files into place."""
+    return any((area / _MOVES).is_file() for _, area in _staging_areas(path))
 
 
 def partial_of(target: Path) -> Path:
@@ -158,14 +203,15 @@ def has_leftovers(target: Path) -> bool:
 
 
 def swap_in(area: Path, moves: Sequence[tuple[Path, Path]]) -> None:
-    """Move each (new, target) of `moves` into place in order; the last one makes the whole valid.
+    """Move each (new, target) of `moves`, from `area` to beside it, into place in order; the last one makes the whole valid.
 
     The earlier targets are first set aside in the staging directory `area`, last one first, and are put back when
-    anything interrupts before the last move. How far it came is read off the file system, not off a variable, since
+    anything interrupts before the last move. After a kill `sweep` makes the moves that are missing. How far it came is read off the file system, not off a variable, since
     an interrupt may fall between a rename and the note of it.
     """
     aside = [area / f"aside-{number}" for number in range(len(moves))]
     last_new = moves[-1][0]
+    (area / _MOVES).write_text("".join(f"{new.name}/{target.name}\n" for new, target in moves), encoding="utf-8")
     try:
         for (_, target), old in reversed(list(zip(moves, aside, strict=True))):
             if os.path.lexists(target):

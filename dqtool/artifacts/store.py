@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqtool.artifacts.files import os_fault, sha256_file, target_of
+from dqtool.artifacts.files import os_fault, sha256_file
 from dqtool.artifacts.manifest import Manifest, canonical_json
-from dqtool.artifacts.reading import MANIFEST_BYTES, parse_json, read_file
+from dqtool.artifacts.names import check_name, path_within
+from dqtool.artifacts.reading import MANIFEST_BYTES, read_file
 from dqtool.artifacts.records import records_of
 from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
 from dqtool.artifacts.verified import has_digest
-from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
+from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ __all__ = [
     "ATTACHMENT",
     "DIRECTORY_MANIFEST",
     "Artifact",
-    "check_writable",
     "fingerprint",
     "is_current",
     "manifest_path",
@@ -107,23 +107,31 @@ class Artifact:
 
     def attachments(self) -> dict[str, torch.Tensor]:
         """Files that travel with a safetensors artifact, by relative path: their bytes as uint8, views of the mapped
-        file. None of them count as the network's tensors."""
+        file. None of them count as the network's tensors. Raises as `attachment_names`."""
         if self.manifest.file is None:
             return {}
         found = load_tensors(self._data(None))
-        return {n.removeprefix(ATTACHMENT): t for n, t in found.items() if n.startswith(ATTACHMENT)}
+        return {name: found[ATTACHMENT + name] for name in self.attachment_names()}
 
     def attachment_names(self) -> list[str]:
-        """Relative paths of the attachments; of a directory, of all its files."""
+        """Relative paths of the attachments; of a directory, of all its files.
+
+        Raises `ArtifactError` for a name that leads elsewhere, or for two names of which one is a directory of the other.
+        """
         if self.manifest.files is not None:
             return sorted(self.manifest.files)
         names = read_header(self.path) if self.manifest.file is not None else ()
-        return sorted(name.removeprefix(ATTACHMENT) for name in names if name.startswith(ATTACHMENT))
+        found = {name.removeprefix(ATTACHMENT) for name in names if name.startswith(ATTACHMENT)}
+        for name in found:
+            parts = check_name(name, self.given)
+            if any("/".join(parts[:depth]) in found for depth in range(1, len(parts))):
+                raise ArtifactError("A file of this artifact lies in another file", where=f"{self.given}, {name}")
+        return sorted(found)
 
     def attachment(self, name: str) -> bytes:
         """One of them, read without torch."""
         if self.manifest.files is not None:
-            return (self.path / name).read_bytes()
+            return self._data(name).read_bytes()
         return read_bytes(self.path, ATTACHMENT + name)
 
     def attachment_bytes(self) -> int:
@@ -135,7 +143,7 @@ class Artifact:
         if self.manifest.file is not None and file is None:
             return self.path
         if self.manifest.files is not None and file in self.manifest.files:
-            return self.path / file
+            return path_within(self.path, file, self.given, links=self.path)
         what = "This artifact is a report and holds no tensors" if self.manifest.files is None else ""
         raise ArtifactError(what or f"The exported directory lists no file {file}", where=self.given)
 
@@ -193,7 +201,7 @@ def open_artifact(path: str | os.PathLike[str], stages: Collection[str] | None =
     if manifest.file is not None:
         _verify(Path(path), given, manifest.file)
     for name, entry in (manifest.files or {}).items():
-        _verify(Path(path) / name, os.path.join(given, name), entry)
+        _verify(path_within(path, name, given, links=Path(path)), os.path.join(given, name), entry)
     return Artifact(Path(path), given, manifest)
 
 
@@ -204,122 +212,6 @@ def is_current(path: str | os.PathLike[str], fingerprint: str) -> bool:
         return read_manifest(path).fingerprint == fingerprint and bool(open_artifact(path))
     except (DqtoolError, OSError):
         return False
-
-
-def check_writable(
-    path: str | os.PathLike[str],
-    *,
-    directory: bool = False,
-    report: bool = False,
-    manifest: bool = True,
-    inputs: Iterable[str | os.PathLike[str]] = (),
-) -> None:
-    """Raise before any long work what would fail at its end, or destroy something, when `path` is written.
-
-    A safetensors artifact is to be written, or a directory, or a report (one JSON), or without `manifest` a file of
-    another kind that gets none. `EnvironmentFault` when the parent directory is missing or not
-    writable, when a file is where a directory belongs or the reverse, or when something dqtool did not write, or
-    wrote as something else, would be overwritten; `UsageError` when `path` is one of `inputs` or has the
-    suffix of the other kind of file.
-    """
-    target, given = target_of(path), os.fspath(path)
-    if not directory and (target.suffix == ".json") != report:
-        kind, suffix = ("A report", ".json") if report else ("A safetensors artifact", ".safetensors")
-        raise UsageError(f"{kind} can not have this name", where=given, fix=f"Give a name that ends in {suffix}")
-    try:
-        if not target.parent.is_dir():
-            missing = not os.path.lexists(target.parent)
-            raise EnvironmentFault(
-                "The directory to write into does not exist" if missing else "A file is where a directory is needed",
-                where=str(target.parent),
-                fix="Make it with mkdir -p, or choose another place with -o" if missing else "Choose another -o",
-            )
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise EnvironmentFault(
-                "The directory to write into is not writable",
-                where=str(target.parent),
-                fix="Choose another place with -o, or make it writable",
-            )
-        for source in inputs:
-            if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
-                raise UsageError(
-                    "The output would overwrite its own input", where=given, fix="Choose another name with -o"
-                )
-        if directory:
-            _check_replaceable_directory(target, given)
-        else:
-            _check_replaceable_file(target, given, manifest=manifest)
-    except OSError as error:
-        raise os_fault(error, path) from error
-
-
-def _check_replaceable_directory(target: Path, given: str) -> None:
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir() or target.is_symlink():
-        raise EnvironmentFault(
-            "This exists and is not a directory", where=given, fix="A directory is written here; choose another -o"
-        )
-    present = [entry for entry in target.rglob("*") if not entry.is_dir()]
-    if not present and not any(target.iterdir()):
-        return
-    if not (target / DIRECTORY_MANIFEST).is_file():
-        raise EnvironmentFault(
-            "This directory holds files and dqtool did not make it, so it is not replaced",
-            where=given,
-            fix="Choose a new directory with -o, or empty this one",
-        )
-    try:
-        listed = read_manifest(target).files or {}
-    except DqtoolError:
-        return  # a damaged directory of ours: nothing says which files are not
-    for entry in sorted(present):
-        name = entry.relative_to(target).as_posix()
-        if name not in listed and name != DIRECTORY_MANIFEST:
-            raise EnvironmentFault(
-                f"This directory holds a file that dqtool did not write ({name}), so it is not replaced",
-                where=given,
-                fix="Move the file away, or choose a new directory with -o",
-            )
-
-
-def _check_replaceable_file(target: Path, given: str, *, manifest: bool) -> None:
-    if target.is_dir():
-        raise EnvironmentFault(
-            "This is a directory, and a file is to be written", where=given, fix="Name a file with -o"
-        )
-    if os.path.lexists(target) and not target.is_file():
-        raise EnvironmentFault("This is no ordinary file", where=given, fix="Name another file with -o")
-    note = manifest_path(target)
-    found = _kind_of_json(note)
-    # A report is written under the name the user typed. A manifest's name is derived, and nobody expects a diffusers
-    # config.json to vanish because the weights are called config.safetensors.
-    if note == target and found == "artifact":
-        raise EnvironmentFault(
-            "This JSON is the manifest of an artifact and would be overwritten",
-            where=given,
-            fix="Name another file with -o",
-        )
-    if manifest and note != target and found in ("foreign", "report"):
-        raise EnvironmentFault(
-            "The manifest that belongs to this output would overwrite a file that is something else",
-            where=str(note),
-            fix="Name another file with -o, or move that file away",
-        )
-
-
-def _kind_of_json(path: Path) -> str:
-    if not os.path.lexists(path):
-        return "absent"
-    try:
-        payload = parse_json(read_file(path, MANIFEST_BYTES))
-    except ArtifactError:  # a directory, a device, or far too large for a manifest
-        return "foreign"
-    except ValueError:
-        return "damaged"
-    if not isinstance(payload, dict) or not str(payload.get("format")).startswith("dqtool/"):
-        return "foreign"
-    return "artifact" if "file" in payload or "files" in payload else "report"
 
 
 def _verify(path: Path, given: str, entry: Mapping[str, Any]) -> None:

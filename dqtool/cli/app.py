@@ -50,6 +50,9 @@ def common_options(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, messages or tables; warnings remain.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the path.")] = False,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that dqtool did not write; inputs are never replaced.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
 ) -> Common:
@@ -57,7 +60,7 @@ def common_options(
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"'{device}' is no device", where="--device", fix="Choose auto, cpu, cuda or cuda:N")
     report.set_quiet(quiet)
-    return Common(force=force, quiet=quiet, json=json, device=device, dry_run=dry_run)
+    return Common(force=force, quiet=quiet, json=json, device=device, dry_run=dry_run, overwrite=overwrite)
 
 
 COMMON = introspect.signature(common_options, eval_str=True).parameters

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts.files import os_fault
+from dqtool.artifacts.torch_archive import archive_content, is_archive
 from dqtool.errors import ArtifactError
 
 __all__ = ["load_aesthetic_head"]
@@ -82,7 +83,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             except SafetensorError as error:
                 raise ValueError from error
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            is_zip = is_archive(path)
+            content = archive_content(path) if is_zip else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise os_fault(error, path) from error
     except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool.artifacts.names import check_shards
 from dqtool.artifacts.reading import load_json
 from dqtool.core.device import beside, main_memory
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
@@ -105,6 +106,8 @@ def _load_model(root: Path) -> CLIPModel:
         raise ArtifactError("This directory has no config.json of a model", where=str(root), fix=_DIRECTORY) from error
     if kind != "clip":
         raise ArtifactError(f"This is a model of type {kind}, not clip", where=str(root), fix=_DIRECTORY)
+    for index in sorted(root.glob("*.index.json")):  # transformers opens what it lists
+        check_shards(load_json(index), str(index))
     try:
         loaded: Any = CLIPModel.from_pretrained(root, local_files_only=True, output_loading_info=True)
     except Exception as error:  # whatever transformers and safetensors raise of a damaged file

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dqtool.artifacts.files import staging, target_of
+from dqtool.artifacts.outputs import GENERATOR
 from dqtool.errors import EnvironmentFault
 
 __all__ = ["save_grid", "to_uint8"]
@@ -29,6 +30,7 @@ def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, co
     Small images are enlarged without smoothing. Raises `EnvironmentFault` when the file can't be written.
     """
     from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 
     sides = []
     for caption, images in panels:
@@ -56,7 +58,9 @@ def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, co
     target = target_of(path)
     try:
         with staging(target) as area:
-            whole.save(area / "new.png", format="PNG")
+            note = PngInfo()
+            note.add_text("Software", GENERATOR)
+            whole.save(area / "new.png", format="PNG", pnginfo=note)
             os.replace(area / "new.png", target)
     except OSError as e:
         raise EnvironmentFault(f"The picture can't be written: {e.strerror or e}", where=path) from e

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dqtool.artifacts.files import os_fault
+from dqtool.artifacts.torch_archive import archive_content, flat_tensors, is_archive
 from dqtool.errors import ArtifactError, NumericError
 from dqtool.metrics.graphdef import graph_constants
 from dqtool.metrics.inception import CLASSES, POOL, InceptionV3, tensorflow_scopes
@@ -93,23 +93,20 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as stream:
             start = stream.read(16)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                is_script = any("/code/" in name for name in archive.namelist())
-            # TorchScript is a language of its own: loading it runs no Python of the file's.
-            content = torch.jit.load(path, map_location="cpu").state_dict() if is_script else _pickled(path)
+        if is_archive(path):
+            content = archive_content(path)
         elif start[8:9] == b"{":
             from safetensors.torch import load
 
             content = load(path.read_bytes())
         elif start[:1] == b"\x80":
-            content = _pickled(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
         else:
             arrays = graph_constants(path.read_bytes())
             content = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     except OSError as error:
         raise os_fault(error, path) from error
-    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         raise ArtifactError("The Inception weights can't be read", where=str(path), fix=_KNOWN) from error
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
@@ -120,11 +117,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, Mapping):
         raise ArtifactError("This file holds no named tensors", where=str(path), fix=_KNOWN)
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-
-
-def _pickled(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return flat_tensors(content)
 
 
 def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Artifact
+from dqtool.artifacts.names import check_component, check_shards, path_within
 from dqtool.artifacts.reading import json_object
 from dqtool.artifacts.tensorfile import file_tensor
 from dqtool.core.device import beside, place
 from dqtool.errors import ArtifactError, EnvironmentFault
-from dqtool.models.companion_files import CARD, companion_files, config_in_float32
+from dqtool.models.companion_files import CARD, companion_files, components_of, config_in_float32
 from dqtool.models.sources import ModelSource
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ __all__ = ["Companions", "attachments_of", "companions_of_artifact", "companions
 DECODERS = ("vae", "vqvae", "movq")
 TEXTS = ("text_encoder", "tokenizer")
 """Beginnings of the names of components that encode prompts."""
+LIBRARIES = ("diffusers", "transformers")
+"""Packages whose classes text models may be of: the name of one comes from a file, and importing it runs its code."""
 
 
 class Companions:
@@ -39,6 +42,8 @@ class Companions:
         self.component: str = pipeline["component"]
         self.scheduler: Mapping[str, Any] = pipeline["scheduler"]
         self.names, self._read = names, read
+        for name in (self.component, *components_of(self.index, "model_index.json")):
+            check_component(name, "model_index.json")
 
     def has(self, component: str) -> bool:
         """Whether the component is there."""
@@ -81,13 +86,20 @@ class Companions:
 
     @contextlib.contextmanager
     def directory(self, *components: str) -> Iterator[Path]:
-        """A pipeline directory with these components (and the scheduler), for as long as the context lasts."""
+        """Write a pipeline directory with these components and the scheduler, for as long as the context lasts.
+
+        Raises:
+            ArtifactError: a file's name leaves the directory, or an index of shards names a file elsewhere.
+        """
         with tempfile.TemporaryDirectory(prefix="dqtool-") as folder:
             root = Path(folder)
             for name in self.names:
                 if name.split("/")[0] in components:
-                    (root / name).parent.mkdir(parents=True, exist_ok=True)
-                    (root / name).write_bytes(self._read(name))
+                    path, content = path_within(root, name, "the files of this pipeline"), self._read(name)
+                    if name.endswith(".index.json"):  # a library will open what it lists
+                        check_shards(json.loads(content), name)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
             (root / "scheduler").mkdir(exist_ok=True)
             (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(self.scheduler)))
             (root / "model_index.json").write_text(json.dumps(dict(self.index)))
@@ -138,6 +150,14 @@ class Companions:
         transformers.utils.logging.disable_progress_bar()
         texts = [name for name in self.index if name.startswith(TEXTS) and self.index[name][0] and self.has(name)]
         others = [k for k, v in self.index.items() if isinstance(v, list) and k not in (*texts, "scheduler")]
+        for name in texts:
+            if self.index[name][0] not in LIBRARIES:
+                raise ArtifactError(
+                    f"The pipeline's {name} is of the package '{self.index[name][0]}', and dqtool imports no package "
+                    "that a file names",
+                    where=f"model_index.json, key {name}",
+                    fix=f"Use a pipeline whose text models are of {' or '.join(LIBRARIES)}",
+                )
         with self.directory(*texts) as root:
             try:
                 pipeline = diffusers.DiffusionPipeline.from_pretrained(

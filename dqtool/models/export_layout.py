@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dqtool.artifacts.names import check_component
+
 __all__ = ["WEIGHTS", "component_prefix", "weights_file"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def component_prefix(pipeline: Mapping[str, Any] | None) -> str:
-    """`"unet/"` for a pipeline, `""` for a bare component: a component in gives a component out."""
-    return "" if pipeline is None or "component" not in pipeline else f"{pipeline['component']}/"
+    """Return `"unet/"` for a pipeline, `""` for a bare component: a component in gives a component out.
+
+    Raises:
+        ArtifactError: the component's name, which comes from a manifest, is no plain word.
+    """
+    if pipeline is None or "component" not in pipeline:
+        return ""
+    return f"{check_component(pipeline['component'], 'manifest, key pipeline.component')}/"
 
 
 def weights_file(pipeline: Mapping[str, Any] | None) -> str:

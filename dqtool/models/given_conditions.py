@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import check_finite, sha256_file
+from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.companion_files import companion_files
 from dqtool.models.companions import TEXTS, Companions
@@ -156,7 +157,8 @@ def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
             )
         root = source.pipeline
     try:
-        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+        place = path_within(root, "model_index.json", given, links=root)
+        index = json.loads(place.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ArtifactError(f"This is no valid JSON: {e}", where=str(root / "model_index.json")) from e
     component = next((name for name in NETWORKS if name in index), NETWORKS[0])

@@ -10,6 +10,7 @@ from typing import Any
 
 from dqtool.artifacts.files import content_digest
 from dqtool.artifacts.manifest import canonical_json
+from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.companion_files import companion_digest
 from dqtool.models.lora_files import LoraFile
@@ -17,7 +18,7 @@ from dqtool.models.original.checkpoint import read_entries
 from dqtool.models.reading import read_json
 from dqtool.models.schedules import finite_config
 
-__all__ = ["NETWORKS", "ModelSource", "config_in", "network_config"]
+__all__ = ["NETWORKS", "ModelSource", "config_in", "network_config", "part_of"]
 
 NETWORKS = ("unet", "transformer", "prior")
 """Names under which pipelines hold their denoiser, which is quantized unless another component is named."""
@@ -57,14 +58,14 @@ class ModelSource:
         """The scheduler config that was told, of the original checkpoint or of the pipeline; None for a bare component."""
         if self.own_scheduler is not None or self.pipeline is None:
             return self.own_scheduler
-        return finite_config(read_json(self.pipeline / "scheduler" / "scheduler_config.json"))
+        return finite_config(read_json(part_of(self.pipeline, "scheduler/scheduler_config.json")))
 
     @property
     def model_index(self) -> dict[str, Any] | None:
         """The pipeline's `model_index.json`, with the class of the scheduler in use; None for a bare component."""
         if self.pipeline is None:
             return None
-        index = read_json(self.pipeline / "model_index.json")
+        index = read_json(part_of(self.pipeline, "model_index.json"))
         if self.own_scheduler is not None:
             index["scheduler"] = ["diffusers", self.own_scheduler["_class_name"]]
         return index
@@ -102,11 +103,16 @@ class ModelSource:
         return {name: entry for path in self.weights for name, entry in read_entries(path).items()}
 
 
+def part_of(model: Path, name: str) -> Path:
+    """The path of a file of the model in the directory `model`; `ArtifactError` where a symbolic link leads out of it."""
+    return path_within(model, name, str(model), links=model)
+
+
 def config_in(config: Path) -> Path:
     """The config of a network that is named by its file, its directory or its pipeline's directory."""
     if not config.is_dir() or (config / "config.json").is_file():
-        return config / "config.json" if config.is_dir() else config
-    inside = [config / name / "config.json" for name in NETWORKS]
+        return part_of(config, "config.json") if config.is_dir() else config
+    inside = [part_of(config, f"{name}/config.json") for name in NETWORKS]
     return next((path for path in inside if path.is_file()), config / "config.json")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dqtool.artifacts import read_header
 from dqtool.errors import ArtifactError
-from dqtool.models.model_source import ModelSource, config_in, network_config
+from dqtool.models.model_source import ModelSource, config_in, network_config, part_of
 from dqtool.models.original import Known, is_pickle, recognise
 from dqtool.models.original.first_stage import first_stage_prefix
 from dqtool.models.original.pipelines import pipeline_of
@@ -58,7 +58,7 @@ def single_file(given: str, path: Path, config: str | None, told: Told) -> Model
             where=given,
             fix="Give the diffusers directory of the model, or its weights as .safetensors with config.json beside them",
         )
-    config_path = config_in(Path(config)) if config else path.parent / "config.json"
+    config_path = config_in(Path(config)) if config else part_of(path.parent, "config.json")
     return ModelSource(given, (path,), network_config(config_path, given), config_path, None, "unet")
 
 
@@ -86,4 +86,4 @@ def _beside(
 
 
 def _pipeline_schedule(base: Path | None) -> dict[str, Any] | None:
-    return None if base is None else finite_config(read_json(base / "scheduler" / "scheduler_config.json"))
+    return None if base is None else finite_config(read_json(part_of(base, "scheduler/scheduler_config.json")))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import read_header
+from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.models.companion_files import components_of
 from dqtool.models.hub_cache import hub_snapshot, is_hub_id
 from dqtool.models.lora_files import lora_file
 from dqtool.models.model_source import NETWORKS, ModelSource, config_in, network_config
@@ -105,9 +107,9 @@ def _in_pipeline(source: ModelSource, pipeline: str) -> ModelSource:
     base = _embedded(pipeline) if pipeline.startswith("zoo:") else Path(pipeline)
     if not base.exists():
         raise EnvironmentFault("There is no such directory", where=f"--pipeline {pipeline}")
-    index = read_json(base / "model_index.json")
-    for name, entry in index.items():
-        if isinstance(entry, list) and entry[1] == source.class_name:
+    index = read_json(path_within(base, "model_index.json", pipeline, links=base))
+    for name in components_of(index, f"{pipeline}, model_index.json"):
+        if index[name][1] == source.class_name:
             return replace(source, pipeline=base, component=name)
     raise ArtifactError(
         f"This pipeline has no component of class {source.class_name}, which {source.given} is",
@@ -126,8 +128,9 @@ def _directory(given: str, path: Path, config: str | None, component: str | None
 
 
 def _pipeline(given: str, path: Path, component: str | None, variant: str | None) -> ModelSource:
-    index = read_json(path / "model_index.json")
-    there = [name for name, entry in index.items() if isinstance(entry, list) and (path / name).is_dir()]
+    index = read_json(path_within(path, "model_index.json", given, links=path))
+    names = components_of(index, f"{given}, model_index.json")
+    there = [name for name in names if path_within(path, name, given, links=path).is_dir()]
     if component is not None:
         _check_component(component, there, index)
         return _component(given, path / component, path, component, None, variant)
@@ -178,9 +181,10 @@ def _check_component(component: str, there: Sequence[str], index: Mapping[str, A
 def _component(
     given: str, path: Path, pipeline: Path | None, component: str, config: str | None, variant: str | None
 ) -> ModelSource:
-    config_path = config_in(Path(config)) if config else path / "config.json"
+    model = pipeline or path
+    config_path = config_in(Path(config)) if config else path_within(path, "config.json", given, links=model)
     network = network_config(config_path, given)
-    weights = find_weights(path, given, variant)
+    weights = find_weights(path, given, variant, model)
     for shard in weights:
         if not is_pickle(shard):
             read_header(shard)

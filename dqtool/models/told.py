@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.reading import read_json
 
@@ -57,7 +58,8 @@ def scheduler_config(given: str) -> dict[str, Any]:
     if not path.exists():
         raise EnvironmentFault("There is no such file or directory", where=f"--scheduler {given}")
     if path.is_dir():
-        inside = [path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json"]
+        names = ("scheduler_config.json", "scheduler/scheduler_config.json")
+        inside = [path_within(path, name, given, links=path) for name in names]
         path = next((each for each in inside if each.is_file()), inside[0])
     config = read_json(path)
     if "Scheduler" not in str(config.get("_class_name")):

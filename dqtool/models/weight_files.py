@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
+from dqtool.artifacts.names import check_shards, path_within
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.reading import read_json
 
@@ -17,14 +17,16 @@ _INDEX = re.compile(r"(?P<stem>\w+?)\.(?P<format>safetensors|bin)\.index(\.(?P<v
 """`X.fp16.safetensors` and `X.safetensors.index.fp16.json`, as `save_pretrained(variant="fp16")` writes them."""
 
 
-def find_weights(path: Path, where: str, variant: str | None = None) -> tuple[Path, ...]:
+def find_weights(path: Path, where: str, variant: str | None = None, model: Path | None = None) -> tuple[Path, ...]:
     """Return the files of a component's weights: safetensors before pickles, one file before shards.
 
     `variant` is a word between name and ending (`fp16`, `bf16`, `ema`, `non_ema`); without one the files that have none are
     taken, or the only variant.
 
+    Symbolic links may lead anywhere inside the directory `model` of the whole model (None: `path`).
+
     Raises:
-        ArtifactError: there are none, or an index of shards is not what it should be.
+        ArtifactError: there are none, a link leads out of the model, or an index of shards is not what it should be.
         UsageError: the variant is not there, or there are several and none is asked for.
     """
     found = _by_variant(path)
@@ -32,9 +34,9 @@ def find_weights(path: Path, where: str, variant: str | None = None) -> tuple[Pa
         if variant not in found:
             there = ", ".join(name or "weights without a variant" for name in sorted(found, key=str)) or "no weights"
             raise UsageError(f"There is no variant '{variant}' in {path}", where="--variant", fix=f"There are {there}")
-        return _files(found[variant])
+        return _files(found[variant], model or path)
     if None in found:
-        return _files(found[None])
+        return _files(found[None], model or path)
     if len(found) > 1:
         raise UsageError(
             f"These weights come in several variants only: {', '.join(sorted(map(str, found)))}",
@@ -47,7 +49,7 @@ def find_weights(path: Path, where: str, variant: str | None = None) -> tuple[Pa
             where=f"{where}, {path}" if str(path) != where else where,
             fix=f"Expected {_STEMS[0]}.safetensors in it, with or without a variant, in one file or in shards",
         )
-    return _files(next(iter(found.values())))
+    return _files(next(iter(found.values())), model or path)
 
 
 def plain_weight_name(name: str) -> str:
@@ -74,14 +76,12 @@ def _by_variant(path: Path) -> dict[str | None, Path]:
     return {variant: file for variant, (_, file) in found.items()}
 
 
-def _files(file: Path) -> tuple[Path, ...]:
+def _files(file: Path, model: Path) -> tuple[Path, ...]:
+    path_within(file.parent, file.name, str(file.parent), links=model)
     if not file.name.endswith(".json"):
         return (file,)
-    shards = read_json(file).get("weight_map")
-    if not isinstance(shards, Mapping) or not shards:
-        raise ArtifactError("This index of shards has no weight_map", where=str(file))
-    names = sorted(set(map(str, shards.values())))
-    strange = next((name for name in names if Path(name).name != name or name in ("", "..")), None)
+    names = check_shards(read_json(file), str(file))
+    strange = next((name for name in names if Path(name).name != name), None)
     if strange is not None:
         raise ArtifactError(f"This index names a shard outside its directory: {strange!r}", where=str(file))
     missing = next((name for name in names if not (file.parent / name).is_file()), None)
@@ -89,4 +89,4 @@ def _files(file: Path) -> tuple[Path, ...]:
         raise ArtifactError(
             f"The shard {missing} is missing", where=str(file), fix="Download the whole model, or all of this variant"
         )
-    return tuple(file.parent / name for name in names)
+    return tuple(path_within(file.parent, name, str(file), links=model) for name in names)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from dqtool.artifacts.outputs import GENERATOR
 from dqtool.page.document import Block, Cell, Charts, Note, Page, Paragraph, Pictures, Section, Table
 from dqtool.page.style import STYLE
 
@@ -24,6 +25,7 @@ def render_html(page: Page) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f'<meta name="generator" content="{GENERATOR}">\n'
         f"<title>{escape(page.title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<header><h1>{escape(page.title)}</h1><p class="lead">{escape(page.lead)}</p></header>\n'
         f"{nav}{body}</main>\n</body>\n</html>\n"

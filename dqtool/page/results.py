@@ -18,6 +18,7 @@ from typing import Any
 from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, Manifest, manifest_path, open_artifact, sha256_file
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.manifest import canonical_json
+from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 from dqtool.page.comparison import FORMAT as TABLE_FORMAT
 from dqtool.page.comparison import REFERENCE
@@ -264,16 +265,24 @@ def _join_picture(result: Result, found: _Found) -> None:
     """The sample grid: the recorded one by its sha256, else one that is named like the result."""
     recorded = result.metrics.get("grid")
     if isinstance(recorded, dict) and "sha256" in recorded:
-        near = [result.path.parent / str(recorded.get("file")), Path(str(result.manifest.parameters.get("grid")))]
+        near = [*_beside(result, recorded.get("file")), Path(str(result.manifest.parameters.get("grid")))]
         for path in [*near, *found.pictures]:
             if path.is_file() and sha256_file(path) == recorded["sha256"]:
                 result.picture = path
                 return
-    namesake = result.path.with_suffix(".png")
-    if namesake.is_file():
+    namesake = next(iter(_beside(result, f"{result.path.stem}.png")), None)
+    if namesake is not None and namesake.is_file():
         result.picture = namesake
         if recorded:
             result.picture_note = f"{namesake.name} lies beside the report; its bytes are not those that eval wrote."
+
+
+def _beside(result: Result, name: object) -> list[Path]:
+    """The path of a file beside the result; none for a name, or a link, that leads elsewhere: a page is passed on."""
+    try:
+        return [path_within(result.path.parent, name, str(result.path), links=result.path.parent)]
+    except ArtifactError:
+        return []
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from dqtool.artifacts import Artifact, check_writable, commit_report, open_artif
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import ArtifactError, NumericError, UsageError
 from dqtool.stages.common import Common
+from dqtool.stages.paths import read_paths
 from dqtool.stages.running import input_artifact
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
     from dqtool.runtimes import RUNTIMES
 
     if options.output is not None:
-        check_writable(options.output, report=True)
+        check_writable(options.output, "report", inputs=read_paths(options), overwrite=common.overwrite)
     names = [*_runtimes(options.runtime), *expand(options.against)]
     batches = options.batch or _own_batches(options.arch)
     if common.dry_run:
@@ -118,6 +119,7 @@ def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
     if remember(artifact, medians):
         report.say("bench: --runtime auto will take what was fastest here for this network")
     result = {
+        "format": "dqtool-bench/1",
         "command": _command(options),
         "model": _model(artifact, options),
         "machine": describe_machine(subject.threads),
@@ -128,7 +130,7 @@ def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
         "weights_in_memory": {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
     }
     if options.output is not None:
-        commit_report(options.output, result)
+        commit_report(options.output, result, overwrite=common.overwrite)
     return result
 
 

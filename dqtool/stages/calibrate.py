@@ -15,6 +15,7 @@ from dqtool.metrics.prompts import read_prompts
 from dqtool.models.given_conditions import ConditionSource
 from dqtool.models.schedules import finite_config
 from dqtool.stages.options.calibrate import AUTO, KEEP, STRATIFIED, CalibrateOptions, schedule_of
+from dqtool.stages.paths import read_paths
 from dqtool.stages.running import Common, StageOutput, execute, input_artifact
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
     def work(key: str) -> StageOutput:
         return produce(dilated, options, Workspace(options.output, key, forced=common.force), prompts)
 
-    execute("calibrate", CODE_VERSION, options.output, parameters, inputs, common, work)
+    execute("calibrate", CODE_VERSION, options.output, parameters, inputs, common, work, reads=read_paths(options))
     return options.output
 
 

@@ -58,4 +58,7 @@ class Common:
     json: bool = False
     device: str = "auto"
     dry_run: bool = False
+    overwrite: bool = False
+    reads: tuple[str, ...] = ()
+    """Files that the whole command reads beside what its options name: a recipe and its model."""
     log: list[Execution] = field(default_factory=list, compare=False)

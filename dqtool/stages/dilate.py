@@ -9,6 +9,7 @@ from dqtool.artifacts import Written, check_writable, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources import ModelSource
 from dqtool.stages.options.dilate import DilateOptions
+from dqtool.stages.paths import model_places, read_paths
 from dqtool.stages.running import Common, StageOutput, execute
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def dilate(options: DilateOptions, common: Common) -> str:
     source.check_schedule()
     if source.lacks is not None:
         report.warn(source.lacks)
-    reads = [*source.weights, *(lora.path for lora in source.loras)]
-    check_writable(options.output, inputs=[options.model, *reads])
+    reads = [*read_paths(options), *model_places(source)]
+    check_writable(options.output, inputs=[*reads, *common.reads], overwrite=common.overwrite)
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
     parameters = fingerprint_parameters(options)
     execute(

@@ -13,6 +13,7 @@ from dqtool.artifacts import Artifact, Workspace
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.stages.options.distill import DistillOptions, corrects, method_and_options, with_sampler_defaults
+from dqtool.stages.paths import read_paths
 from dqtool.stages.running import Common, StageOutput, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def distill(options: DistillOptions, common: Common) -> str:
     def work(key: str) -> StageOutput:
         return produce(calibrated, options, spec, Workspace(options.output, key, forced=common.force))
 
-    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work)
+    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work, reads=read_paths(options))
     return options.output
 
 

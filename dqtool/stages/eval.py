@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, read_manifest, sha256_file
+from dqtool.artifacts import Artifact, Kind, read_manifest, sha256_file
 from dqtool.errors import UsageError
 from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
@@ -18,6 +18,7 @@ from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
+from dqtool.stages.paths import model_places, read_paths
 from dqtool.stages.running import Common, StageOutput, check_steps, execute, input_artifact, sampling_of
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         ArtifactError: the reference is not the model the artifact was made from.
         EnvironmentFault: a metric was asked for without the file it needs, or a correction without the reference.
     """
-    files = files_of(options)
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
     if artifact.stage in ("distill", "export"):
         check_steps(artifact, options.steps)
@@ -52,6 +52,8 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
     if reference is not None:
         inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
+    also: list[tuple[str, Kind]] = [(options.grid, "picture")] if options.grid else []
+    also += [(options.save_samples, "images")] if options.save_samples else []
     execute(
         "eval",
         CODE_VERSION,
@@ -61,8 +63,8 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         common,
         lambda _key: produce(artifact, reference, metrics, options, prompts),
         kind="report",
-        also=[path for path in (options.grid, options.save_samples) if path],
-        reads=list(files.given().values()),
+        also=also,
+        reads=[*read_paths(options), *model_places(reference)],
     )
     if not common.dry_run:
         print_figures(artifact, read_manifest(options.output).metrics)

@@ -9,9 +9,12 @@ from typing import Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact
+from dqtool.artifacts.names import path_within
 from dqtool.formats import FORMATS, prepare
 from dqtool.formats.shapes import network_shapes, swapped
+from dqtool.models.companion_files import check_companion
 from dqtool.stages.options.export import ExportOptions
+from dqtool.stages.paths import read_paths
 from dqtool.stages.running import Common, StageOutput, execute, input_artifact
 
 __all__ = ["FORMATS", "ExportOptions", "export", "network_shapes", "swapped"]
@@ -32,6 +35,7 @@ def export(options: ExportOptions, common: Common) -> str:
         common,
         lambda _key: produce(distilled, options.format),
         kind="directory",
+        reads=read_paths(options),
     )
     return options.output
 
@@ -63,8 +67,11 @@ def produce(distilled: Artifact, format_name: str) -> StageOutput:
     def build(directory: Path) -> None:
         size = write_directory(directory, manifest.pipeline, exported.config, exported.write)
         for name, data in distilled.attachments().items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (in_float32(name, data) if embedded else data).numpy().tofile(directory / name)
+            check_companion(name, manifest.pipeline, distilled.given)
+            path = path_within(directory, name, distilled.given)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as stream:  # never over a file of the network or another attachment
+                stream.write((in_float32(name, data) if embedded else data).numpy().data)
         metrics["bytes"] = size
         predicted = exported.predicted
         report.say(

@@ -110,8 +110,12 @@ def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Be
     from dqtool.stages.eval import bits_label
 
     places: Sequence[str] = options.places or [input_artifact(None, ["eval"], "eval").given]
-    check_writable(options.path, inputs=[place for place in places if os.path.isfile(place)])
     results, benches = find_results(places)
+    # A place is looked through, and a page may lie in it; what was found there is not written over.
+    reads = [place for place in places if os.path.isfile(place)]
+    reads += [str(path) for each in results for path in (each.path, each.picture, *each.chain.values()) if path]
+    reads += [str(bench.path) for bench in benches]
+    check_writable(options.path, "page", inputs=reads, overwrite=common.overwrite)
     for result in results:
         result.bits = bits_label(result.manifest.layers)
     inputs = [{"name": str(r.path), "sha256": r.measured_sha256, "stage": "eval"} for r in results]

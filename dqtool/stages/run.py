@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dqtool import report
+from dqtool.artifacts import check_outside
 from dqtool.artifacts.files import os_fault
 from dqtool.errors import DqtoolError
 from dqtool.recipe import Recipe, load_recipe
 from dqtool.stages.common import Common
+from dqtool.stages.paths import WRITTEN
 from dqtool.stages.registry import chained_stages, default_output, make_options, option_types, stage_function
 
 __all__ = ["run", "steps_of_recipe"]
 
-WRITTEN = ("output", "grid")
+PLACED = ("output", "grid")
 """Options that name a file to write: a bare name is put into the run's directory, any other path is taken as it is."""
 
 
@@ -27,15 +31,18 @@ def run(path: str, overrides: Sequence[str], common: Common, directory: str | No
         UsageError: the recipe or an override asks for something that does not exist; nothing has been run then.
         DqtoolError: what a stage raises, with the stage's name in front.
     """
-    _, steps = steps_of_recipe(path, overrides, directory)
-    for _, values in steps:
-        for key in WRITTEN:
-            parent = os.path.dirname(values.get(key, "").rstrip("/"))
-            if parent:
-                try:
-                    os.makedirs(parent, exist_ok=True)
-                except OSError as error:
-                    raise os_fault(error, parent) from error
+    recipe, steps = steps_of_recipe(path, overrides, directory)
+    common = replace(common, reads=(path, recipe.model))  # the log stays the caller's
+    written = [values[key] for _, values in steps for key in sorted(WRITTEN) if values.get(key)]
+    for output in written:
+        check_outside(Path(output), common.reads, output)
+    for output in written:
+        parent = os.path.dirname(output.rstrip("/"))
+        if parent:
+            try:
+                os.makedirs(parent, exist_ok=True)
+            except OSError as error:
+                raise os_fault(error, parent) from error
     output = ""
     for number, (name, values) in enumerate(steps, start=1):
         report.say(f"[{number}/{len(steps)}] {name}")
@@ -65,7 +72,7 @@ def steps_of_recipe(
     for name, given in recipe.stages:
         values = {option.replace("-", "_"): value for option, value in given.items()}
         values.setdefault("output", default_output(name))
-        for key in WRITTEN:
+        for key in PLACED:
             if key in values and not os.path.dirname(values[key].rstrip("/")):
                 values[key] = os.path.join(work, values[key])
         values["model" if name == "dilate" else "artifact"] = previous

@@ -16,9 +16,10 @@ from dqtool.artifacts import (
     ATTACHMENT,
     Artifact,
     DeferredTensors,
+    Kind,
     Manifest,
     Written,
-    check_writable,
+    check_outputs,
     clear_leftovers,
     commit,
     commit_directory,
@@ -142,20 +143,17 @@ def execute(
     inputs: Sequence[dict[str, Any]],
     common: Common,
     produce: Callable[[str], StageOutput],
-    kind: str = "file",
-    also: Sequence[str] = (),
-    reads: Sequence[str | Path] = (),
+    kind: Kind = "artifact",
+    also: Sequence[tuple[str, Kind]] = (),
+    *,
+    reads: Sequence[str | Path],
 ) -> bool:
     """Make the artifact `output` unless it is there already; returns whether it was cached. A dry run writes nothing.
 
-    `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "file",
-    "directory" or "report". `also` are side products (pictures) that must exist for the cache to count; `reads` files that the
-    inputs consist of and that must not be overwritten.
+    `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "artifact",
+    "directory" or "report". `also` are side products (path, kind), such as pictures: they must exist for the cache to count.
+    `reads` are files and directories that the command reads beside the inputs, which no output may touch.
     """
-    names = [str(entry["name"]) for entry in inputs]
-    check_writable(output, directory=kind == "directory", report=kind == "report", inputs=[*names, *reads])
-    for picture in also:
-        check_writable(picture, manifest=False, inputs=[*names, *reads])
     key = fingerprint(stage, code_version, parameters, [str(entry["sha256"]) for entry in inputs])
 
     def note(*, cached: bool) -> bool:
@@ -163,14 +161,17 @@ def execute(
         return cached
 
     def is_cached() -> bool:
-        return not common.force and is_current(output, key) and all(map(os.path.exists, also))
+        return not common.force and is_current(output, key) and all(os.path.exists(path) for path, _ in also)
 
-    if common.dry_run:
-        return note(cached=is_cached())
     if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
-        clear_leftovers(output)
-        report.say(f"{stage}: cached {output}")
+        if not common.dry_run:
+            clear_leftovers(output)
+            report.say(f"{stage}: cached {output}")
         return note(cached=True)
+    names = [str(entry["name"]) for entry in inputs]
+    check_outputs([(output, kind), *also], [*names, *reads, *common.reads], overwrite=common.overwrite)
+    if common.dry_run:
+        return note(cached=False)
     with lock(output):
         start = time.perf_counter()
         threads, device = set_up_torch(common.device)
@@ -188,14 +189,15 @@ def execute(
             seconds=round(product.earlier_seconds + time.perf_counter() - start, 3),
         )
         if product.build is not None:
-            commit_directory(output, product.build, manifest)
+            commit_directory(output, product.build, manifest, overwrite=common.overwrite)
         elif product.tensors is not None:
             attached = {ATTACHMENT + name: data for name, data in product.attachments.items()}
             tensors = product.tensors if isinstance(product.tensors, DeferredTensors) else dict(product.tensors)
             tensors.update(attached)
-            commit(output, tensors, manifest, product.proof and partial(_timed, product.proof, manifest, start))
+            proof = product.proof and partial(_timed, product.proof, manifest, start)
+            commit(output, tensors, manifest, proof, overwrite=common.overwrite)
         else:
-            commit_report(output, manifest)
+            commit_report(output, manifest, overwrite=common.overwrite)
         remove_pieces(output)
     report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
     return note(cached=False)

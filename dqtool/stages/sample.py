@@ -12,6 +12,7 @@ from dqtool.stages.common import Common, Execution
 from dqtool.stages.eval_reference import find_reference, reference_network
 from dqtool.stages.noise import fitted, needs_reference, with_correction
 from dqtool.stages.options.sample import SampleOptions
+from dqtool.stages.paths import model_places, read_paths
 from dqtool.stages.running import check_steps, sampling_of, set_up_torch
 
 __all__ = ["SampleOptions", "sample"]
@@ -29,11 +30,16 @@ def sample(options: SampleOptions, common: Common) -> str:
         raise UsageError("At least one image is needed", where="-n")
     artifact = open_artifact(options.directory, ["export"])
     check_steps(artifact, options.steps)
-    check_writable(options.output)
     reference = None
     if options.correct_noise:
         reference = find_reference(options.reference, artifact)
         needs_reference(reference, artifact)
+    check_writable(
+        options.output,
+        "picture",
+        inputs=[*read_paths(options), *model_places(reference)],
+        overwrite=common.overwrite,
+    )
     source = {"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}
     common.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
     if common.dry_run:

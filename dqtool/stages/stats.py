@@ -12,6 +12,7 @@ from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.options.stats import StatsOptions
+from dqtool.stages.paths import read_paths
 from dqtool.stages.running import set_up_torch
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def stats(options: StatsOptions, common: Common) -> str:
             fix="Give --inception-weights FILE",
         )
     source = image_source(options)
-    check_writable(options.output, manifest=False, inputs=[options.directory, options.inception_weights])
+    check_writable(options.output, "images", inputs=read_paths(options), overwrite=common.overwrite)
     parameters = {"image_size": options.image_size, "keep_images": options.keep_images}
     inputs: list[dict[str, Any]] = [
         {"name": options.directory, "sha256": images_digest(options.directory, source), "stage": None},

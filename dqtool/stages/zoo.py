@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dqtool import report
-from dqtool.artifacts import lock, read_header
+from dqtool.artifacts import check_outside, lock, read_header
 from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of
 from dqtool.errors import EnvironmentFault
 from dqtool.models import sources
@@ -69,17 +69,20 @@ def get_model(options: ZooGetOptions, common: Common) -> str:
     """Write the model's pipeline directory, floats as float32; returns its path as given.
 
     Raises:
-        EnvironmentFault: there is no such model, or the directory holds anything but this very model.
+        EnvironmentFault: there is no such model, or the directory holds anything but this very model. With --overwrite
+            its files may differ, as long as their names are the model's.
+        UsageError: the directory lies in the packaged model, or holds it.
     """
     source = _find(options.name)
     target = target_of(options.output)
+    check_outside(target, [source], options.output)
     try:
         with lock(target), staging(target) as area:
             new = area / "new"
             _write_pipeline(source, new)
             cached = not common.force and _same_content(new, target)
             if not cached:
-                _refuse_occupied(target, options.output, force=common.force, same=_same_names(new, target))
+                _refuse_occupied(target, options.output, overwrite=common.overwrite and _same_names(new, target))
                 swap_in(area, [(new, target)])
     except OSError as error:
         raise os_fault(error, options.output) from error
@@ -151,9 +154,9 @@ def _same_names(new: Path, target: Path) -> bool:
     return target.is_dir() and not target.is_symlink() and names(new) == names(target)
 
 
-def _refuse_occupied(target: Path, given: str, *, force: bool, same: bool) -> None:
+def _refuse_occupied(target: Path, given: str, *, overwrite: bool) -> None:
     if target.is_dir() and not target.is_symlink():
-        if not any(target.iterdir()) or (force and same):
+        if not any(target.iterdir()) or overwrite:
             return
         raise EnvironmentFault(
             "This directory is not empty and holds something else than this model",

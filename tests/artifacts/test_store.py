@@ -374,22 +374,22 @@ class TestCheckWritable:
     def test_a_good_place_is_left_as_it_is(self, tmp_path: Path, artifact: Path, directory: Path):
         check_writable(tmp_path / "new.safetensors", inputs=[artifact])
         check_writable(artifact)
-        check_writable(directory, directory=True, inputs=[artifact])
-        check_writable(tmp_path / "report.json", report=True)
+        check_writable(directory, "directory", inputs=[artifact])
+        check_writable(tmp_path / "report.json", "report")
         assert [name for name in listing(tmp_path) if "/" not in name] == [
             *("dilated.json", "dilated.safetensors", "exported"),
         ]
 
     def test_file_where_a_directory_belongs_and_the_reverse(self, tmp_path: Path, artifact: Path):
         with pytest.raises(EnvironmentFault, match="not a directory"):
-            check_writable(artifact, directory=True)
+            check_writable(artifact, "directory")
         with pytest.raises(EnvironmentFault, match="is a directory"):
             check_writable(tmp_path)
         with pytest.raises(EnvironmentFault, match="file is where a directory"):
             check_writable(artifact / "x.safetensors")
         for path in (".", "..", "/"):
             with pytest.raises(EnvironmentFault, match="can not be replaced"):
-                check_writable(path, directory=True)
+                check_writable(path, "directory")
 
     def test_unwritable_parent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         # Root may write anywhere, so the answer of the system is changed, not the directory.
@@ -405,7 +405,7 @@ class TestCheckWritable:
         with pytest.raises(UsageError, match=r"ends in \.safetensors"):
             check_writable(tmp_path / "x.json")
         with pytest.raises(UsageError, match=r"ends in \.json"):
-            check_writable(tmp_path / "x.safetensors", report=True)
+            check_writable(tmp_path / "x.safetensors", "report")
 
     def test_neither_a_config_nor_a_manifest_nor_a_report_is_overwritten(self, tmp_path: Path, artifact: Path):
         (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')

@@ -64,6 +64,7 @@ def test_a_killed_run_goes_on_from_its_pieces(run: Run, chain: Path, forced: boo
     whole = (chain / "k.safetensors").read_bytes()
     if not forced:
         (chain / "k.json").unlink()
+        (chain / "k.safetensors").unlink()
     partial = chain / ".k.safetensors.partial"
     process = start(chain, *TRAIN, "-o", "k.safetensors", *options)
     wait_for_pieces(process, partial / "index.json", 3)
@@ -74,6 +75,7 @@ def test_a_killed_run_goes_on_from_its_pieces(run: Run, chain: Path, forced: boo
     assert {path.suffix for path in partial.iterdir()} == {".json", ".tensors"}  # nothing half-written
     assert json.loads((partial / "index.json").read_text())["forced"] is forced
     (chain / "k.json").unlink(missing_ok=True)
+    (chain / "k.safetensors").unlink(missing_ok=True)
     result = run(*TRAIN, "-o", "k.safetensors", *options, cwd=chain)
     assert result.returncode == 0, result.stderr
     assert (chain / "k.safetensors").read_bytes() == whole

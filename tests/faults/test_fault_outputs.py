@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,9 @@ def test_the_output_is_not_the_input(run: Run, chain: Path):
 
 
 def test_the_manifest_does_not_overwrite_a_foreign_json(run: Run, chain: Path):
-    assert "config.json" in refused(run, chain, 4, "dilate", "tiny", "-o", "tiny/unet/config.safetensors")
+    (chain / "other").mkdir()
+    shutil.copy(chain / "tiny" / "unet" / "config.json", chain / "other")
+    assert "config.json" in refused(run, chain, 4, "dilate", "tiny", "-o", "other/config.safetensors")
 
 
 def test_suffixes_that_mislead(run: Run, chain: Path):

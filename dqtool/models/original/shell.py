@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts.files import content_digest, os_fault
+from dqtool.artifacts.names import path_within
+from dqtool.models.companion_files import CARD, companion_files
 from dqtool.models.original.checkpoint import read_checkpoint
 from dqtool.models.original.first_stage import build_first_stage
 from dqtool.models.original.pipelines import CLASSES, SingleFilePipeline
@@ -87,7 +89,7 @@ def _write(area: Path, path: Path, shell: Shell) -> None:
     state, parts = read_checkpoint(path), shell.parts
     index: dict[str, Any] = {"_class_name": parts.class_name}
     if shell.base is not None:
-        index = read_json(shell.base / "model_index.json")
+        index = read_json(path_within(shell.base, "model_index.json", str(shell.base), links=shell.base))
     index |= {
         parts.network: ["diffusers", shell.class_name],
         "scheduler": ["diffusers", shell.scheduler["_class_name"]],
@@ -118,9 +120,7 @@ def _write(area: Path, path: Path, shell: Shell) -> None:
     if shell.base is None:
         index |= parts.index
     else:
-        _link(
-            area, shell.base, [name for name, entry in index.items() if isinstance(entry, list) and name not in written]
-        )
+        _link(area, shell.base, {name: entry for name, entry in index.items() if name not in written})
     (area / "scheduler").mkdir()
     (area / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(shell.scheduler), indent=2) + "\n")
     (area / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -134,11 +134,15 @@ def _write_classes(area: Path, rows: Any) -> None:
     embedder.save_pretrained(area / "class_embedder")
 
 
-def _link(area: Path, base: Path, components: list[str]) -> None:
-    """Links to the files of a pipeline's components, and to its card."""
-    files = [path for name in components for path in (base / name).rglob("*") if path.is_file()]
-    card = base / "sampling.json"
-    for path in [*files, *([card] if card.is_file() else [])]:
-        link = area / path.relative_to(base)
+def _link(area: Path, base: Path, index: Mapping[str, Any]) -> None:
+    """Link the files of the pipeline's components that `index` lists, and its card, into `area`.
+
+    Raises:
+        ArtifactError: a component's name is no plain word, or a link of the pipeline leads out of it.
+    """
+    files = companion_files(base, index, "")
+    card = path_within(base, CARD, str(base), links=base)
+    for name, path in (files | ({CARD: card} if card.is_file() else {})).items():
+        link = path_within(area, name, str(base))
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
