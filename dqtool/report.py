@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Progress", "format_seconds", "is_quiet", "progress", "say", "set_quiet", "table", "table_lines", "warn"]
+__all__ = ["Progress", "format_seconds", "progress", "say", "set_quiet", "table", "table_lines", "warn"]
 
 FIRST_LINE = 1.0  # seconds until a plain progress line appears
 LINE_EVERY = 5.0  # seconds between plain progress lines
@@ -30,11 +30,6 @@ def set_quiet(quiet: bool) -> None:
     """Silence progress, `say` and `table`; warnings are still shown."""
     global _quiet
     _quiet = quiet
-
-
-def is_quiet() -> bool:
-    """Whether `set_quiet(True)` is in force."""
-    return _quiet
 
 
 def say(text: str) -> None:

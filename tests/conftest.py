@@ -13,8 +13,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from distillation_tasks import base_task, make_task, silent, task  # noqa: F401  (fixtures)
 from helpers import tiny_pipeline
-from problems import base_problem, make_problem, problem, silent  # noqa: F401  (fixtures)
 from pytest_console_scripts import RunResult, ScriptRunner
 
 Run = Callable[..., RunResult]

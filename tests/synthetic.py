@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dqtool.core.bits import FLOAT_BITS
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.families import FAMILIES
 from dqtool.models.loading import load_weights
@@ -33,7 +33,7 @@ def synthetic_network(model: str, bits: str, steps: int = 5) -> nn.Module:
     dilation |= {name: dilation[info.shares] for name, info in layers.items() if info.shares in dilation}
     for name, factors in dilation.items():
         weight = network.get_submodule(name).weight
-        weight.data *= spread(factors, weight, 1)
+        weight.data *= broadcast_scale(factors, weight, 1)
     plans = assign_bits(traced.layers, QuantizationSpec.parse(bits), dilated=dilation)
     insert_fake(network, plans, torch.arange(steps) * 50.0, dilation)
     tables = {}

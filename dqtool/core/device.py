@@ -1,7 +1,7 @@
 """Where networks compute: one choice for the process, made by a stage as it starts.
 
 Files, trajectories, conditions and what is kept between blocks stay in main memory. A network goes to the device when a
-stage builds it (`place`), and whatever it is given follows it there (`beside`). Random numbers are drawn on the CPU, so
+stage builds it (`place`), and whatever it is given follows it there (`to_device_of`). Random numbers are drawn on the CPU, so
 that a seed means the same noise on every device.
 """
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "beside",
     "choose_device",
     "device_of",
-    "main_memory",
     "peak_bytes",
     "place",
     "resolve_device",
     "restart_peak",
+    "to_cpu",
+    "to_device_of",
 ]
 
 T = TypeVar("T")
@@ -99,12 +99,12 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def beside(module: nn.Module, values: T) -> T:
+def to_device_of(module: nn.Module, values: T) -> T:
     """`values` (a tensor, or lists, tuples and dicts of them) where the network is."""
     return _moved(values, device_of(module))
 
 
-def main_memory(values: T) -> T:
+def to_cpu(values: T) -> T:
     """`values` in main memory."""
     import torch
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dqtool.errors import NumericError, UsageError
 
-__all__ = ["CAP", "dilate_weight", "in_channels", "spread", "weight_dilation", "weight_ranges"]
+__all__ = ["CAP", "broadcast_scale", "dilate_weight", "in_channels", "weight_dilation", "weight_ranges"]
 
 CAP = 64.0
 _CACHED = 1 << 19
@@ -112,7 +112,7 @@ def in_channels(weight: Tensor, groups: int) -> int:
     return weight.shape[1] * groups
 
 
-def spread(s: Tensor, weight: Tensor, groups: int) -> Tensor:
+def broadcast_scale(s: Tensor, weight: Tensor, groups: int) -> Tensor:
     """`s [C_in]` laid out to multiply `weight`: `[C_out, C_in / groups, 1, ...]`. Raises `UsageError` on a misfit."""
     if s.shape != (in_channels(weight, groups),):
         raise _misfit(s, weight, groups)

@@ -18,7 +18,7 @@ from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import save_tensors
 from dqtool.core.affine import SYMMETRIC_BITS
 from dqtool.core.bits import AttentionBits, LayerBits
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import pack
 from dqtool.errors import ArtifactError
 from dqtool.formats import Exported, require
@@ -147,7 +147,7 @@ def _convert(state: dict[str, Tensor], plan: LayerPlan) -> None:
         dilation = state.pop(f"{name}.dilation", None)
         if dilation is not None:
             weight = state[f"{name}.weight"]
-            state[f"{name}.weight"] = weight / spread(dilation, weight, plan.info.groups)
+            state[f"{name}.weight"] = weight / broadcast_scale(dilation, weight, plan.info.groups)
         return
     # The library keeps code - 2^(b-1) and adds that again when it packs: its packed words are ours.
     state[f"{name}.weight_scale"] = state[f"{name}.weight_scale"].view(-1, 1).clone()

@@ -10,7 +10,7 @@ from torch import Tensor
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.tensorfile import save_tensors
 from dqtool.core.cost import file_bytes
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, swapped
 from dqtool.graph.repeats import restore_repeats
@@ -56,7 +56,7 @@ def dense_state(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, 
     for name, layer in layers.items():
         weight = layer.quantized_weight()
         if layer.dilation is not None:
-            weight = weight / spread(layer.dilation, weight, layer.groups)
+            weight = weight / broadcast_scale(layer.dilation, weight, layer.groups)
         state[f"{name}.weight"] = weight
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias

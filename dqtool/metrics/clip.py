@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dqtool.artifacts.names import check_shards
 from dqtool.artifacts.reading import load_json
-from dqtool.core.device import beside, main_memory
+from dqtool.core.device import to_cpu, to_device_of
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class ClipEncoder:
             prepared.append(torch.from_numpy(_array(picture.crop((left, top, left + side, top + side)))))
         pixels = torch.stack(prepared).permute(0, 3, 1, 2).float() / 255  # [N, 3, side, side]
         pixels = (pixels - torch.tensor(self._mean).view(1, 3, 1, 1)) / torch.tensor(self._std).view(1, 3, 1, 1)
-        vision = self.model.vision_model(pixel_values=beside(self.model, pixels))
-        return main_memory(F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1))
+        vision = self.model.vision_model(pixel_values=to_device_of(self.model, pixels))
+        return to_cpu(F.normalize(self.model.visual_projection(vision.pooler_output), dim=-1))
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -83,9 +83,9 @@ class ClipEncoder:
         tokens = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
         )
-        given = beside(self.model, {name: tokens[name] for name in ("input_ids", "attention_mask")})
+        given = to_device_of(self.model, {name: tokens[name] for name in ("input_ids", "attention_mask")})
         text = self.model.text_model(**given)
-        return main_memory(F.normalize(self.model.text_projection(text.pooler_output), dim=-1))
+        return to_cpu(F.normalize(self.model.text_projection(text.pooler_output), dim=-1))
 
 
 def clip_score(images: Tensor, texts: Tensor) -> Tensor:

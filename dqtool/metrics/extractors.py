@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqtool.core.device import beside, main_memory, place
+from dqtool.core.device import place, to_cpu, to_device_of
 from dqtool.metrics.clip import ClipEncoder
 from dqtool.metrics.inception_weights import load_inception, weights_digest
 from dqtool.metrics.registry import path_digest
@@ -34,7 +34,7 @@ class InceptionExtractor:
     @torch.no_grad()
     def __call__(self, images: Tensor, texts: list[str] | None = None) -> Mapping[str, Tensor]:
         rgb = images.expand(*images.shape[:3], 3).permute(0, 3, 1, 2)
-        parts = [main_memory(self.model(beside(self.model, part))) for part in rgb.split(BATCH)]
+        parts = [to_cpu(self.model(to_device_of(self.model, part))) for part in rgb.split(BATCH)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -17,7 +17,7 @@ from dqtool.artifacts import Artifact
 from dqtool.artifacts.names import check_component, check_shards, path_within
 from dqtool.artifacts.reading import json_object
 from dqtool.artifacts.tensorfile import file_tensor
-from dqtool.core.device import beside, place
+from dqtool.core.device import place, to_device_of
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.models.companion_files import CARD, companion_files, components_of, config_in_float32
 from dqtool.models.sources import ModelSource
@@ -177,7 +177,7 @@ class Companions:
         scale, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
 
         def decode(latents: Tensor) -> Tensor:
-            latents = beside(vae, latents)
+            latents = to_device_of(vae, latents)
             part = max(1, 65536 // latents[0, 0].numel())
             with torch.no_grad():
                 images = [vae.decode(z / scale + shift, return_dict=False)[0] for z in latents.split(part)]

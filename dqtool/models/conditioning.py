@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dqtool import report
-from dqtool.core.device import main_memory
+from dqtool.core.device import to_cpu
 from dqtool.errors import UsageError
 from dqtool.models.prompts import PROMPTS
 
@@ -251,10 +251,10 @@ def text_conditions(
                     where=str(companions.index.get("_class_name")),
                     fix=WAYS,
                 ) from e
-            parts.append(main_memory(given))
+            parts.append(to_cpu(given))
     guided = guidance > 1 and embed is None and bool(null)
     if guided:
-        parts.append(main_memory(null))
+        parts.append(to_cpu(null))
     table = {name: torch.cat([part[name] for part in parts]).float().contiguous() for name in parts[0]}
     if digits is not None:
         digits = torch.cat([digits[chosen], torch.tensor([-1] * guided, dtype=digits.dtype)])

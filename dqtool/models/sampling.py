@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dqtool.core.device import beside
+from dqtool.core.device import to_device_of
 from dqtool.errors import UsageError
 from dqtool.models.conditioning import BESIDE
 from dqtool.models.config_schema import built
@@ -145,7 +145,7 @@ class Sampler:
         """
         scheduler = self._fresh()
         guided = self.guidance > 1 and null is not None
-        noise, conditions, null = beside(model, (noise, dict(conditions), None if null is None else dict(null)))
+        noise, conditions, null = to_device_of(model, (noise, dict(conditions), None if null is None else dict(null)))
         behind = conditions.get(BESIDE)
         if guided and null is not None:
             conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}

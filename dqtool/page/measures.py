@@ -13,7 +13,7 @@ from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.affine import lowest_code
 from dqtool.core.bits import AttentionBits, bits_from_json
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import unpack
 from dqtool.core.quantization_error import error_parts, histogram_error
 from dqtool.models.loading import network_of
@@ -100,7 +100,7 @@ def quantization_errors(result: Result) -> Errors:
         if f"{name}.weight_packed" in packed:
             reference = known[f"{name}.weight"]
             if moved is not None:
-                reference = reference * spread(moved, reference, int(layer["groups"]))
+                reference = reference * broadcast_scale(moved, reference, int(layer["groups"]))
             weights[name] = _weight(packed, reference, name, widths.weight, name in producers)
         mean = 1.0 if moved is None else float(moved.log().mean().exp())
         parts = _activation(packed, known, name, f"{name}.input", widths.input, 0, 0, steps, 1 / mean)
@@ -221,13 +221,13 @@ def _steps(
 ) -> Iterator[Callable[[], None]]:
     """One function per step that runs `network` over the step's first samples, as `calibrate` chooses them."""
     family, _ = network_of(manifest.model)
-    points = Trajectory.of(tensors)
+    points = Trajectory.from_tensors(tensors)
     with report.progress("report: activations before dilation", len(rows)) as progress:
         for row in rows:
             mine = (points.rows == row).nonzero()[:samples, 0]
 
             def run(mine: Tensor = mine, timestep: Tensor = points.timesteps[row]) -> None:
-                family.predict(network, points.x[mine], timestep, points.given(mine))
+                family.predict(network, points.x[mine], timestep, points.conditions_of(mine))
 
             yield run
             progress.advance()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.core.bits import LayerBits
-from dqtool.core.device import beside, main_memory
+from dqtool.core.device import to_cpu, to_device_of
 from dqtool.core.dilation import CAP
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.graph.trace import LayerInfo
@@ -83,7 +83,7 @@ def choose_by_activations(
 
     def choose(owner: str, samples: Samples | None = None) -> ScalingResult:
         members = groups[owner]
-        lo, hi = beside(network, activations.ranges.get(owner, (None, None)))
+        lo, hi = to_device_of(network, activations.ranges.get(owner, (None, None)))
         now = present.get(owner)
         result = method(
             ScalingInput(
@@ -95,10 +95,10 @@ def choose_by_activations(
                 threshold,
                 samples,
                 shiftable=owner in shiftable,
-                present=None if now is None else replace(now, scale=beside(network, now.scale)),
+                present=None if now is None else replace(now, scale=to_device_of(network, now.scale)),
             )
         )
-        return replace(result, scale=main_memory(result.scale), shift=main_memory(result.shift))
+        return replace(result, scale=to_cpu(result.scale), shift=to_cpu(result.shift))
 
     if method.needs_samples:
         found = _with_samples(network, groups, activations, layers, bits, choose)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.graph.leaves import zero_padding
 from dqtool.graph.recording import Recording
 from dqtool.graph.trace import LayerInfo
@@ -170,6 +170,6 @@ def subtract_shift(tensors: MutableMapping[str, Tensor], found: Fold, by: Tensor
 
 def add_shift_to_bias(tensors: MutableMapping[str, Tensor], info: LayerInfo, weight: Tensor, by: Tensor) -> None:
     """Set the layer's bias to `b + W z`, in place, where its input is shifted by `-z`; `weight` is the original one."""
-    moved = (weight.double() * spread(by, weight, info.groups).double()).flatten(1).sum(1)
+    moved = (weight.double() * broadcast_scale(by, weight, info.groups).double()).flatten(1).sum(1)
     bias = tensors[f"{info.name}.bias"]
     tensors[f"{info.name}.bias"] = (bias.double() + moved).to(bias.dtype)

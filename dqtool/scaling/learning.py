@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.models.packed import layer_infos
 from dqtool.models.structure import graph_of
 from dqtool.nn.layers import FakeQuantLayer, InputTransform
@@ -50,14 +50,14 @@ class LearnedScaling(InputTransform):
 
     def multiply(self, weight: Tensor, groups: int) -> Tensor:
         """Return `W · e^r`."""
-        return weight * spread(self.log_scale.exp(), weight, groups)
+        return weight * broadcast_scale(self.log_scale.exp(), weight, groups)
 
     def restore(self, bias: Tensor, weight: Tensor, dilation: Tensor | None, groups: int) -> Tensor:
         """Return `b + W d`; `weight` is `dilation · W`."""
         if self.shift is None:
             return bias
         by = self.shift if dilation is None else self.shift / dilation
-        return bias + (weight * spread(by, weight, groups)).flatten(1).sum(1)
+        return bias + (weight * broadcast_scale(by, weight, groups)).flatten(1).sum(1)
 
 
 def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
 from dqtool.core.bits import LayerBits
-from dqtool.core.device import beside, main_memory
-from dqtool.core.dilation import CAP, spread
+from dqtool.core.device import to_cpu, to_device_of
+from dqtool.core.dilation import CAP, broadcast_scale
 from dqtool.models.loading import network_of
 from dqtool.models.packed import layer_infos
 from dqtool.models.structure import graph_of
@@ -113,7 +113,7 @@ def rescale_network(
     family, config = network_of(manifest.model)
     found = list(records.values())
     metrics = scaling_metrics(scales)
-    error = check_equivalence(network, lambda: beside(network, changed), scales, family, config, "calibrate")
+    error = check_equivalence(network, lambda: to_device_of(network, changed), scales, family, config, "calibrate")
     report_scaling(found, metrics, error)
     return Rescaled(changed, found, {**metrics, "equivalence_error": error}, moved)
 
@@ -126,7 +126,7 @@ def undilated_weights(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict
         layer, _, leaf = key.rpartition(".")
         if leaf == "dilation":
             weight = tensors[f"{layer}.weight"]
-            found[f"{layer}.weight"] = weight / spread(scale, weight, groups[layer])
+            found[f"{layer}.weight"] = weight / broadcast_scale(scale, weight, groups[layer])
     return found
 
 
@@ -140,4 +140,4 @@ def _present_factors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def _weight(network: nn.Module, name: str) -> Tensor:
-    return main_memory(network.get_parameter(f"{name}.weight").detach())
+    return to_cpu(network.get_parameter(f"{name}.weight").detach())

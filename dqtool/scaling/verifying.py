@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtool.core.device import beside
+from dqtool.core.device import to_device_of
 from dqtool.errors import NumericError
 from dqtool.models.families import Family
 
@@ -36,14 +36,14 @@ def check_equivalence(
     Raises:
         NumericError: the difference is more than round-off.
     """
-    arguments = beside(network, family.example(family.proof_config(config)))
+    arguments = to_device_of(network, family.example(family.proof_config(config)))
     onednn = torch.backends.mkldnn.enabled
     # oneDNN would bring every weight into a layout of its own, which takes longer than one product with it.
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with torch.no_grad():
             original = network(**arguments, return_dict=False)[0]
-            with divided_inputs(network, beside(network, scales)), replaced_parameters(network, scaled()):
+            with divided_inputs(network, to_device_of(network, scales)), replaced_parameters(network, scaled()):
                 changed = network(**arguments, return_dict=False)[0]
     finally:
         torch.backends.mkldnn.enabled = onednn

@@ -154,7 +154,7 @@ def produce(
     quotas = quotas_by_step(network, shape, sampler, timesteps, conditions, options, blocks, generator)
     conditions = conditions.evenly(images_of(quotas, conditions))
     trajectory, seen = record(network, shape, sampler, timesteps, conditions, options, quotas, generator, workspace)
-    points = Trajectory.of({**seen, "timesteps": timesteps})
+    points = Trajectory.from_tensors({**seen, "timesteps": timesteps})
 
     together = samples_together(manifest.layers, options.batch_size)
 
@@ -167,7 +167,7 @@ def produce(
 
                 def run(chosen: torch.Tensor = mine[step], timestep: torch.Tensor = timestep) -> None:
                     for part in chosen.split(together):
-                        family.predict(network, points.x[part], timestep, points.given(part))
+                        family.predict(network, points.x[part], timestep, points.conditions_of(part))
                         progress.advance(len(part))
 
                 yield run
@@ -260,7 +260,7 @@ def quotas_by_step(
     from the middle one of `blocks` (in execution order; the UNets' own middle where there is one)."""
     import torch
 
-    from dqtool.core.device import main_memory
+    from dqtool.core.device import to_cpu
     from dqtool.core.draws import DrawInput, draw_method
     from dqtool.models.sampling import CALIBRATION
 
@@ -276,7 +276,7 @@ def quotas_by_step(
         latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
 
     def see(_x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-        found.setdefault(row_of(timestep, timesteps), main_memory(latest[0].detach().clone()))
+        found.setdefault(row_of(timestep, timesteps), to_cpu(latest[0].detach().clone()))
 
     images = min(options.batch_size, options.samples)
     conditions = conditions.evenly(images)
@@ -337,7 +337,7 @@ def record(
     """
     import torch
 
-    from dqtool.core.device import main_memory
+    from dqtool.core.device import to_cpu
     from dqtool.models.sampling import CALIBRATION
 
     steps, halves = len(timesteps), 1 + conditions.guided
@@ -351,7 +351,7 @@ def record(
 
         def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
             # [n, halves, ...]: a point's inputs beside each other.
-            seen.append((row_of(timestep, timesteps), main_memory(torch.stack(x.chunk(halves), 1))))
+            seen.append((row_of(timestep, timesteps), to_cpu(torch.stack(x.chunk(halves), 1))))
             progress.advance()
 
         def pool(index: int, points: Iterable[tuple[int, Tensor]]) -> None:

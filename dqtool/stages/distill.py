@@ -106,7 +106,7 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
     import torch
 
     from dqtool.core.allocator import return_freed_memory
-    from dqtool.core.device import device_of, main_memory, peak_bytes, restart_peak
+    from dqtool.core.device import device_of, peak_bytes, restart_peak, to_cpu
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.loading import network_of
     from dqtool.models.packed import layer_infos
@@ -118,7 +118,7 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
     from dqtool.scaling.learning import learn_scaling
     from dqtool.scaling.records import with_folds, with_learned_scales
     from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of, trace_of
-    from dqtool.training.data import Problem, Trajectory
+    from dqtool.training.data import DistillationTask, Trajectory
     from dqtool.training.prediction import correct_predictions
 
     method, recipe = method_and_options(options)
@@ -139,12 +139,12 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
     assert manifest.pipeline is not None
     sampling = manifest.pipeline["sampling"]
     trace = trace_of(manifest)
-    problem = Problem(
+    task = DistillationTask(
         family=family,
         teacher=teacher_of(manifest, tensors),
         student=student,
         trace=trace,
-        trajectory=training_points(Trajectory.of(tensors), options),
+        trajectory=training_points(Trajectory.from_tensors(tensors), options),
         sampler=Sampler.calibrated(family, config, sampling, sampling.get("guidance", 1.0)),
         seed=options.seed,
         store=workspace,
@@ -152,8 +152,8 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
         only=chosen_blocks(trace, options.blocks),
         shifts=shifts,
         cache_bytes=0 if options.low_memory else options.cache_memory << 20,
-        replay_batch=LOW_MEMORY_BLOCK if options.low_memory else Problem.replay_batch,
-        network_batch=LOW_MEMORY_NETWORK if options.low_memory else Problem.network_batch,
+        replay_batch=LOW_MEMORY_BLOCK if options.low_memory else DistillationTask.replay_batch,
+        network_batch=LOW_MEMORY_NETWORK if options.low_memory else DistillationTask.network_batch,
         strict=options.strict,
     )
     return_freed_memory()
@@ -161,17 +161,17 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
     restart_peak(device)
     with MemoryMeter(level) as memory:
         workspace.restart_clock(lambda: memory.figures() | peak_bytes(device))
-        trained = method.train(problem, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
-        problem.merge_scaling()
+        trained = method.train(task, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
+        task.merge_scaling()
         if corrects(options):
-            if problem.short_of_memory:  # which let go of the float network
-                problem = replace(problem, teacher=teacher_of(manifest, tensors))
-            with report.progress("distill: predictions", len(problem.trajectory.timesteps), "step") as progress:
-                trained |= correct_predictions(problem, config, CORRECT_IMAGES, progress)
+            if task.low_memory:  # which let go of the float network
+                task = replace(task, teacher=teacher_of(manifest, tensors))
+            with report.progress("distill: predictions", len(task.trajectory.timesteps), "step") as progress:
+                trained |= correct_predictions(task, config, CORRECT_IMAGES, progress)
     if trained:
         seconds, processor = workspace.spent()
         trained |= {"training_seconds": seconds, "training_cpu_seconds": processor, **workspace.peaks()}
-    state = main_memory(packed_state(student))
+    state = to_cpu(packed_state(student))
     learned = {name: value for name, value in state.items() if name.endswith(".dilation")}
     folded = fold_packed(manifest, state)
     layers = [
@@ -179,8 +179,8 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
     layers = with_folds(with_learned_scales(layers, tensors, learned), folded)
-    if problem.warnings:
-        trained |= {"warnings": problem.warnings}
+    if task.warnings:
+        trained |= {"warnings": task.warnings}
     metrics = {**manifest.metrics, **trained}
     return StageOutput(
         state,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.artifacts import Artifact
-from dqtool.core.device import main_memory
+from dqtool.core.device import to_cpu
 from dqtool.models.companions import Companions, companions_of_artifact, companions_of_source
 from dqtool.models.conditioning import Conditions, Request
 from dqtool.models.families import family_of
@@ -21,7 +21,7 @@ from dqtool.models.sampling import Sampler
 from dqtool.models.sources import ModelSource
 from dqtool.stages.artifact_models import conditions_of, sampler_of
 from dqtool.stages.running import sampling_of
-from dqtool.training.spilling import Store
+from dqtool.training.tensor_store import TensorStore
 
 __all__ = ["ImageMaker", "first_channels", "maker_of_artifact", "maker_of_source", "makes_latents"]
 
@@ -48,9 +48,9 @@ class ImageMaker:
             for x in self.sampler.batches(
                 network, self.shape, count, seed, batch_size, self.conditions.given, null=self.conditions.null
             ):
-                batch = main_memory(x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x))
+                batch = to_cpu(x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x))
                 if not done:
-                    images = Store(IN_MEMORY).empty(count, batch)
+                    images = TensorStore(IN_MEMORY).empty(count, batch)
                 images[done : done + len(batch)] = batch
                 done += len(batch)
                 progress.advance(len(batch))

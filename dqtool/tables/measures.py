@@ -60,7 +60,7 @@ def _errors(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, float]
 
 def _weight_scale_ratio(path: Path, bits: int) -> dict[str, float]:
     from dqtool.core.affine import search_weight
-    from dqtool.core.dilation import spread
+    from dqtool.core.dilation import broadcast_scale
     from dqtool.models.packed import layer_infos
 
     calibrated = open_artifact(path)
@@ -71,7 +71,7 @@ def _weight_scale_ratio(path: Path, bits: int) -> dict[str, float]:
         if scale is not None:
             weight = tensors[f"{info.name}.weight"]
             after, _ = search_weight(weight, bits, symmetric=False)
-            before, _ = search_weight(weight / spread(scale, weight, info.groups), bits, symmetric=False)
+            before, _ = search_weight(weight / broadcast_scale(scale, weight, info.groups), bits, symmetric=False)
             ratios.append(float((after / before).mean()))
     return {"weight_scale_ratio": sum(ratios) / len(ratios)} if ratios else {}
 

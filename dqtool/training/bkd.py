@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from dqtool.training.block_loop import Learner, train_blocks, trainable
-from dqtool.training.data import Problem, Reporter
+from dqtool.training.block_loop import Learner, make_trainable, train_blocks
+from dqtool.training.data import DistillationTask, Reporter
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import BkdOptions, Rates
 
@@ -18,19 +18,19 @@ __all__ = ["BkdLearner", "distill_blocks"]
 class BkdLearner(Learner):
     """Everything a block has learns, at rates that fall as a cosine."""
 
-    def __init__(self, problem: Problem, block: nn.Module, rates: Rates, iters: int, batch_size: int) -> None:
-        trainable(block, [problem.student.get_submodule(info.name) for info in problem.trace.blocks])
-        super().__init__(problem, QuantAdam(block, rates), iters, batch_size)
+    def __init__(self, task: DistillationTask, block: nn.Module, rates: Rates, iters: int, batch_size: int) -> None:
+        make_trainable(block, [task.student.get_submodule(info.name) for info in task.trace.blocks])
+        super().__init__(task, QuantAdam(block, rates), iters, batch_size)
 
-    def factor(self, step: int) -> float:
+    def rate_factor(self, step: int) -> float:
         """From 1 to 0."""
         return cosine(step, self.iters)
 
 
-def distill_blocks(problem: Problem, options: BkdOptions, progress: Reporter) -> dict:
-    """Train every block of `problem.student` in place; metrics as of `train_blocks`."""
+def distill_blocks(task: DistillationTask, options: BkdOptions, progress: Reporter) -> dict:
+    """Train every block of `task.student` in place; metrics as of `train_blocks`."""
     return train_blocks(
-        problem,
-        lambda block: BkdLearner(problem, block, options.rates, options.iters, options.batch_size),
+        task,
+        lambda block: BkdLearner(task, block, options.rates, options.iters, options.batch_size),
         progress,
     )

@@ -19,37 +19,37 @@ from torch.utils._pytree import tree_leaves
 from dqtool.core.allocator import return_freed_memory
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.training.curve import ends, mean_curve
-from dqtool.training.data import Problem, Reporter
+from dqtool.training.curve import first_and_last, mean_curve
+from dqtool.training.data import DistillationTask, Reporter
 from dqtool.training.optimizer import QuantAdam
 from dqtool.training.recovery import BlockStates, Recovery
 from dqtool.training.replay import BlockInputs, Replay
 
-__all__ = ["Learner", "block_state", "mean_square", "own_layers", "restore_block", "train_blocks", "trainable"]
+__all__ = ["Learner", "block_state", "make_trainable", "mean_square", "own_layers", "restore_block", "train_blocks"]
 
 
 class Learner:
     """How one block learns. This one trains what requires gradients with `optimizer`; methods override the rest.
 
-    `iters` iterations of `batch_size` samples drawn at random; `factor(step)` is what the rates are multiplied with.
+    `iters` iterations of `batch_size` samples drawn at random; `rate_factor(step)` is what the rates are multiplied with.
     """
 
-    def __init__(self, problem: Problem, optimizer: QuantAdam, iters: int, batch_size: int) -> None:
-        self.problem, self.optimizer = problem, optimizer
+    def __init__(self, task: DistillationTask, optimizer: QuantAdam, iters: int, batch_size: int) -> None:
+        self.task, self.optimizer = task, optimizer
         self.iters, self.batch_size = iters, batch_size
         self.unit = 1.0
 
-    def measure(self, outputs: Sequence[Tensor]) -> None:
+    def observe_targets(self, outputs: Sequence[Tensor]) -> None:
         """See what the block's outputs should be: `unit` turns their error per value into a sum over channels, relative
         to their mean square."""
         channels = sum(y.shape[1] if y.dim() == 4 else y.shape[-1] for y in outputs) / len(outputs)
         self.unit = channels / mean_square(outputs)
 
-    def choose(self, _step: int, generator: torch.Generator) -> Tensor:
+    def draw_samples(self, _step: int, generator: torch.Generator) -> Tensor:
         """Indices of the samples of this iteration."""
-        return torch.randint(len(self.problem.trajectory), (self.batch_size,), generator=generator)
+        return torch.randint(len(self.task.trajectory), (self.batch_size,), generator=generator)
 
-    def factor(self, _step: int) -> float:
+    def rate_factor(self, _step: int) -> float:
         """The schedule of the rates."""
         return 1.0
 
@@ -72,7 +72,7 @@ def own_layers(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> list[Fake
     return [m for m in module.modules() if isinstance(m, FakeQuantLayer) and id(m) not in others]
 
 
-def trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
+def make_trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
     """Let gradients reach the quantized layers of `module` and nothing else. Norms stay frozen: their affine belongs to
     the float glue, and PyTorch's CPU group norm can't take gradients for it on every memory layout. So do layers inside
     that are `blocks` of their own."""
@@ -87,8 +87,8 @@ def trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
                     table.requires_grad_(True)
 
 
-def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: str = "") -> dict[str, Any]:
-    """Train the blocks of `problem.student` in place, or those that `problem.only` names. `progress` is told of finished
+def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, salt: str = "") -> dict[str, Any]:
+    """Train the blocks of `task.student` in place, or those that `task.only` names. `progress` is told of finished
     iterations; finished blocks are kept in the store, their keys prefixed with `salt`.
 
     Returns metrics: `block_loss` (each block's before and after), `loss_curve` (the mean over the blocks of their loss,
@@ -96,26 +96,26 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
     """
     start = time.perf_counter()
     training_seconds = 0.0
-    trace, only = problem.trace, problem.only
-    samples = len(problem.trajectory)
-    generator = torch.Generator().manual_seed(problem.seed)
+    trace, only = task.trace, task.only
+    samples = len(task.trajectory)
+    generator = torch.Generator().manual_seed(task.seed)
 
     def run(model: nn.Module, rows: slice) -> None:
-        problem.predict(model, rows)
+        task.predict(model, rows)
 
-    budget = problem.cache_bytes // 2
-    teacher = Replay(problem.teacher, trace, samples, run, problem.replay_batch, budget)
-    student = Replay(problem.student, trace, samples, run, problem.replay_batch, budget)
+    budget = task.cache_bytes // 2
+    teacher = Replay(task.teacher, trace, samples, run, task.replay_batch, budget)
+    student = Replay(task.student, trace, samples, run, task.replay_batch, budget)
     losses: dict[str, list[float]] = {}
     relative: list[list[float]] = []
-    problem.student.requires_grad_(False)
+    task.student.requires_grad_(False)
     last = max((index for index, info in enumerate(trace.blocks) if only is None or info.name in only), default=-1)
     for index, info in enumerate(trace.blocks[: last + 1]):
-        block = problem.student.get_submodule(info.name)
+        block = task.student.get_submodule(info.name)
         wanted = teacher.inputs(index)
         target = teacher.outputs(index, wanted)
         given = student.inputs(index)
-        kept = problem.store.load(salt + info.name)
+        kept = task.store.load(salt + info.name)
         if only is not None and info.name not in only:
             pass
         elif kept is not None:
@@ -123,26 +123,26 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
             history = kept["history"].tolist()
             restore_block(block, {k: v for k, v in kept.items() if k not in ("generator", "history", "warnings")})
             progress.skip(len(history), info.name)
-            problem.warnings += text_of(kept.get("warnings"))
-            losses[info.name] = ends(history, 20)
-            relative.append(in_units(history, target))
+            task.warnings += decode_lines(kept.get("warnings"))
+            losses[info.name] = first_and_last(history, 20)
+            relative.append(relative_losses(history, target))
         else:
             return_freed_memory()  # what was cut for whole replays does not fit what one batch wants
             begin = time.perf_counter()
-            known = len(problem.warnings)
-            history = train_block(problem, block, given, target, make, generator, progress, info.name)
+            known = len(task.warnings)
+            history = train_block(task, block, given, target, make, generator, progress, info.name)
             training_seconds += time.perf_counter() - begin
-            losses[info.name] = ends(history, 20)
-            relative.append(in_units(history, target))
+            losses[info.name] = first_and_last(history, 20)
+            relative.append(relative_losses(history, target))
             extra = {
                 "generator": generator.get_state(),
                 "history": torch.tensor(history, dtype=torch.float64),
-                "warnings": tensor_of(problem.warnings[known:]),
+                "warnings": encode_lines(task.warnings[known:]),
             }
-            problem.store.save(salt + info.name, {**block_state(block), **extra})
+            task.store.save(salt + info.name, {**block_state(block), **extra})
         return_freed_memory()
         teacher.advance(index, target, wanted)
-        student.advance(index, student.outputs(index, given, problem.select_rows), given)
+        student.advance(index, student.outputs(index, given, task.select_rows), given)
         return_freed_memory()
     total = time.perf_counter() - start
     return {
@@ -154,7 +154,7 @@ def train_blocks(problem: Problem, make: MakeLearner, progress: Reporter, salt: 
 
 
 def train_block(
-    problem: Problem,
+    task: DistillationTask,
     block: nn.Module,
     given: BlockInputs,
     target: Any,
@@ -166,26 +166,26 @@ def train_block(
     """Minimise Eq. 27 for one block; return the finite loss of every iteration. A block that diverges goes back to its best
     state, see `recovery.py`."""
     learner = make(block)
-    learner.measure(tensors_of(target))
+    learner.observe_targets(tensors_of(target))
     recovery = Recovery(
         learner.optimizer,
         BlockStates(learner.optimizer),
         f"block '{name}'",
         mean_square(tensors_of(target)),
-        strict=problem.strict,
-        warnings=problem.warnings,
+        strict=task.strict,
+        warnings=task.warnings,
     )
     history: list[float] = []
     for step in range(learner.iters):
-        chosen = learner.choose(step, generator)
-        problem.select_rows(chosen)
+        chosen = learner.draw_samples(step, generator)
+        task.select_rows(chosen)
         args, kwargs = given.batch(chosen)
         loss = output_loss(block(*args, **kwargs), target, chosen)
         learner.optimizer.zero_grad()
         learner.objective(loss, step).backward()
-        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step) * recovery.rate)
+        learner.optimizer.step(task.trajectory.step_mask(chosen), learner.rate_factor(step) * recovery.rate)
         history.append(loss.item())
-        if not recovery.goes_on(history[-1], step):
+        if not recovery.should_continue(history[-1], step):
             progress.skip(learner.iters - step - 1, name)
             break
         progress.advance(1, name)
@@ -194,7 +194,7 @@ def train_block(
     return [loss for loss in history if math.isfinite(loss)]
 
 
-def in_units(history: list[float], target: Any) -> list[float]:
+def relative_losses(history: list[float], target: Any) -> list[float]:
     """Losses over the mean square of what they are the error of."""
     size = mean_square(tensors_of(target))
     return [loss / size for loss in history]
@@ -223,13 +223,13 @@ def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
-def tensor_of(lines: Sequence[str]) -> Tensor:
+def encode_lines(lines: Sequence[str]) -> Tensor:
     """Return lines of text as bytes, uint8, so that a store keeps them beside tensors."""
     return torch.tensor(list("\n".join(lines).encode()), dtype=torch.uint8)
 
 
-def text_of(data: Tensor | None) -> list[str]:
-    """Return the lines that `tensor_of` was given."""
+def decode_lines(data: Tensor | None) -> list[str]:
+    """Return the lines that `encode_lines` was given."""
     return [] if data is None or not data.numel() else bytes(data.tolist()).decode().split("\n")
 
 

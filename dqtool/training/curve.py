@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-__all__ = ["POINTS", "curve", "ends", "mean_curve"]
+__all__ = ["POINTS", "curve", "first_and_last", "mean_curve"]
 
 POINTS = 200
 """The most means a curve has."""
@@ -25,7 +25,7 @@ def mean_curve(histories: Sequence[Sequence[float]]) -> list[float]:
     return curve([sum(each) / len(each) for each in going])
 
 
-def ends(losses: Sequence[float], most: int) -> list[float]:
+def first_and_last(losses: Sequence[float], most: int) -> list[float]:
     """The mean of the first and of the last losses, each over up to `most` and a quarter of all; empty for none."""
     window = max(1, min(most, len(losses) // 4))
     return [sum(losses[:window]) / window, sum(losses[-window:]) / window] if losses else []

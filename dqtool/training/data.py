@@ -19,7 +19,7 @@ from dqtool.nn.surgery import steps_of
 from dqtool.scaling.folding import Fold
 from dqtool.scaling.learning import merge_learned
 
-__all__ = ["Bars", "BlockStore", "Problem", "Reporter", "Trajectory"]
+__all__ = ["Bars", "BlockStore", "DistillationTask", "Reporter", "Trajectory"]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Trajectory:
     subjects: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Trajectory:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Trajectory:
         """The one that a calibrated artifact holds."""
         conditions = {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")}
         points, rows = tensors["trajectory.x"], tensors["trajectory.rows"]
@@ -47,23 +47,23 @@ class Trajectory:
 
     def arguments(self, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`x`, timestep and conditions of the samples `rows` (a slice or an index tensor)."""
-        return self.x[rows], self.timesteps[self.rows[rows]], self.given(rows)
+        return self.x[rows], self.timesteps[self.rows[rows]], self.conditions_of(rows)
 
-    def given(self, rows: Any) -> dict[str, Tensor]:
+    def conditions_of(self, rows: Any) -> dict[str, Tensor]:
         """The conditions of the samples `rows`."""
-        return {} if self.subjects is None else self.tabled(self.subjects[rows])
+        return {} if self.subjects is None else self.condition_rows(self.subjects[rows])
 
-    def tabled(self, subjects: Tensor) -> dict[str, Tensor]:
+    def condition_rows(self, subjects: Tensor) -> dict[str, Tensor]:
         """These rows of the conditions' tables."""
         return {k: v[subjects] for k, v in self.conditions.items()}
 
     @property
-    def last_subject(self) -> int:
+    def null_subject(self) -> int:
         """The last row of the tables, which stands for no condition where sampling is guided."""
         return len(next(iter(self.conditions.values()))) - 1
 
     @property
-    def null(self) -> dict[str, Tensor] | None:
+    def null_conditions(self) -> dict[str, Tensor] | None:
         """That row of each table, `[1, ...]`; None for an unconditional network."""
         return {k: v[-1:] for k, v in self.conditions.items()} if self.conditions else None
 
@@ -71,10 +71,10 @@ class Trajectory:
         """Rows of the tables `[count]`, drawn as often as the trajectory has them; `guided`: without the null one."""
         if self.subjects is None:
             return torch.zeros(count, dtype=torch.long)
-        among = self.subjects[self.subjects != self.last_subject] if guided else self.subjects
+        among = self.subjects[self.subjects != self.null_subject] if guided else self.subjects
         return among[torch.randint(len(among), (count,), generator=generator)]
 
-    def present(self, samples: Tensor) -> Tensor:
+    def step_mask(self, samples: Tensor) -> Tensor:
         """Mask `[T]` of the steps that these samples are at."""
         mask = torch.zeros(len(self.timesteps), dtype=torch.bool)
         mask[self.rows[samples]] = True
@@ -132,7 +132,7 @@ Bars = Callable[[str, int], AbstractContextManager[Reporter]]
 
 
 @dataclass
-class Problem:
+class DistillationTask:
     """Everything a training method needs. `student` starts as the calibrated (PTQ) network and ends trained.
 
     `only` names the blocks to train (None: all), `shifts` the producers that absorb learned shifts;
@@ -162,7 +162,7 @@ class Problem:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def short_of_memory(self) -> bool:
+    def low_memory(self) -> bool:
         """Whether few samples run together, and what isn't needed now should not be in memory."""
         return self.network_batch is not None
 

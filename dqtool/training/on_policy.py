@@ -22,95 +22,95 @@ from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.steps import look_up
 from dqtool.nn.surgery import steps_of
-from dqtool.training.accumulation import backward
-from dqtool.training.block_loop import trainable
-from dqtool.training.data import Problem, Reporter, Trajectory
+from dqtool.training.block_loop import make_trainable
+from dqtool.training.data import DistillationTask, Reporter, Trajectory
 from dqtool.training.held_weights import held_weights
+from dqtool.training.network_loop import accumulate_gradients
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import OnPolicyOptions
 from dqtool.training.recompute import recomputed_blocks
 from dqtool.training.recovery import Recovery, StoredStates
-from dqtool.training.spilling import Store
+from dqtool.training.tensor_store import TensorStore
 
-__all__ = ["centre_weights", "own_trajectory", "refine"]
+__all__ = ["centre_weights", "refine", "student_trajectory"]
 
 ITERATIONS_A_TRIM = 10
 """Where memory is short: iterations after which what they freed goes back to the system. It costs as much as a tenth of
 an iteration."""
 
 
-def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
-    """Train all blocks (or those that `problem.only` names) together on the student's own trajectory, with the teacher's
+def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
+    """Train all blocks (or those that `task.only` names) together on the student's own trajectory, with the teacher's
     answer there as the target. The state is kept in the store from time to time, and the trajectory when it is new; a later run goes on from them.
 
     Returns `losses`, of every iteration, `seconds`, and how many of them went to sampling, `sampling_seconds`.
     """
-    centre_weights(problem.student)
-    if problem.only is None:
-        trainable(problem.student)
+    centre_weights(task.student)
+    if task.only is None:
+        make_trainable(task.student)
     else:
-        problem.student.requires_grad_(False)
-        for name in problem.only:
-            trainable(problem.student.get_submodule(name))
-    optimizer = QuantAdam(problem.student, options.rates)
+        task.student.requires_grad_(False)
+        for name in task.only:
+            make_trainable(task.student.get_submodule(name))
+    optimizer = QuantAdam(task.student, options.rates)
     return_freed_memory()
-    generator = torch.Generator().manual_seed(problem.seed + 1)
-    steps = steps_of(problem.student)
+    generator = torch.Generator().manual_seed(task.seed + 1)
+    steps = steps_of(task.student)
     losses: list[float] = []
     start = saved = time.perf_counter()
     sampling_seconds = 0.0
     own: Trajectory | None = None
     targets = torch.empty(0)
-    kept = problem.store.load("refine")
+    kept = task.store.load("refine")
     if kept is not None:
         done = len(kept["losses"])
-        points = problem.store.load(f"refine {(done - 1) // options.refresh * options.refresh}")
+        points = task.store.load(f"refine {(done - 1) // options.refresh * options.refresh}")
         if points is not None:
             generator.set_state(kept["generator"])
             losses = kept["losses"].tolist()
             optimizer.load(kept)
             progress.skip(done)
-            own = replace(problem.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
+            own = replace(task.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
             targets = points["targets"]
-    states = StoredStates(problem.store, "refine", optimizer)
+    states = StoredStates(task.store, "refine", optimizer)
     if not losses:
         states.begin()
     recovery: Recovery | None = None
     for step in range(len(losses), options.iters):
         if own is None or step % options.refresh == 0:
             begin = time.perf_counter()
-            own, targets = own_trajectory(problem, options.images, step)
-            if problem.short_of_memory:
-                store = Store(0)
+            own, targets = student_trajectory(task, options.images, step)
+            if task.low_memory:
+                store = TensorStore(0)
                 own, targets = replace(own, x=store.keep(own.x)), store.keep(targets)
                 if step + options.refresh >= options.iters:
-                    problem.drop_teacher()
+                    task.drop_teacher()
             points = {"x": own.x, "rows": own.rows, "targets": targets}
             subjects = {} if own.subjects is None else {"subjects": own.subjects}
-            problem.store.save(f"refine {step}", points | subjects)
+            task.store.save(f"refine {step}", points | subjects)
             return_freed_memory()
             sampling_seconds += time.perf_counter() - begin
         chosen = torch.randint(len(own), (options.batch_size,), generator=generator)
         optimizer.zero_grad()
-        together = held_weights(problem.student) if problem.short_of_memory else nullcontext()
-        with together, recomputed_blocks(problem.student, problem.trace):
-            losses.append(backward(partial(_error, problem, own, targets), chosen, problem.network_batch))
+        together = held_weights(task.student) if task.low_memory else nullcontext()
+        with together, recomputed_blocks(task.student, task.trace):
+            losses.append(accumulate_gradients(partial(_error, task, own, targets), chosen, task.network_batch))
         if recovery is None:
             size = float(targets.square().mean()) or 1.0
-            recovery = Recovery(optimizer, states, "all blocks", size, strict=problem.strict, warnings=problem.warnings)
-        optimizer.step(own.present(chosen), cosine(step, options.iters) * recovery.rate)
-        if problem.short_of_memory and step % ITERATIONS_A_TRIM == 0:
+            recovery = Recovery(optimizer, states, "all blocks", size, strict=task.strict, warnings=task.warnings)
+        optimizer.step(own.step_mask(chosen), cosine(step, options.iters) * recovery.rate)
+        if task.low_memory and step % ITERATIONS_A_TRIM == 0:
             return_freed_memory()  # batches leave holes that the next ones do not fit in
-        if not recovery.goes_on(losses[-1], step):
+        if not recovery.should_continue(losses[-1], step):
             break
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
-        if time.perf_counter() - saved >= problem.checkpoint_seconds and optimizer.is_finite():
+        if time.perf_counter() - saved >= task.checkpoint_seconds and optimizer.is_finite():
             state = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
-            problem.store.save("refine", {**optimizer.state(), **state})
+            task.store.save("refine", {**optimizer.state(), **state})
             saved = time.perf_counter()
     optimizer.zero_grad()
     optimizer.release()
-    problem.student.requires_grad_(False)
+    task.student.requires_grad_(False)
     steps.select(torch.zeros(1, dtype=torch.long))
     return {
         "losses": [loss for loss in losses if math.isfinite(loss)],
@@ -119,9 +119,9 @@ def refine(problem: Problem, options: OnPolicyOptions, progress: Reporter) -> di
     }
 
 
-def _error(problem: Problem, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
+def _error(task: DistillationTask, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
     """The student's mean squared error at some of the points."""
-    predictions = problem.family.predict(problem.student, *points.arguments(rows))
+    predictions = task.family.predict(task.student, *points.arguments(rows))
     return F.mse_loss(predictions, targets[rows].to(predictions.device))
 
 
@@ -138,19 +138,18 @@ def centre_weights(module: nn.Module) -> None:
                 layer.weight.copy_(layer.quantized_weight())
 
 
-def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory, Tensor]:
+def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[Trajectory, Tensor]:
     """Points that the student visits when it samples `images` new images (half as many with guidance, whose steps ask
     twice), and the teacher's predictions there. Conditions are drawn from those of the calibration set. How many images
     are sampled together changes neither the points nor their order."""
-    trajectory = problem.trajectory
-    seed = problem.seed * 7919 + salt + 1_000_000
-    guided = problem.sampler.guidance > 1 and trajectory.null is not None
+    trajectory = task.trajectory
+    seed = task.seed * 7919 + salt + 1_000_000
+    guided = task.sampler.guidance > 1 and trajectory.null_conditions is not None
     halves = 2 if guided else 1
-    images, together = -(-images // halves), max(1, (problem.network_batch or 2 * images) // halves)
+    images, together = -(-images // halves), max(1, (task.network_batch or 2 * images) // halves)
     subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided)
     parts = [
-        _visited(problem, subjects[start : start + together], start, seed, guided)
-        for start in range(0, images, together)
+        _visited(task, subjects[start : start + together], start, seed, guided) for start in range(0, images, together)
     ]
     x, answers, rows, asked = (
         torch.cat([each.unflatten(1, (halves, -1)) for each in kind], 2).flatten(0, 2)
@@ -160,25 +159,25 @@ def own_trajectory(problem: Problem, images: int, salt: int) -> tuple[Trajectory
 
 
 def _visited(
-    problem: Problem, subjects: Tensor, first: int, seed: int, guided: bool
+    task: DistillationTask, subjects: Tensor, first: int, seed: int, guided: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sampling images `first` and on, one for each of `subjects`: the network's inputs, the teacher's answers, the rows of the
     step tables and of the conditions, `[calls, inputs, ...]` each."""
-    trajectory = problem.trajectory
+    trajectory = task.trajectory
     images = range(first, first + len(subjects))
-    given = trajectory.tabled(subjects)
+    given = trajectory.condition_rows(subjects)
     if guided:
-        subjects = torch.cat([torch.full_like(subjects, trajectory.last_subject), subjects])
-    everything = trajectory.tabled(subjects)
+        subjects = torch.cat([torch.full_like(subjects, trajectory.null_subject), subjects])
+    everything = trajectory.condition_rows(subjects)
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-        answer = problem.family.predict(problem.teacher, x, timestep, everything)
+        answer = task.family.predict(task.teacher, x, timestep, everything)
         row, _ = look_up(timestep.reshape(1).cpu(), trajectory.timesteps)
         seen.append((x.clone(), answer, row.expand(len(x)), subjects))
 
     noise = initial_noise(tuple(trajectory.x.shape[1:]), images, seed, CALIBRATION)
-    null = trajectory.null if guided else None
-    problem.sampler.run(problem.student, noise, given, image_seeds(images, seed, CALIBRATION), see, null)
+    null = trajectory.null_conditions if guided else None
+    task.sampler.run(task.student, noise, given, image_seeds(images, seed, CALIBRATION), see, null)
     x, answers, rows, asked = (torch.stack(each) for each in zip(*seen, strict=True))
     return x, answers, rows, asked

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.block_loop import own_layers
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 from dqtool.training.network_loop import rows_by_step
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import PerStepOptions, Rates
@@ -24,10 +24,10 @@ class PerStepLearner(RoundingLearner):
     """Of `module`, the `layers`: their rounding, with all activations of `module` in float, then its activation scales."""
 
     def __init__(
-        self, problem: Problem, module: nn.Module, layers: Sequence[FakeQuantLayer], options: PerStepOptions
+        self, task: DistillationTask, module: nn.Module, layers: Sequence[FakeQuantLayer], options: PerStepOptions
     ) -> None:
-        super().__init__(problem, module, layers, options, scales=False)
-        self.layers, self.groups = layers, rows_by_step(problem)
+        super().__init__(task, module, layers, options, scales=False)
+        self.layers, self.groups = layers, rows_by_step(task)
         share = round(options.iters * options.rounding)
         self.rounding_iters = share if self.roundings else 0
         steps = bool(options.iters and layers and activation_scales(layers, module))
@@ -37,16 +37,16 @@ class PerStepLearner(RoundingLearner):
         if self.rounding_iters:
             self._float.enter_context(float_activations(module))
 
-    def choose(self, step: int, generator: torch.Generator) -> Tensor:
+    def draw_samples(self, step: int, generator: torch.Generator) -> Tensor:
         """Any samples for the rounding, then those of the step whose turn it is."""
         if step < self.rounding_iters:
-            return super().choose(step, generator)
+            return super().draw_samples(step, generator)
         if step == self.rounding_iters:
             self._end_rounding()
         pool = self.groups[(step - self.rounding_iters) // self.each]
         return pool[torch.randint(len(pool), (self.batch_size,), generator=generator)]
 
-    def factor(self, step: int) -> float:
+    def rate_factor(self, step: int) -> float:
         """Falling over the rounding, and over each step's turn."""
         if step < self.rounding_iters:
             return cosine(step, self.rounding_iters, floor=0.1)
@@ -68,8 +68,8 @@ class PerStepLearner(RoundingLearner):
         self.optimizer = QuantAdam(self.block, Rates(table_scale=self.options.table_scale))
 
 
-def untrained_layers(problem: Problem, block: nn.Module, done: Sequence[FakeQuantLayer]) -> list[FakeQuantLayer]:
+def untrained_layers(task: DistillationTask, block: nn.Module, done: Sequence[FakeQuantLayer]) -> list[FakeQuantLayer]:
     """The layers of a block that belong to no block of their own and are not `done`."""
     finished = {id(layer) for layer in done}
-    blocks = [problem.student.get_submodule(info.name) for info in problem.trace.blocks]
+    blocks = [task.student.get_submodule(info.name) for info in task.trace.blocks]
     return [layer for layer in own_layers(block, blocks) if id(layer) not in finished]

@@ -23,7 +23,7 @@ from dqtool.models.noise_fit import NoiseFit
 from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of
-from dqtool.training.data import Problem, Reporter
+from dqtool.training.data import DistillationTask, Reporter
 
 __all__ = ["correct_predictions", "fit_step", "fit_tables"]
 
@@ -105,7 +105,9 @@ def least_kept(powers: Tensor, products: Tensor) -> float:
     return float(torch.linalg.eigvalsh((kept + kept.T) / 2).min())
 
 
-def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int, progress: Reporter) -> dict[str, Any]:
+def correct_predictions(
+    task: DistillationTask, config: Mapping[str, Any], images: int, progress: Reporter
+) -> dict[str, Any]:
     """Fit and attach the prediction tables of the student, of this model config, from `images` images (half as many with
     guidance, whose steps ask twice).
 
@@ -113,21 +115,21 @@ def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int
     slope's error, and the root mean square of the biases. Of images also `prediction_detail`, the mean of the factor by
     which detail is raised.
     """
-    family = problem.family if problem.network_batch is None else in_parts(problem.family, problem.network_batch)
-    sampler, trajectory = problem.sampler, problem.trajectory
-    guided = sampler.guidance > 1 and trajectory.null is not None
+    family = task.family if task.network_batch is None else in_parts(task.family, task.network_batch)
+    sampler, trajectory = task.sampler, task.trajectory
+    guided = sampler.guidance > 1 and trajectory.null_conditions is not None
     images = -(-images // 2) if guided else images
-    seed = problem.seed * SEED_STRIDE + SEED_OFFSET
+    seed = task.seed * SEED_STRIDE + SEED_OFFSET
     subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided)
-    given = trajectory.tabled(subjects)
-    null = trajectory.null if guided else None
+    given = trajectory.condition_rows(subjects)
+    null = trajectory.null_conditions if guided else None
     noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)
     names = tuple(row_shapes(family.prediction_row(config)))
     fit = NoiseFit.while_sampling(
         replace(sampler, family=family),
-        problem.student,
-        problem.teacher,
+        task.student,
+        task.teacher,
         noise,
         seeds,
         given,
@@ -135,11 +137,11 @@ def correct_predictions(problem: Problem, config: Mapping[str, Any], images: int
         progress.advance,
         partial(fit_step, of_images="detail" in names),
     )
-    steps_of(problem.student).select(torch.zeros(1, dtype=torch.long))
+    steps_of(task.student).select(torch.zeros(1, dtype=torch.long))
     found = [fit.steps[min(fit.steps, key=lambda t: abs(t - asked_at))] for asked_at in trajectory.timesteps.tolist()]
     rows = {name: torch.stack([step.rows[name].cpu() for step in found]) for name in names}  # type: ignore[attr-defined]
     tables = {name: family.per_channel(row, float(name == "scale"), config) for name, row in rows.items()}
-    attach_prediction(problem.student, tables)
+    attach_prediction(task.student, tables)
     metrics = {
         "prediction_slope": sum(step.slope for step in found) / len(found),
         "prediction_bias": float(torch.stack([step.bias for step in found]).square().mean().sqrt()),

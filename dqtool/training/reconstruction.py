@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.block_loop import Learner
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import Rates
 from dqtool.training.rounding import Annealing, learn_rounding, merge_adapters, rounding_penalty
@@ -26,7 +26,7 @@ class RoundingLearner(Learner):
 
     def __init__(
         self,
-        problem: Problem,
+        task: DistillationTask,
         block: nn.Module,
         layers: Sequence[FakeQuantLayer],
         options: RoundingOptions,
@@ -41,9 +41,9 @@ class RoundingLearner(Learner):
             learn_scales(layers, block)
         rates = Rates(table_scale=options.table_scale)
         optimizer = QuantAdam(block, rates, [(each.v, options.round_rate) for each in self.roundings])
-        super().__init__(problem, optimizer, options.iters if optimizer.parameters else 0, options.batch_size)
+        super().__init__(task, optimizer, options.iters if optimizer.parameters else 0, options.batch_size)
 
-    def factor(self, step: int) -> float:
+    def rate_factor(self, step: int) -> float:
         """Falling, but not to zero: the rounding is decided at the end of the annealing."""
         return cosine(step, self.iters, floor=0.1)
 

@@ -36,7 +36,7 @@ class States:
     ) -> None:
         self.load_best, self.initial = load_best, initial
 
-    def note(self, _loss: float) -> None:
+    def record(self, _loss: float) -> None:
         """Learn the mean loss of the last iterations."""
 
     def best(self) -> Sequence[Tensor]:
@@ -53,7 +53,7 @@ class BlockStates(States):
         self.optimizer, self.found, self.lowest = optimizer, first, math.inf
         super().__init__(lambda: self.found, lambda: first)
 
-    def note(self, loss: float) -> None:
+    def record(self, loss: float) -> None:
         """Keep the values at hand where the loss is the lowest so far."""
         if loss < self.lowest and self.optimizer.is_finite():
             self.found, self.lowest = self.optimizer.values(), loss
@@ -77,7 +77,7 @@ class Recovery:
         self._first: float | None = None
         self._recent: list[float] = []
 
-    def goes_on(self, loss: float, step: int) -> bool:
+    def should_continue(self, loss: float, step: int) -> bool:
         """Take in the loss of iteration `step`, after its update. Return False where training must stop: the parameters then
         have their values from before it.
 
@@ -93,7 +93,7 @@ class Recovery:
         if self._first is None and finite:
             self._first = mean
         if finite and not (mean > DIVERGED * (self._first or mean) and mean > self.power):
-            self.states.note(mean)
+            self.states.record(mean)
             return True
         return self._back(step)
 

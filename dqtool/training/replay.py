@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from dqtool.core.device import device_of
 from dqtool.errors import UsageError
 from dqtool.graph.trace import Trace
-from dqtool.training.spilling import Store
+from dqtool.training.tensor_store import TensorStore
 
 __all__ = ["BlockInputs", "Replay"]
 
@@ -61,7 +61,7 @@ class Replay:
         self._last = trace.last_reader()
         self._cache: dict[str, Any] = {}
         self._shapes: dict[str, Any] = {}
-        self._store = Store(budget_bytes)
+        self._store = TensorStore(budget_bytes)
         self._device = device_of(model)
 
     def inputs(self, index: int) -> BlockInputs:

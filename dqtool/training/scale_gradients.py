@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import levels
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 
 __all__ = ["gradient_scale", "scaled_gradients"]
 
@@ -22,19 +22,19 @@ def gradient_scale(count: int, bits: int) -> float:
 
 
 @contextmanager
-def scaled_gradients(problem: Problem) -> Iterator[None]:
+def scaled_gradients(task: DistillationTask) -> Iterator[None]:
     """Inside, the gradients of all scales of the student arrive divided. N is the number of values that one entry of a
     scale serves: the weights of an out-channel, the features of a layer's input, those of an operand's head."""
     counts: dict[nn.Parameter, float] = {}
-    features = _input_features(problem)
+    features = _input_features(task)
     for layer, count in features.items():
         if isinstance(layer.weight_scale, nn.Parameter):
             counts[layer.weight_scale] = gradient_scale(layer.weight[0].numel(), layer.bits.weight)
         if isinstance(layer.input_scale, nn.Parameter):
             counts[layer.input_scale] = gradient_scale(count, layer.bits.input)
-    for info in problem.trace.layers:
+    for info in task.trace.layers:
         if info.kind == "attention":
-            module = problem.student.get_submodule(info.name)
+            module = task.student.get_submodule(info.name)
             queries, keys, inner = info.shape
             values = {"q": queries * inner, "k": keys * inner, "v": keys * inner}
             for name in ("q", "k", "v", "probs"):
@@ -58,9 +58,9 @@ def scaled_gradients(problem: Problem) -> Iterator[None]:
             handle.remove()
 
 
-def _input_features(problem: Problem) -> dict[FakeQuantLayer, int]:
+def _input_features(task: DistillationTask) -> dict[FakeQuantLayer, int]:
     """Values in the input of each layer, for one sample."""
-    layers = [m for m in problem.student.modules() if isinstance(m, FakeQuantLayer)]
+    layers = [m for m in task.student.modules() if isinstance(m, FakeQuantLayer)]
     found = {layer: layer.weight[0].numel() for layer in layers}
     original = FakeQuantLayer.quantize_input
 
@@ -72,7 +72,7 @@ def _input_features(problem: Problem) -> dict[FakeQuantLayer, int]:
     FakeQuantLayer.quantize_input = look  # type: ignore[method-assign]
     try:
         with torch.no_grad():
-            problem.predict(problem.student, torch.zeros(1, dtype=torch.long))
+            task.predict(task.student, torch.zeros(1, dtype=torch.long))
     finally:
         FakeQuantLayer.quantize_input = original  # type: ignore[method-assign]
     return found

@@ -8,7 +8,7 @@ from torch import nn
 
 from dqtool.graph.roles import Roles
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 
 __all__ = ["learn_weights", "sensitive_layers"]
 
@@ -16,15 +16,15 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 """Of diffusers' attention modules, as `is_attention` knows them."""
 
 
-def sensitive_layers(problem: Problem, roles: Roles) -> dict[str, FakeQuantLayer]:
+def sensitive_layers(task: DistillationTask, roles: Roles) -> dict[str, FakeQuantLayer]:
     """Layers on the timestep's path; projections to q, k and v; linear layers beside attention in transformer blocks (the
     feed-forward part). By name, in execution order."""
-    attention = [info.name for info in problem.trace.layers if info.kind == "attention"]
+    attention = [info.name for info in task.trace.layers if info.kind == "attention"]
     chosen = set(roles.temporal)
     for name in attention:
         chosen.update(f"{name}.{projection}" for projection in PROJECTIONS)
         home = name.rpartition(".")[0]
-        block = problem.student.get_submodule(home) if home else problem.student
+        block = task.student.get_submodule(home) if home else task.student
         if any(isinstance(child, nn.LayerNorm) or "Norm" in type(child).__name__ for child in block.children()):
             inside = {part for part in attention if part.startswith(f"{home}.")}
             for each, module in block.named_modules():
@@ -32,9 +32,9 @@ def sensitive_layers(problem: Problem, roles: Roles) -> dict[str, FakeQuantLayer
                 if isinstance(module, FakeQuantLayer) and not any(full.startswith(f"{part}.") for part in inside):
                     chosen.add(full)
     found = {}
-    for info in problem.trace.layers:
+    for info in task.trace.layers:
         if info.kind != "attention" and info.name in chosen:
-            module = problem.student.get_submodule(info.name)
+            module = task.student.get_submodule(info.name)
             if isinstance(module, FakeQuantLayer):
                 found[info.name] = module
     return found

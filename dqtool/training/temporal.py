@@ -15,7 +15,7 @@ from dqtool.graph.leaves import is_quantizable
 from dqtool.graph.roles import Roles
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.block_loop import Learner, block_state, mean_square, restore_block
-from dqtool.training.data import Problem, Reporter
+from dqtool.training.data import DistillationTask, Reporter
 from dqtool.training.recovery import BlockStates, Recovery
 
 __all__ = ["TemporalPath", "temporal_layers", "train_temporal"]
@@ -27,8 +27,8 @@ class TemporalPath:
     Modules that hold layers, and none of these, answer with zeros of the shape they gave a first sample.
     """
 
-    def __init__(self, problem: Problem, model: nn.Module, roles: Roles) -> None:
-        self.problem, self.model, self.roles = problem, model, roles
+    def __init__(self, task: DistillationTask, model: nn.Module, roles: Roles) -> None:
+        self.task, self.model, self.roles = task, model, roles
         self._answers = self._record()
 
     def outputs(self, rows: Tensor) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ class TemporalPath:
         try:
             for module, answer in self._answers:
                 module.forward = lambda *_a, _y=answer, **_k: tree_map(lambda t: _stretch(t, len(rows)), _y)  # type: ignore[method-assign]
-            self.problem.predict(self.model, rows)
+            self.task.predict(self.model, rows)
         finally:
             for module, _ in self._answers:
                 module.__dict__.pop("forward", None)
@@ -68,7 +68,7 @@ class TemporalPath:
         ]
         try:
             with torch.no_grad():
-                self.problem.predict(self.model, torch.zeros(1, dtype=torch.long))
+                self.task.predict(self.model, torch.zeros(1, dtype=torch.long))
         finally:
             for handle in handles:
                 handle.remove()
@@ -80,54 +80,54 @@ class TemporalPath:
         return [(candidates[name], shape) for name, shape in zip(outermost, shapes, strict=True)]
 
 
-def temporal_layers(problem: Problem, roles: Roles) -> list[FakeQuantLayer]:
+def temporal_layers(task: DistillationTask, roles: Roles) -> list[FakeQuantLayer]:
     """The student's layers of that role."""
-    modules = [problem.student.get_submodule(name) for name in roles.temporal]
+    modules = [task.student.get_submodule(name) for name in roles.temporal]
     return [module for module in modules if isinstance(module, FakeQuantLayer)]
 
 
 def train_temporal(
-    problem: Problem, roles: Roles, learner: Learner, progress: Reporter, key: str = "temporal"
+    task: DistillationTask, roles: Roles, learner: Learner, progress: Reporter, key: str = "temporal"
 ) -> list[float]:
     """Let the layers of the path learn the float network's outputs of the path, all of them jointly; returns the losses,
     in units of those outputs' mean square. The store keeps the result under `key`."""
-    layers = nn.ModuleList(temporal_layers(problem, roles))
-    kept = problem.store.load(key)
+    layers = nn.ModuleList(temporal_layers(task, roles))
+    kept = task.store.load(key)
     if kept is not None:
         learner.finish()
-        problem.student.requires_grad_(False)
+        task.student.requires_grad_(False)
         restore_block(layers, {k: v for k, v in kept.items() if k != "history"})
         history: list[float] = kept["history"].tolist()
         progress.skip(len(history), key)
         return history
-    teacher, student = (TemporalPath(problem, net, roles) for net in (problem.teacher, problem.student))
-    generator = torch.Generator().manual_seed(problem.seed + 3)
+    teacher, student = (TemporalPath(task, net, roles) for net in (task.teacher, task.student))
+    generator = torch.Generator().manual_seed(task.seed + 3)
     history = []
     recovery = Recovery(
         learner.optimizer,
         BlockStates(learner.optimizer),
         "the time embedding",
         1.0,  # losses are in units of the target's mean square
-        strict=problem.strict,
-        warnings=problem.warnings,
+        strict=task.strict,
+        warnings=task.warnings,
     )
     for step in range(learner.iters):
-        chosen = learner.choose(step, generator)
+        chosen = learner.draw_samples(step, generator)
         with torch.no_grad():
             wanted = teacher.outputs(chosen)
         got = student.outputs(chosen)
         errors = torch.stack([F.mse_loss(got[name], wanted[name]) for name in wanted])
-        learner.measure(list(wanted.values()))
+        learner.observe_targets(list(wanted.values()))
         learner.optimizer.zero_grad()
         learner.objective(errors.mean(), step).backward()
-        learner.optimizer.step(problem.trajectory.present(chosen), learner.factor(step) * recovery.rate)
+        learner.optimizer.step(task.trajectory.step_mask(chosen), learner.rate_factor(step) * recovery.rate)
         history.append(errors.mean().item() / mean_square(list(wanted.values())))
-        if not recovery.goes_on(history[-1], step):
+        if not recovery.should_continue(history[-1], step):
             break
         progress.advance(1, key)
     learner.finish()
-    problem.student.requires_grad_(False)
-    problem.store.save(key, {**block_state(layers), "history": torch.tensor(history, dtype=torch.float64)})
+    task.student.requires_grad_(False)
+    task.store.save(key, {**block_state(layers), "history": torch.tensor(history, dtype=torch.float64)})
     return history
 
 

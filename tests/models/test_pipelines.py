@@ -52,13 +52,13 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_point_is_kept_with_and_without_its_condition(chain: Path) -> None:
     artifact = open_artifact(chain / "calibrated.safetensors")
-    points = Trajectory.of(artifact.tensors())
+    points = Trajectory.from_tensors(artifact.tensors())
     assert artifact.manifest.pipeline["sampling"]["guidance"] > 1
     assert torch.bincount(points.rows).tolist() == [SAMPLES // STEPS] * STEPS
     pairs, asked = points.x.unflatten(0, (-1, 2)), points.subjects.unflatten(0, (-1, 2))
     assert torch.equal(pairs[:, 0], pairs[:, 1])
-    assert (asked[:, 0] == points.last_subject).all()
-    assert (asked[:, 1] != points.last_subject).all()
+    assert (asked[:, 0] == points.null_subject).all()
+    assert (asked[:, 1] != points.null_subject).all()
     assert len(asked[:, 1].unique()) > 1
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.graph.attention import is_attention
 from dqtool.graph.leaves import is_quantizable
 from dqtool.graph.recording import record
@@ -75,7 +75,7 @@ def dilate_group(network: nn.Module, state: dict[str, Tensor], found: Fold, scal
     for name in found.layers:
         groups, weight = getattr(network.get_submodule(name), "groups", 1), state[f"{name}.weight"]
         scale = torch.rand(weight.shape[1] * groups) * 7 + 0.5 if scale is None else scale
-        state[f"{name}.weight"] = weight * spread(scale, weight, groups)
+        state[f"{name}.weight"] = weight * broadcast_scale(scale, weight, groups)
     assert scale is not None
     return scale
 

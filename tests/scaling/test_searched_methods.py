@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.core.bits import LayerBits
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.errors import UsageError
 from dqtool.scaling.methods import METHODS, OutputError, Samples, ScalingInput, ScalingResult, scaling_method
 
@@ -125,7 +125,7 @@ def test_a_shift_and_its_bias_are_equivalent(name: str) -> None:
     assert result.shift is not None
     (weight,) = inputs.weights
     for x in inputs.samples.steps:
-        moved = ((x - result.shift) / result.scale) @ (weight * spread(result.scale, weight, 1)).T
+        moved = ((x - result.shift) / result.scale) @ (weight * broadcast_scale(result.scale, weight, 1)).T
         torch.testing.assert_close(moved + weight @ result.shift, x @ weight.T, rtol=1e-4, atol=1e-3)
 
 

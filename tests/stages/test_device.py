@@ -12,7 +12,7 @@ import torch
 from families import dit_pipeline
 
 from dqtool.artifacts import open_artifact
-from dqtool.core.device import beside, device_of, main_memory, place, resolve_device
+from dqtool.core.device import device_of, place, resolve_device, to_cpu, to_device_of
 from dqtool.errors import EnvironmentFault
 
 CHAIN = Path(__file__).with_name("device_chain.py")
@@ -64,10 +64,10 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 def test_values_follow_a_network() -> None:
     network = torch.nn.Linear(2, 2, device="meta")
-    moved = beside(network, {"x": torch.zeros(2), "more": [torch.ones(1), "text", 3]})
+    moved = to_device_of(network, {"x": torch.zeros(2), "more": [torch.ones(1), "text", 3]})
     assert moved["x"].device == moved["more"][0].device == device_of(network) == torch.device("meta")
     assert moved["more"][1:] == ["text", 3]
-    assert main_memory((torch.zeros(1), None))[0].device.type == "cpu"
+    assert to_cpu((torch.zeros(1), None))[0].device.type == "cpu"
     assert device_of(torch.nn.SiLU()).type == "cpu"
     layer = torch.nn.Linear(2, 2)
     assert place(layer) is layer

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from dqtool.artifacts import open_artifact
 from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
-from dqtool.training.accumulation import backward
-from dqtool.training.data import Problem
-from dqtool.training.on_policy import own_trajectory, refine
+from dqtool.training.data import DistillationTask
+from dqtool.training.network_loop import accumulate_gradients
+from dqtool.training.on_policy import refine, student_trajectory
 from dqtool.training.options import BkdOptions
 
 
@@ -34,22 +34,24 @@ def test_parts_add_up_to_the_gradient_of_the_whole(together: int | None) -> None
         seen.append(len(part))
         return F.mse_loss(layer(x[part]), y[part])
 
-    assert backward(loss, rows, together) == pytest.approx(whole.item(), rel=1e-6)
+    assert accumulate_gradients(loss, rows, together) == pytest.approx(whole.item(), rel=1e-6)
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-7)
     assert sum(seen) == 10
     assert max(seen) <= (together or 10)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_how_many_sample_together_changes_neither_points_nor_their_order(problem: Problem, guidance: float) -> None:
-    sampler = replace(problem.sampler, guidance=guidance)
-    asked = torch.tensor([0, 1, 2, 3]).repeat(len(problem.trajectory))[: len(problem.trajectory)]
+def test_how_many_sample_together_changes_neither_points_nor_their_order(
+    task: DistillationTask, guidance: float
+) -> None:
+    sampler = replace(task.sampler, guidance=guidance)
+    asked = torch.tensor([0, 1, 2, 3]).repeat(len(task.trajectory))[: len(task.trajectory)]
     # The tiny network takes no condition: what is looked at is which one belongs to which point.
-    trajectory = replace(problem.trajectory, conditions={"label": torch.arange(4.0)[:, None]}, subjects=asked)
-    family = Unconditional(problem.family)
-    whole = replace(problem, trajectory=trajectory, sampler=replace(sampler, family=family), family=family)
-    expected, answers = own_trajectory(whole, 6, 0)
-    points, targets = own_trajectory(replace(whole, network_batch=4), 6, 0)
+    trajectory = replace(task.trajectory, conditions={"label": torch.arange(4.0)[:, None]}, subjects=asked)
+    family = Unconditional(task.family)
+    whole = replace(task, trajectory=trajectory, sampler=replace(sampler, family=family), family=family)
+    expected, answers = student_trajectory(whole, 6, 0)
+    points, targets = student_trajectory(replace(whole, network_batch=4), 6, 0)
     torch.testing.assert_close(points.x, expected.x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(targets, answers, rtol=1e-4, atol=1e-4)
     assert torch.equal(points.rows, expected.rows)
@@ -75,9 +77,9 @@ class Unconditional:
         return getattr(self.family, name)
 
 
-def test_the_pass_over_all_blocks_in_parts_is_the_same_pass(problem: Problem, silent: Any) -> None:
+def test_the_pass_over_all_blocks_in_parts_is_the_same_pass(task: DistillationTask, silent: Any) -> None:
     options = BkdOptions(refine_iters=4, refine_images=4, refine_refresh=4, batch_size=8).second_pass()
-    whole, parts = copy.deepcopy(problem), replace(copy.deepcopy(problem), network_batch=2)
+    whole, parts = copy.deepcopy(task), replace(copy.deepcopy(task), network_batch=2)
     expected, got = refine(whole, options, silent)["losses"], refine(parts, options, silent)["losses"]
     assert got[0] == pytest.approx(expected[0], rel=1e-4)
     # Weights start at the centres of their codes, where a scale's gradient is 0: its first step goes where rounding says.
@@ -90,11 +92,11 @@ def test_the_pass_over_all_blocks_in_parts_is_the_same_pass(problem: Problem, si
 def test_low_memory_keeps_activations_on_disk_and_is_another_result_to_the_cache(
     chain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dqtool.training.spilling as spilling
+    import dqtool.training.tensor_store as tensor_store
 
     spilled: list[int] = []
-    allocate = spilling._allocate
-    monkeypatch.setattr(spilling, "_allocate", lambda path, size: (spilled.append(size), allocate(path, size))[1])
+    allocate = tensor_store._allocate
+    monkeypatch.setattr(tensor_store, "_allocate", lambda path, size: (spilled.append(size), allocate(path, size))[1])
 
     def made(name: str, **options: Any) -> Any:
         given = DistillOptions(

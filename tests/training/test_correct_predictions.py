@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Silent
+from distillation_tasks import Silent
 from torch import Tensor
 
 import dqtool
@@ -25,21 +25,21 @@ from dqtool.stages.common import Common
 from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill, with_sampler_defaults
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.plan import plan_stage
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 from dqtool.training.prediction import SEED_OFFSET, correct_predictions, fit_tables
 
 
-def errors(problem: Problem, images: int) -> list[tuple[float, float]]:
+def errors(task: DistillationTask, images: int) -> list[tuple[float, float]]:
     """|slope| and |bias| of every step while the student samples the images that the tables are fitted on."""
     found: list[tuple[float, float]] = []
 
     def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
-        step = fit_noise(prediction, problem.family.predict(problem.teacher, x, timestep, {}))
+        step = fit_noise(prediction, task.family.predict(task.teacher, x, timestep, {}))
         found.append((abs(step.slope), float(step.bias.abs().max())))
 
     seed = SEED_OFFSET
-    noise = initial_noise(tuple(problem.trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
-    problem.sampler.run(problem.student, noise, {}, image_seeds(range(images), seed, CALIBRATION), see)
+    noise = initial_noise(tuple(task.trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
+    task.sampler.run(task.student, noise, {}, image_seeds(range(images), seed, CALIBRATION), see)
     return found
 
 
@@ -114,10 +114,10 @@ def test_a_prediction_that_is_mostly_noise_is_not_blown_up(exact: Tensor, inputs
     assert float(rows["scale"].abs().max()) < 1.5
 
 
-def test_slope_and_bias_vanish_at_every_step(problem: Problem, silent: Silent) -> None:
-    before = errors(problem, 32)
-    metrics = correct_predictions(problem, problem.teacher.config, 32, silent)
-    after = errors(problem, 32)
+def test_slope_and_bias_vanish_at_every_step(task: DistillationTask, silent: Silent) -> None:
+    before = errors(task, 32)
+    metrics = correct_predictions(task, task.teacher.config, 32, silent)
+    after = errors(task, 32)
     assert max(slope for slope, _ in before) > 0.005
     assert max(bias for _, bias in before) > 0.005
     assert max(slope for slope, _ in after) < 0.1 * max(slope for slope, _ in before)
@@ -126,14 +126,14 @@ def test_slope_and_bias_vanish_at_every_step(problem: Problem, silent: Silent) -
     assert metrics["prediction_bias"] > 0.001
 
 
-def test_how_many_samples_run_together_changes_nothing(problem: Problem, silent: Silent) -> None:
+def test_how_many_samples_run_together_changes_nothing(task: DistillationTask, silent: Silent) -> None:
     tables = []
     for together in (None, 5):
-        problem.network_batch = together
-        correct_predictions(problem, problem.teacher.config, 16, silent)
-        tables.append(problem.student.prediction.scale.clone())
-        del problem.student.prediction
-        problem.student._forward_hooks.clear()
+        task.network_batch = together
+        correct_predictions(task, task.teacher.config, 16, silent)
+        tables.append(task.student.prediction.scale.clone())
+        del task.student.prediction
+        task.student._forward_hooks.clear()
     assert torch.allclose(*tables, atol=1e-4)
 
 
@@ -196,10 +196,10 @@ def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) 
 def test_exports_hold_the_tables_and_every_runtime_reads_them(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tripled(problem: Problem, _config: Any, _images: int, _progress: Any) -> dict[str, Any]:
-        rows = torch.ones(len(problem.trajectory.timesteps), 1, 1, 1)
+    def tripled(task: DistillationTask, _config: Any, _images: int, _progress: Any) -> dict[str, Any]:
+        rows = torch.ones(len(task.trajectory.timesteps), 1, 1, 1)
         factors = {"scale": 3 * rows, "bias": rows, "detail": rows, "input": 0.5 * rows, "input_detail": -rows}
-        attach_prediction(problem.student, factors)  # far from what a rounding tie could do
+        attach_prediction(task.student, factors)  # far from what a rounding tie could do
         return {}
 
     monkeypatch.setattr(dqtool.training.prediction, "correct_predictions", tripled)

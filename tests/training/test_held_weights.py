@@ -10,34 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.training.accumulation import backward
-from dqtool.training.block_loop import trainable
-from dqtool.training.data import Problem
+from dqtool.training.block_loop import make_trainable
+from dqtool.training.data import DistillationTask
 from dqtool.training.held_weights import held_weights
+from dqtool.training.network_loop import accumulate_gradients
 from dqtool.training.optimizer import QuantAdam
 from dqtool.training.options import Rates
 from dqtool.training.recompute import recomputed_blocks
 
 
 @pytest.mark.parametrize("bits", ["4/4", "8/8"])
-def test_gradients_are_those_of_weights_quantized_in_every_pass(make_problem: object, bits: str) -> None:
-    problem: Problem = make_problem(bits=bits)  # type: ignore[operator]
-    trainable(problem.student)
-    optimizer = QuantAdam(problem.student, Rates())
+def test_gradients_are_those_of_weights_quantized_in_every_pass(make_task: object, bits: str) -> None:
+    task: DistillationTask = make_task(bits=bits)  # type: ignore[operator]
+    make_trainable(task.student)
+    optimizer = QuantAdam(task.student, Rates())
     with torch.no_grad():
-        targets = problem.predict(problem.teacher, slice(None))
+        targets = task.predict(task.teacher, slice(None))
 
     def error(part: Tensor) -> Tensor:
-        return F.mse_loss(problem.predict(problem.student, part), targets[part])
+        return F.mse_loss(task.predict(task.student, part), targets[part])
 
     found = []
     for held in (False, True):
         optimizer.zero_grad()
         with (
-            held_weights(problem.student) if held else nullcontext(),
-            recomputed_blocks(problem.student, problem.trace),
+            held_weights(task.student) if held else nullcontext(),
+            recomputed_blocks(task.student, task.trace),
         ):
-            loss = backward(error, torch.arange(8), 3)
+            loss = accumulate_gradients(error, torch.arange(8), 3)
         found.append((loss, [p.grad.clone() for p in optimizer.parameters]))
     (loss, expected), (again, grads) = found
     assert again == loss
@@ -47,11 +47,11 @@ def test_gradients_are_those_of_weights_quantized_in_every_pass(make_problem: ob
 
 
 def test_weights_are_quantized_twice_whatever_the_number_of_parts(
-    problem: Problem, monkeypatch: pytest.MonkeyPatch
+    task: DistillationTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainable(problem.student)
-    optimizer = QuantAdam(problem.student, Rates())
-    layers = [m for m in problem.student.modules() if isinstance(m, FakeQuantLayer)]
+    make_trainable(task.student)
+    optimizer = QuantAdam(task.student, Rates())
+    layers = [m for m in task.student.modules() if isinstance(m, FakeQuantLayer)]
     calls = {"plain": 0}
     original = FakeQuantLayer.quantized_weight
 
@@ -61,6 +61,6 @@ def test_weights_are_quantized_twice_whatever_the_number_of_parts(
 
     monkeypatch.setattr(FakeQuantLayer, "quantized_weight", counted)
     optimizer.zero_grad()
-    with held_weights(problem.student):
-        backward(lambda part: problem.predict(problem.student, part).square().mean(), torch.arange(8), 2)
+    with held_weights(task.student):
+        accumulate_gradients(lambda part: task.predict(task.student, part).square().mean(), torch.arange(8), 2)
     assert calls["plain"] == len(layers)  # for the gradient; the codes were made by themselves

@@ -23,7 +23,7 @@ from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.surgery import packed_state, quant_layers
 from dqtool.stages.distill import DistillOptions, distill, fingerprint_parameters
 from dqtool.stages.running import Common
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 from dqtool.training.methods import METHODS, method_options
 
 FEW = {
@@ -45,8 +45,8 @@ def options(name: str, **more: Any) -> Any:
     return replace(METHODS[name].options(), **FEW[name], **more)
 
 
-def train(name: str, problem: Problem, bars: Any, **more: Any) -> dict[str, Any]:
-    return METHODS[name].train(problem, options(name, **more), bars)
+def train(name: str, task: DistillationTask, bars: Any, **more: Any) -> dict[str, Any]:
+    return METHODS[name].train(task, options(name, **more), bars)
 
 
 def test_every_method_is_known_and_has_numbers_of_its_own() -> None:
@@ -90,10 +90,10 @@ def test_the_command_line_says_so(made: Path, run: Run, arguments: tuple[str, st
     assert arguments[0] in refused(run, made, 2, "distill", *arguments, "-o", "x.safetensors")
 
 
-def plans_of(problem: Problem) -> list[LayerPlan]:
+def plans_of(task: DistillationTask) -> list[LayerPlan]:
     plans = []
-    for info in problem.trace.layers:
-        module = problem.student.get_submodule(info.name)
+    for info in task.trace.layers:
+        module = task.student.get_submodule(info.name)
         if info.kind == "attention":
             plans.append(LayerPlan(info, module.processor.bits))
         else:
@@ -103,30 +103,30 @@ def plans_of(problem: Problem) -> list[LayerPlan]:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_losses_are_recorded_and_what_ships_is_what_was_trained(
-    problem: Problem, silent: Any, tmp_path: Path, name: str
+    task: DistillationTask, silent: Any, tmp_path: Path, name: str
 ) -> None:
-    metrics = train(name, problem, silent.bars)
+    metrics = train(name, task, silent.bars)
     assert 2 <= len(metrics["loss_curve"]) <= 200
     assert all(0 < loss < 100 for loss in metrics["loss_curve"])
-    assert not any(parameter.requires_grad for parameter in problem.student.parameters())
+    assert not any(parameter.requires_grad for parameter in task.student.parameters())
     path = tmp_path / "state.safetensors"
-    save_file({k: v.clone() for k, v in packed_state(problem.student).items()}, path)
-    shipped = packed_network("UNet2DModel", problem.teacher.config, plans_of(problem), load_file(path))
-    for name_of_layer, layer in quant_layers(problem.student).items():
+    save_file({k: v.clone() for k, v in packed_state(task.student).items()}, path)
+    shipped = packed_network("UNet2DModel", task.teacher.config, plans_of(task), load_file(path))
+    for name_of_layer, layer in quant_layers(task.student).items():
         other = shipped.get_submodule(name_of_layer)
         assert torch.equal(layer.quantized_weight(), other.quantized_weight()), name_of_layer
     with torch.no_grad():
-        assert torch.equal(problem.predict(problem.student, slice(None)), problem.predict(shipped, slice(None)))
+        assert torch.equal(task.predict(task.student, slice(None)), task.predict(shipped, slice(None)))
 
 
-def first_blocks(problem: Problem) -> list[str]:
+def first_blocks(task: DistillationTask) -> list[str]:
     """A few blocks, among them one with a projection of the time embedding and one with attention."""
-    names = [info.name for info in problem.trace.blocks]
+    names = [info.name for info in task.trace.blocks]
     return names[: next(i for i, name in enumerate(names) if "attentions" in name) + 1]
 
 
-def _interrupted(name: str, problem: Problem, silent_class: Any, after: int) -> Problem:
-    half = copy.deepcopy(problem)
+def _interrupted(name: str, task: DistillationTask, silent_class: Any, after: int) -> DistillationTask:
+    half = copy.deepcopy(task)
     half.checkpoint_seconds = 0
     with pytest.raises(KeyboardInterrupt):
         train(name, half, silent_class(after).bars)
@@ -135,11 +135,11 @@ def _interrupted(name: str, problem: Problem, silent_class: Any, after: int) -> 
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_an_interrupted_run_ends_with_the_same_bits(problem: Problem, silent: Any, name: str) -> None:
-    problem.only = first_blocks(problem)
-    whole, resumed = copy.deepcopy(problem), copy.deepcopy(problem)
+def test_an_interrupted_run_ends_with_the_same_bits(task: DistillationTask, silent: Any, name: str) -> None:
+    task.only = first_blocks(task)
+    whole, resumed = copy.deepcopy(task), copy.deepcopy(task)
     expected_metrics = train(name, whole, silent.bars)
-    resumed.store = _interrupted(name, problem, type(silent), 10).store
+    resumed.store = _interrupted(name, task, type(silent), 10).store
     metrics = train(name, resumed, silent.bars)
     expected, got = packed_state(whole.student), packed_state(resumed.student)
     assert expected.keys() == got.keys()
@@ -190,20 +190,20 @@ def test_a_nonstandard_preset_keeps_what_rivals_keep(chain: Path) -> None:
     assert layers["mid_block.resnets.0.conv1"] == [4, 4]
 
 
-def test_training_points_are_drawn_evenly_over_the_steps(problem: Problem) -> None:
-    part = problem.trajectory.subset(6, 0)
+def test_training_points_are_drawn_evenly_over_the_steps(task: DistillationTask) -> None:
+    part = task.trajectory.subset(6, 0)
     assert len(part) == 6
     assert sorted(torch.bincount(part.rows, minlength=4).tolist()) == [1, 1, 2, 2]
-    assert torch.equal(part.x, problem.trajectory.subset(6, 0).x)
-    assert torch.equal(problem.trajectory.subset(16, 0).x, problem.trajectory.x)
+    assert torch.equal(part.x, task.trajectory.subset(6, 0).x)
+    assert torch.equal(task.trajectory.subset(16, 0).x, task.trajectory.x)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_no_iterations_is_ptq(problem: Problem, silent: Any, name: str) -> None:
-    problem.only = first_blocks(problem)
-    before = packed_state(copy.deepcopy(problem.student))
-    METHODS[name].train(problem, method_options(METHODS[name], {"iters": 0}), silent.bars)
-    after = packed_state(problem.student)
+def test_no_iterations_is_ptq(task: DistillationTask, silent: Any, name: str) -> None:
+    task.only = first_blocks(task)
+    before = packed_state(copy.deepcopy(task.student))
+    METHODS[name].train(task, method_options(METHODS[name], {"iters": 0}), silent.bars)
+    after = packed_state(task.student)
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert torch.equal(value, after[key]), key

@@ -7,15 +7,15 @@ import copy
 import torch
 from torch import Tensor
 
-from dqtool.training.block_loop import trainable
-from dqtool.training.data import Problem
+from dqtool.training.block_loop import make_trainable
+from dqtool.training.data import DistillationTask
 from dqtool.training.recompute import recomputed_blocks
 
 
-def test_gradients_are_the_same_and_less_is_kept(problem: Problem) -> None:
+def test_gradients_are_the_same_and_less_is_kept(task: DistillationTask) -> None:
     def gradients(again: bool) -> tuple[dict[str, Tensor], int]:
-        student = copy.deepcopy(problem.student)
-        trainable(student)
+        student = copy.deepcopy(task.student)
+        make_trainable(student)
         kept = 0
 
         def pack(x: Tensor) -> Tensor:
@@ -25,13 +25,13 @@ def test_gradients_are_the_same_and_less_is_kept(problem: Problem) -> None:
 
         samples = slice(0, 4)
         if again:
-            with recomputed_blocks(student, problem.trace):
+            with recomputed_blocks(student, task.trace):
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                    loss = problem.predict(student, samples).square().mean()
+                    loss = task.predict(student, samples).square().mean()
                 loss.backward()
         else:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-                loss = problem.predict(student, samples).square().mean()
+                loss = task.predict(student, samples).square().mean()
             loss.backward()
         return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}, kept
 
@@ -45,8 +45,8 @@ def test_gradients_are_the_same_and_less_is_kept(problem: Problem) -> None:
     assert little < much / 2
 
 
-def test_blocks_are_themselves_again_afterwards(problem: Problem) -> None:
-    with recomputed_blocks(problem.student, problem.trace):
+def test_blocks_are_themselves_again_afterwards(task: DistillationTask) -> None:
+    with recomputed_blocks(task.student, task.trace):
         pass
-    for block in problem.trace.blocks:
-        assert "forward" not in problem.student.get_submodule(block.name).__dict__
+    for block in task.trace.blocks:
+        assert "forward" not in task.student.get_submodule(block.name).__dict__

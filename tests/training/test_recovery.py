@@ -18,9 +18,9 @@ from dqtool.training.options import BkdOptions, OnPolicyOptions, Rates
 from dqtool.training.recovery import BACKOFF, BlockStates, Recovery
 
 if TYPE_CHECKING:
-    from problems import Silent
+    from distillation_tasks import Silent
 
-    from dqtool.training.data import Problem
+    from dqtool.training.data import DistillationTask
 
 WILD = Rates(weight=1e30, bias=1e30)
 
@@ -29,30 +29,30 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_block_that_always_diverges_stays_as_calibrated(problem: Problem, silent: Silent) -> None:
-    name = problem.trace.blocks[0].name
-    problem.only = [name]
-    before = block_state(problem.student)
-    found = distill_blocks(problem, BkdOptions(iters=60, batch_size=4, rates=WILD), silent)
-    assert equal(block_state(problem.student), before)
-    assert problem.warnings == [f"training of block '{name}' diverged 4 times; it stays as calibrated"]
+def test_a_block_that_always_diverges_stays_as_calibrated(task: DistillationTask, silent: Silent) -> None:
+    name = task.trace.blocks[0].name
+    task.only = [name]
+    before = block_state(task.student)
+    found = distill_blocks(task, BkdOptions(iters=60, batch_size=4, rates=WILD), silent)
+    assert equal(block_state(task.student), before)
+    assert task.warnings == [f"training of block '{name}' diverged 4 times; it stays as calibrated"]
     assert all(math.isfinite(loss) for loss in found["loss_curve"])
-    again: list[str] = problem.warnings[:]
-    problem.warnings.clear()
-    distill_blocks(problem, BkdOptions(iters=60, batch_size=4, rates=WILD), silent)
-    assert problem.warnings == again  # a resumed run knows of them
+    again: list[str] = task.warnings[:]
+    task.warnings.clear()
+    distill_blocks(task, BkdOptions(iters=60, batch_size=4, rates=WILD), silent)
+    assert task.warnings == again  # a resumed run knows of them
 
 
-def test_strict_makes_it_an_error(problem: Problem, silent: Silent) -> None:
-    problem.strict = True
+def test_strict_makes_it_an_error(task: DistillationTask, silent: Silent) -> None:
+    task.strict = True
     with pytest.raises(NumericError, match="diverged"):
-        distill_blocks(problem, BkdOptions(iters=60, batch_size=4, rates=WILD), silent)
+        distill_blocks(task, BkdOptions(iters=60, batch_size=4, rates=WILD), silent)
 
 
 def test_one_bad_iteration_goes_back_and_on_at_a_lower_rate(
-    problem: Problem, silent: Silent, monkeypatch: pytest.MonkeyPatch
+    task: DistillationTask, silent: Silent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem.only = [problem.trace.blocks[0].name]
+    task.only = [task.trace.blocks[0].name]
     rates: list[float] = []
     step = QuantAdam.step
 
@@ -61,14 +61,14 @@ def test_one_bad_iteration_goes_back_and_on_at_a_lower_rate(
         step(self, present, factor)
 
     monkeypatch.setattr(QuantAdam, "step", watched)
-    monkeypatch.setattr(BkdLearner, "factor", lambda _self, _step: 1.0)
+    monkeypatch.setattr(BkdLearner, "rate_factor", lambda _self, _step: 1.0)
     monkeypatch.setattr(
         BkdLearner, "objective", lambda _self, loss, at: loss * math.nan if at == 30 else loss, raising=False
     )
-    before = block_state(problem.student)
-    distill_blocks(problem, BkdOptions(iters=60, batch_size=4), silent)
-    after = block_state(problem.student)
-    assert problem.warnings == []
+    before = block_state(task.student)
+    distill_blocks(task, BkdOptions(iters=60, batch_size=4), silent)
+    after = block_state(task.student)
+    assert task.warnings == []
     assert not equal(after, before)
     assert all(bool(value.isfinite().all()) for value in after.values())
     assert rates[0] == 1.0
@@ -77,10 +77,10 @@ def test_one_bad_iteration_goes_back_and_on_at_a_lower_rate(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_passes_over_the_network_keep_the_calibrated_one(
-    problem: Problem, silent: Silent, monkeypatch: pytest.MonkeyPatch, bad: float
+    task: DistillationTask, silent: Silent, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
-    centre_weights(problem.student)
-    before = block_state(problem.student)
+    centre_weights(task.student)
+    before = block_state(task.student)
     step = QuantAdam.step
 
     def poisoned(self: QuantAdam, present: torch.Tensor, factor: float = 1.0) -> None:
@@ -89,26 +89,26 @@ def test_passes_over_the_network_keep_the_calibrated_one(
         step(self, present, factor)
 
     monkeypatch.setattr(QuantAdam, "step", poisoned)
-    found = refine(problem, OnPolicyOptions(iters=30, batch_size=4, images=2, refresh=30), silent)
-    assert equal(block_state(problem.student), before)
-    assert problem.warnings == ["training of all blocks diverged 4 times; it stays as calibrated"]
+    found = refine(task, OnPolicyOptions(iters=30, batch_size=4, images=2, refresh=30), silent)
+    assert equal(block_state(task.student), before)
+    assert task.warnings == ["training of all blocks diverged 4 times; it stays as calibrated"]
     assert all(math.isfinite(loss) for loss in found["losses"])
-    problem.warnings.clear()
-    LSQ.train(problem, LSQ.options(iters=30, batch_size=4), silent.bars)
-    assert problem.warnings == ["training of the network diverged 4 times; it stays as calibrated"]
-    assert equal(block_state(problem.student), before)
+    task.warnings.clear()
+    LSQ.train(task, LSQ.options(iters=30, batch_size=4), silent.bars)
+    assert task.warnings == ["training of the network diverged 4 times; it stays as calibrated"]
+    assert equal(block_state(task.student), before)
 
 
-def test_a_rising_loss_is_a_divergence_only_above_the_target(problem: Problem) -> None:
-    learner: Any = Learner(problem, QuantAdam(problem.student.requires_grad_(True), Rates()), 1, 1)
+def test_a_rising_loss_is_a_divergence_only_above_the_target(task: DistillationTask) -> None:
+    learner: Any = Learner(task, QuantAdam(task.student.requires_grad_(True), Rates()), 1, 1)
     recovery = Recovery(
-        learner.optimizer, BlockStates(learner.optimizer), "it", 1.0, strict=False, warnings=problem.warnings
+        learner.optimizer, BlockStates(learner.optimizer), "it", 1.0, strict=False, warnings=task.warnings
     )
     for step in range(20):
-        assert recovery.goes_on(1e-6, step)
+        assert recovery.should_continue(1e-6, step)
     for step in range(20):
-        assert recovery.goes_on(1e-3, step)  # a thousand times more, and still a small error
+        assert recovery.should_continue(1e-3, step)  # a thousand times more, and still a small error
     assert recovery.rate == 1.0
     for step in range(20):
-        assert recovery.goes_on(2.0, step)
+        assert recovery.should_continue(2.0, step)
     assert recovery.rate == BACKOFF

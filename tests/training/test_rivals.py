@@ -15,7 +15,7 @@ from torch import nn
 
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import packed_state, quant_layers
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 from dqtool.training.low_rank import LowRank, attach_low_rank
 from dqtool.training.methods import METHODS
 from dqtool.training.network_loop import one_step_at_a_time, rows_by_step
@@ -24,11 +24,11 @@ from dqtool.training.scale_gradients import gradient_scale, scaled_gradients
 from dqtool.training.temporal import TemporalPath
 
 
-def train(name: str, problem: Problem, bars: Any, **given: Any) -> dict[str, Any]:
+def train(name: str, task: DistillationTask, bars: Any, **given: Any) -> dict[str, Any]:
     from dataclasses import replace
 
     method = METHODS[name]
-    return method.train(problem, replace(method.options(), batch_size=8, **given), bars)
+    return method.train(task, replace(method.options(), batch_size=8, **given), bars)
 
 
 def test_lsq_scale_gradients_equal_the_closed_form() -> None:
@@ -46,18 +46,18 @@ def test_lsq_scale_gradients_equal_the_closed_form() -> None:
     assert bool((got[[0, 1, 3, 4, 5]] == 0).all())
 
 
-def test_lsq_divides_them_by_the_root_of_count_and_levels(problem: Problem) -> None:
+def test_lsq_divides_them_by_the_root_of_count_and_levels(task: DistillationTask) -> None:
     assert gradient_scale(100, 4) == 1 / math.sqrt(100 * 15)
-    student = problem.student
+    student = task.student
     student.requires_grad_(True)
 
     def gradients() -> dict[str, torch.Tensor]:
         student.zero_grad()
-        problem.predict(student, slice(0, 4)).square().mean().backward()
+        task.predict(student, slice(0, 4)).square().mean().backward()
         return {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None and "scale" in n}
 
     plain = gradients()
-    with scaled_gradients(problem):
+    with scaled_gradients(task):
         scaled = gradients()
     conv = student.get_submodule("mid_block.resnets.0.conv1")
     factor = gradient_scale(conv.weight[0].numel(), 4)
@@ -96,40 +96,40 @@ def test_a_merged_update_gives_the_bits_it_gave_beside_the_weight() -> None:
     assert torch.equal(layer.quantized_weight(), trained)
 
 
-def test_lora_qat_leaves_biases_and_takes_one_step_at_a_time(problem: Problem, silent: Any) -> None:
-    biases = {n: p.clone() for n, p in problem.student.named_parameters() if n.endswith("bias")}
-    weights = {n: layer.weight.detach().clone() for n, layer in quant_layers(problem.student).items()}
-    train("lora-qat", problem, silent.bars, iters=6)
-    for name, value in problem.student.named_parameters():
+def test_lora_qat_leaves_biases_and_takes_one_step_at_a_time(task: DistillationTask, silent: Any) -> None:
+    biases = {n: p.clone() for n, p in task.student.named_parameters() if n.endswith("bias")}
+    weights = {n: layer.weight.detach().clone() for n, layer in quant_layers(task.student).items()}
+    train("lora-qat", task, silent.bars, iters=6)
+    for name, value in task.student.named_parameters():
         if name in biases:
             assert torch.equal(value, biases[name]), name
-    assert any(not torch.equal(layer.weight, weights[n]) for n, layer in quant_layers(problem.student).items())
-    choose = one_step_at_a_time(problem, 5)
+    assert any(not torch.equal(layer.weight, weights[n]) for n, layer in quant_layers(task.student).items())
+    choose = one_step_at_a_time(task, 5)
     generator = torch.Generator().manual_seed(0)
-    steps = [set(problem.trajectory.rows[choose(i, generator)].tolist()) for i in range(5)]
+    steps = [set(task.trajectory.rows[choose(i, generator)].tolist()) for i in range(5)]
     assert steps == [{0}, {1}, {2}, {3}, {0}]
 
 
-def test_qat_partial_leaves_the_weights_of_other_layers_alone(problem: Problem, silent: Any) -> None:
-    before = copy.deepcopy(problem.student)
-    metrics = train("qat-partial", problem, silent.bars, iters=6, temporal_iters=3)
+def test_qat_partial_leaves_the_weights_of_other_layers_alone(task: DistillationTask, silent: Any) -> None:
+    before = copy.deepcopy(task.student)
+    metrics = train("qat-partial", task, silent.bars, iters=6, temporal_iters=3)
     trained = set(metrics["trained_layers"])
     assert {"time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj", "mid_block.attentions.0.to_q"} <= trained
     assert "mid_block.attentions.0.to_out.0" not in trained
     moved = set()
-    for name, layer in quant_layers(problem.student).items():
+    for name, layer in quant_layers(task.student).items():
         old = before.get_submodule(name)
         same = torch.equal(layer.weight, old.weight) and (layer.bias is None or torch.equal(layer.bias, old.bias))
         if not same:
             moved.add(name)
         assert torch.equal(layer.weight_scale, old.weight_scale)
     assert moved == trained
-    conv, old = (net.get_submodule("mid_block.resnets.0.conv1") for net in (problem.student, before))
+    conv, old = (net.get_submodule("mid_block.resnets.0.conv1") for net in (task.student, before))
     assert not torch.equal(conv.input_scale, old.input_scale)
 
 
 def test_a_per_step_set_of_one_step_is_the_static_one(
-    made: Path, tmp_path: Path, run: Run, make_problem: Any, silent: Any
+    made: Path, tmp_path: Path, run: Run, make_task: Any, silent: Any
 ) -> None:
     path = tmp_path / "one.safetensors"
     assert (
@@ -137,23 +137,23 @@ def test_a_per_step_set_of_one_step_is_the_static_one(
     )
     states = []
     for static in (False, True):
-        problem = make_problem(path, static=static)
-        assert len(rows_by_step(problem)) == 1
-        train("per-step", problem, silent.bars, iters=6)
-        states.append(packed_state(problem.student))
+        task = make_task(path, static=static)
+        assert len(rows_by_step(task)) == 1
+        train("per-step", task, silent.bars, iters=6)
+        states.append(packed_state(task.student))
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
 
 
-def test_per_step_scales_come_from_their_own_step_alone(problem: Problem, silent: Any) -> None:
-    other = copy.deepcopy(problem)
-    keep = problem.trajectory.rows != 3  # another picture of the last step
-    other.trajectory.x = torch.where(keep.view(-1, 1, 1, 1), problem.trajectory.x, problem.trajectory.x * 1.5)
-    for each in (problem, other):
+def test_per_step_scales_come_from_their_own_step_alone(task: DistillationTask, silent: Any) -> None:
+    other = copy.deepcopy(task)
+    keep = task.trajectory.rows != 3  # another picture of the last step
+    other.trajectory.x = torch.where(keep.view(-1, 1, 1, 1), task.trajectory.x, task.trajectory.x * 1.5)
+    for each in (task, other):
         each.only = ["conv_in"]
         each.student.get_submodule("conv_in").weight_scale = None  # weights stay as they are: only scales learn
         train("per-step", each, silent.bars, iters=8, rounding=0.0)
-    a, b = (each.student.get_submodule("conv_in").input_scale.detach() for each in (problem, other))
+    a, b = (each.student.get_submodule("conv_in").input_scale.detach() for each in (task, other))
     assert torch.equal(a[:3], b[:3])
     assert not torch.equal(a[3], b[3])
 
@@ -161,28 +161,28 @@ def test_per_step_scales_come_from_their_own_step_alone(problem: Problem, silent
 @pytest.mark.parametrize(
     "given", [{"bits": "4/16"}, {"preset": "nonstandard"}, {"keep": ("conv_in=16/8",)}, {"keep": ("conv_in=16/16",)}]
 )
-def test_per_step_passes_where_there_is_nothing_to_learn(make_problem: Any, silent: Any, given: dict[str, Any]) -> None:
+def test_per_step_passes_where_there_is_nothing_to_learn(make_task: Any, silent: Any, given: dict[str, Any]) -> None:
     """Float activations everywhere; and blocks of float weights, of both, beside others that learn."""
-    losses = train("per-step", make_problem(**given), silent.bars, iters=8)["block_loss"]
+    losses = train("per-step", make_task(**given), silent.bars, iters=8)["block_loss"]
     assert bool(losses["conv_in"]) == (given.get("keep") != ("conv_in=16/16",))
     assert losses["mid_block.resnets.0"]
 
 
-def test_the_timesteps_path_alone_gives_what_the_network_gives(problem: Problem) -> None:
-    roles = problem.roles()
+def test_the_timesteps_path_alone_gives_what_the_network_gives(task: DistillationTask) -> None:
+    roles = task.roles()
     direct: dict[str, torch.Tensor] = {}
-    for network in (problem.teacher, problem.student):
+    for network in (task.teacher, task.student):
         handles = [
             network.get_submodule(name).register_forward_hook(lambda _m, _a, y, n=name: direct.__setitem__(n, y))
             for name in roles.temporal_ends
         ]
         rows = torch.tensor([0, 5, 9, 14])
         with torch.no_grad():
-            problem.predict(network, rows)
+            task.predict(network, rows)
             for handle in handles:
                 handle.remove()
-            got = TemporalPath(problem, network, roles).outputs(rows)
-            again = problem.predict(network, rows)
+            got = TemporalPath(task, network, roles).outputs(rows)
+            again = task.predict(network, rows)
         assert set(got) == set(direct)
         for name in got:
             torch.testing.assert_close(got[name], direct[name])
@@ -190,5 +190,5 @@ def test_the_timesteps_path_alone_gives_what_the_network_gives(problem: Problem)
         assert not any("forward" in module.__dict__ for module in network.modules())
 
 
-def test_every_layer_is_of_a_kind_that_can_be_trained(problem: Problem) -> None:
-    assert all(isinstance(layer, FakeQuantLayer) for layer in quant_layers(problem.student).values())
+def test_every_layer_is_of_a_kind_that_can_be_trained(task: DistillationTask) -> None:
+    assert all(isinstance(layer, FakeQuantLayer) for layer in quant_layers(task.student).values())

@@ -12,7 +12,7 @@ from helpers import quantized_conv
 from dqtool.core.affine import levels
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.surgery import quant_layers
-from dqtool.training.data import Problem
+from dqtool.training.data import DistillationTask
 from dqtool.training.methods import METHODS
 from dqtool.training.rounding import (
     Annealing,
@@ -32,13 +32,13 @@ def floor_codes(layer: FakeQuantLayer) -> torch.Tensor:
     return torch.minimum(torch.maximum(floor, layer.low - zero), levels(layer.bits.weight) - zero)
 
 
-def test_no_weight_moves_by_more_than_one_step(problem: Problem, silent: Any) -> None:
-    before = quant_layers(copy.deepcopy(problem.student))
+def test_no_weight_moves_by_more_than_one_step(task: DistillationTask, silent: Any) -> None:
+    before = quant_layers(copy.deepcopy(task.student))
     # Rates at which, unhindered, weights would go far.
     method = METHODS["adaround"]
-    method.train(problem, replace(method.options(), iters=10, batch_size=8, round_rate=3.0), silent.bars)
+    method.train(task, replace(method.options(), iters=10, batch_size=8, round_rate=3.0), silent.bars)
     moved = 0
-    for name, layer in quant_layers(problem.student).items():
+    for name, layer in quant_layers(task.student).items():
         assert isinstance(layer, FakeQuantLayer)
         old = before[name]
         assert torch.equal(layer.weight_scale, old.weight_scale)

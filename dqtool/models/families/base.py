@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dqtool.core.device import beside
+from dqtool.core.device import to_device_of
 from dqtool.errors import ArtifactError
 from dqtool.graph.network import NetworkGraph
 from dqtool.models.amendments import amend
@@ -140,7 +140,7 @@ class Family(ABC):
     def predict(self, model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """The network's prediction: shaped like `x`, or with twice the channels where it learned its variance too, and
         on the network's device, wherever what it is given is."""
-        return model(**beside(model, self.arguments(x, timestep, conditions)), return_dict=False)[0]
+        return model(**to_device_of(model, self.arguments(x, timestep, conditions)), return_dict=False)[0]
 
     def example(self, config: Mapping[str, Any], batch: int = 1, seed: int = 0) -> dict[str, Any]:
         """Arguments for one forward on random input, to trace and to compare networks with."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dqtool.core.bits import LayerBits
-from dqtool.core.dilation import CAP, dilate_weight, in_channels, spread
+from dqtool.core.dilation import CAP, broadcast_scale, dilate_weight, in_channels
 from dqtool.errors import NumericError, UsageError
 
 __all__ = ["Samples", "ScalingInput", "ScalingMethod", "ScalingResult", "scale_weight"]
@@ -154,4 +154,4 @@ class ScalingMethod:
 def scale_weight(weight: Tensor, scale: Tensor, groups: int = 1) -> Tensor:
     """Return `s_k · W` in float32, of the weight's shape."""
     weight = weight.detach().float()
-    return weight * spread(scale, weight, groups)
+    return weight * broadcast_scale(scale, weight, groups)

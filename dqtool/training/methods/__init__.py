@@ -1,6 +1,6 @@
 """Training methods, one file each: what `distill --method` offers. No torch until one of them trains.
 
-A method is a module of this package with a `METHOD`. Its `train(problem, options, bars)` changes `problem.student` in
+A method is a module of this package with a `METHOD`. Its `train(task, options, bars)` changes `task.student` in
 place and returns metrics; what they all share is beside this package (`block_loop.py`, `network_loop.py`).
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 __all__ = ["METHODS", "Method", "method_of", "method_options"]
 
@@ -40,7 +40,7 @@ class Method:
     name: str
     summary: str
     options: type
-    train: Callable[[Problem, Any, Bars], dict[str, Any]]
+    train: Callable[[DistillationTask, Any, Bars], dict[str, Any]]
     work: Callable[[Any, int], str]
     by_blocks: bool = False
     corrects: bool = False

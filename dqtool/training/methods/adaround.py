@@ -13,25 +13,25 @@ from dqtool.training.methods import Method
 from dqtool.training.options import RoundingOptions
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
-def train(problem: Problem, options: RoundingOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: RoundingOptions, bars: Bars) -> dict[str, Any]:
     """Every block in turn."""
     from torch import nn
 
     from dqtool.training.block_loop import own_layers, train_blocks
     from dqtool.training.reconstruction import RoundingLearner
 
-    problem.merge_scaling()
-    count = len(problem.trace.blocks if problem.only is None else problem.only)
+    task.merge_scaling()
+    count = len(task.trace.blocks if task.only is None else task.only)
     with bars("blocks", options.iters * count) as progress:
-        blocks = [problem.student.get_submodule(info.name) for info in problem.trace.blocks]
+        blocks = [task.student.get_submodule(info.name) for info in task.trace.blocks]
 
         def make(block: nn.Module) -> RoundingLearner:
-            return RoundingLearner(problem, block, own_layers(block, blocks), options)
+            return RoundingLearner(task, block, own_layers(block, blocks), options)
 
-        return train_blocks(problem, make, progress)
+        return train_blocks(task, make, progress)
 
 
 METHOD = Method(

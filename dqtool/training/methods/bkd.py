@@ -10,26 +10,26 @@ from dqtool.training.methods import Method
 from dqtool.training.options import BkdOptions
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
-def train(problem: Problem, options: BkdOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, Any]:
     """Blocks, then all blocks."""
     from dqtool.training.bkd import distill_blocks
-    from dqtool.training.curve import curve, ends
+    from dqtool.training.curve import curve, first_and_last
     from dqtool.training.on_policy import refine
 
     metrics: dict[str, Any] = {}
     if options.iters:
-        count = len(problem.trace.blocks if problem.only is None else problem.only)
+        count = len(task.trace.blocks if task.only is None else task.only)
         with bars("blocks", options.iters * count) as progress:
-            metrics |= distill_blocks(problem, options, progress)
-    problem.merge_scaling()
+            metrics |= distill_blocks(task, options, progress)
+    task.merge_scaling()
     if options.refine_iters:
         with bars("all blocks", options.refine_iters) as progress:
-            second = refine(problem, options.second_pass(), progress)
+            second = refine(task, options.second_pass(), progress)
         metrics |= {
-            "refine_loss": ends(second["losses"], 100),
+            "refine_loss": first_and_last(second["losses"], 100),
             "refine_curve": curve(second["losses"]),
             "refine_seconds": second["seconds"],
             "refine_sampling_seconds": second["sampling_seconds"],

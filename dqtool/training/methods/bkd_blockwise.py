@@ -15,7 +15,7 @@ from dqtool.training.methods import Method
 from dqtool.training.options import FINE, Rates
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,29 @@ class BlockwiseOptions:
     replay_batch: int = 32
 
 
-def train(problem: Problem, options: BlockwiseOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict[str, Any]:
     """Twice over the blocks."""
     from torch import nn
 
     from dqtool.training.bkd import BkdLearner
     from dqtool.training.block_loop import train_blocks
-    from dqtool.training.on_policy import centre_weights, own_trajectory
+    from dqtool.training.on_policy import centre_weights, student_trajectory
 
-    problem = replace(
-        problem, replay_batch=options.replay_batch, network_batch=problem.network_batch or options.replay_batch
-    )
-    count = len(problem.trace.blocks if problem.only is None else problem.only)
+    task = replace(task, replay_batch=options.replay_batch, network_batch=task.network_batch or options.replay_batch)
+    count = len(task.trace.blocks if task.only is None else task.only)
     metrics: dict[str, Any] = {}
     if options.iters:
 
         def first(block: nn.Module) -> BkdLearner:
-            return BkdLearner(problem, block, options.rates, options.iters, options.batch_size)
+            return BkdLearner(task, block, options.rates, options.iters, options.batch_size)
 
         with bars("blocks", options.iters * count) as progress:
-            metrics |= train_blocks(problem, first, progress)
-    problem.merge_scaling()
+            metrics |= train_blocks(task, first, progress)
+    task.merge_scaling()
     if options.refine_iters:
-        centre_weights(problem.student)
-        own, _ = own_trajectory(problem, options.refine_images, 0)
-        there = replace(problem, trajectory=own)
+        centre_weights(task.student)
+        own, _ = student_trajectory(task, options.refine_images, 0)
+        there = replace(task, trajectory=own)
 
         def second(block: nn.Module) -> BkdLearner:
             return BkdLearner(there, block, options.refine_rates, options.refine_iters, options.batch_size)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.training.methods import Method
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class LoraQatOptions:
     zero_point: float = 5e-3
 
 
-def train(problem: Problem, options: LoraQatOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: LoraQatOptions, bars: Bars) -> dict[str, Any]:
     """Attach the updates, train, merge."""
     from torch import nn
 
-    from dqtool.training.block_loop import trainable
+    from dqtool.training.block_loop import make_trainable
     from dqtool.training.low_rank import attach_low_rank
     from dqtool.training.network_loop import one_step_at_a_time, train_network
     from dqtool.training.optimizer import QuantAdam, weight_unit
     from dqtool.training.options import Rates
     from dqtool.training.rounding import merge_adapters
 
-    problem.merge_scaling()
-    trainable(problem.student)
+    task.merge_scaling()
+    make_trainable(task.student)
     extra: list[tuple[nn.Parameter, float]] = []
-    for layer, update in attach_low_rank(problem.student, options.rank, problem.seed):
+    for layer, update in attach_low_rank(task.student, options.rank, task.seed):
         layer.weight.requires_grad_(False)
         for frozen in (layer.bias, layer.weight_zero_point):
             if isinstance(frozen, nn.Parameter):
@@ -53,11 +53,11 @@ def train(problem: Problem, options: LoraQatOptions, bars: Bars) -> dict[str, An
         rate = options.update * weight_unit(layer)
         extra += [(update.down, rate), (update.up, rate)]
     rates = Rates(weight_scale=options.weight_scale, table_scale=options.table_scale, zero_point=options.zero_point)
-    optimizer = QuantAdam(problem.student, rates, extra)
-    choose = one_step_at_a_time(problem, options.batch_size)
+    optimizer = QuantAdam(task.student, rates, extra)
+    choose = one_step_at_a_time(task, options.batch_size)
     with bars("network", options.iters) as progress:
-        metrics = train_network(problem, optimizer, choose, options.iters, options.batch_size, progress)
-    merge_adapters(problem.student)
+        metrics = train_network(task, optimizer, choose, options.iters, options.batch_size, progress)
+    merge_adapters(task.student)
     return metrics
 
 

@@ -17,7 +17,7 @@ from dqtool.training.methods import Method
 from dqtool.training.options import Rates
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class LsqOptions:
     rates: Rates = field(default_factory=lambda: Rates(weight=0.02))
 
 
-def train(problem: Problem, options: LsqOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: LsqOptions, bars: Bars) -> dict[str, Any]:
     """Everything at once."""
-    from dqtool.training.block_loop import trainable
+    from dqtool.training.block_loop import make_trainable
     from dqtool.training.network_loop import mixed_steps, train_network
     from dqtool.training.optimizer import QuantAdam
     from dqtool.training.scale_gradients import scaled_gradients
 
-    trainable(problem.student)
-    choose = mixed_steps(problem, options.batch_size)
-    optimizer = QuantAdam(problem.student, options.rates)
-    with bars("network", options.iters) as progress, scaled_gradients(problem):
-        return train_network(problem, optimizer, choose, options.iters, options.batch_size, progress)
+    make_trainable(task.student)
+    choose = mixed_steps(task, options.batch_size)
+    optimizer = QuantAdam(task.student, options.rates)
+    with bars("network", options.iters) as progress, scaled_gradients(task):
+        return train_network(task, optimizer, choose, options.iters, options.batch_size, progress)
 
 
 METHOD = Method("lsq", "end to end, all weights", LsqOptions, train, lambda options, _: f"{options.iters}")

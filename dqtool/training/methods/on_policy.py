@@ -13,26 +13,26 @@ from dqtool.training.methods import Method
 from dqtool.training.options import OnPolicyOptions
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
-def train(problem: Problem, options: OnPolicyOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: OnPolicyOptions, bars: Bars) -> dict[str, Any]:
     """The pass over all blocks that ends `bkd`, alone, longer and at larger rates."""
     import torch
 
-    from dqtool.training.curve import curve, ends
+    from dqtool.training.curve import curve, first_and_last
     from dqtool.training.on_policy import refine
 
-    problem.merge_scaling()
+    task.merge_scaling()
     if not options.iters:
         return {}
-    some = torch.linspace(0, len(problem.trajectory) - 1, min(64, len(problem.trajectory))).long()
+    some = torch.linspace(0, len(task.trajectory) - 1, min(64, len(task.trajectory))).long()
     with torch.no_grad():
-        size = float(problem.predict(problem.teacher, some).square().mean()) or 1.0
+        size = float(task.predict(task.teacher, some).square().mean()) or 1.0
     with bars("own trajectory", options.iters) as progress:
-        found = refine(problem, options, progress)
+        found = refine(task, options, progress)
     return {
-        "network_loss": ends(found["losses"], 100),
+        "network_loss": first_and_last(found["losses"], 100),
         "loss_curve": curve([loss / size for loss in found["losses"]]),
         "network_seconds": found["seconds"],
         "sampling_seconds": found["sampling_seconds"],

@@ -14,10 +14,10 @@ from dqtool.training.methods import Method
 from dqtool.training.options import PerStepOptions
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
-def train(problem: Problem, options: PerStepOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: PerStepOptions, bars: Bars) -> dict[str, Any]:
     """The timestep's path, where all blocks are trained, then the blocks."""
     from torch import nn
 
@@ -26,23 +26,23 @@ def train(problem: Problem, options: PerStepOptions, bars: Bars) -> dict[str, An
     from dqtool.training.per_step import PerStepLearner, untrained_layers
     from dqtool.training.temporal import temporal_layers, train_temporal
 
-    problem.merge_scaling()
-    roles = problem.roles()
-    temporal = temporal_layers(problem, roles) if problem.only is None else []
+    task.merge_scaling()
+    roles = task.roles()
+    temporal = temporal_layers(task, roles) if task.only is None else []
     metrics: dict[str, Any] = {}
-    problem.student.requires_grad_(False)
+    task.student.requires_grad_(False)
     if temporal:
         with bars("time embedding", options.iters) as progress:
-            learner = PerStepLearner(problem, nn.ModuleList(temporal), temporal, options)
-            metrics["temporal_curve"] = curve(train_temporal(problem, roles, learner, progress))
+            learner = PerStepLearner(task, nn.ModuleList(temporal), temporal, options)
+            metrics["temporal_curve"] = curve(train_temporal(task, roles, learner, progress))
 
     def make(block: nn.Module) -> PerStepLearner:
-        return PerStepLearner(problem, block, untrained_layers(problem, block, temporal), options)
+        return PerStepLearner(task, block, untrained_layers(task, block, temporal), options)
 
-    names = [info.name for info in problem.trace.blocks] if problem.only is None else problem.only
-    left = [n for n in names if untrained_layers(problem, problem.student.get_submodule(n), temporal)]
+    names = [info.name for info in task.trace.blocks] if task.only is None else task.only
+    left = [n for n in names if untrained_layers(task, task.student.get_submodule(n), temporal)]
     with bars("blocks", options.iters * len(left)) as progress:
-        return metrics | train_blocks(problem, make, progress)
+        return metrics | train_blocks(task, make, progress)
 
 
 METHOD = Method(

@@ -10,7 +10,7 @@ from dqtool.errors import UsageError
 from dqtool.training.methods import Method
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class PtqOptions:
     batch_size: int = 0
 
 
-def train(problem: Problem, options: PtqOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: PtqOptions, bars: Bars) -> dict[str, Any]:
     """Nothing."""
     return {}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.training.methods import Method
 
 if TYPE_CHECKING:
-    from dqtool.training.data import Bars, Problem
+    from dqtool.training.data import Bars, DistillationTask
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class QatPartialOptions:
     table_scale: float = 3e-3
 
 
-def train(problem: Problem, options: QatPartialOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: QatPartialOptions, bars: Bars) -> dict[str, Any]:
     """The timestep's path, then the sensitive layers end to end."""
     from dqtool.training.block_loop import Learner, own_layers
     from dqtool.training.curve import curve
@@ -42,27 +42,27 @@ def train(problem: Problem, options: QatPartialOptions, bars: Bars) -> dict[str,
     from dqtool.training.sensitive import learn_weights, sensitive_layers
     from dqtool.training.temporal import temporal_layers, train_temporal
 
-    problem.merge_scaling()
-    roles = problem.roles()
+    task.merge_scaling()
+    roles = task.roles()
     rates = Rates(weight=options.weight, bias=options.bias, table_scale=options.table_scale)
-    student = problem.student
+    student = task.student
     metrics: dict[str, Any] = {}
-    temporal = temporal_layers(problem, roles)
+    temporal = temporal_layers(task, roles)
     student.requires_grad_(False)
     if temporal and options.temporal_iters:
         learn_weights(temporal)
         learn_scales(temporal)
-        learner = Learner(problem, QuantAdam(student, rates), options.temporal_iters, options.batch_size)
+        learner = Learner(task, QuantAdam(student, rates), options.temporal_iters, options.batch_size)
         with bars("time embedding", options.temporal_iters) as progress:
-            metrics["temporal_curve"] = curve(train_temporal(problem, roles, learner, progress))
+            metrics["temporal_curve"] = curve(train_temporal(task, roles, learner, progress))
     student.requires_grad_(False)
-    chosen = sensitive_layers(problem, roles)
+    chosen = sensitive_layers(task, roles)
     learn_weights(chosen.values())
     learn_scales(own_layers(student), student)
     optimizer = QuantAdam(student, rates)
-    choose = one_step_at_a_time(problem, options.batch_size)
+    choose = one_step_at_a_time(task, options.batch_size)
     with bars("network", options.iters) as progress:
-        metrics |= train_network(problem, optimizer, choose, options.iters, options.batch_size, progress)
+        metrics |= train_network(task, optimizer, choose, options.iters, options.batch_size, progress)
     return metrics | {"trained_layers": list(chosen)}
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of tests of training: a tiny problem, made anew for each test."""
+"""Fixtures of tests of training: a tiny task, made anew for each test."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dqtool.training.data import Problem
+    from dqtool.training.data import DistillationTask
 
-__all__ = ["Memory", "Silent", "base_problem", "make_problem", "prediction_error", "problem", "silent"]
+__all__ = ["Memory", "Silent", "base_task", "make_task", "prediction_error", "silent", "task"]
 
 
 class Memory:
@@ -49,12 +49,12 @@ class Silent:
         return nullcontext(self)
 
 
-MakeProblem = Callable[..., Any]
+MakeTask = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def make_problem(made: Path) -> MakeProblem:
-    """`make_problem(static=True, ...)`: options of `distill` as given, calibrated artifact as made."""
+def make_task(made: Path) -> MakeTask:
+    """`make_task(static=True, ...)`: options of `distill` as given, calibrated artifact as made."""
     from dqtool.artifacts import open_artifact
     from dqtool.models.loading import network_of
     from dqtool.models.packed import layer_infos
@@ -63,9 +63,9 @@ def make_problem(made: Path) -> MakeProblem:
     from dqtool.nn.assignment import assign_bits
     from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of, trace_of
     from dqtool.stages.distill import DistillOptions, network_spec
-    from dqtool.training.data import Problem, Trajectory
+    from dqtool.training.data import DistillationTask, Trajectory
 
-    def make(artifact: Path | None = None, **options: Any) -> Problem:
+    def make(artifact: Path | None = None, **options: Any) -> DistillationTask:
         calibrated = open_artifact(artifact or made / "calibrated.safetensors")
         manifest, tensors = calibrated.manifest, calibrated.tensors()
         family, _ = network_of(manifest.model)
@@ -77,7 +77,7 @@ def make_problem(made: Path) -> MakeProblem:
             chosen.static,
         )
         sampling = manifest.pipeline["sampling"]
-        return Problem(
+        return DistillationTask(
             family,
             teacher_of(manifest, tensors),
             student,
@@ -93,14 +93,14 @@ def make_problem(made: Path) -> MakeProblem:
 
 
 @pytest.fixture(scope="session")
-def base_problem(make_problem: MakeProblem) -> Problem:
-    return make_problem()
+def base_task(make_task: MakeTask) -> DistillationTask:
+    return make_task()
 
 
 @pytest.fixture
-def problem(base_problem: Problem) -> Problem:
+def task(base_task: DistillationTask) -> DistillationTask:
     """A 4/4 network with its quantizers set, its own copy."""
-    return copy.deepcopy(base_problem)
+    return copy.deepcopy(base_task)
 
 
 @pytest.fixture
@@ -108,11 +108,11 @@ def silent() -> Silent:
     return Silent()
 
 
-def prediction_error(problem: Problem) -> float:
+def prediction_error(task: DistillationTask) -> float:
     """Relative squared error of the student's predictions on the trajectory."""
     import torch
 
     with torch.no_grad():
-        wanted = problem.predict(problem.teacher, slice(None))
-        got = problem.predict(problem.student, slice(None))
+        wanted = task.predict(task.teacher, slice(None))
+        got = task.predict(task.student, slice(None))
     return float((got - wanted).square().sum() / wanted.square().sum())

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dqtool.errors import EnvironmentFault
 
-__all__ = ["Store"]
+__all__ = ["TensorStore"]
 
 
-class Store:
+class TensorStore:
     """Tensors of all samples, `[N, ...]`, in memory or, past the budget, in mapped temporary files.
 
     A file has no name once it is mapped, so that its space is free again when its tensor is. Its room on the disk is taken
