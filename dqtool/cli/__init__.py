@@ -1,11 +1,12 @@
-"""The command line: what can be typed. Each command parses, calls a stage and prints one line.
+"""The command line. Each command parses its options, calls a stage and prints one line.
 
-The stages' commands are derived from what they declare; any other command is a file here. Nothing heavy is imported, so that `dqtool --help` answers at once; the stages import torch when
-there is work.
+The commands of the stages are derived from the options that they declare; each other command is one file here. Nothing
+heavy is imported, so that `dqtool --help` answers at once; the stages import torch when there is work.
 """
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ import typer
 from dqtool.cli.app import COMMON, app
 from dqtool.errors import UsageError
 
-__all__ = ["COMMON", "app", "invoke"]
+__all__ = ["COMMON", "COMPLETION", "app", "invoke"]
 
 ORDER = ("stages", "run", "inspect", "bench", "report")
-"""The commands' files in the order of `dqtool --help`; others come after them. `stages` holds those of all stages."""
+"""Files of commands in the order of `dqtool --help`; files not named here come after them. `stages` adds all stages."""
 
 
 def _position(name: str) -> tuple[int, str]:
@@ -32,13 +33,15 @@ for _name in sorted((info.name for info in pkgutil.iter_modules(__path__)), key=
 
 
 def invoke(arguments: Sequence[str]) -> int:
-    """Run one command line (without the program's name); returns the exit code.
+    """Run one command line, given without the program's name, and return the exit code.
 
     Raises:
-        DqtoolError: whatever a stage raises.
-        UsageError: the command line can't be understood.
+        DqtoolError: a stage failed.
+        UsageError: the command line can't be parsed.
     """
     root = typer.main.get_command(app)
+    if COMPLETION in os.environ:
+        return _complete(root)
     if not arguments:
         with root.make_context("dqtool", [], resilient_parsing=True) as context:
             print(root.get_help(context), file=sys.stderr)
@@ -54,9 +57,20 @@ def invoke(arguments: Sequence[str]) -> int:
 
 
 USAGE_ERRORS: Any = typer.BadParameter.__mro__[1]
-"""click's UsageError: newer typers carry a copy of click of their own, so it is not where click is."""
+"""click's UsageError, taken from typer: newer typers bring a copy of click, whose classes are not those of click."""
+
+COMPLETION = "_DQTOOL_COMPLETE"
+"""Environment variable in which the shell's completion script asks for completions."""
+
+
+def _complete(root: Any) -> int:
+    """Answer the shell's completion script; return the exit code."""
+    from typer.completion import completion_init, shell_complete
+
+    completion_init()
+    return shell_complete(root, {}, "dqtool", COMPLETION, os.environ[COMPLETION])
 
 
 def _help_hint(error: Any) -> str:
     path = error.ctx.command_path if error.ctx is not None else "dqtool"
-    return f"`{path} --help` lists what there is"
+    return f"`{path} --help` lists the options"

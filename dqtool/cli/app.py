@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from dqtool import report
+from dqtool.cli.help import GENERAL, PanelCommand
 from dqtool.errors import UsageError
 from dqtool.stages.common import Common, check_values
+from dqtool.stages.options.declared import RESOURCES
 
 __all__ = ["COMMON", "app", "command"]
 
@@ -20,14 +22,13 @@ One model, five stages:
   dqtool zoo get digits-ddpm -o model
   dqtool dilate model | dqtool calibrate | dqtool distill --bits 4/4 | dqtool export | dqtool eval
 
-Standard output carries the path of what was written, everything else goes to standard error. Exit codes: 0 done or
-cached, 2 usage, 3 bad artifact, 4 environment, 5 numbers (NaN, divergence), 130 interrupted."""
+Each command prints the path of its output to standard output, and everything else to standard error. Exit codes: 0 done
+or cached, 2 usage, 3 bad artifact, 4 environment, 5 numbers (NaN, divergence), 130 interrupted."""
 
 app = typer.Typer(
     name="dqtool",
     help="Quantize diffusion models to 4-8 bits: smaller files, faster steps, images that hold up (DilateQuant).",
     epilog=EPILOG,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,8 +37,9 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def main_options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
+    """Print the version if asked to."""
     if version:
         from dqtool import __version__
 
@@ -45,18 +47,29 @@ def main_options(
         raise typer.Exit
 
 
+def _general(flag: str, help: str) -> Any:
+    return typer.Option(flag, help=help, rich_help_panel=GENERAL)
+
+
 def common_options(
-    force: Annotated[bool, typer.Option("--force", help="Do the work again, whatever is cached.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, messages or tables; warnings remain.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the path.")] = False,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto",
+    force: Annotated[bool, _general("--force", help="Do the work again even if its output is up to date.")] = False,
+    quiet: Annotated[bool, _general("--quiet", help="Print warnings and errors only.")] = False,
+    json: Annotated[bool, _general("--json", help="Print one JSON object to standard output, for scripts.")] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|cpu|cuda[:i]",
+            help="Device to compute on. auto takes a GPU if there is one.",
+            rich_help_panel=RESOURCES,
+        ),
+    ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that dqtool did not write; inputs are never replaced.")
+        bool, _general("--overwrite", help="Replace files that dqtool did not write. Inputs are never replaced.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
+    dry_run: Annotated[bool, _general("--dry-run", help="Print the plan and write nothing.")] = False,
+    debug: Annotated[bool, _general("--debug", help="Show tracebacks and the warnings of libraries.")] = False,
 ) -> Common:
-    """The options that every command takes."""
+    """Apply the options that every command takes, and return them."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"'{device}' is no device", where="--device", fix="Choose auto, cpu, cuda or cuda:N")
     report.set_quiet(quiet)
@@ -67,7 +80,11 @@ COMMON = introspect.signature(common_options, eval_str=True).parameters
 
 
 def command(*examples: str, group: typer.Typer = app, name: str | None = None) -> Callable[[Callable], Callable]:
-    """Register a function (its options, `common`) as a command that takes the common options too."""
+    """Return a decorator that registers a function as a command.
+
+    The command takes the function's own options and the common ones, and passes the latter as `common`. `examples` end
+    its help.
+    """
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
         own = introspect.signature(body, eval_str=True).parameters
@@ -83,7 +100,7 @@ def command(*examples: str, group: typer.Typer = app, name: str | None = None) -
         callback.__annotations__ = {p.name: p.annotation for p in parameters}
         callback.__doc__, callback.__name__ = body.__doc__, body.__name__
         epilog = "\b\n" + "\n".join([f"Example{'s' * (len(examples) > 1)}:", *(f"  {each}" for each in examples)])
-        group.command(name or body.__name__, epilog=epilog)(callback)
+        group.command(name or body.__name__, cls=PanelCommand, epilog=epilog)(callback)
         return body
 
     return register

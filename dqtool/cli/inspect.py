@@ -1,4 +1,4 @@
-"""`dqtool inspect`: what a file is."""
+"""`dqtool inspect`: a description of any file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dqtool.stages.common import Common
 @command("dqtool inspect distilled.safetensors", "dqtool inspect zoo:digits-ddpm --json")
 def inspect(
     anything: Annotated[
-        str, typer.Argument(metavar="ANY", help="An artifact, an exported directory, a model or zoo:NAME.")
+        str, typer.Argument(metavar="ANY", help="Artifact, exported directory, model or zoo:NAME to describe.")
     ],
     common: Common,
 ) -> None:
-    """Say what an artifact or a model is.
+    """Describe an artifact or a model.
 
-    Stage, inputs, parameters, size, layers with their bits, metrics.
+    Prints its stage, inputs, parameters, size, metrics, and the layers with their bits.
     """
     from dqtool.stages.inspect import describe, render
 

@@ -1,4 +1,4 @@
-"""How lists are read from an option's text."""
+"""Lists in the text of an option, `a,b`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ __all__ = ["split_list", "split_numbers"]
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    """`"a,b"` as ("a", "b"); "none" and nothing are ()."""
+    """Split `"a,b"` into ("a", "b"). The texts "none" and "" give ()."""
     return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "none"))
 
 
 def split_numbers(text: str | None, where: str) -> tuple[int, ...]:
-    """`"1,4"` as (1, 4); None is ().
+    """Split `"1,4"` into (1, 4). None gives ().
 
     Raises:
-        UsageError: something else than whole numbers.
+        UsageError: a part is no whole number.
     """
     parts = split_list(text or "")
     if not all(part.isdecimal() for part in parts):

@@ -1,4 +1,4 @@
-"""Running a stage for a command, and printing what came of it: results on standard output, the rest elsewhere."""
+"""Run a stage for a command and print its result: the result to standard output, the rest to standard error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["on_standard_error", "print_report", "print_result", "run_stage"]
 
 
 def run_stage(name: str, common: Common, **values: Any) -> None:
-    """Run a stage with options by field name (a command's arguments are just that), or print what it would do."""
+    """Run a stage with options by field name and print its result; in a dry run, print the plan."""
     from dqtool.stages.registry import make_options, stage_function
 
     options = make_options(name, values)
@@ -33,13 +33,13 @@ def run_stage(name: str, common: Common, **values: Any) -> None:
 
 @contextlib.contextmanager
 def on_standard_error() -> Any:
-    """Whatever a library prints in here goes to standard error: standard output is the result's alone."""
+    """Send everything that is printed inside to standard error, which keeps standard output for the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def print_result(path: str, common: Common) -> None:
-    """The path, or with --json the manifest, where it is and which stages were cached."""
+    """Print the path, or with --json the manifest with the path and the stages that were cached."""
     if not common.json:
         print(path)
         return
@@ -56,7 +56,7 @@ def print_result(path: str, common: Common) -> None:
 
 
 def print_report(content: Any, lines: Sequence[str], common: Common) -> None:
-    """Print a report: its lines, in which names from files are without control characters, or with --json its content."""
+    """Print a report: its lines, with control characters escaped, or with --json its content."""
     if common.json:
         print(json_format.dumps(content, sort_keys=True))
     else:

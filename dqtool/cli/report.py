@@ -1,4 +1,4 @@
-"""`dqtool report`: a page of results."""
+"""`dqtool report`: a page of eval results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from dqtool.cli.app import command
 from dqtool.cli.output import on_standard_error, print_report, print_result
 from dqtool.stages.common import Common
+from dqtool.stages.options.declared import INPUT
 
 
 @command("dqtool report results", "dqtool report results/w4a4 results/w8a8/eval.json -o report.md", name="report")
@@ -16,18 +17,34 @@ def report_page(
     common: Common,
     places: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DIR]...", help="Directories of eval results, or their JSONs; left out: eval.json."),
+        typer.Argument(
+            metavar="[DIR]...",
+            help="Directories with eval results, or their JSON files. Default: eval.json.",
+        ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Left out: report.html or report.md.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Page to write. Default: report.html, or report.md.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(metavar="html|md", help="Left out: by the file's name, else html.")
+        str | None,
+        typer.Option(
+            metavar="html|md",
+            help="Format of the page. Default: the one of the file's name, else html.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
 ) -> None:
-    """Make one page of eval results.
+    """Write eval results as one page.
 
-    Tables, quality against cost, errors by layer and step, activations, samples. Artifacts found beside add to it.
+    The page has tables, quality against cost, errors by layer and step, activations and samples. Artifacts in the same
+    directories add to it.
     """
     from dqtool.stages.report_page import ReportOptions, plan_report, render_plan, write_report
 

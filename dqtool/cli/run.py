@@ -1,4 +1,4 @@
-"""`dqtool run`: a recipe."""
+"""`dqtool run`: the stages of a recipe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from dqtool.cli.app import command
 from dqtool.cli.output import on_standard_error, print_report, print_result
 from dqtool.stages.common import Common
+from dqtool.stages.options.declared import INPUT
 
 
 @command(
@@ -16,19 +17,36 @@ from dqtool.stages.common import Common
     "dqtool run recipes/digits-ddpm-w4a4.yaml --set distill.iters=0 --set distill.output=ptq.safetensors",
 )
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="Names a model and, stage by stage, options.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE.yaml", help="Recipe to run: a YAML file with a model and, stage by stage, options."
+        ),
+    ],
     common: Common,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="STAGE.OPTION=VALUE", help="Override the recipe; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="STAGE.OPTION=VALUE",
+            help="Option to set or override in the recipe. May be repeated.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="DIR", help="Left out: results/NAME of the recipe.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Directory to write to. Default: results/NAME, after the recipe.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
 ) -> None:
     """Run the stages that a recipe describes.
 
-    Each works on the output of the one before; what is cached is not done again.
+    Each stage works on the output of the one before. Stages whose output is up to date are not run again.
     """
     from dqtool.stages.plan import plan_recipe, render
     from dqtool.stages.run import run as run_recipe

@@ -1,4 +1,4 @@
-"""The commands of the stages, derived from what each stage declares."""
+"""Commands of the stages, derived from the options that each stage declares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["add_stage"]
 
 
 def add_stage(name: str, stage: Stage, group: typer.Typer = app) -> None:
-    """Register a stage as a command with the options that its class declares."""
+    """Register a stage as a command with the options that its options class declares."""
 
     def body(common: Common, **values: Any) -> None:
         run_stage(name, common, **values)
@@ -31,7 +31,7 @@ def add_stage(name: str, stage: Stage, group: typer.Typer = app) -> None:
 
 
 def _parameter(declared: Declared) -> inspect.Parameter:
-    """The parameter that Typer reads an option from."""
+    """Return the parameter that Typer derives the option from."""
     option = declared.option
     kind: Any = declared.kind
     default = inspect.Parameter.empty if declared.default is dataclasses.MISSING else declared.default
@@ -43,14 +43,14 @@ def _parameter(declared: Declared) -> inspect.Parameter:
     if option.positional:
         info = typer.Argument(**shown)
     else:
-        info = typer.Option(*_flags(declared), **shown, show_default=option.show_default)
+        info = typer.Option(*_flags(declared), **shown, show_default=option.show_default, rich_help_panel=option.panel)
     return inspect.Parameter(
         declared.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
 
 
 def _flags(declared: Declared) -> tuple[str, ...]:
-    """Return the option as it is typed. A switch has a `--no-` form only if it can be left open."""
+    """Return the option as it is typed. A switch has a `--no-` form only if None is one of its values."""
     long = declared.long
     if declared.kind is bool and declared.optional:
         long = f"{long}/--no-{long.removeprefix('--')}"

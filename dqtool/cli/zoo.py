@@ -9,8 +9,11 @@ import typer
 from dqtool.cli.app import app, command
 from dqtool.cli.output import on_standard_error, print_report, print_result
 from dqtool.stages.common import Common
+from dqtool.stages.options.declared import INPUT
 
-zoo_app = typer.Typer(help="The embedded models.", rich_markup_mode=None, epilog="Example: dqtool zoo list")
+zoo_app = typer.Typer(
+    help="List and write the embedded models.", rich_markup_mode=None, epilog="Example: dqtool zoo list"
+)
 app.add_typer(zoo_app, name="zoo")
 
 
@@ -25,15 +28,22 @@ def zoo_list(common: Common) -> None:
 
 @command("dqtool zoo get digits-ddpm -o model", group=zoo_app, name="get")
 def zoo_get(
-    name: Annotated[str, typer.Argument(help="A name from `dqtool zoo list`.")],
+    name: Annotated[str, typer.Argument(help="Name from `dqtool zoo list`.")],
     common: Common,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="DIR", help="The directory to write; left out: NAME.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Directory to write. Default: the model's name.",
+            rich_help_panel=INPUT,
+        ),
     ] = None,
 ) -> None:
-    """Write one as a diffusers pipeline directory.
+    """Write an embedded model as a diffusers pipeline directory.
 
-    Its weights become float32.
+    Its weights are written as float32.
     """
     from dqtool.stages.zoo import ZooGetOptions, get_model, plan_get
 

@@ -12,7 +12,12 @@ from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
-from dqtool.stages.options.distill import DistillOptions, corrects, method_and_options, with_sampler_defaults
+from dqtool.stages.options.distill import (
+    DistillOptions,
+    corrects_predictions,
+    method_and_options,
+    with_sampler_defaults,
+)
 from dqtool.stages.paths import read_paths
 from dqtool.stages.running import Common, StageOutput, check_steps, execute, input_artifact
 
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from dqtool.graph.trace import Trace
     from dqtool.training.data import Trajectory
 
-__all__ = ["DistillOptions", "corrects", "distill", "scheduler_of", "with_sampler_defaults"]
+__all__ = ["DistillOptions", "corrects_predictions", "distill", "scheduler_of", "with_sampler_defaults"]
 
 CODE_VERSION = 4
 
@@ -76,7 +81,7 @@ def fingerprint_parameters(options: DistillOptions) -> dict[str, Any]:
         chosen["train_samples"] = options.train_samples
     if options.low_memory:  # sums in another order
         chosen["low_memory"] = [LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
-    if corrects(options):
+    if corrects_predictions(options):
         chosen |= {"correct_images": CORRECT_IMAGES, "correct_detail": True}
     return (
         chosen
@@ -163,7 +168,7 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
         workspace.restart_clock(lambda: memory.figures() | peak_bytes(device))
         trained = method.train(task, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
         task.merge_scaling()
-        if corrects(options):
+        if corrects_predictions(options):
             if task.low_memory:  # which let go of the float network
                 task = replace(task, teacher=teacher_of(manifest, tensors))
             with report.progress("distill: predictions", len(task.trajectory.timesteps), "step") as progress:

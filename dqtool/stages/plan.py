@@ -78,7 +78,7 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
     from dqtool.models.families import family_of
     from dqtool.models.sampling import scheduler_class
     from dqtool.stages.forecast import forecast
-    from dqtool.stages.options.distill import corrects, with_sampler_defaults
+    from dqtool.stages.options.distill import corrects_predictions, with_sampler_defaults
 
     options = with_sampler_defaults(make_options("distill", values), scheduler_class(source.scheduler, sampler))
     companions = companions_of_source(source)
@@ -90,7 +90,7 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
         config,
         options.spec,
         steps,
-        corrected=corrects(options),
+        corrected=corrects_predictions(options),
     )
 
 

@@ -1,6 +1,7 @@
-"""The stages: one entry each, from which the command line, recipes, tables and dry runs know what there is.
+"""Registry of the stages. The command line, recipes, tables and dry runs are derived from its entries.
 
-Light: `dqtool --help` imports it. What an entry names is imported when it is asked for.
+This module imports nothing heavy, because `dqtool --help` imports it: an entry names functions and classes, which are
+imported when they are used.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage. `options`, `function` and `work` are named as "MODULE:NAME".
+    """One stage. `options`, `function` and `work` are given as "MODULE:NAME".
 
-    `options` is a dataclass of annotated fields (`options.declared`), whose field `output` holds the default output;
-    `function` runs the stage, (options, common) to the path that was written; `work` counts what a run would do, for
-    `--dry-run`. `help` and `examples` are those of the command. `chained` stages follow one another in a recipe.
+    Attributes:
+        options: a dataclass of annotated fields (`options.declared`); its field `output` holds the default output.
+        function: called as `function(options, common)` to run the stage; returns the path of its output.
+        work: called as `work(execution, options)` in a dry run; counts the work of a run.
+        help: help of the command: a summary, then details.
+        examples: command lines that end the help.
+        chained: the stage has a place in recipes.
     """
 
     options: str
@@ -48,9 +53,9 @@ STAGES: dict[str, Stage] = {
         "dqtool.stages.options.dilate:DilateOptions",
         "dqtool.stages.dilate:dilate",
         "dqtool.stages.work:dilate_work",
-        help="Multiply in-channels of weights by Weight Dilation's factors; quantizers divide the inputs by "
-        "the same factors.\n\n"
-        "Reads weights only. The output computes what the model computes, and its weights keep their ranges.",
+        help="Scale weights by Weight Dilation, from the weights alone.\n\n"
+        "In-channels of weights are multiplied by factors that keep the range of each out-channel, and quantizers divide "
+        "the inputs by the same factors. The output computes the same function as the model.",
         examples=(
             "dqtool dilate model.safetensors -o dilated.safetensors",
             "dqtool dilate zoo:digits-ddpm",
@@ -60,8 +65,9 @@ STAGES: dict[str, Stage] = {
         "dqtool.stages.options.calibrate:CalibrateOptions",
         "dqtool.stages.calibrate:calibrate",
         "dqtool.stages.work:calibrate_work",
-        help="Sample the full-precision model, choose factors by activations, keep statistics.\n\n"
-        "One calibration, with its trajectory, serves every bit width.",
+        help="Sample the full-precision model and record activations.\n\n"
+        "Keeps samples for training and statistics of each layer and step, and chooses factors by output error. One "
+        "calibration serves every bit width.",
         examples=(
             "dqtool calibrate dilated.safetensors --steps 20 --samples 5120",
             "dqtool calibrate dilated.safetensors --steps 100 --scaling keep",
@@ -71,9 +77,9 @@ STAGES: dict[str, Stage] = {
         "dqtool.stages.options.distill:DistillOptions",
         "dqtool.stages.distill:distill",
         "dqtool.stages.work:distill_work",
-        help="Choose the bits, train block by block, and pack.\n\n"
-        "The quantizers are set from the calibration, then trained with the weights against the "
-        "full-precision model.",
+        help="Quantize to the given bits and train block by block.\n\n"
+        "Quantizers are initialised from the calibration, then trained together with the weights to match the "
+        "full-precision model. The output is packed.",
         examples=(
             "dqtool distill calibrated.safetensors --bits 4/4",
             "dqtool distill calibrated.safetensors --bits 4/4 --keep 'mid_block.*=8/8' -o w4a4.safetensors",
@@ -83,16 +89,20 @@ STAGES: dict[str, Stage] = {
         "dqtool.stages.options.export:ExportOptions",
         "dqtool.stages.export:export",
         "dqtool.stages.work:export_work",
-        help="Write a diffusers directory.\n\n"
-        "`import dqtool; DiffusionPipeline.from_pretrained(DIR)` and `dqtool.load(DIR)` read it.",
-        examples=("dqtool export distilled.safetensors -o exported",),
+        help="Write a directory for diffusers or another runtime.\n\n"
+        "`import dqtool; DiffusionPipeline.from_pretrained(DIR)` and `dqtool.load(DIR)` read it, unless its format is "
+        "for other programs.",
+        examples=(
+            "dqtool export distilled.safetensors -o exported",
+            "dqtool export distilled.safetensors --format onnx -o exported-onnx",
+        ),
     ),
     "eval": Stage(
         "dqtool.stages.options.eval:EvalOptions",
         "dqtool.stages.eval:evaluate",
         "dqtool.stages.work:eval_work",
-        help="Measure against the full-precision reference.\n\n"
-        "Takes any artifact or exported directory; samples both models with the same seeds.",
+        help="Measure quality against the full-precision model.\n\n"
+        "Both models sample with the same seeds. Takes any artifact or exported directory.",
         examples=(
             "dqtool eval exported --samples 4096 --grid samples.png",
             "dqtool eval exported --samples 50000 --inception-weights pt_inception-2015-12-05.pth --ref-stats imagenet.npz",
@@ -102,7 +112,7 @@ STAGES: dict[str, Stage] = {
         "dqtool.stages.options.sample:SampleOptions",
         "dqtool.stages.sample:sample",
         "dqtool.stages.work:sample_work",
-        help="Draw images from an exported directory.",
+        help="Sample images from an exported directory.",
         examples=("dqtool sample exported -n 16 -o samples.png",),
         chained=False,
     ),
@@ -111,7 +121,7 @@ STAGES: dict[str, Stage] = {
         "dqtool.stages.stats:stats",
         "dqtool.stages.work:stats_work",
         help="Compute reference statistics of a folder of images.\n\n"
-        "For `dqtool eval --ref-stats`, and for the ADM evaluation suite, whose layout they have.",
+        "The output serves `dqtool eval --ref-stats` and the ADM evaluation suite, whose file format it has.",
         examples=(
             "dqtool stats val2014 --image-size 300 --inception-weights pt_inception-2015-12-05.pth -o coco.npz",
             "dqtool stats imagenet/train --image-size 256 --inception-weights classify_image_graph_def.pb -o imagenet.npz",
@@ -138,20 +148,20 @@ def stage_function(name: str) -> Callable[[Any, Common], str]:
 
 
 def work_function(name: str) -> Callable[[Execution, Any], dict[str, Any]]:
-    """Return the function that counts what a run of a stage would do."""
+    """Return the function that counts the work of a run of the stage."""
     return _named(STAGES[name].work)
 
 
 def default_output(name: str) -> str:
-    """Return the path that a stage writes to when none is given."""
+    """Return the path that a stage writes to by default."""
     return next(each.default for each in declared_options(options_class(name)) if each.name == "output")
 
 
 def make_options(name: str, values: Mapping[str, Any]) -> Any:
-    """Return the options of a stage from values by field name; None stands for the default.
+    """Build the options of a stage from values by field name. None stands for the default.
 
     Raises:
-        UsageError: a value is out of bounds, or not offered.
+        UsageError: a value is out of bounds, or there is no such choice.
     """
     check_values(values)
     return make(options_class(name), values)

@@ -40,7 +40,7 @@ def distill_work(execution: Execution, options: Any) -> Work:
     from dqtool.scaling.folding import pending_folds
     from dqtool.scaling.records import dilated_layers
     from dqtool.stages.distill import network_spec, scheduler_of
-    from dqtool.stages.options.distill import corrects, method_and_options, with_sampler_defaults
+    from dqtool.stages.options.distill import corrects_predictions, method_and_options, with_sampler_defaults
 
     calibrated = read_manifest(execution.inputs[0]["name"])
     options = with_sampler_defaults(options, str(scheduler_of(calibrated).get("_class_name")))
@@ -54,7 +54,7 @@ def distill_work(execution: Execution, options: Any) -> Work:
     return {
         "blocks": blocks,
         "iterations": method.work(recipe, blocks),
-        **_size(calibrated, plans, steps, _prediction_rows(calibrated) if corrects(options) else {}),
+        **_size(calibrated, plans, steps, _prediction_rows(calibrated) if corrects_predictions(options) else {}),
         "layers": [plan.summary() for plan in plans],
     }
 

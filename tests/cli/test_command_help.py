@@ -1,22 +1,29 @@
-"""The shape of the command line: help, versions, which options there are, and how fast it answers."""
+"""Help and version of the command line, the options that commands offer, and the time that help takes."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from check_prose import OPENINGS
 from conftest import Run
 
 from dqtool import __version__
-from dqtool.cli import COMMON, app
+from dqtool.cli import COMMON, COMPLETION, app
+from dqtool.cli.help import with_names
 from dqtool.stages.registry import STAGES, make_options, option_types
+from dqtool.training.methods import METHODS
 
-COMMANDS = [*STAGES, "run", "inspect", "report", "zoo list", "zoo get"]
+COMMANDS = [*STAGES, "run", "inspect", "bench", "report", "zoo list", "zoo get"]
 POSITIONAL = {"model", "artifact", "directory"}
 
 
@@ -64,6 +71,90 @@ def test_the_command_offers_exactly_the_options_of_the_stage_with_their_defaults
 def test_the_common_options_are_everywhere(run: Run, tmp_path: Path, command: str):
     text = run(*command.split(), "--help", cwd=tmp_path).stdout
     assert all(f"--{name.replace('_', '-')}" in text for name in COMMON)
+
+
+def parameters(command: Any) -> list[Any]:
+    """Parameters of a command and of the commands in its group."""
+    return [
+        *command.params,
+        *(each for inner in getattr(command, "commands", {}).values() for each in parameters(inner)),
+    ]
+
+
+@pytest.mark.parametrize("parameter", parameters(typer.main.get_command(app)), ids=lambda each: str(each.opts[0]))
+def test_each_help_text_is_a_sentence_that_opens_with_a_verb_or_a_noun(parameter: Any):
+    assert parameter.help, parameter.opts
+    word = parameter.help.split()[0]
+    assert word[0].isupper() or word in METHODS, parameter.help
+    assert word.lower() not in {*OPENINGS, "a", "an", "the", "its", "left", "any"}, parameter.help
+    assert parameter.help.endswith("."), parameter.help
+
+
+def registered(module: str, name: str) -> Iterable[str]:
+    return getattr(import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "module", "name"),
+    [
+        ("calibrate", "scaling", "dqtool.scaling.methods", "METHODS"),
+        ("calibrate", "sampler", "dqtool.models.schedulers", "SAMPLERS"),
+        ("calibrate", "spacing", "dqtool.models.schedulers", "SPACINGS"),
+        ("calibrate", "variance", "dqtool.models.schedulers", "VARIANCES"),
+        ("calibrate", "draw", "dqtool.core.draws", "DRAWS"),
+        ("distill", "method", "dqtool.training.methods", "METHODS"),
+        ("distill", "preset", "dqtool.core.quantization", "PRESETS"),
+        ("export", "format", "dqtool.formats", "FORMATS"),
+        ("eval", "sampler", "dqtool.models.schedulers", "SAMPLERS"),
+        ("eval", "metrics", "dqtool.metrics", "METRICS"),
+        ("eval", "metrics", "dqtool.stages.options.eval", "NETWORK_METRICS"),
+        ("eval", "runtime", "dqtool.runtimes", "RUNTIMES"),
+        ("sample", "runtime", "dqtool.runtimes", "RUNTIMES"),
+        ("bench", "runtime", "dqtool.runtimes", "RUNTIMES"),
+        ("bench", "against", "dqtool.bench.contenders", "CONTENDERS"),
+        ("bench", "arch", "dqtool.models.architectures", "ARCHITECTURES"),
+    ],
+)
+def test_help_names_every_choice(command: str, option: str, module: str, name: str):
+    offered = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    text = with_names(next(each.help for each in offered if each.name == option))
+    words = set(re.findall(r"[\w-]+", text))
+    left_out = {"wd"} if option == "scaling" else set()  # dilate's own method, which looks at no activations
+    assert set(registered(module, name)) - left_out <= words
+    assert not re.search(r"[{}]", text)
+
+
+def test_a_new_choice_is_named_without_touching_the_command(monkeypatch: pytest.MonkeyPatch):
+    from dqtool.formats import FORMATS
+
+    monkeypatch.setitem(FORMATS, "toy", "toy")
+    assert "dq, dense, openvino, onnx, compressed-tensors, toy" in with_names("{dqtool.formats:FORMATS}")
+
+
+@pytest.mark.parametrize("command", ["calibrate", "distill", "eval", "sample"])
+def test_help_has_panels_for_input_quality_and_resources(run: Run, tmp_path: Path, command: str):
+    lines = run(command, "--help", cwd=tmp_path).stdout.splitlines()
+    panels = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert panels == ["Arguments:", "Input and output:", "Quality:", "Resources:", "General:"]
+
+
+def printed(*arguments: str, **variables: str) -> str:
+    command = [sys.executable, "-m", "dqtool", *arguments]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("dqtool di", ["dilate", "distill"]), ("dqtool export --fo", ["--format", "--force"])],
+)
+def test_the_shell_completes_commands_and_options(words: str, expected: list[str]):
+    last = str(len(words.split()) - 1)
+    assert printed(COMP_WORDS=words, COMP_CWORD=last, _DQTOOL_COMPLETE="complete_bash").split() == expected
+
+
+def test_the_completion_script_asks_in_the_variable_that_is_answered():
+    shown = printed("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert f"{COMPLETION}=complete_bash" in shown
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy():

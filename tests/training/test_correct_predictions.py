@@ -22,7 +22,7 @@ from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
-from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects, distill, with_sampler_defaults
+from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects_predictions, distill, with_sampler_defaults
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.plan import plan_stage
 from dqtool.training.data import DistillationTask
@@ -152,7 +152,7 @@ def test_how_many_samples_run_together_changes_nothing(task: DistillationTask, s
     ],
 )
 def test_what_is_trained_by_our_methods_is_corrected(given: dict[str, Any], expected: bool) -> None:
-    assert corrects(DistillOptions(**given)) is expected
+    assert corrects_predictions(DistillOptions(**given)) is expected
 
 
 def test_samplers_that_extrapolate_have_other_defaults(made: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.errors import UsageError
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import RESOURCES, Option
 from dqtool.stages.options.shared import (
     ARTIFACT,
+    BATCH_HELP,
     CONDITIONS,
     GUIDANCE,
     LARGEST_SEED,
@@ -34,70 +35,103 @@ WITHOUT_IMPORTS = (KEEP, AUTO, "none")
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Options of `dqtool calibrate`. `samples` counts (x_t, t) pairs, `draw` says how many of them are of which step."""
+    """Options of `dqtool calibrate`. `samples` counts (x_t, t) pairs; `draw` divides them among the steps."""
 
     artifact: Annotated[str | None, ARTIFACT] = None
     output: Annotated[str, OUTPUT] = "calibrated.safetensors"
-    steps: Annotated[int, Option("Sampling steps the quantized model will take.", "N", least=1)] = 20
+    steps: Annotated[
+        int, Option("Sampling steps of the quantized model. Give the number you will sample with.", "N", least=1)
+    ] = 20
     sampler: Annotated[
         str | None,
-        Option("ddim, ddpm, plms, dpmsolver, euler, euler_ancestral or lcm; left out: the pipeline's own.", "NAME"),
+        Option(
+            "Sampler of the quantized model: {dqtool.models.schedulers:SAMPLERS}. Default: the pipeline's own.",
+            "NAME",
+        ),
     ] = None
     spacing: Annotated[
         str | None,
-        Option("Timesteps: leading, trailing, linspace or quad; left out: as the pipeline spaces them.", "NAME"),
+        Option(
+            "Spacing of the timesteps: {dqtool.models.schedulers:SPACINGS}. Default: the pipeline's own.",
+            "NAME",
+        ),
     ] = None
-    timesteps: Annotated[str | None, Option("Exactly these timesteps, from the most noise on.", "T,T,...")] = None
-    clip: Annotated[bool | None, Option("Clip predicted images to [-1, 1]; left out: as the pipeline does.")] = None
+    timesteps: Annotated[
+        str | None,
+        Option("Timesteps to sample at, in place of a spacing, from the most noise on.", "T,T,..."),
+    ] = None
+    clip: Annotated[
+        bool | None, Option("Clip predicted images to [-1, 1], or not. Default: the pipeline's own setting.")
+    ] = None
     variance: Annotated[
-        str | None, Option("Of ddpm: fixed_small, fixed_large, or learned_range (DiT's own protocol).", "NAME")
+        str | None,
+        Option(
+            "Variance of the ddpm sampler: {dqtool.models.schedulers:VARIANCES}. DiT was published with learned_range.",
+            "NAME",
+        ),
     ] = None
-    samples: Annotated[int, Option("Pairs (x_t, t) to keep for training.", "N", least=1)] = 5120
-    draw: Annotated[str, Option("Of which steps: stratified (all alike), uniform, normal or density.", "NAME")] = (
-        STRATIFIED
-    )
+    samples: Annotated[
+        int, Option("Pairs (x_t, t) to keep for training. More take longer and more disk.", "N", least=1)
+    ] = 5120
+    draw: Annotated[
+        str,
+        Option(
+            "Distribution of the pairs over the steps: stratified (equally many of each), uniform (Q-Diffusion), normal "
+            "(PTQ4DM) or density (EDA-DM).",
+            "NAME",
+        ),
+    ] = STRATIFIED
     scaling: Annotated[
         str,
         Option(
-            "How activations change dilate's factors: auto keeps or replaces each layer's by output error, "
-            "and distill learns on; keep leaves them; or none, smoothquant, osplus, omniquant, awq, dgq.",
+            "Change of dilate's factors by activations. auto replaces each layer's factors where others give less output "
+            "error, and distill learns them further; keep leaves them. Or take one method for all layers: none, "
+            "smoothquant, awq, dgq, osplus or omniquant.",
             "NAME",
         ),
     ] = AUTO
-    bits: Annotated[str, Option("The bits at which auto and osplus compare outputs.", "W/A")] = "4/4"
+    bits: Annotated[
+        str,
+        Option(
+            "Bits at which auto and osplus compare outputs. Give those you will distill with, if they differ much.",
+            "W/A",
+        ),
+    ] = "4/4"
     seed: Annotated[int, Option("Seed of the images that are sampled.", "N", least=0, most=LARGEST_SEED)] = 0
-    eta: Annotated[float, Option("Noise added at each step of ddim.", "F", least=0)] = 0.0
+    eta: Annotated[
+        float, Option("Noise that the ddim sampler adds at each step. 0 is deterministic.", "F", least=0)
+    ] = 0.0
     guidance: Annotated[float | None, GUIDANCE] = None
     prompts: Annotated[str | None, PROMPTS] = None
     conditions: Annotated[str | None, CONDITIONS] = None
     pipeline: Annotated[str | None, PIPELINE] = None
     random_conditions: Annotated[bool, RANDOM_CONDITIONS] = False
-    batch_size: Annotated[int, Option("Images sampled together.", "N", least=1)] = 64
+    batch_size: Annotated[int, Option(BATCH_HELP, "N", least=1, panel=RESOURCES)] = 64
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for a draw, scaling, bits, spacing or variance that does not exist, or a list that is none."""
+        """Raise `UsageError` for an unknown draw, scaling, spacing or variance, and for bits or timesteps that can't be read."""
         _ = self.layer_bits
         schedule_of(self)
         if self.scaling not in WITHOUT_IMPORTS:
             from dqtool.scaling.methods import check_activation_method
 
             check_activation_method(self.scaling)
-        if self.draw != STRATIFIED:  # the usual one is there without torch
+        if self.draw != STRATIFIED:  # the default needs no check, which would import torch
             from dqtool.core.draws import draw_method
 
             draw_method(self.draw)
 
     @cached_property
     def layer_bits(self) -> LayerBits:
-        """`bits`, parsed."""
+        """Parsed `bits`."""
         return parse_bits(self.bits)
 
 
 def schedule_of(options: CalibrateOptions) -> SchedulerChoices:
-    """Return what the options say of the scheduler's timesteps, clipping and variance.
+    """Return the choices about the scheduler: its timesteps, clipping and variance.
 
     Raises:
-        UsageError: a spacing or variance that does not exist, or a list that is none.
+        UsageError: an unknown spacing or variance, or timesteps that are no list of numbers.
     """
     from dqtool.models.schedulers import SchedulerChoices
 

@@ -2,7 +2,8 @@
 
     steps: Annotated[int, Option("Sampling steps the quantized model will take.", "N", least=1)] = 20
 
-The command line, recipes, tables and bounds are all derived from such a class. Light: `dqtool --help` imports it.
+The command line, recipes, tables and bounds are all derived from such a class. This module imports nothing heavy,
+because `dqtool --help` imports it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,28 @@ from typing import Any
 
 from dqtool.errors import UsageError
 
-__all__ = ["Declared", "Option", "declared_options", "make"]
+__all__ = ["INPUT", "QUALITY", "RESOURCES", "Declared", "Option", "declared_options", "make"]
+
+INPUT, QUALITY, RESOURCES = "Input and output", "Quality", "Resources"
+"""Panels of a command's help."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
     """The declaration of one option.
 
-    `help` and `metavar` are shown by `--help`; `least` and `most` bound a number; `short` is a second name, `-o`; `positional` makes
-    it an argument of the command, which recipes fill in by themselves; `separated` makes a tuple one option, `a,b`.
+    Attributes:
+        help: a sentence on what the option does, and when one would change it. `{MODULE:NAME}` in it stands for the names
+            that this dictionary or tuple holds; it is read when the help is shown.
+        metavar: the placeholder of the value in the help, `N`.
+        least: the smallest number that is accepted.
+        most: the largest number that is accepted.
+        short: a second name, `-o`.
+        positional: the option is an argument of the command. Recipes fill it in by themselves.
+        separated: a tuple is given as one text, `a,b`.
+        hidden: the help does not show the option.
+        show_default: the help shows the default.
+        panel: the part of the help that shows the option.
     """
 
     help: str
@@ -37,14 +51,15 @@ class Option:
     separated: bool = False
     hidden: bool = False
     show_default: bool = True
+    panel: str = QUALITY
 
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
     """An option with the name, type and default of its field.
 
-    `kind` is str, int, float, bool or, for a tuple, list; `optional` says that None is a value; `default` is
-    `dataclasses.MISSING` where the option must be given.
+    `kind` is str, int, float, bool or, for a tuple, list. `optional` options may be None. `default` is
+    `dataclasses.MISSING` if the option must be given.
     """
 
     name: str
@@ -55,15 +70,11 @@ class Declared:
 
     @property
     def long(self) -> str:
-        """The option as it is typed, `--batch-size`."""
+        """Name of the option as it is typed, `--batch-size`."""
         return f"--{self.name.replace('_', '-')}"
 
     def check(self, value: float) -> None:
-        """Refuse a number out of bounds.
-
-        Raises:
-            UsageError: it is.
-        """
+        """Raise `UsageError` for a number that is out of bounds."""
         least, most = self.option.least, self.option.most
         if least is not None and not value >= least:
             raise UsageError(f"{value} is too small", where=self.long, fix=f"Give {least} or more")
@@ -83,7 +94,7 @@ def declared_options(options: type) -> tuple[Declared, ...]:
 
 
 def make(options: type, values: Mapping[str, Any]) -> Any:
-    """Return the options of a stage from values by field name. None stands for the default; a list becomes a tuple.
+    """Build the options of a stage from values by field name. None stands for the default; a list becomes a tuple.
 
     Raises:
         UsageError: a number is out of bounds, or the options class refuses a value.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from dqtool.errors import UsageError
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import INPUT, Option
 from dqtool.stages.options.shared import OUTPUT
 
 if TYPE_CHECKING:
@@ -21,69 +21,116 @@ WITHOUT_IMPORTS = ("wd", "none")
 
 @dataclass(frozen=True)
 class DilateOptions:
-    """Options of `dqtool dilate`. `stats` and `bits` now belong to `calibrate`: giving them is an error that says so."""
+    """Options of `dqtool dilate`. `stats` and `bits` moved to `calibrate`: giving them is an error that names the new place."""
 
     model: Annotated[
         str,
         Option(
-            "A .safetensors file with config.json beside it, a diffusers directory, an original checkpoint, a"
-            " Hub id, or zoo:NAME.",
+            "Model to quantize: a .safetensors file with config.json beside it, a diffusers directory, an original "
+            "checkpoint, a Hub id, or zoo:NAME.",
             positional=True,
         ),
     ]
     output: Annotated[str, OUTPUT] = "dilated.safetensors"
-    config: Annotated[str | None, Option("Its config.json or a directory with it, or the authors' YAML.", "FILE")] = (
-        None
-    )
+    config: Annotated[
+        str | None,
+        Option(
+            "Configuration of a model file: a config.json, a directory with one, or the authors' YAML.",
+            "FILE",
+            panel=INPUT,
+        ),
+    ] = None
     prediction_type: Annotated[
         str | None,
         Option(
-            "What the network predicts, where its files don't say: epsilon, v_prediction, sample, flow_prediction.",
+            "Quantity that the network predicts: epsilon, v_prediction, sample or flow_prediction. Give it when the "
+            "model's files don't say.",
             "KIND",
+            panel=INPUT,
         ),
     ] = None
     scheduler: Annotated[
-        str | None, Option("A scheduler_config.json, or a directory with one: its noise schedule.", "FILE")
+        str | None,
+        Option(
+            "Noise schedule: a scheduler_config.json, or a directory with one. Give it when the model comes without one.",
+            "FILE",
+            panel=INPUT,
+        ),
     ] = None
-    variant: Annotated[str | None, Option("Which weights of several: fp16, bf16, ema, non_ema.", "NAME")] = None
-    tokenizer: Annotated[str | None, Option("The tokenizer of a single file that holds its text encoders.", "DIR")] = (
-        None
-    )
+    variant: Annotated[
+        str | None,
+        Option(
+            "Weights to take when a model has several: fp16, bf16, ema or non_ema.",
+            "NAME",
+            panel=INPUT,
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | None, Option("Tokenizer for a single file that holds its text encoders.", "DIR", panel=INPUT)
+    ] = None
     pipeline: Annotated[
-        str | None, Option("A pipeline of the same kind, with all that the model comes without.", "DIR")
+        str | None,
+        Option("Pipeline of the same kind that provides the parts which the model lacks.", "DIR", panel=INPUT),
     ] = None
     scaling: Annotated[
         str,
         Option(
-            "wd is Weight Dilation; none leaves the weights as they are. Scaling by activations: calibrate --scaling.",
+            "Scaling of the weights: wd is Weight Dilation, none leaves the weights as they are. Scaling methods that look "
+            "at activations are options of `dqtool calibrate`.",
             "NAME",
         ),
     ] = "wd"
-    cap: Annotated[float, Option("The largest factor of a channel.", "F", least=1)] = 64.0
-    threshold: Annotated[float, Option("Of wd: leave channels alone whose factor would be smaller.", "F", least=1)] = (
-        1.0
+    cap: Annotated[float, Option("Largest factor of a channel. Lower it to change the weights less.", "F", least=1)] = (
+        64.0
     )
-    family: Annotated[str | None, Option("generic: take a network of a class that has no adapter.", "NAME")] = None
-    example: Annotated[str | None, Option("For generic: a tensor for each further argument, safetensors.", "FILE")] = (
-        None
-    )
+    threshold: Annotated[
+        float, Option("Smallest factor that wd applies. Channels with a smaller one are left alone.", "F", least=1)
+    ] = 1.0
+    family: Annotated[
+        str | None,
+        Option("Adapter to use. Give `generic` for a network of a class that has none.", "NAME", panel=INPUT),
+    ] = None
+    example: Annotated[
+        str | None,
+        Option(
+            "Example inputs for --family generic: a .safetensors file with a tensor for each further argument.",
+            "FILE",
+            panel=INPUT,
+        ),
+    ] = None
     time_scale: Annotated[
         float | None,
         Option(
-            "For generic: the network receives F * t for the scheduler's timestep t, or 1 + F * t where F is negative.",
+            "Time scale for --family generic: the network receives F * t for the scheduler's timestep t, or 1 + F * t "
+            "where F is negative.",
             "F",
+            panel=INPUT,
         ),
     ] = None
     components: Annotated[
-        str | None, Option("Which network of a pipeline, one at a time; left out: its denoiser.", "NAME")
+        str | None,
+        Option(
+            "Network of the pipeline to quantize, one at a time. Default: the denoiser.",
+            "NAME",
+            panel=INPUT,
+        ),
     ] = None
-    lora: Annotated[tuple[str, ...], Option("A LoRA to add first; may be repeated.", "FILE[:WEIGHT]")] = ()
-    fold: Annotated[bool, Option("Divide in what makes the input (norms, v, adaLN) where the algebra allows.")] = False
-    stats: Annotated[str | None, Option("Moved: see calibrate --scaling.", hidden=True)] = None
-    bits: Annotated[str | None, Option("Moved: see calibrate --bits.", hidden=True)] = None
+    lora: Annotated[
+        tuple[str, ...],
+        Option("LoRA to merge into the weights first. May be repeated.", "FILE[:WEIGHT]", panel=INPUT),
+    ] = ()
+    fold: Annotated[
+        bool,
+        Option(
+            "Fold the division of inputs into the layer before (norms, v, adaLN) where the algebra allows. The exported "
+            "network then divides less."
+        ),
+    ] = False
+    stats: Annotated[str | None, Option("Moved to `dqtool calibrate --scaling`.", hidden=True)] = None
+    bits: Annotated[str | None, Option("Moved to `dqtool calibrate --bits`.", hidden=True)] = None
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for a scaling that looks at activations, and for options that `calibrate` has now."""
+        """Raise `UsageError` for a scaling that looks at activations, and for options that moved to `calibrate`."""
         if self.scaling not in WITHOUT_IMPORTS:
             from dqtool.scaling.methods import check_weight_method
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import ARTIFACT, LARGEST_SEED, OUTPUT
 
 if TYPE_CHECKING:
     from dqtool.training.methods import Method
 
-__all__ = ["DistillOptions", "corrects", "method_and_options", "with_sampler_defaults"]
+__all__ = ["DistillOptions", "corrects_predictions", "method_and_options", "with_sampler_defaults"]
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,37 @@ class DistillOptions:
 
     artifact: Annotated[str | None, ARTIFACT] = None
     output: Annotated[str, OUTPUT] = "distilled.safetensors"
-    bits: Annotated[str, Option("Weights/activations, 2 to 8 or 16 for float.", "W/A")] = "4/4"
-    steps: Annotated[int | None, Option("To check: the steps the input was calibrated for.", "N", least=1)] = None
+    bits: Annotated[
+        str,
+        Option(
+            "Bits of weights and activations, 2 to 8 each, or 16 for float. 8/8 is the safest, 4/4 the smallest and fastest; "
+            "4/16 quantizes weights alone.",
+            "W/A",
+        ),
+    ] = "4/4"
+    steps: Annotated[
+        int | None,
+        Option(
+            "Sampling steps that the input must have been calibrated for. Give it as a check.",
+            "N",
+            least=1,
+            panel=INPUT,
+        ),
+    ] = None
     iters: Annotated[
-        int | None, Option("Iterations per block, or of the network where a method trains it whole.", "N", least=0)
+        int | None,
+        Option(
+            "Training iterations for each block, or for the network if the method trains it as a whole. More improve "
+            "quality slowly; 0 trains nothing. Default: the method's own.",
+            "N",
+            least=0,
+        ),
     ] = None
     refine_iters: Annotated[
         int | None,
         Option(
-            "For bkd: iterations of the pass over all blocks; left out: 0 for samplers that extrapolate (PLMS, LMS).",
+            "Iterations of the second pass of bkd (over all blocks together) and bkd-blockwise (on the quantized model's own "
+            "samples). Default: the method's own, and 0 for samplers that extrapolate (PLMS, LMS).",
             "N",
             least=0,
         ),
@@ -46,51 +68,88 @@ class DistillOptions:
     method: Annotated[
         str,
         Option(
-            "How weights are learned: bkd, bkd-blockwise, on-policy, ptq, adaround, lsq, lora-qat, "
-            "qat-partial or per-step.",
+            "Training method: {dqtool.training.methods:METHODS}. ptq trains nothing and takes seconds.",
             "NAME",
         ),
     ] = "bkd"
     seed: Annotated[int, Option("Seed of the training.", "N", least=0, most=LARGEST_SEED)] = 0
-    keep: Annotated[tuple[str, ...], Option("Other bits for some layers; may be repeated.", "REGEX=W/A")] = ()
-    softmax_bits: Annotated[int, Option("Bits of the attention's softmax output.", "N")] = 8
-    static: Annotated[bool, Option("One activation range for all steps.")] = False
+    keep: Annotated[
+        tuple[str, ...],
+        Option(
+            "Bits of the layers whose names match, 16/16 for float. Use it for the layers with the largest errors "
+            "in `dqtool report`. May be repeated.",
+            "REGEX=W/A",
+        ),
+    ] = ()
+    softmax_bits: Annotated[int, Option("Bits of the attention's softmax output, 2 to 8 or 16 for float.", "N")] = 8
+    static: Annotated[
+        bool,
+        Option(
+            "Use one activation range for all steps, in place of one for each. It costs quality; `export --format compressed-tensors` needs it for quantized inputs."
+        ),
+    ] = False
     batch_size: Annotated[
-        int | None, Option("Samples per iteration; left out: 32.", "N", least=1, show_default=False)
+        int | None,
+        Option(
+            "Samples in each iteration. Default: 32. Lower it when memory runs out.",
+            "N",
+            least=1,
+            show_default=False,
+            panel=RESOURCES,
+        ),
     ] = None
-    blocks: Annotated[str | None, Option("Train these blocks only; the others stay as initialised.", "REGEX")] = None
+    blocks: Annotated[
+        str | None,
+        Option("Blocks to train, by name. The others stay as initialised. Use it to try something quickly.", "REGEX"),
+    ] = None
     preset: Annotated[
         str,
         Option(
-            "standard: every layer; nonstandard: upsampled and skip convolutions and attention products stay float.",
+            "Layers to quantize. standard: every layer. nonstandard: upsampled and skip convolutions and attention "
+            "products stay float, as in EfficientDM.",
             "NAME",
         ),
     ] = "standard"
     train_samples: Annotated[
-        int | None, Option("Points of the trajectory to train on; left out: all.", "N", least=1)
+        int | None,
+        Option(
+            "Calibration pairs to train on. Default: all. Fewer take less memory and time.",
+            "N",
+            least=1,
+            panel=RESOURCES,
+        ),
     ] = None
-    cache_memory: Annotated[int, Option("Cached activations beyond this go to disk (TMPDIR).", "MIB", least=0)] = 6144
+    cache_memory: Annotated[
+        int,
+        Option("Memory for cached activations. Those beyond it go to disk (TMPDIR).", "MIB", least=0, panel=RESOURCES),
+    ] = 6144
     low_memory: Annotated[
-        bool, Option("All cached activations to disk, few samples at once: the same up to rounding, slower.")
+        bool,
+        Option(
+            "Keep all cached activations on disk and run few samples at once. Results are equal up to rounding; training "
+            "is slower.",
+            panel=RESOURCES,
+        ),
     ] = False
     correct_noise: Annotated[
         bool | None,
         Option(
-            "Take the errors of slope, detail and mean out of every step's predictions, with tables fitted "
-            "after training; left out: where bkd, bkd-blockwise or on-policy trained something, but for "
-            "samplers that extrapolate (PLMS, LMS).",
+            "Correct the slope, detail and mean of the predictions at each step, with tables fitted after training. "
+            "Default: yes after training with bkd, bkd-blockwise or on-policy, except for samplers that extrapolate "
+            "(PLMS, LMS).",
             show_default=False,
         ),
     ] = None
     strict: Annotated[
-        bool, Option("End with an error where training diverges, in place of leaving that block as calibrated.")
+        bool,
+        Option("Stop with an error when training diverges. Without it, the block that diverged stays as calibrated."),
     ] = False
 
     def __post_init__(self) -> None:
-        """Refuse, before anything runs, what no artifact could make right.
+        """Check the options that can be checked without an artifact.
 
         Raises:
-            UsageError: bits, `--keep` patterns, a method or a preset that don't exist, or options that contradict each
+            UsageError: bits or patterns can't be read, there is no such method or preset, or options contradict each
                 other.
         """
         _ = self.spec
@@ -101,7 +160,7 @@ class DistillOptions:
             )
         if self.correct_noise and self.static:
             raise UsageError(
-                "--static leaves one quantizer for all steps, and the correction is one of each step",
+                "--static keeps one quantizer for all steps, and --correct-noise has a correction for each step",
                 where="--correct-noise",
                 fix="Leave one of the two out",
             )
@@ -112,15 +171,15 @@ class DistillOptions:
 
     @cached_property
     def spec(self) -> QuantizationSpec:
-        """`bits`, `keep`, `softmax_bits` and `preset`, parsed."""
+        """Quantization that `bits`, `keep`, `softmax_bits` and `preset` describe."""
         return QuantizationSpec.parse(self.bits, self.keep, self.softmax_bits, self.preset)
 
 
 def with_sampler_defaults(options: DistillOptions, scheduler: str) -> DistillOptions:
     """Return the options with the defaults for a scheduler of this class.
 
-    With an `EXTRAPOLATING` one, our methods leave out the second pass and don't correct predictions, unless the user
-    asks for them.
+    For an `EXTRAPOLATING` scheduler, methods that correct predictions skip the correction and the second pass, unless
+    the user asks for them.
     """
     from dqtool.training.methods import method_of
     from dqtool.training.options import EXTRAPOLATING
@@ -138,7 +197,7 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
     """Return the training method and its options, with defaults filled in.
 
     Raises:
-        UsageError: there is no such method, or something was given that it has no use for.
+        UsageError: there is no such method, or it does not take an option that was given.
     """
     from dqtool.training.methods import method_of, method_options
 
@@ -147,8 +206,8 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
     return method, method_options(method, given)
 
 
-def corrects(options: DistillOptions) -> bool:
-    """Say whether the network's predictions will be corrected at each step. `options` are those of `with_sampler_defaults`."""
+def corrects_predictions(options: DistillOptions) -> bool:
+    """Return True if predictions will be corrected at each step. `options` come from `with_sampler_defaults`."""
     if options.correct_noise is not None:
         return options.correct_noise
     method, recipe = method_and_options(options)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from dqtool.errors import UsageError
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import (
+    BATCH_HELP,
     CONDITIONS,
     CORRECT_NOISE,
     GUIDANCE,
@@ -23,20 +24,23 @@ from dqtool.stages.options.shared import (
 __all__ = ["DEFAULT_METRICS", "NETWORK_METRICS", "EvalOptions"]
 
 NETWORK_METRICS = ("layers", "cost")
-"""Metrics of the network in place of its images: error per layer; size and bit operations."""
+"""Metrics of the network rather than its images: error of each layer; size and bit operations."""
 DEFAULT_METRICS = ("digits", "similarity", *NETWORK_METRICS)
-"""Metrics that need no file. The others join when the files they need are given."""
+"""Metrics that need no file. The others are computed when the files they need are given."""
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Options of `dqtool eval`. `samples` counts images; `reference` defaults to the model the artifact was made from;
-    an exported directory stands for its samples in the `simulate` runtime."""
+    """Options of `dqtool eval`.
+
+    `samples` counts images. `reference` None is the model that the artifact was made from. An exported directory as
+    `reference` is sampled in the `simulate` runtime.
+    """
 
     artifact: Annotated[
         str | None,
         Option(
-            "Any artifact or exported directory; left out: from a pipe, or exported/.",
+            "Artifact or exported directory to measure. Default: the path that a pipe brings, else exported/.",
             "[ARTIFACT_OR_DIR]",
             positional=True,
         ),
@@ -45,35 +49,73 @@ class EvalOptions:
     reference: Annotated[
         str | None,
         Option(
-            "The full-precision model (left out: where it was), or an exported directory in the simulate runtime.",
+            "Model to compare with: the full-precision model, or another exported directory. Default: the model that "
+            "was quantized, where it was then.",
             "MODEL",
+            panel=INPUT,
         ),
     ] = None
     metrics: Annotated[
         tuple[str, ...] | None,
-        Option("Which figures; left out: all that the model and the files allow.", "A,B,...", separated=True),
+        Option(
+            "Metrics to compute: {dqtool.metrics.registry:METRICS}, {dqtool.stages.options.eval:NETWORK_METRICS}. Default: "
+            "all that the model and the given files allow.",
+            "A,B,...",
+            separated=True,
+        ),
     ] = None
-    samples: Annotated[int, Option("Images to sample.", "N", least=1)] = 1024
+    samples: Annotated[
+        int, Option("Images to sample. Figures of published models need 50000 (COCO: 30000).", "N", least=1)
+    ] = 1024
     seed: Annotated[int, Option("Seed of the images, the same for both models.", "N", least=0, most=LARGEST_SEED)] = 0
-    steps: Annotated[int | None, Option("Sampling steps; left out: as calibrated.", "N", least=1)] = None
-    sampler: Annotated[str | None, Option("Left out: as calibrated.", "NAME")] = None
+    steps: Annotated[int | None, Option("Sampling steps. Default: those of the calibration.", "N", least=1)] = None
+    sampler: Annotated[
+        str | None,
+        Option("Sampler: {dqtool.models.schedulers:SAMPLERS}. Default: that of the calibration.", "NAME"),
+    ] = None
     guidance: Annotated[float | None, GUIDANCE] = None
     prompts: Annotated[str | None, PROMPTS] = None
     conditions: Annotated[str | None, CONDITIONS] = None
     pipeline: Annotated[str | None, PIPELINE] = None
     random_conditions: Annotated[bool, RANDOM_CONDITIONS] = False
-    batch_size: Annotated[int, Option("Images sampled together.", "N", least=1)] = 128
-    runtime: Annotated[str, Option("What runs an exported directory.", "NAME")] = "simulate"
-    grid: Annotated[str | None, Option("A picture of samples, both models.", "FILE.png")] = None
+    batch_size: Annotated[int, Option(BATCH_HELP, "N", least=1, panel=RESOURCES)] = 128
+    runtime: Annotated[
+        str,
+        Option(
+            "Engine that runs an exported directory: {dqtool.runtimes:RUNTIMES}, or auto for the fastest here.",
+            "NAME",
+            panel=RESOURCES,
+        ),
+    ] = "simulate"
+    grid: Annotated[
+        str | None, Option("Picture to write, with samples of both models side by side.", "FILE.png", panel=INPUT)
+    ] = None
     inception_weights: Annotated[str | None, INCEPTION_WEIGHTS] = None
     ref_stats: Annotated[
-        str | None, Option("For fid, sfid, pr: from `dqtool stats`, or of the ADM evaluation suite.", "FILE.npz")
+        str | None,
+        Option(
+            "Statistics of the data set, from `dqtool stats` or the ADM evaluation suite. The metrics fid, sfid and pr need "
+            "them.",
+            "FILE.npz",
+            panel=INPUT,
+        ),
     ] = None
-    clip: Annotated[str | None, Option("For clip and aesthetic: a CLIPModel with its tokenizer.", "DIR")] = None
-    aesthetic_weights: Annotated[str | None, Option("For aesthetic: LAION's head over CLIP embeddings.", "FILE")] = None
+    clip: Annotated[
+        str | None,
+        Option(
+            "CLIPModel with its tokenizer. The metrics clip and aesthetic need it.",
+            "DIR",
+            panel=INPUT,
+        ),
+    ] = None
+    aesthetic_weights: Annotated[
+        str | None,
+        Option("LAION's head over CLIP embeddings. The metric aesthetic needs it.", "FILE", panel=INPUT),
+    ] = None
     image_size: Annotated[int | None, IMAGE_SIZE] = None
     save_samples: Annotated[
-        str | None, Option("Keep the samples as a batch of the ADM evaluation suite.", "FILE.npz")
+        str | None,
+        Option("File to keep the samples in, in the format of the ADM evaluation suite.", "FILE.npz", panel=INPUT),
     ] = None
     correct_noise: Annotated[bool, CORRECT_NOISE] = False
 

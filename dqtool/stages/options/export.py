@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from dqtool.errors import UsageError
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import INPUT, Option
 from dqtool.stages.options.shared import ARTIFACT, OUTPUT_DIRECTORY
 
 __all__ = ["ExportOptions"]
@@ -18,7 +18,16 @@ class ExportOptions:
 
     artifact: Annotated[str | None, ARTIFACT] = None
     output: Annotated[str, OUTPUT_DIRECTORY] = "exported"
-    format: Annotated[str, Option("dq: packed bits; dense: float weights on the quantized grid.", "NAME")] = "dq"
+    format: Annotated[
+        str,
+        Option(
+            "Format of the network: {dqtool.formats:FORMATS}. dq holds packed bits and runs in every runtime of dqtool. "
+            "dense holds float weights with quantized values, which plain diffusers reads. openvino runs in dqtool's "
+            "openvino runtime. onnx and compressed-tensors are for other programs.",
+            "NAME",
+            panel=INPUT,
+        ),
+    ] = "dq"
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for an unknown format."""

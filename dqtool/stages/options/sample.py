@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import (
+    BATCH_HELP,
     CONDITIONS,
     CORRECT_NOISE,
     GUIDANCE,
@@ -23,19 +24,31 @@ __all__ = ["SampleOptions"]
 class SampleOptions:
     """Options of `dqtool sample`."""
 
-    directory: Annotated[str, Option("An exported directory.", positional=True)]
-    number: Annotated[int, Option("Images to sample.", "N", least=1, short="-n")] = 16
-    output: Annotated[str, Option("Where to write.", "FILE.png", short="-o")] = "samples.png"
+    directory: Annotated[str, Option("Exported directory to sample from.", positional=True)]
+    number: Annotated[int, Option("Images to sample.", "N", least=1, short="-n", panel=INPUT)] = 16
+    output: Annotated[str, Option("Picture to write.", "FILE.png", short="-o", panel=INPUT)] = "samples.png"
     seed: Annotated[int, Option("Seed of the images.", "N", least=0, most=LARGEST_SEED)] = 0
-    steps: Annotated[int | None, Option("Sampling steps; left out: as calibrated.", "N", least=1)] = None
+    steps: Annotated[int | None, Option("Sampling steps. Default: those of the calibration.", "N", least=1)] = None
     guidance: Annotated[float | None, GUIDANCE] = None
     prompts: Annotated[str | None, PROMPTS] = None
     conditions: Annotated[str | None, CONDITIONS] = None
     pipeline: Annotated[str | None, PIPELINE] = None
     random_conditions: Annotated[bool, RANDOM_CONDITIONS] = False
-    batch_size: Annotated[int, Option("Images sampled together.", "N", least=1)] = 64
-    runtime: Annotated[str, Option("What runs the network.", "NAME")] = "simulate"
+    batch_size: Annotated[int, Option(BATCH_HELP, "N", least=1, panel=RESOURCES)] = 64
+    runtime: Annotated[
+        str,
+        Option(
+            "Engine that runs the network: {dqtool.runtimes:RUNTIMES}, or auto for the fastest here.",
+            "NAME",
+            panel=RESOURCES,
+        ),
+    ] = "simulate"
     correct_noise: Annotated[bool, CORRECT_NOISE] = False
-    reference: Annotated[str | None, Option("For it: the full-precision model; left out: where it was.", "MODEL")] = (
-        None
-    )
+    reference: Annotated[
+        str | None,
+        Option(
+            "Full-precision model for --correct-noise. Default: the model that was quantized, where it was then.",
+            "MODEL",
+            panel=INPUT,
+        ),
+    ] = None

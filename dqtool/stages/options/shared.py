@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import INPUT, Option
 
 __all__ = [
     "ARTIFACT",
+    "BATCH_HELP",
     "CONDITIONS",
     "CORRECT_NOISE",
     "GUIDANCE",
@@ -22,20 +23,40 @@ __all__ = [
 LARGEST_SEED = 2**32 - 1
 
 ARTIFACT = Option(
-    "The stage before's output. Left out: a line from a pipe, else that stage's default name.", positional=True
+    "Output of the stage before. Default: the path that a pipe brings, else that stage's default output.",
+    positional=True,
 )
 GUIDANCE = Option(
-    "Weight of classifier-free guidance; left out: as calibrated, or as the model's card says.", "F", least=0
+    "Weight of classifier-free guidance. Default: the value of the calibration, else that of the model's card.",
+    "F",
+    least=0,
 )
-PROMPTS = Option("Prompts, one a line; left out: those of the model's card.", "FILE")
+PROMPTS = Option("Text file with one prompt a line. Default: the prompts of the model's card.", "FILE", panel=INPUT)
 CONDITIONS = Option(
-    "Precomputed conditions, .safetensors or .npz: NAME [K, ...] for each and, for guidance, null.NAME [1, ...].",
+    "Precomputed conditions in .safetensors or .npz: a tensor NAME [K, ...] for each argument of the network and, "
+    "for guidance, null.NAME [1, ...]. Give it when the text encoders are not at hand.",
     "FILE",
+    panel=INPUT,
 )
-PIPELINE = Option("A pipeline whose text encoders and tokenizers encode the prompts.", "DIR")
-RANDOM_CONDITIONS = Option("Allow random conditions for a model without text encoder; costs quality.")
-INCEPTION_WEIGHTS = Option("For fid, sfid, is, pr: FID's Inception network, .pth, .pt or .pb.", "FILE")
-IMAGE_SIZE = Option("Measure the centre N x N, the shorter side brought to N (COCO: 300).", "N", least=1)
-CORRECT_NOISE = Option("Take quantization's part out of predicted noise (PTQD), as measured first.")
-OUTPUT = Option("Where to write.", "FILE", short="-o")
-OUTPUT_DIRECTORY = Option("The directory to write.", "DIR", short="-o")
+PIPELINE = Option(
+    "Pipeline whose text encoders and tokenizers encode the prompts. Give it when the model has none.",
+    "DIR",
+    panel=INPUT,
+)
+RANDOM_CONDITIONS = Option("Accept random conditions for a model without a text encoder. This costs quality.")
+INCEPTION_WEIGHTS = Option(
+    "Inception network of FID, in .pth, .pt or .pb. The metrics fid, sfid, is and pr need it.", "FILE", panel=INPUT
+)
+IMAGE_SIZE = Option(
+    "Side of the images that are measured: the shorter side is resized to N and the centre cropped (COCO: 300).",
+    "N",
+    least=1,
+)
+CORRECT_NOISE = Option(
+    "Remove the quantization error from the predicted noise, as measured in a first pass (PTQD). Needs the "
+    "full-precision model."
+)
+OUTPUT = Option("File to write. Its manifest is written next to it.", "FILE", short="-o", panel=INPUT)
+OUTPUT_DIRECTORY = Option("Directory to write.", "DIR", short="-o", panel=INPUT)
+BATCH_HELP = "Images sampled together. Lower it when memory runs out."
+"""Help of the option `--batch-size`, which each stage declares with its own default."""

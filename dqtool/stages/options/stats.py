@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from dqtool.stages.options.declared import Option
+from dqtool.stages.options.declared import INPUT, Option
 from dqtool.stages.options.shared import IMAGE_SIZE, INCEPTION_WEIGHTS
 
 __all__ = ["StatsOptions"]
@@ -13,10 +13,14 @@ __all__ = ["StatsOptions"]
 
 @dataclass(frozen=True)
 class StatsOptions:
-    """Options of `dqtool stats`; `directory` may also be an npz file of images."""
+    """Options of `dqtool stats`. `directory` may also be an npz file of images."""
 
-    directory: Annotated[str, Option("Images: a directory, or an npz file with arr_0.", "DIR_OR_NPZ", positional=True)]
-    output: Annotated[str, Option("Where to write.", "FILE.npz", short="-o")] = "stats.npz"
+    directory: Annotated[
+        str, Option("Images to read: a directory, or an npz file with arr_0.", "DIR_OR_NPZ", positional=True)
+    ]
+    output: Annotated[str, Option("File to write.", "FILE.npz", short="-o", panel=INPUT)] = "stats.npz"
     inception_weights: Annotated[str | None, INCEPTION_WEIGHTS] = None
     image_size: Annotated[int | None, IMAGE_SIZE] = None
-    keep_images: Annotated[int, Option("Images to keep in the file, for precision and recall.", "N", least=0)] = 10000
+    keep_images: Annotated[
+        int, Option("Images to keep in the file, for precision and recall (the metric pr).", "N", least=0)
+    ] = 10000
