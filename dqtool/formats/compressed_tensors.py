@@ -1,8 +1,8 @@
 """`compressed-tensors`: packed linear layers in the naming, packing and configuration of that library (pack-quantized).
 
-It holds what that library can say: linear layers with one scale and zero point per out-channel, and inputs that are
-float or quantized with one scale for all steps. Convolutions, step tables, quantized attention products and inputs
-divided by a dilation have no place in it. Weights keep their bits on disk.
+The format covers linear layers with one scale and zero point per out-channel, and inputs that are float or quantized
+with one scale for all steps. It has no convolutions, step tables, quantized attention products or inputs divided by a
+dilation. Weights keep their bits on disk.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ __all__ = ["EXTRA", "FORMAT", "prepare"]
 
 EXTRA = "compressed-tensors"
 FORMAT = "pack-quantized"
-NAMED = 3
-"""How many layers an error names of each kind."""
+NAMED = 1
+"""Layers that an error names of each kind."""
+LONGEST = 300
+"""Most characters of the reasons in an error; beyond it layers are counted and not named."""
 
 
 def prepare(distilled: Artifact) -> Exported:
-    """The network's tensors under that library's names, and its `quantization_config`.
+    """Return the network's tensors under that library's names, and its `quantization_config`.
 
     Raises:
-        ArtifactError: layers that the format can not hold, by name.
+        ArtifactError: the format can't hold some layers, which are named.
         EnvironmentFault: compressed-tensors is not installed.
     """
     manifest, tensors = distilled.manifest, distilled.tensors()
@@ -59,32 +61,44 @@ def prepare(distilled: Artifact) -> Exported:
 
 
 def refuse(plans: Sequence[LayerPlan], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `ArtifactError` that names the layers which the format can not hold, and why."""
+    """Refuse a network that the format can't hold.
+
+    Raises:
+        ArtifactError: names every reason and the first layer it applies to.
+    """
     problems: dict[str, list[str]] = {}
     for plan in plans:
         reason = _obstacle(plan, tensors)
         if reason is not None:
             problems.setdefault(reason, []).append(plan.info.name)
     if f"{PREDICTION}.scale" in tensors:
-        problems.setdefault("predictions are corrected at each step (distill --no-correct-noise leaves that out)", [])
+        problems["predictions are corrected at each step (distill --no-correct-noise)"] = []
     if not any(_quantized_linear(plan) for plan in plans):
-        problems.setdefault("there is no quantized linear layer", [])
+        problems["no linear layer is quantized"] = []
     if not problems:
         return
-    said = []
-    for reason, names in problems.items():
-        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-        said.append(f"{reason}: {shown}" if names else reason)
+    said = _listed(problems, NAMED)
     raise ArtifactError(
-        f"The compressed-tensors format can't hold this network. {'; '.join(said)}",
+        f"compressed-tensors can't hold this network: {said if len(said) <= LONGEST else _listed(problems, 0)}",
         where=where,
         fix="Quantize linear weights only (calibrate --scaling none; distill --bits 4/16 --keep 'CONVOLUTIONS=16/16'), or "
         "export with --format dq",
     )
 
 
+def _listed(problems: Mapping[str, Sequence[str]], named: int) -> str:
+    """Return the reasons, each with the names of its first layers and the count of the others."""
+    said = []
+    for reason, names in problems.items():
+        shown, more = list(names[:named]), len(names) - named
+        if more > 0:
+            shown.append(f"{more} more" if shown else f"{more} layers")
+        said.append(f"{reason}: {' and '.join(shown)}" if shown else reason)
+    return "; ".join(said)
+
+
 def quantization_config(plans: Sequence[LayerPlan]) -> dict[str, Any]:
-    """The `quantization_config` as the library writes it: one group per combination of bits, its layers by name."""
+    """Return the `quantization_config` as the library writes it: one group of layers for each combination of bits."""
     import compressed_tensors
     from compressed_tensors.quantization import (
         QuantizationArgs,

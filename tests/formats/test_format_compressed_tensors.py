@@ -13,6 +13,11 @@ from helpers import refused
 from safetensors.torch import load_file
 
 import dqtool
+from dqtool.core.bits import LayerBits
+from dqtool.errors import ArtifactError
+from dqtool.formats.compressed_tensors import refuse
+from dqtool.graph.trace import LayerInfo
+from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.surgery import quant_layers
 
 pytest.importorskip("compressed_tensors")
@@ -84,9 +89,24 @@ def test_what_it_cannot_hold_is_named(made: Path, tmp_path: Path, run: Run) -> N
     result = run("distill", str(made / "calibrated.safetensors"), "--iters", "0", "-o", "d.safetensors", cwd=tmp_path)
     assert result.returncode == 0
     said = refused(run, tmp_path, 3, "export", "d.safetensors", "-o", "ct", "--format", "compressed-tensors")
-    assert "convolutions are quantized: conv_in, " in said
+    assert "convolutions are quantized: conv_in and " in said
     assert "attention products are quantized: " in said
-    assert "the quantizers of 4 steps differ: time_embedding.linear_1" in said
+    assert "the quantizers of 4 steps differ: time_embedding.linear_1 and " in said
+    assert " ... " not in said
+
+
+def test_reasons_are_whole_however_long_the_names_are() -> None:
+    plans = [
+        LayerPlan(info=LayerInfo(f"{'block.' * 40}{kind}.{n}", kind, (2, 2), 4), bits=LayerBits(4, 8))
+        for kind in ("conv2d", "linear")
+        for n in range(3)
+    ]
+    tensors = {f"{plan.info.name}.{key}": torch.arange(2.0) for plan in plans for key in ("input_scale", "dilation")}
+    with pytest.raises(ArtifactError) as caught:
+        refuse(plans, tensors, "d.safetensors")
+    said = str(caught.value)
+    assert "convolutions are quantized: 3 layers; the quantizers of 2 steps differ: 3 layers" in said
+    assert "export with --format dq" in said and " ... " not in said and len(said) <= 500
 
 
 def test_without_the_extra(made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
