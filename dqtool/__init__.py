@@ -6,17 +6,28 @@ directories that `dqtool export` writes: the registration waits until diffusers 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dqtool._hook import install
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["__version__", "load"]
+    from dqtool.runtimes.quantizer import DqtoolConfig
+
+__all__ = ["DqtoolConfig", "__version__", "load"]
 __version__ = "0.1.0"
 
 install()
+
+
+def __getattr__(name: str) -> Any:
+    """Import `DqtoolConfig`, and with it torch and diffusers, when it is asked for."""
+    if name == "DqtoolConfig":
+        from dqtool.runtimes.quantizer import DqtoolConfig
+
+        return DqtoolConfig
+    raise AttributeError(f"module 'dqtool' has no attribute {name!r}")
 
 
 def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.Module:

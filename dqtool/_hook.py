@@ -12,9 +12,20 @@ __all__ = ["install"]
 
 
 def _register_quantizer(auto: ModuleType) -> None:
-    from dqtool.models.hub import register
+    started = sys.modules.get("dqtool.runtimes.quantizer")
+    if started is not None and not hasattr(started, "READY"):
+        return  # it imports diffusers itself, and registers at its end
+    from dqtool.runtimes.quantizer import register
 
     register(auto)
+
+
+def _register_in_transformers(auto: ModuleType) -> None:
+    if "dqtool.runtimes.quantizer" not in sys.modules:
+        return  # diffusers is not in use: it registers here when it is imported
+    from dqtool.runtimes.quantizer import register_in_transformers
+
+    register_in_transformers(auto)
 
 
 def _register_runs(pipeline_utils: ModuleType) -> None:
@@ -38,11 +49,12 @@ def _refuse_lokr(model: ModuleType) -> None:
 TARGETS = {
     "diffusers.quantizers.auto": _register_quantizer,
     "diffusers.pipelines.pipeline_utils": _register_runs,
+    "transformers.quantizers.auto": _register_in_transformers,
     "peft.tuners.lora.config": _register_adapters,
     "peft.tuners.lokr.model": _refuse_lokr,
 }
-"""Modules of diffusers and peft and what is done with each once it has been imported: they hold the tables of quantizers, the
-pipelines' base class, and the settings of LoRA."""
+"""Modules of diffusers, transformers and peft and what is done with each once it has been imported: they hold the tables of
+quantizers, the pipelines' base class, and the settings of LoRA."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):

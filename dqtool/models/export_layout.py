@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dqtool.artifacts.names import check_component
 
-__all__ = ["WEIGHTS", "component_prefix", "weights_file"]
+__all__ = ["WEIGHTS", "component_prefix", "weights_file", "weights_files"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -26,3 +26,11 @@ def component_prefix(pipeline: Mapping[str, Any] | None) -> str:
 def weights_file(pipeline: Mapping[str, Any] | None) -> str:
     """Path of the network's weights relative to the exported directory."""
     return component_prefix(pipeline) + WEIGHTS
+
+
+def weights_files(pipeline: Mapping[str, Any] | None, files: Iterable[str]) -> list[str]:
+    """Return the paths of the network's weights among an export's `files`: one, or its shards; a variant where that is all."""
+    whole = weights_file(pipeline)
+    stem = whole.removesuffix(".safetensors")
+    others = sorted(name for name in files if name.startswith(stem) and name.endswith(".safetensors"))
+    return others if whole not in others and others else [whole]

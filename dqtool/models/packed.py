@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqtool.artifacts import Manifest
+from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.bits import bits_from_json
 from dqtool.errors import ArtifactError
 from dqtool.graph.repeats import tie_repeats
 from dqtool.graph.trace import LayerInfo
 from dqtool.models.config_schema import bounded_parameters
+from dqtool.models.export_layout import weights_files
 from dqtool.models.families import family_of
 from dqtool.models.loading import materialise
 from dqtool.models.packed_checks import check_plans, check_state, step_count
@@ -22,6 +23,7 @@ from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import insert_packed, refresh_steps
 
 __all__ = [
+    "exported_tensors",
     "is_static",
     "layer_infos",
     "packed_network",
@@ -64,6 +66,15 @@ def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {key: r[key] for key in keys if key in r and (key == "macs" or r[key] != defaults.get(key))} for r in records
     ]
+
+
+def exported_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """Return the network's tensors of an export, views of its mapped files: one file, or shards."""
+    manifest = artifact.manifest
+    found: dict[str, Tensor] = {}
+    for name in weights_files(manifest.pipeline, manifest.files or ()):
+        found |= artifact.tensors(file=name)
+    return found
 
 
 def is_static(manifest: Manifest, timesteps: int) -> bool:

@@ -70,12 +70,12 @@ class QuantAttnProcessor:
         return self.quantize(attn, "probs", probs) @ self.quantize(attn, "v", value)
 
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Both products and the softmax between them: `[N, H, S, D]` operands to `[N, S, H * D]`."""
+        """Both products and the softmax between them: `[N, H, S, D]` operands to `[N, S, H * D]` of their dtype."""
         scale = getattr(attn, "scale", None)
         scores = self.scores(attn, query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if mask is not None:
             scores = scores + mask
-        return self.weigh(attn, scores.softmax(-1), value).transpose(1, 2).flatten(2)
+        return self.weigh(attn, scores.softmax(-1), value).transpose(1, 2).flatten(2).to(query.dtype)
 
     def __call__(
         self,

@@ -1,9 +1,15 @@
-"""Calls of a network one after another: all its quantizers share the step in flight, which another thread's call would
-change."""
+"""Methods of one network: what a loaded network does in another way than its class.
+
+diffusers compares the classes of networks by identity, so a network keeps its own class, and its other methods are
+attributes of the object. Copies, pickles and other processes keep them.
+
+Calls of a network run one after another: all its quantizers share the step in flight, which another thread's call would
+change.
+"""
 
 from __future__ import annotations
 
-import functools
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +17,28 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
-__all__ = ["CallLock", "one_call_at_a_time"]
+__all__ = ["CallLock", "Method", "give", "one_call_at_a_time"]
 
-Methods = Callable[[type], dict[str, Any]]
+
+class Method:
+    """A function as the method of one network. `function` is a module's own, so that it pickles by name."""
+
+    def __init__(self, network: nn.Module, function: Callable[..., Any], name: str) -> None:
+        self.network, self.function, self.name = network, function, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the network before the arguments."""
+        return self.function(self.network, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the class's method in whose place this stands."""
+        return inspect.signature(getattr(type(self.network), self.name).__get__(self.network))
+
+
+def give(network: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Let `function(network, ...)` be the method `name` of this network alone."""
+    network.__dict__[name] = Method(network, function, name)
 
 
 class CallLock:
@@ -32,39 +57,15 @@ class CallLock:
         return CallLock, ()
 
 
-def one_call_at_a_time(network: nn.Module, methods: Methods | None = None) -> nn.Module:
-    """Let calls of `network`, their hooks included, wait for those of other threads, in place.
-
-    It becomes one of a subclass with the same name. `methods`, a function of a module, makes the subclass's other methods
-    from the class.
-    """
-    original: Any = getattr(type(network), "_dqtool_original", type(network))
+def one_call_at_a_time(network: nn.Module) -> nn.Module:
+    """Let calls of `network`, their hooks included, wait for those of other threads, in place."""
     network.__dict__["_dqtool_lock"] = CallLock()
-    network.__class__ = _subclass(original, methods)
+    give(network, "_call_impl", _locked_call)
     return network
 
 
-@functools.cache
-def _subclass(original: Any, methods: Methods | None) -> type[nn.Module]:
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():  # a graph keeps its step to itself, and can't hold a lock
-            return original.__call__(self, *args, **kwargs)
-        with self.__dict__["_dqtool_lock"]:
-            return original.__call__(self, *args, **kwargs)
-
-    def reduce(self: Any, _protocol: object) -> tuple[Any, ...]:
-        return _empty, (original, methods), self.__getstate__()
-
-    own = {
-        "__call__": call,
-        "__reduce_ex__": reduce,  # no module has this class by its name
-        "__module__": original.__module__,
-        "__doc__": original.__doc__,
-        "_dqtool_original": original,
-    }
-    return type(original.__name__, (original,), own if methods is None else own | methods(original))
-
-
-def _empty(original: type, methods: Methods | None) -> nn.Module:
-    made = _subclass(original, methods)
-    return made.__new__(made)
+def _locked_call(network: Any, *args: Any, **kwargs: Any) -> Any:
+    if is_compiling():  # a graph keeps its step to itself, and can't hold a lock
+        return type(network)._call_impl(network, *args, **kwargs)
+    with network.__dict__["_dqtool_lock"]:
+        return type(network)._call_impl(network, *args, **kwargs)

@@ -275,15 +275,16 @@ class PackedLayer(Adaptable, QuantLayer):
         return self.weight_packed, self._zero_points(), self.bits.weight, self._weight_shape()
 
     def quantized_weight(self) -> Tensor:
-        """Dequantized once and kept."""
+        """Return the dequantized weight, made once and kept."""
         if "weight" in self._buffers:
             return self.weight
         if self._expanded is None or self._expanded.device != self.weight_scale.device:
-            codes = self.codes().to(self.weight_scale.dtype)
-            expanded = codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
             if torch.compiler.is_compiling():  # the graph's own
-                return expanded
-            self._expanded = expanded
+                codes = self.codes().to(self.weight_scale.dtype)
+                return codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
+            with torch.inference_mode(False), torch.no_grad():  # kept for calls that need gradients, too
+                codes = self.codes().to(self.weight_scale.dtype)
+                self._expanded = codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
         return self._expanded
 
     def _weight_shape(self) -> torch.Size:

@@ -8,14 +8,17 @@ A runtime is one module (or package) with `available() -> str | None`, the reaso
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dqtool import report
-from dqtool.artifacts import Artifact, open_artifact
+from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, open_artifact
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 from dqtool.runtimes.choice import ORDER, order
 
@@ -75,6 +78,9 @@ RUNTIMES = {
 """All runtimes by the name they have on the command line."""
 
 
+VARIABLE = "DQTOOL_RUNTIME"
+"""Environment variable with the runtime that `auto` stands for."""
+
 READERS = {"dense": ("simulate",), "openvino": ("openvino", "openvino-bf16"), "onnx": (), "compressed-tensors": ()}
 """Export formats that not every runtime reads, and the runtimes that do."""
 
@@ -91,15 +97,27 @@ def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.
         ArtifactError: the directory is no intact export, or of a format that the runtime can't read.
         EnvironmentFault: the runtime that was asked for can't run here.
     """
+    runtime = os.environ.get(VARIABLE) or runtime if runtime == "auto" else runtime
+    runtime = "onednn" if runtime == "cpu" else runtime
     if runtime != "auto" and runtime not in RUNTIMES:
         raise UsageError(
             f"unknown runtime '{runtime}'", where="--runtime", fix=f"Choose from {', '.join(RUNTIMES)} or auto"
         )
-    artifact = open_artifact(directory, ["export"])
+    gc.collect()  # networks refer to themselves through their methods: one that was let go makes room now
+    artifact = open_artifact(_directory(directory), ["export"])
     _check_format(artifact, runtime)
     if runtime == "auto":
         return _load_fastest(artifact, batch)
     return _load(_ready(RUNTIMES[runtime]), artifact)
+
+
+def _directory(given: str) -> str:
+    """Return the export at `given`, or in it: a pipeline that diffusers saved has the manifest in its network's folder."""
+    root = Path(given)
+    if (root / DIRECTORY_MANIFEST).exists() or not (root / "model_index.json").is_file():
+        return given
+    found = sorted(root.glob(f"*/{DIRECTORY_MANIFEST}"))
+    return str(found[0].parent) if len(found) == 1 else given
 
 
 def pick(names: Iterable[str] = ORDER) -> list[tuple[Runtime, str | None]]:
@@ -142,6 +160,11 @@ def _ready(runtime: Runtime) -> Runtime:
 def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
     network = runtime.engine().load(artifact)
     network.runtime = runtime.name  # what `auto` took, for whoever reports it
+    if "_dqtool_steps" in network.__dict__:
+        from dqtool.models.network_methods import give_methods, origin_of
+        from dqtool.nn.packed_form import packed_form
+
+        give_methods(network, origin_of(artifact.manifest, packed_form(network)))
     floats = [name for name, form in integer_report(network).items() if form != "int8"]
     if floats:
         some = ", ".join(floats[:4]) + ", ..." * (len(floats) > 4)

@@ -39,9 +39,9 @@ from dqtool.formats.openvino import (
     save_ir,
     shrink_weights,
 )
-from dqtool.models.export_layout import component_prefix, weights_file
+from dqtool.models.export_layout import component_prefix
 from dqtool.models.families import family_of
-from dqtool.models.packed import is_static, packed_network, plans_of
+from dqtool.models.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.nn.calls import CallLock
 from dqtool.nn.lowered import flat_arguments, nested_arguments
 from dqtool.nn.steps import StepIndex, nearest_rows
@@ -273,7 +273,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
 
     def _build(self, tensors: Mapping[str, Tensor]) -> Any:
         manifest = self.artifact.manifest
-        state = self.artifact.tensors(file=weights_file(manifest.pipeline))
+        state = exported_tensors(self.artifact)
         network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
         try:
             return build_ir(network, self.family, nested_arguments(tensors), saturates())
@@ -296,7 +296,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
     def _timesteps(self) -> Tensor:
         manifest = self.artifact.manifest
         if manifest.parameters["format"] == "dq":
-            return self.artifact.tensors(file=weights_file(manifest.pipeline))["timesteps"]
+            return exported_tensors(self.artifact)["timesteps"]
         text = self._core.read_model(self._exported_ir()).get_rt_info(TIMESTEPS).astype(str)
         return torch.tensor([float(t) for t in text.split()])
 

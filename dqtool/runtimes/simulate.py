@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from dqtool.artifacts import Artifact
-from dqtool.models.export_layout import weights_file
 from dqtool.models.loading import build_network
-from dqtool.models.packed import is_static, packed_network, plans_of
+from dqtool.models.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.models.packed_checks import step_count
 from dqtool.nn.calls import one_call_at_a_time
 
@@ -17,7 +16,7 @@ __all__ = ["available", "load"]
 def load(artifact: Artifact) -> nn.Module:
     """The network of an exported directory; a dense export gives the plain float network."""
     manifest = artifact.manifest
-    state = artifact.tensors(file=weights_file(manifest.pipeline))
+    state = exported_tensors(artifact)
     if manifest.parameters["format"] == "dense":
         return build_network(manifest.model["class"], manifest.model["config"], state, artifact.given)
     return one_call_at_a_time(

@@ -199,7 +199,9 @@ def test_export_loads_as_what_was_distilled(name: str, chain: Path) -> None:
     family = family_of(config["_class_name"], "test")
     exported = str(chain / "exported")
     ours = dqtool.load(exported, runtime="simulate")
-    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(exported)
+    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(
+        exported, quantization_config=dqtool.DqtoolConfig(runtime="simulate")
+    )
     with torch.no_grad():
         for timestep in ours.timesteps[:2]:
             example = family.example(config, batch=2)

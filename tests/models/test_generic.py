@@ -87,7 +87,8 @@ def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     assert open_artifact(report).manifest.metrics["psnr"]["mean"] > 20
     from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
-    theirs = AuraFlowTransformer2DModel.from_pretrained(tmp_path / "exported")
+    simulated = dqtool.DqtoolConfig(runtime="simulate")
+    theirs = AuraFlowTransformer2DModel.from_pretrained(tmp_path / "exported", quantization_config=simulated)
     ours = dqtool.load(str(tmp_path / "exported"), runtime="simulate")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
     scheduler.set_timesteps(2)

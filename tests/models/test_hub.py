@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,13 @@ def exported(made: Path) -> Path:
     return made / "exported"
 
 
+def asked(runtime: str) -> Any:
+    """A pipeline's quantization config that asks for this runtime of the UNet."""
+    from diffusers import PipelineQuantizationConfig
+
+    return PipelineQuantizationConfig(quant_mapping={"unet": dqtool.DqtoolConfig(runtime=runtime)})
+
+
 def test_both_ways_of_loading_equal_the_distilled_network(exported: Path, made: Path) -> None:
     from diffusers import DiffusionPipeline
 
@@ -27,7 +35,7 @@ def test_both_ways_of_loading_equal_the_distilled_network(exported: Path, made: 
 
     distilled = network_of_artifact(open_artifact(made / "distilled.safetensors"), "simulate")
     loaded = dqtool.load(str(exported), runtime="simulate")
-    pipeline = DiffusionPipeline.from_pretrained(str(exported))
+    pipeline = DiffusionPipeline.from_pretrained(str(exported), quantization_config=asked("simulate"))
     assert type(pipeline).__name__ == "DDIMPipeline"
     torch.manual_seed(0)
     x = torch.randn(3, 1, 8, 8)
@@ -54,7 +62,10 @@ def test_save_load_save_is_byte_identical(exported: Path, tmp_path: Path) -> Non
 def test_scales_stay_float32_under_torch_dtype(exported: Path) -> None:
     from diffusers import UNet2DModel
 
-    network = UNet2DModel.from_pretrained(str(exported / "unet"), torch_dtype=torch.float16)
+    simulated = dqtool.DqtoolConfig(runtime="simulate")
+    network = UNet2DModel.from_pretrained(
+        str(exported / "unet"), torch_dtype=torch.float16, quantization_config=simulated
+    )
     assert network.conv_in.weight_scale.dtype == torch.float32
     assert network.conv_norm_out.weight.dtype == torch.float16
     with torch.no_grad():

@@ -7,7 +7,6 @@ import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,10 @@ from synthetic import synthetic_network
 from torch import Tensor, nn
 
 import dqtool
-from dqtool.errors import UsageError
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import family_of
 from dqtool.nn.calls import CallLock
+from dqtool.runtimes import onednn
 from dqtool.runtimes.onednn import convert
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
@@ -174,10 +173,21 @@ def test_networks_moved_to_another_dtype_compute_as_before(simulated: Any, name:
     assert torch.equal(moved(**arguments)[0], expected)
 
 
-def test_a_network_on_integers_stays_on_the_cpu(simulated: Any) -> None:
-    engine = convert(simulated("unet2d"))
-    with pytest.raises(UsageError, match="can't move to"):
-        engine._apply(lambda t: SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype))
+def test_a_network_on_integers_simulates_on_another_device(
+    simulated: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    network = simulated("unet2d_condition")
+    engine = convert(copy.deepcopy(network))
+    arguments = example(network)
+    engine(**arguments)
+    twin = copy.deepcopy(engine)
+    assert twin.half().dtype == torch.float16
+    monkeypatch.setattr(onednn, "SERVED", ("cpu",))
+    assert twin.to("meta") is twin
+    assert "runtime: simulate from here on" in capsys.readouterr().err
+    assert {p.device.type for p in twin.parameters()} == {"meta"} and twin.dtype == torch.float16
+    assert torch.equal(onednn.simulated_again(engine)(**arguments)[0], network(**arguments)[0])
+    assert type(engine) is type(network) and not onednn.integer_report(engine)
 
 
 @pytest.mark.parametrize("name", ["unet2d_condition", "sd3"])

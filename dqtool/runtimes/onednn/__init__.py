@@ -9,7 +9,6 @@ and change what its `dtype` says, not its tensors; outputs have the dtype of the
 
 from __future__ import annotations
 
-import functools
 import inspect
 import platform
 from collections.abc import Callable
@@ -23,15 +22,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.allocator import FilePages, keep_freed_memory
-from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.errors import EnvironmentFault
 from dqtool.graph.attention import is_attention
-from dqtool.models.export_layout import weights_file
-from dqtool.models.packed import is_static, packed_network, plans_of
+from dqtool.models.export_layout import weights_files
+from dqtool.models.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.models.packed_checks import step_count
 from dqtool.nn.attention import QuantAttnProcessor
-from dqtool.nn.calls import one_call_at_a_time
+from dqtool.nn.calls import give, one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_form import PACKED_FORM, cast_unquantized, keep_packed_form, packed_form
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
 from dqtool.runtimes.onednn import library
@@ -40,7 +40,10 @@ from dqtool.runtimes.onednn.blocks import fuse
 from dqtool.runtimes.onednn.codes import Clock, Product
 from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct, merge
 
-__all__ = ["available", "choose", "convert", "integer_report", "load"]
+__all__ = ["available", "choose", "convert", "integer_report", "load", "simulated_again"]
+
+SERVED = ("cpu", "meta")
+"""Devices that a converted network may move to."""
 
 
 def available() -> str | None:
@@ -66,8 +69,8 @@ def load(artifact: Artifact) -> nn.Module:
             f"The onednn runtime can't run here: {reason}", where="--runtime", fix="Use --runtime simulate or openvino"
         )
     manifest = artifact.manifest
-    weights = weights_file(manifest.pipeline)
-    mapped = artifact.tensors(file=weights)
+    mapped = exported_tensors(artifact)
+    weights = weights_files(manifest.pipeline, manifest.files or ())[0]
     # Only packed codes stay views of the mapped file, until they are in the kernels' layout. Then their pages are let go.
     state = {name: t if name.endswith(".weight_packed") else t.clone() for name, t in mapped.items()}
     pages = FilePages(artifact.path / weights, next(iter(mapped.values()), None))
@@ -96,6 +99,7 @@ def convert(network: nn.Module) -> nn.Module:
     if library.get() is None:
         report.warn(f"onednn: its own kernels are missing, so it runs slower than it could: {library.problem()}")
     keep_freed_memory()
+    keep_packed_form(network)
     clock = Clock()
     kinds: dict[str, str] = {}
     merged: set[str] = set()
@@ -109,7 +113,13 @@ def convert(network: nn.Module) -> nn.Module:
         fuse(network)
     network.__dict__["_dqtool_integer"] = kinds
     network.__dict__["_dqtool_clock"] = clock
-    return one_call_at_a_time(network, _methods).eval()
+    network.__dict__["_dqtool_dtype"] = torch.float32
+    repeated = list(getattr(type(network), "_repeated_blocks", None) or [])
+    blocks = repeated + [f"Fused{name}" for name in repeated]  # what `compile_repeated_blocks` finds by class name
+    network.__dict__["_repeated_blocks"] = blocks
+    give(network, "forward", integer_forward)
+    give(network, "_apply", integer_apply)
+    return one_call_at_a_time(network).eval()
 
 
 def integer_report(network: nn.Module) -> dict[str, str]:
@@ -170,48 +180,65 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
     return "int8" if native else "float"
 
 
-def _methods(original: Any) -> dict[str, Any]:
-    """What a converted network does otherwise than its class."""
-    sample = list(inspect.signature(original.forward).parameters)[1]
+def integer_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a converted network: its class's, in float32, at one step at a time."""
+    original = type(network)
+    given = args[0] if args else kwargs[list(inspect.signature(original.forward).parameters)[1]]
+    if is_compiling():
+        return _traced(original, network, given, tree_map(_float32, args), tree_map(_float32, kwargs))
+    asked, network.__dict__["_dqtool_dtype"] = _dtype(network), torch.float32
+    try:
+        output = _step_by_step(original, network, given, tree_map(_float32, args), tree_map(_float32, kwargs))
+    finally:
+        network.__dict__["_dqtool_dtype"] = asked
+    lost = _nan_samples((args, kwargs), len(given))
+    if given.dtype == torch.float32 and not bool(lost.any()):
+        return output
+    return _joined([output], lambda parts: _without(parts[0].to(given.dtype), lost))
 
-    @functools.wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = args[0] if args else kwargs[sample]
-        if is_compiling():
-            return _traced(original, self, given, tree_map(_float32, args), tree_map(_float32, kwargs))
-        asked, self.__dict__["_dqtool_dtype"] = dtype(self), torch.float32
-        try:
-            output = _step_by_step(original, self, given, tree_map(_float32, args), tree_map(_float32, kwargs))
-        finally:
-            self.__dict__["_dqtool_dtype"] = asked
-        lost = _nan_samples((args, kwargs), len(given))
-        if given.dtype == torch.float32 and not bool(lost.any()):
-            return output
-        return _joined([output], lambda parts: _without(parts[0].to(given.dtype), lost))
 
-    def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        probe = fn(torch.empty(0, dtype=dtype(self)))
-        if probe.device.type not in ("cpu", "meta"):
-            raise UsageError(
-                f"The onednn runtime computes on the CPU, and its network can't move to {probe.device}",
-                where="onednn runtime",
-                fix="Leave it where it is, or use --runtime simulate",
-            )
+def integer_apply(network: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """`_apply` of a converted network: it keeps its tensors, whose addresses the kernels know, and notes the dtype.
 
-        def keep(t: Tensor) -> Tensor:  # the kernels read float32 by address
-            changed = fn(t)
-            return changed if changed.dtype == t.dtype else t
+    On a device that the kernels don't serve it becomes the float simulation.
+    """
+    probe = fn(torch.empty(0, dtype=_dtype(network)))
+    if probe.device.type not in SERVED:
+        report.say(
+            f"runtime: simulate from here on: onednn computes on the CPU, and the network moves to {probe.device}"
+        )
+        return simulated_again(network)._apply(fn, recurse)
 
-        original._apply(self, keep, recurse)
-        self.__dict__["_dqtool_dtype"] = probe.dtype
-        return self
+    def keep(t: Tensor) -> Tensor:  # the kernels read float32 by address
+        changed = fn(t)
+        return changed if changed.dtype == t.dtype else t
 
-    def dtype(self: Any) -> torch.dtype:
-        return self.__dict__.get("_dqtool_dtype", torch.float32)
+    type(network)._apply(network, keep, recurse)
+    network.__dict__["_dqtool_dtype"] = probe.dtype
+    return network
 
-    repeated = list(getattr(original, "_repeated_blocks", None) or [])
-    blocks = repeated + [f"Fused{name}" for name in repeated]  # what `compile_repeated_blocks` finds by class name
-    return {"forward": forward, "_apply": apply, "dtype": property(dtype), "_repeated_blocks": blocks}
+
+def simulated_again(network: nn.Module) -> nn.Module:
+    """Make a converted network a packed one that simulates, in place, in the dtype that it was asked for last."""
+    dtype, packed = _dtype(network), packed_form(network)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_dqtool_steps"):
+        network.__dict__[name] = packed.__dict__[name]
+    for name in (
+        "forward",
+        "_apply",
+        *PACKED_FORM,
+        "_dqtool_clock",
+        "_dqtool_integer",
+        "_dqtool_dtype",
+        "_repeated_blocks",
+    ):
+        network.__dict__.pop(name, None)
+    network.runtime = "simulate"  # type: ignore[assignment]
+    return cast_unquantized(network, dtype)
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return network.__dict__.get("_dqtool_dtype", torch.float32)
 
 
 def _traced(original: Any, network: Any, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -297,3 +324,21 @@ def _float32(value: Any) -> Any:
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(parent) if parent else network, leaf, layer)
+
+
+def _offer_dtype() -> None:
+    """Let `dtype` of diffusers' networks be what a converted network was asked for: its tensors stay float32."""
+    from diffusers import ModelMixin
+
+    base: Any = ModelMixin
+    own = base.dtype.fget
+
+    def dtype(self: Any) -> torch.dtype:
+        """`torch.dtype`: The dtype of the module (assuming that all the module parameters have the same dtype)."""
+        asked = self.__dict__.get("_dqtool_dtype")
+        return own(self) if asked is None else asked
+
+    base.dtype = property(dtype)
+
+
+_offer_dtype()

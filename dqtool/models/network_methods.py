@@ -1,0 +1,164 @@
+"""What a loaded network offers besides its forward: saving with its manifest, and giving float layers back."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dqtool.artifacts import DIRECTORY_MANIFEST as MANIFEST
+from dqtool.artifacts import Manifest, dqtool_version, sha256_file
+from dqtool.core.dilation import spread
+from dqtool.errors import ArtifactError
+from dqtool.graph.repeats import restore_repeats
+from dqtool.models.families import family_of
+from dqtool.models.hub import quantization_config
+from dqtool.models.packed import is_static, plan_records, prediction_rows
+from dqtool.nn.calls import give
+from dqtool.nn.packed_form import give_counts, is_quantized_tensor, packed_form
+from dqtool.nn.surgery import quant_layers
+
+__all__ = ["MANIFEST", "Origin", "float_state", "give_methods", "origin_of", "to_float"]
+
+ORIGIN = "_dqtool_origin"
+OURS = ("quantization_config", "_pre_quantization_dtype")
+"""Entries of a quantized network's config that a float network has no use for."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The export that a network was loaded from: its `quantization_config`, and its manifest where one was found."""
+
+    quantization: Mapping[str, Any]
+    manifest: Manifest | None
+
+
+def origin_of(manifest: Manifest, packed: nn.Module) -> Origin:
+    """Return the origin of a network that was loaded by its manifest; `packed` is its packed form."""
+    state = packed.state_dict()
+    count = len(state["timesteps"])
+    records, rows = plan_records(manifest.layers), prediction_rows(state)
+    return Origin(quantization_config(records, count, rows, is_static(manifest, count)), manifest)
+
+
+def give_methods(network: nn.Module, origin: Origin) -> nn.Module:
+    """Let a network of packed layers, or an integer network made of it, be saved, counted and dequantized."""
+    network.__dict__[ORIGIN] = origin
+    give(network, "save_pretrained", _save_pretrained)
+    give(network, "dequantize", to_float)
+    give_counts(network)
+    return network
+
+
+def _save_pretrained(
+    network: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    save_function: Any = None,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`ModelMixin.save_pretrained` with the manifest beside the weights, so that `dqtool.load` reads the directory as well.
+
+    Files appear under their names when they are complete: the network may be mapped from the files it replaces.
+    """
+    target = Path(save_directory)
+    target.mkdir(parents=True, exist_ok=True)
+    origin: Origin = network.__dict__[ORIGIN]
+    network.register_to_config(quantization_config=dict(origin.quantization))
+    with tempfile.TemporaryDirectory(prefix=".dqtool-", dir=target) as area:
+        type(network).save_pretrained(
+            network,
+            area,
+            is_main_process=is_main_process,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+        )
+        written = sorted(os.listdir(area))
+        for stale in target.glob("diffusion_pytorch_model*"):
+            if variant is None and stale.name not in written and "-of-" in stale.name:
+                stale.unlink()  # shards of an earlier save, as diffusers removes them
+        for name in written:
+            os.replace(Path(area) / name, target / name)
+    if is_main_process:
+        _write_manifest(network, origin, target, written)
+    if push_to_hub:
+        _push(network, target, kwargs)
+
+
+def _write_manifest(network: Any, origin: Origin, target: Path, written: list[str]) -> None:
+    made = origin.manifest
+    if made is None:
+        config = {k: v for k, v in network.config.items() if not k.startswith("_") and k != "quantization_config"}
+        family = family_of(type(network).__name__, str(target))
+        made = Manifest(
+            stage="export",
+            fingerprint="0" * 64,
+            model={"class": type(network).__name__, "config": config, "family": family.name, "source": str(target)},
+            parameters={"format": "dq"},
+            layers=[dict(layer) for layer in origin.quantization["layers"]],
+        )
+    pipeline = {k: v for k, v in (made.pipeline or {}).items() if k not in ("component", "model_index")}
+    files = {name: {"bytes": (target / name).stat().st_size, "sha256": sha256_file(target / name)} for name in written}
+    note = replace(made, pipeline=pipeline or None, files=files, version=dqtool_version())
+    partial = target / f".{MANIFEST}.tmp"
+    partial.write_text(note.to_json(), encoding="utf-8")
+    os.replace(partial, target / MANIFEST)
+
+
+def _push(network: Any, target: Path, kwargs: dict[str, Any]) -> None:
+    from huggingface_hub import create_repo
+
+    upload = {name: kwargs.get(name) for name in ("token", "commit_message", "create_pr")}
+    repo = create_repo(
+        kwargs.get("repo_id", target.name), exist_ok=True, private=kwargs.get("private"), token=upload["token"]
+    )
+    network._upload_folder(str(target), repo.repo_id, **upload)
+
+
+def float_state(packed: nn.Module) -> dict[str, Tensor]:
+    """Return the float network's state: dequantized weights with their dilation undone, and nothing of the step tables."""
+    layers = quant_layers(packed)
+    state = {k: v for k, v in packed.state_dict().items() if not is_quantized_tensor(packed, k)}
+    for name, layer in layers.items():
+        weight = layer.quantized_weight()
+        if layer.dilation is not None:
+            weight = weight / spread(layer.dilation, weight, layer.groups)
+        state[f"{name}.weight"] = weight.clone()
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias
+    return state
+
+
+def to_float(network: Any) -> Any:
+    """Make a quantized network a float one of diffusers' own layers, in place, with the values that its weights have.
+
+    Activations are no longer quantized, and predictions no longer corrected.
+    """
+    packed = packed_form(network)
+    dtype = network.dtype
+    config = {k: v for k, v in network.config.items() if k != "quantization_config"}
+    family = family_of(type(network).__name__, "config.json")
+    fresh = family.build(config)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in float_state(packed).items()}
+    try:
+        fresh.load_state_dict(restore_repeats(state, family.repeats(config)), assign=True)
+    except RuntimeError as e:
+        raise ArtifactError(f"The packed tensors don't fit the network: {e}", where="config.json") from e
+    device = next(iter(packed.buffers())).device
+    kept = {k: v for k, v in network.__dict__.items() if k in ("_internal_dict", "training")}
+    network.__dict__.clear()
+    network.__dict__.update(nn.Module.to(fresh, device, dtype).eval().__dict__ | kept)
+    network._internal_dict = type(network.config)({k: v for k, v in network.config.items() if k not in OURS})
+    network.is_quantized = False
+    return network

@@ -1,0 +1,151 @@
+"""The packed form of a network, kept beside its integer form: what it is saved, counted and moved to other devices from.
+
+The packed form is a second tree of modules that shares all tensors with the network it was made of. Its weights stay views of
+the mapped file until something reads them.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool import report
+from dqtool.graph.trace import is_attention
+from dqtool.nn.calls import give
+from dqtool.nn.layers import PackedLayer, QuantLayer
+from dqtool.nn.prediction import PredictionTables
+
+__all__ = [
+    "PACKED_FORM",
+    "cast_unquantized",
+    "give_counts",
+    "is_quantized_tensor",
+    "keep_packed_form",
+    "packed_form",
+]
+
+KEPT = "_dqtool_packed"
+PACKED_FORM = (KEPT, "state_dict")
+"""Attributes of a network that keeps its packed form."""
+
+
+def keep_packed_form(network: nn.Module) -> None:
+    """Keep the packed form of `network`, a network of packed layers that is about to become another one in place."""
+    shared: dict[int, Any] = {id(t): t for t in chain(network.parameters(), network.buffers())}
+    for module in network.modules():
+        expanded = getattr(module, "_expanded", None)
+        if isinstance(expanded, Tensor):
+            shared[id(expanded)] = expanded
+    network.__dict__[KEPT] = copy.deepcopy(network, shared)
+    give(network, "state_dict", _state_dict)
+    give_counts(network)
+
+
+def packed_form(network: nn.Module) -> nn.Module:
+    """Return the network of packed layers: the one that `network` keeps, or itself."""
+    return network.__dict__.get(KEPT, network)
+
+
+def give_counts(network: nn.Module) -> None:
+    """Let a network of packed layers, or one made of it, count what the float network has, and its own bytes."""
+    give(network, "num_parameters", _num_parameters)
+    give(network, "get_memory_footprint", _get_memory_footprint)
+    give(network, "to", _to)
+    give(network, "half", _half)
+    give(network, "float", _float)
+    for name in ("fuse_qkv_projections", "unfuse_qkv_projections", "set_default_attn_processor"):
+        if hasattr(type(network), name):
+            give(network, name, _KEEPERS[name])
+
+
+def is_quantized_tensor(network: nn.Module, name: str) -> bool:
+    """Return whether the tensor `name` belongs to quantization: such tensors keep their dtype whatever the network's is."""
+    parent, _, leaf = name.rpartition(".")
+    holder = network.get_submodule(parent) if parent else network
+    if isinstance(holder, QuantLayer | PredictionTables) or leaf == "timesteps":
+        return True
+    return is_attention(holder) and leaf.endswith(("_scale", "_zero_point"))
+
+
+def cast_unquantized(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast what is not quantized in a network of packed layers to `dtype`, in place."""
+    tensors = chain(network.named_parameters(), network.named_buffers())
+    for name, tensor in list(tensors):
+        if tensor.is_floating_point() and tensor.dtype != dtype and not is_quantized_tensor(network, name):
+            tensor.data = tensor.data.to(dtype)
+    return network
+
+
+def _to(network: Any, *args: Any, **kwargs: Any) -> Any:
+    """`to` with a dtype, which diffusers refuses for quantized networks: what is not quantized is cast.
+
+    Pipelines cast their networks, and so does `from_pipe`, whose default is float32.
+    """
+    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    if dtype is not None and KEPT in network.__dict__:
+        nn.Module.to(network, dtype)
+    elif dtype is not None:
+        cast_unquantized(network, dtype)
+    return network if device is None else type(network).to(network, device, non_blocking=non_blocking)
+
+
+def _half(network: Any) -> Any:
+    return _to(network, torch.float16)
+
+
+def _float(network: Any) -> Any:
+    return _to(network, torch.float32)
+
+
+def _state_dict(network: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """`state_dict` of the packed form, which `load` and `from_pretrained` read."""
+    packed = packed_form(network)
+    return type(packed).state_dict(packed, *args, **kwargs)
+
+
+def _num_parameters(network: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Parameters of the float network that this one was quantized from; none of the packed ones is trainable."""
+    count = 0
+    for module in packed_form(network).modules():
+        if isinstance(module, PackedLayer):
+            bias = 0 if module.bias is None else module.bias.numel()
+            count += 0 if only_trainable else module._weight_shape().numel() + bias
+        elif not (exclude_embeddings and isinstance(module, nn.Embedding)):
+            own = module.parameters(recurse=False)
+            count += sum(p.numel() for p in own if p.requires_grad or not only_trainable)
+    return count
+
+
+def _get_memory_footprint(network: Any, return_buffers: bool = True) -> int:
+    """Bytes of the network's tensors: packed words, or what the kernels have made of them."""
+    tensors = {id(t): t for t in network.parameters()}
+    if return_buffers:
+        tensors |= {id(t): t for t in network.buffers()}
+    for module in network.modules():
+        waiting = getattr(module, "source", None)  # an integer layer that has not run reads the packed words then
+        expanded = getattr(module, "_expanded", None)
+        if waiting is not None and getattr(module, "packed", None) is None:
+            tensors[id(waiting.words)] = waiting.words
+        if isinstance(expanded, Tensor):
+            tensors[id(expanded)] = expanded
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _keep_projections(_network: Any) -> None:
+    report.say("dqtool: q, k and v are quantized as they are and share one input: their projections are not fused")
+
+
+def _keep_processors(_network: Any) -> None:
+    report.say("dqtool: the quantized attention processors are the default of this network, and stay")
+
+
+_KEEPERS = {
+    "fuse_qkv_projections": _keep_projections,
+    "unfuse_qkv_projections": _keep_projections,
+    "set_default_attn_processor": _keep_processors,
+}
+"""Methods of diffusers' networks that would put float products in the place of quantized ones."""
