@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,11 @@ class Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function with the network before the arguments."""
         return self.function(self.network, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:
+        """The function's code, by which `torch.export` names what it traces."""
+        return self.function.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:
