@@ -18,6 +18,7 @@ from dqtool.graph.trace import is_attention
 from dqtool.nn.calls import give
 from dqtool.nn.layers import PackedLayer, QuantLayer
 from dqtool.nn.prediction import PredictionTables
+from dqtool.nn.processors import OWN, set_own
 
 __all__ = [
     "PACKED_FORM",
@@ -139,13 +140,16 @@ def _keep_projections(_network: Any) -> None:
     report.say("dqtool: q, k and v are quantized as they are and share one input: their projections are not fused")
 
 
-def _keep_processors(_network: Any) -> None:
-    report.say("dqtool: the quantized attention processors are the default of this network, and stay")
+def _restore_processors(network: Any) -> None:
+    """Give every attention its quantizing processor again: the default of a quantized network."""
+    for module in network.modules():
+        if OWN in module.__dict__:
+            set_own(module, module.__dict__[OWN])
 
 
 _KEEPERS = {
     "fuse_qkv_projections": _keep_projections,
     "unfuse_qkv_projections": _keep_projections,
-    "set_default_attn_processor": _keep_processors,
+    "set_default_attn_processor": _restore_processors,
 }
 """Methods of diffusers' networks that would put float products in the place of quantized ones."""

@@ -15,7 +15,7 @@ import torch
 
 from dqtool.errors import DqtoolWarning
 
-__all__ = ["keep_quantized", "runs_own", "set_own", "without_hook"]
+__all__ = ["OWN", "keep_quantized", "runs_own", "set_own", "without_hook"]
 
 OWN = "_dqtool_processor"
 """Key of an attention module's `__dict__` under which its quantizing processor is kept."""
