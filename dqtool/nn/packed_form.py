@@ -103,9 +103,11 @@ def _float(network: Any) -> Any:
 
 
 def _state_dict(network: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """`state_dict` of the packed form, which `load` and `from_pretrained` read."""
+    """`state_dict` of the packed form, which `load` and `from_pretrained` read, and the adapters of this one."""
     packed = packed_form(network)
-    return type(packed).state_dict(packed, *args, **kwargs)
+    state = type(packed).state_dict(packed, *args, **kwargs)
+    own = type(network).state_dict(network, *args, **kwargs)
+    return state | {name: value for name, value in own.items() if ".lora_" in name}
 
 
 def _num_parameters(network: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

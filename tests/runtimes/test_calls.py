@@ -7,6 +7,7 @@ import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from synthetic import synthetic_network
 from torch import Tensor, nn
 
 import dqtool
+from dqtool.errors import UsageError
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import family_of
 from dqtool.nn.calls import CallLock
