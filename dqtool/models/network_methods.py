@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import DIRECTORY_MANIFEST as MANIFEST
 from dqtool.artifacts import Manifest, dqtool_version, sha256_file
-from dqtool.core.dilation import spread
+from dqtool.core.dilation import broadcast_scale
 from dqtool.errors import ArtifactError
 from dqtool.graph.repeats import restore_repeats
 from dqtool.models.families import family_of
@@ -133,7 +133,7 @@ def float_state(packed: nn.Module) -> dict[str, Tensor]:
     for name, layer in layers.items():
         weight = layer.quantized_weight()
         if layer.dilation is not None:
-            weight = weight / spread(layer.dilation, weight, layer.groups)
+            weight = weight / broadcast_scale(layer.dilation, weight, layer.groups)
         state[f"{name}.weight"] = weight.clone()
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias
