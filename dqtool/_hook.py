@@ -29,19 +29,19 @@ def _register_in_transformers(auto: ModuleType) -> None:
 
 
 def _register_runs(pipeline_utils: ModuleType) -> None:
-    from dqtool.models.pipeline_runs import register
+    from dqtool.models.hub.pipeline_runs import register
 
     register(pipeline_utils)
 
 
 def _register_adapters(config: ModuleType) -> None:
-    from dqtool.models.adapters import register
+    from dqtool.models.hub.adapters import register
 
     register(config)
 
 
 def _refuse_lokr(model: ModuleType) -> None:
-    from dqtool.models.adapters import refuse_lokr
+    from dqtool.models.hub.adapters import refuse_lokr
 
     refuse_lokr(model)
 

@@ -45,7 +45,7 @@ def write_model(name: str, directory: Path) -> None:
         else:
             state[key] = torch.full(like.shape, float("norm" in key and key.endswith("weight")))
     # What the class repeats is one module in the published model: random copies would be stored and counted each.
-    for copy, original in family.repeats(arch.config):
+    for copy, original in family.tied_modules(arch.config):
         for key in [key for key in state if key.startswith(f"{original}.")]:
             state[copy + key.removeprefix(original)] = state[key].clone()
     directory.mkdir(parents=True)

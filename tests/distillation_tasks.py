@@ -56,10 +56,10 @@ MakeTask = Callable[..., Any]
 def make_task(made: Path) -> MakeTask:
     """`make_task(static=True, ...)`: options of `distill` as given, calibrated artifact as made."""
     from dqtool.artifacts import open_artifact
-    from dqtool.models.loading import network_of
-    from dqtool.models.packed import layer_infos
-    from dqtool.models.sampling import Sampler, make_sampler
-    from dqtool.models.structure import graph_of
+    from dqtool.models.networks.loading import network_of
+    from dqtool.models.networks.packed import layer_infos
+    from dqtool.models.networks.recorded_graph import graph_of
+    from dqtool.models.sampling.sampler import Sampler, make_sampler
     from dqtool.nn.assignment import assign_bits
     from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of, trace_of
     from dqtool.stages.distill import DistillOptions, network_spec

@@ -9,9 +9,9 @@ from dqtool.core.bits import FLOAT_BITS
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.families import FAMILIES
-from dqtool.models.loading import load_weights
-from dqtool.models.packed import packed_network
-from dqtool.models.sources import resolve_model
+from dqtool.models.networks.loading import load_weights
+from dqtool.models.networks.packed import packed_network
+from dqtool.models.sources.resolve import resolve_model
 from dqtool.nn.assignment import assign_bits
 from dqtool.nn.attention import OPERANDS, has_zero_point
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake, packed_state

@@ -131,7 +131,7 @@ def _may_lead_to(target: Path, model: Path) -> bool:
 
 
 def _own_pipelines() -> Path:
-    """Where `dqtool.models.original.shell` keeps the pipelines that it puts together."""
+    """Where `dqtool.models.sources.original.shell` keeps the pipelines that it puts together."""
     cache = os.environ.get("DQTOOL_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "dqtool")
     return Path(os.path.realpath(os.path.join(cache, "originals")))
 

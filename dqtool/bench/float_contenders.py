@@ -21,11 +21,11 @@ def load_float(subject: Subject, dtype: str, channels_last: bool = False, compil
     import diffusers
     import torch
 
-    from dqtool.models.amendments import amend
+    from dqtool.models.config_extras import apply_config_extras
 
     kind = getattr(torch, dtype)
     network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory, torch_dtype=kind)
-    network = amend(network, subject.config).eval().requires_grad_(False)
+    network = apply_config_extras(network, subject.config).eval().requires_grad_(False)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
@@ -46,14 +46,14 @@ def prepare_float(subject: Subject) -> None:
     """Write the float directory, as `save_pretrained` does (which refuses networks that share modules)."""
     from dqtool.artifacts.tensorfile import save_tensors
     from dqtool.bench.reference import float_network
-    from dqtool.graph.repeats import restore_repeats
-    from dqtool.models.export_layout import WEIGHTS
+    from dqtool.graph.tied_modules import restore_copies
+    from dqtool.models.components.export_layout import WEIGHTS
     from dqtool.models.families import family_of
 
     if subject.float_directory.exists():
         return
     network = float_network(subject)
-    pairs = family_of(subject.class_name, subject.directory).repeats(subject.config)
+    pairs = family_of(subject.class_name, subject.directory).tied_modules(subject.config)
     subject.float_directory.mkdir()
     network.save_config(subject.float_directory)  # type: ignore[operator]
-    save_tensors(subject.float_directory / WEIGHTS, restore_repeats(network.state_dict(), pairs))
+    save_tensors(subject.float_directory / WEIGHTS, restore_copies(network.state_dict(), pairs))

@@ -105,10 +105,10 @@ def _convert(subject: Subject) -> Any:
     from torch.utils._pytree import tree_flatten, tree_unflatten
 
     from dqtool.formats.openvino import converted
-    from dqtool.models.amendments import amend
+    from dqtool.models.config_extras import apply_config_extras
 
     network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory)
-    network = amend(network, subject.config).eval()
+    network = apply_config_extras(network, subject.config).eval()
     example = subject.inputs(2)[0]
     leaves, structure = tree_flatten(example)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

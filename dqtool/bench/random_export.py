@@ -55,10 +55,10 @@ def random_export(arch: str, spec: QuantizationSpec, force: bool = False) -> str
 
 def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: dict[str, Any], key: str) -> None:
     from dqtool.artifacts.tensorfile import save_tensors
-    from dqtool.models.export_layout import WEIGHTS
+    from dqtool.models.components.export_layout import WEIGHTS
     from dqtool.models.families import family_of
-    from dqtool.models.hub import quantization_config
-    from dqtool.models.packed import plan_records
+    from dqtool.models.hub.quantizer import quantization_config
+    from dqtool.models.networks.packed import plan_records
     from dqtool.nn.assignment import assign_bits
     from dqtool.nn.surgery import packed_state
 
@@ -109,18 +109,18 @@ def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[Laye
     """(random network, its layers, dilation by layer, number of weights); the network's weights are dilated already."""
     import torch
 
-    from dqtool.graph.repeats import tie_repeats
+    from dqtool.graph.tied_modules import tie_modules
     from dqtool.scaling.methods import ScalingInput, scaling_method
 
     config = wanted.network_config()
     with torch.device("meta"):
         ghost = family.build(config)
-        copies = tuple(f"{copy}." for copy, _ in family.repeats(config))
+        copies = tuple(f"{copy}." for copy, _ in family.tied_modules(config))
         names = [name for name in ghost.state_dict() if not name.startswith(copies)] if copies else []
-        tie_repeats(ghost, names, family.repeats(config))
+        tie_modules(ghost, names, family.tied_modules(config))
     infos = family.graph(ghost, config).trace.layers
     torch.manual_seed(0)
-    network = tie_repeats(family.build(config), names, family.repeats(config)).eval().requires_grad_(False)
+    network = tie_modules(family.build(config), names, family.tied_modules(config)).eval().requires_grad_(False)
     count = sum(t.numel() for t in network.state_dict().values())
     method = scaling_method("wd")
     groups: dict[str, list[LayerInfo]] = {}
@@ -192,7 +192,7 @@ def _quantize(
 def timesteps_of(wanted: Architecture) -> Tensor:
     """The table of timesteps `[T]` of the architecture's usual sampler."""
     from dqtool.models.families import family_of
-    from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.models.sampling.sampler import Sampler, make_sampler
 
     family = family_of(wanted.class_name, f"architecture {wanted.name}")
     return Sampler(family, make_sampler(wanted.scheduler), wanted.steps, wanted.eta).timesteps()

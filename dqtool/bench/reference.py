@@ -20,8 +20,8 @@ def float_network(subject: Subject) -> nn.Module:
     Raises:
         ArtifactError: the reference is another kind of network, or the export holds no weights to dequantize.
     """
-    from dqtool.models.loading import build_network, load_weights
-    from dqtool.models.sources import resolve_model
+    from dqtool.models.networks.loading import build_network, load_weights
+    from dqtool.models.sources.resolve import resolve_model
 
     if subject.reference is not None:
         source = resolve_model(subject.reference)
@@ -60,7 +60,7 @@ def _same_shapes(network: nn.Module, subject: Subject) -> None:
 
 def _exported_state(subject: Subject) -> dict:
     from dqtool.formats.dense import dense_state
-    from dqtool.models.export_layout import weights_file
+    from dqtool.models.components.export_layout import weights_file
 
     artifact = open_artifact(subject.directory, ["export"])
     manifest, file = artifact.manifest, weights_file(artifact.manifest.pipeline)

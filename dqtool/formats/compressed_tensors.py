@@ -22,8 +22,8 @@ from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import pack
 from dqtool.errors import ArtifactError
 from dqtool.formats import Exported, require
-from dqtool.models.export_layout import WEIGHTS
-from dqtool.models.packed import plans_of
+from dqtool.models.components.export_layout import WEIGHTS
+from dqtool.models.networks.packed import plans_of
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.prediction import NAME as PREDICTION
 

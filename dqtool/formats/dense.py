@@ -13,10 +13,10 @@ from dqtool.core.cost import file_bytes
 from dqtool.core.dilation import broadcast_scale
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, swapped
-from dqtool.graph.repeats import restore_repeats
-from dqtool.models.export_layout import WEIGHTS
+from dqtool.graph.tied_modules import restore_copies
+from dqtool.models.components.export_layout import WEIGHTS
 from dqtool.models.families import family_of
-from dqtool.models.packed import packed_network, plans_of
+from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import quant_layers
 
@@ -30,7 +30,7 @@ def prepare(distilled: Artifact) -> Exported:
     shapes = network_shapes(family, manifest.model["config"])
     layers = [{**layer, "bits": [32, 32]} for layer in manifest.layers]
     # diffusers' plain classes know nothing of modules that are stored once.
-    state = restore_repeats(dense_state(manifest, distilled.tensors()), family.repeats(manifest.model["config"]))
+    state = restore_copies(dense_state(manifest, distilled.tensors()), family.tied_modules(manifest.model["config"]))
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, state)

@@ -9,11 +9,11 @@ from dqtool.artifacts.tensorfile import save_tensors
 from dqtool.core.cost import file_bytes
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, swapped
-from dqtool.models.export_layout import WEIGHTS
+from dqtool.models.components.export_layout import WEIGHTS
 from dqtool.models.families import family_of
-from dqtool.models.hub import quantization_config
-from dqtool.models.packed import is_static, plan_records, plans_of, prediction_rows
-from dqtool.models.packed_checks import check_state, step_count
+from dqtool.models.hub.quantizer import quantization_config
+from dqtool.models.networks.packed import is_static, plan_records, plans_of, prediction_rows
+from dqtool.models.networks.packed_checks import check_state, step_count
 from dqtool.nn.integer import runs_as
 from dqtool.nn.surgery import state_shapes
 

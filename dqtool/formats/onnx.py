@@ -21,7 +21,7 @@ from dqtool.artifacts import Artifact
 from dqtool.formats import Exported, require
 from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import family_of
-from dqtool.models.packed import packed_network, plans_of
+from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.integer import IntegerLayer
 from dqtool.nn.lowered import LoweredNetwork, Product, is_signed
 

@@ -20,12 +20,12 @@ def network_shapes(
     class builds repeatedly is there once."""
     import torch
 
-    from dqtool.graph.repeats import tie_repeats
+    from dqtool.graph.tied_modules import tie_modules
 
     with torch.device("meta"):
         network = family.build(config)
     if layers is not None:
-        tie_repeats(network, [f"{layer['name']}.weight" for layer in layers], family.repeats(config))
+        tie_modules(network, [f"{layer['name']}.weight" for layer in layers], family.tied_modules(config))
     return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in network.state_dict().items()}
 
 

@@ -15,11 +15,11 @@ from dqtool.artifacts import DIRECTORY_MANIFEST as MANIFEST
 from dqtool.artifacts import Manifest, dqtool_version, sha256_file
 from dqtool.core.dilation import broadcast_scale
 from dqtool.errors import ArtifactError
-from dqtool.graph.repeats import restore_repeats
+from dqtool.graph.tied_modules import restore_copies
 from dqtool.models.families import family_of
-from dqtool.models.hub import quantization_config
-from dqtool.models.packed import is_static, plan_records, prediction_rows
-from dqtool.nn.calls import give
+from dqtool.models.hub.quantizer import quantization_config
+from dqtool.models.networks.packed import is_static, plan_records, prediction_rows
+from dqtool.nn.call_lock import give
 from dqtool.nn.packed_form import give_counts, is_quantized_tensor, packed_form
 from dqtool.nn.surgery import quant_layers
 
@@ -152,7 +152,7 @@ def to_float(network: Any) -> Any:
     fresh = family.build(config)
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in float_state(packed).items()}
     try:
-        fresh.load_state_dict(restore_repeats(state, family.repeats(config)), assign=True)
+        fresh.load_state_dict(restore_copies(state, family.tied_modules(config)), assign=True)
     except RuntimeError as e:
         raise ArtifactError(f"The packed tensors don't fit the network: {e}", where="config.json") from e
     device = next(iter(packed.buffers())).device

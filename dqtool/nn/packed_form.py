@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.graph.trace import is_attention
-from dqtool.nn.calls import give
+from dqtool.nn.call_lock import give
 from dqtool.nn.layers import PackedLayer, QuantLayer
 from dqtool.nn.prediction import PredictionTables
 from dqtool.nn.processors import OWN, set_own

@@ -16,8 +16,8 @@ from dqtool.core.bits import AttentionBits, bits_from_json
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import unpack
 from dqtool.core.quantization_error import error_parts, histogram_error
-from dqtool.models.loading import network_of
-from dqtool.models.packed import layer_infos
+from dqtool.models.networks.loading import network_of
+from dqtool.models.networks.packed import layer_infos
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.statistics import collect
 from dqtool.page.results import Result

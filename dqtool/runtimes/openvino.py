@@ -39,10 +39,10 @@ from dqtool.formats.openvino import (
     save_ir,
     shrink_weights,
 )
-from dqtool.models.export_layout import component_prefix
+from dqtool.models.components.export_layout import component_prefix
 from dqtool.models.families import family_of
-from dqtool.models.packed import exported_tensors, is_static, packed_network, plans_of
-from dqtool.nn.calls import CallLock
+from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
+from dqtool.nn.call_lock import CallLock
 from dqtool.nn.lowered import flat_arguments, nested_arguments
 from dqtool.nn.steps import StepIndex, nearest_rows
 from dqtool.runtimes.openvino_fixed import Fixed

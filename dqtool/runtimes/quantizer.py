@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dqtool import report
 from dqtool.artifacts import Manifest, read_manifest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
-from dqtool.models.hub import FORMAT, METHOD, quantization_config
+from dqtool.models.hub.quantizer import FORMAT, METHOD, quantization_config
 from dqtool.models.network_methods import MANIFEST, Origin, give_methods, to_float
 from dqtool.runtimes import VARIABLE
 
@@ -151,18 +151,18 @@ class DqtoolQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from dqtool.graph.repeats import tie_repeats
-        from dqtool.models.amendments import amend
+        from dqtool.graph.tied_modules import tie_modules
+        from dqtool.models.config_extras import apply_config_extras
         from dqtool.models.families import FAMILIES
-        from dqtool.models.packed import plans_from
+        from dqtool.models.networks.packed import plans_from
         from dqtool.nn.surgery import insert_packed
 
         ours = self.quantization_config
         self.runtime = chosen_runtime(ours.runtime, kwargs.get("device_map"))
-        amend(model, model.config)  # type: ignore[arg-type]
+        apply_config_extras(model, model.config)  # type: ignore[arg-type]
         family = FAMILIES.get(type(model).__name__)
         if family is not None and self.loaded:
-            tie_repeats(model, self.loaded, family.repeats(model.config))  # type: ignore[arg-type]
+            tie_modules(model, self.loaded, family.tied_modules(model.config))  # type: ignore[arg-type]
         insert_packed(model, plans_from(ours.layers), ours.timesteps, ours.prediction)  # type: ignore[arg-type]
         model.config.quantization_config = ours  # type: ignore[union-attr]
         expected = set(model.state_dict())
@@ -205,7 +205,7 @@ class DqtoolQuantizer(DiffusersQuantizer):
             holder.register_buffer(leaf, value)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        from dqtool.nn.calls import one_call_at_a_time
+        from dqtool.nn.call_lock import one_call_at_a_time
         from dqtool.nn.surgery import refresh_steps
 
         refresh_steps(model, self.quantization_config.static)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from dqtool.artifacts import Artifact
-from dqtool.models.loading import build_network
-from dqtool.models.packed import exported_tensors, is_static, packed_network, plans_of
-from dqtool.models.packed_checks import step_count
-from dqtool.nn.calls import one_call_at_a_time
+from dqtool.models.networks.loading import build_network
+from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
+from dqtool.models.networks.packed_checks import step_count
+from dqtool.nn.call_lock import one_call_at_a_time
 
 __all__ = ["available", "load"]
 

@@ -25,8 +25,8 @@ from dqtool.core.dilation import broadcast_scale
 from dqtool.graph.leaves import zero_padding
 from dqtool.graph.recording import Recording
 from dqtool.graph.trace import LayerInfo
-from dqtool.models.packed import layer_infos
-from dqtool.models.structure import graph_of
+from dqtool.models.networks.packed import layer_infos
+from dqtool.models.networks.recorded_graph import graph_of
 from dqtool.scaling.groups import scaling_groups
 from dqtool.scaling.propagation import UNSCALED, NotFoldable, Propagation, ShiftPropagation, Target
 from dqtool.scaling.records import dilated_layers

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
 from dqtool.core.dilation import broadcast_scale
-from dqtool.models.packed import layer_infos
-from dqtool.models.structure import graph_of
+from dqtool.models.networks.packed import layer_infos
+from dqtool.models.networks.recorded_graph import graph_of
 from dqtool.nn.layers import FakeQuantLayer, InputTransform
 from dqtool.scaling.folding import Fold, find_shifts, subtract_shift
 from dqtool.scaling.groups import scaling_groups

@@ -12,9 +12,9 @@ from dqtool.artifacts import Manifest
 from dqtool.core.bits import LayerBits
 from dqtool.core.device import to_cpu, to_device_of
 from dqtool.core.dilation import CAP, broadcast_scale
-from dqtool.models.loading import network_of
-from dqtool.models.packed import layer_infos
-from dqtool.models.structure import graph_of
+from dqtool.models.networks.loading import network_of
+from dqtool.models.networks.packed import layer_infos
+from dqtool.models.networks.recorded_graph import graph_of
 from dqtool.scaling.choosing import Activations, choose_by_activations
 from dqtool.scaling.folding import Fold, add_shift_to_bias, find_shifts, subtract_shift
 from dqtool.scaling.groups import scaling_groups

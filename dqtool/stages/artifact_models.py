@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.device import place
 from dqtool.graph.trace import BlockInfo, Trace
-from dqtool.models.companions import companions_of_artifact
-from dqtool.models.conditioning import Conditions, Request
-from dqtool.models.given_conditions import ConditionSource
-from dqtool.models.loading import build_network, network_of
-from dqtool.models.packed import layer_infos
-from dqtool.models.sampling import Sampler
+from dqtool.models.components.companions import companions_of_artifact
+from dqtool.models.conditions.conditioning import Conditions, Request
+from dqtool.models.conditions.external import ConditionSource
+from dqtool.models.networks.loading import build_network, network_of
+from dqtool.models.networks.packed import layer_infos
+from dqtool.models.sampling.sampler import Sampler
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake

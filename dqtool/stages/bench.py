@@ -215,7 +215,7 @@ def _subject_artifact(options: BenchOptions, common: Common) -> Artifact:
 
 def _subject(artifact: Artifact, options: BenchOptions, workspace: str, threads: int) -> Subject:
     from dqtool.bench.subject import Subject
-    from dqtool.models.export_layout import weights_file
+    from dqtool.models.components.export_layout import weights_file
 
     manifest = artifact.manifest
     timesteps = [0.0]
@@ -311,7 +311,7 @@ def _baseline(timings: Mapping[str, Timing]) -> str | None:
 
 
 def _model(artifact: Artifact, options: BenchOptions) -> dict[str, Any]:
-    from dqtool.models.export_layout import component_prefix
+    from dqtool.models.components.export_layout import component_prefix
 
     manifest = artifact.manifest
     prefix = component_prefix(manifest.pipeline)

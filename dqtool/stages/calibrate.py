@@ -12,8 +12,8 @@ from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
-from dqtool.models.given_conditions import ConditionSource
-from dqtool.models.schedules import finite_config
+from dqtool.models.conditions.external import ConditionSource
+from dqtool.models.sampling.schedules import finite_config
 from dqtool.stages.options.calibrate import AUTO, KEEP, STRATIFIED, CalibrateOptions, schedule_of
 from dqtool.stages.paths import read_paths
 from dqtool.stages.running import Common, StageOutput, execute, input_artifact
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dqtool.models.conditioning import Conditions
-    from dqtool.models.sampling import Sampler
+    from dqtool.models.conditions.conditioning import Conditions
+    from dqtool.models.sampling.sampler import Sampler
     from dqtool.scaling.rescaling import Rescaled
     from dqtool.training.data import Trajectory
 
@@ -111,10 +111,10 @@ def produce(
     """Sample, draw, count. What is finished goes to `workspace` from time to time."""
     import torch
 
-    from dqtool.models.conditioning import Request
-    from dqtool.models.loading import network_of
-    from dqtool.models.packed import layer_infos
-    from dqtool.models.sampling import Sampler, make_sampler
+    from dqtool.models.conditions.conditioning import Request
+    from dqtool.models.networks.loading import network_of
+    from dqtool.models.networks.packed import layer_infos
+    from dqtool.models.sampling.sampler import Sampler, make_sampler
     from dqtool.nn.statistics import collect
     from dqtool.stages.artifact_models import conditions_of, split_dilated, teacher_of
     from dqtool.training.data import Trajectory
@@ -209,8 +209,8 @@ def rescaled_by(
     workspace: Workspace,
 ) -> Rescaled:
     """Return the dilated artifact with the factors of `--scaling`; `network` is the float one, without factors."""
-    from dqtool.models.loading import network_of
-    from dqtool.models.packed import layer_infos
+    from dqtool.models.networks.loading import network_of
+    from dqtool.models.networks.packed import layer_infos
     from dqtool.nn.statistics import channel_ranges
     from dqtool.scaling.choosing import Activations
     from dqtool.scaling.methods import scaling_method
@@ -262,7 +262,7 @@ def quotas_by_step(
 
     from dqtool.core.device import to_cpu
     from dqtool.core.draws import DrawInput, draw_method
-    from dqtool.models.sampling import CALIBRATION
+    from dqtool.models.sampling.sampler import CALIBRATION
 
     draw = draw_method(options.draw)
     given = DrawInput(len(timesteps), options.samples, generator)
@@ -338,7 +338,7 @@ def record(
     import torch
 
     from dqtool.core.device import to_cpu
-    from dqtool.models.sampling import CALIBRATION
+    from dqtool.models.sampling.sampler import CALIBRATION
 
     steps, halves = len(timesteps), 1 + conditions.guided
     images = images_of(quotas, conditions)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Written, check_writable, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
-from dqtool.models.sources import ModelSource
+from dqtool.models.sources.resolve import ModelSource
 from dqtool.stages.options.dilate import DilateOptions
 from dqtool.stages.paths import model_places, read_paths
 from dqtool.stages.running import Common, StageOutput, execute
@@ -72,11 +72,11 @@ def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
     import torch
 
     from dqtool.core.threads import operation_threads
-    from dqtool.graph.repeats import drop_repeats
+    from dqtool.graph.tied_modules import drop_copies
     from dqtool.graph.trace import kept_float
-    from dqtool.models.companions import attachments_of
+    from dqtool.models.components.companions import attachments_of
     from dqtool.models.families import family_of
-    from dqtool.models.loading import build_network, load_weights
+    from dqtool.models.networks.loading import build_network, load_weights
     from dqtool.scaling.dilating import dilate_network
     from dqtool.scaling.folding import find_folds
     from dqtool.scaling.methods import scaling_method
@@ -85,7 +85,7 @@ def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
 
     class_name, config = described(source, options)
     family = family_of(class_name, str(source.config_path))
-    state = drop_repeats(load_weights(source), family.repeats(config))
+    state = drop_copies(load_weights(source), family.tied_modules(config))
     network = build_network(class_name, config, state, source.given, share=True)
     graph = recorded_network(network, family, config)
     traced = graph.trace
@@ -104,7 +104,7 @@ def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
         "source_config": options.config,
         "source_component": options.components,
         "source_loras": list(options.lora),
-        "source_told": options.told().record(),
+        "source_told": options.hints().record(),
         "source_sha256": source.sha256(),
         "parameters": sum(t.numel() for t in state.values()),
     }
@@ -162,10 +162,10 @@ def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[st
     Raises:
         UsageError: a family that does not exist or does not serve this class, or an example without `generic`.
     """
-    from dqtool.models.companions import companions_of_source
+    from dqtool.models.components.companions import companions_of_source
     from dqtool.models.families import FAMILIES, family_of
     from dqtool.models.families.generic import EXAMPLE, PREFIX, example_shapes
-    from dqtool.models.network_time import TIME, network_time
+    from dqtool.models.sampling.network_time import TIME, network_time
 
     class_name, config = source.class_name, dict(source.config)
     if options.family == "generic":

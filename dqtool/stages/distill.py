@@ -113,10 +113,10 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
     from dqtool.core.allocator import return_freed_memory
     from dqtool.core.device import device_of, peak_bytes, restart_peak, to_cpu
     from dqtool.core.memory import MemoryMeter, resident
-    from dqtool.models.loading import network_of
-    from dqtool.models.packed import layer_infos
-    from dqtool.models.sampling import Sampler
-    from dqtool.models.structure import graph_of
+    from dqtool.models.networks.loading import network_of
+    from dqtool.models.networks.packed import layer_infos
+    from dqtool.models.networks.recorded_graph import graph_of
+    from dqtool.models.sampling.sampler import Sampler
     from dqtool.nn.assignment import assign_bits
     from dqtool.nn.surgery import packed_state
     from dqtool.scaling.folding import fold_packed
@@ -202,8 +202,8 @@ def network_spec(options: DistillOptions, calibrated: Manifest) -> QuantizationS
     """Return the bits that were asked for, with the layers that the preset leaves in float in this artifact's network."""
     if options.spec.preset == "standard":
         return options.spec  # without importing torch: the artifact may be cached
-    from dqtool.models.packed import layer_infos
-    from dqtool.models.structure import graph_of
+    from dqtool.models.networks.packed import layer_infos
+    from dqtool.models.networks.recorded_graph import graph_of
     from dqtool.nn.assignment import apply_preset
 
     return apply_preset(options.spec, layer_infos(calibrated.layers), lambda: graph_of(calibrated).roles)

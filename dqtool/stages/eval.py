@@ -11,8 +11,8 @@ from dqtool.artifacts import Artifact, Kind, read_manifest, sha256_file
 from dqtool.errors import UsageError
 from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
-from dqtool.models.companions import companions_of_artifact
-from dqtool.models.given_conditions import ConditionSource
+from dqtool.models.components.companions import companions_of_artifact
+from dqtool.models.conditions.external import ConditionSource
 from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
@@ -256,8 +256,8 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
         network = load(artifact.given, runtime, batch)
         return place(network) if runtime == "simulate" else network
     if artifact.stage == "distill":
-        from dqtool.models.packed import is_static, packed_network, plans_of
-        from dqtool.models.packed_checks import step_count
+        from dqtool.models.networks.packed import is_static, packed_network, plans_of
+        from dqtool.models.networks.packed_checks import step_count
 
         state = artifact.tensors()
         static = is_static(manifest, step_count(state))
@@ -270,8 +270,8 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
 
 def reference_images(network: nn.Module, reference: Reference, maker: ImageMaker, options: EvalOptions) -> Tensor:
     """The full-precision model's images, from the cache when the same ones were made before."""
-    from dqtool.models.image_cache import cached_images
-    from dqtool.models.sampling import IMAGES
+    from dqtool.models.sampling.image_cache import cached_images
+    from dqtool.models.sampling.sampler import IMAGES
 
     sampler, conditions = maker.sampler, maker.conditions
     key = {

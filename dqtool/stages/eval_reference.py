@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, manifest_path, open_artifact
 from dqtool.errors import ArtifactError, DqtoolError
-from dqtool.models.sources import ModelSource, resolve_recorded
+from dqtool.models.sources.resolve import ModelSource, resolve_recorded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,7 @@ def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
 def reference_network(reference: Reference, model: Mapping[str, Any]) -> nn.Module:
     """Its network, where this process computes; `model` is the artifact's entry in the manifest."""
     from dqtool.core.device import place
-    from dqtool.models.loading import build_network, load_weights
+    from dqtool.models.networks.loading import build_network, load_weights
     from dqtool.runtimes import load
 
     if isinstance(reference, ExportedReference):

@@ -12,7 +12,7 @@ from dqtool.artifacts import Artifact
 from dqtool.artifacts.names import path_within
 from dqtool.formats import FORMATS, prepare
 from dqtool.formats.shapes import network_shapes, swapped
-from dqtool.models.companion_files import check_companion
+from dqtool.models.components.companion_files import check_companion
 from dqtool.stages.options.export import ExportOptions
 from dqtool.stages.paths import read_paths
 from dqtool.stages.running import Common, StageOutput, execute, input_artifact
@@ -43,7 +43,7 @@ def export(options: ExportOptions, common: Common) -> str:
 def produce(distilled: Artifact, format_name: str) -> StageOutput:
     """Collect what the directory holds and predict its size."""
     from dqtool.core.cost import bops, file_bytes
-    from dqtool.models.companions import in_float32
+    from dqtool.models.components.companions import in_float32
     from dqtool.models.families import family_of
 
     exported = prepare(format_name, distilled)
@@ -90,7 +90,7 @@ def write_directory(
     write: Callable[[Path], object],
 ) -> int:
     """A diffusers pipeline (or bare component) directory; returns the bytes that `write` put there for the network."""
-    from dqtool.models.export_layout import component_prefix
+    from dqtool.models.components.export_layout import component_prefix
 
     component = directory / component_prefix(pipeline)
     component.mkdir(parents=True, exist_ok=True)

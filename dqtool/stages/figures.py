@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.metrics import METRICS
-from dqtool.models.export_layout import component_prefix
+from dqtool.models.components.export_layout import component_prefix
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

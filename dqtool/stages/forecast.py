@@ -36,7 +36,7 @@ def forecast(
 
     from dqtool.core.cost import bops, file_bytes
     from dqtool.formats.shapes import swapped
-    from dqtool.graph.repeats import tie_repeats
+    from dqtool.graph.tied_modules import tie_modules
     from dqtool.models.families import family_of
     from dqtool.nn.assignment import apply_preset, assign_bits
     from dqtool.nn.prediction import row_shapes
@@ -45,9 +45,9 @@ def forecast(
     family = family_of(class_name, "model config, key _class_name")
     with torch.device("meta"):
         network = family.build(config)
-    copies = tuple(f"{copy}." for copy, _ in family.repeats(config))
+    copies = tuple(f"{copy}." for copy, _ in family.tied_modules(config))
     names = [name for name in network.state_dict() if not (copies and name.startswith(copies))]
-    tie_repeats(network, names, family.repeats(config))
+    tie_modules(network, names, family.tied_modules(config))
     graph = family.graph(network, config)
     layers = graph.trace.layers
     spec = apply_preset(spec, layers, lambda: graph.roles)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.device import to_cpu
-from dqtool.models.companions import Companions, companions_of_artifact, companions_of_source
-from dqtool.models.conditioning import Conditions, Request
+from dqtool.models.components.companions import Companions, companions_of_artifact, companions_of_source
+from dqtool.models.conditions.conditioning import Conditions, Request
+from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.families import family_of
-from dqtool.models.given_conditions import ConditionSource
-from dqtool.models.loading import network_of
-from dqtool.models.sampling import Sampler
-from dqtool.models.sources import ModelSource
+from dqtool.models.networks.loading import network_of
+from dqtool.models.sampling.sampler import Sampler
+from dqtool.models.sources.resolve import ModelSource
 from dqtool.stages.artifact_models import conditions_of, sampler_of
 from dqtool.stages.running import sampling_of
 from dqtool.training.tensor_store import TensorStore

@@ -10,7 +10,7 @@ from typing import Any
 from dqtool.artifacts import manifest_path, open_artifact
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json, parse_json, read_file
 from dqtool.core.cost import bops, bops_ratio
-from dqtool.models.sources import ModelSource, resolve_model
+from dqtool.models.sources.resolve import ModelSource, resolve_model
 from dqtool.report import format_seconds, table_lines
 
 __all__ = ["describe", "render"]

@@ -16,7 +16,7 @@ from dqtool.stages.eval_reference import ExportedReference, Reference
 if TYPE_CHECKING:
     from torch import nn
 
-    from dqtool.models.noise_correction import NoiseCorrection
+    from dqtool.models.sampling.noise_correction import NoiseCorrection
     from dqtool.stages.images import ImageMaker
 
 __all__ = ["FIT_IMAGES", "fitted", "needs_reference", "with_correction"]
@@ -47,9 +47,9 @@ def fitted(
     """The correction of `network` for this maker's sampler, from `images` images that are sampled side by side: every step
     is fitted on all of them, `batch_size` at a time."""
     from dqtool import report
-    from dqtool.models.noise_correction import NoiseCorrection
-    from dqtool.models.noise_fit import NoiseFit
-    from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+    from dqtool.models.sampling.noise_correction import NoiseCorrection
+    from dqtool.models.sampling.noise_fit import NoiseFit
+    from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
     from dqtool.training.prediction import in_parts
 
     sampler, conditions = maker.sampler, maker.conditions

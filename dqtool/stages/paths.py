@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dqtool.models.sources import ModelSource
+from dqtool.models.sources.resolve import ModelSource
 
 __all__ = ["READ", "WRITTEN", "model_places", "read_paths"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dqtool.artifacts import Manifest, read_manifest
 from dqtool.errors import DqtoolError
-from dqtool.models.sources import ModelSource
+from dqtool.models.sources.resolve import ModelSource
 from dqtool.report import format_seconds, table_lines
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.registry import make_options, stage_function, work_function
@@ -74,9 +74,9 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
 
 
 def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sampler: str | None) -> Work:
-    from dqtool.models.companions import companions_of_source
+    from dqtool.models.components.companions import companions_of_source
     from dqtool.models.families import family_of
-    from dqtool.models.sampling import scheduler_class
+    from dqtool.models.sampling.sampler import scheduler_class
     from dqtool.stages.forecast import forecast
     from dqtool.stages.options.distill import corrects_predictions, with_sampler_defaults
 

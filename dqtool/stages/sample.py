@@ -7,7 +7,7 @@ from dataclasses import asdict
 from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
-from dqtool.models.given_conditions import ConditionSource
+from dqtool.models.conditions.external import ConditionSource
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.eval_reference import find_reference, reference_network
 from dqtool.stages.noise import fitted, needs_reference, with_correction

@@ -35,7 +35,7 @@ def calibrate_work(execution: Execution, _: Any) -> Work:
 
 
 def distill_work(execution: Execution, options: Any) -> Work:
-    from dqtool.models.packed import layer_infos
+    from dqtool.models.networks.packed import layer_infos
     from dqtool.nn.assignment import assign_bits
     from dqtool.scaling.folding import pending_folds
     from dqtool.scaling.records import dilated_layers
@@ -60,7 +60,7 @@ def distill_work(execution: Execution, options: Any) -> Work:
 
 
 def export_work(execution: Execution, _: Any) -> Work:
-    from dqtool.models.packed import plans_of
+    from dqtool.models.networks.packed import plans_of
     from dqtool.nn.prediction import NAME as PREDICTION
 
     prefix = f"{PREDICTION}."

@@ -19,8 +19,8 @@ from dqtool import report
 from dqtool.artifacts import check_outside, lock, read_header
 from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of
 from dqtool.errors import EnvironmentFault
-from dqtool.models import sources
-from dqtool.models.companion_files import config_in_float32
+from dqtool.models.components.companion_files import config_in_float32
+from dqtool.models.sources import resolve
 from dqtool.stages.common import Common, Execution
 
 __all__ = ["CARD", "ZooGetOptions", "get_model", "list_models", "plan_get", "render"]
@@ -40,9 +40,9 @@ class ZooGetOptions:
 def list_models() -> list[dict[str, Any]]:
     """Each embedded model: name, class of its network, parameters of all its networks, bytes as packaged, and its card."""
     models = []
-    for directory in sorted(sources.ZOO.iterdir()) if sources.ZOO.is_dir() else []:
+    for directory in sorted(resolve.ZOO.iterdir()) if resolve.ZOO.is_dir() else []:
         if (directory / "model_index.json").is_file():
-            source = sources.resolve_model(f"zoo:{directory.name}")
+            source = resolve.resolve_model(f"zoo:{directory.name}")
             headers = [read_header(path) for path in directory.rglob("*.safetensors")]
             models.append(
                 {
@@ -106,7 +106,7 @@ def plan_get(options: ZooGetOptions) -> dict[str, Any]:
 
 
 def _find(name: str) -> Path:
-    source = sources.resolve_model(f"zoo:{name.removeprefix('zoo:')}")
+    source = resolve.resolve_model(f"zoo:{name.removeprefix('zoo:')}")
     assert source.pipeline is not None
     return source.pipeline
 

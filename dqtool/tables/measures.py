@@ -61,7 +61,7 @@ def _errors(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, float]
 def _weight_scale_ratio(path: Path, bits: int) -> dict[str, float]:
     from dqtool.core.affine import search_weight
     from dqtool.core.dilation import broadcast_scale
-    from dqtool.models.packed import layer_infos
+    from dqtool.models.networks.packed import layer_infos
 
     calibrated = open_artifact(path)
     tensors = calibrated.tensors()

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import DqtoolError
-from dqtool.models.original.checkpoint import PICKLES
+from dqtool.models.sources.original.checkpoint import PICKLES
 from dqtool.tables.planning import Cell, Step, Target, model_digest, plan_table
 from dqtool.tables.spec import Table
 

@@ -22,7 +22,7 @@ from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Group, Options, Row, Table
 
 if TYPE_CHECKING:
-    from dqtool.models.sources import ModelSource
+    from dqtool.models.sources.resolve import ModelSource
 
 __all__ = ["Cell", "Step", "Target", "model_digest", "plan_table"]
 
@@ -157,7 +157,7 @@ def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any], asked: 
 
 def _with_sampler_defaults(model: str, options: Options) -> dict[str, Any]:
     """Return the options of `distill` with the defaults for the sampler, before a schedule shortens them."""
-    from dqtool.models.sampling import scheduler_class
+    from dqtool.models.sampling.sampler import scheduler_class
     from dqtool.stages.options.distill import with_sampler_defaults
 
     values, dilate = dict(options["distill"]), options.get("dilate", {})

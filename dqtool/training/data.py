@@ -14,7 +14,7 @@ from dqtool.graph.network import NetworkGraph
 from dqtool.graph.roles import Roles
 from dqtool.graph.trace import Trace
 from dqtool.models.families import Family
-from dqtool.models.sampling import Sampler
+from dqtool.models.sampling.sampler import Sampler
 from dqtool.nn.surgery import steps_of
 from dqtool.scaling.folding import Fold
 from dqtool.scaling.learning import merge_learned

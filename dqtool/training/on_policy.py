@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.core.allocator import return_freed_memory
-from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.steps import look_up
 from dqtool.nn.surgery import steps_of

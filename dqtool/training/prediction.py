@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from dqtool.core.detail import detail
 from dqtool.models.families import Family
-from dqtool.models.noise_correction import LEAST_FACTOR, StepNoise, fit_noise
-from dqtool.models.noise_fit import NoiseFit
-from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.models.sampling.noise_correction import LEAST_FACTOR, StepNoise, fit_noise
+from dqtool.models.sampling.noise_fit import NoiseFit
+from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of
 from dqtool.training.data import DistillationTask, Reporter

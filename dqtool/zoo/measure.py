@@ -11,8 +11,8 @@ import json
 
 from dqtool.core.allocator import keep_freed_memory
 from dqtool.metrics.digits import evaluate_digits
-from dqtool.models.loading import build_network, load_weights
-from dqtool.models.sources import ZOO, resolve_model
+from dqtool.models.networks.loading import build_network, load_weights
+from dqtool.models.sources.resolve import ZOO, resolve_model
 from dqtool.stages.eval import EvalOptions, reference_images
 from dqtool.stages.images import maker_of_source
 from dqtool.zoo.data import digits

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from dqtool.artifacts import Manifest, commit, fingerprint, open_artifact
 from dqtool.artifacts.names import check_component, check_name, check_shards, path_within
 from dqtool.errors import ArtifactError, DqtoolError
-from dqtool.models.companion_files import companion_files
-from dqtool.models.companions import companions_of_artifact, companions_of_source
-from dqtool.models.export_layout import component_prefix
-from dqtool.models.sources import resolve_model
+from dqtool.models.components.companion_files import companion_files
+from dqtool.models.components.companions import companions_of_artifact, companions_of_source
+from dqtool.models.components.export_layout import component_prefix
+from dqtool.models.sources.resolve import resolve_model
 from dqtool.stages.export import write_directory
 
 HOSTILE = (

@@ -19,8 +19,8 @@ from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageErr
 from dqtool.metrics.batches import NpzImages, npz_arrays, npz_names
 from dqtool.metrics.graphdef import graph_constants
 from dqtool.metrics.prompts import read_prompts
-from dqtool.models.original.checkpoint import read_entries
-from dqtool.models.sources import resolve_model
+from dqtool.models.sources.original.checkpoint import read_entries
+from dqtool.models.sources.resolve import resolve_model
 from dqtool.recipe import load_recipe
 from dqtool.yamltree import compose
 

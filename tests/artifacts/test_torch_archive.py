@@ -17,7 +17,7 @@ from dqtool.artifacts.torch_archive import archive_content, flat_tensors, is_arc
 from dqtool.errors import ArtifactError
 from dqtool.metrics.aesthetic import load_aesthetic_head
 from dqtool.metrics.inception_weights import load_inception
-from dqtool.models.original.checkpoint import read_checkpoint
+from dqtool.models.sources.original.checkpoint import read_checkpoint
 
 
 class Inner(nn.Module):

@@ -10,7 +10,7 @@ from conftest import Run
 from helpers import listing, load_json, tiny_pipeline, weights_of
 from safetensors.torch import load_file
 
-from dqtool.models import sources
+from dqtool.models.sources import resolve
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def zoo(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sources, "ZOO", packaged)
+    monkeypatch.setattr(resolve, "ZOO", packaged)
     return packaged / "tiny-ddpm"
 
 

@@ -153,10 +153,10 @@ class TestOutputsInInputs:
     def test_the_packaged_models_are_inputs(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Path
     ):
-        from dqtool.models import sources
+        from dqtool.models.sources import resolve
 
         shutil.copytree(made / "tiny", tmp_path / "zoo" / "tiny")
-        monkeypatch.setattr(sources, "ZOO", tmp_path / "zoo")
+        monkeypatch.setattr(resolve, "ZOO", tmp_path / "zoo")
         refused(run, tmp_path, 2, "zoo", "get", "tiny", "-o", "zoo/tiny/copy")
         refused(run, tmp_path, 2, "dilate", "zoo:tiny", "-o", "zoo/tiny/x.safetensors")
 
@@ -188,10 +188,10 @@ class TestFilesOfOthers:
     def test_a_model_of_the_same_names_is_not_replaced_by_force(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Path
     ):
-        from dqtool.models import sources
+        from dqtool.models.sources import resolve
 
         shutil.copytree(made / "tiny", tmp_path / "zoo" / "tiny")
-        monkeypatch.setattr(sources, "ZOO", tmp_path / "zoo")
+        monkeypatch.setattr(resolve, "ZOO", tmp_path / "zoo")
         assert run("zoo", "get", "tiny", "-o", "mine", cwd=tmp_path).returncode == 0
         (tmp_path / "mine" / "unet" / "config.json").write_text("{}")
         refused(run, tmp_path, 4, "zoo", "get", "tiny", "-o", "mine", "--force")

@@ -11,7 +11,7 @@ from families import component_directory
 from synthetic import synthetic_network
 
 from dqtool.models.families import FAMILIES
-from dqtool.models.sources import resolve_model
+from dqtool.models.sources.resolve import resolve_model
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.lowered import flat_arguments
 

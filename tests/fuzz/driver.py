@@ -36,10 +36,10 @@ from dqtool.metrics.batches import NpzImages, npz_arrays, npz_names
 from dqtool.metrics.graphdef import graph_constants
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.families import FAMILIES
-from dqtool.models.original.checkpoint import read_entries
-from dqtool.models.patterns import Patterns
-from dqtool.models.reading import read_yaml
-from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.models.sampling.sampler import Sampler, make_sampler
+from dqtool.models.sources.original.checkpoint import read_entries
+from dqtool.models.sources.patterns import Patterns
+from dqtool.models.sources.reading import read_yaml
 from dqtool.recipe import load_recipe
 
 SECONDS, MEGABYTES = 1.0, 200

@@ -11,9 +11,9 @@ import torch
 from families import NETWORKS
 from safetensors.torch import load_file, save_file
 
-from dqtool.models.conditioning import BESIDE, Request
+from dqtool.models.conditions.conditioning import BESIDE, Request
 from dqtool.models.families import FAMILIES
-from dqtool.models.sampling import Sampler, initial_noise, make_sampler
+from dqtool.models.sampling.sampler import Sampler, initial_noise, make_sampler
 
 FAMILY = FAMILIES["UNet2DConditionModel"]
 
@@ -87,8 +87,8 @@ def test_prompts_do_not_make_images(tmp_path: Path) -> None:
     from families import text_pipeline
 
     from dqtool.errors import UsageError
-    from dqtool.models.companions import companions_of_source
-    from dqtool.models.sources import resolve_model
+    from dqtool.models.components.companions import companions_of_source
+    from dqtool.models.sources.resolve import resolve_model
 
     companions = companions_of_source(resolve_model(str(text_pipeline("sd", tmp_path / "sd"))))
     with pytest.raises(UsageError, match="beside the noisy latents"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dqtool.models.conditioning import Conditions, Request, class_labels
+from dqtool.models.conditions.conditioning import Conditions, Request, class_labels
 
 
 def test_fewer_images_than_conditions_take_them_evenly_and_keep_the_null_one() -> None:

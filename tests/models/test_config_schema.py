@@ -15,8 +15,8 @@ from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageErr
 from dqtool.models.architectures import ARCHITECTURES
 from dqtool.models.config_schema import check_network_config, check_scheduler_config, diffusers_class
 from dqtool.models.families import FAMILIES, family_of
-from dqtool.models.loading import build_network
-from dqtool.models.sampling import SAMPLERS, Sampler, make_sampler
+from dqtool.models.networks.loading import build_network
+from dqtool.models.sampling.sampler import SAMPLERS, Sampler, make_sampler
 
 WRONG = (None, True, "x", "", [], {}, [[1]], {"a": 1}, 0, -1, -(10**12), 10**12, 0.5, 1e300, float("nan"), float("inf"))
 UNET = {**NETWORK, "_class_name": "UNet2DModel"}

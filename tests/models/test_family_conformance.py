@@ -16,7 +16,7 @@ from dqtool.core.detail import detail
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import FAMILIES, family_of
-from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
+from dqtool.models.sampling.sampler import SAMPLERS, Sampler, initial_noise, make_sampler
 from dqtool.nn.assignment import assign_bits
 from dqtool.nn.prediction import attach_prediction, row_shapes
 from dqtool.nn.steps import StepIndex

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dqtool.errors import ArtifactError, UsageError
-from dqtool.models.loading import build_network, load_weights
-from dqtool.models.original import LAYOUTS, Description, Known
-from dqtool.models.sources import ModelSource, resolve_model
-from dqtool.models.told import Told
+from dqtool.models.networks.loading import build_network, load_weights
+from dqtool.models.sources.hints import ModelHints
+from dqtool.models.sources.original import LAYOUTS, Description, Known
+from dqtool.models.sources.resolve import ModelSource, resolve_model
 
 TINY: dict[str, Any] = {
     "model_channels": 32,
@@ -89,7 +89,7 @@ def test_labels_that_are_numbers(tmp_path: Path) -> None:
 
 
 def test_schedules_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
-    def asked(conv: Any, told: Told | None = None, **more: Any) -> dict[str, Any]:
+    def asked(conv: Any, told: ModelHints | None = None, **more: Any) -> dict[str, Any]:
         network = randomize(UNetModel(**TINY, conv=conv))
         save_file({k: v.clone() for k, v in network.state_dict().items()}, tmp_path / "m.safetensors")
         config = flags(tmp_path / "flags.yaml", num_head_channels=16, image_size=16, **more)
@@ -103,7 +103,7 @@ def test_schedules_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
         assert "--scheduler" in str(caught.value)
     assert asked(nn.Conv1d, noise_schedule="cosine")["beta_schedule"] == "squaredcos_cap_v2"
     assert asked(nn.Conv1d, noise_schedule="linear", predict_xstart=True)["prediction_type"] == "sample"
-    told = Told(scheduler="CMStochasticIterativeScheduler")
+    told = ModelHints(scheduler="CMStochasticIterativeScheduler")
     assert asked(nn.Conv2d, told)["_class_name"] == "CMStochasticIterativeScheduler"
     assert asked(nn.Conv2d, training_mode="consistency_distillation", sigma_max=40)["sigma_max"] == 40.0
 
@@ -153,7 +153,7 @@ def described(state: dict[str, Tensor]) -> Description:
 def test_published_models_need_no_flags(name: str) -> None:
     from diffusers import UNet2DModel
 
-    from dqtool.models.amendments import amend
+    from dqtool.models.config_extras import apply_config_extras
 
     options, millions, expected = PUBLISHED[name]
     with torch.device("meta"):
@@ -166,7 +166,7 @@ def test_published_models_need_no_flags(name: str) -> None:
     order = found.config.get("original", {}).get("attention_order")
     assert order == ("new" if name == "adm-64" else None)  # of others the default of their convolution
     with torch.device("meta"):
-        network = amend(UNet2DModel.from_config(found.config), found.config)
+        network = apply_config_extras(UNet2DModel.from_config(found.config), found.config)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
     if name != "terrain":  # whose table of labels is computed
         converted = LAYOUTS["guided-diffusion"].convert(state, found.config, name)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
-from dqtool.models.loading import load_weights
-from dqtool.models.lora import lora_delta
-from dqtool.models.sources import resolve_model
+from dqtool.models.networks.loading import load_weights
+from dqtool.models.sources.lora import lora_delta
+from dqtool.models.sources.resolve import resolve_model
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,

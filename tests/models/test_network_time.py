@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dqtool.errors import UsageError
-from dqtool.models import network_time
 from dqtool.models.families import FAMILIES
-from dqtool.models.network_time import NetworkTime
-from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.models.sampling import network_time
+from dqtool.models.sampling.network_time import NetworkTime
+from dqtool.models.sampling.sampler import Sampler, make_sampler
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 T = torch.tensor([1000.0, 750.0, 1.0])

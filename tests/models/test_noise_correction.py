@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dqtool.artifacts import open_artifact
-from dqtool.models.network_time import NetworkTime
-from dqtool.models.noise_correction import NoiseCorrection, StepNoise, fit_noise, noise_scale, response
-from dqtool.models.sampling import Sampler, make_sampler
+from dqtool.models.sampling.network_time import NetworkTime
+from dqtool.models.sampling.noise_correction import NoiseCorrection, StepNoise, fit_noise, noise_scale, response
+from dqtool.models.sampling.sampler import Sampler, make_sampler
 from dqtool.stages.eval import network_of_artifact
 from dqtool.stages.images import maker_of_artifact
 from dqtool.stages.noise import FIT_IMAGES, fitted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dqtool.models.sampling import CALIBRATION, IMAGES, image_seeds, initial_noise
+from dqtool.models.sampling.sampler import CALIBRATION, IMAGES, image_seeds, initial_noise
 
 
 def test_calibration_and_evaluation_share_no_noise_for_any_pair_of_seeds() -> None:

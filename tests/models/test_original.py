@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dqtool.errors import ArtifactError
 from dqtool.models.architectures import ARCHITECTURES
-from dqtool.models.sources import ModelSource, resolve_model
+from dqtool.models.sources.resolve import ModelSource, resolve_model
 
 TOLERANCE = 1e-4
 
@@ -24,10 +24,10 @@ def diffusers_network(source: ModelSource) -> nn.Module:
     """The converted network as diffusers' class, also where dqtool has no adapter for it."""
     import diffusers
 
-    from dqtool.models.amendments import amend
-    from dqtool.models.loading import load_weights
+    from dqtool.models.config_extras import apply_config_extras
+    from dqtool.models.networks.loading import load_weights
 
-    network = amend(getattr(diffusers, source.class_name).from_config(source.config), source.config)
+    network = apply_config_extras(getattr(diffusers, source.class_name).from_config(source.config), source.config)
     network.load_state_dict(load_weights(source), strict=True)
     return network.eval()
 
@@ -120,7 +120,7 @@ def test_compvis_unets(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("codes", [None, 16])
 def test_the_first_stage_comes_along(tmp_path: Path, codes: int | None) -> None:
     """A checkpoint with its autoencoder is a pipeline that decodes as the original does, in the checkpoint's scale."""
-    from dqtool.models.companions import companions_of_source
+    from dqtool.models.components.companions import companions_of_source
 
     options, published, _ = UNETS["bedroom"]
     original, stage = randomize(UNetModel(32, blocks=1, **options)), randomize(FirstStage(latent=3, codes=codes))
@@ -207,7 +207,7 @@ FULL: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", FULL)
 def test_published_models_are_recognised_without_help(name: str) -> None:
     """From shapes alone: the config of the architecture, hence its heads, and its noise schedule."""
-    from dqtool.models.original import LAYOUTS, Known
+    from dqtool.models.sources.original import LAYOUTS, Known
 
     with torch.device("meta"):
         original = FULL[name]()

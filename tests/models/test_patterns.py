@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dqtool.models.patterns import Pattern, Patterns
+from dqtool.models.sources.patterns import Pattern, Patterns
 
 TEXTS = ["", "a", "b.a", "aaaa", "foo", "x.foo", "xxy", "xxxxy", "zz9", "aaab", "up_blocks.1.attn.to_q", "é_1", "a\nb"]
 

@@ -14,9 +14,9 @@ from families import dit_pipeline, latent_class_pipeline, text_pipeline, uncondi
 import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
-from dqtool.models.loading import build_network, load_weights
-from dqtool.models.sampling import IMAGES, initial_noise
-from dqtool.models.sources import resolve_model
+from dqtool.models.networks.loading import build_network, load_weights
+from dqtool.models.sampling.sampler import IMAGES, initial_noise
+from dqtool.models.sources.resolve import resolve_model
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -176,7 +176,7 @@ def test_partial_schedules_index_right(tmp_path: Path) -> None:
     from dqtool.core.bits import LayerBits
     from dqtool.core.quantization import QuantizationSpec
     from dqtool.models.families import FAMILIES
-    from dqtool.models.sampling import Sampler
+    from dqtool.models.sampling.sampler import Sampler
     from dqtool.nn.assignment import assign_bits
     from dqtool.nn.surgery import insert_fake, steps_of
 

@@ -13,7 +13,7 @@ from families import text_pipeline, unconditional_pipeline
 
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
-from dqtool.models.sources import resolve_model
+from dqtool.models.sources.resolve import resolve_model
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate

@@ -12,7 +12,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.models.families import FAMILIES
-from dqtool.models.sampling import SAMPLERS, Sampler, initial_noise, make_sampler
+from dqtool.models.sampling.sampler import SAMPLERS, Sampler, initial_noise, make_sampler
 from dqtool.nn.assignment import assign_bits
 from dqtool.nn.surgery import insert_fake, steps_of
 
@@ -132,7 +132,7 @@ def test_guidance_asks_for_both_and_extrapolates() -> None:
 
 
 def test_images_past_the_budget_are_the_same_from_a_file(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dqtool.models.conditioning import Conditions
+    from dqtool.models.conditions.conditioning import Conditions
     from dqtool.stages import images
 
     maker = images.ImageMaker(Sampler(FAMILY, make_sampler(SCHEDULE), 2), Conditions({}), (1, 8, 8))

@@ -10,9 +10,9 @@ from torch import nn
 
 from dqtool.errors import UsageError
 from dqtool.models.families import FAMILIES
-from dqtool.models.listed_ddim import ListedDDIMScheduler
-from dqtool.models.sampling import Sampler, initial_noise, make_sampler
-from dqtool.models.schedulers import SchedulerChoices, quadratic_timesteps
+from dqtool.models.sampling.listed_ddim import ListedDDIMScheduler
+from dqtool.models.sampling.sampler import Sampler, initial_noise, make_sampler
+from dqtool.models.sampling.schedulers import SchedulerChoices, quadratic_timesteps
 
 LINEAR = {"_class_name": "DDIMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 FAMILY = FAMILIES["UNet2DModel"]

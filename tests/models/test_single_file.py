@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dqtool.artifacts import read_manifest
 from dqtool.errors import ArtifactError, UsageError
-from dqtool.models.original import LAYOUTS, Description, Known
-from dqtool.models.sources import resolve_model
-from dqtool.models.told import Told
+from dqtool.models.sources.hints import ModelHints
+from dqtool.models.sources.original import LAYOUTS, Description, Known
+from dqtool.models.sources.resolve import resolve_model
 
 SD1 = {"model_channels": 320, "channel_mult": (1, 2, 4, 4), "attention": (1, 2, 4), "heads": 8, "context": 768}
 SD2 = {**SD1, "context": 1024, "linear": True, "heads": None, "head_channels": 64}
@@ -197,7 +197,7 @@ def tiny_file(path: Path, options: dict[str, Any], **beside: Tensor) -> str:
 
 
 def schedule(given: str, config: str | None = None, **told: Any) -> dict[str, Any]:
-    found = resolve_model(given, config, told=Told(**told))
+    found = resolve_model(given, config, told=ModelHints(**told))
     found.check_schedule()
     return found.scheduler or {}
 
@@ -259,7 +259,7 @@ def test_what_a_stable_diffusion_2_file_predicts_is_asked_for(tmp_path: Path, ru
     assert manifest.model["config"]["sample_size"] == 96
     assert manifest.model["source_told"] == {"prediction_type": "v_prediction"}
     with pytest.raises(UsageError, match="no prediction type"):
-        Told("v")
+        ModelHints("v")
 
 
 def test_a_schedule_can_be_named(tmp_path: Path) -> None:

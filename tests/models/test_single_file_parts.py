@@ -14,9 +14,9 @@ from single_files import clip_names, open_clip_names, text_tower, tokenizer, une
 
 from dqtool.artifacts import read_manifest
 from dqtool.errors import ArtifactError, EnvironmentFault
-from dqtool.models.companions import companions_of_source
-from dqtool.models.sources import ModelSource, resolve_model
-from dqtool.models.told import Told
+from dqtool.models.components.companions import companions_of_source
+from dqtool.models.sources.hints import ModelHints
+from dqtool.models.sources.resolve import ModelSource, resolve_model
 
 PROMPTS = ["a handwritten seven", "the digit 3"]
 
@@ -47,7 +47,9 @@ def test_stable_diffusion_1(tmp_path: Path) -> None:
     text = text_tower(tokenizer(tmp_path / "tokenizer"), 64, 2, quick=True)
     _, stage = write(tmp_path / "m.safetensors", 64, {"cond_stage_model.transformer.": clip_names(text)})
     config = unet_config(tmp_path / "c.json", 64)
-    source = resolve_model(str(tmp_path / "m.safetensors"), config, told=Told(tokenizer=str(tmp_path / "tokenizer")))
+    source = resolve_model(
+        str(tmp_path / "m.safetensors"), config, told=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
+    )
     assert (source.model_index or {})["_class_name"] == "StableDiffusionPipeline"
     states, _ = encoded(source, do_classifier_free_guidance=True)
     with torch.no_grad():
@@ -65,7 +67,9 @@ def test_stable_diffusion_2_reads_the_states_before_the_last_block(tmp_path: Pat
     text = text_tower(tokenizer(tmp_path / "tokenizer"), 64, 3, quick=False)
     write(tmp_path / "m.safetensors", 64, {"cond_stage_model.model.": open_clip_names(text)})
     config = unet_config(tmp_path / "c.json", 64)
-    source = resolve_model(str(tmp_path / "m.safetensors"), config, told=Told(tokenizer=str(tmp_path / "tokenizer")))
+    source = resolve_model(
+        str(tmp_path / "m.safetensors"), config, told=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
+    )
     states, _ = encoded(source, do_classifier_free_guidance=True)
     tower: Any = getattr(text, "text_model", text)
     with torch.no_grad():
@@ -89,7 +93,9 @@ def test_sdxl_has_two_encoders_and_its_refiner_the_second(tmp_path: Path, refine
     write(tmp_path / "m.safetensors", context, texts, vector=176)
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     config = unet_config(tmp_path / "c.json", context, **added, projection_class_embeddings_input_dim=176)
-    source = resolve_model(str(tmp_path / "m.safetensors"), config, told=Told(tokenizer=str(tmp_path / "tokenizer")))
+    source = resolve_model(
+        str(tmp_path / "m.safetensors"), config, told=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
+    )
     index = source.model_index or {}
     assert index["_class_name"] == f"StableDiffusionXL{'Img2Img' if refiner else ''}Pipeline"
     assert (index["text_encoder"] == [None, None]) is refiner
@@ -145,10 +151,10 @@ def test_tokenizers_are_checked_and_taken_from_the_local_cache(tmp_path: Path) -
     assert bare.pipeline is None
     assert "--tokenizer" in (bare.lacks or "")
     with pytest.raises(EnvironmentFault):
-        resolve_model(given, config, told=Told(tokenizer=str(tmp_path / "absent")))
+        resolve_model(given, config, told=ModelHints(tokenizer=str(tmp_path / "absent")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="holds no tokenizer"):
-        resolve_model(given, config, told=Told(tokenizer=str(tmp_path / "empty")))
+        resolve_model(given, config, told=ModelHints(tokenizer=str(tmp_path / "empty")))
     model = tmp_path / "hf" / "hub" / "models--openai--clip-vit-large-patch14"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text("0123456")
@@ -162,7 +168,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     vocabulary = tokenizer(tmp_path / "tokenizer")
     text = text_tower(vocabulary - 5, 64, 1, quick=True)
     write(tmp_path / "m.safetensors", 64, {"cond_stage_model.transformer.": clip_names(text)})
-    config, told = unet_config(tmp_path / "c.json", 64), Told(tokenizer=str(tmp_path / "tokenizer"))
+    config, told = unet_config(tmp_path / "c.json", 64), ModelHints(tokenizer=str(tmp_path / "tokenizer"))
     with pytest.raises(ArtifactError, match="tokenizer has"):
         resolve_model(str(tmp_path / "m.safetensors"), config, told=told)
 
@@ -170,21 +176,21 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_pipeline_gives_what_a_bare_network_lacks(tmp_path: Path) -> None:
     base = text_pipeline("sd", tmp_path / "base")
     bare = component_directory("unet2d_condition", tmp_path / "unet")
-    source = resolve_model(str(bare), told=Told(pipeline=str(base)))
+    source = resolve_model(str(bare), told=ModelHints(pipeline=str(base)))
     whole = resolve_model(str(base))
     assert (source.pipeline, source.component, source.scheduler) == (base, "unet", whole.scheduler)
     assert source.weights[0].parent == bare
     torch.testing.assert_close(encoded(source, do_classifier_free_guidance=True)[0].shape[-1], 12)
     other = component_directory("unet2d", tmp_path / "other")
     with pytest.raises(ArtifactError, match="no component of class UNet2DModel"):
-        resolve_model(str(other), told=Told(pipeline=str(base)))
+        resolve_model(str(other), told=ModelHints(pipeline=str(base)))
 
 
 def test_a_file_in_a_pipeline_keeps_its_own_parts(tmp_path: Path) -> None:
     """The autoencoder is the file's, the text encoder the pipeline's, the schedule too unless the file names its own."""
     base = text_pipeline("sd", tmp_path / "base")
     _, stage = write(tmp_path / "m.safetensors", 12, {})
-    config, told = unet_config(tmp_path / "c.json", 12), Told(pipeline=str(base))
+    config, told = unet_config(tmp_path / "c.json", 12), ModelHints(pipeline=str(base))
     source = resolve_model(str(tmp_path / "m.safetensors"), config, told=told)
     assert source.scheduler == resolve_model(str(base)).scheduler
     companions = companions_of_source(source)

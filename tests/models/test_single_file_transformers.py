@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dqtool.errors import ArtifactError
-from dqtool.models.original import LAYOUTS, Known
+from dqtool.models.sources.original import LAYOUTS, Known
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -15,7 +15,7 @@ from original_networks import DdimModel, randomize
 
 from dqtool.artifacts import read_manifest
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
-from dqtool.models.sources import resolve_model, resolve_recorded
+from dqtool.models.sources.resolve import resolve_model, resolve_recorded
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate

@@ -20,7 +20,7 @@ import dqtool
 from dqtool.errors import UsageError
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import family_of
-from dqtool.nn.calls import CallLock
+from dqtool.nn.call_lock import CallLock
 from dqtool.runtimes import onednn
 from dqtool.runtimes.onednn import convert
 from dqtool.stages.calibrate import CalibrateOptions, calibrate

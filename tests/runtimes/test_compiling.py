@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dqtool.models.families import family_of
-from dqtool.nn.calls import one_call_at_a_time
+from dqtool.nn.call_lock import one_call_at_a_time
 from dqtool.runtimes.onednn import convert, ops
 from dqtool.runtimes.onednn.products import OnednnProduct
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dqtool  # noqa: F401  (its hook waits for peft)
 from dqtool.errors import UsageError
 from dqtool.models.families import family_of
-from dqtool.nn.calls import one_call_at_a_time
+from dqtool.nn.call_lock import one_call_at_a_time
 from dqtool.runtimes.onednn import convert
 
 pytest.importorskip("peft")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dqtool.errors import DqtoolWarning
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import family_of
-from dqtool.nn.calls import one_call_at_a_time
+from dqtool.nn.call_lock import one_call_at_a_time
 from dqtool.runtimes.onednn import convert
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dqtool.artifacts import open_artifact
-from dqtool.models.packed import layer_infos
+from dqtool.models.networks.packed import layer_infos
 from dqtool.nn.statistics import BINS
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common

@@ -9,7 +9,7 @@ import torch
 from helpers import NETWORK
 
 from dqtool.artifacts import Artifact, open_artifact
-from dqtool.models.sources import resolve_model
+from dqtool.models.sources.resolve import resolve_model
 from dqtool.scaling.methods import METHODS
 from dqtool.scaling.verifying import TOLERANCE
 from dqtool.stages.artifact_models import split_dilated, teacher_of
@@ -35,7 +35,7 @@ def test_output_is_unchanged_and_the_manifest_reports_it(widened: Artifact) -> N
 
 
 def test_every_out_channel_keeps_its_range(made: Path, widened: Artifact) -> None:
-    from dqtool.models.loading import load_weights
+    from dqtool.models.networks.loading import load_weights
 
     original = load_weights(resolve_model(str(made / "tiny")))
     state, dilation = split_dilated(widened.tensors())
@@ -47,7 +47,7 @@ def test_every_out_channel_keeps_its_range(made: Path, widened: Artifact) -> Non
 
 
 def test_the_teacher_comes_back_to_one_unit_in_the_last_place(made: Path, widened: Artifact) -> None:
-    from dqtool.models.loading import build_network, load_weights
+    from dqtool.models.networks.loading import build_network, load_weights
 
     source = resolve_model(str(made / "tiny"))
     artifact = widened

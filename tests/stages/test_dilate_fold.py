@@ -13,7 +13,7 @@ from torch import nn
 
 import dqtool
 from dqtool.artifacts import Artifact, open_artifact
-from dqtool.models.packed import packed_network, plans_of
+from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.scaling.verifying import TOLERANCE
 from dqtool.stages.artifact_models import teacher_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate

@@ -14,7 +14,7 @@ from helpers import tiny_pipeline
 from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.metrics.grid import save_grid, to_uint8
-from dqtool.models.image_cache import cached_images
+from dqtool.models.sampling.image_cache import cached_images
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.eval import EvalOptions, bits_label, evaluate

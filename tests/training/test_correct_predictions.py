@@ -16,8 +16,8 @@ import dqtool.training.prediction
 from dqtool.artifacts import open_artifact
 from dqtool.core.detail import detail
 from dqtool.errors import UsageError
-from dqtool.models.noise_correction import LEAST_FACTOR, fit_noise
-from dqtool.models.sampling import CALIBRATION, image_seeds, initial_noise
+from dqtool.models.sampling.noise_correction import LEAST_FACTOR, fit_noise
+from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.calibrate import CalibrateOptions, calibrate

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
-from dqtool.models.packed import packed_network
+from dqtool.models.networks.packed import packed_network
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.surgery import packed_state, quant_layers
 from dqtool.stages.distill import DistillOptions, distill, fingerprint_parameters

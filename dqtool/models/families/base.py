@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from dqtool.core.device import to_device_of
 from dqtool.errors import ArtifactError
 from dqtool.graph.network import NetworkGraph
-from dqtool.models.amendments import amend
-from dqtool.models.conditioning import Conditions, Request, random_conditions, with_embedded
+from dqtool.models.conditions.conditioning import Conditions, Request, random_conditions, with_embedded
+from dqtool.models.config_extras import apply_config_extras
 from dqtool.models.config_schema import bounded_parameters, built, check_network_config, diffusers_class
-from dqtool.models.network_time import NetworkTime
+from dqtool.models.sampling.network_time import NetworkTime
 
 if TYPE_CHECKING:
-    from dqtool.models.companions import Companions
+    from dqtool.models.components.companions import Companions
 
 __all__ = ["FAMILIES", "Family", "image_side", "register", "square_sample", "timestep_vector"]
 
@@ -38,7 +38,7 @@ class Family(ABC):
     timestep divided by `timestep_divisor`; `guidance` is what pipelines of this family guide with unless they are told
     otherwise (1: not at all), `traced_size` whether a trace of it holds for the height and width it was made with alone, as
     where positions become constants, `scheduler` the noise schedule of a network that comes without its pipeline (None: that of
-    `models/sampling.py`).
+    `models/sampling/sampler.py`).
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class Family(ABC):
         """
         cls = self.check(config)
         with bounded_parameters(), built(self.class_name, CONFIG):
-            return amend(cls.from_config(dict(config)), config)
+            return apply_config_extras(cls.from_config(dict(config)), config)
 
     def check(self, config: Mapping[str, Any]) -> Any:
         """Check a config before anything is made by it; returns the diffusers class of the network.
@@ -181,7 +181,7 @@ class Family(ABC):
         """What the pipeline around the network knows of its inputs and its config does not say, as config entries."""
         return {}
 
-    def repeats(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    def tied_modules(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         """Pairs (copy, original) of modules that the class builds several times though a model has one of them."""
         return ()
 

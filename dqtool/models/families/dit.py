@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dqtool.models.conditioning import Conditions, Request, class_labels
+from dqtool.models.conditions.conditioning import Conditions, Request, class_labels
 from dqtool.models.families.base import Family, register, square_sample, timestep_vector
 
 if TYPE_CHECKING:
-    from dqtool.models.companions import Companions
+    from dqtool.models.components.companions import Companions
 
 __all__ = ["DiT"]
 
@@ -44,7 +44,7 @@ class DiT(Family):
         """The timestep as `[N]`."""
         return {"hidden_states": x, "timestep": timestep_vector(timestep, x), **conditions}
 
-    def repeats(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    def tied_modules(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         """DiT embeds time and class once; diffusers' class does it anew in each block."""
         first = "transformer_blocks.0.norm1.emb"
         return [(f"transformer_blocks.{i}.norm1.emb", first) for i in range(1, int(config.get("num_layers", 28)))]

@@ -21,7 +21,7 @@ from dqtool.artifacts.tensorfile import load_tensors
 from dqtool.errors import ArtifactError
 from dqtool.models.config_schema import diffusers_class
 from dqtool.models.families.base import Family, square_sample
-from dqtool.models.network_time import TIME, NetworkTime
+from dqtool.models.sampling.network_time import TIME, NetworkTime
 from dqtool.nn.prediction import SAMPLE_NAMES
 
 __all__ = ["EXAMPLE", "PREFIX", "Generic", "example_shapes"]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dqtool.models.conditioning import CONTEXT_TOKENS, Conditions, Request, text_conditions
+from dqtool.models.conditions.conditioning import CONTEXT_TOKENS, Conditions, Request, text_conditions
 from dqtool.models.families.base import Family, register, square_sample, timestep_vector
 
 if TYPE_CHECKING:
-    from dqtool.models.companions import Companions
+    from dqtool.models.components.companions import Companions
 
 __all__ = ["SD3"]
 

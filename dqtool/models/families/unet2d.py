@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dqtool.errors import UsageError
-from dqtool.models.conditioning import Conditions, Request, class_labels
+from dqtool.models.conditions.conditioning import Conditions, Request, class_labels
 from dqtool.models.families.base import Family, register, small_sample, square_sample
 
 if TYPE_CHECKING:
-    from dqtool.models.companions import Companions
+    from dqtool.models.components.companions import Companions
 
 __all__ = ["UNet2D"]
 

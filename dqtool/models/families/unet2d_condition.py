@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dqtool import report
 from dqtool.errors import ArtifactError
-from dqtool.models.conditioning import (
+from dqtool.models.conditions.conditioning import (
     BESIDE,
     CONTEXT_TOKENS,
     Conditions,
@@ -25,7 +25,7 @@ from dqtool.models.conditioning import (
 from dqtool.models.families.base import Family, image_side, register, small_sample, square_sample
 
 if TYPE_CHECKING:
-    from dqtool.models.companions import Companions
+    from dqtool.models.components.companions import Companions
 
 __all__ = ["UNet2DCondition", "guidance_embedding"]
 

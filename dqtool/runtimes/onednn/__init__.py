@@ -24,11 +24,11 @@ from dqtool.artifacts import Artifact
 from dqtool.core.allocator import FilePages, keep_freed_memory
 from dqtool.errors import EnvironmentFault
 from dqtool.graph.attention import is_attention
-from dqtool.models.export_layout import weights_files
-from dqtool.models.packed import exported_tensors, is_static, packed_network, plans_of
-from dqtool.models.packed_checks import step_count
+from dqtool.models.components.export_layout import weights_files
+from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
+from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.attention import QuantAttnProcessor
-from dqtool.nn.calls import give, one_call_at_a_time
+from dqtool.nn.call_lock import give, one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.packed_form import PACKED_FORM, cast_unquantized, keep_packed_form, packed_form

@@ -22,7 +22,7 @@ from dqtool.stages.options.shared import (
 )
 
 if TYPE_CHECKING:
-    from dqtool.models.schedulers import SchedulerChoices
+    from dqtool.models.sampling.schedulers import SchedulerChoices
 
 __all__ = ["CalibrateOptions", "schedule_of"]
 
@@ -45,14 +45,14 @@ class CalibrateOptions:
     sampler: Annotated[
         str | None,
         Option(
-            "Sampler of the quantized model: {dqtool.models.schedulers:SAMPLERS}. Default: the pipeline's own.",
+            "Sampler of the quantized model: {dqtool.models.sampling.schedulers:SAMPLERS}. Default: the pipeline's own.",
             "NAME",
         ),
     ] = None
     spacing: Annotated[
         str | None,
         Option(
-            "Spacing of the timesteps: {dqtool.models.schedulers:SPACINGS}. Default: the pipeline's own.",
+            "Spacing of the timesteps: {dqtool.models.sampling.schedulers:SPACINGS}. Default: the pipeline's own.",
             "NAME",
         ),
     ] = None
@@ -66,7 +66,7 @@ class CalibrateOptions:
     variance: Annotated[
         str | None,
         Option(
-            "Variance of the ddpm sampler: {dqtool.models.schedulers:VARIANCES}. DiT was published with learned_range.",
+            "Variance of the ddpm sampler: {dqtool.models.sampling.schedulers:VARIANCES}. DiT was published with learned_range.",
             "NAME",
         ),
     ] = None
@@ -133,7 +133,7 @@ def schedule_of(options: CalibrateOptions) -> SchedulerChoices:
     Raises:
         UsageError: an unknown spacing or variance, or timesteps that are no list of numbers.
     """
-    from dqtool.models.schedulers import SchedulerChoices
+    from dqtool.models.sampling.schedulers import SchedulerChoices
 
     listed = None
     if options.timesteps is not None:

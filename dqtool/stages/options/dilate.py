@@ -10,8 +10,8 @@ from dqtool.stages.options.declared import INPUT, Option
 from dqtool.stages.options.shared import OUTPUT
 
 if TYPE_CHECKING:
-    from dqtool.models.sources import ModelSource
-    from dqtool.models.told import Told
+    from dqtool.models.sources.hints import ModelHints
+    from dqtool.models.sources.resolve import ModelSource
 
 __all__ = ["DilateOptions"]
 
@@ -148,14 +148,14 @@ class DilateOptions:
                 fix="Give it to the stage that compares outputs: `dqtool calibrate --bits W/A`",
             )
 
-    def told(self) -> Told:
+    def hints(self) -> ModelHints:
         """Return the user's statements about the model beyond its files."""
-        from dqtool.models.told import Told
+        from dqtool.models.sources.hints import ModelHints
 
-        return Told(self.prediction_type, self.scheduler, self.tokenizer, self.pipeline, self.variant)
+        return ModelHints(self.prediction_type, self.scheduler, self.tokenizer, self.pipeline, self.variant)
 
     def source(self) -> ModelSource:
         """Return the model that is meant. Raises the errors of `resolve_model`."""
-        from dqtool.models.sources import resolve_model
+        from dqtool.models.sources.resolve import resolve_model
 
-        return resolve_model(self.model, self.config, self.components, self.lora, self.told())
+        return resolve_model(self.model, self.config, self.components, self.lora, self.hints())

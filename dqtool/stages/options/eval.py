@@ -71,7 +71,7 @@ class EvalOptions:
     steps: Annotated[int | None, Option("Sampling steps. Default: those of the calibration.", "N", least=1)] = None
     sampler: Annotated[
         str | None,
-        Option("Sampler: {dqtool.models.schedulers:SAMPLERS}. Default: that of the calibration.", "NAME"),
+        Option("Sampler: {dqtool.models.sampling.schedulers:SAMPLERS}. Default: that of the calibration.", "NAME"),
     ] = None
     guidance: Annotated[float | None, GUIDANCE] = None
     prompts: Annotated[str | None, PROMPTS] = None

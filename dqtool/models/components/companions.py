@@ -1,0 +1,230 @@
+"""The other components of a pipeline: text encoders, class embedders and autoencoders, which stay float.
+
+They travel with the artifacts as the files they are (`Artifact.attachments`), so that no stage needs a path back to the
+original model, and are written into the exported directory unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool.artifacts import Artifact
+from dqtool.artifacts.names import check_component, check_shards, path_within
+from dqtool.artifacts.reading import json_object
+from dqtool.artifacts.tensorfile import file_tensor
+from dqtool.core.device import place, to_device_of
+from dqtool.errors import ArtifactError, EnvironmentFault
+from dqtool.models.components.companion_files import CARD, companion_files, components_of, config_in_float32
+from dqtool.models.sources.resolve import ModelSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Companions", "attachments_of", "companions_of_artifact", "companions_of_source", "in_float32"]
+
+DECODERS = ("vae", "vqvae", "movq")
+TEXTS = ("text_encoder", "tokenizer")
+"""Beginnings of the names of components that encode prompts."""
+LIBRARIES = ("diffusers", "transformers")
+"""Packages whose classes text models may be of: the name of one comes from a file, and importing it runs its code."""
+
+
+class Companions:
+    """The files of a pipeline beside the quantized network. `read(name)` gives one's bytes, `names` lists them."""
+
+    def __init__(self, pipeline: Mapping[str, Any], names: list[str], read: Callable[[str], bytes]) -> None:
+        self.index: Mapping[str, Any] = pipeline["model_index"]
+        self.component: str = pipeline["component"]
+        self.scheduler: Mapping[str, Any] = pipeline["scheduler"]
+        self.names, self._read = names, read
+        for name in (self.component, *components_of(self.index, "model_index.json")):
+            check_component(name, "model_index.json")
+
+    def has(self, component: str) -> bool:
+        """Whether the component is there."""
+        return any(name.startswith(component + "/") for name in self.names)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the object in a JSON file; `{}` for one that is not there.
+
+        Raises:
+            ArtifactError: it holds something else.
+        """
+        return json_object(self._read(name), name) if name in self.names else {}
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether any text encoder is there: the first one is null in SDXL's refiner."""
+        return any(name.startswith("text_encoder") for name in self.names)
+
+    def missing_encoders(self) -> list[str]:
+        """Text encoders that the pipeline's class takes and that are not there."""
+        return [name for name in self.index if name.startswith("text_encoder") and not self.has(name)]
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """How the pipeline wants to be sampled: guidance, prompts."""
+        return {k: v for k, v in self.json(CARD).items() if k in ("guidance", "prompts")}
+
+    @property
+    def decoder_name(self) -> str | None:
+        """The autoencoder's component; None for a pipeline on pixels."""
+        return next((name for name in DECODERS if self.has(name)), None)
+
+    def image_shape(self, latent: tuple[int, ...]) -> tuple[int, ...]:
+        """`(C, H, W)` of an image that a latent of shape `latent` decodes to."""
+        if self.decoder_name is None:
+            return latent
+        config = self.json(f"{self.decoder_name}/config.json")
+        factor = 2 ** (len(config.get("block_out_channels", ())) - 1)
+        return (config.get("out_channels", 3), *(side * factor for side in latent[1:]))
+
+    @contextlib.contextmanager
+    def directory(self, *components: str) -> Iterator[Path]:
+        """Write a pipeline directory with these components and the scheduler, for as long as the context lasts.
+
+        Raises:
+            ArtifactError: a file's name leaves the directory, or an index of shards names a file elsewhere.
+        """
+        with tempfile.TemporaryDirectory(prefix="dqtool-") as folder:
+            root = Path(folder)
+            for name in self.names:
+                if name.split("/")[0] in components:
+                    path, content = path_within(root, name, "the files of this pipeline"), self._read(name)
+                    if name.endswith(".index.json"):  # a library will open what it lists
+                        check_shards(json.loads(content), name)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+            (root / "scheduler").mkdir(exist_ok=True)
+            (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(self.scheduler)))
+            (root / "model_index.json").write_text(json.dumps(dict(self.index)))
+            yield root
+
+    def load(self, component: str) -> Any:
+        """One component as a float32 module in eval mode.
+
+        Raises:
+            ArtifactError: it is damaged, or of a class that nobody knows.
+        """
+        import diffusers
+        import torch
+
+        class_name = self.json(f"{component}/config.json").get("_class_name") or self.index[component][1]
+        cls = getattr(diffusers, class_name, None)
+        if class_name == "ClassEmbedder":
+            from dqtool.models import latent_class
+
+            cls = latent_class.ClassEmbedder
+        if cls is None:
+            raise ArtifactError(f"diffusers has no class '{class_name}'", where=f"{component}/config.json")
+        with self.directory(component) as root:
+            try:
+                module = cls.from_pretrained(root / component, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            except (OSError, ValueError, RuntimeError) as e:
+                raise ArtifactError(f"The pipeline's {component} can't be loaded: {e}", where=component) from e
+        return module.eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def text_pipeline(self) -> Iterator[Any]:
+        """The diffusers pipeline with its text models and tokenizers and nothing else, in float32.
+
+        Raises:
+            EnvironmentFault: transformers is not installed.
+            ArtifactError: the pipeline can't be loaded.
+        """
+        import diffusers
+        import torch
+
+        try:
+            import transformers
+        except ImportError as e:
+            raise EnvironmentFault(
+                "Text encoders need the package transformers", fix='pip install "dqtool[text]"'
+            ) from e
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        texts = [name for name in self.index if name.startswith(TEXTS) and self.index[name][0] and self.has(name)]
+        others = [k for k, v in self.index.items() if isinstance(v, list) and k not in (*texts, "scheduler")]
+        for name in texts:
+            if self.index[name][0] not in LIBRARIES:
+                raise ArtifactError(
+                    f"The pipeline's {name} is of the package '{self.index[name][0]}', and dqtool imports no package "
+                    "that a file names",
+                    where=f"model_index.json, key {name}",
+                    fix=f"Use a pipeline whose text models are of {' or '.join(LIBRARIES)}",
+                )
+        with self.directory(*texts) as root:
+            try:
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                    root, torch_dtype=torch.float32, **dict.fromkeys(others)
+                )
+            except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as e:
+                raise ArtifactError(f"The pipeline's text models can't be loaded: {e}", where="text_encoder") from e
+            yield place(pipeline)
+
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        """Latents `[N, C, H, W]` to images in [-1, 1], on the decoder's device; None for a pipeline on pixels."""
+        if self.decoder_name is None:
+            return None
+        import torch
+
+        vae = place(self.load(self.decoder_name))
+        scale, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
+
+        def decode(latents: Tensor) -> Tensor:
+            latents = to_device_of(vae, latents)
+            part = max(1, 65536 // latents[0, 0].numel())
+            with torch.no_grad():
+                images = [vae.decode(z / scale + shift, return_dict=False)[0] for z in latents.split(part)]
+            return torch.cat(images).clamp(-1, 1)
+
+        return decode
+
+
+def attachments_of(source: ModelSource) -> dict[str, Tensor]:
+    """The files of a model's other components as an artifact carries them: uint8, mapped and not read."""
+    if source.pipeline is None:
+        return {}
+    files = companion_files(source.pipeline, source.model_index or {}, source.component, source.variant)
+    return {name: file_tensor(path) for name, path in files.items()}
+
+
+def companions_of_source(source: ModelSource) -> Companions | None:
+    """Those of a model on disk; None for a bare component."""
+    if source.pipeline is None:
+        return None
+    index = source.model_index or {}
+    files = companion_files(source.pipeline, index, source.component, source.variant)
+    pipeline = {"model_index": index, "component": source.component, "scheduler": source.scheduler}
+    return Companions(pipeline, sorted(files), lambda name: files[name].read_bytes())
+
+
+def companions_of_artifact(artifact: Artifact) -> Companions | None:
+    """Those that an artifact carries, or an exported directory holds; None for a bare component."""
+    pipeline = artifact.manifest.pipeline
+    if pipeline is None or "model_index" not in pipeline:
+        return None
+    return Companions(pipeline, artifact.attachment_names(), artifact.attachment)
+
+
+def in_float32(name: str, data: Tensor) -> Tensor:
+    """The bytes of a companion's file, uint8: a safetensors file with its tensors in float32, a config that says so.
+
+    The embedded models are stored in half precision to be small, and are float32 wherever they are used: transformers
+    would load a text encoder in the precision of its config, which does not mix with the rest of a pipeline.
+    """
+    import torch
+    from safetensors.torch import load, save
+
+    content = data.numpy().tobytes()
+    if name.endswith(".safetensors"):
+        tensors = {key: t.float() if t.is_floating_point() else t for key, t in load(content).items()}
+        content = save(tensors, metadata={"format": "pt"})
+    elif name.endswith("/config.json"):
+        content = config_in_float32(content)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

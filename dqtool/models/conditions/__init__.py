@@ -1,0 +1,1 @@
+"""Conditions of the denoiser: class labels, prompt embeddings or precomputed tensors, and the strength of guidance."""

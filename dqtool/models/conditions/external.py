@@ -1,0 +1,279 @@
+"""Conditions that come from outside a model: precomputed tensors, or another pipeline's text encoders.
+
+`--conditions FILE` holds one tensor `[K, ...]` for each condition of the network, K rows in all, and for guidance
+`null.NAME` `[1, ...]`, what the network is told for no condition:
+
+| network | tensors |
+| --- | --- |
+| UNet2DConditionModel | `encoder_hidden_states` [K, tokens, width]; SDXL also `text_embeds` [K, width] (and `time_ids` [K, 6]) |
+| DiTTransformer2DModel, UNet2DModel with classes | `class_labels` [K] |
+| PixArtTransformer2DModel | `encoder_hidden_states` (and `encoder_attention_mask` [K, tokens]) |
+| SD3Transformer2DModel, FluxTransformer2DModel | `encoder_hidden_states`, `pooled_projections` [K, width] |
+| others (`--family generic`) | the arguments of the example |
+
+Names in brackets follow from the others where they are left out. A guidance that the network takes as an input
+(FLUX.1-dev, latent consistency models) is set by `--guidance` and is no part of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool.artifacts import check_finite, sha256_file
+from dqtool.artifacts.names import path_within
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.models.components.companion_files import companion_files
+from dqtool.models.components.companions import TEXTS, Companions
+from dqtool.models.sources.resolve import NETWORKS, resolve_model
+from dqtool.report import warn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqtool.models.conditions.conditioning import Conditions, Request
+    from dqtool.models.families import Family
+
+__all__ = ["ConditionSource"]
+
+NULL = "null."
+
+
+@dataclass(frozen=True)
+class ConditionSource:
+    """Origin of the conditions that a model's own components don't make: a file, a pipeline, or a random generator."""
+
+    file: str | None = None
+    pipeline: str | None = None
+    random: bool = False
+
+    @classmethod
+    def of(cls, options: Any, sampling: Mapping[str, Any] | None = None) -> ConditionSource:
+        """Return what the stage's options name, else what `sampling`, a manifest's, says of calibration.
+
+        Raises:
+            UsageError: two ways at once.
+            EnvironmentFault: the file or pipeline of calibration is not where it was.
+            ArtifactError: it is, and holds something else.
+        """
+        found = cls(options.conditions, options.pipeline, options.random_conditions)
+        if found.file is not None and found.pipeline is not None:
+            raise UsageError(
+                "Conditions come from a file or from a pipeline, not from both",
+                where="--conditions, --pipeline",
+                fix="Leave one of the two out",
+            )
+        recorded = (sampling or {}).get("conditions")
+        return cls._recorded(recorded) if found == cls() and recorded is not None else found
+
+    @classmethod
+    def _recorded(cls, record: Mapping[str, Any]) -> ConditionSource:
+        kind = record["from"]
+        if kind == "random":
+            return cls(random=True)
+        found = cls(**{kind: record["path"]})
+        option = "--conditions" if kind == "file" else "--pipeline"
+        if kind == "file" and not Path(record["path"]).is_file():
+            raise EnvironmentFault(
+                f"The conditions that this model was calibrated with are not at {record['path']}",
+                where=option,
+                fix=f"Name them with {option}",
+            )
+        if found.record()["sha256"] != record["sha256"]:
+            raise ArtifactError(
+                "These are not the conditions that this model was calibrated with",
+                where=record["path"],
+                fix=f"Name those, or others, with {option}",
+            )
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says: `from` ("file", "pipeline", "random" or, for the model's own, nothing), path and digest."""
+        if self.file is not None:
+            return {"from": "file", "path": self.file, "sha256": sha256_file(self.file)}
+        if self.pipeline is not None:
+            return {"from": "pipeline", "path": self.pipeline, "sha256": self._pipeline_digest()}
+        return {"from": "random"} if self.random else {}
+
+    def parameters(self) -> dict[str, Any]:
+        """The part of a fingerprint: the record without its path."""
+        found = {key: value for key, value in self.record().items() if key != "path"}
+        return {"conditions": found} if found else {}
+
+    def conditions(
+        self, family: Family, config: Mapping[str, Any], request: Request, companions: Companions | None
+    ) -> Conditions:
+        """Return the conditions of a network of this config; `companions` are its own.
+
+        Raises:
+            UsageError: the file or pipeline does not fit the network, or nothing makes its conditions.
+            ArtifactError: the file or a text encoder is damaged.
+        """
+        if self.file is not None:
+            return _of_file(self.file, family, config, request)
+        request = replace(request, random=self.random)
+        if self.pipeline is None:
+            return family.ask(config, request, companions)
+        found = family.ask(config, request, self.companions())
+        _check(found.table, family, config, f"--pipeline {self.pipeline}")
+        return found
+
+    def companions(self) -> Companions:
+        """The text encoders and tokenizers of `pipeline`.
+
+        Raises:
+            UsageError: it has none.
+        """
+        assert self.pipeline is not None
+        index, files = _pipeline_files(self.pipeline)
+        component = next((name for name in NETWORKS if name in index), NETWORKS[0])
+        described = {"model_index": index, "component": component, "scheduler": {}}
+        return Companions(described, sorted(files), lambda name: files[name].read_bytes())
+
+    def _pipeline_digest(self) -> str:
+        assert self.pipeline is not None
+        _, files = _pipeline_files(self.pipeline)
+        lines = [f"{name} {sha256_file(path)}" for name, path in sorted(files.items()) if name.startswith(TEXTS)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Return the `model_index.json` of a pipeline and its components' files by relative path; the denoiser may be missing.
+
+    Raises:
+        UsageError: it is no pipeline, or has no text encoder.
+    """
+    import json
+
+    root = Path(given)
+    if not (root / "model_index.json").is_file():
+        source = resolve_model(given)
+        if source.pipeline is None or source.layout is not None:
+            raise UsageError(
+                "This is no pipeline directory", where=f"--pipeline {given}", fix="Its model_index.json is looked for"
+            )
+        root = source.pipeline
+    try:
+        place = path_within(root, "model_index.json", given, links=root)
+        index = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ArtifactError(f"This is no valid JSON: {e}", where=str(root / "model_index.json")) from e
+    component = next((name for name in NETWORKS if name in index), NETWORKS[0])
+    files = companion_files(root, index, component)
+    if not any(name.startswith((*TEXTS, "class_embedder")) for name in files):
+        raise UsageError(
+            "This pipeline has no text encoder",
+            where=f"--pipeline {given}",
+            fix="Give the directory of a pipeline with text_encoder and tokenizer",
+        )
+    return index, files
+
+
+def _of_file(path: str, family: Family, config: Mapping[str, Any], request: Request) -> Conditions:
+    import torch
+
+    from dqtool.models.conditions.conditioning import BESIDE, Conditions, with_embedded
+
+    if request.prompts is not None:
+        raise UsageError(
+            "The conditions of a file are not made from prompts", where="--prompts, --conditions", fix="Leave one out"
+        )
+    tensors = _read(path)
+    table = {name: value for name, value in tensors.items() if not name.startswith(NULL)}
+    null = {name.removeprefix(NULL): value for name, value in tensors.items() if name.startswith(NULL)}
+    table = _completed(table, family, config, path)
+    embed = family.embedder(config)
+    default = family.default_guidance(config)
+    asked = request.guidance
+    if embed is not None:
+        return with_embedded(Conditions(table), request.weight(default), embed)
+    if not null:
+        if asked is not None and asked > 1:
+            raise UsageError(
+                "Guidance needs the condition of none, and the file has no tensor null.NAME",
+                where=f"--guidance, --conditions {path}",
+                fix=f"Add {', '.join(NULL + name for name in sorted(table))} [1, ...] to it, or leave --guidance out",
+            )
+        warn(f"{path} holds no null.NAME: sampling goes without guidance")
+        return Conditions(table)
+    null |= {BESIDE: table[BESIDE][:1]} if BESIDE in table else {}  # which is the same with and without guidance
+    null = _completed(null, family, config, path)
+    guidance = request.weight(default)
+    if guidance <= 1:
+        return Conditions(table)
+    return Conditions({name: torch.cat([value, null[name][:1]]) for name, value in table.items()}, guidance)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """Return all tensors of a .safetensors or .npz file.
+
+    Raises:
+        EnvironmentFault: there is none.
+        ArtifactError: it is damaged, or of another kind.
+        NumericError: NaN or infinity.
+    """
+    import torch
+
+    from dqtool.artifacts.tensorfile import load_tensors
+
+    if not Path(path).is_file():
+        raise EnvironmentFault("There is no such file", where=f"--conditions {path}")
+    if not path.endswith(".npz"):
+        tensors = load_tensors(Path(path))
+    else:
+        import zipfile
+
+        import numpy as np
+
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as e:
+            raise ArtifactError(f"This is no .npz file of numbers: {e}", where=path) from e
+    check_finite(tensors, path)
+    return tensors
+
+
+def _completed(given: dict[str, Tensor], family: Family, config: Mapping[str, Any], path: str) -> dict[str, Tensor]:
+    """Return the conditions as the network takes them, with those added that follow from the others."""
+    where = f"--conditions {path}"
+    table = _check(given, family, config, where)
+    counts = {len(value) for value in table.values()}
+    if len(counts) != 1:
+        raise UsageError("Its tensors don't have the same number of rows", where=where, fix="Give [K, ...] each")
+    derived = family.complete(config, table)
+    return {name: value.contiguous() for name, value in (derived | table).items()}
+
+
+def _check(given: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Return `given` in the network's dtypes; raise `UsageError` where names, ranks or widths are not those of its conditions."""
+    import torch
+
+    wanted = family.conditions(config, 1, torch.Generator().manual_seed(0))
+    if family.embeds_guidance(config):
+        wanted = {name: value for name, value in wanted.items() if name not in family.embed_guidance(config, 1.0, 1)}
+    shapes = ", ".join(
+        f"{name} [{', '.join(map(str, ['K', *value.shape[1:]]))}]" for name, value in sorted(wanted.items())
+    )
+    fix = f"The network takes {shapes or 'no condition'}"
+    extra = [name for name in given if name not in wanted and not family.embeds_guidance(config)]
+    present = {name: value for name, value in given.items() if name in wanted}
+    if extra or not present:
+        raise UsageError(f"These conditions are not the network's: {', '.join(given)}", where=where, fix=fix)
+    for name, value in present.items():
+        expected = wanted[name]
+        wide = expected.dim() > 1 and not name.endswith("mask")
+        if value.dim() != expected.dim() or (wide and value.shape[-1] != expected.shape[-1]):
+            raise UsageError(f"{name} has the shape {list(value.shape)}", where=where, fix=fix)
+    first = next(iter(present.values()))
+    can_follow = family.complete(config, present) if "encoder_hidden_states" in present else {}
+    missing = [name for name in wanted if name not in present and name not in can_follow]
+    if missing or len(first) < 1:
+        raise UsageError(f"{', '.join(missing) or 'Every row'} is missing", where=where, fix=fix)
+    return {
+        name: value.to(wanted[name].dtype) if not wanted[name].is_floating_point() else value.float()
+        for name, value in present.items()
+    }

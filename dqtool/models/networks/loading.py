@@ -1,0 +1,122 @@
+"""Building diffusers networks from files and from state dicts, with every tensor accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.artifacts import check_finite
+from dqtool.errors import ArtifactError
+from dqtool.graph.tied_modules import drop_copies, tie_modules
+from dqtool.models.config_schema import bounded_parameters
+from dqtool.models.families import Family, family_of
+from dqtool.models.sources.original.checkpoint import read_checkpoint
+from dqtool.models.sources.resolve import ModelSource
+
+__all__ = ["build_network", "load_weights", "materialise", "network_of"]
+
+MOST_POSITIONS = 1 << 27
+"""Most values in all tables that a config describes and no file holds."""
+
+
+def load_weights(source: ModelSource) -> dict[str, Tensor]:
+    """Return all tensors of the network, float ones as float32, LoRAs added; views of the mapped file where unchanged.
+
+    Raises:
+        ArtifactError: a file is truncated, foreign, or lies about its contents.
+        NumericError: NaN or infinity among the weights.
+    """
+    state: dict[str, Tensor] = {}
+    if source.layout is not None:
+        from dqtool.models.sources.original import convert
+
+        state = convert(source.weights[0], source.layout, source.config)
+    else:
+        for path in source.weights:
+            state.update(read_checkpoint(path))
+    check_finite(state, source.given)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    if source.loras:
+        from dqtool.models.sources.lora import fuse_loras
+
+        state = fuse_loras(state, source)
+    return state
+
+
+def build_network(
+    class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str, *, share: bool = False
+) -> nn.Module:
+    """The float network with exactly these weights, in eval mode.
+
+    With `share` its parameters are the tensors of `state` themselves, which nobody may then write into; else copies.
+
+    Raises:
+        ArtifactError: names or shapes don't fit the config, or no family serves the class.
+    """
+    family = family_of(class_name, where)
+    state = drop_copies(state, family.tied_modules(config))
+    with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
+        network = tie_modules(family.build(config), state, family.tied_modules(config))
+    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    floats = {name for name, t in network.state_dict().items() if t.is_floating_point()}
+    for name in expected:
+        if name not in state:
+            raise ArtifactError(
+                f"The weights lack '{name}', which the config calls for",
+                where=where,
+                fix="Check that config and weights belong together",
+            )
+        if not state[name].is_floating_point() and name in floats:
+            raise ArtifactError(
+                f"'{name}' holds {str(state[name].dtype).removeprefix('torch.')}, and full-precision weights are floats",
+                where=where,
+                fix="Give the full-precision model; dqtool quantizes it itself",
+            )
+        if tuple(state[name].shape) != expected[name]:
+            raise ArtifactError(
+                f"'{name}' has shape {list(state[name].shape)}; the config calls for {list(expected[name])}",
+                where=where,
+                fix="Check that config and weights belong together",
+            )
+    extra = sorted(set(state) - set(expected))
+    if extra:
+        raise ArtifactError(
+            f"The weights hold {len(extra)} tensors that the config knows nothing of, first '{extra[0]}'",
+            where=where,
+            fix="Check that config and weights belong together",
+        )
+    network.load_state_dict({k: v if share else v.clone() for k, v in state.items()}, assign=True)
+    materialise(network, family, config)
+    return network.eval().requires_grad_(False)
+
+
+def network_of(manifest_model: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """Return the family and the diffusers config that a manifest's `model` names.
+
+    Raises:
+        ArtifactError: no family serves the class, or the config is not one of it.
+    """
+    config = dict(manifest_model["config"])
+    return family_of(manifest_model["class"], "manifest, key model.class", config), config
+
+
+def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
+    """Buffers outside the state dict (position tables) were made on meta: take them from a build of their own."""
+    ghosts = {name: b.numel() for name, b in network.named_buffers() if b.is_meta}
+    if not ghosts:
+        return
+    if sum(ghosts.values()) > MOST_POSITIONS:
+        raise ArtifactError(
+            f"The config describes position tables of {sum(ghosts.values()):,} values, and dqtool makes {MOST_POSITIONS:,}",
+            where="model config",
+        )
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        real = dict(family.build(config).named_buffers())
+    for name in ghosts:
+        parent, _, leaf = name.rpartition(".")
+        network.get_submodule(parent).register_buffer(leaf, real[name], persistent=False)

@@ -1,0 +1,158 @@
+"""Manifests to layers, plans and quantized networks: what runtimes, diffusers' loader and stages all start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.artifacts import Artifact, Manifest
+from dqtool.core.bits import bits_from_json
+from dqtool.errors import ArtifactError
+from dqtool.graph.tied_modules import tie_modules
+from dqtool.graph.trace import LayerInfo
+from dqtool.models.components.export_layout import weights_files
+from dqtool.models.config_schema import bounded_parameters
+from dqtool.models.families import family_of
+from dqtool.models.networks.loading import materialise
+from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
+from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.prediction import NAME as PREDICTION
+from dqtool.nn.surgery import insert_packed, refresh_steps
+
+__all__ = [
+    "exported_tensors",
+    "is_static",
+    "layer_infos",
+    "packed_network",
+    "plan_records",
+    "plans_from",
+    "plans_of",
+    "prediction_rows",
+]
+
+INFO_FIELDS = tuple(LayerInfo.__dataclass_fields__)
+
+
+def layer_infos(records: Sequence[Mapping[str, Any]]) -> list[LayerInfo]:
+    """The layers a manifest (or a quantization config) lists, in execution order."""
+    infos = []
+    for record in records:
+        fields = {key: record[key] for key in INFO_FIELDS if key in record}
+        fields["shape"] = tuple(fields["shape"])
+        infos.append(LayerInfo(**fields))
+    return infos
+
+
+def plans_from(records: Sequence[Mapping[str, Any]]) -> list[LayerPlan]:
+    """Layers with their bits."""
+    return [
+        LayerPlan(info, bits_from_json(info.kind, record["bits"]), bool(record["dilated"]))
+        for info, record in zip(layer_infos(records), records, strict=True)
+    ]
+
+
+def plans_of(manifest: Manifest) -> list[LayerPlan]:
+    """The layers of a distilled or exported artifact with their bits."""
+    return plans_from(manifest.layers)
+
+
+def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a loader must know of each layer, and no more: fields that are at their default are left out."""
+    defaults = {key: spec.default for key, spec in LayerInfo.__dataclass_fields__.items()}
+    keys = (*INFO_FIELDS, "bits", "dilated")
+    return [
+        {key: r[key] for key in keys if key in r and (key == "macs" or r[key] != defaults.get(key))} for r in records
+    ]
+
+
+def exported_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """Return the network's tensors of an export, views of its mapped files: one file, or shards."""
+    manifest = artifact.manifest
+    found: dict[str, Tensor] = {}
+    for name in weights_files(manifest.pipeline, manifest.files or ()):
+        found |= artifact.tensors(file=name)
+    return found
+
+
+def is_static(manifest: Manifest, timesteps: int) -> bool:
+    """Return whether step tables of `timesteps` rows are one row that serves all steps: calibrated were several."""
+    sampling = (manifest.pipeline or {}).get("sampling") or {}
+    return timesteps == 1 and int(sampling.get("steps", 1)) > 1
+
+
+def prediction_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
+    """By name the shape of a row of each table that corrects a packed network's predictions; None where it has none."""
+    prefix = f"{PREDICTION}."
+    return {n.removeprefix(prefix): tuple(t.shape[1:]) for n, t in state.items() if n.startswith(prefix)} or None
+
+
+def packed_network(
+    class_name: str,
+    config: Mapping[str, Any],
+    plans: Sequence[LayerPlan],
+    state: Mapping[str, Tensor],
+    static: bool = False,
+) -> nn.Module:
+    """Build the network that an artifact of packed tensors describes, ready to run with float fake-quantization.
+
+    `static`: one row of the step tables serves all timesteps, see `is_static`.
+
+    Raises:
+        ArtifactError: the tensors are not those the plan calls for, or hold what no quantizer has.
+        NumericError: NaN or infinity among scales or timesteps.
+    """
+    family = family_of(class_name, "manifest, key model.class", config)
+    with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
+        network = tie_modules(family.build(config), state, family.tied_modules(config))
+    check_plans(network, plans)
+    insert_packed(network, plans, step_count(state), prediction_rows(state))
+    check_state(state, plans, network.state_dict())
+    if not _assigned(network, state):
+        try:
+            network.load_state_dict(dict(state), assign=True)
+        except RuntimeError as e:
+            raise ArtifactError(
+                f"The packed tensors don't fit the manifest: {_misfits(network, state) or e}",
+                fix="Make the artifact again",
+            ) from e
+    materialise(network, family, config)
+    refresh_steps(network, static)
+    return network.eval().requires_grad_(False)
+
+
+def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return how many tensors are missing, unknown or of another shape, and the first of each."""
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    kinds = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(n for n in own.keys() & state.keys() if own[n] != tuple(state[n].shape)),
+    }
+    return "; ".join(f"{len(names)} are {kind}, first {', '.join(names[:2])}" for kind, names in kinds.items() if names)
+
+
+def _assigned(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Put the tensors into a network without any, several times faster than `load_state_dict`; False, and nothing done, where
+    names or shapes differ or a module loads in its own way: then that says what is wrong, or does it."""
+    places: dict[str, tuple[dict, str, Tensor, bool]] = {}
+    for prefix, module in network.named_modules(remove_duplicate=False):
+        if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+            return False
+        dot = f"{prefix}." if prefix else ""
+        for name, own in module._parameters.items():
+            if own is not None:
+                places[dot + name] = module._parameters, name, own, True
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                places[dot + name] = module._buffers, name, buffer, False
+    if places.keys() != state.keys():
+        return False
+    for key, (_, _, own, _) in places.items():
+        if own.shape != state[key].shape or own.is_floating_point() != state[key].is_floating_point():
+            return False
+    for key, (where, name, _, trainable) in places.items():
+        where[name] = nn.Parameter(state[key], requires_grad=False) if trainable else state[key]
+    return True

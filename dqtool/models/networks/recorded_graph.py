@@ -1,0 +1,34 @@
+"""The structure of an artifact's network, recorded once per process however many stages and methods ask for it."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import torch
+
+from dqtool.artifacts import Manifest
+from dqtool.graph.network import NetworkGraph
+from dqtool.graph.tied_modules import tie_modules
+from dqtool.models.families import family_of
+
+__all__ = ["graph_of"]
+
+
+def graph_of(manifest: Manifest) -> NetworkGraph:
+    """Return the graph of the float network that a manifest describes, without its weights.
+
+    Raises:
+        ArtifactError: no family serves the network's class, or diffusers refuses its config.
+    """
+    config = json.dumps(manifest.model["config"], sort_keys=True)
+    return _graph(manifest.model["class"], config, tuple(layer["name"] for layer in manifest.layers))
+
+
+@lru_cache(maxsize=2)
+def _graph(class_name: str, config_text: str, layers: tuple[str, ...]) -> NetworkGraph:
+    config = json.loads(config_text)
+    family = family_of(class_name, "manifest, key model.class")
+    with torch.device("meta"):
+        network = tie_modules(family.build(config), [f"{name}.weight" for name in layers], family.tied_modules(config))
+    return family.graph(network, config)

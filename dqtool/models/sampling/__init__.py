@@ -1,0 +1,1 @@
+"""The reverse process: noise schedules, diffusers' schedulers, the sampling loop and corrections of the predicted noise."""

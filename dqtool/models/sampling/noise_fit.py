@@ -1,0 +1,80 @@
+"""Fit PTQD's correction of the predicted noise while the quantized network samples, beside the float one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.models.families import Family
+from dqtool.models.sampling.noise_correction import NoiseCorrection, StepNoise, fit_noise
+from dqtool.models.sampling.sampler import Sampler
+
+__all__ = ["NoiseFit", "StepFit"]
+
+StepFit = Callable[[Tensor, Tensor, Tensor], StepNoise]
+"""Fit one step from the quantized prediction, the exact one and the inputs, `[N, C, ...]` each."""
+
+
+class NoiseFit(NoiseCorrection):
+    """A correction that fits each step as the quantized network's sampling reaches it and corrects that step at once, so
+    that later steps are fitted at points that corrected sampling visits. Give it to `Sampler.run` both as `correction` and
+    as `observer`.
+
+    `conditions` are the network's conditions, `[N, ...]` each, both halves where there is guidance. `fit` makes a step's
+    correction from the quantized prediction, the exact one and the inputs, `[N, C, ...]` each.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        exact: nn.Module,
+        conditions: Mapping[str, Tensor],
+        guidance: float,
+        halves: int,
+        fit: StepFit = fit_noise,
+    ) -> None:
+        super().__init__()
+        self.family, self.exact, self.conditions = family, exact, conditions
+        self.guidance, self.halves, self.fit = guidance, halves, fit
+
+    def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
+        """Fit this step: compare with the float network at the inputs `x` `[N, C, H, W]`."""
+        with torch.no_grad():
+            exact = self.family.predict(self.exact, x, timestep, self.conditions)
+        pair = [self._guided(each)[:, : x.shape[1]] for each in (prediction, exact)]
+        self.steps[float(timestep)] = self.fit(pair[0], pair[1], x[: len(pair[0])])
+
+    @classmethod
+    def while_sampling(
+        cls,
+        sampler: Sampler,
+        quantized: nn.Module,
+        exact: nn.Module,
+        noise: Tensor,
+        seeds: list[int],
+        given: Mapping[str, Tensor],
+        null: Mapping[str, Tensor] | None,
+        advance: Callable[[], None],
+        fit: StepFit = fit_noise,
+    ) -> Self:
+        """Return the fit of `quantized` while it samples from `noise` as in `Sampler.run`; `advance` is called after each step."""
+        guided = sampler.guidance > 1 and null is not None
+        asked = {k: torch.cat([null[k].expand_as(v), v]) for k, v in given.items()} if guided and null else given
+        found = cls(sampler.family, exact, asked, sampler.guidance, 1 + guided, fit)
+
+        def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
+            found(x, timestep, prediction)
+            advance()
+
+        replace(sampler, correction=found).run(quantized, noise, given, seeds, see, null)
+        return found
+
+    def _guided(self, prediction: Tensor) -> Tensor:
+        if self.halves == 1:
+            return prediction
+        without, with_it = prediction.chunk(2)
+        return without + self.guidance * (with_it - without)

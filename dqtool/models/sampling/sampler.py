@@ -1,0 +1,313 @@
+"""Running the reverse process: the sampler objects of diffusers drive it, one loop serves every network."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.core.device import to_device_of
+from dqtool.errors import UsageError
+from dqtool.models.conditions.conditioning import BESIDE
+from dqtool.models.config_schema import built
+from dqtool.models.families import Family
+from dqtool.models.sampling.network_time import NetworkTime
+from dqtool.models.sampling.noise_correction import NoiseCorrection, noise_scale, response
+from dqtool.models.sampling.schedulers import (
+    CONFIG,
+    SAMPLERS,
+    SchedulerChoices,
+    make_sampler,
+    scheduler_class,
+    set_listed,
+)
+from dqtool.nn.steps import step_run
+
+__all__ = [
+    "CALIBRATION",
+    "IMAGES",
+    "SAMPLERS",
+    "Sampler",
+    "image_seeds",
+    "initial_noise",
+    "make_sampler",
+    "scheduler_class",
+]
+
+CALIBRATION, IMAGES = "calibration", "images"
+"""Uses of noise: `image_seeds` gives each its own, so that judged images never share noise with those a model was trained
+on, whatever the two seeds."""
+
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with (model input, timestep, prediction) at every step."""
+
+
+@dataclass
+class Sampler:
+    """A family's reverse process with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
+
+    `tokens` counts the image tokens of a sample, for flow schedules that are shifted by it. `correction` takes what
+    quantization does to predictions out of them. `time` is what the network receives for a timestep (None: what the family
+    says), `listed` the scheduler's timesteps where it does not space them itself.
+
+    Raises:
+        UsageError: more steps than the schedule was trained with, or eta or guidance that is no number.
+        ArtifactError: the scheduler can't take these steps, or not one step.
+    """
+
+    family: Family
+    scheduler: Any
+    steps: int
+    eta: float = 0.0
+    guidance: float = 1.0
+    tokens: int = 0
+    correction: NoiseCorrection | None = None
+    time: NetworkTime | None = None
+    listed: Sequence[float] | None = None
+
+    @classmethod
+    def calibrated(
+        cls,
+        family: Family,
+        config: Mapping[str, Any],
+        sampling: Mapping[str, Any],
+        guidance: float,
+        steps: int | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """Return the sampler that a manifest's `sampling` describes; `steps` and `name` in place of what it says.
+
+        Raises:
+            UsageError: an unknown sampler, one that does not fit the model's noise schedule, or another number of steps
+                than a list of timesteps has.
+        """
+        scheduler = make_sampler(sampling["scheduler"], name)
+        listed, spacing = sampling.get("timesteps"), sampling.get("spacing")
+        if listed is not None and steps not in (None, sampling["steps"]):
+            if spacing is None:
+                raise UsageError(
+                    f"This model was calibrated for a list of {len(listed)} timesteps",
+                    where="--steps",
+                    fix="Leave it out",
+                )
+            listed = SchedulerChoices(spacing).listed(scheduler, steps)
+        steps = steps or sampling["steps"]
+        time = family.time(config)
+        return cls(family, scheduler, steps, sampling["eta"], guidance, family.tokens(config), None, time, listed)
+
+    def __post_init__(self) -> None:
+        """Take the first step of a sample of nothing: what diffusers finds wrong with a schedule only then is told here."""
+        for option, value in (("--eta", self.eta), ("--guidance", self.guidance)):
+            if not math.isfinite(value):
+                raise UsageError(f"{value} is no number to sample with", where=option)
+        trained = self.scheduler.config.get("num_train_timesteps")
+        if self.steps < 1 or (isinstance(trained, int) and self.steps > trained):
+            raise UsageError(
+                f"{self.steps} steps can't be taken of a schedule of {trained or 'any'}",
+                where="--steps",
+                fix=f"Give a number of steps from 1 to {trained}" if trained else "Give 1 or more",
+            )
+        channels = 2 if _learns_variance(self.scheduler) else 1
+        x, generator = torch.zeros(1, 1, 2, 2), torch.Generator().manual_seed(0)
+        with built(f"{type(self.scheduler).__name__} that takes {self.steps} steps", CONFIG), torch.no_grad():
+            scheduler = self._fresh()
+            if not len(scheduler.timesteps) or not bool(torch.isfinite(scheduler.timesteps).all()):
+                raise ValueError("its timesteps are not finite")
+            first = scheduler.timesteps[0]
+            x_in = getattr(scheduler, "scale_model_input", lambda x, _t: x)(x, first)
+            extra = _step_arguments(scheduler, self.eta, [generator])
+            scheduler.step(x_in.repeat(1, channels, 1, 1), first, x, **extra)
+
+    def timesteps(self) -> Tensor:
+        """The table `[T]` of distinct timesteps the network will be given, in sampling order. PLMS asks for its second
+        timestep twice, so `T` may be less than the number of calls."""
+        timesteps = self._given(self._fresh().timesteps.to(torch.float32))
+        return torch.tensor(list(dict.fromkeys(timesteps.tolist())), dtype=torch.float32)
+
+    @torch.no_grad()
+    @step_run()
+    def run(
+        self,
+        model: nn.Module,
+        noise: Tensor,
+        conditions: Mapping[str, Tensor],
+        seeds: list[int] | None = None,
+        observer: Observer | None = None,
+        null: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device; those of a network
+        that takes a condition beside them, `BESIDE`, have so many channels less.
+
+        With guidance above 1, `null` is the condition of none, `[1, ...]` each, and every call of the network is for
+        `2 N` inputs: without condition, then with it.
+
+        `seeds` gives each sample its own noise source, for stochastic samplers: a sample does not depend on the batch
+        it is in. `observer` sees every call of the network.
+        """
+        scheduler = self._fresh()
+        guided = self.guidance > 1 and null is not None
+        noise, conditions, null = to_device_of(model, (noise, dict(conditions), None if null is None else dict(null)))
+        behind = conditions.get(BESIDE)
+        if guided and null is not None:
+            conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}
+        generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        extra = _step_arguments(scheduler, self.eta, generators)
+        channels = noise.shape[1] if behind is None else noise.shape[1] - behind.shape[1]
+        x = noise[:, :channels] * getattr(
+            scheduler, "init_noise_sigma", 1.0
+        )  # flow schedules start from the noise as it is
+        scale = getattr(scheduler, "scale_model_input", lambda x, _t: x)
+        for timestep in scheduler.timesteps:
+            x_in = scale(x, timestep)
+            if behind is not None:
+                x_in = torch.cat([x_in, behind], 1)
+            if guided:
+                x_in = torch.cat([x_in, x_in])
+            given = self._given(timestep)
+            prediction = self.family.predict(model, x_in, given, conditions)
+            if observer is not None:
+                observer(x_in, given, prediction)
+            if guided:
+                prediction = self._guided(prediction, x.shape[1], scheduler)
+            if prediction.shape[1] == 2 * x.shape[1] and not _learns_variance(scheduler):
+                prediction = prediction[:, : x.shape[1]]
+            if self.correction is not None:
+                x = self._corrected_step(scheduler, prediction, timestep, x, x_in[: len(x)], extra)
+            else:
+                x = scheduler.step(self._signed(prediction), timestep, x, **extra).prev_sample
+        return x
+
+    def _signed(self, prediction: Tensor) -> Tensor:
+        """The network's prediction with the sign that the scheduler takes it with."""
+        return -prediction if self._time.negated else prediction
+
+    def _guided(self, prediction: Tensor, channels: int, scheduler: Any) -> Tensor:
+        """Classifier-free guidance. A variance that the scheduler takes is that of the network with the condition."""
+        without, with_it = prediction.chunk(2)
+        guided = without + self.guidance * (with_it - without)
+        if prediction.shape[1] == 2 * channels and _learns_variance(scheduler):
+            guided = torch.cat([guided[:, :channels], with_it[:, channels:]], 1)
+        return guided
+
+    def _corrected_step(
+        self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, x_in: Tensor, extra: dict
+    ) -> Tensor:
+        """A step from the corrected prediction; noise that the rest of the quantization error brings is added less of."""
+        assert self.correction is not None
+        given = self._given(timestep)
+        channels = x.shape[1]  # behind them may be a learned variance
+        corrected = self.correction.corrected(prediction[:, :channels], given, x_in)
+        prediction = self._signed(torch.cat([corrected, prediction[:, channels:]], 1))
+        sigma = noise_scale(scheduler, timestep, self.eta)
+        generators = extra.get("generator")
+        if not sigma or not generators:
+            return scheduler.step(prediction, timestep, x, **extra).prev_sample
+        states = [generator.get_state() for generator in generators]
+        brought = response(scheduler, timestep, extra) ** 2 * self.correction.variance(given)
+        after = scheduler.step(prediction, timestep, x, **extra).prev_sample
+        # What the step drew, drawn again: of it is taken back what makes its deviation too large.
+        copies = [torch.Generator().manual_seed(0) for _ in states]
+        for generator, state in zip(copies, states, strict=True):
+            generator.set_state(state)
+        noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=generator, dtype=x.dtype) for generator in copies])
+        return after - (sigma - max(sigma**2 - brought, 0.0) ** 0.5) * noise.to(after.device)
+
+    def batches(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        samples: int,
+        seed: int,
+        batch_size: int,
+        conditions: Callable[[int, int], Mapping[str, Tensor]] | None = None,
+        observer: Observer | None = None,
+        use: str = IMAGES,
+        null: Mapping[str, Tensor] | None = None,
+        first: int = 0,
+    ) -> Iterator[Tensor]:
+        """Yield samples `[n, *shape]`, batch by batch, from image `first` up to image `samples`; image i depends on `seed`, i
+        and `use` alone."""
+        for start in range(first, samples, batch_size):
+            stop = min(start + batch_size, samples)
+            noise = initial_noise(shape, range(start, stop), seed, use)
+            given = {} if conditions is None else conditions(start, stop)
+            yield self.run(model, noise, given, image_seeds(range(start, stop), seed, use), observer, null)
+
+    def _fresh(self) -> Any:
+        """A scheduler at its start: multistep ones keep a history."""
+        scheduler = copy.deepcopy(self.scheduler)
+        if self.listed is not None:
+            return set_listed(scheduler, self.listed)
+        if not type(scheduler).__name__.startswith("FlowMatch"):
+            try:
+                scheduler.set_timesteps(self.steps)
+            except ValueError as e:
+                raise UsageError(
+                    f"{type(scheduler).__name__} can't take {self.steps} steps: {e}", where="--steps"
+                ) from e
+            return scheduler
+        config = scheduler.config
+        given: dict[str, Any] = {}
+        if config.get("use_dynamic_shifting"):
+            given["mu"] = _shift(config, self.tokens)
+        if self._time.linear_sigmas and not config.get("use_flow_sigmas"):
+            given["sigmas"] = [1 - i * (1 - 1 / self.steps) / max(1, self.steps - 1) for i in range(self.steps)]
+        scheduler.set_timesteps(self.steps, **given)
+        return scheduler
+
+    def _given(self, timestep: Tensor) -> Tensor:
+        """The scheduler's timestep as the network receives it."""
+        return self._time.given(timestep)
+
+    @property
+    def _time(self) -> NetworkTime:
+        return self.time or self.family.time({})
+
+
+def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: str = IMAGES) -> Tensor:
+    """Starting noise of the images with these indices, `[len(indices), *shape]`: a function of its arguments alone."""
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(image_seed + 1))
+            for image_seed in image_seeds(indices, seed, use)
+        ]
+    )
+
+
+def image_seeds(indices: range, seed: int, use: str = IMAGES) -> list[int]:
+    """Return one even seed an image, for a stochastic sampler's own noise; its successor is that of the starting noise.
+
+    They are 62 bits of a hash of use, seed and index: no two of (use, seed, index) share noise.
+    """
+    digests = (hashlib.sha256(f"{use}:{seed}:{index}".encode()).digest() for index in indices)
+    return [int.from_bytes(digest[:8], "big") >> 2 << 1 for digest in digests]
+
+
+def _learns_variance(scheduler: Any) -> bool:
+    """Whether the scheduler itself takes the second half of a prediction's channels."""
+    return str(scheduler.config.get("variance_type")).startswith("learned")
+
+
+def _shift(config: Mapping[str, Any], tokens: int) -> float:
+    """`mu` of a dynamically shifted flow schedule, linear in the number of image tokens, as Flux and SD3.5 have it."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return least + (tokens - low) * (most - least) / (high - low)
+
+
+def _step_arguments(scheduler: Any, eta: float, generators: list[torch.Generator] | None) -> dict[str, Any]:
+    import inspect
+
+    accepted = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {}
+    if "eta" in accepted:
+        extra["eta"] = eta
+    if "generator" in accepted and generators is not None:
+        extra["generator"] = generators
+    return extra

@@ -1,0 +1,201 @@
+"""Schedulers of diffusers for a model's noise schedule: by name, with other timesteps, without clipping. Imports no torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dqtool.errors import UsageError
+from dqtool.models.sources.hints import is_flow
+
+__all__ = [
+    "SAMPLERS",
+    "SPACINGS",
+    "VARIANCES",
+    "SchedulerChoices",
+    "make_sampler",
+    "quadratic_timesteps",
+    "scheduler_class",
+    "set_listed",
+]
+
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "plms": "PNDMScheduler",
+    "dpmsolver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+}
+"""Names on the command line, and the diffusers scheduler each stands for."""
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+"""Scheduler that `euler` stands for where the network was trained by flow matching; the others know no such schedule."""
+
+CONFIG = "scheduler config"
+
+BARE_COMPONENT = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
+"""The schedule of a network that comes without a pipeline: DDIM over 1000 linear betas."""
+
+QUADRATIC = "quad"
+SPACINGS = ("leading", "trailing", "linspace", QUADRATIC)
+"""Timestep spacings: diffusers' own three, and the quadratic one of the DDIM reference code."""
+
+QUADRATIC_SPAN = 0.8
+"""Part of the training steps that the quadratic spacing covers."""
+
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+"""Variances of ancestral sampling (`ddpm`), in diffusers' terms."""
+
+
+@dataclass(frozen=True)
+class SchedulerChoices:
+    """Choices about a scheduler beside its class: timesteps by a spacing or as a list, clipping of the predicted image,
+    and the variance of ancestral sampling. None keeps what the model's scheduler has."""
+
+    spacing: str | None = None
+    timesteps: tuple[float, ...] | None = None
+    clip: bool | None = None
+    variance: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for a spacing or variance that does not exist, or spacing and list at once."""
+        if self.spacing is not None and self.spacing not in SPACINGS:
+            raise UsageError(
+                f"unknown spacing '{self.spacing}'", where="--spacing", fix=f"Choose from {', '.join(SPACINGS)}"
+            )
+        if self.variance is not None and self.variance not in VARIANCES:
+            raise UsageError(
+                f"unknown variance '{self.variance}'", where="--variance", fix=f"Choose from {', '.join(VARIANCES)}"
+            )
+        if self.spacing is not None and self.timesteps is not None:
+            raise UsageError("A list of timesteps has its own spacing", where="--spacing, --timesteps")
+
+    def config(self, class_name: str) -> dict[str, Any]:
+        """Return the entries of a scheduler's config that say so.
+
+        Raises:
+            UsageError: schedulers of this class have no such choice.
+        """
+        wanted: dict[str, tuple[str, Any]] = {}
+        if self.spacing is not None and self.spacing != QUADRATIC:
+            wanted["timestep_spacing"] = ("--spacing", self.spacing)
+        if self.clip is not None:
+            wanted["clip_sample"] = ("--no-clip", self.clip)
+        if self.variance is not None:
+            wanted["variance_type"] = ("--variance", self.variance)
+        known = _parameters(class_name)
+        for key, (option, _) in wanted.items():
+            if key not in known:
+                raise UsageError(f"{class_name} has no {key}", where=option, fix="Leave it out, or choose --sampler")
+        found: dict[str, Any] = {key: value for key, (_, value) in wanted.items()}
+        if self.clip is False and "thresholding" in known:
+            found["thresholding"] = False
+        return found
+
+    def listed(self, scheduler: Any, steps: int) -> tuple[float, ...] | None:
+        """Return the explicit timesteps in sampling order, from the most noise on; None where the scheduler spaces them."""
+        if self.spacing == QUADRATIC:
+            return quadratic_timesteps(int(scheduler.config.num_train_timesteps), steps)
+        return self.timesteps
+
+
+def quadratic_timesteps(train_steps: int, steps: int) -> tuple[float, ...]:
+    """Return the quadratic spacing of the DDIM reference code (`--skip_type quad`), from the most noise on: the squares of
+    `steps` even parts of sqrt(0.8 T), cut to whole numbers. Repeated ones, at which a step changes nothing, are left out.
+
+    Raises:
+        UsageError: fewer than two steps.
+    """
+    if steps < 2:
+        raise UsageError(
+            "A quadratic spacing of one step has no noise", where="--spacing quad", fix="Give --steps 2 or more"
+        )
+    last = (train_steps * QUADRATIC_SPAN) ** 0.5
+    roots = [*(i * (last / (steps - 1)) for i in range(steps - 1)), last]
+    return tuple(float(t) for t in sorted({int(root**2) for root in roots}, reverse=True))
+
+
+def make_sampler(
+    config: Mapping[str, Any] | None, name: str | None = None, choices: SchedulerChoices | None = None
+) -> Any:
+    """Return a diffusers scheduler: the pipeline's own (`config`, its class in `_class_name`) or the one called `name` with
+    the pipeline's noise schedule.
+
+    Raises:
+        UsageError: an unknown name, a sampler that can't be used with the pipeline's noise schedule, or one of
+            `choices` that it does not have.
+        ArtifactError: the pipeline's own scheduler is of a class that diffusers lacks, or its config is not one of it.
+    """
+    from dqtool.models.config_schema import built, check_scheduler_config, diffusers_class
+
+    config = dict(config or BARE_COMPONENT)
+    own = str(config.get("_class_name", BARE_COMPONENT["_class_name"]))
+    if name is not None and name not in SAMPLERS:
+        raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
+    class_name = own if name is None else SAMPLERS[name]
+    if name is not None and is_flow(config):
+        if name != "euler":
+            raise UsageError(
+                f"This model was trained by flow matching; {name} follows another noise schedule",
+                where="--sampler",
+                fix="Leave it out, or choose euler",
+            )
+        class_name = own if own.startswith("FlowMatch") else FLOW
+    diffusers_class(own, "SchedulerMixin", f"{CONFIG}, key _class_name")
+    if class_name != own:
+        if not is_flow(config) and "beta_start" not in _parameters(own):
+            raise UsageError(
+                f"{name} follows a schedule of betas, and this model was trained on that of {own}, which has none",
+                where="--sampler",
+                fix="Leave it out: the model's own sampler is used",
+            )
+        config = {k: v for k, v in config.items() if k not in ("_class_name", "_use_default_values")}
+        if name == "plms":
+            config["skip_prk_steps"] = True
+    cls = diffusers_class(class_name, "SchedulerMixin", f"{CONFIG}, key _class_name")
+    config |= {} if choices is None else choices.config(class_name)
+    check_scheduler_config(cls, config, CONFIG)
+    with built(class_name, CONFIG):
+        return cls.from_config(config)
+
+
+def scheduler_class(config: Mapping[str, Any] | None, name: str | None = None) -> str:
+    """The diffusers class of what `make_sampler` gives for a network that was not trained by flow matching."""
+    return SAMPLERS.get(name or "") or str((config or BARE_COMPONENT).get("_class_name", BARE_COMPONENT["_class_name"]))
+
+
+def set_listed(scheduler: Any, timesteps: Sequence[float]) -> Any:
+    """Return a scheduler like this one, set to exactly these timesteps.
+
+    Raises:
+        UsageError: schedulers of its class take no list, or not this one.
+    """
+    if type(scheduler).__name__ == "DDIMScheduler":
+        from dqtool.models.sampling.listed_ddim import ListedDDIMScheduler
+
+        scheduler = ListedDDIMScheduler.from_config(scheduler.config)
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise UsageError(
+            f"{type(scheduler).__name__} takes no list of timesteps",
+            where="--spacing quad, --timesteps",
+            fix="Choose another --sampler (ddim, ddpm, euler, lcm), or leave it out",
+        )
+    whole = all(float(t).is_integer() for t in timesteps)
+    try:
+        scheduler.set_timesteps(timesteps=[int(t) for t in timesteps] if whole else list(timesteps))
+    except (ValueError, TypeError, IndexError) as e:
+        raise UsageError(
+            f"{type(scheduler).__name__} refuses these timesteps: {e}", where="--spacing quad, --timesteps"
+        ) from e
+    return scheduler
+
+
+def _parameters(class_name: str) -> Mapping[str, Any]:
+    """Return the entries that configs of a diffusers scheduler can have."""
+    import diffusers
+
+    return inspect.signature(getattr(diffusers, class_name).__init__).parameters

@@ -1,0 +1,133 @@
+"""A full-precision model as it lies on disk. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dqtool.artifacts.files import content_digest
+from dqtool.artifacts.manifest import canonical_json
+from dqtool.artifacts.names import path_within
+from dqtool.errors import ArtifactError, UsageError
+from dqtool.models.components.companion_files import companion_digest
+from dqtool.models.sampling.schedules import finite_config
+from dqtool.models.sources.lora_files import LoraFile
+from dqtool.models.sources.original.checkpoint import read_entries
+from dqtool.models.sources.reading import read_json
+
+__all__ = ["NETWORKS", "ModelSource", "config_in", "network_config", "part_of"]
+
+NETWORKS = ("unet", "transformer", "prior")
+"""Names under which pipelines hold their denoiser, which is quantized unless another component is named."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as it lies on disk: the network's weights and config and, if it is a pipeline, where the rest is.
+
+    `layout` names the format of an original checkpoint (`dqtool.models.sources.original`). `own_scheduler` is the noise schedule of an
+    original checkpoint, or one that was told; it goes before the pipeline's. `asks` says what of the schedule nobody knows
+    yet, `lacks` what keeps the rest of a file from being used. `loras` are added to the weights when these are loaded;
+    `variant` is the set of weights that was chosen, for the pipeline's other components too.
+    """
+
+    given: str
+    weights: tuple[Path, ...]
+    config: dict[str, Any]
+    config_path: Path
+    pipeline: Path | None
+    component: str
+    layout: str | None = None
+    own_scheduler: dict[str, Any] | None = None
+    asks: str | None = None
+    lacks: str | None = None
+    loras: tuple[LoraFile, ...] = ()
+    variant: str | None = None
+    entries: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def class_name(self) -> str:
+        """The diffusers class of the network."""
+        return str(self.config["_class_name"])
+
+    @property
+    def scheduler(self) -> dict[str, Any] | None:
+        """The scheduler config that was told, of the original checkpoint or of the pipeline; None for a bare component."""
+        if self.own_scheduler is not None or self.pipeline is None:
+            return self.own_scheduler
+        return finite_config(read_json(part_of(self.pipeline, "scheduler/scheduler_config.json")))
+
+    @property
+    def model_index(self) -> dict[str, Any] | None:
+        """The pipeline's `model_index.json`, with the class of the scheduler in use; None for a bare component."""
+        if self.pipeline is None:
+            return None
+        index = read_json(part_of(self.pipeline, "model_index.json"))
+        if self.own_scheduler is not None:
+            index["scheduler"] = ["diffusers", self.own_scheduler["_class_name"]]
+        return index
+
+    def check_schedule(self) -> None:
+        """Raise `UsageError` where nobody knows what the network predicts or by which schedule."""
+        if self.asks is None:
+            return
+        option = "--scheduler FILE" if "schedule" in self.asks else "--prediction-type epsilon or v_prediction"
+        raise UsageError(self.asks[0].upper() + self.asks[1:], where=self.given, fix=f"Say it with {option}")
+
+    def pipeline_record(self) -> dict[str, Any] | None:
+        """What a manifest says of the pipeline around the network; of an original checkpoint only the noise schedule."""
+        if self.pipeline is not None:
+            return {"model_index": self.model_index, "component": self.component, "scheduler": self.scheduler}
+        return None if self.own_scheduler is None else {"scheduler": self.own_scheduler}
+
+    def sha256(self) -> str:
+        """Hex digest over weights, config and LoRAs: what a fingerprint takes the model for."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        parts = [content_digest(path) for path in self.weights]
+        parts.append(hashlib.sha256(canonical_json([self.config, self.scheduler]).encode()).hexdigest())
+        parts += [f"{lora.sha256()}:{lora.weight!r}" for lora in self.loras]
+        if self.pipeline is not None:
+            parts.append(companion_digest(self.pipeline, self.model_index or {}, self.component, self.variant))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def tensor_entries(self) -> dict[str, dict[str, Any]]:
+        """Name -> {dtype, shape} of the network's tensors under the files' own names, without loading any."""
+        if self.entries is not None:
+            return self.entries
+        return {name: entry for path in self.weights for name, entry in read_entries(path).items()}
+
+
+def part_of(model: Path, name: str) -> Path:
+    """The path of a file of the model in the directory `model`; `ArtifactError` where a symbolic link leads out of it."""
+    return path_within(model, name, str(model), links=model)
+
+
+def config_in(config: Path) -> Path:
+    """The config of a network that is named by its file, its directory or its pipeline's directory."""
+    if not config.is_dir() or (config / "config.json").is_file():
+        return part_of(config, "config.json") if config.is_dir() else config
+    inside = [part_of(config, f"{name}/config.json") for name in NETWORKS]
+    return next((path for path in inside if path.is_file()), config / "config.json")
+
+
+def network_config(path: Path, given: str) -> dict[str, Any]:
+    if not path.exists():
+        raise ArtifactError(
+            f"There is no model config at {path}",
+            where=given,
+            fix="Put the diffusers config.json beside the weights or name it with --config FILE",
+        )
+    config = read_json(path)
+    if "_class_name" not in config:
+        raise ArtifactError("This config does not name its network's class", where=f"{path}, key _class_name")
+    if "quantization_config" in config:
+        raise ArtifactError(
+            "This model is quantized already", where=str(path), fix="Give the full-precision model it was made from"
+        )
+    return config

@@ -1,0 +1,67 @@
+"""Original checkpoints: files as the models' authors published them, read as diffusers networks.
+
+`recognise` finds the layout by the names of a file's tensors, `convert` renames and reshapes them. A layout is one
+module of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqtool.errors import ArtifactError
+from dqtool.models.sources.original import (
+    ddim_cifar10,
+    dit,
+    guided_diffusion,
+    latent_diffusion,
+    stable_diffusion,
+    transformers,
+)
+from dqtool.models.sources.original.checkpoint import is_pickle, read_checkpoint, read_entries
+from dqtool.models.sources.original.layout import LAYOUTS, Description, Known, Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LAYOUTS", "Description", "Known", "Layout", "convert", "is_pickle", "recognise"]
+
+_MODULES = (
+    ddim_cifar10,
+    dit,
+    guided_diffusion,
+    latent_diffusion,
+    stable_diffusion,
+    transformers,
+)  # importing them fills LAYOUTS
+
+
+def recognise(path: Path) -> tuple[Layout, dict[str, dict[str, Any]]] | None:
+    """The layout of a checkpoint and {dtype, shape} of its tensors; None when it is none of those known.
+
+    Raises:
+        ArtifactError: the file is damaged, or a pickle that would have to run code.
+    """
+    entries = read_entries(path)
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    for layout in LAYOUTS.values():
+        if layout.matches(shapes):
+            return layout, entries
+    return None
+
+
+def convert(path: Path, layout: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The network's tensors under diffusers' names, in the file's own precision.
+
+    Raises:
+        ArtifactError: tensors are missing or of other shapes than the layout's.
+    """
+    try:
+        return LAYOUTS[layout].convert(read_checkpoint(path), config, str(path))
+    except (KeyError, IndexError) as error:
+        raise ArtifactError(
+            f"The checkpoint lacks the tensor {error}, which the layout '{LAYOUTS[layout].title}' has",
+            where=str(path),
+            fix="Make or download it again, or name the right config with --config",
+        ) from error

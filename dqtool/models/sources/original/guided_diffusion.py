@@ -1,0 +1,268 @@
+"""openai/guided-diffusion (ADM) and openai/consistency_models: UNets on pixels, under their authors' names.
+
+Shapes tell the published models apart; what shapes don't tell of others (heads, order of q, k and v, noise schedule) comes from
+a YAML file of the authors' flags, such as `num_head_channels: 64` and `noise_schedule: cosine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dqtool.errors import ArtifactError
+from dqtool.models.config_extras import KEY
+from dqtool.models.sources.original.attention_unet import LATENT_MODELS, convert_attention, describe_attention
+from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
+from dqtool.models.sources.original.openai_unet import (
+    Structure,
+    network_names,
+    network_shapes,
+    network_tensors,
+    structure,
+    unet_parameters,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GuidedDiffusion"]
+
+NEW, LEGACY = "new", "legacy"
+"""Order of the rows for q, k and v: all of q first (`QKVAttention`, `QKVFlashAttention`), or each head's three together."""
+
+_CONSISTENCY = {
+    "_class_name": "CMStochasticIterativeScheduler",
+    "num_train_timesteps": 40,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "rho": 7.0,
+    "clip_denoised": True,
+}
+_ASKS = (
+    "the schedule of a network of openai/consistency_models can't be told from its checkpoint: consistency models "
+    "(CMStochasticIterativeScheduler) and the diffusion models they are distilled from have the same tensors"
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model: what tells it apart (channels, residual blocks, labels, whether q, k and v come from a 2-d convolution), and the
+    authors' flags that shapes don't tell."""
+
+    title: str
+    channels: tuple[int, ...]
+    blocks: int
+    classes: tuple[int | None, ...]
+    flat: bool
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    in_channels: int = 3
+
+
+_64 = (192, 384, 576, 768)
+_256 = (256, 256, 512, 512, 1024, 1024)
+PUBLISHED = (
+    Published(
+        "ADM, ImageNet 64x64",
+        _64,
+        3,
+        (1000,),
+        False,
+        {"image_size": 64, "num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine"},
+    ),
+    Published(
+        "ADM, ImageNet 128x128",
+        (256, 256, 512, 768, 1024),
+        2,
+        (1000,),
+        False,
+        {"image_size": 128, "num_heads": 4, "noise_schedule": "linear"},
+    ),
+    Published(
+        "ADM, ImageNet and LSUN 256x256",
+        _256,
+        2,
+        (1000, None),
+        False,
+        {"image_size": 256, "num_head_channels": 64, "noise_schedule": "linear"},
+    ),
+    Published("Consistency models, ImageNet 64x64", _64, 3, (1000,), True, {"image_size": 64, "num_head_channels": 64}),
+    Published("Consistency models, LSUN 256x256", _256, 2, (None,), True, {"image_size": 256, "num_head_channels": 64}),
+    Published(
+        "adaptive-terrain-diffusion",
+        (32, 32, 64, 96, 128),
+        4,
+        (None,),
+        True,
+        {
+            "image_size": 128,
+            "num_head_channels": 32,
+            "training_mode": "consistency_distillation",
+            "label_values": [0, 1, 100],
+        },
+        in_channels=1,
+    ),
+)
+
+
+@register
+class GuidedDiffusion(Layout):
+    """`UNetModel` of guided_diffusion/unet.py and cm/unet.py."""
+
+    name = "guided-diffusion"
+    title = "openai/guided-diffusion"
+
+    def matches(self, shapes: Shapes) -> bool:
+        """By one product for q, k and v in a network whose names stand bare, or that no latent diffusion model has: a 2-d
+        convolution, an MLP for labels, a learned variance."""
+        network = network_shapes(shapes)
+        products = [shape for name, shape in network.items() if name.endswith(".qkv.weight")]
+        ends = ("out.2.weight", "input_blocks.0.0.weight")
+        if not products or any(name not in network for name in ends):
+            return False
+        learned = network["out.2.weight"][0] == 2 * network["input_blocks.0.0.weight"][1]
+        if len(products[0]) == 4 or "label_emb.0.weight" in network or learned:
+            return True
+        return (
+            "input_blocks.0.0.weight" in shapes
+            and tuple(structure(network, "checkpoint").channels) not in LATENT_MODELS
+        )
+
+    def network(self, names: Iterable[str]) -> set[str]:
+        """Of a file under CompVis' prefix its network alone."""
+        return network_names(names)
+
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
+        """Return what the authors' flags say, else the published model of these shapes.
+
+        Raises:
+            ArtifactError: it is none of them and nothing names the heads, or its labels are numbers and nothing names them.
+        """
+        network = network_shapes(shapes)
+        found = structure(network, where)
+        if network["time_embed.0.weight"][1] != found.channels[0]:
+            raise ArtifactError(
+                f"diffusers has no UNet with {network['time_embed.0.weight'][1]} features of the timestep and {found.channels[0]} "
+                "channels in its first convolution",
+                where=where,
+            )
+        like = _like(found, network)
+        flags = {**(like.flags if like else {}), **(known.published or {}), **unet_parameters(known.published)}
+        schedule, asks = _schedule(found, network, flags, where)
+        if known.config is not None:
+            return Description(dict(known.config), schedule, asks)
+        if not {"num_heads", "num_head_channels"} & flags.keys():
+            raise ArtifactError(
+                f"The number of attention heads of a UNet with {found.channels} channels can't be told from its checkpoint",
+                where=where,
+                fix="Write the authors' flags into a YAML file (num_head_channels: 64, image_size: 64, ...) and name it "
+                "with --config FILE",
+            )
+        if "image_size" not in flags:
+            raise ArtifactError(
+                "The size of this model's images can't be told from its checkpoint",
+                where=where,
+                fix="Add image_size: N to the YAML file that --config names",
+            )
+        config = describe_attention(found, flags, int(flags["image_size"]), where)
+        original = dict(config.get(KEY) or {})
+        if _order(network, flags) != _order(network, {}):
+            original["attention_order"] = _order(network, flags)
+        if "label_emb.0.weight" in network:
+            original["label_values"] = values = _label_values(flags, where)
+            config["num_class_embeds"] = values[2]
+        return Description(config | ({KEY: original} if original else {}), schedule, asks)
+
+    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        """Renames; splits the product for q, k and v; tabulates an MLP for labels at their values."""
+        tensors = network_tensors(state)
+        original = config.get(KEY) or {}
+        mlp = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("label_emb.0.", "label_emb.2."))}
+        order = original.get("attention_order") or _order({name: tuple(t.shape) for name, t in tensors.items()}, {})
+        converted = convert_attention(tensors, config, where, together=order == LEGACY)
+        if mlp:
+            values = _label_values(original, where)
+            converted["class_embedding.weight"] = _label_table(mlp, values)
+        return converted
+
+
+def _like(found: Structure, network: Shapes) -> Published | None:
+    """The published model of these shapes."""
+    flat = _flat(network)
+    for each in PUBLISHED:
+        same = (each.channels, each.blocks, each.flat, each.in_channels) == (
+            tuple(found.channels),
+            found.layers_per_block,
+            flat,
+            found.in_channels,
+        )
+        if (
+            same
+            and found.classes in each.classes
+            and ("label_values" in each.flags) == ("label_emb.0.weight" in network)
+        ):
+            return each
+    return None
+
+
+def _flat(network: Shapes) -> bool:
+    """Whether q, k and v come from a 2-d convolution, as in openai/consistency_models."""
+    return any(name.endswith(".qkv.weight") and len(shape) == 4 for name, shape in network.items())
+
+
+def _order(network: Shapes, flags: Mapping[str, Any]) -> str:
+    """The authors' flag, else their default: flash attention with a 2-d convolution, the legacy order without."""
+    if "use_new_attention_order" in flags:
+        return NEW if flags["use_new_attention_order"] else LEGACY
+    if _flat(network):
+        return NEW if flags.get("attention_type", "flash") == "flash" else LEGACY
+    return LEGACY
+
+
+def _schedule(
+    found: Structure, network: Shapes, flags: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], str | None]:
+    """The scheduler that belongs to the model, and what is not known of it."""
+    if _flat(network):
+        consistency = str(flags.get("training_mode", "")).startswith("consistency")
+        sigmas = {key: float(flags[key]) for key in ("sigma_min", "sigma_max") if key in flags}
+        return {**_CONSISTENCY, **sigmas}, None if consistency else _ASKS
+    schedules = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+    name = flags.get("noise_schedule")
+    config = {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": int(flags.get("diffusion_steps", 1000)),
+        "prediction_type": "sample" if flags.get("predict_xstart") else "epsilon",
+        "beta_schedule": schedules.get(str(name), "linear"),
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "clip_sample": True,
+    }
+    if name not in schedules:
+        said = "is not told by its checkpoint" if name is None else f"is '{name}', which dqtool does not translate"
+        return config, f"the noise schedule of this guided-diffusion model (linear or cosine) {said}"
+    return config, None
+
+
+def _label_values(flags: Mapping[str, Any], where: str) -> list[Any]:
+    """The labels of a network that takes a number for one: the first, the last, and how many at equal distances."""
+    values = flags.get("label_values")
+    if not isinstance(values, list) or len(values) != 3 or not isinstance(values[2], int) or values[2] < 2:
+        raise ArtifactError(
+            "This model is conditioned on a number, through an MLP; its labels can't be told from its checkpoint",
+            where=f"{where}, label_emb",
+            fix="Add label_values: [first, last, how many] to the YAML file that --config names",
+        )
+    return values
+
+
+def _label_table(mlp: Mapping[str, Tensor], values: list[Any]) -> Tensor:
+    """The MLP's output at each label, `[labels, D]`: exact for those labels."""
+    import torch
+
+    labels = torch.linspace(float(values[0]), float(values[1]), int(values[2]), dtype=torch.float64).float()[:, None]
+    first = {leaf: mlp[f"label_emb.0.{leaf}"].float() for leaf in ("weight", "bias")}
+    second = {leaf: mlp[f"label_emb.2.{leaf}"].float() for leaf in ("weight", "bias")}
+    hidden = torch.nn.functional.silu(torch.nn.functional.linear(labels, first["weight"], first["bias"]))
+    return torch.nn.functional.linear(hidden, second["weight"], second["bias"])

@@ -1,0 +1,79 @@
+"""What a network of the Stable Diffusion lineage predicts, and under which noise: from what its file or YAML says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dqtool.errors import ArtifactError
+from dqtool.models.sources.original.layout import Shapes
+from dqtool.models.sources.original.openai_unet import model_parameters
+
+__all__ = ["Prediction", "found_prediction", "with_prediction"]
+
+_PARAMETERIZATIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+"""`model.params.parameterization` of CompVis' YAML configs in diffusers' terms."""
+
+_SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
+"""The denoiser's scaling in Stability's YAML configs in diffusers' terms."""
+
+_EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
+_EDM_V = {
+    "_class_name": "EDMEulerScheduler",
+    "sigma_min": 0.002,
+    "sigma_max": 120.0,
+    "sigma_data": 1.0,
+    "sigma_schedule": "exponential",
+    "prediction_type": "v_prediction",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction type, None where neither file nor YAML names it, and whether the last step has no signal left."""
+
+    kind: str | None = None
+    zero_snr: bool = False
+    edm: Mapping[str, Any] | None = None
+
+
+def found_prediction(shapes: Shapes, published: Mapping[str, Any] | None) -> Prediction:
+    """Return what marker keys (`v_pred`, `ztsnr`, `edm_mean`, `edm_vpred.sigma_max`) or the YAML say.
+
+    Raises:
+        ArtifactError: the YAML names a parameterization that diffusers lacks.
+    """
+    if "edm_vpred.sigma_max" in shapes:
+        return Prediction("v_prediction", edm=_EDM_V)
+    if "edm_mean" in shapes:
+        return Prediction("epsilon", edm=_EDM)
+    model = model_parameters(published)
+    zero = "ztsnr" in shapes or bool(model.get("zero_terminal_snr") or model.get("rescale_betas_zero_snr"))
+    if "v_pred" in shapes:
+        return Prediction("v_prediction", zero)
+    if "parameterization" in model:
+        name = model["parameterization"]
+        if name not in _PARAMETERIZATIONS:
+            raise ArtifactError(
+                f"The YAML config names the parameterization '{name}', which diffusers does not know",
+                where="YAML config, key model.params.parameterization",
+                fix="Say what the network predicts with --prediction-type",
+            )
+        return Prediction(_PARAMETERIZATIONS[name], zero)
+    denoiser = ((model.get("denoiser_config") or {}).get("params") or {}).get("scaling_config") or {}
+    scaling = str(denoiser.get("target", "")).rpartition(".")[2]
+    return Prediction(_SCALINGS.get(scaling, "v_prediction" if zero else None), zero)
+
+
+def with_prediction(schedule: Mapping[str, Any], found: Prediction) -> dict[str, Any]:
+    """Return the scheduler config with the prediction type in it; a schedule without signal at its end is rescaled to
+    that and walked from its last step, as arXiv 2305.08891 has it."""
+    if found.edm is not None:
+        return dict(found.edm)
+    config = dict(schedule)
+    if found.kind is not None:
+        config["prediction_type"] = found.kind
+    if found.zero_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config

@@ -1,0 +1,181 @@
+"""Single files of Stable Diffusion: 1.x, 2.x, SDXL, its refiner, their inpainting and editing variants, and LDM text-to-image.
+
+Shapes tell which of the published architectures a file is of; what shapes don't tell (heads, latent size, schedule) stands in
+a table of them. A network of none of them is read with the authors' YAML config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dqtool.errors import ArtifactError
+from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
+from dqtool.models.sources.original.openai_unet import (
+    Structure,
+    network_names,
+    network_shapes,
+    scaled_linear,
+    structure,
+    unet_parameters,
+)
+from dqtool.models.sources.original.prediction import Prediction, found_prediction, with_prediction
+from dqtool.models.sources.original.spatial import convert_spatial, describe_spatial
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PUBLISHED", "Published", "StableDiffusion", "published_schedule"]
+
+LATENT = 8
+"""Pixels per latent, each way."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published architecture: what tells it apart, and what its config says beyond shapes.
+
+    `channels` are those of the network's input; `prediction` is None where the published models differ in it. `size` is the
+    side of an image by prediction type, `betas` the ends of the schedule.
+    """
+
+    title: str
+    context: int
+    linear: bool
+    channels: tuple[int, ...]
+    heads: Mapping[str, int]
+    size: int
+    prediction: str | None = "epsilon"
+    vector: int | None = None
+    size_of_v: int | None = None
+    betas: tuple[float, float] = (0.00085, 0.012)
+
+
+_EIGHT, _BY_64 = {"num_heads": 8}, {"num_head_channels": 64}
+
+PUBLISHED = (
+    Published("Stable Diffusion 1", 768, False, (4, 8, 9), _EIGHT, 512),
+    Published("LDM text-to-image", 1280, False, (4,), _EIGHT, 256),
+    Published("Stable Diffusion 2", 1024, True, (4,), _BY_64, 512, None, size_of_v=768),
+    Published("Stable Diffusion 2 inpainting and depth", 1024, True, (5, 9), _BY_64, 512),
+    Published("Stable Diffusion 2 unCLIP", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=2048),
+    Published("Stable Diffusion 2 unCLIP-L", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=1536),
+    Published("Stable Diffusion x4 upscaler", 1024, True, (7,), _EIGHT, 1024, "v_prediction", betas=(0.0001, 0.02)),
+    Published("SDXL", 2048, True, (4, 8, 9), _BY_64, 1024, vector=2816),
+    Published("SDXL refiner", 1280, True, (4,), _BY_64, 1024, vector=2560),
+)
+"""Heads and sizes as in the published configs: SD 1 has 8 heads whatever their width; SD 2, SDXL and its refiner have heads of
+64 channels; the upscaler has 8. SDXL is also the architecture of SSD-1B, Segmind-Vega and KOALA."""
+
+_ASKS = "what the network predicts can't be told from a {title} checkpoint: its base models predict the noise (epsilon), its 768-pixel models v"
+
+
+@register
+class StableDiffusion(Layout):
+    """`UNetModel` with `SpatialTransformer`s that read the states of a text encoder."""
+
+    name = "stable-diffusion"
+    title = "Stable Diffusion"
+
+    def matches(self, shapes: Shapes) -> bool:
+        """By cross-attention in numbered blocks; a context of classes is `LatentDiffusionByClass`'s."""
+        network = network_shapes(shapes)
+        contexts = [shape[1] for name, shape in network.items() if name.endswith("attn2.to_k.weight")]
+        by_class = "cond_stage_model.embedding.weight" in shapes
+        return bool(contexts) and contexts[0] != 512 and not by_class
+
+    def network(self, names: Iterable[str]) -> set[str]:
+        """Without the first stage, the conditioner and the averaged copies."""
+        return network_names(names)
+
+    def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
+        """Return what the authors' YAML says, else the published architecture of these shapes.
+
+        Raises:
+            ArtifactError: it is none of them and nothing names the heads.
+        """
+        found = structure(network_shapes(shapes), where)
+        like, given = architecture_of(found), unet_parameters(known.published)
+        if like is None and known.config is None and not {"num_heads", "num_head_channels"} & given.keys():
+            raise ArtifactError(
+                f"This UNet (context of {found.context_dim}, {found.in_channels} channels in) is of no published "
+                "architecture, and its attention heads can't be told from shapes",
+                where=where,
+                fix="Name the authors' YAML config, or the diffusers config.json, with --config FILE",
+            )
+        told = found_prediction(shapes, known.published)
+        kind = known.prediction_type or told.kind or (like.prediction if like else "epsilon")
+        explicit = told != Prediction()
+        told = Prediction(kind, told.zero_snr, None if known.prediction_type else told.edm)
+        if told.zero_snr and kind == "epsilon":
+            raise ArtifactError(
+                "A schedule without signal at its end (ztsnr) can't be sampled by a network that predicts the noise",
+                where=where,
+                fix="Leave --prediction-type out, or say v_prediction",
+            )
+        start, end = like.betas if like else (0.00085, 0.012)
+        schedule = with_prediction(scaled_linear(known.published, start, end), told)
+        asks = _ASKS.format(title=like.title) if kind is None and like is not None else None
+        if known.config is not None:
+            return Description(dict(known.config), schedule, asks, explicit)
+        size = _side(like, kind) if like else int(given.get("image_size") or 512 // LATENT)
+        heads = given if like is None else {**like.heads, **_heads(given)}
+        config = describe_spatial(found, heads, size, where) | _vector(found)
+        return Description(config, schedule, asks, explicit)
+
+    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        """By diffusers' own converter."""
+        return convert_spatial(state, config)
+
+
+def architecture_of(found: Structure) -> Published | None:
+    """Return the published architecture with these inputs; None when there is none."""
+    for each in PUBLISHED:
+        same = (each.context, each.linear, each.vector) == (
+            found.context_dim,
+            found.linear_projection,
+            found.vector_dim,
+        )
+        if same and found.in_channels in each.channels:
+            return each
+    return None
+
+
+def published_schedule(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
+    """Return the schedule of a bare `UNet2DConditionModel` of a published architecture, and what is not known of it (None:
+    nothing); None for a network of no such architecture."""
+    for each in PUBLISHED:
+        same = (each.context, each.linear, each.vector) == (
+            config.get("cross_attention_dim"),
+            bool(config.get("use_linear_projection", False)),
+            config.get("projection_class_embeddings_input_dim"),
+        )
+        if same and config.get("in_channels") in each.channels:
+            schedule = with_prediction(scaled_linear(None, *each.betas), Prediction(each.prediction))
+            return schedule, _ASKS.format(title=each.title) if each.prediction is None else None
+    return None
+
+
+def _heads(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The authors' heads, where they name any: one of the two keys."""
+    if given.get("num_head_channels") not in (-1, None):
+        return {"num_head_channels": given["num_head_channels"]}
+    if given.get("num_heads") not in (-1, None):
+        return {"num_head_channels": None, "num_heads": given["num_heads"]}
+    return {}
+
+
+def _side(like: Published, kind: str | None) -> int:
+    """Side of the latents. (The `image_size` of these authors' YAML files is unused and wrong.)"""
+    return (like.size_of_v or like.size if kind == "v_prediction" else like.size) // LATENT
+
+
+def _vector(found: Structure) -> dict[str, Any]:
+    """Config of what is added to the timestep: SDXL's text and sizes, unCLIP's image embedding."""
+    if found.vector_dim is None:
+        return {}
+    entries = {"projection_class_embeddings_input_dim": found.vector_dim}
+    if found.context_dim in (1280, 2048):
+        return {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, **entries}
+    return {"class_embed_type": "projection", **entries}

@@ -1,0 +1,191 @@
+"""Finding a full-precision model: what a user may name, and the files behind it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dqtool.artifacts import read_header
+from dqtool.artifacts.names import path_within
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.models.components.companion_files import components_of
+from dqtool.models.sampling.schedules import choose_schedule
+from dqtool.models.sources.hints import ModelHints
+from dqtool.models.sources.hub_cache import hub_snapshot, is_hub_id
+from dqtool.models.sources.lora_files import lora_file
+from dqtool.models.sources.model_source import NETWORKS, ModelSource, config_in, network_config
+from dqtool.models.sources.original import is_pickle
+from dqtool.models.sources.reading import read_json
+from dqtool.models.sources.single_files import single_file
+from dqtool.models.sources.weight_files import find_weights
+
+__all__ = ["NETWORKS", "ZOO", "ModelSource", "resolve_model", "resolve_recorded"]
+
+ZOO = Path(__file__).parents[2] / "zoo" / "weights"
+"""Where the embedded models are packaged, each as a diffusers pipeline directory with float16 weights."""
+
+
+def resolve_model(
+    given: str,
+    config: str | None = None,
+    component: str | None = None,
+    loras: Sequence[str] = (),
+    told: ModelHints | None = None,
+) -> ModelSource:
+    """Return the model a user named: a `.safetensors` file with `config.json` beside it (or `config`), a component directory,
+    a pipeline directory, an original checkpoint, a Hub id `org/name[@revision]`, or `zoo:NAME`.
+
+    `component` names the network of a pipeline that is meant, where that is not its denoiser; `loras` are
+    `FILE[:WEIGHT]`; `told` is what the files don't say.
+
+    Raises:
+        EnvironmentFault: there is nothing at that path.
+        ArtifactError: there is something else: no config, no weights, no safetensors file.
+        UsageError: a component that the model does not have, or a LoRA's weight that is no number.
+    """
+    told = ModelHints() if told is None else told
+    files = tuple(lora_file(text) for text in loras)
+    if given.startswith("zoo:"):
+        source = _directory(given, _embedded(given), config, component, None)
+    elif not Path(given).exists() and is_hub_id(given):
+        variant = told.variant
+        source = hub_snapshot(given, variant, lambda path: _directory(given, path, config, component, variant))
+    elif not Path(given).exists():
+        raise EnvironmentFault(
+            "There is no such file or directory",
+            where=given,
+            fix="Give a .safetensors file, a diffusers directory, or an embedded model (`dqtool zoo list`)",
+        )
+    elif Path(given).is_file():
+        if component is not None:
+            raise UsageError(
+                "A single file holds one network; components are those of a pipeline directory", where="--components"
+            )
+        source = single_file(given, Path(given), config, told)
+    else:
+        source = _directory(given, Path(given), config, component, told.variant)
+    if told.pipeline is not None and source.pipeline is None:
+        source = _in_pipeline(source, told.pipeline)
+    given_schedule = source.scheduler
+    schedule, asks = choose_schedule(source.class_name, source.config, given_schedule, source.asks, told)
+    own = source.own_scheduler if schedule == given_schedule else schedule
+    return replace(source, loras=files, own_scheduler=own, asks=asks)
+
+
+def resolve_recorded(model: Mapping[str, Any], given: str | None = None) -> ModelSource:
+    """The model that a manifest's `model` was made from, or `given` in its place, read in the same way.
+
+    Raises what `resolve_model` raises.
+    """
+    return resolve_model(
+        given or model["source"],
+        model.get("source_config"),
+        model.get("source_component"),
+        model.get("source_loras", ()),
+        ModelHints(**model.get("source_told", {})),
+    )
+
+
+def _embedded(given: str) -> Path:
+    name = given.removeprefix("zoo:")
+    names = sorted(path.parent.name for path in ZOO.glob("*/model_index.json"))
+    if name not in names:
+        known = ", ".join(f"zoo:{each}" for each in names) or "none"
+        raise EnvironmentFault("There is no such embedded model", where=given, fix=f"dqtool has {known}")
+    return ZOO / name
+
+
+def _in_pipeline(source: ModelSource, pipeline: str) -> ModelSource:
+    """A bare network in the place of its like in a pipeline.
+
+    Raises:
+        EnvironmentFault: the pipeline is not there.
+        ArtifactError: it is no pipeline, or has no component of the network's class.
+    """
+    base = _embedded(pipeline) if pipeline.startswith("zoo:") else Path(pipeline)
+    if not base.exists():
+        raise EnvironmentFault("There is no such directory", where=f"--pipeline {pipeline}")
+    index = read_json(path_within(base, "model_index.json", pipeline, links=base))
+    for name in components_of(index, f"{pipeline}, model_index.json"):
+        if index[name][1] == source.class_name:
+            return replace(source, pipeline=base, component=name)
+    raise ArtifactError(
+        f"This pipeline has no component of class {source.class_name}, which {source.given} is",
+        where=f"--pipeline {pipeline}, model_index.json",
+    )
+
+
+def _directory(given: str, path: Path, config: str | None, component: str | None, variant: str | None) -> ModelSource:
+    if (path / "model_index.json").is_file():
+        return _pipeline(given, path, component, variant)
+    if (path / "modular_model_index.json").is_file():
+        raise _modular(given, read_json(path / "modular_model_index.json"))
+    if component is not None:
+        raise UsageError("This directory is one network, not a pipeline of components", where="--components")
+    return _component(given, path, None, "unet", config, variant)
+
+
+def _pipeline(given: str, path: Path, component: str | None, variant: str | None) -> ModelSource:
+    index = read_json(path_within(path, "model_index.json", given, links=path))
+    names = components_of(index, f"{given}, model_index.json")
+    there = [name for name in names if path_within(path, name, given, links=path).is_dir()]
+    if component is not None:
+        _check_component(component, there, index)
+        return _component(given, path / component, path, component, None, variant)
+    for name in NETWORKS:
+        if name in there:
+            return _component(given, path / name, path, name, None, variant)
+    raise ArtifactError(
+        "This pipeline holds no network that dqtool quantizes",
+        where=f"{given}, model_index.json",
+        fix=f"One of {', '.join(NETWORKS)} must be among its components; name another one with --components",
+    )
+
+
+def _modular(given: str, index: Mapping[str, Any]) -> ArtifactError:
+    """A modular pipeline names where each component lies; its denoiser's place is what to quantize."""
+    places = {name: entry[2] for name, entry in index.items() if isinstance(entry, list) and len(entry) > 2}
+    place: Mapping[str, Any] = next((places[name] for name in NETWORKS if isinstance(places.get(name), Mapping)), {})
+    model = place.get("repo") or place.get("pretrained_model_name_or_path")
+    command = f"dqtool dilate {model}" if model else "dqtool dilate on the pipeline that the index was made from"
+    if model and place.get("variant"):
+        command += f" --variant {place['variant']}"
+    return ArtifactError(
+        "This is the index of a modular pipeline, whose components lie elsewhere",
+        where=f"{given}, modular_model_index.json",
+        fix=f"Run {command}",
+    )
+
+
+def _check_component(component: str, there: Sequence[str], index: Mapping[str, Any]) -> None:
+    if "," in component:
+        raise UsageError(
+            f"One component at a time: '{component}' names several",
+            where="--components",
+            fix="Run the stages for the first, then `dqtool dilate` on the exported directory for the next",
+        )
+    if component not in there:
+        raise UsageError(
+            f"The pipeline has no component '{component}'", where="--components", fix=f"It has {', '.join(there)}"
+        )
+    if index[component][0] != "diffusers":
+        raise UsageError(
+            f"'{component}' is a {index[component][1]}, no denoising network: it stays float",
+            where="--components",
+            fix="Leave it out; the denoiser is what is quantized",
+        )
+
+
+def _component(
+    given: str, path: Path, pipeline: Path | None, component: str, config: str | None, variant: str | None
+) -> ModelSource:
+    model = pipeline or path
+    config_path = config_in(Path(config)) if config else path_within(path, "config.json", given, links=model)
+    network = network_config(config_path, given)
+    weights = find_weights(path, given, variant, model)
+    for shard in weights:
+        if not is_pickle(shard):
+            read_header(shard)
+    return ModelSource(given, weights, network, config_path, pipeline, component, variant=variant)

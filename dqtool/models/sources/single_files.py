@@ -1,0 +1,89 @@
+"""Single files: original checkpoints with what they hold beside the network, and bare weights with a config. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dqtool.artifacts import read_header
+from dqtool.errors import ArtifactError
+from dqtool.models.sampling.schedules import finite_config
+from dqtool.models.sources.hints import ModelHints
+from dqtool.models.sources.model_source import ModelSource, config_in, network_config, part_of
+from dqtool.models.sources.original import Known, is_pickle, recognise
+from dqtool.models.sources.original.first_stage import first_stage_prefix
+from dqtool.models.sources.original.pipelines import pipeline_of
+from dqtool.models.sources.original.shell import Shell, pipeline_shell
+from dqtool.models.sources.reading import read_json, read_yaml
+from dqtool.models.sources.tokenizers import find_tokenizers
+
+__all__ = ["single_file"]
+
+
+def single_file(given: str, path: Path, config: str | None, told: ModelHints) -> ModelSource:
+    if not is_pickle(path):
+        read_header(path)  # refuses what is no safetensors file
+    found = recognise(path)
+    if found is not None:
+        layout, entries = found
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        authors = config is not None and config.endswith((".yaml", ".yml"))
+        yaml = read_yaml(Path(config)) if config and authors else None
+        told_config = network_config(config_in(Path(config)), given) if config and not authors else None
+        description = layout.describe(shapes, Known(yaml, told_config, told.prediction_type), given)
+        network = told_config or description.config
+        own = layout.network(shapes)
+        scheduler: dict[str, Any] | None = finite_config(description.scheduler)
+        asks = description.asks
+        if told.pipeline is not None and not description.explicit:
+            scheduler = asks = None  # the pipeline's is the one that the model is sampled with
+        source = ModelSource(
+            given=given,
+            weights=(path,),
+            config=network,
+            config_path=Path(config) if config else path,
+            pipeline=None,
+            component="unet",
+            layout=layout.name,
+            own_scheduler=scheduler,
+            asks=asks,
+            entries={name: entries[name] for name in entries if name in own},
+        )
+        return _beside(source, path, entries, finite_config(description.scheduler), told)
+    if is_pickle(path):
+        raise ArtifactError(
+            "This is no original checkpoint of a kind that dqtool knows",
+            where=given,
+            fix="Give the diffusers directory of the model, or its weights as .safetensors with config.json beside them",
+        )
+    config_path = config_in(Path(config)) if config else part_of(path.parent, "config.json")
+    return ModelSource(given, (path,), network_config(config_path, given), config_path, None, "unet")
+
+
+def _beside(
+    source: ModelSource, path: Path, names: Mapping[str, Any], scheduler: Mapping[str, Any], told: ModelHints
+) -> ModelSource:
+    """The source with a pipeline around it, made of what the file holds and of what is told."""
+    parts = pipeline_of(source.config, names)
+    if parts is None:
+        return source
+    prefix = first_stage_prefix(names)
+    texts = tuple(text for text in parts.texts if text.marker in names)
+    whole = prefix is not None and len(texts) == len(parts.texts)
+    source = replace(source, component=parts.network)
+    base = None if told.pipeline is None else Path(told.pipeline)
+    if not whole and (base is None or not (prefix or texts)):
+        return source
+    tokenizers = find_tokenizers(texts, told.tokenizer, told.pipeline)
+    if tokenizers is None:
+        fix = "name the directory of its tokenizer with --tokenizer DIR, or a pipeline of the same kind with --pipeline DIR"
+        return replace(source, lacks=f"the file holds its text encoders but no tokenizer; to use prompts, {fix}")
+    schedule = source.own_scheduler or _pipeline_schedule(base) or scheduler
+    shell = Shell(parts, source.class_name, schedule, prefix, texts, tokenizers, base)
+    return replace(source, pipeline=pipeline_shell(path, shell))
+
+
+def _pipeline_schedule(base: Path | None) -> dict[str, Any] | None:
+    return None if base is None else finite_config(read_json(part_of(base, "scheduler/scheduler_config.json")))
