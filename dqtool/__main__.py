@@ -111,9 +111,9 @@ def _fault(error: Exception) -> EnvironmentFault | None:
         return os_fault(OSError(errno.EMFILE, "Too many open files"), "an open file")
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return EnvironmentFault("A path holds a NUL character", where="a path", fix="Check the names that are given")
-    # torch's own errors by name: it may not even be imported.
-    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if is_memory or "can't allocate memory" in str(error):
+    from dqtool.core.out_of_memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return EnvironmentFault(
             "There is not enough memory", fix="Lower --batch-size or --samples, or use a larger machine"
         )

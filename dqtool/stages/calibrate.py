@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.manifest import canonical_json
+from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
@@ -65,7 +66,12 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
     inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
 
     def work(key: str) -> StageOutput:
-        return produce(dilated, options, Workspace(options.output, key, forced=common.force), prompts)
+        workspace = Workspace(options.output, key, forced=common.force)
+        return with_smaller_batches(
+            lambda size: produce(dilated, replace(options, batch_size=size), workspace, prompts),
+            options.batch_size,
+            "calibrate",
+        )
 
     execute("calibrate", CODE_VERSION, options.output, parameters, inputs, common, work, reads=read_paths(options))
     return options.output
@@ -223,7 +229,9 @@ def rescaled_by(
         kept = Checkpoints(workspace, "channel ranges")
         found = channel_ranges(network, layer_infos(manifest.layers), per_step("ranges of channels"), kept)
         ranges = {name.removesuffix(RANGE): span for name, span in found.items()}
-    index, counts = points.few_of_each_step(SCALING_STEPS, SCALING_POINTS)
+    # All of them run at once: few, where memory ran out with more.
+    steps = min(SCALING_STEPS, options.batch_size)
+    index, counts = points.few_of_each_step(steps, min(SCALING_POINTS, options.batch_size // steps))
     activations = Activations(ranges, lambda: family.predict(network, *points.arguments(index)), counts)
     return rescale_network(manifest, tensors, network, method, options.layer_bits, activations)
 
@@ -344,7 +352,7 @@ def record(
     images = images_of(quotas, conditions)
     pools: list[list[Tensor]] = [[] for _ in range(steps)]
     owners: list[list[Tensor]] = [[] for _ in range(steps)]
-    kept = Checkpoints(workspace, "trajectory")
+    kept = Checkpoints(workspace, f"trajectory by {options.batch_size}")
     batches = list(range(0, images, options.batch_size))
     with report.progress("calibrate: trajectory", len(batches) * steps) as progress:
         seen: list[tuple[int, Tensor]] = []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
+from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.stages.options.distill import (
@@ -33,6 +34,8 @@ CODE_VERSION = 4
 CORRECT_IMAGES = 64
 """With `--correct-noise`, how many images the prediction tables are fitted on."""
 
+TOGETHER = 256
+"""Samples that run together where a block's inputs and outputs are computed, as long as memory does not run out."""
 LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
 """With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
 network learns or samples."""
@@ -61,7 +64,14 @@ def distill(options: DistillOptions, common: Common) -> str:
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> StageOutput:
-        return produce(calibrated, options, spec, Workspace(options.output, key, forced=common.force))
+        workspace = Workspace(options.output, key, forced=common.force)
+        return with_smaller_batches(
+            lambda together: produce(calibrated, options, spec, workspace, together),
+            TOGETHER,
+            "distill",
+            smallest=2,
+            fix="Lower --batch-size (32), which is what a block learns from at a time, or use a larger machine",
+        )
 
     execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work, reads=read_paths(options))
     return options.output
@@ -95,6 +105,15 @@ def fingerprint_parameters(options: DistillOptions) -> dict[str, Any]:
     )
 
 
+def network_batch_of(options: DistillOptions, together: int) -> int | None:
+    """Return how many samples a whole network learns from at once (None: a batch), with `together` as in `produce`."""
+    asked = LOW_MEMORY_NETWORK if options.low_memory else None
+    if together >= TOGETHER:
+        return asked
+    least = max(1, together // 8)
+    return least if asked is None else min(asked, least)
+
+
 def check_samples(wanted: int | None, manifest: Manifest) -> None:
     """Refuse a number of training samples that leaves out steps, or that there are not."""
     counts = manifest.metrics["samples_per_step"]
@@ -106,8 +125,11 @@ def check_samples(wanted: int | None, manifest: Manifest) -> None:
         )
 
 
-def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpec, workspace: Workspace) -> StageOutput:
-    """Initialise, train, pack."""
+def produce(
+    calibrated: Artifact, options: DistillOptions, spec: QuantizationSpec, workspace: Workspace, together: int
+) -> StageOutput:
+    """Initialise, train, pack. At most `together` samples run at once where a block's inputs and outputs are computed, and an
+    eighth of them where a whole network learns, if `together` is less than `TOGETHER`."""
     import torch
 
     from dqtool.core.allocator import return_freed_memory
@@ -156,9 +178,9 @@ def produce(calibrated: Artifact, options: DistillOptions, spec: QuantizationSpe
         graph=graph_of(manifest),
         only=chosen_blocks(trace, options.blocks),
         shifts=shifts,
-        cache_bytes=0 if options.low_memory else options.cache_memory << 20,
-        replay_batch=LOW_MEMORY_BLOCK if options.low_memory else DistillationTask.replay_batch,
-        network_batch=LOW_MEMORY_NETWORK if options.low_memory else DistillationTask.network_batch,
+        cache_bytes=0 if options.low_memory or together < TOGETHER else options.cache_memory << 20,
+        replay_batch=min(together, LOW_MEMORY_BLOCK if options.low_memory else TOGETHER),
+        network_batch=network_batch_of(options, together),
         strict=options.strict,
     )
     return_freed_memory()

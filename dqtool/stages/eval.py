@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, Kind, read_manifest, sha256_file
+from dqtool.artifacts import Artifact, Checkpoints, Kind, Workspace, read_manifest, sha256_file
 from dqtool.errors import UsageError
 from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
@@ -61,7 +62,9 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         parameters,
         inputs,
         common,
-        lambda _key: produce(artifact, reference, metrics, options, prompts),
+        lambda key: produce(
+            artifact, reference, metrics, options, prompts, Workspace(options.output, key, forced=common.force)
+        ),
         kind="report",
         also=also,
         reads=[*read_paths(options), *model_places(reference)],
@@ -163,8 +166,9 @@ def produce(
     metrics: tuple[str, ...],
     options: EvalOptions,
     prompts: Sequence[str] | None = None,
+    workspace: Workspace | None = None,
 ) -> StageOutput:
-    """Sample from both networks with the same seeds and compute every figure."""
+    """Sample from both networks with the same seeds and compute every figure. Finished images go to `workspace`."""
     from dqtool.nn.surgery import steps_of
     from dqtool.stages.images import first_channels, maker_of_artifact, makes_latents
 
@@ -185,16 +189,17 @@ def produce(
     if isinstance(reference, ExportedReference):
         figures["reference_is"] = f"{reference.given} in the simulate runtime"
     expected = None
+    kept = None if workspace is None else partial(Checkpoints, workspace)
     needs_images = bool(set(METRICS) & set(metrics)) or bool(options.grid or options.save_samples)
     if needs_images:
         if float_network is not None and reference is not None:
-            expected = reference_images(float_network, reference, maker, options)
+            expected = reference_images(float_network, reference, maker, options, kept)
         sampled = maker
         if options.correct_noise and float_network is not None:
             correction = fitted(network, float_network, maker, options.seed, options.batch_size)
             figures["noise_correction"] = {"images": FIT_IMAGES, "steps": correction.to_json()}
             sampled = with_correction(maker, correction)
-        images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples")
+        images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples", kept)
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
         if meter is not None:
             rows = maker.conditions.rows(0, len(images)).tolist()
@@ -268,8 +273,14 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
     return teacher_of(manifest, artifact.tensors())
 
 
-def reference_images(network: nn.Module, reference: Reference, maker: ImageMaker, options: EvalOptions) -> Tensor:
-    """The full-precision model's images, from the cache when the same ones were made before."""
+def reference_images(
+    network: nn.Module,
+    reference: Reference,
+    maker: ImageMaker,
+    options: EvalOptions,
+    kept: Callable[[str], Checkpoints] | None = None,
+) -> Tensor:
+    """Return the full-precision model's images, from the cache when the same ones were made before."""
     from dqtool.models.sampling.image_cache import cached_images
     from dqtool.models.sampling.sampler import IMAGES
 
@@ -288,7 +299,7 @@ def reference_images(network: nn.Module, reference: Reference, maker: ImageMaker
     if conditions.table:
         key |= {"guidance": conditions.guidance, "names": conditions.names, "digest": conditions.digest()}
     return cached_images(
-        key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, "eval: reference")
+        key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, "eval: reference", kept)
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.artifacts import Artifact
+from dqtool.artifacts import Artifact, Checkpoints
 from dqtool.core.device import to_cpu
+from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.models.components.companions import Companions, companions_of_artifact, companions_of_source
 from dqtool.models.conditions.conditioning import Conditions, Request
 from dqtool.models.conditions.external import ConditionSource
@@ -40,19 +41,59 @@ class ImageMaker:
     decode: Callable[[Tensor], Tensor] | None = None
     latents: bool = False
 
-    def draw(self, network: nn.Module, count: int, seed: int, batch_size: int, what: str) -> Tensor:
-        """`count` images `[N, C, H, W]` in [-1, 1] (latents as they are); image i depends on `seed` and i alone. More than
-        `IN_MEMORY` bytes of them (50,000 of 256 pixels are 39 GB) lie in a mapped temporary file."""
+    def draw(
+        self,
+        network: nn.Module,
+        count: int,
+        seed: int,
+        batch_size: int,
+        what: str,
+        kept: Callable[[str], Checkpoints] | None = None,
+    ) -> Tensor:
+        """Return `count` images `[N, C, H, W]` in [-1, 1] (latents as they are); image i depends on `seed` and i alone.
+
+        More than `IN_MEMORY` bytes of them (50,000 of 256 pixels are 39 GB) lie in a mapped temporary file. Where memory
+        runs out, fewer are sampled together. `kept(name)` gives the batches that an earlier run finished, and takes in
+        those of this one.
+        """
+        return with_smaller_batches(
+            lambda size: self._draw(network, count, seed, size, what, kept and kept(f"{what} by {size}")),
+            batch_size,
+            what,
+        )
+
+    def _draw(
+        self, network: nn.Module, count: int, seed: int, batch_size: int, what: str, kept: Checkpoints | None
+    ) -> Tensor:
         images, done = torch.empty(0), 0
+        found = {} if kept is None else kept.found
         with report.progress(what, count, "image") as progress:
-            for x in self.sampler.batches(
-                network, self.shape, count, seed, batch_size, self.conditions.given, null=self.conditions.null
-            ):
-                batch = to_cpu(x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x))
+
+            def take(batch: Tensor) -> None:
+                nonlocal images, done
                 if not done:
                     images = TensorStore(IN_MEMORY).empty(count, batch)
                 images[done : done + len(batch)] = batch
                 done += len(batch)
+
+            for part in found.values():
+                take(part["images"])
+                progress.skip(len(part["images"]))
+            running = self.sampler.batches(
+                network,
+                self.shape,
+                count,
+                seed,
+                batch_size,
+                self.conditions.given,
+                null=self.conditions.null,
+                first=done,
+            )
+            for index, x in enumerate(running, len(found)):
+                batch = to_cpu(x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x))
+                take(batch)
+                if kept is not None:
+                    kept.add(index, {"images": batch})
                 progress.advance(len(batch))
         return images
 

@@ -124,3 +124,49 @@ def predictions_of(run: Run, chain: Path, arguments: tuple[str, ...], left: list
     left[0] = 10**9
     assert run(*arguments, "-o", "other.safetensors", cwd=chain).returncode == 0
     return 10**9 - left[0]
+
+
+def test_stages_go_on_with_smaller_batches_where_memory_runs_out(
+    run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = UNet2D.predict
+
+    def small(self: UNet2D, model: Any, x: Any, *given: Any) -> Any:
+        if len(x) > 4:
+            raise MemoryError
+        return predict(self, model, x, *given)
+
+    monkeypatch.setattr(UNet2D, "predict", small)
+    for arguments in (
+        ("calibrate", "--steps", "4", "--samples", "32"),
+        ("distill", "--iters", "2", "--refine-iters", "2", "--no-correct-noise"),
+        ("export",),
+        ("eval", "--samples", "8", "--metrics", "similarity"),
+    ):
+        result = run(*arguments, "--force", cwd=chain)
+        assert result.returncode == 0, result.stderr
+        if arguments[0] != "export":
+            assert "memory ran out" in result.stderr, arguments
+
+
+def test_eval_goes_on_from_its_finished_images(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("eval", "distilled.safetensors", "--samples", "12", "--batch-size", "2", "--metrics", "similarity")
+    assert run(*arguments, "-o", "whole.json", cwd=chain).returncode == 0
+    monkeypatch.setattr("dqtool.artifacts.checkpoints.EVERY", 0.0)
+    predict, left = UNet2D.predict, [14]
+
+    def counted(self: UNet2D, *given: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return predict(self, *given)
+
+    monkeypatch.setattr(UNet2D, "predict", counted)
+    result = run(*arguments, "-o", "parted.json", cwd=chain)
+    assert result.returncode == 130
+    assert "finished pieces are kept" in result.stderr
+    left[0] = 10**9
+    assert run(*arguments, "-o", "parted.json", cwd=chain).returncode == 0
+    assert 10**9 - left[0] == 24 - 12  # six batches of four steps, of which three were kept
+    whole, parted = (json.loads((chain / name).read_text())["metrics"] for name in ("whole.json", "parted.json"))
+    assert parted == whole

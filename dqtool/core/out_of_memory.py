@@ -1,0 +1,54 @@
+"""Going on with smaller batches where memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from dqtool import report
+from dqtool.errors import EnvironmentFault
+
+__all__ = ["is_out_of_memory", "with_smaller_batches"]
+
+T = TypeVar("T")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out. PyTorch's own errors are known by name and text: it may not even be
+    imported."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def with_smaller_batches(
+    work: Callable[[int], T], batch: int, what: str, smallest: int = 1, fix: str | None = None
+) -> T:
+    """Return `work(batch)`. Each time memory runs out, warn, free what is unused, and call it with half the batch.
+
+    Raises:
+        EnvironmentFault: memory runs out with `smallest` samples at a time.
+    """
+    while True:
+        try:
+            return work(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch <= smallest:
+                raise EnvironmentFault(
+                    f"There is not enough memory for {what}, even with {batch} samples at a time",
+                    fix=fix
+                    or "Free memory, use a larger machine, or give --device cpu where the device's memory ran out",
+                ) from None
+        batch = max(smallest, batch // 2)
+        report.warn(f"memory ran out in {what}; it goes on with {batch} samples at a time")
+        _free()
+
+
+def _free() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
