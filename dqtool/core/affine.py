@@ -1,8 +1,8 @@
-"""The uniform affine quantizer (Eq. 1-4 of arXiv 2409.14307): ranges, codes, gradients, and how its range is chosen.
+"""Uniform affine quantizer (Eq. 1-4 of arXiv 2409.14307): parameters, codes, gradients and the search for its range.
 
-Everything here works on *centred* codes `c = clip(round(x * m), low - z, Q - z)`, the stored code minus its zero
-point, because that is what integer kernels multiply: `y = scale * c`. `m = 1 / (divisor * scale)` is computed once in
-float32 and multiplied with, never divided by, so that every implementation rounds alike.
+All functions use *centred* codes `c = clip(round(x * m), low - z, Q - z)`, the stored code minus its zero point,
+because integer kernels multiply these: `y = scale * c`. The multiplier `m = 1 / (divisor * scale)` is computed once in
+float32. Inputs are multiplied by it and never divided, so that every implementation rounds alike.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ SYMMETRIC_BITS = 8
 
 
 def levels(bits: int) -> int:
-    """Largest code `Q = 2^bits - 1`."""
-    return 2**bits - 1
+    """Return the largest code `Q = 2^bits - 1`."""
+    return (1 << bits) - 1
 
 
 def lowest_code(bits: int, symmetric: bool) -> int:
-    """Smallest code in use: 1 on the symmetric grid (so that it is centred), else 0."""
+    """Return the smallest code in use: 1 on the symmetric 8-bit grid, so that the grid is centred, and 0 otherwise."""
     return 1 if symmetric and bits == SYMMETRIC_BITS else 0
 
 
 def affine_parameters(lo: Tensor, hi: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid that covers `[lo, hi]` and zero (section 1).
+    """Return scale and zero point of the grid that covers `[lo, hi]` and zero (Eq. 2-3).
 
-    `lo`, `hi` have any common shape; so have the results (zero points are integers held in float32). A degenerate
-    range gives scale 1 and zero point 0 (`2^(bits-1)` on the symmetric grid), never 0, NaN or Inf.
+    `lo` and `hi` have the same shape, and so have the results. Zero points are integers stored as float32. A degenerate
+    range gives scale 1 and zero point 0 (`2^(bits-1)` on the symmetric grid), never a scale of 0, NaN or Inf.
     """
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     if symmetric:
@@ -59,29 +59,35 @@ def affine_parameters(lo: Tensor, hi: Tensor, bits: int, symmetric: bool = False
 def centred_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int = 0, divisor: Tensor | None = None
 ) -> Tensor:
-    """Centred integer codes of `x`, held in `x`'s dtype. `scale`, `zero_point`, `divisor` broadcast against `x`."""
+    """Return the centred integer codes of `x` in the dtype of `x`. `scale`, `zero_point` and `divisor` broadcast
+    against `x`."""
     return _codes(x * _multiplier(scale, divisor), zero_point, bits, low)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int = 0, divisor: Tensor | None = None
 ) -> Tensor:
-    """`scale * centred_codes(x)`: what an integer kernel computes with, in float. Differentiable in all tensors.
+    """Return `scale * centred_codes(x)`, the value that an integer kernel computes with, in float. Differentiable in
+    all tensors.
 
-    With a `divisor` s (Weight Dilation) the result is the quantized `x / s`; the division costs nothing because it is
-    part of the multiplier, also where s is learned. The gradient is straight-through for `round`, exact in `scale` through it (LSQ), and
-    `zero_point` is a float rounded with a straight-through gradient.
+    With a `divisor` s (Weight Dilation) the result is the quantized `x / s`. The division is part of the multiplier and
+    costs nothing. Gradients are straight-through for `round` and exact in `scale` (LSQ); `zero_point` is a float that
+    is rounded with a straight-through gradient.
     """
     learns = x.requires_grad or scale.requires_grad or zero_point.requires_grad
     if torch.is_grad_enabled() and (learns or (divisor is not None and divisor.requires_grad)):
-        return FakeQuantize.apply(x, scale, zero_point, bits, low, divisor)
+        result: Tensor = FakeQuantize.apply(x, scale, zero_point, bits, low, divisor)  # type: ignore[no-untyped-call]
+        return result
     codes = x * _multiplier(scale, divisor)
     return _codes(codes, zero_point, bits, low).mul_(scale)
 
 
 class FakeQuantize(torch.autograd.Function):
-    """The gradients of `fake_quantize`, fused: few passes over memory, two saved tensors. One is the result, which whatever
-    multiplies it keeps as well; codes are whole numbers, so that dividing it by the scale gives them back exactly."""
+    """Fused gradients of `fake_quantize`, with few passes over memory and two saved tensors.
+
+    One of the saved tensors is the result, which the operation that reads it keeps anyway. Codes are integers, so
+    dividing the result by the scale restores them exactly.
+    """
 
     @staticmethod
     def forward(
@@ -98,7 +104,7 @@ class FakeQuantize(torch.autograd.Function):
         scaled, result, scale, divisor = ctx.saved_tensors
         codes = (result * scale.reciprocal()).round_()
         grad_x = grad_scale = grad_zero = grad_divisor = None
-        # In place, since memory is what this costs: |error| <= 1/2 where the code was not clipped.
+        # In place, since memory traffic dominates. |error| <= 1/2 where the code was not clipped.
         inside = (scaled - codes).abs_().le_(0.5).mul_(grad)
         if ctx.needs_input_grad[1]:
             # d/d scale = code - x/(divisor*scale) inside the range, the clipped code outside.
@@ -115,9 +121,10 @@ class FakeQuantize(torch.autograd.Function):
 def search_weight(
     weight: Tensor, bits: int, symmetric: bool, candidates: int = 80, smallest: float = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """Per-out-channel scale and zero point with the least squared error over shrink factors of the range.
+    """Return per-out-channel scale and zero point, `[C_out]` each, with the least squared error over shrunk ranges.
 
-    `weight` is `[C_out, ...]`; returns two `[C_out]` tensors. The factors run from 1 down to `smallest`.
+    `weight` is `[C_out, ...]`. The range of each out-channel is multiplied by `candidates` factors from 1 down to
+    `smallest`.
     """
     rows = weight.detach().flatten(1)
     lo, hi = rows.amin(1), rows.amax(1)
@@ -130,11 +137,16 @@ def search_weight(
 def search_histogram(
     histogram: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool = False, candidates: int = 60
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point with the least squared error on histogrammed activations.
+    """Return scale and zero point, `[R]` each, with the least squared error on histogrammed activations.
 
-    `histogram` is `[R, B]`: counts of `B` equal bins over `[lo, hi]` for each of `R` independent quantizers (steps, or
-    steps x heads); `lo`, `hi` are `[R]`. Both ends of the range shrink independently (a coarse grid) and then together
-    (a fine one), since activations after SiLU have one short and one long tail. Returns two `[R]` tensors.
+    Both ends of the range shrink independently on a coarse grid and then together on a fine one, since activations
+    after SiLU have one short and one long tail.
+
+    Args:
+        histogram: counts `[R, B]` of `B` equal bins over `[lo, hi]` for each of `R` independent quantizers (steps, or
+            steps times heads).
+        lo: lower end of each histogram, `[R]`, as is `hi`.
+        candidates: ranges tried in each of the two passes, about.
     """
     bins = histogram.shape[1]
     width = (hi - lo) / bins
@@ -153,14 +165,18 @@ def search_histogram(
 
 
 AT_ONCE = 2**17
-"""Values that candidates are tried on in one go: small quantizers take few operations, large ones no more memory."""
+"""Values on which candidates are tried at once. Small quantizers take few operations, large ones no extra memory."""
 
 
 def _least_error(
     values: Tensor, counts: Tensor | None, lo: Tensor, hi: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of K candidate ranges `lo`, `hi` `[K, R]`, for each row of `values` `[R, B]` (`counts` `[R, B]` times each) the first
-    with the least squared error: that error, which one it is, its scale and its zero point, all `[R]`."""
+    """Return the candidate range with the least squared error for each row: (error, index, scale, zero point), all
+    `[R]`.
+
+    `lo` and `hi` `[K, R]` are K candidate ranges. `values` `[R, B]` count `counts` `[R, B]` times each, or once without
+    `counts`. The first of equal candidates wins.
+    """
     scales, zero_points = affine_parameters(lo, hi, bits, symmetric)
     low, n = lowest_code(bits, symmetric), max(1, AT_ONCE // max(1, values.numel()))
     errors = []
@@ -173,6 +189,7 @@ def _least_error(
 
 
 def _multiplier(scale: Tensor, divisor: Tensor | None) -> Tensor:
+    """Return the factor `1 / (divisor * scale)` that turns values into codes."""
     return (scale if divisor is None else scale * divisor).reciprocal()
 
 
@@ -182,17 +199,21 @@ def _codes(scaled: Tensor, zero_point: Tensor, bits: int, low: int) -> Tensor:
 
 
 def _clip(rounded: Tensor, zero_point: Tensor, bits: int, low: int) -> Tensor:
-    """Clip to the centred codes that exist, in place. Two binary operations: `clamp` with tensor bounds is not vectorised."""
+    """Clip rounded values in place to the centred codes of the grid.
+
+    Two binary operations are used, since `clamp` with tensor bounds is not vectorised.
+    """
     zero = zero_point.round()
-    if torch.compiler.is_compiling():  # graphs have no `out`, and fuse the two
+    if torch.compiler.is_compiling():  # graphs have no `out` and fuse the two operations
         return rounded.maximum(low - zero).minimum(levels(bits) - zero)
     torch.maximum(rounded, low - zero, out=rounded)
     return torch.minimum(rounded, levels(bits) - zero, out=rounded)
 
 
 def _dot_to(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
-    """`(a * b).sum_to_size(shape)` without the product in memory where `shape` keeps only leading dimensions."""
+    """Return `(a * b).sum_to_size(shape)`, without storing the product where `shape` keeps leading dimensions only."""
     kept = next((i for i, n in enumerate(shape) if n == 1), len(shape))
     if all(n == 1 for n in shape[kept:]) and tuple(shape[:kept]) == tuple(a.shape[:kept]) and kept < a.dim():
-        return torch.linalg.vecdot(a.flatten(kept), b.flatten(kept)).view(shape)
+        dots: Tensor = torch.linalg.vecdot(a.flatten(kept), b.flatten(kept))
+        return dots.view(shape)
     return (a * b).sum_to_size(shape)

@@ -1,4 +1,4 @@
-"""Bit widths of a layer's and of an attention module's operands. No torch, so that a bad `--bits` is refused at once."""
+"""Bit widths of the operands of layers and attention modules. Needs no torch, so that a bad `--bits` fails at once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ WIDTHS = (*range(2, 9), FLOAT_BITS)
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of a layer's weights and of its input; `FLOAT_BITS` and more mean float."""
+    """Bits of a layer's weight and of its input; `FLOAT_BITS` or more means float."""
 
     weight: int
     input: int
 
     @property
     def quantizes_weight(self) -> bool:
-        """Say whether weights are on an integer grid."""
+        """Return whether the weight is quantized."""
         return self.weight < FLOAT_BITS
 
     @property
     def quantizes_input(self) -> bool:
-        """Say whether the input is on an integer grid."""
+        """Return whether the input is quantized."""
         return self.input < FLOAT_BITS
 
     def operations(self, macs: int) -> int:
@@ -49,7 +49,7 @@ class LayerBits:
 class AttentionBits:
     """Bits of the operands of an attention module's two products, `q·kᵀ` and `softmax·v`.
 
-    `qkv` are those of q, k and v, `softmax` those of the softmax output; `FLOAT_BITS` and more mean float.
+    `qkv` is the width of q, k and v; `softmax` is the width of the softmax output. `FLOAT_BITS` or more means float.
     """
 
     qkv: int
@@ -76,7 +76,7 @@ Bits = LayerBits | AttentionBits
 
 
 def bits_from_json(kind: str, widths: Sequence[int]) -> Bits:
-    """Return the bits that `to_json` gave, of a layer of this kind ("attention", or any other)."""
+    """Return the bits that `to_json` wrote for a layer of this kind ("attention" or any other)."""
     first, second = widths
     return AttentionBits(qkv=second, softmax=first) if kind == "attention" else LayerBits(first, second)
 
@@ -85,7 +85,7 @@ def check_width(bits: int, where: str) -> int:
     """Return `bits`.
 
     Raises:
-        UsageError: they are not 2 to 8, or 16 for float.
+        UsageError: `bits` is neither 2 to 8 nor 16, which means float.
     """
     if bits not in WIDTHS:
         raise UsageError(f"{bits} bits are not offered", where=where, fix="Give 2 to 8, or 16 for float")
@@ -93,10 +93,10 @@ def check_width(bits: int, where: str) -> int:
 
 
 def parse_bits(text: str, where: str = "--bits") -> LayerBits:
-    """Parse `"W/A"` with each of 2..8 or 16 (float), e.g. `4/4`, `8/8`, `4/16` (weight-only).
+    """Parse `"W/A"`, each of 2..8 or 16 (float): `4/4`, `8/8`, `4/16` (weight-only).
 
     Raises:
-        UsageError: anything else.
+        UsageError: the text has another form.
     """
     match = re.fullmatch(r"(\d{1,2})/(\d{1,2})", text.strip())
     if not match or int(match[1]) not in WIDTHS or int(match[2]) not in WIDTHS:
@@ -109,5 +109,5 @@ def parse_bits(text: str, where: str = "--bits") -> LayerBits:
 
 
 def _cost(bits: int) -> int:
-    """Width that an operand is multiplied at: float operands are float32."""
+    """Return the width that an operand counts as in bit operations; float operands count as float32."""
     return 32 if bits >= FLOAT_BITS else bits

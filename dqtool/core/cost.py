@@ -1,4 +1,4 @@
-"""What a quantized model costs: bit operations and bytes on disk (App. B of arXiv 2409.14307), in plain integers."""
+"""Cost of a quantized model: bit operations and bytes on disk (App. B of arXiv 2409.14307), as plain integers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["bops", "bops_ratio", "file_bytes", "size_ratio"]
 
 
 def bops(layers: Iterable[Mapping[str, Any]]) -> int:
-    """Return the bit operations of layers `{"kind": str, "macs": int, "bits": [...]}`, as manifests list them.
+    """Return the bit operations of layers `{"kind": str, "macs": int, "bits": [...]}`, the form that manifests hold.
 
-    `bits` are those of `Bits.to_json`; None, and widths from 16 on (operands that stay float32), count 32. A layer of kind
-    "attention" stands for both products, half of its MACs each. MACs are those of one forward pass at the batch size
-    that they were counted for.
+    `bits` are those of `Bits.to_json`. None and widths of 16 or more mean float32 operands, which count as 32 bits. A
+    layer of kind "attention" stands for two products with half of its MACs each. MACs are those of one forward pass at
+    the batch size for which they were counted.
     """
     total = 0
     for layer in layers:
@@ -26,22 +26,25 @@ def bops(layers: Iterable[Mapping[str, Any]]) -> int:
 
 
 def bops_ratio(layers: Sequence[Mapping[str, Any]]) -> float:
-    """How many times fewer bit operations than the same layers in float32; 1 for a model without any."""
+    """Return the bit operations in float32 divided by those of these layers; 1 for a model without layers."""
     quantized = bops(layers)
     return sum(layer["macs"] for layer in layers) * 32**2 / quantized if quantized else 1.0
 
 
 def file_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> int:
-    """Exact size of the safetensors file that holds `{name: (dtype, shape)}`.
+    """Return the exact size in bytes of the safetensors file that holds `{name: (dtype, shape)}`.
 
-    8 bytes of length, a JSON header filled up to a multiple of 8, the data. A dtype goes by its name in safetensors
-    (`F32`) or in torch (`float32`, `torch.float32`). `metadata` defaults to `{"format": "pt"}`; an empty one leaves the
-    entry out. Raises `ValueError` for a dtype that is unknown.
+    The file consists of 8 bytes of length, a JSON header padded to a multiple of 8, and the data. A dtype is its name
+    in safetensors (`F32`) or in torch (`float32`, `torch.float32`). `metadata` defaults to `{"format": "pt"}`; an empty
+    mapping omits the entry.
+
+    Raises:
+        ValueError: a dtype is unknown.
     """
     header, _, data = file_header(tensors, metadata)
     return len(header) + data
 
 
 def size_ratio(before: int, after: int) -> float:
-    """How many times smaller `after` bytes are than `before`."""
+    """Return `before / after`: the factor by which a file shrank."""
     return before / after if after else float("inf")

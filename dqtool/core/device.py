@@ -1,14 +1,14 @@
-"""Where networks compute: one choice for the process, made by a stage as it starts.
+"""Choice of the device that networks compute on, made once for the process when a stage starts.
 
-Files, trajectories, conditions and what is kept between blocks stay in main memory. A network goes to the device when a
-stage builds it (`place`), and whatever it is given follows it there (`to_device_of`). Random numbers are drawn on the CPU, so
-that a seed means the same noise on every device.
+Files, trajectories, conditions and outputs of blocks stay in main memory. A stage places a network on the device when
+it builds it (`place`), and inputs follow the network (`to_device_of`). Random numbers are drawn on the CPU, so that a
+seed gives the same noise on every device.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dqtool.errors import EnvironmentFault
 
@@ -34,7 +34,7 @@ _chosen: torch.device | None = None
 
 
 def choose_device(text: str) -> torch.device:
-    """Compute on the device that `text` (auto, cpu, cuda, cuda:N) names, from here on.
+    """Choose the device named by `text` (auto, cpu, cuda, cuda:N) for this process and return it.
 
     Raises:
         EnvironmentFault: this machine has no such device.
@@ -45,7 +45,8 @@ def choose_device(text: str) -> torch.device:
 
 
 def resolve_device(text: str) -> torch.device:
-    """The device meant; `auto` is the first CUDA device where there is one. Makes CUDA compute in full float32.
+    """Return the device named by `text` and make CUDA compute in full float32. `auto` is the first CUDA device, or else
+    the CPU.
 
     Raises:
         EnvironmentFault: this machine has no such device.
@@ -63,20 +64,20 @@ def resolve_device(text: str) -> torch.device:
             where="--device",
             fix="Use --device cpu or auto, or install a PyTorch for CUDA",
         )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or products differ from run to run
-    # TensorFloat-32 keeps 10 bits of each factor: no reference for quantized codes.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS products differ from run to run
+    # TensorFloat-32 keeps 10 bits of each factor, too few for a reference of quantized codes.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def place(module: Module) -> Module:
-    """`module`, moved to the device that was chosen (the CPU before any choice)."""
+    """Move `module` to the chosen device (the CPU before any choice) and return it."""
     return module if _chosen is None or _chosen.type == "cpu" else module.to(_chosen)
 
 
 def restart_peak(device: torch.device) -> None:
-    """Measure `peak_bytes` from here on."""
+    """Start a new measurement of `peak_bytes`."""
     import torch
 
     if device.type == "cuda":
@@ -84,14 +85,15 @@ def restart_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """`peak_device_bytes`, the most that tensors took on a CUDA device since `restart_peak`; nothing elsewhere."""
+    """Return `{"peak_device_bytes": n}`, the most memory that tensors took on a CUDA device since `restart_peak`; empty
+    on the CPU."""
     import torch
 
     return {"peak_device_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a network's weights are; the CPU for one that shows none."""
+    """Return the device of a network's weights; the CPU for a network without any."""
     import torch
 
     for tensor in (*module.parameters(), *module.buffers()):
@@ -100,19 +102,21 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def to_device_of(module: nn.Module, values: T) -> T:
-    """`values` (a tensor, or lists, tuples and dicts of them) where the network is."""
+    """Return `values` (a tensor, or lists, tuples and dicts of tensors) on the device of `module`."""
     return _moved(values, device_of(module))
 
 
 def to_cpu(values: T) -> T:
-    """`values` in main memory."""
+    """Return `values` (a tensor, or lists, tuples and dicts of tensors) in main memory."""
     import torch
 
     return _moved(values, torch.device("cpu"))
 
 
-def _moved(values: Any, device: torch.device) -> Any:
+def _moved(values: T, device: torch.device) -> T:
+    """Return `values` with every tensor moved to `device`."""
     from torch import Tensor
     from torch.utils._pytree import tree_map
 
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)
+    moved: T = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)
+    return moved

@@ -1,7 +1,8 @@
-"""Which points of the sampling trajectory are kept for training: how many at each step. One function a draw.
+"""Selection of training points: the number of points to keep at each step of the sampling trajectory, one function for
+each draw.
 
-A draw decides about training points only; the statistics that quantizers start from come from every step. Steps are in
-sampling order: row 0 has the most noise.
+A draw decides about training points only; the statistics that initialise the quantizers come from every step. Steps are
+in sampling order: step 0 has the most noise.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from dqtool.errors import UsageError
 __all__ = ["DRAWS", "Draw", "DrawInput", "draw_method", "quotas_of", "register"]
 
 Q_DIFFUSION_STEPS = 20
-"""Steps that Q-Diffusion takes its points from, at regular intervals, whatever the number of sampling steps."""
+"""Number of evenly spaced steps that Q-Diffusion takes its points from, for any number of sampling steps."""
 NORMAL_MEAN, NORMAL_DEVIATION = 0.4, 0.4
-"""Of the steps, counted from the clean end: what PTQ4DM's experiments use."""
+"""Mean and standard deviation of PTQ4DM's step distribution, as fractions of the number of steps, counted from the
+clean end."""
 DIVERSITY = 1.0
-"""Weight of diversity beside density."""
+"""Weight of the diversity term relative to the density term."""
 
 
 @dataclass(frozen=True)
 class DrawInput:
-    """What a draw may look at. `features` `[T, n, ...]` are what the middle of the network makes of n images at each step."""
+    """Input of a draw. `features` `[T, n, ...]` are outputs of the network's middle block for n images at each of T
+    steps."""
 
     steps: int
     samples: int
@@ -37,7 +40,8 @@ class DrawInput:
 
 @dataclass(frozen=True)
 class Draw:
-    """A registered draw: `function` returns how many points of each step are kept, `[T]` whole numbers that sum to `samples`."""
+    """Registered draw. `function` returns the number of points to keep at each step, `[T]` integers that sum to
+    `samples`."""
 
     name: str
     function: Callable[[DrawInput], Tensor]
@@ -48,7 +52,7 @@ DRAWS: dict[str, Draw] = {}
 
 
 def register(name: str, needs_features: bool = False) -> Callable[[Callable[[DrawInput], Tensor]], None]:
-    """Decorator that offers a function under `--draw name`."""
+    """Return a decorator that registers a function as the draw `--draw name`."""
 
     def add(function: Callable[[DrawInput], Tensor]) -> None:
         DRAWS[name] = Draw(name, function, needs_features)
@@ -57,7 +61,11 @@ def register(name: str, needs_features: bool = False) -> Callable[[Callable[[Dra
 
 
 def draw_method(name: str) -> Draw:
-    """The draw of that name; raises `UsageError` with the names there are."""
+    """Return the draw of this name.
+
+    Raises:
+        UsageError: no draw has this name; the message lists the names.
+    """
     if name not in DRAWS:
         raise UsageError(f"unknown draw '{name}'", where="--draw", fix=f"Choose from {', '.join(DRAWS)}")
     return DRAWS[name]
@@ -65,7 +73,7 @@ def draw_method(name: str) -> Draw:
 
 @register("stratified")
 def _stratified(given: DrawInput) -> Tensor:
-    """Every step alike; which steps get the points that are left over is drawn."""
+    """Give every step the same number of points; the steps that get one of the remaining points are drawn at random."""
     quotas = torch.full((given.steps,), given.samples // given.steps)
     quotas[torch.randperm(given.steps, generator=given.generator)[: given.samples % given.steps]] += 1
     return quotas
@@ -73,7 +81,8 @@ def _stratified(given: DrawInput) -> Tensor:
 
 @register("uniform")
 def _uniform(given: DrawInput) -> Tensor:
-    """Q-Diffusion (arXiv 2302.04304): points of every c-th step, as many of each. With 20 steps or fewer c is 1."""
+    """Take equally many points from every c-th step, as Q-Diffusion does (arXiv 2302.04304). c is 1 for 20 steps or
+    fewer."""
     chosen = torch.zeros(given.steps)
     chosen[:: max(1, given.steps // Q_DIFFUSION_STEPS)] = 1
     return quotas_of(chosen, given.samples)
@@ -81,8 +90,11 @@ def _uniform(given: DrawInput) -> Tensor:
 
 @register("normal")
 def _normal(given: DrawInput) -> Tensor:
-    """PTQ4DM's normally distributed time steps (arXiv 2211.15736): each point's step is drawn from N(0.4 T, 0.4 T), counted
-    from the clean end and clipped to the steps there are, so that steps with little noise come more often."""
+    """Draw the step of each point from N(0.4 T, 0.4 T), as PTQ4DM does (arXiv 2211.15736).
+
+    Steps are counted from the clean end and clipped to the existing ones, so that steps with little noise are drawn
+    more often.
+    """
     drawn = torch.randn(given.samples, generator=given.generator) * NORMAL_DEVIATION + NORMAL_MEAN
     from_clean = (drawn * (given.steps - 1)).round().clamp(0, given.steps - 1).long()
     return torch.bincount(given.steps - 1 - from_clean, minlength=given.steps)
@@ -90,10 +102,11 @@ def _normal(given: DrawInput) -> Tensor:
 
 @register("density", needs_features=True)
 def _density(given: DrawInput) -> Tensor:
-    """EDA-DM's temporal distribution alignment (arXiv 2401.04585): a step gets the more points the more other steps its
-    features lie close to (density), and the more their directions differ from the others' (diversity).
+    """Align the points with the temporal distribution of the features, as EDA-DM does (arXiv 2401.04585).
 
-    Close is nearer than the median distance between steps [ours: the authors set a radius for each data set].
+    A step gets more points if its features are close to those of many other steps (density) and if their directions
+    differ from those of other steps (diversity). Two steps are close if their distance is below the median distance
+    [ours: the authors set a radius for each data set].
     """
     assert given.features is not None
     features = given.features.flatten(1).double()  # [T, n]
@@ -110,7 +123,8 @@ def _density(given: DrawInput) -> Tensor:
 
 
 def quotas_of(weights: Tensor, samples: int) -> Tensor:
-    """`samples` shared out in proportion to `weights` `[T]`: whole numbers, the largest remainders rounded up."""
+    """Distribute `samples` in proportion to `weights` `[T]`; return integers `[T]`. The largest remainders are rounded
+    up."""
     exact = weights.double() / weights.double().sum() * samples
     quotas = exact.floor().long()
     left = samples - int(quotas.sum())
@@ -120,5 +134,6 @@ def quotas_of(weights: Tensor, samples: int) -> Tensor:
 
 
 def _from_0_to_1(values: Tensor) -> Tensor:
+    """Scale values linearly to [0, 1]; constant values become 0."""
     span = values.max() - values.min()
     return (values - values.min()) / span if span > 0 else torch.zeros_like(values)

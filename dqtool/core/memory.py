@@ -1,4 +1,4 @@
-"""How much memory a piece of work took, as the kernel counts it (Linux; elsewhere nothing is measured)."""
+"""Memory use of a piece of work, as the kernel reports it. Linux only: nothing is measured on other systems."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Self
 __all__ = ["MemoryMeter", "resident"]
 
 EVERY = 0.01
-"""Seconds between looks."""
+"""Seconds between two measurements."""
 
 
 def resident() -> tuple[int, int] | None:
-    """Bytes that this process holds in memory now: (anonymous, all: with mapped files and shared memory)."""
+    """Return the resident bytes of this process as (anonymous, total with mapped files and shared memory); None if
+    unknown."""
     try:
         with open("/proc/self/status") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -24,11 +25,12 @@ def resident() -> tuple[int, int] | None:
 
 
 class MemoryMeter:
-    """Within a `with`, the peaks of resident memory above `level`, which `resident()` gave earlier.
+    """Context manager that measures the peaks of resident memory above `level`, an earlier result of `resident()`.
 
-    `figures()` has `peak_anonymous_bytes`, what the work allocated, and `peak_memory_bytes`, with the resident pages of
-    mapped files on top: caches of activations past their budget, which the kernel can drop and read again, and the
-    model files themselves. What does not fit a machine is decided by the first, what it is quick with by the second.
+    `figures()` holds `peak_anonymous_bytes`, the memory that the work allocated, and `peak_memory_bytes`, which adds
+    the resident pages of mapped files: model files and caches of activations beyond their budget, which the kernel can
+    drop and read again. The first decides whether the work fits into a machine; the second is what it uses when memory
+    is plentiful.
     """
 
     def __init__(self, level: tuple[int, int] | None) -> None:
@@ -38,13 +40,14 @@ class MemoryMeter:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def figures(self) -> dict[str, int]:
-        """The peaks so far, in bytes; empty where they can't be measured."""
+        """Return the peaks so far in bytes; empty where they can't be measured."""
         if self.level is None:
             return {}
         anonymous, everything = (max(0, peak - level) for peak, level in zip(self.peaks, self.level, strict=True))
         return {"peak_memory_bytes": everything, "peak_anonymous_bytes": anonymous}
 
     def _look(self) -> None:
+        """Update the peaks with the memory in use now."""
         now = resident()
         if now is not None:
             self.peaks = max(self.peaks[0], now[0]), max(self.peaks[1], now[1])

@@ -1,4 +1,4 @@
-"""The bits of a whole network, as a user asks for them: parsed once at the command line and handed on. No torch."""
+"""Bit widths of a whole network, parsed once at the command line and handed on. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from dqtool.errors import UsageError
 __all__ = ["PRESETS", "KeptLayers", "QuantizationSpec"]
 
 END_BITS = 8
-"""Least bits of the layers that read the network's raw input or produce its output."""
+"""Least bits of the layers that read the network's input or produce its output."""
 
 SOFTMAX_BITS = 8
+"""Default bits of the softmax output."""
 
 PRESETS = ("standard", "nonstandard")
-"""`standard` quantizes every layer and both attention products, with one activation scale a layer (and step). `nonstandard`
-keeps what EfficientDM keeps in float: convolutions after an upsampling, skip connections and the attention products. QuEST's
-way at 4 bits, a scale for each in-channel of the activations, is not offered: no integer product can take such scales out of
-its sum (App. I of arXiv 2409.14307)."""
+"""`standard` quantizes every layer and both attention products, with one activation scale for each layer and step.
+
+`nonstandard` keeps in float what EfficientDM keeps in float: convolutions after an upsampling, skip connections and the
+attention products. QuEST's 4-bit scheme with one activation scale for each in-channel is not offered, since an integer
+product can't factor such scales out of its sum (App. I of arXiv 2409.14307).
+"""
 
 
 @dataclass(frozen=True)
 class KeptLayers:
-    """Layers at bits of their own (`--keep REGEX=W/A`): those whose full name matches `pattern`."""
+    """Layers with bits of their own (`--keep REGEX=W/A`): those whose full name matches `pattern`."""
 
     pattern: str
     bits: LayerBits
@@ -36,7 +39,7 @@ class KeptLayers:
         """Parse `"REGEX=W/A"`.
 
         Raises:
-            UsageError: there is no `=`, the bits don't exist, or the pattern is no regular expression.
+            UsageError: the text has no `=`, the bits are not offered, or the pattern is not a regular expression.
         """
         pattern, equals, bits = text.rpartition("=")
         if not equals or not pattern:
@@ -50,7 +53,7 @@ class KeptLayers:
         return cls(pattern, parse_bits(bits, "--keep"))
 
     def matches(self, name: str) -> bool:
-        """Say whether a layer of this name is one of them."""
+        """Return whether the whole of a layer's name matches the pattern."""
         return re.fullmatch(self.pattern, name) is not None
 
     def __str__(self) -> str:
@@ -59,10 +62,14 @@ class KeptLayers:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """The bits of every layer: `bits` for all, except the network's two ends (8/8 at least), what a preset leaves in float
-    (`float_layers`, by name) and what `kept` names, of which the last match wins.
+    """Bits of every layer of a network.
 
-    `softmax` are the bits of the attention's softmax output, where its other operands are quantized.
+    Attributes:
+        bits: bits of all layers without an entry below; the network's first and last layers get at least 8/8.
+        softmax: bits of the softmax output of attention modules whose other operands are quantized.
+        kept: layers with bits of their own; the last matching entry wins.
+        preset: name in `PRESETS`.
+        float_layers: names of the layers that the preset keeps in float.
     """
 
     bits: LayerBits
@@ -86,7 +93,7 @@ class QuantizationSpec:
         return cls(parse_bits(bits), softmax_bits, tuple(map(KeptLayers.parse, keep)), preset)
 
     def leaving_float(self, names: Sequence[str]) -> QuantizationSpec:
-        """Return this spec with `names` as the layers that the preset leaves in float."""
+        """Return this spec with `names` as the layers that the preset keeps in float."""
         return replace(self, float_layers=tuple(names))
 
     def layer_bits(self, name: str, kind: str, is_end: bool) -> Bits:
@@ -104,10 +111,10 @@ class QuantizationSpec:
         return AttentionBits(bits.input, FLOAT_BITS if bits.input >= FLOAT_BITS else self.softmax)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse a pattern of `kept` that matches none of a network's layers.
+        """Check that every pattern of `kept` matches a layer of the network.
 
         Raises:
-            UsageError: there is one.
+            UsageError: a pattern matches none of `names`.
         """
         names = list(names)
         for kept in self.kept:
@@ -119,8 +126,10 @@ class QuantizationSpec:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the parameters `bits`, `keep` and `softmax_bits` of a manifest; what a preset leaves in float is part of
-        `keep`."""
+        """Return the parameters `bits`, `keep` and `softmax_bits` of a manifest.
+
+        `keep` includes the layers that the preset keeps in float.
+        """
         floats = [f"{re.escape(name)}={FLOAT_BITS}/{FLOAT_BITS}" for name in self.float_layers]
         return {
             "bits": str(self.bits),

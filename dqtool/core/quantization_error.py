@@ -1,7 +1,7 @@
-"""What a quantizer gets wrong, and why: values beyond its range (clipping) or between its levels (rounding).
+"""Split of a quantizer's error into clipping (values outside its range) and rounding (values between its levels).
 
-The split is exact: a value outside `[scale * (low - z), scale * (Q - z)]` is clipped to a level and has no rounding error,
-every other one has nothing but that. Appendix F of arXiv 2409.14307 compares methods by the two shares.
+The split is exact: a value outside `[scale * (low - z), scale * (Q - z)]` has a clipping error only, and every other
+value has a rounding error only. Appendix F of arXiv 2409.14307 compares methods by the two shares.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dqtool.core.affine import fake_quantize, levels
 __all__ = ["error_parts", "histogram_error"]
 
 POINTS = 4
-"""Points that stand for a bin: at 8 bits a bin is about half a level wide, and its centre alone would miss a rounding error
-that depends on where in the bin a value lies."""
+"""Points that represent one bin. At 8 bits a bin is about half a level wide, so the rounding error depends on the
+position inside the bin and its centre alone would misjudge it."""
 
 
 def error_parts(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int = 0) -> tuple[Tensor, Tensor]:
-    """Squared error of each value of `x`, as (clipping, rounding): one of the two is 0 everywhere.
+    """Return the squared error of each value of `x` as (clipping, rounding); one of the two is 0 for every value.
 
-    `scale` and `zero_point` broadcast against `x`; their sum is `(fake_quantize(x) - x)²`.
+    `scale` and `zero_point` broadcast against `x`. The two parts sum to `(fake_quantize(x) - x)²`.
     """
     zero = zero_point.round()
     squared = (fake_quantize(x, scale, zero_point, bits, low) - x).square()
@@ -33,9 +33,12 @@ def error_parts(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: in
 def histogram_error(
     histogram: Tensor, lo: Tensor, hi: Tensor, scale: Tensor, zero_point: Tensor, bits: int, low: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of histogrammed values: squared error by clipping, by rounding, and the values' own sum of squares, each `[R]`.
+    """Return the squared clipping error, the squared rounding error and the sum of squares of histogrammed values, each
+    `[R]`.
 
-    `histogram` is `[R, B]`, counts of `B` equal bins over `[lo, hi]` of `R` independent quantizers; the rest is `[R]`.
+    Args:
+        histogram: counts `[R, B]` of `B` equal bins over `[lo, hi]`, for `R` independent quantizers.
+        lo: lower end of each histogram, `[R]`, as are `hi`, `scale` and `zero_point`.
     """
     bins = histogram.shape[1]
     width = (hi - lo) / bins

@@ -1,4 +1,4 @@
-"""How many threads PyTorch splits one operation over."""
+"""Number of threads that PyTorch splits one operation over."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ __all__ = ["operation_threads"]
 
 @contextmanager
 def operation_threads(count: int, then: int | None = None) -> Iterator[None]:
-    """While active, this thread's operations run on `count` threads; afterwards on `then` (default: as many as before).
+    """Run this thread's operations on `count` threads inside the context, and on `then` threads after it.
 
-    Several threads that each work on their own tensors with one thread an operation wait for nobody: operations that
-    are split wait for the slowest part, which on a busy machine costs a multiple of the work.
+    `then` defaults to the number of threads before the context. Several Python threads that each work on their own
+    tensors, with one thread for each operation, never wait for each other. An operation that is split waits for its
+    slowest part, which costs a multiple of the work on a busy machine.
     """
     import torch
 

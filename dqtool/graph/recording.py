@@ -35,7 +35,7 @@ class Op:
     """
 
     name: str
-    args: tuple
+    args: tuple[Any, ...]
     outputs: list[Tensor]
     layer: str | None = None
     module: str | None = None
@@ -101,17 +101,18 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 def storage_of(tensor: Tensor) -> int:
     """Return the identity of the tensor's memory, which its views share."""
-    return tensor.untyped_storage()._cdata
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
 
 
 class _Recorder(TorchDispatchMode):
     """Adds every operation to the recording, except those inside of a quantizable leaf."""
 
     def __init__(self, recording: Recording) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording, self.inside = recording, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self.inside:
             self.recording.add(Op(str(func), (args, kwargs), tensors_in(result), mutates=func._schema.is_mutable))
@@ -120,10 +121,10 @@ class _Recorder(TorchDispatchMode):
     def watch_layer(self, name: str, layer: nn.Module) -> None:
         """Record calls of a leaf as one operation each."""
 
-        def enter(_layer: nn.Module, _args: tuple, _kwargs: dict) -> None:
+        def enter(_layer: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
             self.inside += 1
 
-        def leave(_layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def leave(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             self.inside -= 1
             self.recording.add(Op("layer", (*args, *kwargs.values()), [output], layer=name))
 
@@ -133,10 +134,10 @@ class _Recorder(TorchDispatchMode):
     def watch_module(self, name: str, module: nn.Module) -> None:
         """Mark where calls of an attention module or a block begin and end."""
 
-        def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.recording.add(Op(ENTER, (args, kwargs), [], module=name))
 
-        def leave(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.recording.add(Op(LEAVE, (args, kwargs), tensors_in(output), module=name))
 
         module.register_forward_pre_hook(enter, with_kwargs=True)

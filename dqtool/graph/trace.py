@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def kept_float(model: nn.Module, layers: Iterable[LayerInfo]) -> dict[str, str]:
         elif isinstance(module, nn.Conv2d) and not is_quantizable(module):
             found[name] = f"its padding has no integer form ({module.padding}, {module.padding_mode})"
         elif all(hasattr(module, part) for part in ("to_q", "to_k", "to_v", "processor")) and not is_attention(module):
-            found[name] = f"the two products of {type(module.processor).__name__} are not known"  # type: ignore[union-attr]
+            found[name] = f"the two products of {type(module.processor).__name__} are not known"
     return found
 
 
@@ -154,7 +155,7 @@ def _find_blocks(recording: Recording) -> tuple[list[BlockInfo], set[str]]:
 
 
 def _layer_info(name: str, module: nn.Module, output: Tensor) -> LayerInfo:
-    shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     positions = output[0, 0].numel() if output.dim() == 4 else output[0].numel() // output.shape[-1]
     if isinstance(module, nn.Linear) and output.dim() == 4:
         positions = output[0, ..., 0].numel()
@@ -169,7 +170,7 @@ def _attention_info(name: str, module: nn.Module, queries: int, keys: int) -> La
     return LayerInfo(name, "attention", (queries, keys, inner), 2 * queries * keys * inner, heads=heads)
 
 
-def _sequence_lengths(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+def _sequence_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     hidden = args[0] if args else kwargs["hidden_states"]
     context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     queries = hidden.shape[2:].numel() if hidden.dim() == 4 else hidden.shape[1]

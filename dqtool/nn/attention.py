@@ -124,7 +124,8 @@ class QuantAttnProcessor:
             hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return (hidden_states / attn.rescale_output_factor).to(residual.dtype)
+        scaled: Tensor = hidden_states / attn.rescale_output_factor
+        return scaled.to(residual.dtype)
 
 
 def has_zero_point(name: str, bits: int) -> bool:

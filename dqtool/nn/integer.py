@@ -10,6 +10,7 @@ int8 that way: its codes stay unsigned, `u = c + zero_point_t`, a convolution pa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -263,9 +264,9 @@ def accumulate(codes: Tensor, layer: IntegerLayer) -> Tensor:
     return y.to(torch.int64)
 
 
-def _geometry(layer: PackedLayer) -> dict:
+def _geometry(layer: PackedLayer) -> dict[str, Any]:
     pairs = {"stride": layer.stride, "padding": layer.padding, "taps_dilation": layer.dilation_taps}
-    out: dict = {}
+    out: dict[str, Any] = {}
     for key, value in pairs.items():
         if not isinstance(value, tuple):
             raise TypeError(f"padding mode '{value}' has no integer form")

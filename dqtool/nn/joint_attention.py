@@ -26,7 +26,7 @@ def joint_attention(attn: Any, image: Tensor, text: Tensor | None, attend: Atten
         added = _projections(attn, text, ("add_q_proj", "add_k_proj", "add_v_proj"), "norm_added_q", "norm_added_k")
         query, key, value = (torch.cat(pair, dim=2) for pair in zip((query, key, value), added, strict=True))
     mixed = attend(attn, query, key, value, None)
-    hidden = attn.to_out[1](attn.to_out[0](mixed[:, : image.shape[1]]))
+    hidden: Tensor = attn.to_out[1](attn.to_out[0](mixed[:, : image.shape[1]]))
     if text is None:
         return hidden
     context = mixed[:, image.shape[1] :]

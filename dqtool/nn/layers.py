@@ -158,9 +158,9 @@ class FakeQuantLayer(QuantLayer):
 
     def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
         super().__init__(like, bits, steps)
-        self.weight = nn.Parameter(like.weight.detach().clone())  # type: ignore[operator,union-attr]
+        self.weight = nn.Parameter(like.weight.detach().clone())  # type: ignore[operator]
         bias = like.bias
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))  # type: ignore[operator,union-attr]
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))  # type: ignore[operator]
         for name in ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point"):
             self.register_parameter(name, None)
         self.register_buffer("dilation", None)
@@ -240,7 +240,7 @@ class PackedLayer(Adaptable, QuantLayer):
         super().__init__(like, bits, steps)
         for name in ("bias", "dilation", "input_scale", "input_zero_point"):
             self.register_buffer(name, None)
-        device: torch.device = like.weight.device  # type: ignore[union-attr,assignment]
+        device: torch.device = like.weight.device  # type: ignore[assignment]
         for name, (shape, dtype) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
         self._expanded: Tensor | None = None
@@ -299,7 +299,7 @@ class PackedLayer(Adaptable, QuantLayer):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._expanded = None
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def fake_layer(like: nn.Module, bits: LayerBits, steps: StepIndex) -> FakeQuantLayer:

@@ -78,7 +78,7 @@ class StepTables(nn.Module):
         self._known: dict[bytes, int] = {}
         self._now: list[Tensor] = []
         self._now_divided: list[Tensor] = []
-        self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def add(self, table: Tensor) -> int:
         """A slot for `table` `[T]` or `[T, width]` (or one static row); equal tables share one."""
@@ -323,7 +323,7 @@ class LoweredNetwork(nn.Module):
         for name, module in list(packed.named_modules(remove_duplicate=False)):
             if isinstance(getattr(module, "processor", None), QuantAttnProcessor) and module not in made:
                 made[module] = module
-                module.set_processor(LoweredAttention(module, self.tables, product))  # type: ignore[operator]
+                module.set_processor(LoweredAttention(module, self.tables, product))
             elif isinstance(module, PackedLayer) and module not in made:
                 made[module] = LoweredLayer(module, self.tables, product)
             elif isinstance(module, nn.GroupNorm) and product.folds_norms and module not in made:
@@ -341,7 +341,7 @@ class LoweredNetwork(nn.Module):
         batch = arguments[self.sample].shape[0]
         arguments["timestep"] = arguments["timestep"].expand(batch)
         try:
-            outputs = self.network(**arguments, return_dict=False)
+            outputs: tuple[Tensor, ...] = self.network(**arguments, return_dict=False)
             if self.prediction is None:
                 return outputs
             return (self._corrected(outputs[0], arguments[self.sample]), *outputs[1:])

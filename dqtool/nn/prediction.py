@@ -95,7 +95,7 @@ def attach_prediction(model: nn.Module, tables: Mapping[str, Tensor]) -> None:
     setattr(model, NAME, PredictionTables({name: table.to(device) for name, table in tables.items()}))
 
 
-def correct_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def correct_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook (`with_kwargs=True`) for the root: corrects the first of its outputs, a tuple's or a diffusers output's.
 
     The tables and the step are looked up on the module, not captured, so that a deep copy of the network keeps its own.

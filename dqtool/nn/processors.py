@@ -27,7 +27,7 @@ REPEATS = {
 }
 """By layout, diffusers' classes that compute what the quantizing processor computes, in float."""
 
-_warned: weakref.WeakSet = weakref.WeakSet()
+_warned: weakref.WeakSet[Any] = weakref.WeakSet()
 """Step indices of the networks that have warned: every network has one."""
 
 

@@ -266,7 +266,7 @@ def _(timestep: Tensor, table: Tensor, key: int) -> Tensor:
     return torch.empty_like(timestep, dtype=torch.long)
 
 
-def step_hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def step_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Feed the root's timestep argument to the `StepIndex` it carries: a forward pre-hook (`with_kwargs=True`).
 
     The index is looked up on the module, not captured, so that a deep copy of the network keeps its own.

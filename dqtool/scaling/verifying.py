@@ -65,7 +65,7 @@ def divided_inputs(network: nn.Module, scales: Mapping[str, Tensor]) -> Iterator
         layer = network.get_submodule(name)
         factor = scale.reciprocal().view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else scale.reciprocal()
 
-        def divide(_layer: nn.Module, args: tuple, factor: Tensor = factor) -> tuple:
+        def divide(_layer: nn.Module, args: tuple[Any, ...], factor: Tensor = factor) -> tuple[Any, ...]:
             return (args[0] * factor, *args[1:])
 
         handles.append(layer.register_forward_pre_hook(divide))
@@ -85,7 +85,7 @@ def replaced_parameters(network: nn.Module, tensors: Mapping[str, Tensor]) -> It
     """
     handles, saved = [], []
 
-    def enter(module: nn.Module, _args: tuple, *, prefix: str) -> None:
+    def enter(module: nn.Module, _args: tuple[Any, ...], *, prefix: str) -> None:
         own = dict(module._parameters)
         for name, parameter in own.items():
             if parameter is not None:

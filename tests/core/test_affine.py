@@ -1,4 +1,4 @@
-"""The affine quantizer: grids, codes, gradients, range search."""
+"""Affine quantizer: grids, codes, gradients and the search for ranges."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_training_and_inference_paths_agree_bitwise() -> None:
 
 
 def _reference(x, scale, zero_point, bits, divisor):
-    """The same with autograd's own rules and detached rounding."""
+    """Fake quantization written with autograd's own rules and detached rounding."""
 
     def ste(v: torch.Tensor) -> torch.Tensor:
         return v + (v.round() - v).detach()

@@ -1,4 +1,4 @@
-"""Memory that is given back: pages of mapped files, and nothing else."""
+"""`FilePages` releases pages of its mapped file and of nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dqtool.core.allocator import PAGE, FilePages
 
 
 def resident(path: Path) -> int:
-    """KiB of a file's mappings in this process that are resident."""
+    """Return the resident KiB of a file's mapping in this process."""
     lines = Path("/proc/self/smaps").read_text(errors="replace").splitlines()
     start = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
     return int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1])

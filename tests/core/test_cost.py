@@ -1,3 +1,7 @@
+"""Cost model: exact file sizes and bit operations, without torch."""
+
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +49,7 @@ def test_file_size_without_and_with_other_metadata() -> None:
 
 
 def test_the_order_of_types_is_that_of_safetensors() -> None:
-    # Each order of types gives other offsets in the header, hence other lengths at sizes around powers of ten.
+    # The order of types decides the offsets in the header, and thereby its length at sizes around powers of ten.
     assert set(TORCH_DTYPES.values()) == set(DTYPES)
     for first in TORCH_DTYPES:
         for second in TORCH_DTYPES:

@@ -1,4 +1,4 @@
-"""Detail is what a binomial blur takes away, in any number of channels, up to the border."""
+"""`detail` subtracts a binomial blur for any number of channels, up to the border."""
 
 from __future__ import annotations
 

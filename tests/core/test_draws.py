@@ -1,4 +1,4 @@
-"""A draw shares out exactly what is asked for; each has its defining property."""
+"""Every draw distributes exactly the requested number of points and has its defining property."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_density_rewards_crowds_and_loners() -> None:
     features[6] = torch.tensor([0.0, 1.0, 0.0])
     features[7] = torch.tensor([-5.0, 0.0, 0.0])
     quotas = DRAWS["density"].function(given(8, 800, features=features))
-    assert len(set(quotas[:6].tolist())) <= 2  # equal but for one that is left over
-    assert quotas[7] > quotas[6]  # as lonely, and more different
+    assert len(set(quotas[:6].tolist())) <= 2  # equal, except for the remainder
+    assert quotas[7] > quotas[6]  # density is equal, diversity is larger
     assert quotas[0] > quotas[6]
 
 

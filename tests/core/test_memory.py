@@ -1,4 +1,4 @@
-"""The meter sees what was allocated within it, and what is gone again at the end."""
+"""`MemoryMeter` records memory that was allocated and freed inside its context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIB = 2**20
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counted by the Linux kernel")
 def test_peaks_are_seen_above_the_level() -> None:
-    gc.collect()  # what earlier tests left would make room while this one counts
+    gc.collect()  # memory that earlier tests left behind would be reused and not counted
     return_freed_memory()
     with MemoryMeter(resident()) as meter:
         held = torch.ones(64 * MIB, dtype=torch.uint8)

@@ -1,3 +1,7 @@
+"""Bit packing: the format, round trips and errors."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +14,7 @@ SIZES = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 257]
 
 
 def reference(row: list[int], bits: int) -> list[int]:
-    """The format, in one big integer: code c sits at bit c * bits; cut into signed 32-bit words."""
+    """Return a row packed by the definition: one big integer with code c at bit c * bits, cut into signed 32-bit words."""
     stream = sum(code << (index * bits) for index, code in enumerate(row))
     words = [(stream >> (32 * w)) & 0xFFFFFFFF for w in range((len(row) * bits + 31) // 32)]
     return [word - (1 << 32) if word >= 1 << 31 else word for word in words]

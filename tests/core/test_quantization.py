@@ -1,4 +1,4 @@
-"""One specification from the command line to every layer: parsed once, refused early, written as manifests hold it."""
+"""`QuantizationSpec`: parsing, errors, the bits of every kind of layer, and its form in manifests."""
 
 from __future__ import annotations
 
