@@ -1,3 +1,7 @@
+"""Weight Dilation: unchanged ranges and outputs, worked examples, shared inputs and errors."""
+
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -74,7 +78,7 @@ KINDS = [
 
 
 def rows_of(weight: Tensor, groups: int, k: int) -> tuple[slice, int]:
-    """The out-channels that read in-channel k, and k's column in them."""
+    """Return the rows of the out-channels that read in-channel k, and the column of k in them."""
     per_group, rows = weight.shape[1], weight.shape[0] // groups
     group = k // per_group
     return slice(group * rows, (group + 1) * rows), k % per_group

@@ -1,3 +1,5 @@
+"""The parts of a quantization error: exact, exclusive, and equal on histograms."""
+
 from __future__ import annotations
 
 import pytest
