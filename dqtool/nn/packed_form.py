@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.graph.trace import is_attention
+from dqtool.graph.attention import is_attention
 from dqtool.nn.call_lock import give
 from dqtool.nn.layers import PackedLayer, QuantLayer
 from dqtool.nn.prediction import PredictionTables
@@ -48,7 +48,8 @@ def keep_packed_form(network: nn.Module) -> None:
 
 def packed_form(network: nn.Module) -> nn.Module:
     """Return the network of packed layers: the one that `network` keeps, or itself."""
-    return network.__dict__.get(KEPT, network)
+    kept: nn.Module = network.__dict__.get(KEPT, network)
+    return kept
 
 
 def give_counts(network: nn.Module) -> None:
@@ -105,7 +106,7 @@ def _float(network: Any) -> Any:
 def _state_dict(network: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """`state_dict` of the packed form, which `load` and `from_pretrained` read, and the adapters of this one."""
     packed = packed_form(network)
-    state = type(packed).state_dict(packed, *args, **kwargs)
+    state: dict[str, Any] = type(packed).state_dict(packed, *args, **kwargs)
     own = type(network).state_dict(network, *args, **kwargs)
     return state | {name: value for name, value in own.items() if ".lora_" in name}
 
