@@ -1,6 +1,7 @@
-"""Block-wise Knowledge Distillation (Eq. 25-27): each block, in execution order, learns to give the float network's output
-from the *quantized* prefix's, so that later blocks repair what earlier ones left. Weights, biases, weight scales and
-step tables learn at once.
+"""Block-wise Knowledge Distillation (Eq. 25-27 of arXiv 2409.14307).
+
+Each block, in execution order, learns the float network's output from the output of the *quantized* prefix, so that
+later blocks correct the errors of earlier ones. Weights, biases, weight scales and step tables learn together.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ __all__ = ["BkdLearner", "distill_blocks"]
 
 
 class BkdLearner(Learner):
-    """Everything a block has learns, at rates that fall as a cosine."""
+    """Trains all weights and quantizers of a block with a cosine schedule."""
 
     def __init__(self, task: DistillationTask, block: nn.Module, rates: Rates, iters: int, batch_size: int) -> None:
         make_trainable(block, [task.student.get_submodule(info.name) for info in task.trace.blocks])
         super().__init__(task, QuantAdam(block, rates), iters, batch_size)
 
     def rate_factor(self, step: int) -> float:
-        """From 1 to 0."""
+        """Return the cosine factor, which falls from 1 to 0."""
         return cosine(step, self.iters)
 
 
 def distill_blocks(task: DistillationTask, options: BkdOptions, progress: Reporter) -> dict:
-    """Train every block of `task.student` in place; metrics as of `train_blocks`."""
+    """Train every block of `task.student` in place; return the metrics of `train_blocks`."""
     return train_blocks(
         task,
         lambda block: BkdLearner(task, block, options.rates, options.iters, options.batch_size),

@@ -1,6 +1,6 @@
-"""Training block by block, in execution order: each block learns the float network's output from the quantized prefix's.
+"""Block-by-block training in execution order: each block learns the float network's output from the quantized prefix's.
 
-Memory is that of one block and of what later blocks still read (`replay.py`). How a block learns is the method's part: a
+Memory holds one block and the outputs that later blocks read (`replay.py`). A method defines how a block learns by its
 `Learner`.
 """
 
@@ -29,9 +29,13 @@ __all__ = ["Learner", "block_state", "make_trainable", "mean_square", "own_layer
 
 
 class Learner:
-    """How one block learns. This one trains what requires gradients with `optimizer`; methods override the rest.
+    """Training of one block. This base class trains every parameter that requires gradients; methods override its
+    hooks.
 
-    `iters` iterations of `batch_size` samples drawn at random; `rate_factor(step)` is what the rates are multiplied with.
+    Attributes:
+        iters: number of iterations.
+        batch_size: samples drawn at random for each iteration.
+        unit: factor from the error per value to the sum over channels relative to the target's mean square.
     """
 
     def __init__(self, task: DistillationTask, optimizer: QuantAdam, iters: int, batch_size: int) -> None:
@@ -40,42 +44,46 @@ class Learner:
         self.unit = 1.0
 
     def observe_targets(self, outputs: Sequence[Tensor]) -> None:
-        """See what the block's outputs should be: `unit` turns their error per value into a sum over channels, relative
-        to their mean square."""
+        """Set `unit` from the outputs that the block should learn."""
         channels = sum(y.shape[1] if y.dim() == 4 else y.shape[-1] for y in outputs) / len(outputs)
         self.unit = channels / mean_square(outputs)
 
     def draw_samples(self, _step: int, generator: torch.Generator) -> Tensor:
-        """Indices of the samples of this iteration."""
+        """Return the sample indices of this iteration."""
         return torch.randint(len(self.task.trajectory), (self.batch_size,), generator=generator)
 
     def rate_factor(self, _step: int) -> float:
-        """The schedule of the rates."""
+        """Return the factor of the learning rates at this iteration."""
         return 1.0
 
     def objective(self, loss: Tensor, _step: int) -> Tensor:
-        """What is minimised, given the error of the block's output."""
+        """Return the loss to minimise, given the error of the block's output."""
         return loss
 
     def finish(self) -> None:
-        """The block is trained: leave it in its final, quantized form."""
+        """Put the trained block into its final, quantized form."""
         self.optimizer.release()
 
 
 MakeLearner = Callable[[nn.Module], Learner]
+"""Function that returns the learner of a block."""
 
 
 def own_layers(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> list[FakeQuantLayer]:
-    """The quantized layers of `module`, without those that are `blocks` of their own (an embedder that several blocks
-    share)."""
+    """Return the quantized layers of `module` that are not themselves one of `blocks`.
+
+    A layer inside `module` can be a block of its own, for instance an embedder that several blocks share.
+    """
     others = {id(block) for block in blocks if block is not module}
     return [m for m in module.modules() if isinstance(m, FakeQuantLayer) and id(m) not in others]
 
 
 def make_trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
-    """Let gradients reach the quantized layers of `module` and nothing else. Norms stay frozen: their affine belongs to
-    the float glue, and PyTorch's CPU group norm can't take gradients for it on every memory layout. So do layers inside
-    that are `blocks` of their own."""
+    """Enable gradients of the quantized layers and attention tables of `module`, and disable all others.
+
+    Norms stay frozen, since their affine parameters are part of the float network and PyTorch's CPU group norm can't
+    compute gradients for them in every memory layout. Layers that are themselves one of `blocks` stay frozen, too.
+    """
     module.requires_grad_(False)
     for layer in own_layers(module, blocks):
         layer.requires_grad_(True)
@@ -88,11 +96,17 @@ def make_trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
 
 
 def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, salt: str = "") -> dict[str, Any]:
-    """Train the blocks of `task.student` in place, or those that `task.only` names. `progress` is told of finished
-    iterations; finished blocks are kept in the store, their keys prefixed with `salt`.
+    """Train the blocks of `task.student` in place, or those that `task.only` names.
 
-    Returns metrics: `block_loss` (each block's before and after), `loss_curve` (the mean over the blocks of their loss,
-    each in units of the mean square of the float block's output), `block_seconds`, `outside_training_share`.
+    `progress` counts finished iterations. Finished blocks are saved in the store under their name, prefixed with
+    `salt`.
+
+    Returns metrics: `block_loss` (mean of the first and of the last losses of each block), `loss_curve` (mean over the
+    blocks of their losses relative to the mean square of the float block's output), `block_seconds` and
+    `outside_training_share`.
+
+    Raises:
+        NumericError: a block diverged and `task.strict` is set.
     """
     start = time.perf_counter()
     training_seconds = 0.0
@@ -127,7 +141,7 @@ def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, 
             losses[info.name] = first_and_last(history, 20)
             relative.append(relative_losses(history, target))
         else:
-            return_freed_memory()  # what was cut for whole replays does not fit what one batch wants
+            return_freed_memory()  # memory that was split up for a whole replay does not suit the sizes of one batch
             begin = time.perf_counter()
             known = len(task.warnings)
             history = train_block(task, block, given, target, make, generator, progress, info.name)
@@ -163,8 +177,10 @@ def train_block(
     progress: Reporter,
     name: str,
 ) -> list[float]:
-    """Minimise Eq. 27 for one block; return the finite loss of every iteration. A block that diverges goes back to its best
-    state, see `recovery.py`."""
+    """Minimise Eq. 27 for one block and return the finite losses of its iterations.
+
+    A block that diverges returns to its best state, see `recovery.py`.
+    """
     learner = make(block)
     learner.observe_targets(tensors_of(target))
     recovery = Recovery(
@@ -195,26 +211,28 @@ def train_block(
 
 
 def relative_losses(history: list[float], target: Any) -> list[float]:
-    """Losses over the mean square of what they are the error of."""
+    """Return losses divided by the mean square of the target."""
     size = mean_square(tensors_of(target))
     return [loss / size for loss in history]
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors that a block gave."""
+    """Return the tensors in a block's output."""
     return [y for y in tree_leaves(output) if isinstance(y, Tensor)]
 
 
 def mean_square(outputs: Sequence[Tensor]) -> float:
-    """The mean over several tensors of their mean squares; 1 where that is 0."""
-    # Part by part: a square of all samples at once would be the largest tensor around.
+    """Return the average of the mean squares of several tensors; 1 if it is 0."""
+    # In parts, since the square of all samples would be the largest tensor in memory.
     totals = [sum(float(part.square().sum()) for part in y.split(32)) / max(1, y.numel()) for y in outputs]
     return sum(totals) / len(totals) or 1.0
 
 
 def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
-    """Mean squared error of a block's output against `target[rows]`; of one with several outputs (text and image
-    streams) the mean over them."""
+    """Return the mean squared error of a block's output against `target[rows]`.
+
+    A block with several outputs (text and image streams) has the mean of their errors.
+    """
     losses = [
         F.mse_loss(y, wanted[rows].to(y.device))
         for y, wanted in zip(tree_leaves(output), tree_leaves(target), strict=True)
@@ -224,23 +242,23 @@ def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
 
 
 def encode_lines(lines: Sequence[str]) -> Tensor:
-    """Return lines of text as bytes, uint8, so that a store keeps them beside tensors."""
+    """Return lines of text as a uint8 tensor, so that a store can hold them."""
     return torch.tensor(list("\n".join(lines).encode()), dtype=torch.uint8)
 
 
 def decode_lines(data: Tensor | None) -> list[str]:
-    """Return the lines that `encode_lines` was given."""
+    """Return the lines that `encode_lines` encoded."""
     return [] if data is None or not data.numel() else bytes(data.tolist()).decode().split("\n")
 
 
 def block_state(block: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors of a block (shared tables appear under each name that holds them)."""
+    """Return copies of a block's parameters; a shared table appears under each of its names."""
     named = block.named_parameters(remove_duplicate=False)
     return {name or "self": p.detach().clone() for name, p in named}
 
 
 def restore_block(block: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put back what `block_state` gave, keeping shared tables shared."""
+    """Restore parameters saved by `block_state`; shared tables stay shared."""
     with torch.no_grad():
         for name, p in block.named_parameters(remove_duplicate=False):
             p.copy_(state[name or "self"])

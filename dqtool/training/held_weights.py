@@ -1,4 +1,4 @@
-"""Weights quantized once for all parts of a batch: their codes are kept, a byte each, and expanded where they are needed."""
+"""Quantization of weights once for all parts of a batch: one-byte codes are kept and expanded where they are used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ __all__ = ["held_weights"]
 
 @contextmanager
 def held_weights(model: nn.Module) -> Iterator[None]:
-    """Within it, layers of `model` whose weights learn don't quantize them anew in every pass; at its end their gradients,
-    summed over all passes, go through the quantizer once. The quantizer's gradient is linear in what comes back to it, so
-    the result is the same up to rounding. Gradients must be zero and in place when it begins."""
+    """Quantize the trainable weights of `model` once, for all forward passes inside the context.
+
+    When the context ends, the gradients summed over all passes go through the quantizer once. The quantizer's gradient
+    is linear in its incoming gradient, so the result equals that of separate passes up to rounding. Gradients must be
+    allocated and zero when the context begins.
+    """
     held = [layer for layer in model.modules() if isinstance(layer, FakeQuantLayer) and _can_hold(layer)]
     for layer in held:
         layer.quantized_weight = partial(_expanded, layer, *_codes(layer))  # type: ignore[method-assign]
@@ -37,13 +40,17 @@ def held_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _can_hold(layer: FakeQuantLayer) -> bool:
+    """Return whether a layer's weight learns and is quantized without an adapter or learned scaling."""
     plain = layer.adapter is None and layer.learned is None and layer.weight_scale is not None
     return plain and layer.weight.requires_grad and layer.weight.grad is not None
 
 
 @torch.no_grad()
 def _codes(layer: FakeQuantLayer) -> tuple[Tensor, Tensor]:
-    """Centred codes, int8 in the weight's shape (8 bits are symmetric: all fit), and the scale that broadcasts against them."""
+    """Return the centred codes, int8 in the weight's shape, and the scale that broadcasts against them.
+
+    All codes fit into int8, because the 8-bit grid is symmetric.
+    """
     assert layer.weight_scale is not None
     assert layer.weight_zero_point is not None
     shape = (-1, *(1,) * (layer.weight.dim() - 1))
@@ -53,11 +60,12 @@ def _codes(layer: FakeQuantLayer) -> tuple[Tensor, Tensor]:
 
 
 def _expanded(layer: FakeQuantLayer, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the quantized weight of these codes, with a gradient to the float weight where gradients are enabled."""
     return _Expand.apply(layer.weight, codes, scale) if torch.is_grad_enabled() else codes * scale
 
 
 class _Expand(torch.autograd.Function):
-    """`scale * codes`; what comes back is added to the gradient of the weight that they are codes of, unchanged."""
+    """`scale * codes` with the identity as the gradient of the weight that the codes belong to."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

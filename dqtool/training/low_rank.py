@@ -1,4 +1,4 @@
-"""Low-rank updates of frozen weights, added *before* quantization (QALoRA of EfficientDM, arXiv 2310.03270)."""
+"""Low-rank updates of frozen weights that are added *before* quantization (QALoRA of EfficientDM, arXiv 2310.03270)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ __all__ = ["LowRank", "attach_low_rank"]
 
 
 class LowRank(WeightAdapter):
-    """`down` `[r, C_in/groups · taps]` and `up` `[C_out, r]`, zero at first; the weight is `W + up · down`."""
+    """Low-rank update: the weight is `W + up · down`, with `down` `[r, C_in/groups · taps]` and `up` `[C_out, r]`, zero
+    at first."""
 
     def __init__(self, layer: FakeQuantLayer, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -26,11 +27,11 @@ class LowRank(WeightAdapter):
         self.up = nn.Parameter(layer.weight.new_zeros(rows, rank))
 
     def weight(self, layer: FakeQuantLayer) -> Tensor:
-        """The float weight with its update."""
+        """Return the float weight including its update."""
         return layer.weight + (self.up @ self.down).view(layer.weight.shape)
 
     def quantized_weight(self, layer: FakeQuantLayer) -> Tensor:
-        """Quantized after the update is added."""
+        """Return the quantized sum of weight and update."""
         weight = self.weight(layer)
         if layer.weight_scale is None or layer.weight_zero_point is None:
             return weight
@@ -39,14 +40,17 @@ class LowRank(WeightAdapter):
         return fake_quantize(weight, scale, zero_point, layer.bits.weight, layer.low)
 
     def merge(self, layer: FakeQuantLayer) -> None:
-        """The update becomes part of the weight."""
+        """Add the update to the weight and remove it."""
         with torch.no_grad():
             layer.weight.copy_(self.weight(layer))
         layer.adapter = None
 
 
 def attach_low_rank(module: nn.Module, rank: int, seed: int) -> list[tuple[FakeQuantLayer, LowRank]]:
-    """Give every quantized layer of `module` an update of this rank, or of its smaller side's."""
+    """Attach an update of this rank to every quantized layer of `module`; return each layer with its update.
+
+    The rank is limited by the smaller side of the weight.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = []
     for layer in list(module.modules()):

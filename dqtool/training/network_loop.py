@@ -1,6 +1,6 @@
-"""Training the whole network at once on the recorded trajectory: the error of its prediction against the float network's.
+"""Training of the whole network on the recorded trajectory, by the error of its prediction against the float network's.
 
-Memory is that of every layer's activations for one batch, and of the optimizer's moments for all that learns.
+Memory holds the activations of every layer for one batch, and the optimizer's moments of all trained parameters.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from dqtool.training.recovery import Recovery, StoredStates
 __all__ = ["accumulate_gradients", "mixed_steps", "one_step_at_a_time", "rows_by_step", "train_network"]
 
 Choose = Callable[[int, torch.Generator], Tensor]
-"""Of the iteration and a generator: the indices of its samples."""
+"""Function (iteration, generator) -> indices of the iteration's samples."""
 
 
 def mixed_steps(task: DistillationTask, batch_size: int) -> Choose:
-    """Samples of all steps."""
+    """Return a `Choose` that draws samples of all steps."""
     return lambda _step, generator: torch.randint(len(task.trajectory), (batch_size,), generator=generator)
 
 
 def one_step_at_a_time(task: DistillationTask, batch_size: int) -> Choose:
-    """Samples of one step, the steps in the order of sampling, again and again: how quantizers that know one step train."""
+    """Return a `Choose` that draws samples of one step only and cycles through the steps in sampling order.
+
+    Quantizers with parameters for each step are trained this way.
+    """
     groups = rows_by_step(task)
 
     def choose(step: int, generator: torch.Generator) -> Tensor:
@@ -43,7 +46,7 @@ def one_step_at_a_time(task: DistillationTask, batch_size: int) -> Choose:
 
 
 def rows_by_step(task: DistillationTask) -> list[Tensor]:
-    """Indices of the samples that each row of the step tables is for: one group where the quantizers are static."""
+    """Return the sample indices of each row of the step tables; a single group if the quantizers are static."""
     rows = task.trajectory.rows
     if len(steps_of(task.student).timesteps) == 1:
         return [torch.arange(len(rows))]
@@ -60,11 +63,16 @@ def train_network(
     progress: Reporter,
     key: str = "network",
 ) -> dict[str, Any]:
-    """Train what requires gradients in `task.student`, in place, at rates that fall as a cosine. The state is kept in
-    the store under `key` from time to time; a run that finds it there goes on from it, to the same bits.
+    """Train the parameters of `task.student` that require gradients, in place, with a cosine schedule.
 
-    Returns metrics: `network_loss` (before and after), `loss_curve` (in units of the mean square of the float network's
-    predictions), `network_seconds`.
+    The state is saved in the store under `key` from time to time. A run that finds it there continues from it and ends
+    with the same bits.
+
+    Returns metrics: `network_loss` (mean of the first and of the last losses), `loss_curve` (relative to the mean
+    square of the float network's predictions) and `network_seconds`.
+
+    Raises:
+        NumericError: training diverged and `task.strict` is set.
     """
     start = time.perf_counter()
     trajectory = task.trajectory
@@ -114,8 +122,11 @@ def train_network(
 
 
 def accumulate_gradients(loss: Callable[[Tensor], Tensor], rows: Tensor, together: int | None = None) -> float:
-    """Add the gradients of the mean `loss` over the samples `rows` `[N]`, of which it sees `together` at a time (None:
-    all); returns that mean. Sums are made in another order then, so results agree up to rounding."""
+    """Add the gradients of the mean `loss` over the samples `rows` `[N]` and return that mean.
+
+    The loss is called on `together` samples at a time (None: all), so that the memory is that of a part. The order of
+    sums depends on `together`, so results agree up to rounding.
+    """
     total = 0.0
     for part in rows.split(together or len(rows)):
         share = loss(part) * (len(part) / len(rows))

@@ -1,8 +1,8 @@
-"""Adam for a quantized block: rates relative to each layer's scale, and step tables of which only some rows move.
+"""Adam for a quantized block, with rates relative to each layer's scale and step tables of which only some rows move.
 
-Adam's step has the size of its learning rate whatever the gradient's, so the rate must carry the unit: weights move by
-a fraction of their layer's quantization step, scales by a fraction of themselves, zero points by a fraction of a code.
-All parameters of a kind live in one flat buffer, which keeps a step at few tensor operations.
+An update of Adam has the size of its learning rate whatever the gradient is, so the rate must carry the unit: weights
+move by a fraction of their layer's quantization step, scales by a fraction of themselves, zero points by a fraction of
+a code. All parameters of a kind share one flat buffer, which keeps the number of tensor operations small.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["QuantAdam", "cosine", "weight_unit"]
 
 BETAS, EPS = (0.9, 0.999), 1e-12
 ALONE = 1 << 14
-"""Values from which on a parameter is updated by itself."""
+"""Number of values from which on a parameter is updated separately."""
 
 
 class QuantAdam:
-    """Optimizes the weights, biases, weight scales and step tables of the quantized layers in `module`, those of them that
-    require gradients, and `extra` parameters, each with its own rate.
+    """Optimizes the trainable parameters of the quantized layers in `module`, and the `extra` parameters with rates of
+    their own.
 
-    `step(present, factor)` takes the mask `[T]` of the steps in the batch: rows of absent steps (and their moments) stay
-    exactly as they are.
+    Weights, biases, weight scales, zero points and step tables have one rate each, see `Rates`. `step(present, factor)`
+    takes the mask `[T]` of the steps in the batch: rows of other steps, and their moments, stay exactly as they are.
     """
 
     def __init__(self, module: nn.Module, rates: Rates, extra: Sequence[tuple[nn.Parameter, float]] = ()) -> None:
@@ -79,29 +79,30 @@ class QuantAdam:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is optimized."""
+        """Parameters that are optimized."""
         return [parameter for group in self._groups for parameter in group.parameters]
 
     def zero_grad(self) -> None:
-        """Set gradients to 0."""
+        """Set all gradients to 0."""
         for group in self._groups:
             group.zero_grad()
 
     @torch.no_grad()
     def step(self, present: Tensor, factor: float = 1.0) -> None:
-        """One update at `factor` times the rates; `present` is bool `[T]`."""
+        """Update the parameters at `factor` times the rates. `present` is the bool mask `[T]` of the steps in the
+        batch."""
         for group in self._groups:
             group.step(present, factor)
         for parameter, limit in self.zero_limits:
             parameter.clamp_(0, limit)
 
     def release(self) -> None:
-        """Give every parameter its own memory again."""
+        """Give every parameter memory of its own again."""
         for group in self._groups:
             group.release()
 
     def state(self) -> dict[str, Tensor]:
-        """The parameters and their moments: all that going on takes."""
+        """Return the parameters and their moments, enough to resume training."""
         groups = [(str(i), group) for i, group in enumerate(self._groups) if group.parameters]
         return {f"{i}.{name}": getattr(group, name) for i, group in groups for name in _Group.STATE}
 
@@ -110,7 +111,7 @@ class QuantAdam:
         return [group.flat.clone() for group in self._groups if group.parameters]
 
     def restart(self, values: Sequence[Tensor]) -> None:
-        """Give the parameters these `values`, as `values()` returns them, and forget the moments."""
+        """Set the parameters to `values`, as returned by `values()`, and reset the moments."""
         for group, flat in zip([g for g in self._groups if g.parameters], values, strict=True):
             group.flat.copy_(flat)
             for moment in (group.mean, group.square, group.count):
@@ -125,7 +126,7 @@ class QuantAdam:
         return [state[f"{i}.flat"] for i, group in enumerate(self._groups) if group.parameters]
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave, in place."""
+        """Restore a state returned by `state`, in place."""
         for i, group in enumerate(self._groups):
             if group.parameters:
                 for name in _Group.STATE:
@@ -133,8 +134,10 @@ class QuantAdam:
 
 
 class _Group:
-    """Parameters of one kind as views of one buffer `[n]`, and their gradients of another. `row` says for each value of a
-    table which step it is for."""
+    """Parameters of one kind as views of one flat buffer `[n]`, with their gradients in another.
+
+    `row` holds the step of each value, for groups of step tables.
+    """
 
     STATE = ("flat", "mean", "square", "count")
 
@@ -158,7 +161,7 @@ class _Group:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Gradients add up in the group's buffer, where no copy of them is needed."""
+        """Set gradients to 0 and make them accumulate in the group's buffer."""
         if not self.parameters:
             return
         self.grad.zero_()
@@ -218,23 +221,24 @@ def _parts(columns: Sequence[slice], rates: Sequence[float], like: Tensor) -> li
 
 
 def weight_unit(layer: FakeQuantLayer) -> float:
-    """What the rates of a layer's weights are fractions of: its mean scale, or the mean size of float weights."""
+    """Return the unit of a layer's weight rates: its mean weight scale, or the mean magnitude of float weights."""
     if layer.weight_scale is None:
         return float(layer.weight.detach().abs().mean())
     return float(layer.weight_scale.detach().mean())
 
 
 def _learns(parameter: object) -> TypeGuard[nn.Parameter]:
+    """Return whether this is a parameter that requires gradients."""
     return isinstance(parameter, nn.Parameter) and parameter.requires_grad
 
 
 def cosine(step: int, total: int, floor: float = 0.0) -> float:
-    """Cosine decay from 1 to `floor`."""
+    """Return the factor of a cosine decay from 1 at step 0 to `floor` at step `total`."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def _zero_limits(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """Zero points and the largest value each may take."""
+    """Return each zero point parameter with its largest valid value."""
     limits: dict[nn.Parameter, int] = {}
     for layer in module.modules():
         if isinstance(layer, FakeQuantLayer):

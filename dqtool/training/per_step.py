@@ -1,4 +1,4 @@
-"""How a block learns with quantizers that know one step each: first its rounding, then the scales of one step at a time."""
+"""Learner of a block with separate quantizers for each step: first the rounding, then the scales of one step at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ __all__ = ["PerStepLearner", "untrained_layers"]
 
 
 class PerStepLearner(RoundingLearner):
-    """Of `module`, the `layers`: their rounding, with all activations of `module` in float, then its activation scales."""
+    """Learns the rounding of `layers` with all activations of `module` in float, and then the activation scales step by
+    step."""
 
     def __init__(
         self, task: DistillationTask, module: nn.Module, layers: Sequence[FakeQuantLayer], options: PerStepOptions
@@ -38,7 +39,7 @@ class PerStepLearner(RoundingLearner):
             self._float.enter_context(float_activations(module))
 
     def draw_samples(self, step: int, generator: torch.Generator) -> Tensor:
-        """Any samples for the rounding, then those of the step whose turn it is."""
+        """Return random samples while the rounding learns, then samples of the step whose scales learn."""
         if step < self.rounding_iters:
             return super().draw_samples(step, generator)
         if step == self.rounding_iters:
@@ -47,18 +48,19 @@ class PerStepLearner(RoundingLearner):
         return pool[torch.randint(len(pool), (self.batch_size,), generator=generator)]
 
     def rate_factor(self, step: int) -> float:
-        """Falling over the rounding, and over each step's turn."""
+        """Return the rate factor: a cosine over the rounding, then a cosine over the iterations of each step."""
         if step < self.rounding_iters:
             return cosine(step, self.rounding_iters, floor=0.1)
         return cosine((step - self.rounding_iters) % self.each, self.each)
 
     def finish(self) -> None:
-        """Everything is hard and quantized."""
+        """Round the weights and quantize the activations again."""
         if self._rounds:
             self._end_rounding()
         self.optimizer.release()
 
     def _end_rounding(self) -> None:
+        """Round the weights to their codes, quantize the activations again and start to train the activation scales."""
         self.optimizer.release()
         merge_adapters(self.block)
         self.roundings, self._rounds = [], False
@@ -69,7 +71,7 @@ class PerStepLearner(RoundingLearner):
 
 
 def untrained_layers(task: DistillationTask, block: nn.Module, done: Sequence[FakeQuantLayer]) -> list[FakeQuantLayer]:
-    """The layers of a block that belong to no block of their own and are not `done`."""
+    """Return the quantized layers of a block that are not in `done` and do not form a block of their own."""
     finished = {id(layer) for layer in done}
     blocks = [task.student.get_submodule(info.name) for info in task.trace.blocks]
     return [layer for layer in own_layers(block, blocks) if id(layer) not in finished]

@@ -1,7 +1,7 @@
-"""End-to-end training in the memory of one block: a block's inside is computed again when its gradient is wanted.
+"""End-to-end training with the memory of one block: the inside of a block is recomputed in the backward pass.
 
-What stays for the backward pass is what goes from block to block (Chen et al., arXiv 1604.06174); the price is one more
-forward pass an iteration.
+Only the tensors between blocks are kept for the backward pass (Chen et al., arXiv 1604.06174), at the cost of one more
+forward pass per iteration.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ __all__ = ["recomputed_blocks"]
 
 @contextmanager
 def recomputed_blocks(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Within it, the blocks of `model` keep nothing but their inputs for the backward pass, those of them that are given
-    something to pass gradients on to. Gradients stay what they are, up to the order in which they are added."""
+    """Make the blocks of `model` keep only their inputs for the backward pass, inside the context.
+
+    Blocks without an input that requires gradients are left as they are. Gradients are equal up to the order of sums.
+    """
     modules = [model.get_submodule(block.name) for block in trace.blocks]
     for module in modules:
         module.forward = _recomputing(module.forward)  # type: ignore[method-assign]
@@ -35,6 +37,8 @@ def recomputed_blocks(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 
 def _recomputing(forward: Callable) -> Callable:
+    """Wrap a forward function so that its backward pass runs it again."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
         if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in leaves):
@@ -48,8 +52,8 @@ def _recomputing(forward: Callable) -> Callable:
             returned[:] = [form]
             return tuple(outputs)
 
-        # The reentrant form: its first pass runs without gradients, which leaves out what each layer would make for them.
-        # It wants every tensor as an argument, and as an output, of its own.
+        # The reentrant form runs its first pass without gradients and so saves nothing for them inside the block.
+        # It requires every tensor to be an argument, or an output, of its own.
         outputs = checkpoint(again, *leaves, use_reentrant=True, preserve_rng_state=False)
         return tree_unflatten(outputs, returned[0])
 

@@ -1,7 +1,8 @@
-"""Recovery from divergence: back to the best state, again at a lower rate, at last the state before training.
+"""Recovery from divergence: return to the best state, retry at a lower rate, and finally keep the state before
+training.
 
-A rate that suits all models may still be too high for a block with extreme values. Hours of other blocks must not be lost
-for it, so a divergence costs its own block at most, and the artifact says so.
+A rate that suits all models may be too high for a block with extreme values. The hours spent on other blocks must not
+be lost, so a divergence affects its own block only, and the artifact reports it.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from dqtool.training.optimizer import QuantAdam
 __all__ = ["BlockStates", "Recovery", "States", "StoredStates"]
 
 BACKOFF = 0.25
-"""The rates are multiplied by this at each divergence."""
+"""Factor of the rates after each divergence."""
 RETRIES = 3
-"""After this many divergences the state before training is kept."""
+"""Number of divergences after which the state before training is kept."""
 WINDOW = 20
-"""Losses whose mean tells how training goes."""
+"""Number of consecutive losses whose mean is compared."""
 DIVERGED = 10.0
-"""Training has diverged when the loss is this many times the first ones, and above the target's own mean square."""
+"""Training has diverged when the mean loss is this many times the first one and above the target's mean square."""
 
 
 class States:
-    """Values of the optimizer's parameters to go back to. This one keeps them where `save` and `load` put them."""
+    """Saved values of the optimizer's parameters. This base class stores nothing itself: it calls `load_best` and
+    `initial`."""
 
     def __init__(
         self, load_best: Callable[[], Sequence[Tensor] | None], initial: Callable[[], Sequence[Tensor]]
@@ -37,16 +39,16 @@ class States:
         self.load_best, self.initial = load_best, initial
 
     def record(self, _loss: float) -> None:
-        """Learn the mean loss of the last iterations."""
+        """Take note of the mean loss of the last iterations."""
 
     def best(self) -> Sequence[Tensor]:
-        """Return the best values known."""
+        """Return the best saved values, or the initial ones."""
         found = self.load_best()
         return self.initial() if found is None else found
 
 
 class BlockStates(States):
-    """States of one block, in memory: those before training, and those with the lowest mean loss so far."""
+    """States of one block in memory: the values before training, and those with the lowest mean loss so far."""
 
     def __init__(self, optimizer: QuantAdam) -> None:
         first = optimizer.values()
@@ -54,16 +56,21 @@ class BlockStates(States):
         super().__init__(lambda: self.found, lambda: first)
 
     def record(self, loss: float) -> None:
-        """Keep the values at hand where the loss is the lowest so far."""
+        """Save the current values if the mean loss is the lowest so far."""
         if loss < self.lowest and self.optimizer.is_finite():
             self.found, self.lowest = self.optimizer.values(), loss
 
 
 class Recovery:
-    """Watches the losses of one training.
+    """Monitors the losses of one training run.
 
-    `where` names it in messages, `power` is the mean square of the target. `rate` multiplies the learning rates. With
-    `strict` a divergence is an error. `warnings` gets a sentence where the state before training is kept.
+    Attributes:
+        where: name of the trained part in messages.
+        power: mean square of the target.
+        rate: factor of the learning rates.
+        strict: a divergence raises an error.
+        warnings: receives a sentence when the state before training is kept.
+        gave_up: the state before training was kept.
     """
 
     def __init__(
@@ -78,11 +85,12 @@ class Recovery:
         self._recent: list[float] = []
 
     def should_continue(self, loss: float, step: int) -> bool:
-        """Take in the loss of iteration `step`, after its update. Return False where training must stop: the parameters then
-        have their values from before it.
+        """Record the loss of iteration `step` after its update; return False if training must stop.
+
+        The parameters have their values from before training when it returns False.
 
         Raises:
-            NumericError: training diverged, and `strict` forbids to go on.
+            NumericError: training diverged and `strict` is set.
         """
         self._recent.append(loss)
         finite = math.isfinite(loss)
@@ -98,11 +106,12 @@ class Recovery:
         return self._back(step)
 
     def _back(self, step: int) -> bool:
+        """Restore an earlier state after a divergence; return False if it is the one before training."""
         if self.strict:
             raise NumericError(
                 "The distillation loss diverged",
                 where=f"{self.where}, iteration {step}",
-                fix="Leave out --strict to keep such a block as calibrated, or check the calibration with `dqtool inspect`",
+                fix="Leave out --strict to keep the calibrated state of such a block, or check the calibration with `dqtool inspect`",
             )
         self._retries += 1
         if self._retries <= RETRIES:
@@ -120,9 +129,10 @@ class Recovery:
 
 
 class StoredStates(States):
-    """States of a whole network, in the store of its training: those before it, saved by `begin`, and the last checkpoint.
+    """States of a whole network in the store of its training: the values before it, saved by `begin`, and the last
+    checkpoint.
 
-    The checkpoint is under `key`. A network's values need not be in memory a second time.
+    The checkpoint is stored under `key`. The network's values are therefore not in memory twice.
     """
 
     def __init__(self, store: BlockStore, key: str, optimizer: QuantAdam) -> None:

@@ -1,9 +1,9 @@
-"""Running a network block by block without ever running a block twice.
+"""Block-by-block execution of a network that never runs a block twice.
 
-Block-wise training needs, for each block, its input on every sample (from the prefix trained so far) and the float
-network's output. `Replay` keeps the outputs of the blocks that a later block still reads; a forward pass answers from
-them, so only the cheap glue between blocks (concatenations, residuals, norms) is executed again. What no one reads any
-more is dropped; what outgrows the memory budget lives in a temporary file.
+Block-wise training needs the input of each block on every sample (from the prefix trained so far) and the float
+network's output. `Replay` caches the outputs of finished blocks that a later block still reads. A forward pass takes
+these outputs from the cache and executes only the operations between blocks (concatenations, residuals, norms). Outputs
+that no later block reads are dropped; outputs beyond the memory budget are stored in a temporary file.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ __all__ = ["BlockInputs", "Replay"]
 
 
 class _Reached(Exception):
-    """The block that was asked for has its input; the rest of the network need not run."""
+    """Raised when the input of the requested block is known, to skip the rest of the network."""
 
 
 class BlockInputs:
-    """The arguments of one block on all samples: what belongs to a sample as `[N, ...]`, all else (positions that every
-    sample shares, for one) as the network passed it; `owned` says which is which."""
+    """Arguments of one block on all samples.
+
+    Tensors with one entry for each sample are stored as `[N, ...]`. Other arguments (positions that all samples share,
+    for instance) are stored as the network passed them. `owned` is true for the former.
+    """
 
     def __init__(self, structure: Any, leaves: list[Any], owned: list[bool], device: torch.device) -> None:
         self.structure, self.leaves, self.owned, self.device = structure, leaves, owned, device
 
     def batch(self, rows: Tensor | slice) -> tuple[tuple, dict[str, Any]]:
-        """`args, kwargs` for these samples, where the network computes."""
+        """Return `args, kwargs` of the samples `rows`, on the device of the network."""
         picked = [x[rows].to(self.device) if own else x for x, own in zip(self.leaves, self.owned, strict=True)]
         return tree_unflatten(picked, self.structure)
 
 
 class Replay:
-    """One network (float or quantized) over a fixed set of samples, advanced block by block in execution order.
+    """Execution of one network (float or quantized) over a fixed set of samples, block by block in execution order.
 
-    `forward(model, rows)` runs the network on the samples `rows` (a slice); `samples` is N. Call `inputs` for the next
-    block, then `advance` once the block is final.
+    Call `inputs` for the next block, then `outputs`, then `advance` once the block has its final weights.
+    `forward(model, rows)` runs the network on the samples `rows` (a slice); `samples` is N.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Replay:
         self._device = device_of(model)
 
     def inputs(self, index: int) -> BlockInputs:
-        """Arguments of block `index` on all samples, given the outputs of all earlier blocks."""
+        """Return the arguments of block `index` on all samples, computed from the outputs of all earlier blocks."""
         name = self.trace.blocks[index].name
         module = self.model.get_submodule(name)
         gathered: list[Any] | None = None
@@ -80,7 +83,7 @@ class Replay:
             if not alone:
                 alone.extend(leaves)
             elif gathered is None:
-                # Of one sample first: a table of positions may happen to be as long as a batch.
+                # The first pass has one sample, since a table of positions may be as long as a batch.
                 owned = [
                     isinstance(x, Tensor) and x.dim() > 0 and len(x) == size and len(one) == 1
                     for x, one in zip(leaves, alone, strict=True)
@@ -114,8 +117,13 @@ class Replay:
         return BlockInputs(structure, gathered, owned, self._device)
 
     def outputs(self, index: int, inputs: BlockInputs, select: Callable[[slice], None] = lambda rows: None) -> Any:
-        """The block's outputs on all samples, `[N, ...]` (or several such, as it returns them); `select` is told the
-        samples of each batch."""
+        """Return the output of block `index` on all samples, `[N, ...]`, in the structure that the block returns.
+
+        `select` is called with the samples of each batch before the block runs on them.
+
+        Raises:
+            UsageError: the block folds frames or places into its batch, so it has no output for each sample.
+        """
         module = self.model.get_submodule(self.trace.blocks[index].name)
         result: list[Any] | None = None
         structure: Any = None
@@ -136,7 +144,7 @@ class Replay:
         return tree_unflatten(result, structure)
 
     def advance(self, index: int, outputs: Any, inputs: BlockInputs) -> None:
-        """Block `index` is final with these outputs; what no later block reads is dropped."""
+        """Store the outputs of the finished block `index` and drop every cached output that no later block reads."""
         for leaf, own in zip(inputs.leaves, inputs.owned, strict=True):
             if own:
                 self._store.forget(leaf)
@@ -152,11 +160,13 @@ class Replay:
                 self._cache[name] = None
 
     def _answering(self, index: int) -> _Answers:
+        """Return a context in which the blocks before `index` return their cached outputs."""
         finished = [block.name for block in self.trace.blocks[:index]]
         return _Answers(self, {name: self.model.get_submodule(name) for name in finished})
 
     def answer(self, name: str) -> Any:
-        """The cached output of a finished block for the rows in flight, or zeros of its shape if nobody reads it."""
+        """Return the cached output of a finished block for the current rows, or zeros of its shape if no later block
+        reads it."""
         held = self._cache[name]
         if held is not None:
             return tree_map(lambda x: x[self._rows].to(self._device) if isinstance(x, Tensor) else x, held)
@@ -172,19 +182,21 @@ class Replay:
 
 
 def _folded(name: str) -> UsageError:
+    """Build the error for a block whose output has no entry for each sample."""
     return UsageError(
-        f"Block {name} can't be trained by itself: the network folds frames or places into its batch",
+        f"Block {name} can't be trained separately: the network folds frames or places into its batch",
         where="--method",
-        fix="Choose on-policy, which trains the whole network, or ptq",
+        fix="Choose on-policy, which trains the whole network, or ptq, which trains nothing",
     )
 
 
 def _shape_of(x: Any) -> Any:
+    """Return a meta tensor with the shape of one sample of `x`."""
     return torch.empty((1, *x.shape[1:]), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
 
 
 class _Answers:
-    """While active, finished blocks return what they returned before."""
+    """Context in which finished blocks return their cached outputs."""
 
     def __init__(self, replay: Replay, modules: Mapping[str, nn.Module]) -> None:
         self.replay, self.modules = replay, modules

@@ -1,4 +1,5 @@
-"""LSQ's gradient scale (section 2.2 of arXiv 1902.08153): a scale's gradient is divided by sqrt(N · Q)."""
+"""Gradient scale of LSQ (section 2.2 of arXiv 1902.08153): the gradient of a quantizer's scale is divided by sqrt(N ·
+Q)."""
 
 from __future__ import annotations
 
@@ -17,14 +18,17 @@ __all__ = ["gradient_scale", "scaled_gradients"]
 
 
 def gradient_scale(count: int, bits: int) -> float:
-    """`1 / sqrt(N · Q)` of a scale that quantizes `count` values on a grid of `bits` bits."""
+    """Return `1 / sqrt(N · Q)` of a scale that quantizes N = `count` values with Q = 2^bits - 1."""
     return 1 / math.sqrt(count * levels(bits))
 
 
 @contextmanager
 def scaled_gradients(task: DistillationTask) -> Iterator[None]:
-    """Inside, the gradients of all scales of the student arrive divided. N is the number of values that one entry of a
-    scale serves: the weights of an out-channel, the features of a layer's input, those of an operand's head."""
+    """Multiply the gradients of all of the student's scales by `gradient_scale` inside the context.
+
+    N is the number of values that one entry of a scale quantizes: the weights of an out-channel, the features of a
+    layer's input, or the values of one attention head's operand.
+    """
     counts: dict[nn.Parameter, float] = {}
     features = _input_features(task)
     for layer, count in features.items():
@@ -59,7 +63,7 @@ def scaled_gradients(task: DistillationTask) -> Iterator[None]:
 
 
 def _input_features(task: DistillationTask) -> dict[FakeQuantLayer, int]:
-    """Values in the input of each layer, for one sample."""
+    """Return the number of values in each layer's input, for one sample."""
     layers = [m for m in task.student.modules() if isinstance(m, FakeQuantLayer)]
     found = {layer: layer.weight[0].numel() for layer in layers}
     original = FakeQuantLayer.quantize_input
@@ -68,7 +72,7 @@ def _input_features(task: DistillationTask) -> dict[FakeQuantLayer, int]:
         found[self] = x[0].numel()
         return original(self, x)
 
-    # Layers that share an input are not called one by one, so hooks would miss some.
+    # Layers that share an input are called together, so forward hooks would miss some of them.
     FakeQuantLayer.quantize_input = look  # type: ignore[method-assign]
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The layers that QuEST (arXiv 2402.03666) finds sensitive to few bits, by their role in the network."""
+"""Layers that QuEST (arXiv 2402.03666) finds sensitive to few bits, selected by their role in the network."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from dqtool.training.data import DistillationTask
 __all__ = ["learn_weights", "sensitive_layers"]
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-"""Of diffusers' attention modules, as `is_attention` knows them."""
+"""Names of the projections to q, k and v in diffusers' attention modules."""
 
 
 def sensitive_layers(task: DistillationTask, roles: Roles) -> dict[str, FakeQuantLayer]:
-    """Layers on the timestep's path; projections to q, k and v; linear layers beside attention in transformer blocks (the
-    feed-forward part). By name, in execution order."""
+    """Return the sensitive layers by name, in execution order.
+
+    These are the layers on the timestep's path, the projections to q, k and v, and the linear layers next to attention
+    in transformer blocks (the feed-forward part).
+    """
     attention = [info.name for info in task.trace.layers if info.kind == "attention"]
     chosen = set(roles.temporal)
     for name in attention:
@@ -41,7 +44,7 @@ def sensitive_layers(task: DistillationTask, roles: Roles) -> dict[str, FakeQuan
 
 
 def learn_weights(layers: Iterable[FakeQuantLayer]) -> None:
-    """Let gradients reach the weights and biases of these layers."""
+    """Enable gradients of the weights and biases of these layers."""
     for layer in layers:
         layer.weight.requires_grad_(True)
         if isinstance(layer.bias, nn.Parameter):

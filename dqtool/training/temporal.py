@@ -1,5 +1,6 @@
-"""Training the layers that turn the timestep into features, on their own (TFMQ's temporal information block, arXiv
-2311.16503): they see a finite set of inputs, whatever the sample is.
+"""Training of the layers that turn the timestep into features (TFMQ's temporal information block, arXiv 2311.16503).
+
+These layers are trained separately, since they see a finite set of inputs that does not depend on the sample.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ __all__ = ["TemporalPath", "temporal_layers", "train_temporal"]
 
 
 class TemporalPath:
-    """One network of which only what the timestep goes through is computed; `outputs` gives what comes out of it.
+    """Computation of the timestep's path of one network, and of nothing else.
 
-    Modules that hold layers, and none of these, answer with zeros of the shape they gave a first sample.
+    Every module whose layers are all outside the path returns zeros of the shape that it returned for a first sample.
     """
 
     def __init__(self, task: DistillationTask, model: nn.Module, roles: Roles) -> None:
@@ -32,7 +33,7 @@ class TemporalPath:
         self._answers = self._record()
 
     def outputs(self, rows: Tensor) -> dict[str, Tensor]:
-        """Outputs of the last layers of the path at these samples, by name."""
+        """Return the outputs of the path's last layers at the samples `rows`, by layer name."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
@@ -54,7 +55,7 @@ class TemporalPath:
         return found
 
     def _record(self) -> list[tuple[nn.Module, Any]]:
-        """The outermost modules to leave out, and what they answer."""
+        """Return the outermost modules to skip, each with the output that replaces its computation."""
         temporal = set(self.roles.temporal)
         candidates = {}
         for name, module in self.model.named_modules():
@@ -81,7 +82,7 @@ class TemporalPath:
 
 
 def temporal_layers(task: DistillationTask, roles: Roles) -> list[FakeQuantLayer]:
-    """The student's layers of that role."""
+    """Return the student's quantized layers on the timestep's path."""
     modules = [task.student.get_submodule(name) for name in roles.temporal]
     return [module for module in modules if isinstance(module, FakeQuantLayer)]
 
@@ -89,8 +90,13 @@ def temporal_layers(task: DistillationTask, roles: Roles) -> list[FakeQuantLayer
 def train_temporal(
     task: DistillationTask, roles: Roles, learner: Learner, progress: Reporter, key: str = "temporal"
 ) -> list[float]:
-    """Let the layers of the path learn the float network's outputs of the path, all of them jointly; returns the losses,
-    in units of those outputs' mean square. The store keeps the result under `key`."""
+    """Train the layers of the path jointly to reproduce the float network's outputs of the path.
+
+    Returns the losses relative to the mean square of these outputs. The store keeps the result under `key`.
+
+    Raises:
+        NumericError: training diverged and `task.strict` is set.
+    """
     layers = nn.ModuleList(temporal_layers(task, roles))
     kept = task.store.load(key)
     if kept is not None:
@@ -107,7 +113,7 @@ def train_temporal(
         learner.optimizer,
         BlockStates(learner.optimizer),
         "the time embedding",
-        1.0,  # losses are in units of the target's mean square
+        1.0,  # losses are relative to the target's mean square
         strict=task.strict,
         warnings=task.warnings,
     )
@@ -132,8 +138,10 @@ def train_temporal(
 
 
 def _is_layer(module: nn.Module) -> bool:
+    """Return whether a module is a layer that is quantized or can be."""
     return isinstance(module, FakeQuantLayer) or is_quantizable(module)
 
 
 def _stretch(answer: Any, count: int) -> Any:
+    """Expand a one-sample answer to `count` samples."""
     return answer.expand(count, *answer.shape[1:]) if isinstance(answer, Tensor) else answer

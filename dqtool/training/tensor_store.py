@@ -1,4 +1,4 @@
-"""Tensors of all samples that need not stay in memory: past a budget they live in mapped temporary files."""
+"""Storage of large tensors of all samples: in memory up to a budget, beyond it in mapped temporary files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["TensorStore"]
 
 
 class TensorStore:
-    """Tensors of all samples, `[N, ...]`, in memory or, past the budget, in mapped temporary files.
+    """Allocates tensors `[N, ...]` of all samples in memory or, beyond the budget, in mapped temporary files.
 
-    A file has no name once it is mapped, so that its space is free again when its tensor is. Its room on the disk is taken
-    before anything is written: a mapped file that finds the disk full would end the process.
+    A file is unlinked once it is mapped, so its space is freed together with its tensor. Its disk space is allocated
+    before anything is written, because writing to a mapped file on a full disk would kill the process.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -27,10 +27,10 @@ class TensorStore:
         self._spilled: set[int] = set()
 
     def empty(self, samples: int, like: Tensor) -> Tensor:
-        """Room for `samples` rows shaped like `like[0]`.
+        """Allocate an uninitialised tensor of `samples` rows, each shaped like `like[0]`.
 
         Raises:
-            EnvironmentFault: the disk has no such room.
+            EnvironmentFault: the disk is full.
         """
         shape = torch.Size((samples, *like.shape[1:]))
         size = shape.numel() * like.element_size()
@@ -45,16 +45,16 @@ class TensorStore:
         return spilled
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor `[N, ...]` where this store has room for it.
+        """Return a copy of the tensor `[N, ...]` in this store.
 
         Raises:
-            EnvironmentFault: the disk has none.
+            EnvironmentFault: the disk is full.
         """
         kept = self.empty(len(tensor), tensor)
         return kept.copy_(tensor)
 
     def forget(self, tensor: Tensor) -> None:
-        """A stored tensor is no longer used: drop the last reference to it after this."""
+        """Release the budget of a stored tensor; the caller must then drop its last reference."""
         if tensor.data_ptr() in self._spilled:
             self._spilled.remove(tensor.data_ptr())
         else:
@@ -62,16 +62,20 @@ class TensorStore:
 
 
 def _allocate(path: str, size: int) -> None:
-    """A file of `size` bytes that the disk has room for."""
+    """Create a file of `size` bytes whose disk space is allocated.
+
+    Raises:
+        EnvironmentFault: the disk is full.
+    """
     try:
         with open(path, "wb") as file:
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as e:
-        if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that can't say
+        if e.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system can't allocate in advance
             return
         raise EnvironmentFault(
-            f"Activations that blocks read need {size / 1e6:.0f} MB more than the disk gives: {e.strerror}",
+            f"The disk has no room for {size / 1e6:.0f} MB of block activations: {e.strerror}",
             where=os.path.dirname(os.path.dirname(path)),
-            fix="Point TMPDIR at a larger disk, keep more of them in memory with --cache-memory, or take fewer --samples",
+            fix="Point TMPDIR at a larger disk, raise --cache-memory to keep more in memory, or lower --samples",
         ) from e
