@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from dqtool.nn.integer import IntegerLayer, accumulate, integer_layer
 from dqtool.nn.layers import PackedLayer
 
-__all__ = ["ENGINES", "count_onednn", "count_openvino"]
+__all__ = ["ENGINES", "count_cpu", "count_openvino"]
 
 ROWS = 3
 SIZE = (5, 6)
 
 
-def count_onednn(network: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """(layer, accumulators compared, of them different) in the `onednn` runtime; nothing for layers that it runs in float."""
-    from dqtool.runtimes.onednn import choose
-    from dqtool.runtimes.onednn.codes import Clock
+def count_cpu(network: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """(layer, accumulators compared, of them different) in the `cpu` runtime; nothing for layers that it runs in float."""
+    from dqtool.runtimes.cpu import choose
+    from dqtool.runtimes.cpu.codes import Clock
 
     for name, form in _layers(network):
         assert form.input is not None
@@ -91,7 +91,7 @@ def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
         yield name, expected.numel(), int((got != expected.to(torch.float32)).sum())
 
 
-ENGINES = {"onednn": count_onednn, "openvino": count_openvino}
+ENGINES = {"cpu": count_cpu, "openvino": count_openvino}
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[str, IntegerLayer]]:

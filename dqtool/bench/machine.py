@@ -43,7 +43,7 @@ def expectation(flags: list[str] | None) -> str:
             "whole steps gain less, since normalization, activations and softmax stay in float."
         )
     if "asimddp" in flags or "i8mm" in flags:
-        return "ARM dot-product instructions: `simulate` and `openvino` run here; the `onednn` runtime is for x86."
+        return "ARM dot-product instructions: `simulate` and `openvino` run here; the `cpu` runtime is for x86."
     return (
         "Neither AMX nor VNNI: an int8 product takes several instructions here and reaches about twice float32's rate. Expect "
         "smaller files, less memory, and steps somewhat faster than float32's; bf16 is no faster than float32."

@@ -8,7 +8,7 @@ from typing import Any
 
 from dqtool.metrics import FIGURES, Figure, value_of
 from dqtool.page.results import Bench, Result
-from dqtool.runtimes import RUNTIMES
+from dqtool.runtimes import RUNTIMES, runtime_name
 
 __all__ = [
     "COSTS",
@@ -151,7 +151,9 @@ def _milliseconds(result: Result, benches: Sequence[Bench], baseline: bool) -> f
         speed: Mapping[str, Sequence[Mapping[str, Any]]] = bench.report["speed"]
         rows = speed[min(speed, key=int)] if speed else []
         wanted = [
-            row["median"] for row in rows if (row["baseline"] if baseline else row["contender"] in ("auto", *RUNTIMES))
+            row["median"]
+            for row in rows
+            if (row["baseline"] if baseline else runtime_name(row["contender"]) in ("auto", *RUNTIMES))
         ]
         if wanted:
             return 1000 * min(wanted)

@@ -12,6 +12,7 @@ from dqtool.page.measures import Errors, Parts
 from dqtool.page.results import Bench, Result
 from dqtool.page.svg import compact
 from dqtool.report import format_seconds
+from dqtool.runtimes import runtime_name
 
 __all__ = ["bench_tables", "error_table", "extractor_text", "layer_table", "making_tables", "result_table"]
 
@@ -152,7 +153,7 @@ def making_tables(results: Sequence[Result]) -> list[Table]:
                     f"{sampling.get('scheduler', {}).get('_class_name', '?')}, {given.get('steps') or sampling.get('steps', '?')} steps"
                 ),
                 Cell(str(given.get("seed", "–"))),
-                Cell(str(given.get("runtime", "–"))),
+                Cell(runtime_name(str(given.get("runtime", "–")))),
                 Cell(
                     f"{manifest.environment.get('device', '?')}, {manifest.environment.get('threads') or '?'} threads"
                 ),

@@ -21,11 +21,12 @@ from dqtool import report
 from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, open_artifact
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 from dqtool.runtimes.choice import ORDER, order
+from dqtool.runtimes.names import runtime_name
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["RUNTIMES", "Runtime", "integer_report", "load", "pick"]
+__all__ = ["RUNTIMES", "Runtime", "integer_report", "load", "pick", "runtime_name"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ RUNTIMES = {
     runtime.name: runtime
     for runtime in (
         Runtime(
-            "onednn",
-            "dqtool.runtimes.onednn",
+            "cpu",
+            "dqtool.runtimes.cpu",
             "int8 in eager PyTorch on x86 CPUs",
             "one byte (16/9 of a byte in 3x3 convolutions that run as Winograd transforms)",
         ),
@@ -98,7 +99,7 @@ def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.
         EnvironmentFault: the runtime that was asked for can't run here.
     """
     runtime = os.environ.get(VARIABLE) or runtime if runtime == "auto" else runtime
-    runtime = "onednn" if runtime == "cpu" else runtime
+    runtime = runtime_name(runtime)
     if runtime != "auto" and runtime not in RUNTIMES:
         raise UsageError(
             f"unknown runtime '{runtime}'", where="--runtime", fix=f"Choose from {', '.join(RUNTIMES)} or auto"

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import Artifact, dqtool_version
+from dqtool.runtimes.names import runtime_name
 
 __all__ = ["AMX_ORDER", "ORDER", "order", "recall", "remember"]
 
-ORDER = ("onednn", "openvino", "simulate")
-"""Without a measurement. With AVX512-VNNI and with AVX2 alone, `onednn` was the fastest at every batch from 1 to 16
+ORDER = ("cpu", "openvino", "simulate")
+"""Without a measurement. With AVX512-VNNI and with AVX2 alone, `cpu` was the fastest at every batch from 1 to 16
 (`dqtool bench --arch ddpm-cifar10 --runtime all`)."""
 
-AMX_ORDER = ("openvino", "onednn", "simulate")
-"""With AMX `openvino` was the fastest at every batch from 1 to 16 (the same command), when `onednn` left AMX to PyTorch's
+AMX_ORDER = ("openvino", "cpu", "simulate")
+"""With AMX `openvino` was the fastest at every batch from 1 to 16 (the same command), when `cpu` left AMX to PyTorch's
 operations. Its own kernels for AMX have not been timed: there the order waits for `dqtool bench`."""
 
 GENERATION = 2
@@ -56,7 +57,10 @@ def recall(artifact: Artifact) -> dict[int, dict[str, float]]:
     """Seconds of a step by batch and runtime, as far as they were measured here."""
     try:
         kept = json.loads(_file(artifact).read_text(encoding="utf-8"))
-        return {int(batch): {str(n): float(s) for n, s in times.items()} for batch, times in kept["seconds"].items()}
+        return {
+            int(batch): {runtime_name(n): float(s) for n, s in times.items()}
+            for batch, times in kept["seconds"].items()
+        }
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
 

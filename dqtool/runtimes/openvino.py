@@ -320,7 +320,7 @@ def _only_tensors(arguments: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"The argument '{name}' is {value!r:.60}, and the compiled graph takes tensors alone",
                 where="openvino runtime",
-                fix='Leave it out, or load the network with runtime="onednn" or "simulate"',
+                fix='Leave it out, or load the network with runtime="cpu" or "simulate"',
             )
 
 

@@ -28,7 +28,7 @@ def _refusal(what: str) -> Any:
         raise UsageError(
             f"A network compiled by OpenVINO can't {what}",
             where="openvino runtime",
-            fix='Load it with dqtool.load(..., runtime="onednn") or runtime="simulate"',
+            fix='Load it with dqtool.load(..., runtime="cpu") or runtime="simulate"',
         )
 
     return refuse

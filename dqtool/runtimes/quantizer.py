@@ -28,11 +28,11 @@ from dqtool.artifacts import Manifest, read_manifest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 from dqtool.models.hub.quantizer import FORMAT, METHOD, quantization_config
 from dqtool.models.network_methods import MANIFEST, Origin, give_methods, to_float
-from dqtool.runtimes import VARIABLE
+from dqtool.runtimes import VARIABLE, runtime_name
 
 __all__ = ["DqtoolConfig", "DqtoolQuantizer", "register", "register_in_transformers"]
 
-INTEGER = "onednn"
+INTEGER = "cpu"
 """The integer runtime that works inside a network of diffusers."""
 
 
@@ -43,7 +43,7 @@ class _Method(StrEnum):
 class DqtoolConfig(QuantizationConfigMixin):
     """The `quantization_config` of an exported directory, and what a user asks of its loading.
 
-    `runtime` is `auto` (the fastest that this machine has), `onednn` or `simulate`. A config made with it alone goes to
+    `runtime` is `auto` (the fastest that this machine has), `cpu` or `simulate`. A config made with it alone goes to
     `from_pretrained(..., quantization_config=...)` of a network, or as `quant_mapping` of a `PipelineQuantizationConfig`.
     The other fields come from the export.
     """
@@ -58,8 +58,8 @@ class DqtoolConfig(QuantizationConfigMixin):
         static: bool = True,
         modules_to_not_convert: list[str] | None = None,
     ) -> None:
-        known = (None, "auto", INTEGER, "cpu", "simulate")
-        if runtime not in known:
+        runtime = runtime and runtime_name(runtime)
+        if runtime not in (None, "auto", INTEGER, "simulate"):
             other = runtime in ("openvino", "openvino-bf16")
             raise UsageError(
                 f"from_pretrained has no runtime '{runtime}'",
@@ -69,7 +69,7 @@ class DqtoolConfig(QuantizationConfigMixin):
                 else f"Choose from auto, {INTEGER} and simulate",
             )
         self.quant_method = _Method.DQTOOL  # type: ignore[assignment]
-        self.runtime = INTEGER if runtime == "cpu" else runtime
+        self.runtime = runtime
         self.format, self.timesteps, self.layers = format, timesteps, layers or []
         if isinstance(prediction, list):  # the first exports with such tables had these two
             prediction = dict.fromkeys(("scale", "bias"), prediction)
@@ -212,10 +212,10 @@ class DqtoolQuantizer(DiffusersQuantizer):
         if self.runtime == "simulate":
             one_call_at_a_time(model)
         else:
-            from dqtool.runtimes import onednn
+            from dqtool.runtimes import cpu
 
             model.eval()
-            onednn.convert(model)
+            cpu.convert(model)
             model.__dict__["_dqtool_dtype"] = self.dtype or torch.float32
         model.__dict__["runtime"] = self.runtime
         return give_methods(model, Origin(self.quantization_config.to_dict(), self.manifest))
@@ -257,9 +257,9 @@ def chosen_runtime(asked: str | None, device_map: Any = None) -> str:
     if asked == "simulate":
         report.say("runtime: simulate (float fake-quantization, the reference), as asked")
         return asked
-    from dqtool.runtimes import onednn
+    from dqtool.runtimes import cpu
 
-    reason = onednn.available()
+    reason = cpu.available()
     elsewhere = {str(d) for d in device_map.values()} - {"cpu"} if isinstance(device_map, dict) else set()
     if elsewhere:
         reason = f"the network is placed on {', '.join(sorted(elsewhere))}"

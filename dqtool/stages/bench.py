@@ -173,10 +173,10 @@ def render(result: Mapping[str, Any]) -> list[str]:
 def _runtimes(asked: Sequence[str], kind: str = "dq") -> list[str]:
     """The runtimes to measure: those named, once each; `all` stands for every one that can run a directory of this format
     here, and `auto`."""
-    from dqtool.runtimes import RUNTIMES
+    from dqtool.runtimes import RUNTIMES, runtime_name
 
     names: dict[str, None] = {}
-    for name in asked or ("auto",):
+    for name in map(runtime_name, asked or ("auto",)):
         if name == "all":
             names.update(dict.fromkeys([*_available(kind), "auto"]))
         elif name == "auto" or name in RUNTIMES:

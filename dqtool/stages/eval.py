@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.components.companions import companions_of_artifact
 from dqtool.models.conditions.external import ConditionSource
+from dqtool.runtimes import runtime_name
 from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
@@ -43,6 +45,7 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
     if artifact.stage in ("distill", "export"):
         check_steps(artifact, options.steps)
+    options = replace(options, runtime=runtime_name(options.runtime))
     check_runtime(artifact, options.runtime)
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options.reference, artifact)
@@ -98,7 +101,7 @@ def fingerprint_parameters(
         "steps": options.steps,
         "sampler": options.sampler,
         "batch_size": options.batch_size,
-        "runtime": options.runtime,
+        "runtime": runtime_name(options.runtime),
         "grid": options.grid,
     }
     if versions := {name: METRICS[name].version for name in metrics if name in METRICS and METRICS[name].version > 1}:

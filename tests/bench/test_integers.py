@@ -7,14 +7,14 @@ from __future__ import annotations
 import pytest
 from synthetic import synthetic_network
 
-from dqtool.bench.integers import count_onednn
-from dqtool.runtimes.onednn import library
-from dqtool.runtimes.onednn.products import NativeProduct
+from dqtool.bench.integers import count_cpu
+from dqtool.runtimes.cpu import library
+from dqtool.runtimes.cpu.products import NativeProduct
 
 
 @pytest.mark.parametrize("bits", ["4/4", "6/6", "8/8"])
 def test_accumulators_of_digits_ddpm_equal_the_reference(bits: str) -> None:
-    found = list(count_onednn(synthetic_network("zoo:digits-ddpm", bits, 3)))
+    found = list(count_cpu(synthetic_network("zoo:digits-ddpm", bits, 3)))
     assert len(found) == 66 + 11 or not library.has_products()
     assert all(compared > 0 and different == 0 for _, compared, different in found)
 
@@ -26,6 +26,6 @@ def test_a_difference_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         NativeProduct, "multiply", lambda self, codes, **keywords: original(self, codes, **keywords) + 1
     )
-    name, compared, different = next(iter(count_onednn(synthetic_network("zoo:digits-ddpm", "4/4", 1))))
+    name, compared, different = next(iter(count_cpu(synthetic_network("zoo:digits-ddpm", "4/4", 1))))
     assert isinstance(name, str)
     assert different == compared > 0

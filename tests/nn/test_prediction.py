@@ -25,7 +25,7 @@ from dqtool.nn.prediction import (
     same_channels,
 )
 from dqtool.nn.surgery import packed_state, steps_of
-from dqtool.runtimes.onednn import available, convert
+from dqtool.runtimes.cpu import available, convert
 
 
 @pytest.fixture

@@ -63,22 +63,22 @@ def test_a_distance_to_the_reference_is_shown_and_not_plotted() -> None:
 
 def test_a_quantized_reference_is_not_called_full_precision() -> None:
     named = "exported in the simulate runtime"
-    table = result_table([made("onednn", named)])
+    table = result_table([made("cpu", named)])
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert row["result"].text == named
     assert row["fd.digits ↓"].text == "2.21"
     assert [row[column].text for column in ("bits", "size, MB ↓", "bit operations, G ↓")] == ["–", "–", "–"]
     assert f"× compares with {named}, ÷ with full precision" in table.caption
-    section = quality_section([made("onednn", named)], [])
+    section = quality_section([made("cpu", named)], [])
     assert f"The dashed line is {named}." in next(b.text for b in section.blocks if isinstance(b, Paragraph))
     charts = next(block for block in section.blocks if isinstance(block, Charts)).charts
     assert all("full precision" not in svg and "hollow" not in svg and ">reference<" in svg for _, svg, _ in charts)
 
 
 def test_a_quantized_reference_without_figures_has_no_row() -> None:
-    result = made("onednn", "exported in the simulate runtime")
+    result = made("cpu", "exported in the simulate runtime")
     del result.metrics["reference"]
-    assert [row[1].text for row in result_table([result]).rows] == ["onednn"]
+    assert [row[1].text for row in result_table([result]).rows] == ["cpu"]
 
 
 def test_full_precision_keeps_its_row_and_its_line() -> None:
@@ -103,7 +103,7 @@ def test_results_beside_different_references_are_not_compared() -> None:
         chain_key(result)
         for result in (
             made("float"),
-            made("onednn", "a in the simulate runtime"),
+            made("cpu", "a in the simulate runtime"),
             made("moved", "b in the simulate runtime"),
             made("other", "a in the simulate runtime", "c"),
         )

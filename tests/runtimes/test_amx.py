@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_onednn import linear_layer, quantized, random_layer
+from test_cpu import linear_layer, quantized, random_layer
 
 from dqtool.nn.integer import IntegerLayer, accumulate
-from dqtool.runtimes.onednn import library
-from dqtool.runtimes.onednn.codes import GEGLU, GELU, Clock, Product
-from dqtool.runtimes.onednn.products import NativeProduct
+from dqtool.runtimes.cpu import library
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, Clock, Product
+from dqtool.runtimes.cpu.products import NativeProduct
 
 EMULATION = Path(__file__).parent / "emulated_amx.h"
 
@@ -161,7 +161,7 @@ def test_attention_on_tiles_is_the_vectors(emulated: ctypes.CDLL, shape: tuple[i
 def test_a_network_on_tiles_computes_what_it_does_on_vectors(emulated: ctypes.CDLL) -> None:
     from diffusers import UNet2DModel
 
-    from dqtool.runtimes.onednn import convert
+    from dqtool.runtimes.cpu import convert
 
     torch.manual_seed(0)
     blocks = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}

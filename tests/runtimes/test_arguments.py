@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dqtool.models.families import family_of
 from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.onednn import convert
+from dqtool.runtimes.cpu import convert
 
 DOWN = ((2, 8, 8, 8), (2, 8, 8, 8), (2, 8, 4, 4), (2, 16, 4, 4))
 MID = (2, 16, 4, 4)

@@ -21,8 +21,8 @@ from dqtool.errors import UsageError
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import family_of
 from dqtool.nn.call_lock import CallLock
-from dqtool.runtimes import onednn
-from dqtool.runtimes.onednn import convert
+from dqtool.runtimes import cpu
+from dqtool.runtimes.cpu import convert
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -91,7 +91,7 @@ def exported(name: str, directory: Path) -> str:
     return str(directory / "exported")
 
 
-@pytest.mark.parametrize("runtime", ["onednn", "openvino"])
+@pytest.mark.parametrize("runtime", ["cpu", "openvino"])
 def test_what_pipelines_read_of_a_network(tmp_path: Path, runtime: str) -> None:
     if runtime == "openvino":
         pytest.importorskip("openvino")
@@ -114,7 +114,7 @@ def in_threads(network: nn.Module, calls: list[dict[str, Any]], times: int) -> l
         return list(pool.map(repeat, calls))
 
 
-@pytest.mark.parametrize("runtime", ["simulate", "onednn", "openvino"])
+@pytest.mark.parametrize("runtime", ["simulate", "cpu", "openvino"])
 def test_calls_from_several_threads_keep_their_steps(tmp_path: Path, runtime: str) -> None:
     if runtime == "openvino":
         pytest.importorskip("openvino")
@@ -141,10 +141,10 @@ def lock_of(network: nn.Module) -> CallLock:
     return lock
 
 
-@pytest.mark.parametrize("runtime", ["simulate", "onednn"])
+@pytest.mark.parametrize("runtime", ["simulate", "cpu"])
 def test_attention_slicing_leaves_the_quantized_products(simulated: Any, runtime: str) -> None:
     network = simulated("unet2d_condition")
-    network = convert(network) if runtime == "onednn" else network
+    network = convert(network) if runtime == "cpu" else network
     arguments = example(network)
     expected = network(**arguments)[0]
     processors = [m.processor for m in network.modules() if is_attention(m)]
@@ -184,12 +184,12 @@ def test_a_network_on_integers_simulates_on_another_device(
     engine(**arguments)
     twin = copy.deepcopy(engine)
     assert twin.half().dtype == torch.float16
-    monkeypatch.setattr(onednn, "SERVED", ("cpu",))
+    monkeypatch.setattr(cpu, "SERVED", ("cpu",))
     assert twin.to("meta") is twin
     assert "runtime: simulate from here on" in capsys.readouterr().err
     assert {p.device.type for p in twin.parameters()} == {"meta"} and twin.dtype == torch.float16
-    assert torch.equal(onednn.simulated_again(engine)(**arguments)[0], network(**arguments)[0])
-    assert type(engine) is type(network) and not onednn.integer_report(engine)
+    assert torch.equal(cpu.simulated_again(engine)(**arguments)[0], network(**arguments)[0])
+    assert type(engine) is type(network) and not cpu.integer_report(engine)
 
 
 @pytest.mark.parametrize("name", ["unet2d_condition", "sd3"])
@@ -244,7 +244,7 @@ def test_openvino_says_what_a_graph_can_not(compiled: tuple[Any, Any]) -> None:
     arguments = example(simulated)
     expected = network(**arguments)[0]
     assert torch.equal(network(**arguments, cross_attention_kwargs={"scale": 0.5})[0], expected)
-    with pytest.raises(UsageError, match=r'masks.*runtime="onednn"'):
+    with pytest.raises(UsageError, match=r'masks.*runtime="cpu"'):
         network(**arguments, cross_attention_kwargs={"masks": "none"})
     for method in (
         "enable_freeu",
@@ -253,7 +253,7 @@ def test_openvino_says_what_a_graph_can_not(compiled: tuple[Any, Any]) -> None:
         "load_lora_adapter",
         "_load_ip_adapter_weights",
     ):
-        with pytest.raises(UsageError, match=r'OpenVINO can.t .*runtime="onednn"'):
+        with pytest.raises(UsageError, match=r'OpenVINO can.t .*runtime="cpu"'):
             getattr(network, method)()
     network.disable_freeu()
 

@@ -35,47 +35,47 @@ def test_without_measurements_the_usual_order(artifact: Artifact) -> None:
 
 def test_with_amx_another_order(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processor(tmp_path, monkeypatch, "avx2 avx512_vnni amx_bf16 amx_int8 amx_tile")
-    assert order(artifact) == (["openvino", "onednn", "simulate"], "by default")
-    remember(artifact, {1: {"onednn": 2.0, "simulate": 1.0}})
-    assert order(artifact) == (["openvino", "simulate", "onednn"], "by default")
-    remember(artifact, {1: {"onednn": 0.5, "openvino": 3.0}})
-    assert order(artifact)[0] == ["onednn", "simulate", "openvino"]
+    assert order(artifact) == (["openvino", "cpu", "simulate"], "by default")
+    remember(artifact, {1: {"cpu": 2.0, "simulate": 1.0}})
+    assert order(artifact) == (["openvino", "simulate", "cpu"], "by default")
+    remember(artifact, {1: {"cpu": 0.5, "openvino": 3.0}})
+    assert order(artifact)[0] == ["cpu", "simulate", "openvino"]
 
 
 def test_the_fastest_measured_at_the_nearest_batch_comes_first(artifact: Artifact) -> None:
-    assert remember(artifact, {1: {"onednn": 2.0, "openvino": 1.0, "fp32": 0.5}, 16: {"onednn": 3.0, "openvino": 4.0}})
-    assert remember(artifact, {4: {"openvino": 3.0, "onednn": 2.0}})
+    assert remember(artifact, {1: {"cpu": 2.0, "openvino": 1.0, "fp32": 0.5}, 16: {"cpu": 3.0, "openvino": 4.0}})
+    assert remember(artifact, {4: {"openvino": 3.0, "cpu": 2.0}})
     assert set(recall(artifact)) == {1, 4, 16}
-    assert order(artifact)[0][:2] == ["openvino", "onednn"]
-    assert order(artifact, 12)[0] == ["onednn", "openvino", "simulate"]
+    assert order(artifact)[0][:2] == ["openvino", "cpu"]
+    assert order(artifact, 12)[0] == ["cpu", "openvino", "simulate"]
     remember(artifact, {16: {"simulate": 9.0, "openvino": 2.0}})
-    assert recall(artifact)[16] == {"onednn": 3.0, "openvino": 2.0, "simulate": 9.0}
-    assert order(artifact, 12)[0] == ["openvino", "onednn", "simulate"]
+    assert recall(artifact)[16] == {"cpu": 3.0, "openvino": 2.0, "simulate": 9.0}
+    assert order(artifact, 12)[0] == ["openvino", "cpu", "simulate"]
     assert order(artifact, 2)[0][0] == "openvino"
     assert "batch 16" in order(artifact, 100)[1]
 
 
 def test_one_runtime_alone_is_no_comparison(artifact: Artifact) -> None:
-    assert not remember(artifact, {1: {"onednn": 2.0, "fp32": 1.0}})
+    assert not remember(artifact, {1: {"cpu": 2.0, "fp32": 1.0}})
     assert recall(artifact) == {}
 
 
 def test_another_number_of_threads_is_another_machine(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    remember(artifact, {1: {"onednn": 2.0, "openvino": 1.0}})
+    remember(artifact, {1: {"cpu": 2.0, "openvino": 1.0}})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     assert recall(artifact) == {}
 
 
 def test_a_damaged_or_unwritable_cache_is_done_without(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    remember(artifact, {1: {"onednn": 2.0, "openvino": 1.0}})
+    remember(artifact, {1: {"cpu": 2.0, "openvino": 1.0}})
     choice._file(artifact).write_text("{")
     assert order(artifact) == (list(ORDER), "by default")
     monkeypatch.setenv("DQTOOL_CACHE", "/proc/nowhere")
-    assert not remember(artifact, {1: {"onednn": 2.0, "openvino": 1.0}})
+    assert not remember(artifact, {1: {"cpu": 2.0, "openvino": 1.0}})
 
 
 def test_auto_takes_it_and_says_why(artifact: Artifact, capsys: pytest.CaptureFixture) -> None:
-    remember(artifact, {1: {"onednn": 2.0, "simulate": 1.0}})
+    remember(artifact, {1: {"cpu": 2.0, "simulate": 1.0}})
     network = dqtool.load(artifact.given, batch=1)
     assert network.runtime == "simulate"
     assert "the fastest that `dqtool bench` measured here at batch 1" in capsys.readouterr().err

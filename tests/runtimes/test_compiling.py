@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dqtool.models.families import family_of
 from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.onednn import convert, ops
-from dqtool.runtimes.onednn.products import OnednnProduct
+from dqtool.runtimes.cpu import convert, ops
+from dqtool.runtimes.cpu.products import OnednnProduct
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +120,7 @@ def test_a_nan_stays_in_its_sample(made: Any) -> None:
 def test_without_own_kernels(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setenv("DQTOOL_KERNELS", "0")
-    from dqtool.runtimes.onednn import library
+    from dqtool.runtimes.cpu import library
 
     library.has_products.cache_clear()
     library.has_vnni.cache_clear()

@@ -22,11 +22,11 @@ from torch import nn
 
 import dqtool
 from dqtool.errors import ArtifactError, DqtoolWarning, EnvironmentFault, UsageError
-from dqtool.runtimes import integer_report, onednn
-from dqtool.runtimes.onednn.codes import Product
-from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct
+from dqtool.runtimes import cpu, integer_report
+from dqtool.runtimes.cpu.codes import Product
+from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct
 
-RUNTIMES = ("onednn", "simulate")
+RUNTIMES = ("cpu", "simulate")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def test_a_pipeline_runs_on_the_integer_kernels(
 
     pipeline: Any = DiffusionPipeline.from_pretrained(str(exported))
     said = capsys.readouterr().err
-    assert said.count("runtime:") == 1 and "runtime: onednn (int8 in eager PyTorch on x86 CPUs)" in said
-    assert type(pipeline.unet) is UNet2DModel and pipeline.unet.runtime == "onednn"
+    assert said.count("runtime:") == 1 and "runtime: cpu (int8 in eager PyTorch on x86 CPUs)" in said
+    assert type(pipeline.unet) is UNet2DModel and pipeline.unet.runtime == "cpu"
     calls: list[type] = []
     for kind in (NativeProduct, OnednnProduct):
         multiply = kind.multiply
@@ -70,7 +70,7 @@ def test_a_pipeline_runs_on_the_integer_kernels(
             return multiply(self, *a, **k)
 
         monkeypatch.setattr(kind, "multiply", counted)
-    loaded = dqtool.load(str(exported), runtime="onednn")
+    loaded = dqtool.load(str(exported), runtime="cpu")
     for timestep in loaded.timesteps.tolist():
         assert torch.equal(answer(pipeline.unet, timestep), answer(loaded, timestep))
     assert len(calls) >= 2 * 4 * sum(isinstance(m, Product) for m in pipeline.unet.modules())
@@ -101,17 +101,17 @@ def test_the_runtime_is_asked_for(exported: Path, monkeypatch: pytest.MonkeyPatc
         dqtool.DqtoolConfig(runtime="openvino")
     monkeypatch.setenv("DQTOOL_RUNTIME", "simulate")
     assert network_of(exported).runtime == dqtool.load(str(exported)).runtime == "simulate"
-    assert network_of(exported, "onednn").runtime == "onednn"
+    assert network_of(exported, "cpu").runtime == "cpu"
 
 
 def test_machines_without_the_kernels_simulate(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(onednn, "available", lambda: "this is a test")
+    monkeypatch.setattr(cpu, "available", lambda: "this is a test")
     assert network_of(exported).runtime == "simulate"
-    assert "not onednn, this is a test" in capsys.readouterr().err
+    assert "not cpu, this is a test" in capsys.readouterr().err
     with pytest.raises(EnvironmentFault, match="this is a test"):
-        network_of(exported, "onednn")
+        network_of(exported, "cpu")
 
 
 def test_one_warning_a_pipeline_call(exported: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_saved_pipeline_loads_with_both(exported: Path, tmp_path: Path) -> Non
     again: Any = DiffusionPipeline.from_pretrained(str(tmp_path / "saved"))
     expected = answer(pipeline.unet)
     assert torch.equal(answer(again.unet), expected)
-    assert torch.equal(answer(dqtool.load(str(tmp_path / "saved"), "onednn")), expected)
+    assert torch.equal(answer(dqtool.load(str(tmp_path / "saved"), "cpu")), expected)
 
 
 def test_push_to_hub_uploads_what_loads(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_push_to_hub_uploads_what_loads(exported: Path, tmp_path: Path, monkeypa
     answers = type("Repo", (), {"repo_id": "me/it"})
     monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *_a, **_k: answers)
     network.push_to_hub("me/it", token="none")
-    assert torch.equal(answer(dqtool.load(str(tmp_path / "hub" / "unet"), "onednn")), answer(network))
+    assert torch.equal(answer(dqtool.load(str(tmp_path / "hub" / "unet"), "cpu")), answer(network))
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -211,7 +211,7 @@ def test_another_process_unpickles_it(exported: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     dtype, runtime, total = ran.stdout.split()
-    assert (dtype, runtime) == ("torch.float32", "onednn")
+    assert (dtype, runtime) == ("torch.float32", "cpu")
     assert float(total) == pytest.approx(float(answer(network).double().sum()), abs=1e-6)
 
 
@@ -317,8 +317,8 @@ def test_what_is_not_quantized_is_refused(made: Path) -> None:
 
 def test_device_maps(exported: Path) -> None:
     network = network_of(exported, device_map={"": "cpu"})
-    assert network.runtime == "onednn"
-    assert torch.equal(answer(network), answer(network_of(exported, "onednn")))
+    assert network.runtime == "cpu"
+    assert torch.equal(answer(network), answer(network_of(exported, "cpu")))
 
 
 def test_the_config_is_light_to_import() -> None:

@@ -14,7 +14,7 @@ from dqtool import runtimes
 from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.nn.integer import runs_as
-from dqtool.runtimes import onednn
+from dqtool.runtimes import cpu
 
 
 def test_auto_says_what_it_takes(made: Path, capsys: pytest.CaptureFixture) -> None:
@@ -32,22 +32,22 @@ def test_auto_falls_back_and_says_why(
             monkeypatch.setattr(runtime.engine(), "available", lambda: "this is a test")
     network = dqtool.load(str(made / "exported"), "auto")
     said = capsys.readouterr().err
-    assert "not onednn, this is a test" in said
+    assert "not cpu, this is a test" in said
     assert "runtime: simulate" in said
     assert network(torch.randn(1, 1, 8, 8), 0).sample.shape == (1, 1, 8, 8)
 
 
 def test_a_runtime_that_cannot_run_here(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "available", lambda: "the processor lacks AVX2")
+    monkeypatch.setattr(cpu, "available", lambda: "the processor lacks AVX2")
     with pytest.raises(EnvironmentFault, match="lacks AVX2"):
-        dqtool.load(str(made / "exported"), "onednn")
+        dqtool.load(str(made / "exported"), "cpu")
 
 
 def test_processors_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert "AVX2" in (onednn.available() or "")
+    assert "AVX2" in (cpu.available() or "")
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert "aarch64" in (onednn.available() or "")
+    assert "aarch64" in (cpu.available() or "")
 
 
 def test_unknown_runtime(made: Path) -> None:
@@ -55,7 +55,7 @@ def test_unknown_runtime(made: Path) -> None:
         dqtool.load(str(made / "exported"), "onedn")
 
 
-@pytest.mark.parametrize("runtime", ["onednn", "simulate"])
+@pytest.mark.parametrize("runtime", ["cpu", "simulate"])
 def test_newer_format(chain: Path, runtime: str) -> None:
     manifest = next((chain / "exported").glob("dqtool.json"), None) or next((chain / "exported").glob("*.json"))
     note = json.loads(manifest.read_text())
@@ -85,8 +85,8 @@ def test_an_unsupported_layer_stays_float_and_is_named(made: Path, capsys: pytes
     layer.padding = "same"  # what a convolution with another padding mode looks like here
     x = torch.randn(1, 1, 8, 8)
     expected = network(x, 0).sample
-    engine = onednn.convert(network)
-    engine.runtime = "onednn"
+    engine = cpu.convert(network)
+    engine.runtime = "cpu"
     assert runtimes.integer_report(engine)["mid_block.resnets.0.conv1"] == "float"
     assert (engine(x, 0).sample - expected).norm() < 0.1 * expected.norm()
 
@@ -100,7 +100,7 @@ def test_the_manifest_tells_what_runs_in_integers() -> None:
 
 
 def test_reports_of_loaded_networks(made: Path) -> None:
-    network = dqtool.load(str(made / "exported"), "onednn")
+    network = dqtool.load(str(made / "exported"), "cpu")
     names = {layer["name"] for layer in open_artifact(made / "exported").manifest.layers}
     assert set(runtimes.integer_report(network)) == names
     assert runtimes.integer_report(dqtool.load(str(made / "exported"), "simulate")) == {}

@@ -16,7 +16,7 @@ import dqtool  # noqa: F401  (its hook waits for peft)
 from dqtool.errors import UsageError
 from dqtool.models.families import family_of
 from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.onednn import convert
+from dqtool.runtimes.cpu import convert
 
 pytest.importorskip("peft")
 

@@ -24,7 +24,7 @@ from dqtool.errors import DqtoolWarning
 from dqtool.graph.attention import is_attention
 from dqtool.models.families import family_of
 from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.onednn import convert
+from dqtool.runtimes.cpu import convert
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_a_runtime_is_compared_with_the_simulation_of_a_directory(made: Path, tm
     assert json.loads(Path(evaluate(same, QUIET)).read_text())["metrics"]["psnr"]["mean"] > 90
 
 
-@pytest.mark.parametrize("runtime", ["onednn", "auto", "magic"])
+@pytest.mark.parametrize("runtime", ["cpu", "auto", "magic"])
 def test_runtimes_are_for_exported_directories(made: Path, tmp_path: Path, runtime: str) -> None:
     for name in ("calibrated.safetensors", "distilled.safetensors"):
         options = EvalOptions(str(made / name), str(tmp_path / "e.json"), samples=2, runtime=runtime)

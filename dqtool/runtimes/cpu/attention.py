@@ -11,9 +11,9 @@ from torch.compiler import is_compiling
 from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.integer import IntegerAttention
-from dqtool.runtimes.onednn import library, ops
-from dqtool.runtimes.onednn.codes import Clock, Codes, Product
-from dqtool.runtimes.onednn.library import pointer
+from dqtool.runtimes.cpu import library, ops
+from dqtool.runtimes.cpu.codes import Clock, Codes, Product
+from dqtool.runtimes.cpu.library import pointer
 
 __all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare"]
 

@@ -1,4 +1,4 @@
-// Fused channels-last kernels of the `onednn` runtime: what PyTorch has no single operation for.
+// Fused channels-last kernels of the `cpu` runtime: what PyTorch has no single operation for.
 //
 // Plain C interface, raw pointers, no PyTorch headers: compiles in seconds and does not depend on PyTorch's ABI. Everything
 // element-wise is portable C++ that the compiler vectorises; the int8 products need AVX512-VNNI or AVX2 (`dq_features` tells).

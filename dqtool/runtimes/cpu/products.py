@@ -16,10 +16,10 @@ from torch.compiler import is_compiling
 
 from dqtool.core.allocator import FilePages
 from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
-from dqtool.runtimes.onednn import library, ops
-from dqtool.runtimes.onednn.codes import GEGLU, Clock, Codes, Product
-from dqtool.runtimes.onednn.layout import pack_weight, worth_winograd
-from dqtool.runtimes.onednn.library import pointer
+from dqtool.runtimes.cpu import library, ops
+from dqtool.runtimes.cpu.codes import GEGLU, Clock, Codes, Product
+from dqtool.runtimes.cpu.layout import pack_weight, worth_winograd
+from dqtool.runtimes.cpu.library import pointer
 
 __all__ = ["NativeProduct", "OnednnProduct", "merge", "saturates"]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dqtool.errors import EnvironmentFault
-from dqtool.runtimes.onednn import library
-from dqtool.runtimes.onednn.layout import PackedWeight, pack_weight, worth_winograd
-from dqtool.runtimes.onednn.library import pointer
+from dqtool.runtimes.cpu import library
+from dqtool.runtimes.cpu.layout import PackedWeight, pack_weight, worth_winograd
+from dqtool.runtimes.cpu.library import pointer
 
 __all__ = [
     "KERNEL_LAYOUT",

@@ -12,8 +12,8 @@ from torch.compiler import is_compiling
 
 from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.integer import IntegerLayer
-from dqtool.runtimes.onednn import library, ops
-from dqtool.runtimes.onednn.library import pointer
+from dqtool.runtimes.cpu import library, ops
+from dqtool.runtimes.cpu.library import pointer
 
 __all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
 

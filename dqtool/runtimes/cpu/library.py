@@ -157,7 +157,7 @@ def _compiled(compiler: str) -> Path:
     except OSError:  # a read-only cache: compile for this process alone
         folder = Path(scratch := tempfile.mkdtemp(prefix="dqtool-kernels-"))
         library = folder / name
-    report.say("onednn: compiling kernels for this machine (once)")
+    report.say("cpu: compiling kernels for this machine (once)")
     source, built = Path(scratch) / "all.cpp", Path(scratch) / name
     try:
         source.write_text(text, encoding="utf-8")

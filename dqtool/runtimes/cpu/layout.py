@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dqtool.runtimes.onednn import library
+from dqtool.runtimes.cpu import library
 
 __all__ = ["PackedWeight", "pack_weight", "worth_winograd"]
 

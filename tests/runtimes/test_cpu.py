@@ -1,4 +1,4 @@
-"""The onednn engine: the integers of the int64 reference, layer by layer, and the simulation's network end to end."""
+"""The cpu engine: the integers of the int64 reference, layer by layer, and the simulation's network end to end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import IntegerLayer, Operand, accumulate, integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.steps import StepIndex
-from dqtool.runtimes.onednn import codes, integer_report, library
-from dqtool.runtimes.onednn.attention import IntegerAttnProcessor
-from dqtool.runtimes.onednn.blocks import NormActProduct
-from dqtool.runtimes.onednn.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Clock, Product
-from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct, merge
+from dqtool.runtimes.cpu import codes, integer_report, library
+from dqtool.runtimes.cpu.attention import IntegerAttnProcessor
+from dqtool.runtimes.cpu.blocks import NormActProduct
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Clock, Product
+from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct, merge
 
 BITS = ("4/4", "6/6", "8/8")
 
@@ -40,7 +40,7 @@ def kernels() -> None:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, run: Run) -> dict[str, Path]:
     """Directories of the tiny model at each of `BITS`, quantizers initialised and not trained."""
-    work = tmp_path_factory.mktemp("onednn")
+    work = tmp_path_factory.mktemp("cpu")
     tiny_pipeline(work / "tiny", downsample_padding=0)
     commands = [("dilate", "tiny"), ("calibrate", "--steps", "4", "--samples", "16")]
     for bits in BITS:
@@ -95,7 +95,7 @@ def test_accumulators_equal_the_reference_in_every_layer_and_step(exported: dict
 
 @pytest.mark.parametrize("bits", BITS)
 def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, Path], bits: str) -> None:
-    simulated, engine = load(str(exported[bits]), "simulate"), load(str(exported[bits]), "onednn")
+    simulated, engine = load(str(exported[bits]), "simulate"), load(str(exported[bits]), "cpu")
     seen: dict[str, tuple] = {}
     for name, module in simulated.named_modules():
         module.register_forward_hook(
@@ -124,11 +124,11 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
 
 def test_steps_without_a_table_take_the_same_codes(exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of all steps' multipliers is kept for small layers only."""
-    from dqtool.runtimes.onednn import codes
+    from dqtool.runtimes.cpu import codes
 
-    engine = load(str(exported["4/4"]), "onednn")
+    engine = load(str(exported["4/4"]), "cpu")
     monkeypatch.setattr(codes, "TABLE", 0)
-    other = load(str(exported["4/4"]), "onednn")
+    other = load(str(exported["4/4"]), "cpu")
     layers = [m for m in other.modules() if isinstance(m, Product)]
     assert layers and all(layer._multipliers is None for layer in layers)
     for step in engine.timesteps.tolist():
@@ -138,7 +138,7 @@ def test_steps_without_a_table_take_the_same_codes(exported: dict[str, Path], mo
 
 @pytest.mark.parametrize("bits", BITS)
 def test_network_follows_the_simulation_at_any_batch_resolution_and_step(exported: dict[str, Path], bits: str) -> None:
-    simulated, engine = load(str(exported[bits]), "simulate"), load(str(exported[bits]), "onednn")
+    simulated, engine = load(str(exported[bits]), "simulate"), load(str(exported[bits]), "cpu")
     assert set(integer_report(engine).values()) == {"int8"} or not library.has_products()
     first = None
     for shape, step in (((1, 1, 8, 8), 0), ((3, 1, 8, 8), 1), ((2, 1, 12, 16), 2), ((1, 1, 8, 8), 0)):
@@ -158,7 +158,7 @@ def test_batch_of_mixed_steps_equals_its_samples_one_by_one(
 ) -> None:
     if not kernels:
         monkeypatch.setattr(library, "has_products", lambda: False)
-    engine = load(str(exported["4/4"]), "onednn")
+    engine = load(str(exported["4/4"]), "cpu")
     x, timesteps = torch.randn(3, 1, 8, 8), engine.timesteps[[2, 0, 2]]
     mixed = engine(x, timesteps, return_dict=False)[0]
     alone = torch.cat([engine(x[i : i + 1], timesteps[i]).sample for i in range(3)])
@@ -169,7 +169,7 @@ def test_batch_of_mixed_steps_equals_its_samples_one_by_one(
 def test_copies_and_pipelines(exported: dict[str, Path]) -> None:
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-    engine = load(str(exported["4/4"]), "onednn")
+    engine = load(str(exported["4/4"]), "cpu")
     x = torch.randn(1, 1, 8, 8)
     expected = engine(x, 0).sample
     twin = copy.deepcopy(engine)
@@ -183,7 +183,7 @@ def test_copies_and_pipelines(exported: dict[str, Path]) -> None:
 
 @needs_kernels
 def test_weights_are_read_at_their_first_use_and_their_pages_let_go(exported: dict[str, Path]) -> None:
-    engine = load(str(exported["4/4"]), "onednn")
+    engine = load(str(exported["4/4"]), "cpu")
     products = [module for module in engine.modules() if isinstance(module, NativeProduct)]
     assert products
     assert all(product.packed is None and product.pages is not None for product in products)
@@ -202,7 +202,7 @@ def test_without_a_compiler_the_same_numbers_and_a_warning(
     monkeypatch.setenv("DQTOOL_KERNELS", "0")
     library.has_products.cache_clear()
     try:
-        engine = load(str(exported["6/6"]), "onednn")
+        engine = load(str(exported["6/6"]), "cpu")
         assert "slower" in capsys.readouterr().err
         assert (engine(x, 0).sample - expected).norm() < 0.05 * expected.norm()
         kinds = integer_report(engine)
@@ -373,7 +373,7 @@ def test_attention_products_on_integers(bits: int, probs: int, queries: int, key
 @needs_kernels
 @pytest.mark.parametrize("norm_type", ["layer_norm", "ada_norm_zero"])
 def test_transformer_blocks_compute_what_the_simulation_does(norm_type: str) -> None:
-    from dqtool.runtimes.onednn import convert
+    from dqtool.runtimes.cpu import convert
 
     simulated = _transformer(norm_type)
     engine = convert(copy.deepcopy(simulated))
@@ -395,7 +395,7 @@ def test_transformer_blocks_compute_what_the_simulation_does(norm_type: str) -> 
 def test_transformers_on_images_compute_what_the_simulation_does(linear: bool) -> None:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    from dqtool.runtimes.onednn import convert
+    from dqtool.runtimes.cpu import convert
 
     class Root(nn.Module):
         def __init__(self) -> None:

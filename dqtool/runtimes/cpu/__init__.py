@@ -34,11 +34,11 @@ from dqtool.nn.layers import PackedLayer
 from dqtool.nn.packed_form import PACKED_FORM, cast_unquantized, keep_packed_form, packed_form
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
-from dqtool.runtimes.onednn import library
-from dqtool.runtimes.onednn.attention import IntegerAttnProcessor, SharedInput
-from dqtool.runtimes.onednn.blocks import fuse
-from dqtool.runtimes.onednn.codes import Clock, Product
-from dqtool.runtimes.onednn.products import NativeProduct, OnednnProduct, merge
+from dqtool.runtimes.cpu import library
+from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, SharedInput
+from dqtool.runtimes.cpu.blocks import fuse
+from dqtool.runtimes.cpu.codes import Clock, Product
+from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct, merge
 
 __all__ = ["available", "choose", "convert", "integer_report", "load", "simulated_again"]
 
@@ -66,7 +66,7 @@ def load(artifact: Artifact) -> nn.Module:
     reason = available()
     if reason is not None:
         raise EnvironmentFault(
-            f"The onednn runtime can't run here: {reason}", where="--runtime", fix="Use --runtime simulate or openvino"
+            f"The cpu runtime can't run here: {reason}", where="--runtime", fix="Use --runtime simulate or openvino"
         )
     manifest = artifact.manifest
     mapped = exported_tensors(artifact)
@@ -97,7 +97,7 @@ def convert(network: nn.Module) -> nn.Module:
     Its tensors keep their dtypes from then on, and stay on the CPU; `dtype` says what was asked for last.
     """
     if library.get() is None:
-        report.warn(f"onednn: its own kernels are missing, so it runs slower than it could: {library.problem()}")
+        report.warn(f"cpu: its own kernels are missing, so it runs slower than it could: {library.problem()}")
     keep_freed_memory()
     keep_packed_form(network)
     clock = Clock()
@@ -204,9 +204,7 @@ def integer_apply(network: Any, fn: Callable[[Tensor], Tensor], recurse: bool = 
     """
     probe = fn(torch.empty(0, dtype=_dtype(network)))
     if probe.device.type not in SERVED:
-        report.say(
-            f"runtime: simulate from here on: onednn computes on the CPU, and the network moves to {probe.device}"
-        )
+        report.say(f"runtime: simulate from here on: cpu computes on the CPU, and the network moves to {probe.device}")
         return simulated_again(network)._apply(fn, recurse)
 
     def keep(t: Tensor) -> Tensor:  # the kernels read float32 by address

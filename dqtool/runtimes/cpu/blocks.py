@@ -19,8 +19,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dqtool.nn.processors import runs_own, without_hook
-from dqtool.runtimes.onednn.attention import IntegerAttnProcessor, is_bare
-from dqtool.runtimes.onednn.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, Product
+from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, is_bare
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, Product
 
 __all__ = ["fuse"]
 
