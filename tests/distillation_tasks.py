@@ -1,4 +1,4 @@
-"""Fixtures of tests of training: a tiny task, made anew for each test."""
+"""Fixtures of training tests: a tiny distillation task, new for each test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Memory", "Silent", "base_task", "make_task", "prediction_error", "si
 
 
 class Memory:
-    """A block store in memory."""
+    """Block store in memory."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Mapping[str, Tensor]] = {}
@@ -32,7 +32,7 @@ class Memory:
 
 
 class Silent:
-    """A reporter that says nothing, and may stop the run after a number of iterations."""
+    """Reporter without output, which can interrupt the run after a number of iterations."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.left = stop_after
@@ -54,7 +54,7 @@ MakeTask = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def make_task(made: Path) -> MakeTask:
-    """`make_task(static=True, ...)`: options of `distill` as given, calibrated artifact as made."""
+    """Return the function `make_task(artifact, **options)`, which builds a task with these options of `distill`."""
     from dqtool.artifacts import open_artifact
     from dqtool.models.networks.loading import network_of
     from dqtool.models.networks.packed import layer_infos
@@ -99,7 +99,7 @@ def base_task(make_task: MakeTask) -> DistillationTask:
 
 @pytest.fixture
 def task(base_task: DistillationTask) -> DistillationTask:
-    """A 4/4 network with its quantizers set, its own copy."""
+    """Return a copy of a 4/4 network's task, with its quantizers initialised."""
     return copy.deepcopy(base_task)
 
 

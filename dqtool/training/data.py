@@ -1,4 +1,4 @@
-"""What a training method is given: the float network, the quantized one to train, and the trajectory to train it on."""
+"""Input of a training method: the float network, the quantized network to train, and the trajectory to train it on."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["Bars", "BlockStore", "DistillationTask", "Reporter", "Trajectory"]
 
 @dataclass
 class Trajectory:
-    """Points (x_t, t) of the reverse process: `x` `[N, C, H, W]`, `rows` `[N]` into `timesteps` `[T]`.
+    """Points (x_t, t) of the reverse process: `x` `[N, C, H, W]` and `rows` `[N]`, indices into `timesteps` `[T]`.
 
-    `conditions` are tables `[K, ...]` of which sample n has row `subjects[n]`.
+    `conditions` are tables `[K, ...]`; sample n has row `subjects[n]` of each.
     """
 
     x: Tensor
@@ -37,7 +37,7 @@ class Trajectory:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Trajectory:
-        """The one that a calibrated artifact holds."""
+        """Return the trajectory that a calibrated artifact holds."""
         conditions = {k.removeprefix("condition."): v for k, v in tensors.items() if k.startswith("condition.")}
         points, rows = tensors["trajectory.x"], tensors["trajectory.rows"]
         return cls(points, rows, tensors["timesteps"], conditions, tensors.get("trajectory.subjects"))
@@ -46,52 +46,57 @@ class Trajectory:
         return len(self.x)
 
     def arguments(self, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """`x`, timestep and conditions of the samples `rows` (a slice or an index tensor)."""
+        """Return `x`, timesteps and conditions of the samples `rows` (a slice or an index tensor)."""
         return self.x[rows], self.timesteps[self.rows[rows]], self.conditions_of(rows)
 
     def conditions_of(self, rows: Any) -> dict[str, Tensor]:
-        """The conditions of the samples `rows`."""
+        """Return the conditions of the samples `rows` (a slice or an index tensor)."""
         return {} if self.subjects is None else self.condition_rows(self.subjects[rows])
 
     def condition_rows(self, subjects: Tensor) -> dict[str, Tensor]:
-        """These rows of the conditions' tables."""
+        """Return the rows `subjects` of each table of conditions."""
         return {k: v[subjects] for k, v in self.conditions.items()}
 
     @property
     def null_subject(self) -> int:
-        """The last row of the tables, which stands for no condition where sampling is guided."""
+        """Index of the last row of the tables, which is the null condition of guided sampling."""
         return len(next(iter(self.conditions.values()))) - 1
 
     @property
     def null_conditions(self) -> dict[str, Tensor] | None:
-        """That row of each table, `[1, ...]`; None for an unconditional network."""
+        """Null condition, `[1, ...]` of each table; None for an unconditional network."""
         return {k: v[-1:] for k, v in self.conditions.items()} if self.conditions else None
 
     def draw_subjects(self, count: int, generator: torch.Generator, guided: bool) -> Tensor:
-        """Rows of the tables `[count]`, drawn as often as the trajectory has them; `guided`: without the null one."""
+        """Draw `count` rows of the tables with the frequencies of the trajectory; with `guided`, leave out the null
+        condition."""
         if self.subjects is None:
             return torch.zeros(count, dtype=torch.long)
         among = self.subjects[self.subjects != self.null_subject] if guided else self.subjects
         return among[torch.randint(len(among), (count,), generator=generator)]
 
     def step_mask(self, samples: Tensor) -> Tensor:
-        """Mask `[T]` of the steps that these samples are at."""
+        """Return the bool mask `[T]` of the steps of these samples."""
         mask = torch.zeros(len(self.timesteps), dtype=torch.bool)
         mask[self.rows[samples]] = True
         return mask
 
     def few_of_each_step(self, steps: int, per_step: int) -> tuple[Tensor, list[int]]:
-        """Return the indices of up to `per_step` samples at each of `steps` steps spread evenly, ordered by step, and how
-        many samples each of these steps has."""
-        present = self.rows.unique()  # some draws keep points of some steps only
+        """Return indices of up to `per_step` samples at each of `steps` evenly spread steps, and the number of samples
+        of each step.
+
+        The indices are ordered by step.
+        """
+        present = self.rows.unique()  # some draws keep points of a subset of the steps
         wanted = present[torch.linspace(0, len(present) - 1, min(steps, len(present))).round().long()]
         chosen = [(self.rows == step).nonzero()[:per_step, 0] for step in wanted.tolist()]
         return torch.cat(chosen), [len(part) for part in chosen]
 
     def subset(self, count: int, seed: int) -> Trajectory:
-        """`count` of the points, spread evenly over the steps and drawn at random within each, in their order.
+        """Return `count` of the points in their order, spread evenly over the steps and drawn at random within each
+        step.
 
-        A step that has fewer than its share gives all it has.
+        A step with fewer points than its share contributes all of them.
         """
         generator = torch.Generator().manual_seed(seed)
         steps = len(self.timesteps)
@@ -108,39 +113,42 @@ class Trajectory:
 
 
 class BlockStore(Protocol):
-    """Where finished blocks are kept, so that an interrupted run goes on from there."""
+    """Storage of finished blocks, from which an interrupted run continues."""
 
     def load(self, key: str) -> Mapping[str, Tensor] | None:
-        """What was saved under `key`."""
+        """Return the tensors saved under `key`, or None."""
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors."""
+        """Save tensors under `key`."""
 
 
 class Reporter(Protocol):
-    """Who is told how far training is (`dqtool.report.Progress`, say)."""
+    """Receiver of training progress (`dqtool.report.Progress`, for instance)."""
 
     def advance(self, n: int = 1, note: str | None = None) -> None:
-        """`n` more iterations are done."""
+        """Report `n` more finished iterations."""
 
     def skip(self, n: int = 1, note: str | None = None) -> None:
-        """`n` iterations were done by an earlier run."""
+        """Report `n` iterations that an earlier run finished."""
 
 
 Bars = Callable[[str, int], AbstractContextManager[Reporter]]
-"""Opens a bar: what is counted, and how many iterations there will be."""
+"""Function (label, number of iterations) that opens a progress bar."""
 
 
 @dataclass
 class DistillationTask:
-    """Everything a training method needs. `student` starts as the calibrated (PTQ) network and ends trained.
+    """Everything that a training method needs. `student` starts as the calibrated (PTQ) network and ends trained.
 
-    `only` names the blocks to train (None: all), `shifts` the producers that absorb learned shifts;
-    `checkpoint_seconds` is how often a method without finished blocks keeps its state in `store`, `cache_bytes` what the activations that blocks
-    read may take in memory, of the float and of the quantized network together, before they go to disk; `replay_batch` how many
-    samples run together where a block's inputs and outputs are computed, `network_batch` how many
-    where a whole network learns or samples (None: all there are). `strict` makes a divergence an error; otherwise `warnings`
-    collects sentences about what could not be trained.
+    Attributes:
+        only: names of the blocks to train; None trains all.
+        shifts: producers that absorb learned shifts.
+        checkpoint_seconds: interval at which a method without finished blocks saves its state in `store`.
+        cache_bytes: memory for the activations that blocks read, of both networks together; the rest goes to disk.
+        replay_batch: samples that run together where inputs and outputs of a block are computed.
+        network_batch: samples that run together where the whole network learns or samples; None runs all of them.
+        strict: a divergence raises an error.
+        warnings: receives a sentence about each part that could not be trained.
     """
 
     family: Family
@@ -163,26 +171,26 @@ class DistillationTask:
 
     @property
     def low_memory(self) -> bool:
-        """Whether few samples run together, and what isn't needed now should not be in memory."""
+        """True if memory is limited, so that tensors without an immediate use should be released."""
         return self.network_batch is not None
 
     def drop_teacher(self) -> None:
-        """The float network is not needed any more: let go of its weights."""
+        """Free the weights of the float network, which must not be used afterwards."""
         self.teacher.to("meta")
 
     def predict(self, model: nn.Module, samples: Any) -> Tensor:
-        """A network's prediction at trajectory points."""
+        """Return the prediction of `model` at the trajectory points `samples`."""
         x, timestep, conditions = self.trajectory.arguments(samples)
         return self.family.predict(model, x, timestep, conditions)
 
     def select_rows(self, samples: Any) -> None:
-        """Point the student's step tables at these samples' steps (when a block is called outside of the network)."""
+        """Select the student's step tables for these samples, before a block is called outside the network."""
         steps_of(self.student).select(self.trajectory.rows[samples])
 
     def merge_scaling(self) -> None:
-        """End the learning of scaling factors, if any: they become part of the network."""
+        """End the learning of scaling factors, if any, and merge the factors into the network."""
         merge_learned(self.student, self.shifts)
 
     def roles(self) -> Roles:
-        """Return the part that each layer plays."""
+        """Return the role of each layer."""
         return self.graph.roles

@@ -1,7 +1,8 @@
-"""Training on the student's own trajectory, with the teacher's answer there as the target.
+"""Training on the student's own trajectory, with the teacher's prediction as the target.
 
-What no block can see is where the errors of one step lead at the next: the quantized model drifts off the trajectory it
-was trained on. Here it samples, the teacher is asked at the points it visits, and all blocks learn that answer.
+Block-wise training can't see how the error of one step affects the next: the quantized model drifts off the trajectory
+that it was trained on. Here the student samples, the teacher predicts at the points that the student visits, and all
+blocks learn this prediction together.
 """
 
 from __future__ import annotations
@@ -35,15 +36,20 @@ from dqtool.training.tensor_store import TensorStore
 __all__ = ["centre_weights", "refine", "student_trajectory"]
 
 ITERATIONS_A_TRIM = 10
-"""Where memory is short: iterations after which what they freed goes back to the system. It costs as much as a tenth of
-an iteration."""
+"""Iterations between two returns of freed memory to the system in low-memory mode. A return costs up to a tenth of an
+iteration."""
 
 
 def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
-    """Train all blocks (or those that `task.only` names) together on the student's own trajectory, with the teacher's
-    answer there as the target. The state is kept in the store from time to time, and the trajectory when it is new; a later run goes on from them.
+    """Train all blocks (or those that `task.only` names) together on the student's own trajectory.
 
-    Returns `losses`, of every iteration, `seconds`, and how many of them went to sampling, `sampling_seconds`.
+    The state is saved in the store from time to time, and every new trajectory at once; a later run continues from
+    them.
+
+    Returns `losses` of all iterations, `seconds`, and `sampling_seconds`, the part spent on sampling.
+
+    Raises:
+        NumericError: training diverged and `task.strict` is set.
     """
     centre_weights(task.student)
     if task.only is None:
@@ -100,7 +106,7 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
             recovery = Recovery(optimizer, states, "all blocks", size, strict=task.strict, warnings=task.warnings)
         optimizer.step(own.step_mask(chosen), cosine(step, options.iters) * recovery.rate)
         if task.low_memory and step % ITERATIONS_A_TRIM == 0:
-            return_freed_memory()  # batches leave holes that the next ones do not fit in
+            return_freed_memory()  # freed tensors fragment the memory, and the next batches do not fit into the holes
         if not recovery.should_continue(losses[-1], step):
             break
         progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
@@ -120,17 +126,17 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
 
 
 def _error(task: DistillationTask, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
-    """The student's mean squared error at some of the points."""
+    """Return the student's mean squared error at the points `rows`."""
     predictions = task.family.predict(task.student, *points.arguments(rows))
     return F.mse_loss(predictions, targets[rows].to(predictions.device))
 
 
 def centre_weights(module: nn.Module) -> None:
-    """Move every weight to the centre of its code. The function stays what it is, bit for bit.
+    """Move every weight to the centre of its code. The network's function stays equal bit for bit.
 
-    Training leaves many weights beside a rounding threshold, where they have been going back and forth. With all of
-    them there, the first steps of another optimizer flip thousands of codes at once (one step of a thousandth of the
-    scale tripled the loss); from the centres only weights that are pushed consistently get to change.
+    Training leaves many weights close to a rounding threshold, which they kept crossing. From there, the first steps of
+    another optimizer would flip thousands of codes at once (one step of a thousandth of the scale tripled the loss).
+    From the centre, only weights with a consistent gradient change their code.
     """
     with torch.no_grad():
         for layer in module.modules():
@@ -139,9 +145,12 @@ def centre_weights(module: nn.Module) -> None:
 
 
 def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[Trajectory, Tensor]:
-    """Points that the student visits when it samples `images` new images (half as many with guidance, whose steps ask
-    twice), and the teacher's predictions there. Conditions are drawn from those of the calibration set. How many images
-    are sampled together changes neither the points nor their order."""
+    """Return the points that the student visits when it samples `images` images, and the teacher's predictions there.
+
+    With guidance half as many images are sampled, since each step evaluates the network twice. Conditions are drawn
+    from those of the calibration set. The number of images sampled together (`task.network_batch`) changes neither the
+    points nor their order. `salt` selects the noise.
+    """
     trajectory = task.trajectory
     seed = task.seed * 7919 + salt + 1_000_000
     guided = task.sampler.guidance > 1 and trajectory.null_conditions is not None
@@ -161,8 +170,12 @@ def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[
 def _visited(
     task: DistillationTask, subjects: Tensor, first: int, seed: int, guided: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sampling images `first` and on, one for each of `subjects`: the network's inputs, the teacher's answers, the rows of the
-    step tables and of the conditions, `[calls, inputs, ...]` each."""
+    """Sample one image for each of `subjects`, the first of which has index `first`, and record every call of the
+    network.
+
+    Returns the network's inputs, the teacher's predictions, and the rows of the step tables and of the conditions, each
+    `[calls, inputs, ...]`.
+    """
     trajectory = task.trajectory
     images = range(first, first + len(subjects))
     given = trajectory.condition_rows(subjects)

@@ -1,4 +1,4 @@
-"""The training recipe's numbers. They hold for every model: nothing here is tuned to one. No torch."""
+"""Default options of the training methods, the same for every model. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ __all__ = ["EXTRAPOLATING", "FINE", "BkdOptions", "OnPolicyOptions", "PerStepOpt
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates, each in the unit of what it moves.
+    """Learning rates, each in the unit of the parameter.
 
-    weight: of the layer's mean weight scale, per step; bias: of the root mean square of the layer's biases;
-    weight_scale, table_scale: relative; zero_point: codes.
+    Attributes:
+        weight: fraction of the layer's mean weight scale.
+        bias: fraction of the root mean square of the layer's biases.
+        weight_scale: relative, as is `table_scale`.
+        zero_point: fraction of a code.
     """
 
     weight: float = 0.05
@@ -23,12 +26,14 @@ class Rates:
 
 
 FINE = Rates(weight=0.004, bias=1e-3, weight_scale=1e-4, table_scale=1e-3, zero_point=1e-3)
-"""For the pass over all blocks. Faster ones undo what the blocks learned: with 0.05 for the weights the distance grew."""
+"""Rates of the pass over all blocks. Higher ones undo what the blocks learned: 0.05 for weights increased the distance.
+"""
 
 
 @dataclass(frozen=True)
 class OnPolicyOptions:
-    """`iters` of the whole network on its own trajectory; `images` are sampled anew every `refresh` iterations."""
+    """Options of training on the student's own trajectory: `images` are sampled anew every `refresh` of the `iters`
+    iterations."""
 
     iters: int = 600
     batch_size: int = 32
@@ -39,7 +44,7 @@ class OnPolicyOptions:
 
 @dataclass(frozen=True)
 class BkdOptions:
-    """Iterations: `iters` for each block, `refine_iters` for the pass over all blocks; 0 skips that part.
+    """Options of `bkd`: `iters` for each block and `refine_iters` for the pass over all blocks; 0 skips that part.
 
     `refine_images` are sampled anew every `refine_refresh` iterations.
     """
@@ -54,7 +59,7 @@ class BkdOptions:
     refine_refresh: int = 300
 
     def second_pass(self) -> OnPolicyOptions:
-        """That over all blocks, by itself."""
+        """Return the options of the pass over all blocks."""
         return OnPolicyOptions(
             self.refine_iters, self.refine_batch_size, self.refine_rates, self.refine_images, self.refine_refresh
         )
@@ -62,12 +67,19 @@ class BkdOptions:
 
 @dataclass(frozen=True)
 class RoundingOptions:
-    """Learned rounding, `iters` for each block. `round_rate`: Adam's rate for v; `penalty`: the regulariser's weight per
-    rounded weight, against the squared error summed over channels, in units of the output's mean square; `table_scale`:
-    relative rate of activation scales; `beta_start` to `beta_end` after `warm_up` of the iterations: its annealing.
+    """Options of learned rounding.
 
-    The sources take 20 000 iterations at a rate of 1e-3 (4e-5, absolute, for activation scales); with so many fewer the
-    rates must grow.
+    The sources take 20 000 iterations at a rate of 1e-3 (4e-5, absolute, for activation scales); so few iterations as
+    here need higher rates.
+
+    Attributes:
+        iters: iterations for each block.
+        round_rate: rate of v.
+        penalty: weight of the regulariser for each rounded weight, relative to the squared error summed over channels
+            and divided by the output's mean square.
+        table_scale: relative rate of activation scales.
+        beta_start: exponent of the regulariser after the warm-up; it falls to `beta_end`.
+        warm_up: share of the iterations without the regulariser.
     """
 
     iters: int = 300
@@ -82,15 +94,21 @@ class RoundingOptions:
 
 @dataclass(frozen=True)
 class PerStepOptions(RoundingOptions):
-    """Options of `per-step`: the share `rounding` of a block's `iters` trains its weights, the rest is divided evenly among
-    the steps (at least one iteration each)."""
+    """Options of `per-step`.
+
+    The share `rounding` of a block's `iters` trains its weights. The rest is divided evenly among the steps, with at
+    least one iteration each.
+    """
 
     rounding: float = 0.5
 
 
 EXTRAPOLATING = ("PNDMScheduler", "LMSDiscreteScheduler", "IPNDMScheduler")
-"""Schedulers of diffusers that take a step from the last four predictions at once (Adams-Bashforth), weighted by 55, -59,
-37 and -9 in 24: what all of them have in common passes as it is, what differs from one to the next comes out 3.7 times as large.
-Quantization's noise is of that kind. Measured with PLMS (`make table-samplers`), samples are nearer to the float network's
-without the second pass and the correction of predictions, which both bring a network's answer to such noise nearer to the float
-one's and so may pass more of it on."""
+"""Schedulers of diffusers that extrapolate from the last four predictions (Adams-Bashforth, weights 55, -59, 37 and -9
+over 24).
+
+The common part of the four predictions passes unchanged; differences between them are amplified 3.7 times. Quantization
+noise differs from step to step. With PLMS (`make table-samplers`), samples are measurably closer to the float network's
+without the second pass and without the correction of predictions: both bring a network's answer to such noise closer to
+the float network's and may pass more of the noise on.
+"""

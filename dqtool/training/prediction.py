@@ -1,8 +1,9 @@
-"""What a trained network's predictions still lack, step by step, fitted while it samples and from then on part of it.
+"""Correction of the errors that remain in a trained network's predictions, fitted step by step while the network
+samples.
 
-The float network is asked at the points that the quantized one visits, each step corrected before the next is fitted. By
-squared error alone training ends with predictions a little too small, their detail most of all, which no further pass on
-that error undoes.
+The float network is evaluated at the points that the quantized network visits, and each step is corrected before the
+next one is fitted. Training by squared error ends with predictions that are slightly too small, in their fine detail
+most of all; more training on the same error does not change that.
 """
 
 from __future__ import annotations
@@ -31,40 +32,47 @@ DAMPING = 0.1
 """Share of the error's power that is added to the products, see `fit_tables`."""
 
 SEED_STRIDE, SEED_OFFSET = 7919, 2_000_000
-"""Of the images it is fitted on: neither calibration's nor those that `on_policy` samples."""
+"""Seeds of the images used for the fit; they differ from the seeds of calibration and of `on_policy`."""
 
 
 @dataclass(frozen=True)
 class StepTables(StepNoise):
-    """What was found at one step, and what undoes it: a row of each table by name, `[C]`."""
+    """Error found at one step, and the table rows `[C]` that correct it, by name."""
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     def corrected(self, prediction: Tensor, inputs: Tensor) -> Tensor:
-        """What the network will return once it has these rows."""
+        """Return the prediction that the network will make with these rows."""
         along = (1, -1, *[1] * (prediction.dim() - 2))
         return corrected(prediction, inputs, {name: row.to(prediction).view(along) for name, row in self.rows.items()})
 
 
 def fit_step(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> StepTables:
-    """A step's error and its tables, see `fit_tables`. As it will be shipped: the sampler's own noise is left alone."""
+    """Return a step's error and its tables, see `fit_tables`. The sampler's own noise is not changed."""
     found = fit_noise(quantized, exact)
     rows = fit_tables(quantized, exact, inputs, of_images)
     return StepTables(found.slope, found.bias, 0.0, found.correlation, rows)
 
 
 def fit_tables(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> dict[str, Tensor]:
-    """The rows, `[C]` each, that take out of `quantized` what of its error is correlated with `exact`, and of images also with
-    the detail of `exact`, with `inputs` and with their detail. One number serves all channels, but for `bias`.
+    """Return the rows, `[C]` each, that remove the predictable part of the error of `quantized`.
 
-    With the terms q of the quantized prediction and e of the exact one (the inputs' are the same), the factors w solve
-    `<e, exact - quantized - w q> = 0`: instrumental variables, where least squares on q would make predictions smaller.
-    Of one term that is PTQD's `1 / (1 + k)`. A tenth of the power of `q - e` is added to the products, which counts only where
-    there is more noise than prediction. Where less than `LEAST_FACTOR` is left of any combination of the terms there is
-    nothing to scale back: then the prediction gets one factor for the whole, as if that much were left of it.
+    The error is corrected as far as it correlates with `exact` and, for images, with the detail of `exact`, with
+    `inputs` and with the detail of `inputs`. All channels share one factor; `bias` has one value for each channel.
+
+    Let q be the terms of the quantized prediction and e those of the exact one (the terms of the inputs are equal). The
+    factors w solve `<e, exact - quantized - w q> = 0`. This is an instrumental-variables estimate; least squares on q
+    would make predictions smaller. With one term it equals PTQD's `1 / (1 + k)`. A tenth of the power of `q - e` is
+    added to the products, which matters only where the noise exceeds the prediction.
+
+    If some combination of the terms keeps less than `LEAST_FACTOR` of its power, the factors are unreliable. The
+    prediction then gets a single factor, limited to that of `LEAST_FACTOR`.
 
     Args:
-        quantized: `[N, C, ...]`, as are `exact` and `inputs`.
+        quantized: predictions of the quantized network, `[N, C, ...]`.
+        exact: predictions of the float network, of the same shape.
+        inputs: the network's inputs, of the same shape.
+        of_images: the samples have two spatial dimensions.
     """
     names = ("scale", "input", "detail", "input_detail") if of_images else ("scale",)
     inputs = same_channels(inputs, exact.shape[1]) if of_images else inputs
@@ -94,8 +102,11 @@ def fit_tables(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool
 
 
 def least_kept(powers: Tensor, products: Tensor) -> float:
-    """Of all combinations of the exact terms, how much the quantized prediction keeps of the one of which it keeps least: 1 of
-    every one where nothing was lost. `powers` `<e, e>` and `products` `<e, q>`, `[K, K]`."""
+    """Return the smallest share that the quantized prediction keeps of any combination of the exact terms; 1 without
+    loss.
+
+    `powers` is `<e, e>` and `products` is `<e, q>`, both `[K, K]`.
+    """
     values, vectors = torch.linalg.eigh(powers)
     there = values > 1e-9 * values.max()
     if not bool(there.any()):
@@ -108,12 +119,13 @@ def least_kept(powers: Tensor, products: Tensor) -> float:
 def correct_predictions(
     task: DistillationTask, config: Mapping[str, Any], images: int, progress: Reporter
 ) -> dict[str, Any]:
-    """Fit and attach the prediction tables of the student, of this model config, from `images` images (half as many with
-    guidance, whose steps ask twice).
+    """Fit the prediction tables of the student on `images` images and attach them to it.
 
-    Returns `prediction_slope` and `prediction_bias`, what was found and is taken out: the mean over the steps of the
-    slope's error, and the root mean square of the biases. Of images also `prediction_detail`, the mean of the factor by
-    which detail is raised.
+    With guidance half as many images are sampled, since each step evaluates the network twice. `config` is the model's.
+
+    Returns the error that was found and corrected: `prediction_slope`, the mean of the slope's error over the steps,
+    and `prediction_bias`, the root mean square of the biases; for images also `prediction_detail`, the mean factor of
+    detail.
     """
     family = task.family if task.network_batch is None else in_parts(task.family, task.network_batch)
     sampler, trajectory = task.sampler, task.trajectory
@@ -150,7 +162,7 @@ def correct_predictions(
 
 
 def in_parts(family: Family, size: int) -> Family:
-    """The same family, whose predictions are made for `size` samples at a time."""
+    """Return a copy of the family that predicts `size` samples at a time."""
     parts = copy.copy(family)
 
     def predict(model: nn.Module, x: Tensor, timestep: Tensor, conditions: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a block learns the rounding of its weights together with the scales of its activations."""
+"""Learner of a block's rounding together with the scales of its activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["RoundingLearner", "activation_scales", "learn_scales"]
 
 
 class RoundingLearner(Learner):
-    """Of `block`, the `layers`: their rounding and, with `scales`, the scales of all activations in it, at once."""
+    """Trains the rounding of `layers` and, with `scales`, the scales of all activations in `block` at the same time."""
 
     def __init__(
         self,
@@ -44,30 +44,30 @@ class RoundingLearner(Learner):
         super().__init__(task, optimizer, options.iters if optimizer.parameters else 0, options.batch_size)
 
     def rate_factor(self, step: int) -> float:
-        """Falling, but not to zero: the rounding is decided at the end of the annealing."""
+        """Return the cosine factor, which falls to 0.1 only, since the end of the annealing decides the rounding."""
         return cosine(step, self.iters, floor=0.1)
 
     def objective(self, loss: Tensor, step: int) -> Tensor:
-        """The error, summed over channels and in units of the output's mean square, and once it has begun the
-        regulariser, a sum over weights."""
+        """Return the relative error summed over channels plus, after the warm-up, the regulariser summed over weights."""
         beta = self.annealing.beta(step, self.rounding_iters) if self.roundings else None
         error = loss * self.unit
         return error if beta is None else error + self.options.penalty * rounding_penalty(self.roundings, beta)
 
     def finish(self) -> None:
-        """Rounding becomes hard."""
+        """Round every weight to one of its two codes."""
         super().finish()
         merge_adapters(self.block)
 
 
 def learn_scales(layers: Sequence[FakeQuantLayer], operands_of: nn.Module | None = None) -> None:
-    """Let gradients reach the activation scales of these layers, and of the attention operands in a module."""
+    """Enable gradients of the activation scales of these layers and of the attention operands in `operands_of`."""
     for scale in activation_scales(layers, operands_of):
         scale.requires_grad_(True)
 
 
 def activation_scales(layers: Sequence[FakeQuantLayer], operands_of: nn.Module | None = None) -> list[nn.Parameter]:
-    """Those scales; none where activations stay float."""
+    """Return the activation scales of these layers and of the attention operands in `operands_of`; float activations
+    have none."""
     found = [layer.input_scale for layer in layers]
     for module in () if operands_of is None else operands_of.modules():
         found += [getattr(module, f"{name}_scale", None) for name in OPERANDS]

@@ -1,7 +1,8 @@
-"""Learned rounding (AdaRound, arXiv 2004.10568; in blocks BRECQ, arXiv 2102.05426): up or down, for each weight.
+"""Learned rounding (AdaRound, arXiv 2004.10568; for blocks BRECQ, arXiv 2102.05426): each weight is rounded up or down.
 
-The scales and zero points of the weights stay as they are. While it learns, a weight lies between its two neighbouring
-codes, at `floor(W/Δ) + h(v)` with the rectified sigmoid h; a regulariser drives h to 0 or 1, and at the end it is one of them.
+Scales and zero points of the weights stay fixed. During training a weight lies between its two neighbouring codes, at
+`floor(W/Δ) + h(v)` with the rectified sigmoid h. A regulariser drives h to 0 or 1, and the final weight has one of the
+two.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from dqtool.nn.layers import FakeQuantLayer, WeightAdapter
 __all__ = ["Annealing", "SoftRounding", "float_activations", "learn_rounding", "merge_adapters", "rounding_penalty"]
 
 ZETA, GAMMA = 1.1, -0.1
-"""The rectified sigmoid is stretched to [GAMMA, ZETA] and clipped to [0, 1]."""
+"""Bounds of the stretched sigmoid, which is then clipped to [0, 1]."""
 
 
 class SoftRounding(WeightAdapter):
-    """`v`, shaped like the weight; positive rounds up. At first h(v) is the weight's own fraction: nothing is changed."""
+    """Learned rounding of one weight: `v` has the weight's shape, and a positive value rounds up.
+
+    At first h(v) is the fraction of the weight between its codes, so that the weight is unchanged.
+    """
 
     base: Tensor
 
@@ -37,15 +41,15 @@ class SoftRounding(WeightAdapter):
         self.v = nn.Parameter(-((ZETA - GAMMA) / (rest - GAMMA) - 1).log())
 
     def up(self) -> Tensor:
-        """h(v): how far each weight is on its way from the code below to the one above, in [0, 1]."""
+        """Return h(v) in [0, 1]: 0 is the code below each weight and 1 the code above it."""
         return (self.v.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def quantized_weight(self, layer: FakeQuantLayer) -> Tensor:
-        """The weight between its codes."""
+        """Return the weight between its two codes."""
         return self._dequantized(layer, self.base + self.up())
 
     def merge(self, layer: FakeQuantLayer) -> None:
-        """The weight becomes the centre of the code it was rounded to."""
+        """Set the weight to the centre of the code that it is rounded to, and remove the adapter."""
         with torch.no_grad():
             layer.weight.copy_(self._dequantized(layer, self.base + (self.v >= 0)))
         layer.adapter = None
@@ -61,14 +65,15 @@ class SoftRounding(WeightAdapter):
 
 @dataclass(frozen=True)
 class Annealing:
-    """The regulariser's course: nothing for the first `warm_up` of the iterations, then beta from `start` to `end`."""
+    """Schedule of the regulariser: off for the first `warm_up` share of the iterations, then beta from `start` to
+    `end`."""
 
     warm_up: float = 0.2
     start: float = 20.0
     end: float = 2.0
 
     def beta(self, step: int, total: int) -> float | None:
-        """The exponent at this iteration; None while warming up."""
+        """Return the exponent at this iteration; None during the warm-up."""
         first = self.warm_up * total
         if step < first:
             return None
@@ -76,7 +81,7 @@ class Annealing:
 
 
 def learn_rounding(layers: Iterable[FakeQuantLayer]) -> list[SoftRounding]:
-    """Make the rounding of these layers' weights learnable, where they are quantized."""
+    """Attach learned rounding to the layers with a quantized weight and return it."""
     found = []
     for layer in layers:
         if layer.weight_scale is not None:
@@ -86,12 +91,12 @@ def learn_rounding(layers: Iterable[FakeQuantLayer]) -> list[SoftRounding]:
 
 
 def rounding_penalty(roundings: Iterable[SoftRounding], beta: float) -> Tensor:
-    """Σ 1 − |2 h(v) − 1|^β over all weights."""
+    """Return Σ 1 − |2 h(v) − 1|^β over all weights."""
     return torch.stack([(1 - (2 * each.up() - 1).abs().pow(beta)).sum() for each in roundings]).sum()
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Put what adapters inside `module` learned into the weights."""
+    """Merge every adapter inside `module` into its weight."""
     for layer in list(module.modules()):
         if isinstance(layer, FakeQuantLayer) and layer.adapter is not None:
             layer.adapter.merge(layer)
@@ -99,7 +104,7 @@ def merge_adapters(module: nn.Module) -> None:
 
 @contextmanager
 def float_activations(module: nn.Module) -> Iterator[None]:
-    """Inside, activations and attention operands of `module` are not quantized."""
+    """Leave the activations and attention operands of `module` unquantized inside the context."""
     taken: list[tuple[nn.Module, str, nn.Parameter]] = []
     for each in module.modules():
         for name in ("input", *OPERANDS):
@@ -116,4 +121,5 @@ def float_activations(module: nn.Module) -> Iterator[None]:
 
 
 def _rows(per_channel: Tensor, weight: Tensor) -> Tensor:
+    """Return per-channel values in a shape that broadcasts against `weight`."""
     return per_channel.detach().view(-1, *(1,) * (weight.dim() - 1))

@@ -1,4 +1,4 @@
-"""Gradients of a batch in parts are the batch's, and training in little memory is the same training."""
+"""Gradients accumulated over parts equal those of the batch; training with little memory gives the same result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_how_many_sample_together_changes_neither_points_nor_their_order(
 ) -> None:
     sampler = replace(task.sampler, guidance=guidance)
     asked = torch.tensor([0, 1, 2, 3]).repeat(len(task.trajectory))[: len(task.trajectory)]
-    # The tiny network takes no condition: what is looked at is which one belongs to which point.
+    # The tiny network ignores conditions; the test checks only which condition belongs to which point.
     trajectory = replace(task.trajectory, conditions={"label": torch.arange(4.0)[:, None]}, subjects=asked)
     family = Unconditional(task.family)
     whole = replace(task, trajectory=trajectory, sampler=replace(sampler, family=family), family=family)
@@ -65,7 +65,7 @@ def test_how_many_sample_together_changes_neither_points_nor_their_order(
 
 
 class Unconditional:
-    """A family that hears of conditions and does not use them."""
+    """Family that receives conditions and ignores them."""
 
     def __init__(self, family: Any) -> None:
         self.family = family
@@ -82,9 +82,9 @@ def test_the_pass_over_all_blocks_in_parts_is_the_same_pass(task: DistillationTa
     whole, parts = copy.deepcopy(task), replace(copy.deepcopy(task), network_batch=2)
     expected, got = refine(whole, options, silent)["losses"], refine(parts, options, silent)["losses"]
     assert got[0] == pytest.approx(expected[0], rel=1e-4)
-    # Weights start at the centres of their codes, where a scale's gradient is 0: its first step goes where rounding says.
+    # Weights start at the centres of their codes, where a scale's gradient is 0 and float rounding decides its sign.
     assert got == pytest.approx(expected, rel=0.25)
-    # Short of memory, the float network goes once it has answered for the last time.
+    # With little memory the float network is dropped after its last prediction.
     assert all(p.is_meta for p in parts.teacher.parameters())
     assert not any(p.is_meta for p in whole.teacher.parameters())
 

@@ -1,4 +1,4 @@
-"""Distillation lowers every block's loss, is reproducible, and goes on where it was interrupted."""
+"""Distillation lowers every block's loss, is reproducible and resumes after an interruption."""
 
 from __future__ import annotations
 

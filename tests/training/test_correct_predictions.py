@@ -1,4 +1,5 @@
-"""Correcting predictions after training: what is fitted vanishes, whatever runs together; off where it would mean nothing."""
+"""Correction of predictions: the fitted error vanishes for any batch size, and the correction is off where it has no
+meaning."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from dqtool.training.prediction import SEED_OFFSET, correct_predictions, fit_tab
 
 
 def errors(task: DistillationTask, images: int) -> list[tuple[float, float]]:
-    """|slope| and |bias| of every step while the student samples the images that the tables are fitted on."""
+    """Return |slope| and |bias| of every step, on the images that the tables are fitted on."""
     found: list[tuple[float, float]] = []
 
     def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
@@ -55,7 +56,7 @@ def inputs(exact: Tensor) -> Tensor:
 
 
 def left(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool = True) -> Tensor:
-    """What is wrong after correction."""
+    """Return the error that remains after correction."""
     rows = {n: row.view(1, -1, 1, 1) for n, row in fit_tables(quantized, exact, inputs, of_images).items()}
     return corrected(quantized, inputs, rows) - exact
 
@@ -68,7 +69,7 @@ def test_what_was_lost_of_prediction_detail_and_input_is_found(exact: Tensor, in
     for term in (exact, detail(exact), inputs, detail(inputs)):
         assert abs(float((after * term).mean() / term.square().mean())) < 0.02
         assert abs(float(((lost + rest - exact) * term).mean() / term.square().mean())) > 0.05
-    assert float(after.std()) < 1.6 * float(rest.std())  # raising what was lost raises noise with it
+    assert float(after.std()) < 1.6 * float(rest.std())  # scaling up the lost part scales up its noise
 
 
 def test_of_tokens_and_without_noise_the_factor_is_that_of_ptqd(exact: Tensor, inputs: Tensor) -> None:
@@ -102,7 +103,7 @@ def test_an_exact_prediction_is_left_alone(exact: Tensor, inputs: Tensor) -> Non
 
 
 def test_noise_is_not_raised_where_the_input_says_it_all(exact: Tensor) -> None:
-    """Early steps of networks that predict noise: the prediction is the input."""
+    """In the first steps of a network that predicts noise, the prediction equals the input."""
     rest = 0.3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(7))
     after = left(exact + rest, exact, exact)
     assert float(after.square().mean()) < 1.01 * float(rest.square().mean())
@@ -199,7 +200,7 @@ def test_exports_hold_the_tables_and_every_runtime_reads_them(
     def tripled(task: DistillationTask, _config: Any, _images: int, _progress: Any) -> dict[str, Any]:
         rows = torch.ones(len(task.trajectory.timesteps), 1, 1, 1)
         factors = {"scale": 3 * rows, "bias": rows, "detail": rows, "input": 0.5 * rows, "input_detail": -rows}
-        attach_prediction(task.student, factors)  # far from what a rounding tie could do
+        attach_prediction(task.student, factors)  # much larger than the effect of a rounding tie
         return {}
 
     monkeypatch.setattr(dqtool.training.prediction, "correct_predictions", tripled)

@@ -1,4 +1,5 @@
-"""Weights quantized once for a batch in parts: the same predictions bit for bit, the same gradients up to rounding."""
+"""Weights quantized once for all parts of a batch give the same predictions bit for bit and equal gradients up to
+rounding."""
 
 from __future__ import annotations
 
@@ -63,4 +64,4 @@ def test_weights_are_quantized_twice_whatever_the_number_of_parts(
     optimizer.zero_grad()
     with held_weights(task.student):
         accumulate_gradients(lambda part: task.predict(task.student, part).square().mean(), torch.arange(8), 2)
-    assert calls["plain"] == len(layers)  # for the gradient; the codes were made by themselves
+    assert calls["plain"] == len(layers)  # once for the gradient; the codes are made by another function

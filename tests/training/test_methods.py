@@ -1,4 +1,4 @@
-"""Every training method: chosen by name, lowers its loss, ships what it trained, and goes on where it was interrupted."""
+"""Every training method is chosen by name, lowers its loss, exports what it trained and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FEW = {
     "lora-qat": {"iters": 12, "batch_size": 8},
     "qat-partial": {"iters": 8, "temporal_iters": 4, "batch_size": 8},
 }
-"""Options for a run of seconds."""
+"""Options for a run of a few seconds."""
 TRAINED = sorted(FEW)
 MIB = 2**20
 
@@ -120,7 +120,7 @@ def test_losses_are_recorded_and_what_ships_is_what_was_trained(
 
 
 def first_blocks(task: DistillationTask) -> list[str]:
-    """A few blocks, among them one with a projection of the time embedding and one with attention."""
+    """Return the first blocks, among them one with a projection of the time embedding and one with attention."""
     names = [info.name for info in task.trace.blocks]
     return names[: next(i for i, name in enumerate(names) if "attentions" in name) + 1]
 
@@ -154,7 +154,7 @@ def test_the_stage_trains_packs_and_says_what_it_cost(chain: Path, name: str, mo
     held = 96 * MIB
 
     def train_and_hold(*arguments: Any) -> dict[str, Any]:
-        # The tiny model fits into what this process has held before and the level counts; a mapping of its own does not.
+        # The tiny model fits into memory that the process already holds, so only a large new tensor raises the peak.
         hold = torch.ones(held, dtype=torch.uint8)
         metrics = method.train(*arguments)
         del hold
@@ -164,7 +164,7 @@ def test_the_stage_trains_packs_and_says_what_it_cost(chain: Path, name: str, mo
     given = DistillOptions(
         str(chain / "calibrated.safetensors"), str(chain / "m.safetensors"), method=name, iters=4, train_samples=8
     )
-    gc.collect()  # garbage of other tests that goes after the level was read would make up for it
+    gc.collect()  # garbage of other tests, freed after the level is read, would hide the new tensor
     artifact = open_artifact(distill(given, Common(quiet=True)))
     metrics = artifact.manifest.metrics
     assert artifact.manifest.parameters["train_samples"] == 8

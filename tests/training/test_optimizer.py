@@ -1,4 +1,4 @@
-"""Adam over step tables: absent steps stand still, with their momentum."""
+"""Adam over step tables: rows of absent steps and their moments do not change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(layer: nn.Module, optimizer: QuantAdam, rows: list[int]) -> None:
 def test_absent_steps_are_left_untouched_bitwise() -> None:
     layer = quantized_conv()
     optimizer = QuantAdam(layer, Rates())
-    run(layer, optimizer, [0, 1, 2, 3, 4, 5])  # everybody has momentum now
+    run(layer, optimizer, [0, 1, 2, 3, 4, 5])  # every step has momentum now
     before = layer.input_scale.detach().clone(), layer.input_zero_point.detach().clone()
     run(layer, optimizer, [1, 4, 4])
     for old, new in zip(before, (layer.input_scale, layer.input_zero_point), strict=True):

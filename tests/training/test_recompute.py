@@ -1,4 +1,4 @@
-"""Recomputing blocks changes what is kept for the backward pass, and nothing of what comes out of it but the order of sums."""
+"""Recomputed blocks keep less for the backward pass, and their gradients are equal up to the order of sums."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_gradients_are_the_same_and_less_is_kept(task: DistillationTask) -> None
     recomputed, little = gradients(True)
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
-        # Where several blocks read one tensor, what they pass back to it is added in another order.
+        # Gradients of a tensor that several blocks read are added in another order.
         limit = 1e-3 * float(gradient.norm()) + 1e-8
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=limit, msg=name)
     assert little < much / 2

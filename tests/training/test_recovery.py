@@ -1,4 +1,4 @@
-"""Recovery from divergence: a block goes back, retries at a lower rate, and at last stays as calibrated."""
+"""Recovery from divergence: a block returns to its best state, retries at a lower rate and finally stays as calibrated."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_block_that_always_diverges_stays_as_calibrated(task: DistillationTask
     again: list[str] = task.warnings[:]
     task.warnings.clear()
     distill_blocks(task, BkdOptions(iters=60, batch_size=4, rates=WILD), silent)
-    assert task.warnings == again  # a resumed run knows of them
+    assert task.warnings == again  # a resumed run repeats the warnings
 
 
 def test_strict_makes_it_an_error(task: DistillationTask, silent: Silent) -> None:
@@ -107,7 +107,7 @@ def test_a_rising_loss_is_a_divergence_only_above_the_target(task: DistillationT
     for step in range(20):
         assert recovery.should_continue(1e-6, step)
     for step in range(20):
-        assert recovery.should_continue(1e-3, step)  # a thousand times more, and still a small error
+        assert recovery.should_continue(1e-3, step)  # a thousand times higher, and still below the target's power
     assert recovery.rate == 1.0
     for step in range(20):
         assert recovery.should_continue(2.0, step)

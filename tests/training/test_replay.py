@@ -1,4 +1,4 @@
-"""Block-by-block execution gives the same inputs and outputs as running the whole network."""
+"""Block-by-block execution gives the same inputs and outputs as a run of the whole network."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_replayed_blocks_equal_the_whole_network(replay: Replay) -> None:
         outputs = replay.outputs(index, given)
         torch.testing.assert_close(outputs, direct[block.name], rtol=1e-4, atol=1e-5)
         replay.advance(index, outputs, given)
-    assert "forward" not in model.conv_in.__dict__  # the network is itself again
+    assert "forward" not in model.conv_in.__dict__  # the network is restored
 
 
 def test_no_block_runs_twice_to_feed_another(replay: Replay) -> None:

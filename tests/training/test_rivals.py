@@ -1,4 +1,4 @@
-"""What defines each method that DilateQuant is compared with."""
+"""Defining properties of each method that DilateQuant is compared with."""
 
 from __future__ import annotations
 
@@ -147,11 +147,11 @@ def test_a_per_step_set_of_one_step_is_the_static_one(
 
 def test_per_step_scales_come_from_their_own_step_alone(task: DistillationTask, silent: Any) -> None:
     other = copy.deepcopy(task)
-    keep = task.trajectory.rows != 3  # another picture of the last step
+    keep = task.trajectory.rows != 3  # other samples of the last step
     other.trajectory.x = torch.where(keep.view(-1, 1, 1, 1), task.trajectory.x, task.trajectory.x * 1.5)
     for each in (task, other):
         each.only = ["conv_in"]
-        each.student.get_submodule("conv_in").weight_scale = None  # weights stay as they are: only scales learn
+        each.student.get_submodule("conv_in").weight_scale = None  # float weights: only activation scales learn
         train("per-step", each, silent.bars, iters=8, rounding=0.0)
     a, b = (each.student.get_submodule("conv_in").input_scale.detach() for each in (task, other))
     assert torch.equal(a[:3], b[:3])
@@ -162,7 +162,7 @@ def test_per_step_scales_come_from_their_own_step_alone(task: DistillationTask, 
     "given", [{"bits": "4/16"}, {"preset": "nonstandard"}, {"keep": ("conv_in=16/8",)}, {"keep": ("conv_in=16/16",)}]
 )
 def test_per_step_passes_where_there_is_nothing_to_learn(make_task: Any, silent: Any, given: dict[str, Any]) -> None:
-    """Float activations everywhere; and blocks of float weights, of both, beside others that learn."""
+    """Float activations everywhere, and blocks with float weights, float inputs or both next to blocks that learn."""
     losses = train("per-step", make_task(**given), silent.bars, iters=8)["block_loss"]
     assert bool(losses["conv_in"]) == (given.get("keep") != ("conv_in=16/16",))
     assert losses["mid_block.resnets.0"]

@@ -1,4 +1,4 @@
-"""AdaRound's weights stay between their neighbouring codes; the regulariser decides between the two."""
+"""AdaRound's weights stay between their neighbouring codes, and the regulariser decides between the two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dqtool.training.rounding import (
 
 
 def floor_codes(layer: FakeQuantLayer) -> torch.Tensor:
-    """The code below each weight, as far as the grid goes."""
+    """Return the code below each weight, clipped to the grid."""
     shape = (-1, *(1,) * (layer.weight.dim() - 1))
     zero = layer.weight_zero_point.view(shape).round()
     floor = (layer.weight / layer.weight_scale.view(shape)).floor()
@@ -34,7 +34,7 @@ def floor_codes(layer: FakeQuantLayer) -> torch.Tensor:
 
 def test_no_weight_moves_by_more_than_one_step(task: DistillationTask, silent: Any) -> None:
     before = quant_layers(copy.deepcopy(task.student))
-    # Rates at which, unhindered, weights would go far.
+    # A rate at which unbounded weights would move far.
     method = METHODS["adaround"]
     method.train(task, replace(method.options(), iters=10, batch_size=8, round_rate=3.0), silent.bars)
     moved = 0

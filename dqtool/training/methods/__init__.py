@@ -1,7 +1,7 @@
-"""Training methods, one file each: what `distill --method` offers. No torch until one of them trains.
+"""Training methods of `distill --method`, one file each. torch is imported only when a method trains.
 
-A method is a module of this package with a `METHOD`. Its `train(task, options, bars)` changes `task.student` in
-place and returns metrics; what they all share is beside this package (`block_loop.py`, `network_loop.py`).
+A method is a module of this package with a constant `METHOD`. Its `train(task, options, bars)` changes `task.student`
+in place and returns metrics. Code that methods share is in `dqtool.training` (`block_loop.py`, `network_loop.py`).
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ __all__ = ["METHODS", "Method", "method_of", "method_options"]
 
 
 def _as_given(options: Any, _given: Mapping[str, Any]) -> Any:
+    """Return the options unchanged."""
     return options
 
 
 @dataclass(frozen=True)
 class Method:
-    """A training method.
+    """Training method.
 
     Attributes:
-        options: a frozen dataclass whose defaults hold for every model; all of it goes into the manifest.
-        train: see above.
-        derive: called as `derive(options, given)`, returns the options that follow from those the user gave.
-        by_blocks: blocks are trained one after another, so that some of them can be left out.
-        work: called as `work(options, blocks)`, returns the iterations in words.
+        summary: one line for help and plans.
+        options: frozen dataclass whose defaults hold for every model; the manifest records all of it.
+        train: function (task, options, bars) that trains `task.student` in place and returns metrics.
+        work: function (options, number of blocks) that returns the iterations in words.
+        by_blocks: blocks are trained one after another, so that a subset can be chosen.
         corrects: `distill --correct-noise` is the default after training (not for samplers that extrapolate).
+        derive: function (options, given) that returns the options that follow from those the user gave.
     """
 
     name: str
@@ -69,17 +71,20 @@ def method_options(method: Method, given: Mapping[str, Any]) -> Any:
     for key in told:
         if key not in known:
             raise UsageError(
-                f"--method {method.name} has no use for it", where=f"--{key.replace('_', '-')}", fix="Leave it out"
+                f"--method {method.name} has no use for this option",
+                where=f"--{key.replace('_', '-')}",
+                fix="Leave it out",
             )
     return method.derive(replace(method.options(), **told), told)
 
 
 def _found() -> dict[str, Method]:
+    """Import every module of this package and return its method by name."""
     modules = [import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     methods = sorted((module.METHOD for module in modules), key=lambda m: (m.name != "bkd", m.name))
     return {method.name: method for method in methods}
 
 
 METHODS: dict[str, Method] = {}
-"""All methods by name, ours first."""
+"""All methods by name; `bkd`, the default, comes first."""
 METHODS.update(_found())

@@ -1,8 +1,8 @@
-"""`adaround`: block reconstruction with learned rounding (BRECQ, arXiv 2102.05426), as Q-Diffusion (2302.04304), EDA-DM
-(2401.04585) and PTQ4DiT (2405.16005) use it on diffusion models.
+"""`adaround`: block reconstruction with learned rounding (BRECQ, arXiv 2102.05426).
 
-Each block, its input from the quantized prefix, learns the rounding of its weights and the scales of its activations;
-biases and the weights' scales stay. No weight moves by more than one quantization step from the code below it.
+Q-Diffusion (2302.04304), EDA-DM (2401.04585) and PTQ4DiT (2405.16005) use it for diffusion models. Each block, with its
+input from the quantized prefix, learns the rounding of its weights and the scales of its activations. Biases and weight
+scales stay fixed. No weight moves by more than one quantization step from the code below it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def train(task: DistillationTask, options: RoundingOptions, bars: Bars) -> dict[str, Any]:
-    """Every block in turn."""
+    """Train the rounding and the activation scales of every block in execution order; return metrics."""
     from torch import nn
 
     from dqtool.training.block_loop import own_layers, train_blocks

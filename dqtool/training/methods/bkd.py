@@ -1,4 +1,4 @@
-"""`bkd`: Block-wise Knowledge Distillation, then one pass over all blocks on the student's own trajectory. The default."""
+"""`bkd`, the default: Block-wise Knowledge Distillation, then one pass over all blocks on the student's own trajectory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, Any]:
-    """Blocks, then all blocks."""
+    """Train block by block, then all blocks together; return metrics."""
     from dqtool.training.bkd import distill_blocks
     from dqtool.training.curve import curve, first_and_last
     from dqtool.training.on_policy import refine
@@ -38,7 +38,7 @@ def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, 
 
 
 def derive_options(options: BkdOptions, given: Mapping[str, Any]) -> BkdOptions:
-    """`--iters 0` is plain PTQ, unless the second pass is asked for."""
+    """Return options in which `--iters 0` means plain PTQ, unless `refine_iters` is given."""
     if options.iters == 0 and "refine_iters" not in given:
         return replace(options, refine_iters=0)
     return options

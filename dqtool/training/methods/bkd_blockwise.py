@@ -1,7 +1,7 @@
-"""`bkd-blockwise`: as `bkd`, but the second pass too goes block by block, so that memory stays a block's throughout.
+"""`bkd-blockwise`: `bkd` with a second pass that also goes block by block, so that memory stays that of one block.
 
-The quantized model samples; on the points it visits, each block in turn learns the float network's output there, its
-input from the quantized prefix. `bkd` trains all blocks at once on the prediction instead, which takes the memory of
+The quantized model samples. On the points that it visits, each block in turn learns the float network's output, with
+its input from the quantized prefix. `bkd` instead trains all blocks together on the prediction, with the memory of
 end-to-end training.
 """
 
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockwiseOptions:
-    """`iters` for each block on the recorded trajectory, then `refine_iters` for each on the student's own, of
-    `refine_images` images. `replay_batch` samples run together where nothing learns: more would need more memory than
-    learning does."""
+    """Options of `bkd-blockwise`.
+
+    Attributes:
+        iters: iterations for each block on the recorded trajectory.
+        refine_iters: iterations for each block on the student's own trajectory, of `refine_images` images.
+        replay_batch: samples that run together where nothing learns; more would need more memory than learning does.
+    """
 
     iters: int = 300
     batch_size: int = 32
@@ -34,7 +38,7 @@ class BlockwiseOptions:
 
 
 def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict[str, Any]:
-    """Twice over the blocks."""
+    """Train block by block on the recorded trajectory, then on the student's own; return metrics."""
     from torch import nn
 
     from dqtool.training.bkd import BkdLearner
@@ -67,7 +71,7 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
 
 
 def derive_options(options: BlockwiseOptions, given: Mapping[str, Any]) -> BlockwiseOptions:
-    """As for `bkd`: `--iters 0` is plain PTQ, unless the second pass is asked for."""
+    """Return options in which `--iters 0` means plain PTQ, unless `refine_iters` is given."""
     if options.iters == 0 and "refine_iters" not in given:
         return replace(options, refine_iters=0)
     return options

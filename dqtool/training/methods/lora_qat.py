@@ -1,8 +1,8 @@
-"""`lora-qat`: EfficientDM (arXiv 2310.03270): frozen weights, low-rank updates that are quantized with them.
+"""`lora-qat`: EfficientDM (arXiv 2310.03270), frozen weights with low-rank updates that are quantized together.
 
-The update is added to the weight before quantization and merged at the end, so what ships has no extra product. Rates of
-the updates follow their layer's scale (the paper's scale-aware optimisation); activation scales and zero points belong to
-one step each and are trained one step at a time, in the order of sampling (TALSQ). Biases stay.
+The update is added to the weight before quantization and merged at the end, so the exported model has no extra product.
+Rates of the updates follow the scale of their layer (the paper's scale-aware optimisation). Activation scales and zero
+points belong to one step each and are trained one step at a time, in sampling order (TALSQ). Biases stay fixed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraQatOptions:
-    """`update`: rate of the two factors, in the layer's mean weight scale; `weight_scale`, `table_scale`: relative rates;
-    `zero_point`: of activations, in codes. (The paper's: 1/2500 of the scale over 16 000 iterations and more.)
+    """Options of `lora-qat`. The paper uses an update rate of 1/2500 of the scale over at least 16 000 iterations.
+
+    Attributes:
+        update: rate of both factors, as a fraction of the layer's mean weight scale.
+        weight_scale: relative rate, as is `table_scale`.
+        zero_point: rate of activation zero points, as a fraction of a code.
     """
 
     iters: int = 3000
@@ -32,7 +36,7 @@ class LoraQatOptions:
 
 
 def train(task: DistillationTask, options: LoraQatOptions, bars: Bars) -> dict[str, Any]:
-    """Attach the updates, train, merge."""
+    """Attach low-rank updates, train them end to end and merge them; return metrics."""
     from torch import nn
 
     from dqtool.training.block_loop import make_trainable

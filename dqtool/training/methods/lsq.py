@@ -1,11 +1,11 @@
 """`lsq`: end-to-end quantization-aware training (Learned Step Size Quantization, arXiv 1902.08153).
 
-All weights, biases and quantizers of the network learn at once to predict what the float network predicts, on the
-recorded trajectory. The quantizers are those of every other method: per-channel scales of weights, activation scales
-and zero points per step (one for all steps with `--static`), which start where PTQ ends.
+All weights, biases and quantizers learn together to reproduce the float network's prediction on the recorded
+trajectory. The quantizers are those of every other method and start at their PTQ values: per-channel weight scales, and
+activation scales and zero points for each step (one for all steps with `--static`).
 
-The gradient of a scale is divided by sqrt(N · Q), as the paper has it. Under Adam, which takes the size out of every
-gradient, that changes nothing but the last bits: what balances scales and weights here are their rates.
+The gradient of a scale is divided by sqrt(N · Q), as in the paper. Adam normalises gradients, so the division changes
+only the last bits; the rates balance scales and weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LsqOptions:
-    """`iters` of the whole network."""
+    """Options of `lsq`: `iters` is the number of iterations of the whole network."""
 
     iters: int = 3000
     batch_size: int = 32
@@ -30,7 +30,7 @@ class LsqOptions:
 
 
 def train(task: DistillationTask, options: LsqOptions, bars: Bars) -> dict[str, Any]:
-    """Everything at once."""
+    """Train all weights and quantizers end to end; return metrics."""
     from dqtool.training.block_loop import make_trainable
     from dqtool.training.network_loop import mixed_steps, train_network
     from dqtool.training.optimizer import QuantAdam

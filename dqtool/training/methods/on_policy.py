@@ -1,8 +1,8 @@
-"""`on-policy`: the whole network at once on its own trajectory, from the calibrated quantizers on.
+"""`on-policy`: end-to-end training on the student's own trajectory, from the calibrated quantizers on.
 
-End-to-end training sees the points that the float network visits; here it sees where its own errors lead, and is told
-the float network's answer there. Blocks are computed again when their gradients are wanted. Of the calibration it takes
-the quantizers' start and, where there are any, conditions.
+Other end-to-end methods see the points that the float network visits. Here the student sees the points that its own
+errors lead to and learns the float network's prediction there. Blocks are recomputed in the backward pass. The method
+uses only the initial quantizers and the conditions of the calibration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def train(task: DistillationTask, options: OnPolicyOptions, bars: Bars) -> dict[str, Any]:
-    """The pass over all blocks that ends `bkd`, alone, longer and at larger rates."""
+    """Train like the second pass of `bkd`, for longer and at higher rates; return metrics."""
     import torch
 
     from dqtool.training.curve import curve, first_and_last

@@ -1,9 +1,9 @@
-"""`per-step`: TFMQ-DM (arXiv 2311.16503): the time embedding is a block of its own, and each step has static quantizers.
+"""`per-step`: TFMQ-DM (arXiv 2311.16503), a separate time-embedding block and static quantizers for each step.
 
-The layers on the timestep's path learn their rounding together, on the path's outputs. Then each block learns the rounding
-of its other weights, with float activations, as the authors do; and then its activation scales, one step at a time: each
-step's from that step's samples alone (their finite set calibration, made learnable like every other method's). With one
-step for all (`--static`) that is an ordinary static quantizer.
+The layers on the timestep's path learn their rounding together, on the outputs of the path. Each block then learns the
+rounding of its other weights with float activations, as the authors do, and finally its activation scales, one step at
+a time from the samples of that step (their finite set calibration, made learnable). With one step for all (`--static`)
+this gives an ordinary static quantizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def train(task: DistillationTask, options: PerStepOptions, bars: Bars) -> dict[str, Any]:
-    """The timestep's path, where all blocks are trained, then the blocks."""
+    """Train the timestep's path, unless only some blocks are chosen, and then the blocks; return metrics."""
     from torch import nn
 
     from dqtool.training.block_loop import train_blocks

@@ -1,4 +1,4 @@
-"""`ptq`: quantizers set from the calibration, nothing trained."""
+"""`ptq`: quantizers initialised by the calibration, without training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PtqOptions:
-    """No iterations; those of other methods' options that say how many there are, so that none can be asked for."""
+    """Iteration counts of other methods, all 0, so that a request for iterations can be refused."""
 
     iters: int = 0
     refine_iters: int = 0
@@ -23,18 +23,18 @@ class PtqOptions:
 
 
 def train(task: DistillationTask, options: PtqOptions, bars: Bars) -> dict[str, Any]:
-    """Nothing."""
+    """Return no metrics: nothing is trained."""
     return {}
 
 
 def derive_options(_options: PtqOptions, given: Mapping[str, Any]) -> PtqOptions:
-    """No iterations.
+    """Return options without iterations.
 
     Raises:
-        UsageError: some are asked for.
+        UsageError: iterations are requested.
     """
     if given.get("iters") or given.get("refine_iters"):
-        raise UsageError("--method ptq trains nothing", where="--iters, --refine-iters", fix="Leave them out")
+        raise UsageError("--method ptq trains nothing", where="--iters, --refine-iters", fix="Leave out both options")
     return PtqOptions()
 
 

@@ -1,9 +1,9 @@
-"""`qat-partial`: QuEST (arXiv 2402.03666): only the layers that suffer most are fine-tuned, the rest stays PTQ.
+"""`qat-partial`: QuEST (arXiv 2402.03666), fine-tuning of the most sensitive layers only.
 
-Which ones the authors found by lowering bits one kind of layer at a time: those that carry the timestep, and around
-attention the projections to q, k, v and the feed-forward layers. They are found by their role in the graph here.
-First the layers on the timestep's path learn the float network's outputs of that path; then weights and biases of all
-these layers, and the activation scales of every layer, learn the network's prediction, one step at a time.
+The authors found these layers by lowering the bits of one kind of layer at a time: the layers that carry the timestep,
+the projections to q, k and v, and the feed-forward layers. Here their role in the graph selects them. First the layers
+on the timestep's path learn the float network's outputs of that path. Then the weights and biases of all sensitive
+layers, and the activation scales of every layer, learn the network's prediction, one step at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QatPartialOptions:
-    """`temporal_iters` for the timestep's path, then `iters` for the network (who gives those gets as much less of the
-    others); rates as in `Rates`."""
+    """Options of `qat-partial`; rates are those of `Rates`.
+
+    `temporal_iters` train the timestep's path and `iters` the network. A given `iters` scales `temporal_iters` in
+    proportion.
+    """
 
     iters: int = 3000
     temporal_iters: int = 500
@@ -32,7 +35,7 @@ class QatPartialOptions:
 
 
 def train(task: DistillationTask, options: QatPartialOptions, bars: Bars) -> dict[str, Any]:
-    """The timestep's path, then the sensitive layers end to end."""
+    """Train the timestep's path, then the sensitive layers end to end; return metrics."""
     from dqtool.training.block_loop import Learner, own_layers
     from dqtool.training.curve import curve
     from dqtool.training.network_loop import one_step_at_a_time, train_network
@@ -67,7 +70,7 @@ def train(task: DistillationTask, options: QatPartialOptions, bars: Bars) -> dic
 
 
 def derive_options(options: QatPartialOptions, given: Mapping[str, Any]) -> QatPartialOptions:
-    """A given `iters` is another length for all of it; 0 is plain PTQ."""
+    """Return options whose `temporal_iters` are scaled with a given `iters`; 0 means plain PTQ."""
     if given.get("iters") is None:
         return options
     share = options.iters / QatPartialOptions.iters
