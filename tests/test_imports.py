@@ -16,7 +16,7 @@ ROOT = Path(dqtool.__file__).parent
 LAYERS = (
     {"cli", "tables", "zoo", "__main__"},
     {"stages"},
-    {"training", "scaling", "runtimes", "formats", "metrics", "models", "page", "bench"},
+    {"precision", "training", "scaling", "runtimes", "formats", "metrics", "models", "page", "bench"},
     {"nn"},
     {"graph"},
     {"core"},

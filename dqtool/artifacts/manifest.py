@@ -13,10 +13,12 @@ from typing import Any
 from dqtool.artifacts.reading import parse_json
 from dqtool.errors import ArtifactError, NumericError
 
-__all__ = ["FORMAT", "STAGES", "Manifest", "canonical_json", "dqtool_version", "environment"]
+__all__ = ["FORMAT", "REPORTS", "STAGES", "Manifest", "canonical_json", "dqtool_version", "environment"]
 
 FORMAT = "dqtool/1"
-STAGES = ("dilate", "calibrate", "distill", "export", "eval")
+STAGES = ("dilate", "calibrate", "distill", "export", "eval", "sensitivity")
+REPORTS = ("eval", "sensitivity")
+"""Stages whose manifest stands alone, without a file of tensors."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMAKE = "Make the artifact again, or restore the manifest that was written with it"
@@ -37,7 +39,7 @@ class Manifest:
     """What an artifact is and how it was made.
 
     `file` ({name, bytes, sha256}) stands for an artifact of one file, `files` ({relative path: {bytes, sha256}}) for
-    a directory; a report (stage eval) is its own manifest and has neither. Both are filled in by the commit. The JSON
+    a directory; a report (`REPORTS`) is its own manifest and has neither. Both are filled in by the commit. The JSON
     has one more key, `checksum`, over all others, by which an edited manifest is known.
     """
 
@@ -166,7 +168,7 @@ def _problems(payload: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("seconds", "it must not be negative"))
     if "file" in payload and "files" in payload:
         found.append(("files", "an artifact is one file or a directory, not both"))
-    if "file" not in payload and "files" not in payload and payload["stage"] != "eval":
+    if "file" not in payload and "files" not in payload and payload["stage"] not in REPORTS:
         found.append(("file", "the key is missing"))
     if "file" in payload:
         found += _file_problems("file", payload["file"], named=True)

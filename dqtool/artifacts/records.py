@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from dqtool.artifacts.manifest import REPORTS
 from dqtool.artifacts.schema import Between, Count, Name, Problem, Size, Step, record
 from dqtool.errors import ArtifactError
 
@@ -184,7 +185,7 @@ def records_of(manifest: Manifest, where: str, *, whole: bool = False) -> Record
         "parameters": manifest.parameters,
     }
     try:
-        if manifest.stage == "eval" and not whole:
+        if manifest.stage in REPORTS and not whole:
             payload["layers"] = []  # of a report, which nothing is made of
         found = record(payload, Records)
         problem = _crossed(found) or (_missing(found, manifest.stage) if whole else None)
@@ -228,7 +229,7 @@ def _crossed(found: Records) -> Problem | None:
 def _missing(found: Records, stage: str) -> Problem | None:
     """Return what the stage after `stage` needs and the manifest lacks."""
     there = "there: the key is missing"
-    if stage == "eval":
+    if stage in REPORTS:
         return None
     if found.model is None:
         return Problem("model", there)

@@ -42,6 +42,7 @@ _COMMANDS = {
     "distill": "dqtool distill CALIBRATED",
     "export": "dqtool export DISTILLED",
     "eval": "dqtool eval ARTIFACT",
+    "sensitivity": "dqtool sensitivity CALIBRATED",
 }
 
 

@@ -13,6 +13,7 @@ from dqtool.artifacts import Artifact, Workspace
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import UsageError
+from dqtool.stages.measured_bits import chosen_by_errors, settle_bits
 from dqtool.stages.options.distill import (
     DistillOptions,
     corrects_predictions,
@@ -60,7 +61,7 @@ def distill(options: DistillOptions, common: Common) -> str:
     options = adapted
     check_samples(options.train_samples, calibrated.manifest)
     spec = network_spec(options, calibrated.manifest)
-    parameters = fingerprint_parameters(options) | spec.to_json()
+    parameters = fingerprint_parameters(options) | spec.to_json() | chosen_by_errors(options)
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> StageOutput:
@@ -156,6 +157,7 @@ def produce(
     return_freed_memory()
     level = resident()
     tensors = calibrated.tensors()
+    spec, choice = settle_bits(calibrated, tensors, options, spec)
     start = time.perf_counter()
     plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])
     student = student_of(manifest, tensors, plans, options.static)
@@ -208,7 +210,7 @@ def produce(
     layers = with_folds(with_learned_scales(layers, tensors, learned), folded)
     if task.warnings:
         trained |= {"warnings": task.warnings}
-    metrics = {**manifest.metrics, **trained}
+    metrics = {**manifest.metrics, **trained, **choice}
     return StageOutput(
         state,
         manifest.model,

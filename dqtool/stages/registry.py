@@ -108,6 +108,19 @@ STAGES: dict[str, Stage] = {
             "dqtool eval exported --samples 50000 --inception-weights pt_inception-2015-12-05.pth --ref-stats imagenet.npz",
         ),
     ),
+    "sensitivity": Stage(
+        "dqtool.stages.options.sensitivity:SensitivityOptions",
+        "dqtool.stages.sensitivity:sensitivity",
+        "dqtool.stages.work:sensitivity_work",
+        help="Measure what quantizing each operand alone costs in the samples.\n\n"
+        "Takes a calibrated artifact; a few backward passes give all layers, operands and bit widths. Shows the "
+        "`--keep` options to type, and bits per layer for each size beside uniform bits.",
+        examples=(
+            "dqtool sensitivity calibrated.safetensors --bits 8/8",
+            "dqtool sensitivity calibrated.safetensors --bits 4/4 --passes 64 -o sensitivity.json",
+        ),
+        chained=False,
+    ),
     "sample": Stage(
         "dqtool.stages.options.sample:SampleOptions",
         "dqtool.stages.sample:sample",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 from dqtool.artifacts import Manifest, read_header, read_manifest
 from dqtool.stages.common import Execution
+from dqtool.stages.packed_size import packed_size, prediction_rows_of
 
 Work = dict[str, Any]
+
+BACKWARD_COST = 4
+"""Forward passes that a backward pass of `sensitivity` takes as long as: with its forward pass, the gradients of weights, and
+every operand rounded at every width."""
 
 
 def dilate_work(_: Execution, options: Any) -> Work:
@@ -54,8 +58,22 @@ def distill_work(execution: Execution, options: Any) -> Work:
     return {
         "blocks": blocks,
         "iterations": method.work(recipe, blocks),
-        **_size(calibrated, plans, steps, _prediction_rows(calibrated) if corrects_predictions(options) else {}),
+        **packed_size(
+            calibrated, plans, steps, prediction_rows_of(calibrated) if corrects_predictions(options) else {}
+        ),
         "layers": [plan.summary() for plan in plans],
+    }
+
+
+def sensitivity_work(execution: Execution, _: Any) -> Work:
+    calibrated = read_manifest(execution.inputs[0]["name"])
+    passes = execution.parameters["passes"]
+    given = calibrated.parameters
+    forwards = -(-given["samples"] // given["steps"]) * given["steps"] + 2 * given["samples"]
+    return {
+        "passes": passes,
+        "macs": 3 * passes * _macs(calibrated),
+        "seconds_about": round(BACKWARD_COST * passes * calibrated.seconds / max(1, forwards), 1),
     }
 
 
@@ -66,7 +84,7 @@ def export_work(execution: Execution, _: Any) -> Work:
     prefix = f"{PREDICTION}."
     distilled = read_manifest(execution.inputs[0]["name"])
     if execution.parameters["format"] == "dense":
-        return {"bytes": _size(distilled, [], 0)["bytes_float32"]}
+        return {"bytes": packed_size(distilled, [], 0)["bytes_float32"]}
     keys = ("name", "shape", "bits", "macs")
     layers = [{key: layer[key] for key in keys} for layer in distilled.layers]
     if execution.parameters["format"] != "dq":  # other formats' files are not known to the byte beforehand
@@ -74,7 +92,7 @@ def export_work(execution: Execution, _: Any) -> Work:
     path = execution.inputs[0]["name"]
     header = read_header(path)
     rows = {n.removeprefix(prefix): tuple(e["shape"][1:]) for n, e in header.items() if n.startswith(prefix)}
-    return {**_size(distilled, plans_of(distilled), _timesteps(path), rows), "layers": layers}
+    return {**packed_size(distilled, plans_of(distilled), _timesteps(path), rows), "layers": layers}
 
 
 def eval_work(execution: Execution, _: Any) -> Work:
@@ -97,33 +115,6 @@ def stats_work(_: Execution, options: Any) -> Work:
     from dqtool.stages.stats import image_source
 
     return {"images": len(image_source(options))}
-
-
-def _prediction_rows(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Row shapes of the tables that will correct the network's predictions, by name."""
-    from dqtool.models.families import family_of
-    from dqtool.nn.prediction import row_shapes
-
-    return row_shapes(family_of(manifest.model["class"], "manifest").prediction_row(manifest.model["config"]))
-
-
-def _size(
-    manifest: Manifest, plans: Sequence[Any], timesteps: int, prediction: Mapping[str, tuple[int, ...]] | None = None
-) -> Work:
-    """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
-    from dqtool.core.cost import bops, file_bytes
-    from dqtool.models.families import family_of
-    from dqtool.nn.surgery import state_shapes
-    from dqtool.stages.export import network_shapes, swapped
-
-    family = family_of(manifest.model["class"], "manifest")
-    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
-    return {
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, prediction))),
-        "bytes_float32": file_bytes(swapped(shapes)),
-        "bops": bops(plan.summary() for plan in plans),
-        "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
-    }
 
 
 def _timesteps(path: str) -> int:

@@ -15,7 +15,23 @@ from dqtool.stages.options.shared import ARTIFACT, LARGEST_SEED, OUTPUT
 if TYPE_CHECKING:
     from dqtool.training.methods import Method
 
-__all__ = ["DistillOptions", "corrects_predictions", "method_and_options", "with_sampler_defaults"]
+__all__ = ["AUTO", "DistillOptions", "Targets", "corrects_predictions", "method_and_options", "with_sampler_defaults"]
+
+AUTO = "auto"
+"""Of `--bits`: every layer's by measured errors."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `--bits auto` aims at: PSNR in dB before training, file size in MB (10^6 bytes), bit operations in 10^9."""
+
+    psnr: float | None = None
+    megabytes: float | None = None
+    gigabops: float | None = None
+
+    def to_json(self) -> dict[str, float]:
+        """Return those that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -34,10 +50,38 @@ class DistillOptions:
         str,
         Option(
             "Bits of weights and activations, 2 to 8 each, or 16 for float. 8/8 is the safest, 4/4 the smallest and fastest; "
-            "4/16 quantizes weights alone.",
-            "W/A",
+            "4/16 quantizes weights alone; auto gives every layer its own by measured errors.",
+            "W/A|auto",
         ),
     ] = "4/4"
+    target_psnr: Annotated[
+        float | None,
+        Option("Least PSNR of samples, in dB and before training, that --bits auto reaches.", "F", least=0),
+    ] = None
+    target_size: Annotated[
+        float | None, Option("Largest size of the file that --bits auto may choose.", "MB", least=0)
+    ] = None
+    target_bops: Annotated[
+        float | None,
+        Option("Most bit operations of a forward pass, in 10^9, that --bits auto may choose.", "F", least=0),
+    ] = None
+    protect: Annotated[
+        float,
+        Option(
+            "Extra bytes and bit operations, in percent, that may go to the operands which cost samples most. Give 10 to 50 for "
+            "models of few steps.",
+            "PERCENT",
+            least=0,
+        ),
+    ] = 0.0
+    passes: Annotated[
+        int,
+        Option(
+            "Backward passes that --bits auto and --protect measure errors by. More are steadier and slower.",
+            "N",
+            least=1,
+        ),
+    ] = 32
     steps: Annotated[
         int | None,
         Option(
@@ -153,6 +197,7 @@ class DistillOptions:
                 other.
         """
         _ = self.spec
+        check_targets(self)
         method, _ = method_and_options(self)
         if self.blocks is not None and not method.by_blocks:
             raise UsageError(
@@ -171,8 +216,47 @@ class DistillOptions:
 
     @cached_property
     def spec(self) -> QuantizationSpec:
-        """Quantization that `bits`, `keep`, `softmax_bits` and `preset` describe."""
-        return QuantizationSpec.parse(self.bits, self.keep, self.softmax_bits, self.preset)
+        """`bits`, `keep`, `softmax_bits` and `preset`, parsed."""
+        return QuantizationSpec.parse(
+            "8/8" if self.bits == AUTO else self.bits, self.keep, self.softmax_bits, self.preset
+        )
+
+    @property
+    def targets(self) -> Targets:
+        """What `--bits auto` aims at; without any target, `DEFAULT_PSNR`."""
+        given = Targets(self.target_psnr, self.target_size, self.target_bops)
+        return given if given.to_json() else Targets(DEFAULT_PSNR)
+
+    @property
+    def measures(self) -> bool:
+        """Whether bits depend on measured errors."""
+        return self.bits == AUTO or self.protect > 0
+
+
+DEFAULT_PSNR = 35.0
+"""dB that `--bits auto` aims at when nothing else is said."""
+
+
+def check_targets(options: DistillOptions) -> None:
+    """Refuse targets without `--bits auto`, and what has no meaning with it.
+
+    Raises:
+        UsageError: there are such options.
+    """
+    targets = {
+        "--target-psnr": options.target_psnr,
+        "--target-size": options.target_size,
+        "--target-bops": options.target_bops,
+    }
+    given = [name for name, value in targets.items() if value is not None]
+    if given and options.bits != AUTO:
+        raise UsageError("Targets are for bits that dqtool chooses", where=", ".join(given), fix="Give --bits auto")
+    if options.bits == AUTO and options.protect:
+        raise UsageError("--bits auto protects by itself", where="--protect", fix="Leave it out")
+    if options.measures and options.preset != "standard":
+        raise UsageError(
+            "Bits chosen by errors leave nothing to a preset", where="--preset", fix="Leave it out, or use --keep"
+        )
 
 
 def with_sampler_defaults(options: DistillOptions, scheduler: str) -> DistillOptions:

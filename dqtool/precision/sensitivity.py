@@ -1,0 +1,195 @@
+"""What quantizing one operand alone costs in the samples, of all operands and bit widths at once.
+
+To first order an operand's rounding error `d` changes the output by `J d`. For a random vector `v` of signs, `g = Jᵀ v` is
+one backward pass, and `(g · d)²` has the mean `|J d|²` (Hutchinson). A few backward passes of the float network so give
+the error of every operand at every width, where one measurement an operand would take hundreds of runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code, search_weight
+from dqtool.core.bits import AttentionBits
+from dqtool.core.quantization import SOFTMAX_BITS
+from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.attention import QuantAttnProcessor
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.quantizers import quantize_operand
+from dqtool.nn.steps import StepIndex
+from dqtool.nn.surgery import steps_of
+
+__all__ = ["INPUT", "PRODUCTS", "WEIGHT", "Errors", "Tables", "measure_errors"]
+
+WEIGHT, INPUT = "weights", "input"
+PRODUCTS = {"q": "q·k", "k": "q·k", "v": "softmax·v", "probs": "softmax·v"}
+"""Operands of attention, each with the product that it belongs to."""
+
+CANDIDATES = 24
+"""Ranges that are tried for a weight row here; the real initialisation tries more."""
+
+Errors = dict[tuple[str, str], dict[int, float]]
+"""By layer and operand (`WEIGHT`, `INPUT`, a product), then by bits: mean squared error of the samples."""
+
+Tables = Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]
+"""By bits the activation tables, (scale, zero point) by quantizer, as `initial_tables` gives them."""
+
+
+@dataclass
+class _Pass:
+    """What one backward pass finds: by layer, operand and bits the product `g · d`."""
+
+    products: dict[tuple[str, str, int], float]
+
+    def add(self, layer: str, operand: str, bits: int, value: Tensor) -> None:
+        """Add to the product of one operand; several layers that read one quantized input add up."""
+        key = (layer, operand, bits)
+        self.products[key] = self.products.get(key, 0.0) + float(value)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward pass shows value and gradient to `see`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.see = see
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.see(x, grads[0])
+        return grads[0], None
+
+
+def measure_errors(
+    network: nn.Module,
+    plans: Sequence[LayerPlan],
+    tables: Tables,
+    widths: Sequence[int],
+    passes: Iterable[tuple[float, Callable[[], Tensor]]],
+) -> Errors:
+    """Return the error of the samples by layer, operand and bits, for each of `widths`.
+
+    `network` is a quantized one of the layers `plans` at integer bits, whose quantizers this function takes out of use: give
+    it a network of its own. `passes` yields the weight of a step's error in the sample and what runs the network at that
+    step, on one trajectory point. The softmax output has 8 bits at every width.
+    """
+    found = _Pass({})
+    weights = _tap(network, plans, tables, widths, found)
+    rounding = {name: _weight_errors(layer, widths) for name, layer in weights.items()}
+    generator = torch.Generator().manual_seed(0)
+    squares: dict[tuple[str, str, int], list[float]] = {}
+    for weight, run in passes:
+        found.products.clear()
+        with torch.enable_grad():
+            output = run()
+            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+            (output * signs).sum().mul(weight / output.numel() ** 0.5).backward()
+        for name, layer in weights.items():
+            if layer.weight.grad is not None:
+                for bits, error in zip(widths, rounding[name], strict=True):
+                    found.add(name, WEIGHT, bits, torch.sum(layer.weight.grad * error, dtype=torch.float64))
+                layer.weight.grad = None
+        for key, value in found.products.items():
+            squares.setdefault(key, []).append(value**2)
+    errors: Errors = {}
+    for (name, operand, bits), values in squares.items():
+        errors.setdefault((name, operand), {})[bits] = _careful_mean(values)
+    return errors
+
+
+def _careful_mean(values: Sequence[float]) -> float:
+    """Return the mean and one standard error: of many estimates, those that are too low by chance would be chosen."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean + (variance / len(values)) ** 0.5
+
+
+def _tap(
+    network: nn.Module, plans: Sequence[LayerPlan], tables: Tables, widths: Sequence[int], found: _Pass
+) -> dict[str, FakeQuantLayer]:
+    """Let every operand through in float, watched; return the layers whose weights are quantized, by name."""
+    steps = steps_of(network)
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    layers: dict[str, FakeQuantLayer] = {}
+    for plan in plans:
+        module = network.get_submodule(plan.info.name)
+        if isinstance(plan.bits, AttentionBits):
+            processor = module.processor
+            assert isinstance(processor, QuantAttnProcessor)
+            see = partial(_see_product, plan.info.name, tables, widths, steps, found)
+            processor.quantize = partial(_watch_product, see)  # type: ignore[method-assign]
+        elif isinstance(module, FakeQuantLayer):
+            owner = plan.info.shares or plan.info.name
+            see = partial(_see_input, owner, tables, widths, steps, found)
+            module.quantize_input = partial(_watch_input, module, see)  # type: ignore[method-assign]
+            module.quantized_weight = partial(getattr, module, "weight")  # type: ignore[method-assign]
+            module.weight.requires_grad_(True)
+            layers[plan.info.name] = module
+    return layers
+
+
+def _watch(x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """Return `x`, whose gradient `see` will be shown."""
+    return _Tap.apply(x if x.requires_grad else x.detach().requires_grad_(), see)
+
+
+def _watch_input(layer: FakeQuantLayer, see: Callable[[Tensor, Tensor], None], x: Tensor) -> Tensor:
+    """Divide the input by the layer's dilation, in float, as `QuantLayer.quantize_input` does."""
+    divisor = layer.input_divisor()
+    if divisor is not None:
+        x = x * (divisor.view(-1, 1, 1) if layer.is_conv else divisor).reciprocal()
+    return _watch(x, see)
+
+
+def _watch_product(see: Callable[..., None], _attn: nn.Module, name: str, x: Tensor) -> Tensor:
+    return _watch(x, partial(see, name))
+
+
+def _see_input(
+    owner: str, tables: Tables, widths: Sequence[int], steps: StepIndex, found: _Pass, x: Tensor, grad: Tensor
+) -> None:
+    for bits in widths:
+        scale, zero_point = tables[bits][owner]
+        error = quantize_operand(x, scale, zero_point, steps.rows, bits).sub_(x)
+        found.add(owner, INPUT, bits, torch.vdot(error.flatten(), grad.flatten()))
+
+
+def _see_product(
+    layer: str,
+    tables: Tables,
+    widths: Sequence[int],
+    steps: StepIndex,
+    found: _Pass,
+    name: str,
+    x: Tensor,
+    grad: Tensor,
+) -> None:
+    for bits in widths:
+        width = SOFTMAX_BITS if name == "probs" else bits
+        scale, zero_point = tables[width][f"{layer}.{name}"]
+        low = lowest_code(width, symmetric=name != "probs")
+        error = quantize_operand(x, scale, zero_point, steps.rows, width, low).sub_(x)
+        found.add(layer, PRODUCTS[name], bits, torch.vdot(error.flatten(), grad.flatten()))
+
+
+def _weight_errors(layer: FakeQuantLayer, widths: Sequence[int]) -> list[Tensor]:
+    """Rounding error of a layer's weights at each width, in bfloat16: estimates need no more."""
+    weight = layer.weight.detach()
+    errors = []
+    for bits in widths:
+        symmetric = bits == SYMMETRIC_BITS
+        scale, zero_point = search_weight(weight, bits, symmetric, CANDIDATES)
+        shape = (-1, *(1,) * (weight.dim() - 1))
+        rounded = fake_quantize(weight, scale.view(shape), zero_point.view(shape), bits, lowest_code(bits, symmetric))
+        errors.append((rounded - weight).bfloat16())
+    return errors

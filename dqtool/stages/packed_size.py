@@ -1,0 +1,37 @@
+"""Size of the packed file and bit operations of a network whose layers have given bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dqtool.artifacts import Manifest
+
+__all__ = ["packed_size", "prediction_rows_of"]
+
+
+def prediction_rows_of(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Row shapes of the tables that will correct the network's predictions, by name."""
+    from dqtool.models.families import family_of
+    from dqtool.nn.prediction import row_shapes
+
+    return row_shapes(family_of(manifest.model["class"], "manifest").prediction_row(manifest.model["config"]))
+
+
+def packed_size(
+    manifest: Manifest, plans: Sequence[Any], timesteps: int, prediction: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
+    from dqtool.core.cost import bops, file_bytes
+    from dqtool.formats.shapes import network_shapes, swapped
+    from dqtool.models.families import family_of
+    from dqtool.nn.surgery import state_shapes
+
+    family = family_of(manifest.model["class"], "manifest")
+    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
+    return {
+        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, prediction))),
+        "bytes_float32": file_bytes(swapped(shapes)),
+        "bops": bops(plan.summary() for plan in plans),
+        "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
+    }

@@ -1,0 +1,279 @@
+"""Bits chosen by measured errors: what `sensitivity` reports and `distill --bits auto` and `--protect` choose by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqtool import report
+from dqtool.artifacts import Manifest
+from dqtool.core.bits import LayerBits
+from dqtool.core.quantization import KeptLayers, QuantizationSpec
+from dqtool.errors import UsageError
+from dqtool.graph.trace import LayerInfo
+from dqtool.metrics.similarity import psnr
+from dqtool.models.networks.loading import network_of
+from dqtool.models.networks.packed import layer_infos
+from dqtool.models.sampling.sampler import CALIBRATION, Sampler, image_seeds, initial_noise
+from dqtool.nn.assignment import LayerPlan, assign_bits
+from dqtool.nn.statistics import initial_tables
+from dqtool.precision.frontier import Plan, bits_by_name, find_frontier, kept_layers, plan_cost, psnr_of
+from dqtool.precision.frontier import quantization_error as predicted_error
+from dqtool.precision.sensitivity import Errors, measure_errors
+from dqtool.precision.step_weights import step_weights
+from dqtool.precision.table import print_frontier
+from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of
+from dqtool.stages.options.distill import Targets
+from dqtool.training.data import Trajectory
+
+__all__ = ["UNIFORM", "Measured", "choose_bits", "frontier_rows", "measure", "protected_bits", "uniform_plan"]
+
+WIDTHS = (3, 4, 5, 6, 7, 8)
+UNIFORM = ("8/8", "6/8", "6/6", "4/8", "4/6", "4/4", "3/3")
+"""Uniform settings that a frontier is shown beside."""
+
+CHECKED_IMAGES, CHECKED_TOGETHER = 8, 4
+"""Images that a plan is measured on before it is chosen, and how many run at once."""
+CHECKS = 7
+"""Plans that are measured at most."""
+SEED_STRIDE, SEED_OFFSET = 7_919, 3_000_017
+"""The images of the checks share no noise with calibration, training or evaluation."""
+
+
+@dataclass
+class Measured:
+    """Errors of every operand of a calibrated artifact, with what plans are made from."""
+
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+    layers: list[LayerInfo]
+    errors: Errors
+    sampler: Sampler
+    trajectory: Trajectory
+
+    def plans(self, spec: QuantizationSpec) -> list[LayerPlan]:
+        """Return the layers with the bits of a specification."""
+        return assign_bits(self.layers, spec, split_dilated(self.tensors)[1])
+
+    def predicted(self, plans: Sequence[LayerPlan]) -> float:
+        """Return the predicted error of the samples of a network with these bits."""
+        return predicted_error(self.layers, bits_by_name(plans), self.errors)
+
+
+def measure(manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widths: Sequence[int] = WIDTHS) -> Measured:
+    """Measure the error of every operand of a calibrated artifact by `passes` backward passes."""
+    family, config = network_of(manifest.model)
+    layers = layer_infos(manifest.layers)
+    widths = sorted({*widths, 8})
+    tables, plans = {}, []
+    for bits in widths:
+        spec = QuantizationSpec(LayerBits(bits, bits), kept=(KeptLayers(".*", LayerBits(bits, bits)),))
+        plans = assign_bits(layers, spec, split_dilated(tensors)[1])
+        tables[bits] = initial_tables(plans, tensors)
+    network = student_of(manifest, tensors, plans)
+    assert manifest.pipeline is not None
+    sampling = manifest.pipeline["sampling"]
+    sampler = Sampler.calibrated(family, config, sampling, sampling.get("guidance", 1.0))
+    trajectory = Trajectory.from_tensors(tensors)
+    weights = step_weights(sampler, trajectory)
+    weights *= len(weights) ** 0.5  # the passes average over steps, and the steps' errors add up
+    order = points_of_passes(trajectory, passes)
+
+    def runs() -> Iterator[tuple[float, Callable[[], Tensor]]]:
+        with report.progress("sensitivity", len(order), "pass") as progress:
+            for index in order:
+                point = slice(index, index + 1)
+
+                def run(point: slice = point) -> Tensor:
+                    return family.predict(network, *trajectory.arguments(point))
+
+                yield float(weights[trajectory.rows[index]]), run
+                progress.advance()
+
+    errors = measure_errors(network, plans, tables, widths, runs())
+    return Measured(manifest, tensors, layers, errors, sampler, trajectory)
+
+
+def points_of_passes(trajectory: Trajectory, passes: int) -> list[int]:
+    """Return one trajectory point for each pass, spread evenly over the steps."""
+    order = torch.randperm(len(trajectory), generator=torch.Generator().manual_seed(0))
+    by_step = order[trajectory.rows[order].argsort(stable=True)]
+    places = ((torch.arange(passes) + 0.5) / passes * len(by_step)).long()
+    return by_step[places].tolist()
+
+
+def uniform_plan(measured: Measured, spec: QuantizationSpec) -> Plan:
+    """Return a specification's plan with its predicted error and its cost."""
+    bits = bits_by_name(measured.plans(spec))
+    return Plan(bits, predicted_error(measured.layers, bits, measured.errors), *plan_cost(measured.layers, bits))
+
+
+def protected_bits(measured: Measured, spec: QuantizationSpec, extra: float) -> QuantizationSpec:
+    """Return `spec` with more bits for the operands that cost the samples most, for at most the share `extra` of its bytes
+    and of its bit operations on top."""
+    plain = uniform_plan(measured, spec)
+    best = plain
+    for plan in find_frontier(measured.layers, measured.errors, WIDTHS, plain.bits):
+        dear = plan.weight_bytes > plain.weight_bytes * (1 + extra) or plan.bops > plain.bops * (1 + extra)
+        if not dear and plan.error < best.error:
+            best = plan
+    changed = {name: bits for name, bits in best.bits.items() if bits != plain.bits[name]}
+    report.say(
+        f"distill: {len(changed)} layers protected; predicted PSNR {psnr_of(plain.error):.1f} to {psnr_of(best.error):.1f} dB"
+    )
+    return replace(spec, kept=(*spec.kept, *kept_layers(changed)))
+
+
+def choose_bits(
+    measured: Measured,
+    targets: Targets,
+    own: Sequence[KeptLayers],
+    size: Callable[[Sequence[LayerPlan]], tuple[int, int]],
+) -> tuple[QuantizationSpec, dict[str, Any]]:
+    """Return the cheapest plan that reaches the PSNR asked for, or the best within the size and bit operations asked for,
+    and what the manifest says of it. `own` are the user's `--keep` options; `size` counts a plan's bytes and bit operations.
+
+    Raises:
+        UsageError: no plan meets the targets.
+    """
+    frontier = find_frontier(measured.layers, measured.errors, WIDTHS)
+    specs = [QuantizationSpec(LayerBits(8, 8), kept=(*kept_layers(plan.bits), *own)) for plan in frontier]
+    costs = [size(measured.plans(spec)) for spec in specs]
+    most_bytes = None if targets.megabytes is None else targets.megabytes * 1e6
+    most_bops = None if targets.gigabops is None else targets.gigabops * 1e9
+    allowed = [
+        i
+        for i, (used, operations) in enumerate(costs)
+        if (most_bytes is None or used <= most_bytes) and (most_bops is None or operations <= most_bops)
+    ]
+    if not allowed:
+        raise UsageError(
+            f"No choice of bits fits: the coarsest takes {min(c[0] for c in costs) / 1e6:.2f} MB and "
+            f"{min(c[1] for c in costs) / 1e9:.4g} giga bit operations",
+            where="--target-size, --target-bops",
+            fix="Allow more",
+        )
+    reference = _Checks(measured)
+    found: dict[int, float] = {}
+    if targets.psnr is None:
+        chosen = _best_of(allowed, specs, reference, found)
+    else:
+        chosen = _cheapest(allowed, frontier, specs, reference, found, targets.psnr)
+    plan, (used, operations) = frontier[chosen], costs[chosen]
+    rows = frontier_rows(measured, frontier, found)
+    print_frontier(rows)
+    report.say(
+        f"distill: bits chosen for {len(measured.layers)} layers: PSNR {found[chosen]:.1f} dB before training (predicted "
+        f"{psnr_of(plan.error):.1f}), {used / 1e6:.2f} MB, {operations / 1e9:.4g} giga bit operations"
+    )
+    about = {
+        "psnr": found[chosen],
+        "predicted_psnr": min(psnr_of(plan.error), 100.0),
+        "bytes": used,
+        "bops": operations,
+        "frontier": rows,
+    }
+    return specs[chosen], about
+
+
+def _best_of(
+    allowed: Sequence[int], specs: Sequence[QuantizationSpec], checks: _Checks, found: dict[int, float]
+) -> int:
+    """Return the plan of greatest measured PSNR among the finest that are allowed."""
+    for i in reversed(allowed[-2:]):
+        found[i] = checks.psnr(specs[i])
+    return max(found, key=lambda i: found[i])
+
+
+def _cheapest(
+    allowed: Sequence[int],
+    plans: Sequence[Plan],
+    specs: Sequence[QuantizationSpec],
+    checks: _Checks,
+    found: dict[int, float],
+    target: float,
+) -> int:
+    """Return the cheapest plan found whose measured PSNR reaches `target`: measure the one that is predicted to reach it,
+    then halve what is left between one that fails and one that does not.
+
+    Raises:
+        UsageError: none of them reaches it.
+    """
+    low, high = -1, len(allowed)
+    place = next((k for k, i in enumerate(allowed) if psnr_of(plans[i].error) >= target), high - 1)
+    for step in range(CHECKS):
+        found[allowed[place]] = checks.psnr(specs[allowed[place]])
+        if found[allowed[place]] >= target:
+            high = place
+        else:
+            low = place
+        if high - low <= 1:
+            break
+        near = 2**step  # from the prediction on in growing strides, until the target lies between two measurements
+        place = (
+            max(high - near, 0) if low < 0 else min(low + near, high - 1) if high == len(allowed) else (low + high) // 2
+        )
+    if high == len(allowed):
+        raise UsageError(
+            f"No choice of bits reaches {target:g} dB: the best that fits measures {max(found.values()):.1f} dB",
+            where="--target-psnr",
+            fix="Ask for less, allow more bytes or bit operations, or calibrate with more samples",
+        )
+    return allowed[high]
+
+
+class _Checks:
+    """Samples of the full-precision network, and how near those of a plan are."""
+
+    def __init__(self, measured: Measured) -> None:
+        self.measured = measured
+        trajectory, guided = measured.trajectory, measured.sampler.guidance > 1
+        generator = torch.Generator().manual_seed(SEED_OFFSET)
+        subjects = trajectory.draw_subjects(
+            CHECKED_IMAGES, generator, guided and trajectory.null_conditions is not None
+        )
+        self.given = trajectory.condition_rows(subjects)
+        self.null = trajectory.null_conditions if guided else None
+        self.shape = tuple(trajectory.x.shape[1:])
+        self.images = self.sample(teacher_of(measured.manifest, measured.tensors))
+        outside = float(self.images.abs().max()) > 1.5  # latents, whose range is their own
+        self.range = float(self.images.max() - self.images.min()) if outside else 2.0
+
+    def sample(self, network: torch.nn.Module) -> Tensor:
+        """Return the samples `[N, C, H, W]` of a network."""
+        parts = []
+        for start in range(0, CHECKED_IMAGES, CHECKED_TOGETHER):
+            part = range(start, min(start + CHECKED_TOGETHER, CHECKED_IMAGES))
+            noise = initial_noise(self.shape, part, SEED_STRIDE + SEED_OFFSET, CALIBRATION)
+            seeds = image_seeds(part, SEED_STRIDE + SEED_OFFSET, CALIBRATION)
+            given = {name: table[part.start : part.stop] for name, table in self.given.items()}
+            parts.append(self.measured.sampler.run(network, noise, given, seeds, None, self.null))
+        return torch.cat(parts)
+
+    def psnr(self, spec: QuantizationSpec) -> float:
+        """Return the mean PSNR of the samples of the network with these bits, quantized without training."""
+        measured = self.measured
+        network = student_of(measured.manifest, measured.tensors, measured.plans(spec))
+        found = float(psnr(self.sample(network), self.images, self.range).mean())
+        report.say(f"distill: a plan measures {found:.1f} dB")
+        return found
+
+
+def frontier_rows(measured: Measured, frontier: Sequence[Plan], found: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Return the frontier's rows, thinned out, among them those that were measured, and the uniform settings."""
+    picked = sorted({*found, *range(0, len(frontier), 4), len(frontier) - 1})
+    rows = [
+        {"bits": "auto", **_row(frontier[i]), **({"measured_psnr": found[i]} if i in found else {})} for i in picked
+    ]
+    for text in UNIFORM:
+        plan = uniform_plan(measured, QuantizationSpec.parse(text))
+        rows.append({"bits": text, **_row(plan)})
+    return sorted(rows, key=lambda row: row["psnr"])
+
+
+def _row(plan: Plan) -> dict[str, Any]:
+    return {"psnr": min(psnr_of(plan.error), 100.0), "weight_bytes": round(plan.weight_bytes), "bops": plan.bops}

@@ -1,0 +1,114 @@
+"""`dqtool sensitivity`: what quantizing each operand alone costs in the samples."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dqtool import report
+from dqtool.artifacts import Artifact, read_manifest
+from dqtool.stages.options.sensitivity import SensitivityOptions
+from dqtool.stages.paths import read_paths
+from dqtool.stages.running import Common, StageOutput, execute, input_artifact
+
+__all__ = ["SensitivityOptions", "sensitivity"]
+
+CODE_VERSION = 1
+
+KEPT_SHARE = 0.9
+"""Share of the error that the suggested `--keep` options take away."""
+
+
+def sensitivity(options: SensitivityOptions, common: Common) -> str:
+    """Write the report, show its head as a table; returns the report's path as given.
+
+    Raises:
+        ArtifactError: the input is not calibrated.
+    """
+    calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
+    parameters = {"bits": options.bits, "passes": options.passes}
+    inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
+    execute(
+        "sensitivity",
+        CODE_VERSION,
+        options.output,
+        parameters,
+        inputs,
+        common,
+        lambda _key: produce(calibrated, options),
+        kind="report",
+        reads=read_paths(options),
+    )
+    if not common.dry_run:
+        show(read_manifest(options.output).metrics, options)
+    return options.output
+
+
+def produce(calibrated: Artifact, options: SensitivityOptions) -> StageOutput:
+    """Measure every operand and every plan."""
+    from dqtool.core.quantization import QuantizationSpec
+    from dqtool.precision.frontier import find_frontier, psnr_of
+    from dqtool.precision.sensitivity import WEIGHT
+    from dqtool.stages.precision import WIDTHS, frontier_rows, measure, uniform_plan
+
+    manifest, bits = calibrated.manifest, options.layer_bits
+    widths = sorted({*WIDTHS, *(b for b in (bits.weight, bits.input) if b <= 8)})
+    measured = measure(manifest, calibrated.tensors(), options.passes, widths)
+    operands: list[dict[str, Any]] = []
+    for (layer, operand), errors in measured.errors.items():
+        width = bits.weight if operand == WEIGHT else bits.input
+        error = errors.get(width, 0.0)
+        by_width = {str(b): min(psnr_of(e), 100.0) for b, e in errors.items()}
+        operands.append({"layer": layer, "operand": operand, "error": error, "psnr": by_width})
+    total = sum(each["error"] for each in operands) or 1.0
+    for each in operands:
+        each["share"] = each["error"] / total
+    operands.sort(key=lambda each: -each["error"])
+    plan = uniform_plan(measured, QuantizationSpec.parse(options.bits))
+    metrics = {
+        "operands": operands,
+        "predicted_psnr": min(psnr_of(plan.error), 100.0),
+        "keep": keep_lines(operands, bits.weight, bits.input),
+        "frontier": frontier_rows(measured, find_frontier(measured.layers, measured.errors, widths), {}),
+    }
+    return StageOutput(None, manifest.model, manifest.pipeline, [], metrics)
+
+
+def keep_lines(operands: list[dict[str, Any]], weight: int, inputs: int) -> list[str]:
+    """Return the `--keep` options that bring the costliest operands to 8 bits, or to float where 8 are too few already."""
+    from dqtool.precision.sensitivity import WEIGHT
+
+    finer: dict[str, list[int]] = {}
+    taken = 0.0
+    for each in operands:
+        if taken >= KEPT_SHARE:
+            break
+        own = finer.setdefault(each["layer"], [weight, inputs])
+        side = 0 if each["operand"] == WEIGHT else 1
+        own[side] = 8 if own[side] < 8 else 16
+        taken += each["share"]
+    groups: dict[str, list[str]] = {}
+    for name, (w, a) in finer.items():
+        groups.setdefault(f"{w}/{a}", []).append(re.escape(name))
+    return [f"{'|'.join(names)}={widths}" for widths, names in groups.items()]
+
+
+def show(metrics: dict[str, Any], options: SensitivityOptions) -> None:
+    """Show the costliest operands, the frontier and the options to type."""
+    from dqtool.precision.table import print_frontier
+
+    bits = options.layer_bits
+    rows = []
+    for each in metrics["operands"][: options.top]:
+        width = str(bits.weight if each["operand"] == "weights" else bits.input)
+        rows.append((each["layer"], each["operand"], f"{each['psnr'].get(width, 100.0):.1f}", f"{each['share']:.1%}"))
+    report.table(
+        f"{options.bits}: PSNR of samples when one operand alone is quantized",
+        ["layer", "operand", "PSNR", "share"],
+        rows,
+    )
+    report.say(f"all of them at {options.bits}: predicted PSNR {metrics['predicted_psnr']:.1f} dB before training")
+    print_frontier(metrics["frontier"])
+    for line in metrics["keep"]:
+        report.say(f"to type: --keep '{line}'")
+    report.say("or let `dqtool distill --bits auto --target-psnr F` choose")
