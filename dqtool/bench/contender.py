@@ -1,4 +1,4 @@
-"""A contender of a benchmark: how its files are written and loaded, and what it looks like once it is ready to run."""
+"""A contender of a benchmark: the functions that write and load its files, and the loaded network."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ __all__ = ["Contender", "Loaded"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network ready to run: `adapt` converts arguments beforehand (dtype, layout: not timed), `run` is one step.
+    """A network ready to run.
 
-    `note` says what the table should add to the name.
+    Attributes:
+        run: runs one step and returns the prediction.
+        adapt: converts the arguments to the network's dtype and layout before the timing starts.
+        note: a remark that the table adds to the contender's name.
     """
 
     run: Callable[[Arguments], Tensor]
@@ -28,9 +31,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run the network. `prepare` writes the files that `load` reads; `libraries` are imported before memory counts.
+    """One way to run the network.
 
-    `probed`: whether load time and memory are worth measuring (a memory format changes neither).
+    Attributes:
+        name: name in `--against`, or the name of a runtime.
+        load: loads the network from its files.
+        prepare: writes the files that `load` reads, if they are not the exported directory.
+        libraries: packages to import before memory is measured.
+        probed: load time and memory are measured. False for a memory format, which changes neither.
     """
 
     name: str

@@ -23,7 +23,7 @@ __all__ = ["BASELINES", "CONTENDERS", "contender_of", "expand"]
 
 
 def load_runtime(subject: Subject, runtime: str) -> Loaded:
-    """The exported network in one of dqtool's runtimes."""
+    """Load the exported network in one of dqtool's runtimes."""
     import torch
 
     from dqtool.runtimes import load
@@ -68,17 +68,17 @@ CONTENDERS = {
 """Alternatives that the network is measured against, by name. None has the name of a runtime."""
 
 GROUPS = {"fp32": ("fp32", "fp32-channels-last"), "bf16": ("bf16", "bf16-channels-last")}
-"""Names that stand for the same thing in more than one memory format: the faster one counts."""
+"""Names of `--against` that stand for several contenders, one for each memory format. The faster one counts."""
 
 BASELINES = GROUPS["fp32"]
-"""Ratios are to the faster of these, where they are measured."""
+"""Contenders that ratios refer to: the faster of those that are measured."""
 
 
 def expand(names: Iterable[str]) -> list[str]:
-    """Contenders by the names a user gave, eager ones in both memory formats.
+    """Return the names of the contenders that a user asked for. Eager ones are expanded to both memory formats.
 
     Raises:
-        UsageError: a name that isn't known.
+        UsageError: there is no such contender.
     """
     found: dict[str, None] = {}
     for name in names:
@@ -91,7 +91,7 @@ def expand(names: Iterable[str]) -> list[str]:
 
 
 def contender_of(name: str) -> Contender:
-    """One of `CONTENDERS`, or the runtime of that name."""
+    """Return the contender or the runtime of this name."""
     if name in CONTENDERS:
         return CONTENDERS[name]
     from dqtool.runtimes import RUNTIMES, pick

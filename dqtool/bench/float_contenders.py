@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["load_float", "prepare_float"]
 
 COMPILATIONS = 256
-"""Limit of compilations of one network by `torch.compile`: one for each batch size and contender."""
+"""Most compilations of one network by `torch.compile`: each batch size and contender needs one."""
 
 
 def load_float(subject: Subject, dtype: str, channels_last: bool = False, compiled: bool = False) -> Loaded:
-    """The float network in PyTorch, from its diffusers directory."""
+    """Load the float network into PyTorch from its diffusers directory."""
     import diffusers
     import torch
 
@@ -29,10 +29,10 @@ def load_float(subject: Subject, dtype: str, channels_last: bool = False, compil
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
-        # Past a number of compilations of the same code, those of all contenders and batches, it would quietly run eager.
+        # Beyond its limit of compilations of one code, torch.compile runs eager without a word.
         torch._dynamo.config.recompile_limit = COMPILATIONS
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # Static shapes and frozen weights: the strongest form of it.
+        # Static shapes and frozen weights are the fastest that torch.compile offers.
         network = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def run(arguments: Arguments) -> Tensor:
@@ -43,7 +43,7 @@ def load_float(subject: Subject, dtype: str, channels_last: bool = False, compil
 
 
 def prepare_float(subject: Subject) -> None:
-    """Write the float directory, as `save_pretrained` does (which refuses networks that share modules)."""
+    """Write the float directory as `save_pretrained` does. That function refuses networks that share modules."""
     from dqtool.artifacts.tensorfile import save_tensors
     from dqtool.bench.reference import float_network
     from dqtool.graph.tied_modules import restore_copies

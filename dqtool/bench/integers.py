@@ -1,6 +1,6 @@
-"""Whether an engine's accumulators are those of the int64 reference, for every layer and step of a packed network.
+"""Comparison of an engine's accumulators with the int64 reference, for every layer and step of a packed network.
 
-Inputs are random and wide enough to meet both ends of every code range; each step of the tables is tried.
+Inputs are random and wide enough to reach both ends of every code range. Each step of the tables is compared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ SIZE = (5, 6)
 
 
 def count_cpu(network: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """(layer, accumulators compared, of them different) in the `cpu` runtime; nothing for layers that it runs in float."""
+    """Yield (layer, accumulators compared, accumulators that differ) for the `cpu` runtime.
+
+    Layers that the runtime computes in float are left out.
+    """
     from dqtool.runtimes.cpu import choose
     from dqtool.runtimes.cpu.codes import Clock
 
@@ -42,8 +45,11 @@ def count_cpu(network: nn.Module) -> Iterator[tuple[str, int, int]]:
 
 
 def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """The same in the `openvino` runtime, all layers as one graph, the steps along the batch. Its accumulators leave it as
-    float32, and are compared after that rounding."""
+    """Yield (layer, accumulators compared, accumulators that differ) for the `openvino` runtime.
+
+    One graph holds all layers, with the steps along the batch. OpenVINO returns accumulators as float32, so that the
+    reference is rounded to float32 before the comparison.
+    """
     import openvino
 
     from dqtool.formats.openvino import OpenVINOProduct, compile_settings, saturates
@@ -103,7 +109,7 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, IntegerLayer]]:
 
 
 def _input(form: IntegerLayer, step: int) -> Tensor:
-    """`[ROWS, C, H, W]` or `[ROWS, 3, C]`, its codes beyond both ends of the range here and there."""
+    """Return a random input, `[ROWS, C, H, W]` or `[ROWS, 3, C]`, that exceeds both ends of the code range in places."""
     assert form.input is not None
     channels = form.weight.shape[1] * form.groups
     shape = (ROWS, channels, *SIZE) if form.is_conv else (ROWS, 3, channels)

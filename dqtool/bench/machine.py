@@ -1,4 +1,4 @@
-"""The processor as far as integer arithmetic cares: which instructions it has, and what to expect of them."""
+"""Instruction sets of the processor that matter for integer arithmetic, and the speedup to expect of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 __all__ = ["FLAGS", "describe_machine", "expectation"]
 
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-"""Instruction sets that decide how fast int8 and bf16 products are, as Linux names them."""
+"""Instruction sets that determine the speed of int8 and bf16 products, under the names that Linux uses."""
 
 PACKAGES = ("dqtool", "torch", "diffusers", "openvino", "nncf")
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """Processor, its instruction sets among `FLAGS` (None where the system doesn't tell), threads and versions."""
+    """Return processor, instruction sets among `FLAGS` (None if unknown), threads, and versions of packages."""
     name, flags = _cpuinfo()
     return {
         "processor": name or platform.processor() or platform.machine(),
@@ -32,11 +32,13 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def expectation(flags: list[str] | None) -> str:
-    """What int8 can gain over float32 on a processor with these instruction sets, in one line."""
+    """Return a line on the speedup that int8 can have over float32 with these instruction sets."""
     if flags is None:
-        return "The system does not say what instructions the processor has; the table below is the answer."
+        return (
+            "The system does not say which instruction sets the processor has; the table below shows what int8 gains."
+        )
     if "amx_int8" in flags:
-        return "AMX: int8 products at up to 16 times float32's rate; what is not a product limits the gain."
+        return "AMX: int8 products at up to 16 times float32's rate; operations that stay in float limit the gain."
     if "avx512_vnni" in flags or "avx_vnni" in flags:
         return (
             "VNNI without AMX: int8 products at up to 4 times float32's rate (bf16: 2 times, where avx512_bf16 is listed); "
@@ -51,7 +53,7 @@ def expectation(flags: list[str] | None) -> str:
 
 
 def _cpuinfo() -> tuple[str | None, list[str] | None]:
-    """(model name, flags among `FLAGS`); None for what the system doesn't tell."""
+    """Return (model name, flags among `FLAGS`). Either is None if the system does not tell it."""
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Timing several networks fairly: in one process, turn by turn in random order, on the same inputs."""
+"""Timing of several networks in one process, in turns of random order, on the same inputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ WARM_UP = 2
 LEAST_ROUNDS = 5
 CALLS_A_TURN = 2
 WARM_BELOW = 0.25
-"""Seconds a call may take for its turn to begin with an untimed one. Turns evict each other's weights from the caches, while
-in use steps of one network follow each other; where a call takes longer, that effect is lost in it."""
+"""Longest call, in seconds, whose turn starts with an untimed call. Another network's turn evicts the weights from the
+caches, which steps of one network in a row do not suffer from. In longer calls the effect is negligible."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ def interleaved(
     seed: int = 0,
     advance: Callable[[int], object] = lambda _n: None,
 ) -> dict[str, Timing]:
-    """Time what each entry's functions take; they are called in turn (say, one per timestep).
+    """Time the functions of each entry, which are called one after another (say, one for each timestep).
 
-    Rounds go on until `seconds` have passed after the warm-up, and for five at least. In each round every entry
-    has one turn, in an order drawn anew, so that drift of the machine meets all alike. `advance` is called after each
-    turn with 1.
+    Rounds go on until `seconds` have passed after the warm-up, but at least `LEAST_ROUNDS`. In each round every entry has
+    one turn, in an order that is drawn anew, so that drift of the machine affects all alike. `advance(1)` is called
+    after each turn.
     """
     order = list(steps)
     shuffle = random.Random(seed)
@@ -68,7 +68,7 @@ def interleaved(
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The value below which the share `q` lies, interpolated."""
+    """Return the quantile `q` (0 to 1) of the values, interpolated linearly."""
     ordered = sorted(values)
     position = q * (len(ordered) - 1)
     below = int(position)

@@ -1,4 +1,4 @@
-"""The float network in OpenVINO: as it is, or quantized by OpenVINO's own post-training method (NNCF, static int8)."""
+"""Contenders in OpenVINO: the float network, and its int8 version by OpenVINO's own post-training method (NNCF)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dqtool.errors import EnvironmentFault
 __all__ = ["load_ir", "prepare_ir"]
 
 CALIBRATION_INPUTS = 4
+"""Inputs that NNCF calibrates on. Speed does not depend on how good the ranges are."""
 
 
 def prepare_ir(subject: Subject, quantized: bool) -> None:
@@ -44,9 +45,10 @@ def prepare_ir(subject: Subject, quantized: bool) -> None:
 
 
 def load_ir(subject: Subject, quantized: bool, precision: str | None) -> Loaded:
-    """Compiled for each input shape when it first comes: static shapes run fastest, and only the last one is kept.
+    """Load the network; it is compiled for each input shape when that is first seen, and the last compilation is kept.
 
-    `precision` is what runs outside of int8, "f32" or "bf16"; None leaves the choice to OpenVINO.
+    Static shapes run fastest. `precision` is that of operations outside of int8, "f32" or "bf16"; None leaves the choice
+    to OpenVINO.
     """
     import torch
 
@@ -82,7 +84,7 @@ def load_ir(subject: Subject, quantized: bool, precision: str | None) -> Loaded:
 
 
 def require(package: str, extra: str) -> Any:
-    """The package, which `extra` brings.
+    """Import a package that `extra` brings.
 
     Raises:
         EnvironmentFault: it can't be imported.
@@ -98,13 +100,13 @@ def require(package: str, extra: str) -> Any:
 
 
 def _convert(subject: Subject) -> Any:
-    """The float network as an OpenVINO model whose inputs are the tensors of the arguments, in their order."""
+    """Convert the float network to an OpenVINO model whose inputs are the tensors of the arguments, in order."""
     import diffusers
     import torch
     from torch import nn
     from torch.utils._pytree import tree_flatten, tree_unflatten
 
-    from dqtool.formats.openvino import converted
+    from dqtool.formats.openvino import to_openvino
     from dqtool.models.config_extras import apply_config_extras
 
     network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory)
@@ -123,11 +125,11 @@ def _convert(subject: Subject) -> Any:
             filled = [next(queue) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             return self.network(**tree_unflatten(filled, structure), return_dict=False)[0]
 
-    return converted(Positional(), tuple(tensors))
+    return to_openvino(Positional(), tuple(tensors))
 
 
 def _feed(arguments: Arguments) -> list[Any]:
-    """The arguments' tensors as arrays, in the order of the model's inputs."""
+    """Return the tensors of the arguments as arrays, in the order of the model's inputs."""
     import torch
     from torch.utils._pytree import tree_leaves
 

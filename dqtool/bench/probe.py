@@ -1,10 +1,10 @@
 """Load time and peak memory of one contender, each measured in a fresh process.
 
-*Load* runs from the call that loads the network to its return, with libraries imported and files in the system's cache;
-*ready* until the first step is done as well. *Peak memory* is the most that was resident while loading and running, less
-what was resident after the imports. Two figures: `peak_bytes` counts all pages (the kernel's own high-water mark), those of
-mapped weight files included; `private_bytes` leaves mapped files out, since the system can drop such pages and read
-them again (sampled every few milliseconds).
+*Load* is the time of the call that loads the network, with libraries imported and files in the system's cache. *Ready*
+adds the first step. *Peak memory* is the largest resident memory during loading and running, less the resident memory
+after the imports. There are two figures: `peak_bytes` counts all pages, those of mapped weight files included (the
+kernel's high-water mark); `private_bytes` leaves mapped files out, because the system can drop such pages and read them
+again (sampled every few milliseconds).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from dqtool.errors import DqtoolError, EnvironmentFault
 __all__ = ["Probe", "prepare", "probe"]
 
 SAMPLE_EVERY = 0.004
+"""Seconds between two samples of private memory."""
 STEPS = 3
-"""Forward passes after the first one: buffers of later steps count as well."""
+"""Forward passes after the first one, so that buffers of later steps are measured as well."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Seconds to load, seconds until the first step was done, bytes at the peak (None where the system doesn't tell)."""
+    """Seconds to load, seconds until the end of the first step, and bytes at the peak (None if the system keeps no count)."""
 
     load: float
     ready: float
@@ -42,12 +43,12 @@ class Probe:
 
 
 def prepare(contender: str, subject: Subject) -> None:
-    """Let the contender write its files, in a process of its own, so that nothing of it stays in this one's memory."""
+    """Let the contender write its files in a fresh process, whose memory is freed when it ends."""
     _child({"action": "prepare", "contender": contender, "subject": subject.to_json()})
 
 
 def probe(contender: str, subject: Subject, batch: int) -> Probe:
-    """Measure a contender. A first process fills the caches (files, compiled graphs); the second one counts."""
+    """Measure a contender in a fresh process, after a first process has filled the caches (files, compiled graphs)."""
     request = {"action": "probe", "contender": contender, "subject": subject.to_json(), "batch": batch}
     _child(request)
     found, private = _child(request)
@@ -61,11 +62,11 @@ def probe(contender: str, subject: Subject, batch: int) -> Probe:
 
 
 def _child(request: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """The answer of a fresh process, and the most private memory it was seen with once it had imported everything.
+    """Return the answer of a fresh process, and its largest private memory after the imports, in bytes.
 
     Raises:
-        DqtoolError: what the process raised.
-        EnvironmentFault: it died, for example for lack of memory.
+        DqtoolError: the process raised it.
+        EnvironmentFault: the process died, for example for lack of memory.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as messages:
         return _run(request, messages)
@@ -79,10 +80,10 @@ def _run(request: dict[str, Any], messages: IO[str]) -> tuple[dict[str, Any], in
     try:
         process.stdin.write(json.dumps(request))
         process.stdin.close()
-        process.stdout.readline()  # the imports are done
+        process.stdout.readline()  # the child prints a line when its imports are done
         samples = []
         while process.poll() is None:
-            samples.append(status(process.pid).get("private", 0))  # 0 in the instant of its end
+            samples.append(memory_status(process.pid).get("private", 0))  # 0 in the instant of its end
             time.sleep(SAMPLE_EVERY)
         text = process.stdout.read()
     finally:
@@ -94,10 +95,10 @@ def _run(request: dict[str, Any], messages: IO[str]) -> tuple[dict[str, Any], in
         messages.seek(0)
         said = [line.strip() for line in messages if line.strip()]
         raise EnvironmentFault(
-            f"The process that was to {request['action']} '{request['contender']}' ended with code "
+            f"The process to {request['action']} '{request['contender']}' ended with code "
             f"{process.returncode}{': ' + said[-1][:300] if said else ''}",
             where="--runtime or --against",
-            fix="Leave it out, or make room: code -9 usually means that memory ran out",
+            fix="Leave the contender out, or free memory: code -9 usually means that memory ran out",
         )
     answer = json.loads(lines[-1])
     if "error" in answer:
@@ -106,9 +107,11 @@ def _run(request: dict[str, Any], messages: IO[str]) -> tuple[dict[str, Any], in
     return answer, max(samples, default=0) or None
 
 
-def status(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of a process's memory: `resident`, its high-water mark `peak`, and `private` (no mapped files); empty where
-    the system has no such account."""
+def memory_status(pid: int | str = "self") -> dict[str, int]:
+    """Return the memory of a process in bytes: `resident`, its high-water mark `peak`, and `private` (no mapped files).
+
+    Entries are missing if the system does not count them.
+    """
     keys = {"VmRSS": "resident", "VmHWM": "peak", "RssAnon": "private", "RssShmem": "shared"}
     found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -122,7 +125,7 @@ def status(pid: int | str = "self") -> dict[str, int]:
 
 
 def main() -> int:
-    """In the fresh process: do what standard input asks for, answer with the last line of standard output."""
+    """Run in the fresh process: read a request from standard input and print the answer as the last line."""
     request = json.load(sys.stdin)
     report.set_quiet(True)
     answer_to = sys.stdout
@@ -136,7 +139,7 @@ def main() -> int:
 
 
 def answer(request: dict[str, Any], imported: Callable[[], object]) -> dict[str, Any]:
-    """Do what the request asks for in this process; `imported` is called when the libraries are there."""
+    """Serve a request in this process. `imported` is called when the libraries are imported."""
     from importlib import import_module
 
     from dqtool.bench.contenders import contender_of
@@ -154,9 +157,9 @@ def answer(request: dict[str, Any], imported: Callable[[], object]) -> dict[str,
     for library in contender.libraries:
         import_module(library)
     if "diffusers" in contender.libraries:
-        getattr(import_module("diffusers"), subject.class_name)  # imported lazily
+        getattr(import_module("diffusers"), subject.class_name)  # diffusers imports its classes on first use
     inputs = subject.inputs(request["batch"])
-    before = status()
+    before = memory_status()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     imported()
@@ -168,7 +171,7 @@ def answer(request: dict[str, Any], imported: Callable[[], object]) -> dict[str,
     ready = time.perf_counter() - start
     for number in range(STEPS):
         loaded.run(adapted[number % len(adapted)])
-    after = status()
+    after = memory_status()
     peak = after["peak"] - before["resident"] if "peak" in after and "resident" in before else None
     return {"load": load, "ready": ready, "peak_bytes": peak, "private_baseline": before.get("private")}
 

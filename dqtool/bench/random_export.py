@@ -1,8 +1,8 @@
-"""A published architecture with random weights, exported as if it had been calibrated and distilled.
+"""Export of a published architecture with random weights.
 
-For measuring speed, load time and memory without a checkpoint: none of them depends on what the weights are. Ranges come
-cheap: weight grids span minimum to maximum, activation tables come from one random input at two timesteps. Everything
-else (roles, bits, dilation, packing, manifest) is the real chain's.
+It serves to measure speed, load time and memory without a checkpoint, none of which depends on the values of weights.
+Weight grids span minimum to maximum, and activation tables come from one random input at two timesteps. Everything else
+(roles, bits, dilation, packing, manifest) is as in an export that was calibrated and distilled.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ __all__ = ["random_export"]
 
 CODE_VERSION = 1
 OBSERVED = 2
-"""Timesteps at which ranges are observed; the table's other rows repeat the nearest of them."""
+"""Timesteps at which ranges are observed. The other rows of a table repeat the nearest of them."""
 
 
 def random_export(arch: str, spec: QuantizationSpec, force: bool = False) -> str:
-    """Return the exported directory of an architecture at these bits, made on first use under `$DQTOOL_CACHE` (default `~/.cache/dqtool`).
+    """Return the exported directory of an architecture at these bits.
+
+    It is made on first use, under `$DQTOOL_CACHE` (default `~/.cache/dqtool`).
 
     Raises:
         UsageError: no such architecture.
@@ -106,7 +108,7 @@ def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: 
 
 
 def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[LayerInfo], dict[str, Tensor], int]:
-    """(random network, its layers, dilation by layer, number of weights); the network's weights are dilated already."""
+    """Return (random network with dilated weights, its layers, dilation by layer, number of weights)."""
     import torch
 
     from dqtool.graph.tied_modules import tie_modules
@@ -143,8 +145,10 @@ def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[Laye
 def _tables(
     network: nn.Module, family: Family, wanted: Architecture, plans: list[LayerPlan], dilation: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Activation tables of `wanted.steps` rows. The network runs dilated weights on undivided inputs: its activations are
-    as random as its weights, and only their ranges count."""
+    """Return activation tables of `wanted.steps` rows, by layer.
+
+    The network runs dilated weights on undivided inputs: its outputs mean nothing, and only plausible ranges are needed.
+    """
     import torch
 
     from dqtool.nn.statistics import collect, initial_tables
@@ -172,7 +176,7 @@ def _quantize(
     dilation: dict[str, Tensor],
     tables: dict[str, tuple[Tensor, Tensor]],
 ) -> None:
-    """Put quantized layers in place, as distill does, with weight grids from minimum to maximum."""
+    """Insert quantized layers as `distill` does, with weight grids from minimum to maximum."""
     from torch import nn
 
     from dqtool.core.affine import affine_parameters
@@ -190,7 +194,7 @@ def _quantize(
 
 
 def timesteps_of(wanted: Architecture) -> Tensor:
-    """The table of timesteps `[T]` of the architecture's usual sampler."""
+    """Return the timesteps `[T]` of the architecture's usual sampler."""
     from dqtool.models.families import family_of
     from dqtool.models.sampling.sampler import Sampler, make_sampler
 

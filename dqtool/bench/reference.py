@@ -15,10 +15,12 @@ __all__ = ["float_network"]
 
 
 def float_network(subject: Subject) -> nn.Module:
-    """The model named as reference, else the exported weights dequantized (speed does not depend on values), float32.
+    """Build the float32 network: of the reference model, else of the exported weights, dequantized.
+
+    Speed does not depend on the values of weights.
 
     Raises:
-        ArtifactError: the reference is another kind of network, or the export holds no weights to dequantize.
+        ArtifactError: the reference is another network, or the export holds no weights that can be dequantized.
     """
     from dqtool.models.networks.loading import build_network, load_weights
     from dqtool.models.sources.resolve import resolve_model
@@ -39,7 +41,7 @@ def float_network(subject: Subject) -> nn.Module:
 
 
 def _same_shapes(network: nn.Module, subject: Subject) -> None:
-    """Raises `ArtifactError` where the reference's tensors are not of the shapes that the exported network's were."""
+    """Raise `ArtifactError` if the tensors of the reference and the exported network differ in shape."""
     import torch
 
     from dqtool.models.families import family_of
@@ -69,8 +71,8 @@ def _exported_state(subject: Subject) -> dict:
         return artifact.tensors(file=file)
     if kind != "dq":
         raise ArtifactError(
-            f"A directory of format '{kind}' has no weights that the float network could be made of",
+            f"A directory of format '{kind}' holds no weights from which the float network can be built",
             where=subject.directory,
-            fix="Name the float model as --reference, or bench a directory of format dq",
+            fix="Give the float model as --reference, or bench a directory of format dq",
         )
     return dense_state(manifest, artifact.tensors(file=file))

@@ -1,4 +1,4 @@
-"""What is measured: one exported network, the inputs it is given, and where its competitors' files are."""
+"""Subject of a benchmark: an exported network, its inputs, and the folder with the files of other contenders."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ Arguments = dict[str, Any]
 """Keyword arguments of one forward pass."""
 
 STEPS = 4
-"""Different timesteps among the inputs: a runtime that recompiles or reallocates when the step changes must show it."""
+"""Different timesteps among the inputs, so that the timing shows if a runtime recompiles when the step changes."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Plain values, so that a fresh process can be told the same.
+    """An exported network to measure, described by plain values that can be sent to another process.
 
-    `directory` is the exported one, `timesteps` its table, `workspace` a folder that holds what competitors are loaded
-    from. `reference` names the float model; None stands for the exported weights, dequantized.
+    Attributes:
+        directory: the exported directory.
+        class_name: diffusers class of the network.
+        config: config of the network.
+        timesteps: timesteps of the export's tables.
+        workspace: a folder for the files that other contenders are loaded from.
+        threads: threads to compute with.
+        reference: the float model; None stands for the exported weights, dequantized.
     """
 
     directory: str
@@ -33,16 +39,16 @@ class Subject:
     reference: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What `Subject(**value)` takes."""
+        """Return the fields as JSON values; `Subject(**value)` restores the subject."""
         return asdict(self)
 
     @property
     def float_directory(self) -> Path:
-        """The float network as a diffusers component directory, float32 in safetensors."""
+        """Path of the float network, a diffusers component directory in float32."""
         return Path(self.workspace) / "float"
 
     def inputs(self, batch: int) -> list[Arguments]:
-        """Arguments of forward passes that differ in the timestep only, which is passed as samplers do: a scalar."""
+        """Return arguments of forward passes that differ in the timestep alone, a scalar as samplers pass it."""
         import torch
 
         from dqtool.models.families import family_of
@@ -53,12 +59,14 @@ class Subject:
         conditions = family.conditions(self.config, batch, generator)
         stride = max(1, len(self.timesteps) // STEPS)
         chosen = self.timesteps[::stride][:STEPS]
-        whole = all(float(t).is_integer() for t in chosen)  # of one type: what compiles looks at it
+        whole = all(
+            float(t).is_integer() for t in chosen
+        )  # one type for all, because torch.compile compiles for each type
         return [family.arguments(x, torch.tensor(int(t) if whole else float(t)), conditions) for t in chosen]
 
     @staticmethod
     def cast(arguments: Mapping[str, Any], dtype: Any, channels_last: bool = False) -> Arguments:
-        """The arguments with floating tensors (not the timestep) in `dtype`, images in the memory format asked for."""
+        """Return the arguments with floating tensors (except the timestep) in `dtype`, and images in channels_last if set."""
         import torch
         from torch.utils._pytree import tree_map
 

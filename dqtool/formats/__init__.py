@@ -1,7 +1,7 @@
-"""What `dqtool export --format` writes. One file each, one interface: `prepare(distilled) -> Exported`.
+"""Formats of `dqtool export --format`, one file each with one interface: `prepare(distilled) -> Exported`.
 
-`prepare` refuses what the format can not hold before anything long happens; `Exported.write` then writes the network's
-files. Everything around them (config, pipeline, manifest) is the same for all formats and the stage's work.
+`prepare` refuses a network that the format can't hold before anything long happens. `Exported.write` then writes the
+network's files. The stage writes everything around them (config, pipeline, manifest), which is the same in all formats.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ FORMATS = {
     "onnx": "dqtool.formats.onnx",
     "compressed-tensors": "dqtool.formats.compressed_tensors",
 }
-"""Name on the command line, and the module that implements it (imported on use)."""
+"""Modules that implement the formats, by their name on the command line. They are imported on use."""
 
 
 @dataclass
 class Exported:
     """A network in some format, not yet written.
 
-    `config` is the content of its `config.json`, `layers` what the manifest lists, `write(directory)` puts the weights
-    (and graph) into the component's directory, `predicted` is their size in bytes where it is known beforehand, `notes`
-    go to the manifest's metrics.
+    Attributes:
+        config: content of the network's `config.json`.
+        layers: layers as the manifest lists them.
+        write: called as `write(directory)`, writes the weights (and graph) into the component's directory.
+        predicted: size of the weights in bytes, if it is known beforehand.
+        notes: entries to add to the manifest's metrics.
     """
 
     config: dict[str, Any]
@@ -46,17 +49,17 @@ class Exported:
 
 
 def prepare(name: str, distilled: Artifact) -> Exported:
-    """The network of a distilled artifact in the format `name`.
+    """Prepare the network of a distilled artifact in the format `name`.
 
     Raises:
-        ArtifactError: the format can not hold this network.
+        ArtifactError: the format can't hold this network.
         EnvironmentFault: the format needs an extra that is not installed.
     """
     return import_module(FORMATS[name]).prepare(distilled)
 
 
 def require(package: str, extra: str) -> None:
-    """Raise `EnvironmentFault` unless `package`, which the extra brings, can be imported."""
+    """Raise `EnvironmentFault` unless `package`, which `extra` brings, can be imported."""
     try:
         import_module(package)
     except ImportError as e:

@@ -1,4 +1,4 @@
-"""`compressed-tensors`: packed linear layers in the naming, packing and configuration of that library (pack-quantized).
+"""`compressed-tensors`: packed linear layers with the names, packing and configuration of that library (pack-quantized).
 
 The format covers linear layers with one scale and zero point per out-channel, and inputs that are float or quantized
 with one scale for all steps. It has no convolutions, step tables, quantized attention products or inputs divided by a
@@ -129,7 +129,7 @@ def quantization_config(plans: Sequence[LayerPlan]) -> dict[str, Any]:
 
 
 def _quantized_linear(plan: LayerPlan) -> LayerBits | None:
-    """Bits of a linear layer whose weight is quantized; None for any other layer."""
+    """Return the bits of a linear layer whose weight is quantized; None for any other layer."""
     bits = plan.bits
     if plan.info.kind == "linear" and isinstance(bits, LayerBits) and bits.quantizes_weight:
         return bits
@@ -155,7 +155,7 @@ def _obstacle(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _convert(state: dict[str, Tensor], plan: LayerPlan) -> None:
-    """Rewrite one layer's tensors in place."""
+    """Rename and repack the tensors of one layer, in place."""
     name, bits = plan.info.name, plan.bits
     if isinstance(bits, AttentionBits) or not bits.quantizes_weight:
         dilation = state.pop(f"{name}.dilation", None)
@@ -163,11 +163,11 @@ def _convert(state: dict[str, Tensor], plan: LayerPlan) -> None:
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight / broadcast_scale(dilation, weight, plan.info.groups)
         return
-    # The library keeps code - 2^(b-1) and adds that again when it packs: its packed words are ours.
+    # The library keeps codes minus 2^(b-1) and adds that again when it packs, so that its packed words equal ours.
     state[f"{name}.weight_scale"] = state[f"{name}.weight_scale"].view(-1, 1).clone()
     state[f"{name}.weight_shape"] = state[f"{name}.weight_shape"].to(torch.int64)
     zero_point = state.pop(f"{name}.weight_zero_point", None)
-    if zero_point is not None:  # packed along the out-channels
+    if zero_point is not None:  # the library packs them along the out-channels
         state[f"{name}.weight_zero_point"] = pack(zero_point.view(1, -1).to(torch.int32), bits.weight).t().contiguous()
     if bits.quantizes_input:
         offset = 2 ** (bits.input - 1)

@@ -1,4 +1,4 @@
-"""`dq`: packed codes, as `DiffusionPipeline.from_pretrained` (with dqtool imported) and `dqtool.load` read them."""
+"""`dq`: packed codes, read by `DiffusionPipeline.from_pretrained` (with dqtool imported) and `dqtool.load`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import save_tensors
-from dqtool.core.cost import file_bytes
 from dqtool.formats import Exported
-from dqtool.formats.shapes import network_shapes, swapped
+from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.export_layout import WEIGHTS
 from dqtool.models.families import family_of
 from dqtool.models.hub.quantizer import quantization_config
@@ -21,15 +20,17 @@ __all__ = ["prepare"]
 
 
 def prepare(distilled: Artifact) -> Exported:
-    """The distilled tensors as they are; the layers' bits stand in the `quantization_config`, and the manifest says of each
-    whether integer runtimes compute it in int8 (`runs`)."""
+    """Prepare the distilled tensors as they are, with the layers' bits in the `quantization_config`.
+
+    The manifest lists for each layer if integer runtimes compute it in int8 (`runs`).
+    """
     manifest, tensors = distilled.manifest, distilled.tensors()
     config, timesteps = dict(manifest.model["config"]), step_count(tensors)
     check_state(tensors, plans_of(manifest), {})
     family = family_of(manifest.model["class"], distilled.given, config)
     float_shapes = network_shapes(family, config, manifest.layers)
     rows = prediction_rows(tensors)
-    predicted = file_bytes(swapped(state_shapes(float_shapes, plans_of(manifest), timesteps, rows)))
+    predicted = predicted_bytes(state_shapes(float_shapes, plans_of(manifest), timesteps, rows))
     config["quantization_config"] = quantization_config(
         plan_records(manifest.layers), timesteps, rows, is_static(manifest, timesteps)
     )
@@ -37,6 +38,6 @@ def prepare(distilled: Artifact) -> Exported:
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, tensors)
 
-    # `runs`: what integer runtimes compute in int8, and why not the rest.
+    # `runs` is int8, or the reason why integer runtimes compute the layer in float.
     layers = [{**each, "runs": runs_as(each["kind"], *each["bits"][:2])} for each in manifest.layers]
     return Exported(config, layers, write, predicted)

@@ -1,10 +1,10 @@
-"""`onnx`: an ONNX graph with the step tables inside, its products as ConvInteger and MatMulInteger.
+"""`onnx`: an ONNX graph with the step tables inside, whose products are ConvInteger and MatMulInteger.
 
-The component's directory holds `model.onnx` (with `model.onnx_data` where it is too large for one file) and the diffusers
+The component's directory holds `model.onnx` (with `model.onnx_data` if it is too large for one file) and the diffusers
 `config.json`. Inputs are the network's arguments by name; `timestep` is float32 `[1]`, or `[N]` for mixed steps. Batch,
 height, width and sequence lengths are dynamic where the network allows. ONNX Runtime has no integer product that reads
 4-bit weights, so weights of any width are int8 constants, on disk and in memory. On x86 CPUs without VNNI its 8-bit
-products overflow 16 bits unless the session is told `session.x64quantprecision = 1`, which takes slower, exact kernels.
+products overflow 16 bits unless the session sets `session.x64quantprecision = 1`, which selects slower, exact kernels.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ EXTRA = "onnx"
 GRAPH = "model.onnx"
 OPSET = 17
 CENTRE = 128
-"""Zero point of signed codes as ONNX Runtime's kernels want them, unsigned."""
+"""Zero point of signed codes, which ONNX Runtime's kernels take as unsigned ones."""
 
 LARGEST = 2**31 - 2**24
 """Bytes that fit one protobuf file, with room for the graph."""
 
 
 def prepare(distilled: Artifact) -> Exported:
-    """The network as ONNX. The manifest says of each layer whether its products are integer operations (`runs`).
+    """Prepare the network as ONNX. The manifest lists for each layer if its products are integer operations (`runs`).
 
     Raises:
         EnvironmentFault: onnx is not installed.
@@ -76,14 +76,14 @@ def prepare(distilled: Artifact) -> Exported:
 
 
 class IntegerProduct(Product):
-    """Products as ONNX's integer operators: unsigned activations with a constant zero point, signed weights."""
+    """Products by ONNX's integer operators, with unsigned activations, a constant zero point and signed weights."""
 
     def mark(self, codes: Tensor, signed: bool) -> Tensor:
-        """Codes stay in float until the product takes them."""
+        """Return the codes unchanged: they stay in float until the product converts them."""
         return codes
 
     def layer(self, codes: Tensor, weight: Tensor, weight_scale: Tensor, layer: IntegerLayer) -> Tensor:
-        """As in the base class."""
+        """Multiply codes with a weight by ConvInteger or MatMulInteger; see `Product.layer`."""
         signed = is_signed(layer)
         unsigned, zero_point = unsigned_codes(codes, signed)
         if layer.is_conv:
@@ -95,13 +95,13 @@ class IntegerProduct(Product):
         return MatMulInteger.apply(unsigned, weight.t().contiguous(), zero_point).to(torch.float32) * weight_scale
 
     def matmul(self, a: Tensor, b: Tensor, signed: bool) -> Tensor:
-        """As in the base class."""
+        """Multiply two tensors of codes by MatMulInteger; see `Product.matmul`."""
         unsigned, zero_point = unsigned_codes(a, signed)
         return MatMulInteger.apply(unsigned, b.to(torch.int8), zero_point).to(torch.float32)
 
 
 def unsigned_codes(codes: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """uint8 codes and their zero point."""
+    """Return uint8 codes and their zero point."""
     shifted = codes + CENTRE if signed else codes
     return shifted.to(torch.uint8), torch.tensor(CENTRE if signed else 0, dtype=torch.uint8)
 
@@ -117,7 +117,7 @@ class ConvInteger(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, weight: Any, zero_point: Any, *geometry: Any) -> Any:
-        """The node the exporter writes."""
+        """Return the node that the exporter writes."""
         stride, padding, dilation, groups = geometry
         return g.op(
             "ConvInteger",
@@ -140,5 +140,5 @@ class MatMulInteger(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, y: Any, zero_point: Any) -> Any:
-        """The node the exporter writes."""
+        """Return the node that the exporter writes."""
         return g.op("MatMulInteger", x, y, zero_point)

@@ -35,23 +35,24 @@ __all__ = [
     "OpenVINOProduct",
     "build_ir",
     "compile_settings",
-    "converted",
     "integer_layers",
     "prepare",
     "saturates",
     "save_ir",
     "shrink_weights",
+    "to_openvino",
 ]
 
 EXTRA = "openvino"
 IR = "openvino_model.xml"
 TIMESTEPS = ["dqtool", "timesteps"]
-"""Where the IR's runtime information says which timesteps its tables are for."""
+"""Key in the IR's runtime information under which the timesteps of its tables are stored."""
 
 
 def prepare(distilled: Artifact) -> Exported:
-    """The network as IR. The manifest says of each layer whether its products run in integers (`runs`), as OpenVINO
-    plans it on the exporting machine.
+    """Prepare the network as IR.
+
+    The manifest lists for each layer if its products run in integers (`runs`), as OpenVINO plans it on this machine.
 
     Raises:
         EnvironmentFault: OpenVINO is not installed.
@@ -62,7 +63,7 @@ def prepare(distilled: Artifact) -> Exported:
     config = dict(manifest.model["config"])
     network = packed_network(manifest.model["class"], config, plans_of(manifest), distilled.tensors())
     example = family.example(config)
-    # Exact on any CPU it may be carried to. What that costs, only layers of 8 bits pay.
+    # The file must be exact on any CPU, those that saturate included. Only layers of 8 bits get slower by it.
     model = build_ir(network, family, example, saturating=True)
     integers = integer_layers(_compile(model, example))
     shrink_weights(model)
@@ -75,10 +76,10 @@ def prepare(distilled: Artifact) -> Exported:
 
 
 class OpenVINOProduct(Product):
-    """Group norms as multiply-adds: what follows one then fuses with it, in the layout that convolutions want.
+    """Products that OpenVINO runs in int8. Group norms become multiply-adds, which fuse with the operations after them.
 
-    `saturating`: for CPUs whose int8 products sum pairs in 16 bits. A weight whose pairs may not fit is split into
-    `2 * half + odd`, two products that do.
+    `saturating` makes them exact on CPUs whose int8 products sum pairs in 16 bits: a weight whose pairs may overflow is
+    split into `2 * half + odd`, two products that fit.
     """
 
     folds_norms = True
@@ -87,24 +88,24 @@ class OpenVINOProduct(Product):
         self.saturating = saturating
 
     def fits(self, left: Operand, right: int) -> bool:
-        """See `Product.fits`. Signed codes are shifted by 128 on the way."""
+        """Return True if sums of pairs fit 16 bits; see `Product.fits`. OpenVINO shifts signed codes by 128."""
         largest = 128 + 2**left.bits - 1 if left.signed else 255
         return not self.saturating or 2 * min(largest, 255) * right <= 32767
 
     def layer(self, codes: Tensor, weight: Tensor, weight_scale: Tensor, layer: IntegerLayer) -> Tensor:
-        """See `Product.layer`."""
+        """Multiply codes with a weight, in two products if one could overflow; see `Product.layer`."""
         assert layer.input is not None
         values = weight.detach().numpy()
         if self.fits(layer.input, int(np.abs(values.astype(np.int16)).max())):
             return super().layer(codes, weight, weight_scale, layer)
-        # Made outside of PyTorch, so that tracing sees constants.
+        # Computed by NumPy, so that tracing sees constants.
         half, odd = (torch.from_numpy(part) for part in (values >> 1, values & 1))
         return super().layer(codes, half, weight_scale * 2, layer) + super().layer(codes, odd, weight_scale, layer)
 
 
 @functools.cache
 def saturates() -> bool:
-    """Whether OpenVINO's sums of wide codes go wrong on this CPU, as they do without VNNI. Found by trying."""
+    """Return True if OpenVINO's 8-bit products overflow on this CPU, as they do without VNNI. Determined by a test product."""
     import openvino
     from openvino import opset13
 
@@ -120,15 +121,18 @@ def saturates() -> bool:
 
 
 def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], saturating: bool = False) -> openvino.Model:
-    """The OpenVINO model of a packed network, which is used up. `example` are arguments to trace it with; `saturating` makes
-    it exact on CPUs without VNNI too, where layers of 8 bits then take two products."""
+    """Convert a packed network, which is changed and must not be used afterwards, to an OpenVINO model.
+
+    `example` are arguments to trace the network with. `saturating` makes the model exact on CPUs without VNNI too, where
+    layers of 8 bits then take two products.
+    """
     import openvino
 
     timesteps: Tensor = packed.timesteps  # type: ignore[assignment]
     lowered = LoweredNetwork(packed.eval().requires_grad_(False), example, OpenVINOProduct(saturating), family.sample)
     tensors = traced_arguments(example)
     with quiet_tracing():
-        model = converted(lowered, tuple(tensors.values()))
+        model = to_openvino(lowered, tuple(tensors.values()))
     shapes = {}
     for port, (name, tensor) in zip(model.inputs, tensors.items(), strict=True):
         port.get_node().set_friendly_name(name)
@@ -142,9 +146,12 @@ def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], satu
     return model
 
 
-def converted(network: nn.Module, inputs: tuple[Tensor, ...]) -> openvino.Model:
-    """The OpenVINO model of a network that takes `inputs`, which it is traced with, once: PyTorch's check of a trace would
-    trace it again and run it three times, minutes for the largest."""
+def to_openvino(network: nn.Module, inputs: tuple[Tensor, ...]) -> openvino.Model:
+    """Convert a network to an OpenVINO model by tracing it once with `inputs`.
+
+    PyTorch's check of a trace is switched off: it would trace again and run the network three times, which takes minutes
+    for the largest.
+    """
     import openvino
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -154,10 +161,10 @@ def converted(network: nn.Module, inputs: tuple[Tensor, ...]) -> openvino.Model:
 
 
 def save_ir(model: openvino.Model, path: Path) -> None:
-    """Write `path` (.xml) and the weights beside it (.bin).
+    """Write `path` (.xml) and the weights next to it (.bin).
 
     Raises:
-        OSError: it can't be written; OpenVINO's own error, a RuntimeError, does not tell a full disk from a bug.
+        OSError: the files can't be written. OpenVINO raises a RuntimeError, which does not tell a full disk from a bug.
     """
     import openvino
 
@@ -168,9 +175,9 @@ def save_ir(model: openvino.Model, path: Path) -> None:
 
 
 def shrink_weights(model: openvino.Model) -> None:
-    """Store int8 weights whose codes span at most 16 values per out-channel as u4 and an offset, in place.
+    """Store int8 weights whose codes span at most 16 values per out-channel as u4 plus an offset, in place.
 
-    Both are constants, so OpenVINO folds them back to int8 when it compiles the model.
+    Both are constants, which OpenVINO folds to int8 when it compiles the model.
     """
     from openvino import Type, opset13
 
@@ -190,7 +197,7 @@ def shrink_weights(model: openvino.Model) -> None:
 
 
 def integer_layers(compiled: openvino.CompiledModel) -> set[str]:
-    """Names of the layers, and attention modules, all of whose products a compiled graph runs on int8 operands."""
+    """Return the names of layers and attention modules whose products all run on int8 operands in a compiled graph."""
     runs: dict[str, set[bool]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = {key: node.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")}
@@ -203,8 +210,11 @@ def integer_layers(compiled: openvino.CompiledModel) -> set[str]:
 
 
 def compile_settings(precision: str = "f32", threads: int | None = None) -> dict[str, Any]:
-    """What `compile_model` must be told. OpenVINO's own choice is bf16 on CPUs that have it, for all that is not int8;
-    that rounds activations before they are quantized."""
+    """Return the settings for `compile_model`.
+
+    By default OpenVINO computes everything outside of int8 in bf16 on CPUs that have it, which rounds activations before
+    they are quantized.
+    """
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     return settings if threads is None else {**settings, "INFERENCE_NUM_THREADS": threads}
 

@@ -1,23 +1,29 @@
-"""Shapes of the float network, which sizes are predicted from."""
+"""Shapes of the tensors of the float network, from which sizes of files are predicted."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dqtool.core.cost import file_bytes
+
 if TYPE_CHECKING:
     from dqtool.models.families import Family
 
-__all__ = ["network_shapes", "swapped"]
+__all__ = ["network_shapes", "predicted_bytes"]
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
+"""(shape, dtype) of tensors by name."""
 
 
 def network_shapes(
     family: Family, config: Mapping[str, Any], layers: Iterable[Mapping[str, Any]] | None = None
 ) -> Shapes:
-    """Shape and dtype of every tensor of the float32 network. With a manifest's `layers`, what the model has once and its
-    class builds repeatedly is there once."""
+    """Return shape and dtype of every tensor of the float32 network.
+
+    With the `layers` of a manifest, a module that the model's files hold once counts once, even if the network's class
+    builds it several times.
+    """
     import torch
 
     from dqtool.graph.tied_modules import tie_modules
@@ -29,6 +35,6 @@ def network_shapes(
     return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in network.state_dict().items()}
 
 
-def swapped(shapes: Shapes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """As the cost model wants it: (dtype, shape)."""
-    return {name: (dtype, shape) for name, (shape, dtype) in shapes.items()}
+def predicted_bytes(shapes: Shapes) -> int:
+    """Return the bytes of a safetensors file with tensors of these shapes and dtypes."""
+    return file_bytes({name: (dtype, shape) for name, (shape, dtype) in shapes.items()})

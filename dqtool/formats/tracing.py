@@ -1,4 +1,4 @@
-"""What formats that trace a network share: its inputs, which of their dimensions are free, and quiet."""
+"""Helpers of formats that trace a network: its inputs, their dynamic dimensions, and silenced warnings."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ _FREE = {
 
 
 def traced_arguments(example: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The flat inputs of the graph: as in `example`, `timestep` float32 `[1]`."""
+    """Return the flat inputs of the graph: the tensors of `example`, with `timestep` as float32 `[1]`."""
     tensors = flat_arguments(example)
     return {**tensors, "timestep": tensors["timestep"].reshape(-1)[:1].to(torch.float32)}
 
 
 def dynamic_axes(tensor: Tensor, traced_size: bool = False) -> dict[int, str]:
-    """An input's free dimensions: the batch, height and width of images (but with `Family.traced_size`), the length of
-    sequences."""
+    """Return the dynamic dimensions of an input by name: batch, height and width of images, length of sequences.
+
+    With `traced_size`, height and width of images are fixed.
+    """
     free = _FREE.get(tensor.dim(), {0: "batch"})
     return {0: free[0]} if traced_size and tensor.dim() == 4 else free
 
 
 @contextmanager
 def quiet_tracing() -> Iterator[None]:
-    """Without the tracers' warnings about Python values, which are constants of the network's configuration."""
+    """Silence the tracers' warnings about Python values, which are constants of the network's configuration."""
     loggers = [logging.getLogger(name) for name in ("openvino", "torch.onnx")]
     levels = [log.level for log in loggers]
     for log in loggers:

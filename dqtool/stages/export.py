@@ -11,13 +11,13 @@ from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.names import path_within
 from dqtool.formats import FORMATS, prepare
-from dqtool.formats.shapes import network_shapes, swapped
+from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.companion_files import check_companion
 from dqtool.stages.options.export import ExportOptions
 from dqtool.stages.paths import read_paths
 from dqtool.stages.running import Common, StageOutput, execute, input_artifact
 
-__all__ = ["FORMATS", "ExportOptions", "export", "network_shapes", "swapped"]
+__all__ = ["FORMATS", "ExportOptions", "export"]
 
 CODE_VERSION = 2
 
@@ -42,14 +42,14 @@ def export(options: ExportOptions, common: Common) -> str:
 
 def produce(distilled: Artifact, format_name: str) -> StageOutput:
     """Collect what the directory holds and predict its size."""
-    from dqtool.core.cost import bops, file_bytes
+    from dqtool.core.cost import bops
     from dqtool.models.components.companions import in_float32
     from dqtool.models.families import family_of
 
     exported = prepare(format_name, distilled)
     manifest = distilled.manifest
     family = family_of(manifest.model["class"], distilled.given)
-    float_bytes = file_bytes(swapped(network_shapes(family, manifest.model["config"], manifest.layers)))
+    float_bytes = predicted_bytes(network_shapes(family, manifest.model["config"], manifest.layers))
     quantized, full = bops(exported.layers), bops([{**layer, "bits": [32, 32]} for layer in manifest.layers])
     metrics: dict[str, Any] = {
         "bytes_predicted": exported.predicted,

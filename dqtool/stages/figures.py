@@ -35,14 +35,14 @@ def image_figures(
 
 def cost_figures(artifact: Artifact) -> dict[str, Any]:
     """Bytes of the weights' file and bit operations, beside those of float32."""
-    from dqtool.core.cost import bops, file_bytes, size_ratio
+    from dqtool.core.cost import bops, size_ratio
+    from dqtool.formats.shapes import network_shapes, predicted_bytes
     from dqtool.models.families import family_of
-    from dqtool.stages.export import network_shapes, swapped
 
     manifest = artifact.manifest
     family = family_of(manifest.model["class"], artifact.given)
     shapes = network_shapes(family, manifest.model["config"], manifest.layers)
-    full_bytes = file_bytes(swapped(shapes))
+    full_bytes = predicted_bytes(shapes)
     layers = [{**layer, "bits": layer.get("bits", [32, 32])} for layer in manifest.layers]
     full_bops = bops([{**layer, "bits": [32, 32]} for layer in manifest.layers])
     if manifest.file is not None:

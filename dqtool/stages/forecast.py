@@ -34,8 +34,8 @@ def forecast(
     """
     import torch
 
-    from dqtool.core.cost import bops, file_bytes
-    from dqtool.formats.shapes import swapped
+    from dqtool.core.cost import bops
+    from dqtool.formats.shapes import predicted_bytes
     from dqtool.graph.tied_modules import tie_modules
     from dqtool.models.families import family_of
     from dqtool.nn.assignment import apply_preset, assign_bits
@@ -59,8 +59,8 @@ def forecast(
     return {
         "network": class_name,
         "parameters": sum(prod(shape) for shape, _ in shapes.values()),
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, steps, tables))),
-        "bytes_float32": file_bytes(swapped(shapes)),
+        "bytes": predicted_bytes(state_shapes(shapes, plans, steps, tables)),
+        "bytes_float32": predicted_bytes(shapes),
         "bops": bops(rows),
         "bops_float32": bops({"macs": info.macs, "bits": None} for info in layers),
         "macs": sum(info.macs for info in layers),

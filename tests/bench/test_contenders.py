@@ -1,4 +1,4 @@
-"""Who is measured: every name means one thing."""
+"""Names of contenders: each stands for one contender or one runtime."""
 
 from __future__ import annotations
 

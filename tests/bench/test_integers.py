@@ -1,6 +1,7 @@
-"""The check of `recipes/same_integers.py` on the embedded model: all layers, fewer steps, made-up tables.
+"""The comparison of `recipes/same_integers.py` on the embedded model, with all layers, fewer steps and made-up tables.
 
-The openvino runtime has the same test in tests/runtimes/test_openvino.py."""
+The openvino runtime has the same test in tests/runtimes/test_openvino.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of the processor, on processors of several kinds."""
+"""Description of the processor, for processors of several kinds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: everybody gets turns, in changing order, and the figures are those of the calls."""
+"""Interleaved timing: contenders take turns in changing order, and the figures are those of the calls."""
 
 from __future__ import annotations
 

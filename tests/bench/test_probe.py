@@ -1,4 +1,4 @@
-"""Load time and memory in fresh processes: figures of the right size, and faults that come back as they were."""
+"""Load time and memory in fresh processes: plausible figures, and errors that are raised again in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dqtool.artifacts import open_artifact
 from dqtool.bench import probe as probing
 from dqtool.bench.contenders import contender_of
 from dqtool.bench.float_contenders import prepare_float
-from dqtool.bench.probe import Probe, prepare, probe, status
+from dqtool.bench.probe import Probe, memory_status, prepare, probe
 from dqtool.bench.subject import Subject
 from dqtool.errors import EnvironmentFault
 from dqtool.stages.bench import BenchOptions, _subject
@@ -27,18 +27,18 @@ def subject(made: Path, tmp_path: Path) -> Subject:
 
 
 ALLOCATE = """
-from dqtool.bench.probe import status
-before = status()["private"]
+from dqtool.bench.probe import memory_status
+before = memory_status()["private"]
 block = bytearray(64 << 20)
 block[::4096] = b"x" * len(block[::4096])
-print(status()["private"] - before)
+print(memory_status()["private"] - before)
 """
 
 
-def test_status_counts_what_is_allocated():
-    if "private" not in status():
-        pytest.skip("the system keeps no such account")
-    # In a process of its own: this one may fill the block from what earlier tests freed, or give some of that back.
+def test_status_counts_allocated_memory():
+    if "private" not in memory_status():
+        pytest.skip("the system does not count private memory")
+    # This process could take the block from memory that earlier tests freed, so that a fresh one is measured.
     done = subprocess.run([sys.executable, "-c", ALLOCATE], capture_output=True, text=True, check=True, timeout=120)
     assert 60 * MIB < int(done.stdout) < 80 * MIB
 

@@ -1,4 +1,4 @@
-"""An architecture with random weights is a real export, made once."""
+"""Exports of architectures with random weights: they run like any export, and are made once."""
 
 from __future__ import annotations
 

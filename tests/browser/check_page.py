@@ -1,9 +1,10 @@
-"""Open a page in headless Chromium and fail on whatever a reader's browser would complain about.
+"""Open a page in headless Chromium and fail on everything that a browser complains about.
 
     python tests/browser/check_page.py report.html [--pictures DIR]
 
-Looked at wide, narrow (400 px) and dark: no error or warning in the console, no request to anywhere, nothing wider than the
-window, every image drawn. Exit codes: 0 fine, 1 not, 4 no Chromium. Speaks the browser's DevTools protocol over two pipes.
+Each page is opened wide, narrow (400 px) and dark. It must cause no error or warning in the console and no request, have
+nothing wider than the window, and show every image. Exit codes: 0 fine, 1 complaints, 4 no Chromium. The script speaks
+the browser's DevTools protocol over two pipes.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(prefix="check-page-", ignore_cleanup_errors=True)
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        # Chromium reads descriptor 3 and writes 4. Copies far above keep the two from overwriting each other.
+        # Chromium reads descriptor 3 and writes descriptor 4; the shell moves our pipes there.
         with tempfile.TemporaryFile() as log:
             arrange = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
             options = ["--headless", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe", "--hide-scrollbars"]
             options += ["--disable-dev-shm-usage", f"--user-data-dir={self.profile.name}"]
-            options += ["--no-sandbox"] if os.geteuid() == 0 else []  # the sandbox refuses root
+            options += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to run as root
             self.process = subprocess.Popen(
                 ["bash", "-c", arrange, "browser", program, *options, "about:blank"],
                 pass_fds=(theirs_in, theirs_out),
@@ -78,7 +79,7 @@ class Browser:
         self.profile.cleanup()
 
     def call(self, method: str, **parameters: object) -> dict[str, Any]:
-        """Send one command and wait for its answer; events that come meanwhile are kept."""
+        """Send one command and return its answer. Events that arrive meanwhile are kept."""
         self.number += 1
         message: dict[str, Any] = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -94,7 +95,7 @@ class Browser:
             self.events.append(answer)
 
     def wait(self, event: str) -> None:
-        """Until an event of this name has come."""
+        """Wait until an event of this name has arrived."""
         end = time.monotonic() + TIMEOUT
         while not any(each.get("method") == event for each in self.events):
             if time.monotonic() > end:
@@ -102,7 +103,7 @@ class Browser:
             self.events.append(self.read())
 
     def read(self) -> dict[str, Any]:
-        """The next message."""
+        """Return the next message."""
         while b"\0" not in self.buffer:
             part = self.output.read1(1 << 16)
             if not part:
@@ -113,7 +114,7 @@ class Browser:
 
 
 def check(browser: Browser, page: Path, view: str, pictures: Path | None) -> list[str]:
-    """Complaints about a page in one view."""
+    """Return the complaints about a page in one view."""
     width, dark = VIEWS[view]
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     scheme = "dark" if dark else "light"
@@ -143,7 +144,7 @@ def check(browser: Browser, page: Path, view: str, pictures: Path | None) -> lis
 
 
 def complaint(event: dict[str, Any]) -> str | None:
-    """What is wrong about a browser's event, None for one that is fine."""
+    """Return the complaint that a browser's event is about; None for an event that is fine."""
     method, given = event.get("method"), event.get("params", {})
     if method == "Log.entryAdded" and given["entry"]["level"] in ("error", "warning"):
         return f"console {given['entry']['level']}: {given['entry']['text']}"
@@ -157,7 +158,7 @@ def complaint(event: dict[str, Any]) -> str | None:
 
 
 def main() -> int:
-    """Check every page named on the command line."""
+    """Check every page that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", type=Path, nargs="+")
     parser.add_argument("--pictures", type=Path, help="write a picture of every view into this directory")

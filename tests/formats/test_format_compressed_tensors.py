@@ -1,4 +1,4 @@
-"""The compressed-tensors export: read by that library's own decompressor, refused by name where it can't hold a layer."""
+"""The compressed-tensors export: the library decompresses it, and layers that it can't hold are refused by name."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dqtool.nn.surgery import quant_layers
 pytest.importorskip("compressed_tensors")
 
 KEEP = ("--keep", r".*conv.*=16/16", "--keep", r".*attentions\.\d+=16/16")
-"""Of the tiny model only its linear layers are quantized."""
+"""Options that leave everything but the tiny model's linear layers in float."""
 
 
 def export(run: Run, made: Path, directory: Path, bits: str, *keep: str, steps: str = "1") -> None:
-    """`dq` and `ct` directories of the tiny model, not dilated."""
+    """Write a `dq` directory of the tiny model, not dilated, and the artifacts it is made from."""
     for arguments in (
         ("dilate", str(made / "tiny"), "--scaling", "none"),
         ("calibrate", "--steps", steps, "--samples", "8", "--scaling", "keep"),
@@ -79,7 +79,9 @@ def test_the_library_reads_it(
             x = torch.randn(3, own["weight_shape"][1]) * layer.input_scale[0] * 8
             got = fake_quantize(x, own["input_scale"], own["input_zero_point"], scheme.input_activations)
             different = (got - layer.quantize_input(x)).abs() > 1e-6
-            assert different.float().mean() < 0.01  # it divides where dqtool multiplies: ties may differ
+            assert (
+                different.float().mean() < 0.01
+            )  # the library divides where dqtool multiplies, so that ties may differ
         compared += 1
     assert compared == sum(1 for layer in reference.values() if not layer.is_conv)
     assert decompress_module is not None

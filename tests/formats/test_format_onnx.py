@@ -1,4 +1,4 @@
-"""The ONNX export: integer operators, the simulation's numbers, any batch, resolution and step."""
+"""The ONNX export: it runs integer operators and follows the simulation at any batch, resolution and step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def export(run: Run, made: Path, directory: Path, bits: str) -> None:
-    """`dq` and `onnx` directories of the tiny model at `bits`, quantizers initialised and not trained."""
+    """Write `dq` and `onnx` directories of the tiny model at `bits`, with initialised, untrained quantizers."""
     common = ("--iters", "0", "--refine-iters", "0", "-o", "d.safetensors")
     for arguments in (
         ("distill", str(made / "calibrated.safetensors"), "--bits", bits, *common),
@@ -35,7 +35,7 @@ def test_onnxruntime_follows_the_simulation(made: Path, tmp_path: Path, run: Run
     export(run, made, tmp_path, bits)
     path = tmp_path / "onnx" / "unet" / "model.onnx"
     options = onnxruntime.SessionOptions()
-    # Without VNNI ONNX Runtime's int8 products overflow 16 bits unless it is told to take the slower ones.
+    # Without VNNI ONNX Runtime's int8 products overflow 16 bits unless this setting selects the slower ones.
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options)
     simulated = dqtool.load(str(tmp_path / "dq"), "simulate")

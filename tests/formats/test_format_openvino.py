@@ -1,4 +1,4 @@
-"""OpenVINO graphs of every family: the simulation's numbers, at another batch than traced, all products in integers."""
+"""OpenVINO graphs of every family follow the simulation at another batch than traced, with all products in integers."""
 
 from __future__ import annotations
 

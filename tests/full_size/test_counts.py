@@ -1,4 +1,4 @@
-"""Published models at full size, on shapes alone: parameters, sizes and bit operations are the published ones."""
+"""Published models at full size, from shapes alone: parameters, sizes and bit operations equal the published ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 
 
 def test_stable_diffusion_at_6_bits() -> None:
-    """5.3x smaller and 27.9x fewer bit operations (arXiv 2409.14307 v1)."""
+    """The forecast equals the paper's: 5.3x smaller, 27.9x fewer bit operations (arXiv 2409.14307 v1)."""
     arch = ARCHITECTURES["sd14"]
     found = forecast(arch.class_name, arch.config, QuantizationSpec.parse("6/6"), arch.steps)
     assert found["bytes_float32"] / found["bytes"] == pytest.approx(5.3, rel=0.01)
@@ -27,7 +27,7 @@ def test_stable_diffusion_at_6_bits() -> None:
 
 
 def test_church_with_its_first_stage() -> None:
-    """1514.5 MB in float32, the autoencoder counted."""
+    """The size equals the paper's 1514.5 MB in float32, with the autoencoder."""
     arch = ARCHITECTURES["ldm8-church"]
     found = forecast(arch.class_name, arch.config, QuantizationSpec.parse("4/4"), arch.steps)
     assert (found["bytes_float32"] + 4 * arch.first_stage) / 1e6 == pytest.approx(1514.5, rel=0.01)

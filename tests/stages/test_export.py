@@ -9,14 +9,15 @@ import torch
 
 import dqtool
 from dqtool.artifacts import open_artifact
-from dqtool.core.cost import bops_ratio, file_bytes
+from dqtool.core.cost import bops_ratio
 from dqtool.core.quantization import QuantizationSpec
+from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.families import FAMILIES
 from dqtool.nn.assignment import assign_bits
 from dqtool.nn.surgery import quant_layers, state_shapes
 from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
-from dqtool.stages.export import ExportOptions, export, network_shapes, swapped
+from dqtool.stages.export import ExportOptions, export
 
 CIFAR10 = {
     "sample_size": 32,
@@ -56,7 +57,7 @@ def test_cifar10_architecture_is_an_eighth_at_four_bits() -> None:
     names = [info.name for info in traced.layers if info.kind != "attention"]
     plans = assign_bits(traced.layers, QuantizationSpec.parse("4/4"), dilated=names)
     shapes = network_shapes(family, CIFAR10)
-    full, packed = file_bytes(swapped(shapes)), file_bytes(swapped(state_shapes(shapes, plans, 100)))
+    full, packed = predicted_bytes(shapes), predicted_bytes(state_shapes(shapes, plans, 100))
     assert full / packed >= 7.5
     six = assign_bits(traced.layers, QuantizationSpec.parse("6/6"))
     records = [plan.summary() for plan in six]
