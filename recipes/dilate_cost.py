@@ -1,13 +1,13 @@
-"""Memory and time of `dqtool dilate` on a file of full size, next to reading and writing that file with safetensors.
+"""Compare memory and time of `dqtool dilate` on a file of full size with reading and writing it by safetensors.
 
     python recipes/dilate_cost.py [NAME [RUNS]]
 
-Writes recipes/results/dilate-NAME.md and .json (default sd14: 3.4 GB). Each run is a process of its own; times are the
-best of RUNS (default 3), taken in turn, memory the largest. Memory is anonymous pages, so mapped files are not
-counted; the level after imports is that of a process which has imported what dilate imports and does nothing more.
+The script writes recipes/results/dilate-NAME.md and .json (default sd14: 3.4 GB). Each run is a fresh process. Times are the
+best of RUNS (default 3), taken in turns; memory is the largest. Memory counts anonymous pages, so mapped files are left
+out. The level after imports is that of a process which has imported what dilate imports.
 
-Like is compared with like: both without imports (the copy's time starts after its own; dilate's is less that of a process
-that only imports), and both as whole processes. Both must meet the bar.
+Times are compared twice: without imports, and as whole processes. The copy's time without imports starts after its imports;
+dilate's is that of its process less that of a process that only imports. Both comparisons must keep within the limit.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ MOST_MEMORY, MOST_TIME = 1.3, 5.0
 
 
 def printed(code: str, *arguments: str) -> list[float]:
-    """The numbers that a Python process prints."""
+    """Run Python code in a fresh process and return the numbers that it prints."""
     command = [sys.executable, "-c", code, *arguments]
     return [float(word) for word in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
 def processor_seconds() -> float:
-    """What finished child processes have used."""
+    """Return the processor seconds of all finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def measure(name: str, runs: int) -> dict:
-    """The figures of one architecture."""
+    """Measure one architecture and return its figures."""
     from dqtool.artifacts import read_manifest
     from dqtool.models.architectures import architecture
 
@@ -121,7 +121,7 @@ def _met(ratio: float) -> str:
 
 
 def render(name: str, row: dict) -> str:
-    """The table."""
+    """Return the table as Markdown."""
     lines = [
         f"# `dqtool dilate` on {name}, random weights",
         "",
@@ -154,7 +154,7 @@ def render(name: str, row: dict) -> str:
 
 
 def main() -> None:
-    """Measure, write, say."""
+    """Measure, write the results and print them. Exit with an error if a limit is exceeded."""
     name = sys.argv[1] if len(sys.argv) > 1 else "sd14"
     row = measure(name, int(sys.argv[2]) if len(sys.argv) > 2 else 3)
     (RESULTS / f"dilate-{name}.json").write_text(json.dumps(row, indent=1) + "\n")

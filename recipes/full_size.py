@@ -1,10 +1,10 @@
-"""The published architectures at full size with random weights, through dilate, calibrate, one distilled block, export.
+"""Run published architectures at full size, with random weights, through dilate, calibrate, one distilled block, export.
 
     python recipes/full_size.py [NAME...]
 
-Writes recipes/results/full-size.md and .json, one row a model: parameters, bytes and bit operations beside the published
-counts, and the seconds and the peak memory of each stage, which runs in a process of its own. A model that is run again
-replaces its row.
+The script writes recipes/results/full-size.md and .json, with a row for each model: parameters, bytes and bit operations with
+the published counts, and the seconds and peak memory of each stage. Each stage runs in a fresh process. A model that is run
+again replaces its row.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 BITS = "6/6"
-# The first block of each kind of network: residual, or transformer.
+# The block to distill: the first residual or transformer block of each kind of network.
 BLOCK = {"DiTTransformer2DModel": r"transformer_blocks\.0"}
 DEFAULT_BLOCK = r"down_blocks\.0\.resnets\.0"
 
 
 def write_model(name: str, directory: Path) -> None:
-    """A component directory with random weights of the architecture's shapes."""
+    """Write a component directory with random weights of the architecture's shapes."""
     import torch
     from safetensors.torch import save_file
 
@@ -44,7 +44,7 @@ def write_model(name: str, directory: Path) -> None:
             state[key] = torch.randn(like.shape) / like[0].numel() ** 0.5
         else:
             state[key] = torch.full(like.shape, float("norm" in key and key.endswith("weight")))
-    # What the class repeats is one module in the published model: random copies would be stored and counted each.
+    # Modules that the class repeats are one in the published model. Random copies would be stored and counted apart.
     for copy, original in family.tied_modules(arch.config):
         for key in [key for key in state if key.startswith(f"{original}.")]:
             state[copy + key.removeprefix(original)] = state[key].clone()
@@ -54,12 +54,12 @@ def write_model(name: str, directory: Path) -> None:
 
 
 def written_model(name: str, directory: Path) -> None:
-    """`write_model` in a process of its own, whose memory is free again before a stage's is measured."""
+    """Call `write_model` in a fresh process, so that its memory is free before a stage is measured."""
     subprocess.run([sys.executable, __file__, "--write", name, str(directory)], check=True)
 
 
 def stage(*arguments: str, cwd: Path) -> tuple[float, float]:
-    """Run one command; returns seconds and the peak of its anonymous memory in GB."""
+    """Run one command; return its seconds and the peak of its anonymous memory in GB."""
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, "-m", "dqtool", *arguments, "--quiet"], cwd=cwd, stdout=sys.stderr)
     finished = threading.Event()
@@ -84,7 +84,7 @@ def stage(*arguments: str, cwd: Path) -> tuple[float, float]:
 
 
 def measure(name: str) -> dict:
-    """One row."""
+    """Run the chain of one architecture and return its row."""
     from dqtool.artifacts import read_manifest
     from dqtool.models.architectures import ARCHITECTURES
 
@@ -115,7 +115,7 @@ def measure(name: str) -> dict:
 
 
 def render(rows: dict[str, dict]) -> str:
-    """The table."""
+    """Return the table as Markdown."""
     lines = [
         "# Published architectures at full size, random weights",
         "",
@@ -143,7 +143,7 @@ def render(rows: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    """Measure the models named, or all."""
+    """Measure the named models, or all; return the exit code."""
     from dqtool.models.architectures import ARCHITECTURES, architecture
 
     if sys.argv[1:2] == ["--write"]:

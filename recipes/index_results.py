@@ -1,7 +1,7 @@
 """Write `recipes/results/README.md`, the index of all committed results, and the tables of README.md that quote them.
 
     python recipes/index_results.py           write both
-    python recipes/index_results.py --check   fail where a file is not what the results say, or README has a number they lack
+    python recipes/index_results.py --check   fail if a file differs from the results, or README has a number they lack
 
 Every figure comes from a result file. README.md marks the tables that this script writes with `<!-- results: NAME -->` and
 `<!-- end -->`.
@@ -118,7 +118,7 @@ def contender_of(measured: Mapping[str, Any]) -> str:
 
 
 def speed_rows(path: Path) -> Iterator[list[str]]:
-    """Yield per batch: contenders with the speedup over the faster float32, and what float32 takes."""
+    """Yield for each batch size the speedups of contenders over the faster float32, and the time of float32."""
     result = load(path)
     machine = result["machine"]
     flags = [flag for flag in machine["flags"] if flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_tile")]
@@ -142,7 +142,7 @@ def speed_index() -> list[str]:
 
 
 def other_index() -> list[str]:
-    """Return the table of the results that are none of the above."""
+    """Return the table of all other results."""
     named = {
         path.stem
         for path in RESULTS.glob("*.json")
@@ -185,7 +185,7 @@ def index() -> str:
 
 
 def quality_table() -> list[str]:
-    """Return the quality table of README.md: every embedded model at 4/4 beside calibration alone."""
+    """Return the quality table of README.md: every embedded model at 4/4, and with calibration alone."""
     found = dict(reports())
     rows = []
     for model in MODELS:
@@ -244,7 +244,7 @@ def unsupported(readme: str, results: str) -> list[str]:
 
 
 def problems() -> list[str]:
-    """Return a sentence for each thing that is not as the results say."""
+    """Return a sentence for each file or number that differs from the results."""
     found = []
     readme = README.read_text(encoding="utf-8")
     if not INDEX.is_file() or INDEX.read_text(encoding="utf-8") != index():
@@ -259,7 +259,7 @@ def problems() -> list[str]:
 
 
 def main() -> int:
-    """Write the files, or with --check print what is wrong with them."""
+    """Write the files, or with --check print the problems; return the exit code."""
     if sys.argv[1:] == ["--check"]:
         found = problems()
         print(

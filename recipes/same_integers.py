@@ -1,5 +1,7 @@
-"""Accumulators of the integer runtimes against the int64 reference: every quantized layer of an embedded model, its own
-calibrated tables, every step, at 4/4, 6/6 and 8/8. Writes recipes/results/same-integers.md; exits with 1 on a difference.
+"""Compare accumulators of the integer runtimes with the int64 reference, and write recipes/results/same-integers.md.
+
+Every quantized layer of an embedded model is compared at every step of its calibrated tables, at 4/4, 6/6 and 8/8. The exit
+code is 1 if an accumulator differs.
 
     python recipes/same_integers.py [zoo:digits-ddpm] [--steps 20]
 """
@@ -23,7 +25,7 @@ BITS = ("4/4", "6/6", "8/8")
 
 
 def main() -> int:
-    """Export at each bit width, compare, write the table."""
+    """Export at each bit width, compare, and write the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", default="zoo:digits-ddpm")
     parser.add_argument("--steps", type=int, default=20)
@@ -60,7 +62,7 @@ def main() -> int:
 
 
 def run(work: str, *arguments: str) -> None:
-    """One command of dqtool, in the working directory."""
+    """Run one command of dqtool in the working directory."""
     subprocess.run(
         [sys.executable, "-m", "dqtool", *arguments, "--quiet"], cwd=work, check=True, stdout=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""The charts of the page. Each takes plain numbers and returns one SVG image."""
+"""Charts of the page. Each function takes plain numbers and returns one SVG image as text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ WIDTH = 440.0
 LEFT = 58.0
 RIGHT = 14.0
 ABOVE, BELOW = 26.0, 44.0
-"""Room for the y axis' label and for the x axis' labels."""
+"""Space for the label of the y axis and for the labels of the x axis."""
 CHARACTER_SMALL = 5.6
-"""Mean width of a character of small text."""
+"""Mean width of a character of small text, in units."""
 LEVELS = 9
-"""Shades of a heat map."""
+"""Number of shades of a heat map."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A result in a scatter plot. `number` is what it is called in the table, `series` its colour and marker."""
+    """A result in a scatter plot. `number` is its number in the table; `series` selects colour and marker."""
 
     number: int
     name: str
@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """One line: y over x; `kind` 0 is drawn solid, 1 dashed."""
+    """A line of y over x. `kind` 0 is drawn solid, 1 dashed."""
 
     name: str
     x: Sequence[float]
@@ -46,7 +46,10 @@ class Line:
 def scatter(
     title: str, x_label: str, y_label: str, points: Sequence[Point], reference: tuple[str, float, float | None] | None
 ) -> str:
-    """Points by cost and quality. `reference` is (name, quality, cost): a dashed line, and a hollow point where it has a cost."""
+    """Plot points by cost and quality.
+
+    `reference` (name, quality, cost) is drawn as a dashed line, and as a hollow point too if its cost is known.
+    """
     xs = [p.x for p in points]
     ys = [p.y for p in points]
     if reference is not None:
@@ -73,13 +76,13 @@ def scatter(
         x, y = frame.at(p.x, p.y)
         tip = f"{p.number} {p.name}: {x_label} {compact(p.x)}, {y_label} {compact(p.y)}"
         canvas.marker(p.series, x, y, f"mark s{p.series % SERIES}", tip)
-        canvas.text(*_beside(x, y, taken), str(p.number), "t strong")
+        canvas.text(*_label_place(x, y, taken), str(p.number), "t strong")
     spoken = "; ".join(f"{p.name}: {compact(p.x)}, {compact(p.y)}" for p in points)
     return canvas.svg(title, f"{y_label} against {x_label}. {spoken}")
 
 
-def _beside(x: float, y: float, taken: list[tuple[float, float]]) -> tuple[float, float]:
-    """A place for a label right of a point, else left, above or below: the first where no label is yet."""
+def _label_place(x: float, y: float, taken: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the first free place for a label right, left, above or below a point, and add it to `taken`."""
     offsets = [(8, 4), (-16, 4), (-4, -9), (-4, 18), (8, -9), (8, 18), (-16, -9), (-16, 18)]
     places = [(x + dx, y + dy) for dx, dy in offsets if x + dx < WIDTH - 8]
     free = [(a, b) for a, b in places if all(abs(a - c) > 14 or abs(b - d) > 12 for c, d in taken)]
@@ -89,7 +92,7 @@ def _beside(x: float, y: float, taken: list[tuple[float, float]]) -> tuple[float
 
 
 def lines(title: str, x_label: str, y_label: str, series: Sequence[Line], reverse: bool = False) -> str:
-    """Lines over a common x axis; `reverse` runs it from high to low, as the denoising steps do."""
+    """Plot lines over a common x axis. With `reverse` it runs from high to low, as timesteps do while sampling."""
     canvas = Canvas(WIDTH, 10)
     entries = [
         (line.name, lambda x, y, line=line: canvas.path([(x - 7, y), (x + 7, y)], _stroke(line))) for line in series
@@ -121,7 +124,10 @@ def _stroke(line: Line) -> str:
 def dots(
     title: str, x_label: str, names: Sequence[str], series: Sequence[tuple[str, int, Sequence[float | None]]]
 ) -> str:
-    """One row per name with a marker for each series (name, colour, a value or None per row) on a common axis."""
+    """Plot one row for each name, with a marker for each series on a common axis.
+
+    A series is (name, colour, values), with a value or None for each row.
+    """
     canvas = Canvas(WIDTH, 10)
     entries = [
         (name, lambda x, y, colour=colour: canvas.marker(colour, x, y, f"mark s{colour % SERIES}"))
@@ -154,9 +160,9 @@ def dots(
 def heatmap(
     title: str, columns: str, rows: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str], unit: str
 ) -> str:
-    """Rows of values as shades on a logarithmic scale; `labels` name the columns, of which the ends are written.
+    """Plot rows of values as shades on a logarithmic scale. The first and last of `labels` are written below the columns.
 
-    The lightest shade stands for the smallest tenth: a few 8-bit layers would otherwise take up most of the scale.
+    The lightest shade stands for the smallest tenth of the values. Otherwise a few 8-bit layers take up most of the scale.
     """
     values = sorted(v for _, row in rows for v in row if v > 0) or [1.0]
     low, high = values[len(values) // 10], values[-1]
@@ -218,9 +224,9 @@ def ridges(
     rows: Sequence[tuple[str, Sequence[float], Sequence[float]]],
     names: tuple[str, str],
 ) -> str:
-    """Pairs of histograms (label, first, second) over one range, row under row: the first an outline, the second filled.
+    """Plot pairs of histograms (label, first, second) over one range, row under row. The second is filled.
 
-    Heights are square roots of the shares, so that tails can be seen beside the peak.
+    Heights are square roots of the shares, so that tails are visible next to the peak.
     """
     canvas = Canvas(WIDTH, 10)
     entries: list[tuple[str, Callable[[float, float], None]]] = [
@@ -264,7 +270,7 @@ def bands(
     outer: tuple[str, Sequence[tuple[float, float]]],
     inner: tuple[str, Sequence[tuple[float, float]]],
 ) -> str:
-    """Two ranges (name, (low, high) for each x) over a reversed x axis: the outer as two lines, the inner filled."""
+    """Plot two ranges (name, (low, high) for each x) over a reversed x axis. The inner one is filled."""
     canvas = Canvas(WIDTH, 10)
     entries: list[tuple[str, Callable[[float, float], None]]] = [
         (outer[0], lambda x, y: canvas.path([(x - 7, y), (x + 7, y)], "line s1")),
@@ -289,5 +295,5 @@ def bands(
 
 
 def _shortened(name: str, most: int) -> str:
-    """The end of a name, which says more than its start."""
+    """Shorten a name to `most` characters. Its end is kept, because names of layers differ there."""
     return name if len(name) <= most else "…" + name[-(most - 1) :]

@@ -1,4 +1,4 @@
-"""A table of comparisons (what `python -m dqtool.tables` wrote) as a section of the page."""
+"""Section of the page for a table of comparisons, which `python -m dqtool.tables` wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
 
 
 def comparison_section(summary: Mapping[str, Any]) -> Section:
-    """The table with the paper's numbers beside, its curves, and how it was made."""
+    """Return the section: the table with the paper's numbers, its curves, and the command that made it."""
     source = f" ({summary['source']})" if summary["source"] else ""
     variant = f", {summary['variant']}" if summary.get("variant") else ""
     section = Section(
@@ -48,7 +48,7 @@ def comparison_section(summary: Mapping[str, Any]) -> Section:
 
 
 def curve_chart(summary: Mapping[str, Any]) -> str | None:
-    """Means over seeds of every row's curve, as a page shows it; None where no row has one."""
+    """Plot the training curve of every row, mean over seeds. Return None if no row has one."""
     series: list[Line] = []
     for row in summary["rows"]:
         curves = row["curves"]
@@ -63,7 +63,7 @@ def curve_chart(summary: Mapping[str, Any]) -> str | None:
 
 
 def figure_text(value: Mapping[str, Any] | None, decimals: int) -> str:
-    """`mean ± deviation`."""
+    """Return `mean ± deviation`, without the deviation if there is none."""
     if value is None:
         return "–"
     text = f"{value['mean']:.{decimals}f}"
@@ -71,7 +71,7 @@ def figure_text(value: Mapping[str, Any] | None, decimals: int) -> str:
 
 
 def is_best(summary: Mapping[str, Any], row: Mapping[str, Any], column: Mapping[str, Any]) -> bool:
-    """Whether a row has the best value of its group, full precision aside."""
+    """Return True if a row has the best value of its group, full precision left out."""
     if not column["better"] or row["name"] == REFERENCE or column["key"] not in row["values"]:
         return False
     rivals = [

@@ -1,4 +1,4 @@
-"""What a page is, apart from how it is written: sections of paragraphs, tables, charts and pictures."""
+"""Content of a page, independent of HTML and Markdown: sections of paragraphs, tables, charts and pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a table's cell; `best` marks the column's best value, `detail` is what stands small beside it."""
+    """Cell of a table. `best` marks the best value of the column; `detail` is written small after the text."""
 
     text: str
     detail: str = ""
@@ -46,16 +46,21 @@ class Note:
 
 @dataclass(frozen=True)
 class Omission:
-    """Plain text that says what a section lacks, why, and what would give it. The page lists them once, folded, at its end."""
+    """Plain text that says what a section lacks, why, and how to get it. The page lists omissions folded at its end."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `columns` with the direction that is better in brackets, rows of cells; the first `heads` of a row name it.
+    """A table of cells.
 
-    With `folded` only the caption is shown until the reader opens it.
+    Attributes:
+        caption: title of the table.
+        columns: headings; an arrow at the end shows which direction is better.
+        rows: cells of each row.
+        heads: number of cells at the start of a row that name it.
+        folded: only the caption is shown until the reader opens the table.
     """
 
     caption: str
@@ -67,7 +72,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Charts:
-    """SVG images (heading, image, what to read in it) that stand side by side where there is room."""
+    """SVG images (heading, image, caption), shown side by side if there is space."""
 
     charts: Sequence[tuple[str, str, str]]
 
@@ -92,8 +97,11 @@ Block = Paragraph | Note | Omission | Table | Charts | Pictures
 
 @dataclass
 class Section:
-    """A heading and what is under it; `level` 2 is a model or a comparison, 3 a part of it. `chapter` names the part of the
-    table of contents that lists a section of level 2."""
+    """A heading with its blocks.
+
+    Level 2 is a model or a comparison, level 3 a part of it. `chapter` is the heading of the table of contents under which
+    a section of level 2 is listed.
+    """
 
     title: str
     blocks: list[Block] = field(default_factory=list)
@@ -111,7 +119,7 @@ class Page:
 
 
 def gather_omissions(sections: Sequence[Section]) -> list[Section]:
-    """Move what sections say they lack into one folded table in a last section. Parts with nothing else are dropped."""
+    """Move the omissions of all sections into one folded table in a last section. Parts without other blocks are dropped."""
     kept: list[Section] = []
     rows: list[list[Cell]] = []
     chapter = ""

@@ -1,4 +1,4 @@
-"""What a result's figures are called, which way is better, and how they are written."""
+"""Figures and costs of a result: labels, direction, and values."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = [
 
 _NOT_FIGURES = ("samples", "missed_timesteps")
 FROM_REFERENCE = "_from_reference"
-"""Ends the key of a distance to the reference's images in place of real ones."""
+"""Suffix of a distance to images of the reference model, rather than real images."""
 RATIO = "_ratio"
-"""Ends the key of a figure that stands beside another one: how many times the reference's it is."""
+"""Suffix of a figure that gives another figure as a multiple of the reference's."""
 _PARTS = ("reference", "cost", "layer_errors", "extractor", "extractors", "grid")
 
 
 def figure(key: str) -> Figure:
-    """Return how a figure is shown. One that no metric of the registry reports, in a report of another version, is shown under its key."""
+    """Return the entry of a figure. A figure that no metric reports, say in a report of another version, has its key as label."""
     if key in FIGURES:
         return FIGURES[key]
     stem = key.split(".")[0]
@@ -40,7 +40,7 @@ def figure(key: str) -> Figure:
 
 
 def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return every figure that is one number, or has a mean, by key: known ones first, in the order of the registry."""
+    """Return by key the figures that are numbers or have a mean. Those of the registry come first, in its order."""
     found: dict[str, float] = {}
     for key in metrics:
         value = value_of(metrics, key)
@@ -51,14 +51,17 @@ def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def quality_key(results: Sequence[Result]) -> str | None:
-    """The metric that quality-against-cost plots show: the first that knows a direction, Fréchet distances before all."""
+    """Return the figure that plots of quality show: a Fréchet distance, else the first figure with a direction."""
     keys = list(dict.fromkeys(key for result in results for key in figures_of(result.metrics)))
     preferred = [key for key in keys if key == "fid" or (key.startswith("fd.") and not key.endswith(FROM_REFERENCE))]
     return next(iter([*sorted(preferred, reverse=True), *[key for key in keys if figure(key).better]]), None)
 
 
 def extractors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Which network made the features behind a figure: (figure, {name, sha256, perhaps features}), as eval recorded it."""
+    """Yield (figure, description) for figures whose features a network extracted.
+
+    The description, recorded by eval, has the network's `name`, `sha256` and, for some, number of `features`.
+    """
     digits = metrics.get("extractor")
     if isinstance(digits, Mapping):
         for key in figures_of(metrics):
@@ -71,7 +74,7 @@ def extractors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 
 def method_of(result: Result) -> tuple[str, str]:
-    """How a result was quantized, (`wd + bkd`, what else there is to say)."""
+    """Return (scaling and training method, like `wd + bkd`; details of the training)."""
     layers = result.manifest.layers
     scaling = sorted({(layer.get("scaling") or {}).get("method", "") for layer in layers} - {""})
     parts = [" / ".join(scaling) or "no scaling"]
@@ -102,7 +105,7 @@ def method_of(result: Result) -> tuple[str, str]:
 
 
 def seconds_of(result: Result) -> float | None:
-    """Seconds that quantizing took: dilate, calibrate and distill; None when one of them is not known."""
+    """Return the seconds of dilate, calibrate and distill together; None if one of them is unknown."""
     stages = ("dilate", "calibrate", "distill")
     if not all(stage in result.manifests for stage in stages):
         return None
@@ -111,15 +114,15 @@ def seconds_of(result: Result) -> float | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What quality is plotted against: the axis' label, and how a result and the full-precision model get their value."""
+    """A cost that quality is plotted against, with the label of its axis."""
 
     label: str
     key: str
     scale: float
-    hint: str  # where it would come from
+    hint: str  # the reason if no result has it
 
     def of(self, result: Result, benches: Sequence[Bench]) -> float | None:
-        """The cost of a result, None when it is not known."""
+        """Return the cost of a result; None if it is unknown."""
         if self.key == "seconds":
             return seconds_of(result)
         if self.key == "step":
@@ -128,7 +131,7 @@ class Cost:
         return None if value is None else value * self.scale
 
     def of_reference(self, result: Result, benches: Sequence[Bench]) -> float | None:
-        """The cost of the full-precision model, None when it is not known or there is none."""
+        """Return the cost of the full-precision model; None if it is unknown or there is no such cost."""
         if self.key == "step":
             return _milliseconds(result, benches, baseline=True)
         value = result.metrics.get("cost", {}).get(f"{self.key}_float32")
@@ -144,7 +147,7 @@ COSTS = (
 
 
 def _milliseconds(result: Result, benches: Sequence[Bench], baseline: bool) -> float | None:
-    """Median time of a step at the smallest batch: of the fastest dqtool runtime, or of the float baseline."""
+    """Return the median time of a step at the smallest batch, of the float baseline or the fastest of dqtool's runtimes."""
     for bench in benches:
         if bench.sha256 != result.measured_sha256:
             continue

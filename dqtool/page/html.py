@@ -1,4 +1,4 @@
-"""A page as one HTML file that needs nothing else: no script, no font, no request."""
+"""Renders a page as one HTML file without scripts, fonts or requests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dqtool.page.style import STYLE
 __all__ = ["render_html"]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""Content security policy: whatever would be loaded from elsewhere is an error in the browser's console."""
+"""Content security policy: an attempt to load anything is an error in the browser's console."""
 
 
 def render_html(page: Page) -> str:
-    """The page as text; equal pages give equal text."""
+    """Return the page as HTML. Equal pages give equal text."""
     nav = _contents(page)
     body = "".join(_section(section, page) for section in page.sections)
     return (
@@ -90,11 +90,11 @@ def _table(table: Table) -> str:
         f'<th scope="col"{_css(right[i])}>{_with_direction(column)}</th>' for i, column in enumerate(table.columns)
     )
     rows = "".join(f"<tr>{_row(row, table.heads, right)}</tr>" for row in table.rows)
-    # The caption that is seen stands outside the box, so that it does not scroll with the table.
+    # The visible caption is outside the box, so that it does not scroll with the table.
     above = "" if table.folded else f'<p class="caption" aria-hidden="true">{escape(table.caption)}</p>\n'
     caption = f'<caption class="hidden">{escape(table.caption)}</caption>'
     drawn = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    # A wide table scrolls in its own box, which the keyboard must reach.
+    # A wide table scrolls in its own box; `tabindex` lets the keyboard reach it.
     box = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">{drawn}</div>\n'
     return f"<details><summary>{escape(table.caption)}</summary>{box}</details>\n" if table.folded else above + box
 
@@ -110,7 +110,7 @@ def _row(row: Sequence[Cell], heads: int, right: Sequence[bool]) -> str:
 
 
 def _with_direction(column: str) -> str:
-    """`fd.digits ↓` with the arrow said in words for those who hear it."""
+    """Return a heading like `fd.digits ↓`, with the arrow in words for screen readers."""
     for arrow, words in (("↓", "lower is better"), ("↑", "higher is better")):
         if column.endswith(arrow):
             return (

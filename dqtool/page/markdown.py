@@ -1,4 +1,4 @@
-"""A page as one Markdown file: tables as text, charts and pictures as data URIs, which most viewers show."""
+"""Renders a page as one Markdown file, with charts and pictures as data URIs, which most viewers show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["render_markdown"]
 
 
 def render_markdown(page: Page) -> str:
-    """The page as text; equal pages give equal text."""
+    """Return the page as Markdown. Equal pages give equal text."""
     lines = [f"# {_plain(page.title)}", "", _plain(page.lead)]
     for section in page.sections:
         lines += ["", f"{'#' * section.level} {_plain(section.title)}"]
@@ -51,13 +51,13 @@ def _cell(cell: Cell) -> str:
 
 
 def _data_uri(svg: str) -> str:
-    """The chart as an image that stands alone: with the style that the page would give it."""
+    """Return the chart as a data URI that includes its style sheet."""
     styled = svg.replace(">", f"><style>{CHART_STYLE}</style>", 1)
     return "data:image/svg+xml;base64," + base64.b64encode(styled.encode()).decode("ascii")
 
 
 def _plain(text: str) -> str:
-    """Names hold underscores and stars, and a bar would end a cell."""
+    """Escape the characters that mean something in Markdown, such as underscores and bars in names."""
     for character in "\\`*_|<>[]":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())

@@ -1,7 +1,7 @@
-"""Finding what a page is made of: eval results, and beside them the artifacts they measured. Imports no torch.
+"""Search for eval results, and the artifacts that they measured. Imports no torch.
 
-Artifacts are told apart by their sha256, never by their name: a result is joined with the very files it was measured on, or
-with none.
+Artifacts are identified by their sha256, never by their name: a result is joined with the files it was measured on, or with
+none.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ __all__ = ["Bench", "Result", "chain_key", "differences", "find_results", "find_
 
 LARGEST_JSON = 64 << 20
 LARGEST_PICTURE = 8 << 20
-"""Bytes beyond which a file is not looked at, or not embedded."""
+"""Largest JSON file that is read, and largest picture that is embedded, in bytes."""
 
 
 @dataclass
 class Result:
-    """An eval result with what was found of its chain."""
+    """An eval result with the artifacts of its chain that were found."""
 
     name: str
     path: Path
     manifest: Manifest
-    chain: dict[str, Path] = field(default_factory=dict)  # stage -> where an artifact of this result's chain is
-    manifests: dict[str, Manifest] = field(default_factory=dict)  # of the same stages
+    chain: dict[str, Path] = field(default_factory=dict)  # path of the artifact of each stage
+    manifests: dict[str, Manifest] = field(default_factory=dict)  # manifest of the artifact of each stage
     picture: Path | None = None
     picture_note: str = ""
-    bits: str = ""  # as its table names them, `4/4`
+    bits: str = ""  # the column `bits` of the table, such as `4/4`
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The figures that `dqtool eval` recorded."""
+        """Figures that `dqtool eval` recorded."""
         return self.manifest.metrics
 
     @property
     def measured_sha256(self) -> str:
-        """sha256 of what was measured."""
+        """Digest (sha256) of the measured artifact."""
         return str(self.manifest.inputs[0]["sha256"]) if self.manifest.inputs else ""
 
     @property
     def quantized_reference(self) -> str | None:
-        """What took the place of the full-precision model in comparisons, in eval's words; None where nothing did."""
+        """Description, by eval, of a reference other than the full-precision model; None if there is no other."""
         return self.metrics.get("reference_is")
 
     def open(self, stage: str) -> Artifact:
-        """The artifact of a stage, its data verified.
+        """Open the artifact of a stage, and verify its data.
 
         Raises:
-            ArtifactError: there is none beside the result, or it is damaged.
+            ArtifactError: there is none next to the result, or it is damaged.
             EnvironmentFault: it can't be read.
         """
         if stage not in self.chain:
-            raise ArtifactError(f"the {_PARTICIPLES[stage]} artifact of this result was not found beside it")
+            raise ArtifactError(f"the {_PARTICIPLES[stage]} artifact of this result was not found next to it")
         return open_artifact(self.chain[stage])
 
     def picture_uri(self) -> str | None:
-        """The sample grid as a data URI; None without one, or where it is too large to embed."""
+        """Return the sample grid as a data URI; None if there is none or it is too large to embed."""
         if self.picture is None or self.picture.stat().st_size > LARGEST_PICTURE:
             return None
         return "data:image/png;base64," + base64.b64encode(self.picture.read_bytes()).decode("ascii")
@@ -85,17 +85,17 @@ class Bench:
 
     @property
     def sha256(self) -> str:
-        """sha256 of the exported directory that was timed."""
+        """Digest (sha256) of the exported directory that was timed."""
         return str(self.report["model"].get("sha256", ""))
 
 
-_GIVE = "Give what `dqtool eval -o FILE.json` wrote, or the directory it is in"
+_GIVE = "Give a file that `dqtool eval -o FILE.json` wrote, or its directory"
 _PARTICIPLES = {"dilate": "dilated", "calibrate": "calibrated", "distill": "distilled", "export": "exported"}
 
 
 @dataclass
 class _Found:
-    """What lies in the places looked at, by sha256 where it has one."""
+    """Files found in the searched places; artifacts by sha256."""
 
     evals: list[tuple[Path, Manifest]] = field(default_factory=list)
     artifacts: dict[str, tuple[Path, Manifest]] = field(default_factory=dict)
@@ -104,16 +104,16 @@ class _Found:
     tables: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """How much of what a page can show was found."""
+        """Return the number of files that a page can show."""
         return len(self.evals) + len(self.benches) + len(self.tables)
 
 
 def find_results(places: Sequence[str]) -> tuple[list[Result], list[Bench]]:
-    """Every eval result in `places` (a directory is searched with all below it, a file is taken as it is), and benches.
+    """Return every eval result and benchmark report in `places`: files, and directories with all below them.
 
     Raises:
-        EnvironmentFault: nothing is at a place, or it can't be read.
-        ArtifactError: a place holds no eval result, or a JSON in it is a damaged one.
+        EnvironmentFault: there is no such place, or it can't be read.
+        ArtifactError: a place holds no eval result, or a damaged one.
     """
     asked, around = _Found(), _Found()
     for place in places:
@@ -125,13 +125,14 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[Bench]]:
             _search(path, asked)
         else:
             _take(path, asked, required=True)
-            # Its chain lies beside it; other results that do were not asked for, and their faults are not ours.
+            # Artifacts of its chain are searched next to it. Other results there were not asked for, so their faults do
+            # not count.
             _search(path.absolute().parent, around, strict=False, deep=False)
         if len(asked) == before:
             raise ArtifactError(
                 "There is no eval result here",
                 where=place,
-                fix="Write one with `dqtool eval ARTIFACT -o FILE.json`, or name a directory that `dqtool run` filled",
+                fix="Write one with `dqtool eval ARTIFACT -o FILE.json`, or give a directory that `dqtool run` wrote",
             )
     found = _Found(asked.evals, around.artifacts | asked.artifacts, asked.benches, asked.pictures + around.pictures)
     unique = {path.resolve(): (path, manifest) for path, manifest in found.evals}
@@ -144,7 +145,7 @@ def find_results(places: Sequence[str]) -> tuple[list[Result], list[Bench]]:
 
 
 def find_tables(places: Sequence[str]) -> list[dict[str, Any]]:
-    """Every table of comparisons in `places` (files or directories that are there), by name; copies of one count once."""
+    """Return every table of comparisons in `places` (existing files or directories), sorted by name, without copies."""
     found = _Found()
     for place in map(Path, places):
         if place.is_dir():
@@ -156,7 +157,7 @@ def find_tables(places: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _search(directory: Path, found: _Found, strict: bool = True, deep: bool = True) -> None:
-    """Look at every JSON and PNG below `directory`; an exported directory counts as one artifact."""
+    """Collect every JSON and PNG below `directory`. An exported directory counts as one artifact."""
 
     def unreadable(error: OSError) -> None:
         raise os_fault(error, error.filename or directory) from error
@@ -180,7 +181,7 @@ def _search(directory: Path, found: _Found, strict: bool = True, deep: bool = Tr
 
 
 def _take(path: Path, found: _Found, required: bool = False, strict: bool = True) -> None:
-    """File one JSON under what it is. Others' JSONs are passed over, unless the user named this one (`required`)."""
+    """Add a JSON file to `found` by its kind. Foreign files are ignored, unless the user gave this one (`required`)."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             if required:
@@ -201,7 +202,7 @@ def _take(path: Path, found: _Found, required: bool = False, strict: bool = True
         raise ArtifactError(
             f"This is no valid JSON: {error}",
             where=str(path),
-            fix="Make it again, move it away, or name the reports to show one by one",
+            fix="Write it again, move it away, or give the reports to show one by one",
         ) from error
     if isinstance(payload, dict) and {"speed", "machine", "model", "load"} <= payload.keys():
         found.benches.append(Bench(path, payload))
@@ -239,7 +240,7 @@ def _file_artifact(note: Path, manifest: Manifest, found: _Found) -> None:
 
 
 def _join_chain(result: Result, found: _Found) -> None:
-    """Follow the inputs' sha256 from what was measured back to `dilate`."""
+    """Find the chain of a result: follow the inputs' sha256 from the measured artifact back to `dilate`."""
     entry: Mapping[str, Any] | None = result.manifest.inputs[0] if result.manifest.inputs else None
     while entry is not None and entry["stage"] in _PARTICIPLES:
         known = found.artifacts.get(entry["sha256"]) or _where_it_was(entry)
@@ -251,7 +252,7 @@ def _join_chain(result: Result, found: _Found) -> None:
 
 
 def _where_it_was(entry: Mapping[str, Any]) -> tuple[Path, Manifest] | None:
-    """The artifact at the path its reader recorded, if it still is the one."""
+    """Return the artifact at the path that the stage after it recorded; None if another one is there now."""
     path = Path(entry["name"])
     note = manifest_path(path)
     try:
@@ -262,7 +263,7 @@ def _where_it_was(entry: Mapping[str, Any]) -> tuple[Path, Manifest] | None:
 
 
 def _join_picture(result: Result, found: _Found) -> None:
-    """The sample grid: the recorded one by its sha256, else one that is named like the result."""
+    """Find the sample grid: the file with the recorded sha256, else a picture with the result's name."""
     recorded = result.metrics.get("grid")
     if isinstance(recorded, dict) and "sha256" in recorded:
         near = [*_beside(result, recorded.get("file")), Path(str(result.manifest.parameters.get("grid")))]
@@ -274,11 +275,14 @@ def _join_picture(result: Result, found: _Found) -> None:
     if namesake is not None and namesake.is_file():
         result.picture = namesake
         if recorded:
-            result.picture_note = f"{namesake.name} lies beside the report; its bytes are not those that eval wrote."
+            result.picture_note = f"{namesake.name} is next to the report, but differs from the file that eval wrote."
 
 
 def _beside(result: Result, name: object) -> list[Path]:
-    """The path of a file beside the result; none for a name, or a link, that leads elsewhere: a page is passed on."""
+    """Return the path of a file next to the result; nothing for a name or link that leads elsewhere.
+
+    Pages are passed on to others, so they must not embed files from other places.
+    """
     try:
         return [path_within(result.path.parent, name, str(result.path), links=result.path.parent)]
     except ArtifactError:
@@ -286,7 +290,7 @@ def _beside(result: Result, name: object) -> list[Path]:
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:
-    """A short name each: the file's own, or its directory's when it is `eval.json`; longer where two would be equal."""
+    """Yield a short name for each path: the file's, or its directory's for `eval.json`; longer if two are equal."""
     parts = [
         [*path.parent.parts, path.stem] if path.stem != "eval" else list(path.parent.parts) or [path.stem]
         for path in paths
@@ -299,9 +303,9 @@ def _names(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def chain_key(result: Result) -> str:
-    """Equal for results of one model sampled and judged in one way: what may be compared.
+    """Return a key that is equal for results that may be compared: of one model, sampled and measured in the same way.
 
-    The bias of a Fréchet distance depends on the number of images; their seed may differ.
+    The number of images is part of it, because the bias of a Fréchet distance depends on it. The seed is not.
     """
     model = result.manifest.model
     identity = {name: value for name, (value, _) in _conditions(result).items()}
@@ -309,14 +313,14 @@ def chain_key(result: Result) -> str:
 
 
 def differences(result: Result, others: Sequence[Result]) -> list[str]:
-    """What sets a result apart from `others` of its model that it must not be compared with, in words."""
+    """Return in words the conditions in which a result differs from `others` of its model."""
     there = [_conditions(other) for other in others]
     own = _conditions(result).items()
     return [said for name, (value, said) in own if any(value != other[name][0] for other in there)]
 
 
 def _conditions(result: Result) -> dict[str, tuple[Any, str]]:
-    """All that figures depend on beside the networks and the seed: by name its value and how that is said."""
+    """Return by name the conditions that figures depend on besides network and seed: (value, value in words)."""
     given, metrics = result.manifest.parameters, result.metrics
     sampling = (result.manifest.pipeline or {}).get("sampling") or {}
     images, steps, eta = metrics.get("samples"), given.get("steps") or sampling.get("steps"), sampling.get("eta")
@@ -342,5 +346,5 @@ def _conditions(result: Result) -> dict[str, tuple[Any, str]]:
 
 
 def _or(otherwise: str, digest: str | None, said: str) -> str:
-    """`said` with the digest's beginning, by which equal names differ; without a digest `otherwise`."""
+    """Return `said` with the start of the digest, or `otherwise` if there is no digest."""
     return otherwise if digest is None else f"{said} ({digest[:12]}…)"

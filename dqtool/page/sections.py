@@ -1,4 +1,4 @@
-"""The sections of the page: one group of results of one model at a time, each part with what it is missing."""
+"""Sections of the page for one group of results of one model. Each part lists what it lacks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dqtool.metrics.frechet import minimum_samples
 from dqtool.page.charts import Line, Point, bands, dots, heatmap, lines, ridges, scatter
 from dqtool.page.comparison import REFERENCE
+from dqtool.page.dilated_inputs import DilatedInput
 from dqtool.page.document import Block, Charts, Note, Omission, Paragraph, Picture, Pictures, Section
 from dqtool.page.figures import COSTS, extractors, figure, figures_of, quality_key
-from dqtool.page.measures import DilatedInput, Errors
+from dqtool.page.quantization_errors import Errors
 from dqtool.page.results import Bench, Result, differences
 from dqtool.page.svg import SERIES
 from dqtool.page.tables import error_table, extractor_text, layer_table, result_table
@@ -18,16 +19,20 @@ from dqtool.page.tables import error_table, extractor_text, layer_table, result_
 __all__ = ["activations_section", "error_sections", "quality_section", "results_section", "samples_section"]
 
 WORST = 20
-"""Layers that a chart of layers shows; the table below it has them all."""
+"""Most layers that a chart of layers shows. The table below it has them all."""
 HEATMAPS = 3
+"""Most results that get a heat map."""
 _DIMENSIONS = {"fid": 2048, "sfid": 2023}
-"""Features of the Fréchet distances whose extractor does not say."""
+"""Numbers of features of the Fréchet distances whose reports do not have them."""
 RIDGES = 10
-"""Time steps that are drawn one under the other."""
+"""Most time steps whose histograms are drawn."""
 
 
 def results_section(results: Sequence[Result], others: Sequence[Result] = ()) -> Section:
-    """The model, and its table of results; `others` of the same model are in other sections, and the heading says why."""
+    """Return the section of a model with its table of results.
+
+    The heading names what differs from `others`, results of the same model that have sections of their own.
+    """
     model, parameters = results[0].manifest.model, results[0].manifest.parameters
     source = str(model.get("source", "?")).rstrip("/")
     sampling = (results[0].manifest.pipeline or {}).get("sampling") or {}
@@ -46,11 +51,11 @@ def results_section(results: Sequence[Result], others: Sequence[Result] = ()) ->
 
 
 def quality_section(results: Sequence[Result], benches: Sequence[Bench]) -> Section:
-    """Plot quality against every cost that is known: the main metric as a ratio to full precision's, and PSNR beside it."""
+    """Plot quality against every known cost: the main figure as a ratio to full precision's, and PSNR."""
     section = Section("Quality against cost")
     key = quality_key(results)
     if key is None:
-        section.blocks.append(Omission("no result has a metric of quality (eval ran without one)"))
+        section.blocks.append(Omission("no result has a figure of quality (eval ran without such a metric)"))
         return section
     quantized = results[0].quantized_reference
     reference = REFERENCE if quantized is None else "reference"
@@ -79,19 +84,21 @@ def quality_section(results: Sequence[Result], benches: Sequence[Bench]) -> Sect
         dashed = (
             f" The dashed line is {quantized or REFERENCE}." if any(base is not None for *_, base in measures) else ""
         )
-        section.blocks += [Paragraph("Numbers are those of the table." + dashed), Charts(charts)]
+        section.blocks += [Paragraph("Points are numbered as in the table." + dashed), Charts(charts)]
     if missing:
         section.blocks.append(Omission("; ".join(missing)))
     return section
 
 
 Measure = tuple[str, list[float | None], float | None]
-"""A label, the value of every result, and the full-precision model's."""
+"""Label, values of the results, and value of the full-precision model."""
 
 
 def _relative(results: Sequence[Result], key: str, reference: str) -> Measure:
-    """Return a figure as a multiple of the full-precision model's, so that a bad result does not press the others into one
-    line; as it is where some result lacks the full-precision figure."""
+    """Return a figure as a multiple of the full-precision model's, or absolute if a result lacks the latter.
+
+    Ratios keep one bad result from pressing the others together.
+    """
     found = [(figures_of(r.metrics).get(key), figures_of(r.metrics.get("reference", {})).get(key)) for r in results]
     if any(value is not None and not full for value, full in found):
         return _absolute(results, key)
@@ -105,7 +112,7 @@ def _absolute(results: Sequence[Result], key: str) -> Measure:
 
 
 def samples_section(results: Sequence[Result]) -> Section:
-    """Sample grids side by side."""
+    """Return the section with the sample grids side by side."""
     section = Section("Samples")
     pictures, notes, absent = [], [], []
     for number, result in enumerate(results, start=1):
@@ -127,7 +134,7 @@ def samples_section(results: Sequence[Result]) -> Section:
 def error_sections(
     results: Sequence[Result], errors: Mapping[str, Errors], missing: Mapping[str, str]
 ) -> list[Section]:
-    """Errors by layer and by step. `errors` and `missing` (why there are none) go by result name."""
+    """Return the sections of errors by layer and by step. `errors` and `missing` (the reason) are by name of the result."""
     numbered = list(enumerate(results, start=1))
     drawn = numbered[:SERIES]
     layers = Section("Error by layer")
@@ -137,14 +144,14 @@ def error_sections(
         "Output of a layer",
         "|y' − y|² / |y|²",
         [(f"{n} {r.name}", n - 1, values) for n, r, values in recorded if values],
-        "The quantized network against the full-precision one from the same points: a layer's own error and what reached it.",
+        "The quantized network against the full-precision one at the same points: a layer's own error plus that of its input.",
     )
     known = [(n, r, errors[r.name]) for n, r in drawn if r.name in errors]
     charts += _layer_chart(
         "Weights",
         "|W' − W|² / |W|²",
         [(f"{n} {r.name}", n - 1, {k: p.total for k, p in e.weights.items()}) for n, r, e in known],
-        "Dequantized against dilated full-precision weights; training moves them on purpose.",
+        "Dequantized weights against dilated full-precision ones. Training moves them on purpose.",
     )
     charts += _layer_chart(
         "Activations",
@@ -153,7 +160,7 @@ def error_sections(
             (f"{n} {r.name}", n - 1, {k: statistics.mean(p.total for p in v) for k, v in e.activations.items()})
             for n, r, e in known
         ],
-        "The quantizers of layers' inputs and attention operands on the calibrated histograms.",
+        "Errors of the quantizers of inputs and attention operands on the calibrated histograms.",
     )
     if errors:
         layers.blocks.append(error_table(results, errors))
@@ -167,12 +174,12 @@ def error_sections(
     if known:
         steps.blocks.append(Charts(_step_charts(known)))
     else:
-        steps.blocks.append(Omission("it needs the calibrated and the distilled artifact of a result"))
+        steps.blocks.append(Omission("needs the calibrated and the distilled artifact of a result"))
     return [layers, steps]
 
 
 def activations_section(found: Sequence[tuple[str, Sequence[DilatedInput]]], missing: Sequence[str]) -> Section:
-    """Histograms before and after dilation over time steps, of each calibrated artifact (name, inputs)."""
+    """Return the section of histograms before and after dilation, over time steps, of calibrated artifacts (name, inputs)."""
     section = Section("Activations before and after dilation")
     for name, inputs in found:
         charts = []
@@ -188,7 +195,7 @@ def activations_section(found: Sequence[tuple[str, Sequence[DilatedInput]]], mis
                 (
                     title,
                     ridges(f"{title}: values by time step", "value", (each.lo, each.hi), rows, (before, after)),
-                    "Share of the values, heights as square roots.",
+                    "Share of the values; heights are square roots.",
                 )
             )
             charts.append(
@@ -207,7 +214,7 @@ def activations_section(found: Sequence[tuple[str, Sequence[DilatedInput]]], mis
             )
         section.blocks.append(
             Paragraph(
-                f"{name}: the {len(inputs)} inputs whose range dilation narrows most; the steps run from top to bottom."
+                f"{name}: the {len(inputs)} inputs whose range dilation narrows most. Steps run from top to bottom."
             )
         )
         section.blocks.append(Charts(charts))
@@ -218,7 +225,7 @@ def activations_section(found: Sequence[tuple[str, Sequence[DilatedInput]]], mis
 def _layer_chart(
     heading: str, unit: str, series: Sequence[tuple[str, int, Mapping[str, float]]], caption: str
 ) -> list[tuple[str, str, str]]:
-    """The layers with the largest value in any series."""
+    """Return a chart of the layers with the largest values in any series; no chart without values."""
     largest: dict[str, float] = {}
     for _, _, values in series:
         for name, value in values.items():
@@ -257,9 +264,9 @@ def _step_charts(known: Sequence[tuple[int, Result, Errors]]) -> list[tuple[str,
             "Sampling runs from left to right.",
         ),
         (
-            "Of it: rounding and clipping",
+            "Rounding and clipping",
             lines("Rounding and clipping by time step", "timestep", unit, parts, reverse=True),
-            "Values between levels, and values beyond the range.",
+            "Errors of values between two levels, and of values beyond the range.",
         ),
     ]
     for number, result, errors in known[:HEATMAPS]:
@@ -294,7 +301,7 @@ def _warnings(results: Sequence[Result]) -> list[Block]:
         notes.insert(
             0,
             Note(
-                f"Fréchet distances of {which} are of fewer than {max(n for _, n in few)} images: biased upwards, and only "
+                f"Fréchet distances of {which} are from fewer than {max(n for _, n in few)} images: they are biased upwards and only "
                 "comparable at equal numbers of images."
             ),
         )
@@ -302,7 +309,7 @@ def _warnings(results: Sequence[Result]) -> list[Block]:
 
 
 def _left_out(results: Sequence[Result], missing: Mapping[str, str]) -> list[Block]:
-    """Why results have no errors of weights and activations, one line per reason."""
+    """Return the reasons why results have no errors of weights and activations, one omission for each reason."""
     reasons: dict[str, list[str]] = {}
     for result in results:
         if result.name in missing:

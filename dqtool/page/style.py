@@ -1,4 +1,4 @@
-"""The style sheet: of the charts alone, and of the whole page. Colours are chosen for 4.5:1 against either ground."""
+"""Style sheets of charts and of the whole page. Colours have a contrast of 4.5:1 with the light and the dark background."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ svg .strong {{ fill: var(--ink); font-weight: 600; }}
 """
 
 CHART_STYLE = _THEME + _CHARTS
-"""For a chart that stands alone as an image."""
+"""Style sheet of a chart that is an image of its own."""
 
 STYLE = (
     _THEME
@@ -94,4 +94,4 @@ figure { margin: 0; min-width: 0; }
 """
     + _CHARTS
 )
-"""For the page."""
+"""Style sheet of the page, charts included."""

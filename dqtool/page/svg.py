@@ -1,5 +1,7 @@
-"""The parts of a chart: scales, ticks, axes, legends, as SVG text. Colours are CSS variables, so a chart follows the page
-into dark mode; sizes are in units of the view box and the page scales them to the width there is.
+"""Parts of a chart as SVG text: scales, ticks, axes and legends.
+
+Colours are CSS variables, so that a chart follows the page into dark mode. Sizes are in units of the view box, which the
+page scales to the available width.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from html import escape
 __all__ = ["SERIES", "Axis", "Canvas", "Frame", "compact", "legend"]
 
 SERIES = 8
-"""Colours there are; each series also has its own marker or dash, so that none is told by colour alone."""
+"""Number of colours. Each series has its own marker or dash too, so that colour alone never identifies one."""
 CHARACTER = 6.4
-"""Mean width of a character at the charts' 12 units, in units."""
+"""Mean width of a character of normal text, in units."""
 
 
 def compact(value: float) -> str:
-    """Three significant digits without an exponent where that is readable: `0.013`, `1.2`, `4500`, `2.1e-06`."""
+    """Return a value with three significant digits, without an exponent if that is readable: `0.013`, `4500`, `2.1e-06`."""
     if value == 0:
         return "0"
     if not 1e-3 <= abs(value) < 1e5:
@@ -28,13 +30,13 @@ def compact(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """A coordinate: two decimals are a hundredth of a unit."""
+    """Return a coordinate as text, with two decimals at most."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if value else "0"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from values to units, with its label; `log` needs positive values."""
+    """A linear or logarithmic scale of values, with its label. `log` needs positive values."""
 
     label: str
     low: float
@@ -45,8 +47,10 @@ class Axis:
     def over(
         cls, label: str, values: Sequence[float], zero: bool = False, margin: float = 0.06, wide: float = 20.0
     ) -> Axis:
-        """Return an axis around finite values with a margin, from zero if wished; logarithmic when they span more than a factor
-        of `wide`."""
+        """Return an axis over finite values with a margin.
+
+        It starts at zero if `zero` is set, and is logarithmic if the values span more than a factor of `wide`.
+        """
         positive = [v for v in values if v > 0]
         if not values:
             return cls(label, 0, 1)
@@ -58,7 +62,7 @@ class Axis:
         return cls(label, 0.0 if zero or 0 <= low < room else low - room, high + room)
 
     def place(self, value: float) -> float:
-        """From 0 at `low` to 1 at `high`, held within."""
+        """Return the place of a value, from 0 at `low` to 1 at `high`. Values outside are clipped."""
         if self.log:
             share = math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         else:
@@ -66,7 +70,7 @@ class Axis:
         return min(1.0, max(0.0, share))
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Round values within the axis."""
+        """Return about `most` round values on the axis."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for steps in ((1, 2, 5), (1, 3), (1,)):
@@ -83,7 +87,7 @@ class Axis:
         return [i * step for i in range(first, last + 1)]
 
     def text(self, value: float) -> str:
-        """A tick's label: with as many decimals as tell it from the next one."""
+        """Return the label of a tick, with enough decimals to differ from the next one."""
         marks = self.ticks()
         if self.log or len(marks) < 2:
             return compact(value)
@@ -94,14 +98,14 @@ class Axis:
 
 
 class Canvas:
-    """Collects the elements of one SVG image."""
+    """Collector of the elements of one SVG image."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
         self.parts: list[str] = []
 
     def add(self, tag: str, text: str | None = None, tip: str | None = None, **attributes: object) -> None:
-        """An element. `css` is its class, `_` in other names stands for `-`; `tip` is shown when it is pointed at."""
+        """Add an element. `css` is its class, `_` in other names stands for `-`, and `tip` is shown under the pointer."""
         written = []
         for key, value in attributes.items():
             name = "class" if key == "css" else key.replace("_", "-")
@@ -113,13 +117,13 @@ class Canvas:
     def path(
         self, points: Sequence[tuple[float, float]], css: str, close: bool = False, tip: str | None = None
     ) -> None:
-        """A line through points, or with `close` the area within."""
+        """Add a line through points, or with `close` the area inside them."""
         if points:
             d = "M" + "L".join(f"{number(x)} {number(y)}" for x, y in points) + ("Z" if close else "")
             self.add("path", css=css, d=d, tip=tip)
 
     def marker(self, series: int, x: float, y: float, css: str, tip: str | None = None) -> None:
-        """A point of a series: a circle, square, diamond or triangle."""
+        """Add the marker of a series: a circle, square, diamond or triangle."""
         kind, r = series % 4, 4.5
         if kind == 0:
             self.add("circle", css=css, cx=x, cy=y, r=r, tip=tip)
@@ -133,11 +137,11 @@ class Canvas:
             self.path(corners, css, close=True, tip=tip)
 
     def text(self, x: float, y: float, text: str, css: str = "t", anchor: str = "start") -> None:
-        """Text at its baseline."""
+        """Add text. `y` is its baseline."""
         self.add("text", text, css=css, x=x, y=y, text_anchor=anchor)
 
     def svg(self, title: str, description: str) -> str:
-        """The image, named and described for those who can't see it."""
+        """Return the image, with a title and a description for screen readers."""
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {number(self.width)} {number(self.height)}" role="img">'
             f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{''.join(self.parts)}</svg>"
@@ -148,11 +152,11 @@ class Frame:
     """A plot area with a horizontal and a vertical axis on a canvas."""
 
     def __init__(self, canvas: Canvas, x: Axis, y: Axis, box: tuple[float, float, float, float]) -> None:
-        """`box` is left, top, width, height of the area inside the axes."""
+        """Take the canvas, two axes and the area inside them: left, top, width, height."""
         self.canvas, self.x, self.y, self.box = canvas, x, y, box
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies on the canvas."""
+        """Return the place of a point on the canvas."""
         left, top, width, height = self.box
         return left + self.x.place(x) * width, top + (1 - self.y.place(y)) * height
 
@@ -160,7 +164,7 @@ class Frame:
         self,
         form_x: Callable[[float], str] | None = None,
     ) -> None:
-        """Grid lines, tick labels and axis labels. `form_x` writes the values of an x axis that stands for another one."""
+        """Draw grid lines, tick labels and axis labels. `form_x` turns a value of the x axis into its label."""
         left, top, width, height = self.box
         canvas, bottom = self.canvas, top + height
         for value in self.y.ticks():
@@ -182,7 +186,7 @@ class Frame:
 
 
 def legend(canvas: Canvas, entries: Sequence[tuple[str, Callable[[float, float], None]]], top: float) -> float:
-    """Entries (text, what draws its sign at x, y) in as many lines as they need; returns where they end."""
+    """Draw a legend of entries (text, function that draws the sign at x, y) and return the y where it ends."""
     x, y = 12.0, top
     for text, sign in entries:
         needed = 20 + len(text) * CHARACTER + 14

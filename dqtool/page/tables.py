@@ -1,4 +1,4 @@
-"""The tables of the page: results, where errors come from, layers, speed, and how each result was made."""
+"""Tables of the page: results, sources of the error, layers, speed, and parameters and versions of each result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from dqtool.page.comparison import REFERENCE
 from dqtool.page.document import Cell, Table
 from dqtool.page.figures import RATIO, extractors, figure, figures_of, method_of, seconds_of
-from dqtool.page.measures import Errors, Parts
+from dqtool.page.quantization_errors import Errors, Parts
 from dqtool.page.results import Bench, Result
 from dqtool.page.svg import compact
 from dqtool.report import format_seconds
@@ -20,7 +20,7 @@ NOTHING = Cell("–")
 
 
 def result_table(results: Sequence[Result]) -> Table:
-    """All results of one model: method, bits, figures, size, bit operations, time to quantize; the reference first."""
+    """Return the results of one model, the reference first: method, bits, figures, size, bit operations, time to quantize."""
     keys = list(dict.fromkeys(key for result in results for key in figures_of(result.metrics)))
     best = {key: _best(key, results) for key in keys}
     columns = ["#", "result", "bits", "method", "images", *(figure(key).heading for key in keys)]
@@ -37,13 +37,13 @@ def result_table(results: Sequence[Result]) -> Table:
     quantized = results[0].quantized_reference
     compared = "× and ÷ compare" if quantized is None else f"× compares with {quantized}, ÷"
     caption = (
-        f"{compared} with full precision; size is that of the network's weights, and operations are those of a step"
+        f"{compared} with full precision. Size is that of the network's weights; bit operations are those of one step"
     )
     return Table(caption, columns, rows, heads=2)
 
 
 def extractor_text(results: Sequence[Result]) -> str | None:
-    """Which networks read the images behind which figures, with their hashes; None where none is named."""
+    """Return a sentence with the networks whose features the figures use, and their hashes; None if eval named none."""
     named: dict[str, dict[str, None]] = {}
     for result in results:
         for key, each in extractors(result.metrics):
@@ -55,7 +55,7 @@ def extractor_text(results: Sequence[Result]) -> str | None:
 
 
 def error_table(results: Sequence[Result], errors: Mapping[str, Errors]) -> Table:
-    """Where the error comes from, by result: weights and activations, clipped or rounded (Appendix F of the paper)."""
+    """Return the errors of weights and activations of each result, with the share of clipping (Appendix F of the paper)."""
     rows = []
     for number, result in enumerate(results, start=1):
         known = errors.get(result.name)
@@ -73,7 +73,7 @@ def error_table(results: Sequence[Result], errors: Mapping[str, Errors]) -> Tabl
             )
     columns = ["#", "result", "bits", "weights: error ↓", "clipped, %", "activations: error ↓", "clipped, %"]
     return Table(
-        "Error relative to the values' own energy, mean over layers (and steps); of it, what clipping makes, the rest is rounding",
+        "Error relative to the energy of the values, mean over layers (and steps), with the share of clipping; the rest is rounding",
         columns,
         rows,
         heads=2,
@@ -81,7 +81,7 @@ def error_table(results: Sequence[Result], errors: Mapping[str, Errors]) -> Tabl
 
 
 def layer_table(result: Result, errors: Errors | None) -> Table:
-    """Every layer of one result with its bits and errors."""
+    """Return every layer of one result, with its bits and errors."""
     recorded: Mapping[str, float] = result.metrics.get("layer_errors", {})
     rows = []
     for layer in result.manifest.layers:
@@ -106,7 +106,7 @@ def layer_table(result: Result, errors: Errors | None) -> Table:
 
 
 def bench_tables(bench: Bench) -> list[Table]:
-    """Times per step by batch size, and memory, of one `dqtool bench` report."""
+    """Return the times of a step for each batch size, and memory, from one report of `dqtool bench`."""
     tables = []
     for batch, speed in bench.report["speed"].items():
         rows = [
@@ -136,7 +136,7 @@ def bench_tables(bench: Bench) -> list[Table]:
 
 
 def making_tables(results: Sequence[Result]) -> list[Table]:
-    """What was measured and by which versions, and every parameter of every stage that is known."""
+    """Return the artifacts that were measured, with versions of packages, and the parameters of every known stage."""
     rows, parameters = [], []
     for result in results:
         manifest, given = result.manifest, result.manifest.parameters
@@ -165,13 +165,13 @@ def making_tables(results: Sequence[Result]) -> list[Table]:
         parameters += [[Cell(result.name), Cell(stage), Cell(_flat(known.parameters))] for stage, known in stages]
     columns = ["result", "measured", "model", "sampler", "seed", "runtime", "device", "time", "versions"]
     return [
-        Table("What was measured, and with what", columns, rows),
+        Table("Measured artifacts, and the software that measured them", columns, rows),
         Table("Parameters of every stage", ["result", "stage", "parameters"], parameters, heads=2, folded=True),
     ]
 
 
 def _with_own_reference(results: Sequence[Result]) -> list[Result]:
-    """One result for each different reference, whose figures depend on how many images were drawn from which seed."""
+    """Return one result for each different reference. Its figures depend on the number of images and their seed."""
     found: dict[tuple[Any, Any], Result] = {}
     for result in results:
         if "reference" in result.metrics or "cost" in result.metrics:
@@ -214,7 +214,7 @@ def _figure_cell(metrics: Mapping[str, Any], key: str, best: bool) -> Cell:
 
 
 def _best(key: str, results: Sequence[Result]) -> Result | None:
-    """The best of two results or more; None where no side is better."""
+    """Return the best of at least two results; None if the figure has no better direction."""
     better = figure(key).better
     having = [result for result in results if key in figures_of(result.metrics)]
     if not better or len(having) < 2:
@@ -232,7 +232,7 @@ def _error_cells(parts: Sequence[Parts]) -> list[Cell]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> str:
-    """Nested parameters as `a=1 b.c=2`."""
+    """Return nested parameters as `a=1 b.c=2`."""
     parts = []
     for key, value in values.items():
         if isinstance(value, Mapping):

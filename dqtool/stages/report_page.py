@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dqtool.artifacts import Artifact
+    from dqtool.page.dilated_inputs import DilatedInput
     from dqtool.page.document import Page, Section
-    from dqtool.page.measures import DilatedInput, Errors
+    from dqtool.page.quantization_errors import Errors
     from dqtool.page.results import Bench, Result
 
 __all__ = ["FORMATS", "ReportOptions", "plan_report", "render_plan", "write_report"]
@@ -183,7 +184,7 @@ def _group_sections(group: Sequence[Result], benches: Sequence[Bench], others: S
 
 def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]:
     """Errors by result name, and why others have none."""
-    from dqtool.page.measures import quantization_errors
+    from dqtool.page.quantization_errors import quantization_errors
 
     errors: dict[str, Errors] = {}
     missing: dict[str, str] = {}
@@ -199,7 +200,7 @@ def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]
 
 def _activations(group: Sequence[Result]) -> tuple[list[tuple[str, list[DilatedInput]]], list[str]]:
     """Inputs before and after dilation, of every calibrated artifact among the results, and what is missing."""
-    from dqtool.page.measures import dilated_inputs
+    from dqtool.page.dilated_inputs import dilated_inputs
     from dqtool.stages.artifact_models import teacher_of
     from dqtool.stages.calibrate import STATISTICS_SAMPLES
 

@@ -1,4 +1,4 @@
-"""`python -m dqtool.tables FILE...`: run what is missing of tables, and write them. Several may run at once."""
+"""`python -m dqtool.tables FILE...`: run the missing cells of tables and write the tables. Several may run at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from dqtool.artifacts.files import write_text
 from dqtool.errors import DqtoolError, UsageError
 from dqtool.stages.common import Common
 from dqtool.stages.registry import option_types
+from dqtool.tables.cell_figures import FIGURES_VERSION
 from dqtool.tables.cells import CellStore
-from dqtool.tables.figure import curve_figure
 from dqtool.tables.forecast import forecast
-from dqtool.tables.measures import MEASURES_VERSION
 from dqtool.tables.naming import variant_of
 from dqtool.tables.planning import Cell, Target, plan_table
-from dqtool.tables.rendering import render_markdown, summarise
-from dqtool.tables.running import Runner, tell
+from dqtool.tables.rendering import curve_figure, render_markdown, summarise
+from dqtool.tables.running import Runner, log
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Options, Table, load_table
 from dqtool.yamltree import compose, convert, nearest
@@ -32,33 +31,39 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, as `dqtool` has them."""
+    """Run the command line and return the exit code, which means the same as `dqtool`'s."""
     args = _parser().parse_args(arguments)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
     try:
         return _run(args)
     except DqtoolError as error:
-        tell(f"tables: {error}")
+        log(f"tables: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        tell("tables: interrupted; finished cells are kept, and the same command goes on from there")
+        log("tables: interrupted; finished cells are kept, and the same command goes on from there")
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dqtool.tables", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="TABLE.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="count cells and expected hours, run nothing")
-    parser.add_argument("--render", action="store_true", help="write the tables from finished cells, run nothing")
-    parser.add_argument("--refresh", action="store_true", help="make finished cells again that lack newer figures")
-    parser.add_argument("--model", help="the published model, in place of the embedded one")
-    parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="override all rows")
-    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the table's")
-    parser.add_argument("--schedule", choices=SCHEDULES, help="in place of the table's")
-    parser.add_argument("--groups", nargs="+", help="of each table only these groups (the table is written with all)")
-    parser.add_argument("--results", type=Path, default=Path("recipes/results"))
-    parser.add_argument("--work", type=Path, default=Path("results/tables"), help="where artifacts are kept")
-    parser.add_argument("--verbose", action="store_true", help="show the progress of every stage")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Print the number of cells and the expected hours; run nothing."
+    )
+    parser.add_argument("--render", action="store_true", help="Write the tables from finished cells; run nothing.")
+    parser.add_argument("--refresh", action="store_true", help="Run finished cells again that lack newer figures.")
+    parser.add_argument("--model", help="Published model to use, in place of the embedded one.")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="Option to set in all rows."
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="Seeds to run, in place of the table's.")
+    parser.add_argument("--schedule", choices=SCHEDULES, help="Schedule, in place of the table's.")
+    parser.add_argument("--groups", nargs="+", help="Groups to run. The table is written with all its groups.")
+    parser.add_argument(
+        "--results", type=Path, default=Path("recipes/results"), help="Directory of finished cells and tables."
+    )
+    parser.add_argument("--work", type=Path, default=Path("results/tables"), help="Directory of artifacts.")
+    parser.add_argument("--verbose", action="store_true", help="Show the progress of every stage.")
     return parser
 
 
@@ -66,12 +71,12 @@ def _run(args: argparse.Namespace) -> int:
     seeds = None if args.seeds is None else tuple(args.seeds)
     target = Target(args.model, _overrides(args.set), schedule=args.schedule)
     chosen = Target(args.model, target.overrides, seeds, args.schedule)
-    store = CellStore(args.results / "cells", MEASURES_VERSION if args.refresh else 0)
+    store = CellStore(args.results / "cells", FIGURES_VERSION if args.refresh else 0)
     tables = [load_table(file) for file in args.files]
     asked = [plan_table(table, chosen) for table in tables]
     _check_groups(args.groups, asked)
     wanted = [[cell for cell in cells if args.groups is None or cell.group in args.groups] for cells in asked]
-    # Tables are written with all their groups and seeds, and with those that were asked for beside.
+    # Tables are written with all their own groups and seeds, plus those that the command line asks for.
     planned = [(table, plan_table(table, target)) for table in tables]
     plans = [
         (table, _with_others(cells, mine), variant_of(table, target, cells))
@@ -85,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         runner = Runner(args.work, store, Common(quiet=not args.verbose))
         everything = [cell for cells in wanted for cell in cells]
         for text in dict.fromkeys(cell.problem for cell in everything if cell.problem):
-            tell(f"warning: some rows can't be run here: {text}")
+            log(f"warning: some rows can't be run here: {text}")
         runner.run(everything, lambda: _write(plans, target, store, args))
     for path in _write(plans, target, store, args):
         print(path)
@@ -107,7 +112,7 @@ def _check_groups(asked: Sequence[str] | None, plans: Sequence[Sequence[Cell]]) 
 def _write(
     plans: Sequence[tuple[Table, list[Cell], str]], target: Target, store: CellStore, args: argparse.Namespace
 ) -> list[Path]:
-    """Every table that has a finished cell, under its name and its variant's."""
+    """Write every table that has a finished cell; return the paths of the Markdown files."""
     written = []
     for table, cells, variant in plans:
         summary = summarise(table, target, cells, store, _command(table, args), variant)
@@ -137,7 +142,7 @@ def _command(table: Table, args: argparse.Namespace) -> str:
 
 
 def _overrides(given: Sequence[str]) -> Options:
-    """`--set stage.option=value`, as recipes take it."""
+    """Parse `--set stage.option=value`, which takes the values that recipes take."""
     found: Options = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -145,7 +150,7 @@ def _overrides(given: Sequence[str]) -> Options:
         where = f"--set {text}"
         node = compose(value, where) if equals else None
         if stage not in STAGES or node is None:
-            raise UsageError("A stage.option=value is needed", where=where, fix=f"Stages: {', '.join(STAGES)}")
+            raise UsageError("This is not STAGE.OPTION=VALUE", where=where, fix=f"Stages: {', '.join(STAGES)}")
         types = option_types(stage)
         if option not in types:
             raise UsageError(f"Unknown option of {stage}: {option}", where=where, fix=nearest(option, types))

@@ -1,4 +1,4 @@
-"""Finished cells: one small JSON each, so that results can be committed and no cell is ever run twice."""
+"""Finished cells: one small JSON file each, so that results can be committed and no cell is run twice."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ FORMAT = "dqtool-cell/1"
 
 @dataclass(frozen=True)
 class CellStore:
-    """The folder of finished cells. One that records `measures` older than these is there, but not finished."""
+    """Folder of finished cells. A cell whose recorded `measures` is older than this one does not count as finished."""
 
     folder: Path
     measures: int = 0
 
     def finished(self, key: str) -> bool:
-        """Whether a cell is there with the figures it should have; raises as `load` does."""
+        """Return True if a cell exists with all figures it should have. Raises the errors of `load`."""
         found = self.load(key)
         return found is not None and int(found.get("measures", 0)) >= self.measures
 
     def path(self, key: str) -> Path:
-        """Where a cell is, or would be."""
+        """Return the path of a cell, which need not exist."""
         return self.folder / f"{key[:32]}.json"
 
     def load(self, key: str) -> dict[str, Any] | None:
-        """A finished cell; None when it isn't.
+        """Return the record of a cell; None if there is none.
 
         Raises:
-            ArtifactError: the file is no cell, or another's.
+            ArtifactError: the file is no cell, or that of another key.
         """
         path = self.path(key)
         try:
@@ -54,16 +54,20 @@ class CellStore:
                 return dict(found)
         except (ValueError, KeyError, TypeError):
             pass
-        raise ArtifactError("This is not the cell it should be", where=str(path), fix="Remove it; it is made again")
+        raise ArtifactError(
+            "This file is not the cell that its name stands for",
+            where=str(path),
+            fix="Remove it; the cell is run again",
+        )
 
     def save(self, key: str, record: Mapping[str, Any]) -> None:
-        """Keep a finished cell; whoever looks finds all of it or nothing."""
+        """Write a finished cell atomically: readers see the whole file or none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, "key": key, **record}, indent=1, sort_keys=True, allow_nan=False)
         write_text(self.path(key), text + "\n")
 
     def every(self) -> Iterator[dict[str, Any]]:
-        """All finished cells."""
+        """Yield the records of all cells; files that are none are skipped."""
         for path in sorted(self.folder.glob("*.json")):
             with contextlib.suppress(ValueError, OSError):
                 found = json.loads(path.read_text(encoding="utf-8"))
@@ -73,7 +77,10 @@ class CellStore:
 
 @contextlib.contextmanager
 def claim(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold the lock `path`, which dies with its holder; whether it was got. `wait`: until it is."""
+    """Hold the lock file `path`, and yield True if it was free. With `wait`, wait until it is.
+
+    The system releases the lock when its holder ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:

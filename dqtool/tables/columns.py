@@ -1,4 +1,4 @@
-"""The columns a table can have: where each figure of a cell comes from and how it is shown."""
+"""Columns that a table can have: the figure of a cell that each shows, and its format."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from dqtool.metrics import FIGURES, Figure, value_of
 __all__ = ["COLUMNS", "Column"]
 
 Metrics = Mapping[str, Any]
-"""A cell's figures by stage: `dilate`, `calibrate`, `distill`, `eval`, and `errors`, which the runner measures."""
+"""Figures of a cell by stage (`dilate`, `calibrate`, `distill`, `eval`), and `errors`, which the runner measures."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """`value(metrics)` is None where the cell does not have it; `better` is -1, 1 or 0. `of_reference` is the same figure of
-    the full-precision model; `relative` needs the table's baseline row too: `(metrics, of the baseline)`."""
+    """A column.
+
+    Attributes:
+        label: heading.
+        value: called as `value(metrics)`, returns the figure, or None if the cell has none.
+        better: -1 if lower is better, 1 if higher is, else 0.
+        decimals: decimals to show.
+        of_reference: like `value`, for the full-precision model.
+        relative: called as `relative(metrics, baseline_metrics)` in place of `value`, for a figure that compares a cell with
+            the table's baseline row.
+    """
 
     label: str
     value: Callable[[Metrics], float | None]
@@ -38,7 +47,7 @@ def _at(stage: str, *keys: str, scale: float = 1.0) -> Callable[[Metrics], float
 
 
 def _scaling(key: str, scale: float = 1.0) -> Callable[[Metrics], float | None]:
-    """Return a figure of the final factors: those of `calibrate` where it was run, else of `dilate`."""
+    """Return the reader of a figure of the final factors: those of `calibrate` if it was run, else of `dilate`."""
 
     def value(metrics: Metrics) -> float | None:
         final = _at("calibrate", key, scale=scale)(metrics)
@@ -62,8 +71,10 @@ def _of_figure(figure: Figure) -> Column:
 
 
 def _excess(metrics: Metrics, baseline: Metrics) -> float | None:
-    """What the cell adds to the full-precision model's distance, as a share of what the baseline adds, in percent; None where
-    that adds nothing."""
+    """Return the distance that a cell adds to full precision's, in percent of the distance that the baseline adds.
+
+    Return None if the baseline adds nothing.
+    """
     mine, full, base = _at("eval", "fd.digits")(metrics), _at("eval", "reference", "fd.digits")(metrics), None
     base = _at("eval", "fd.digits")(baseline)
     if mine is None or full is None or base is None or base <= full:
@@ -77,7 +88,7 @@ def _sum_seconds(metrics: Metrics) -> float | None:
 
 
 def _training_memory(metrics: Metrics) -> float | None:
-    """Of the device where there is one beside main memory."""
+    """Return the peak memory of training in MB: of the GPU if there was one, else main memory."""
     on_device = _at("distill", "peak_device_bytes", scale=1e-6)(metrics)
     return _at("distill", "peak_memory_bytes", scale=1e-6)(metrics) if on_device is None else on_device
 
@@ -124,4 +135,4 @@ COLUMNS: dict[str, Column] = {
     "first_loss": Column("first loss", _curve_end(0), -1, 5),
     "last_loss": Column("last loss", _curve_end(1), -1, 5),
 }
-"""By the name that tables use."""
+"""Columns by the name that tables use."""

@@ -1,4 +1,4 @@
-"""How long cells take that are pending, and all of them, from what finished ones took."""
+"""Forecast of the time that cells take, from the times of finished ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from dqtool.tables.planning import Cell, Step
 __all__ = ["forecast"]
 
 PRIOR = {"dilate": 2.0, "calibrate": 90 / 5120, "distill": 0.75, "eval": 240 / (4096 * 20)}
-"""Seconds per unit of work of `zoo:digits-ddpm` on one core, until something was measured: an artifact, a trajectory point, an
-iteration (of a block and of the pass over all blocks), a step of an image."""
+"""Seconds for each unit of work on `zoo:digits-ddpm` with one core, used until a cell was measured.
+
+The unit is an artifact in dilate, a trajectory point in calibrate, an iteration (of a block and of the pass over all blocks)
+in distill, and a sampling step of an image in eval."""
 
 
 def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
-    """Cells in all (each once), finished ones, those that can't run, and seconds of one worker: `seconds` for what is left,
-    `whole_seconds` for all of it, as if nothing were there."""
+    """Return the number of different `cells`, of `finished` ones and of `problems`, which can't run, and times of one worker.
+
+    `seconds` is the time of the cells that are left, `whole_seconds` that of all cells.
+    """
     rates = _rates(store.every())
     unique = {cell.key: cell for cell in cells if cell.key}
     done = {key for key in unique if store.finished(key)}
@@ -43,7 +47,7 @@ def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
 
 
 def _seconds(step: Step, sampling_steps: int, rates: Mapping[tuple[str, ...], float]) -> float:
-    """Of one stage, by the closest rate that was measured."""
+    """Return the expected seconds of a stage, by the rate of the most similar finished stages."""
     kind = (step.stage, step.model, str(step.parameters.get("method")))
     known = (rates[kind[:length]] for length in (3, 2, 1) if kind[:length] in rates)
     return next(known, PRIOR[step.stage]) * _work(step.stage, step.parameters, sampling_steps)
@@ -62,7 +66,7 @@ def _work(stage: str, parameters: Mapping[str, Any], sampling_steps: int) -> flo
 
 
 def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
-    """Mean seconds per unit of work by (stage, model, method), by (stage, model), and by (stage,) alone."""
+    """Return mean seconds for each unit of work, by (stage, model, method), by (stage, model), and by (stage,)."""
     sums: dict[tuple[str, ...], tuple[float, float]] = {}
     for record in records:
         if record["environment"]["device"] != "cpu":

@@ -1,4 +1,4 @@
-"""What results of a table are called when it is run otherwise than its file says: nothing of one run overwrites another's."""
+"""Names of the results of a changed table. They differ from the table's own, so that no run overwrites another's results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ WEIGHTS = (*PICKLES, ".safetensors")
 
 
 def variant_of(table: Table, target: Target, cells: Sequence[Cell]) -> str:
-    """What follows the table's name: the published model, and what `--schedule` and `--set` change; "" where nothing is
-    other than the table says. `cells` are those of the target."""
+    """Return the suffix of the table's name for a target whose cells are `cells`; "" for the table as it is in its file.
+
+    The suffix names the published model, a changed schedule, and a hash of the options that `--set` changes.
+    """
     parts = []
     if target.model is not None:
         first = next((cell.steps[0] for cell in cells if cell.steps), None)
@@ -34,19 +36,19 @@ def variant_of(table: Table, target: Target, cells: Sequence[Cell]) -> str:
 
 
 def _short(model: str) -> str:
-    """A model's own name, as a file's name can hold it."""
+    """Return the last part of a model's name, as a part of a file name."""
     name = re.split(r"[/:]", model.rstrip("/"))[-1]
     ending = next((suffix for suffix in WEIGHTS if name.lower().endswith(suffix)), "")
     return re.sub(r"[^\w.]+", "-", name[: len(name) - len(ending)], flags=re.ASCII).strip("-.") or "model"
 
 
 def _digest(step: Step) -> str:
-    """sha256 of the model that a chain's first step reads: many checkpoints are called model.ckpt."""
+    """Return the sha256 of the model that the first step reads. Many checkpoints have the name model.ckpt."""
     return model_digest(step.model, step.values)
 
 
 def _changed(table: Table, target: Target, cells: Sequence[Cell]) -> bool:
-    """Whether the overrides say anything that the table does not."""
+    """Return True if the overrides change a cell of the table."""
     try:
         plain = plan_table(table, replace(target, overrides={}))
     except DqtoolError:  # a model that can't be read without them

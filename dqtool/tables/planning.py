@@ -1,7 +1,7 @@
-"""From a table to its cells: each a chain of stages with every option resolved, and the key that names its result.
+"""Cells of a table: each is a chain of stages with all options resolved, and a key that names its result.
 
-A key is made as fingerprints are (stage, code version, resolved parameters, keys of the inputs, in the end the model's
-sha256), but needs no artifact: whether a cell was measured is known in a checkout that holds results alone.
+A key is a hash like a fingerprint: of stage, code version, resolved parameters and the keys of the inputs, the first of which
+is the model's sha256. It needs no artifacts, so that a checkout with results alone knows which cells are finished.
 """
 
 from __future__ import annotations
@@ -27,28 +27,38 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "Step", "Target", "model_digest", "plan_table"]
 
 METRICS = ("digits", "similarity", "cost")
+"""Metrics of cells on embedded models."""
 ITERATIONS = ("iters", "refine_iters")
 SOURCE_OPTIONS = ("config", "components", "lora", "prediction_type", "scheduler", "tokenizer", "pipeline", "variant")
-"""Options of `dilate` that say which model is meant."""
+"""Options of `dilate` that identify the model."""
 PUBLISHED_METRICS = ("similarity", "cost")
+"""Metrics of cells on published models, besides those that the given files allow."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a chain: `values` are its options by field name without those that name files. `inputs` are keys of
-    earlier steps; the first of a chain reads `model`."""
+    """One stage of a chain.
+
+    Attributes:
+        stage: name of the stage.
+        values: options by field name, without those of files.
+        parameters: resolved parameters of the stage.
+        key: hash that names the artifact.
+        model: model that the chain starts from.
+        source: key of the step whose output the stage reads; None for the first one, which reads the model.
+    """
 
     stage: str
     values: Mapping[str, Any]
     parameters: Mapping[str, Any]
     key: str
     model: str
-    source: str | None = None  # key of the step whose output it works on
+    source: str | None = None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row, group and seed of a table. `problem` says why it can't be run."""
+    """A row, group and seed of a table. `problem` is the reason why it can't be run."""
 
     row: str
     group: str
@@ -58,14 +68,20 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Names its result."""
+        """Key that names the result of the cell; "" if it can't be run."""
         return self.steps[-1].key if self.steps else ""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a table is run on: `model` None is the embedded one of the table; `overrides` win over all other options, `seeds`
-    over the table's."""
+    """A table's model and options on the command line.
+
+    Attributes:
+        model: a published model; None stands for the table's embedded model.
+        overrides: options that replace those of all rows.
+        seeds: seeds in place of the table's.
+        schedule: schedule in place of the table's.
+    """
 
     model: str | None = None
     overrides: Options = field(default_factory=dict)
@@ -74,14 +90,14 @@ class Target:
 
 
 def plan_table(table: Table, target: Target) -> list[Cell]:
-    """Every cell, those of the first seed before those of the next.
+    """Return the cells of a table, seed by seed.
 
     Raises:
-        UsageError: two stages contradict each other, whatever the installed version offers.
+        UsageError: options of two stages contradict each other.
     """
     groups = table.groups
     if target.model is not None and any(group.model for group in groups):
-        groups = (Group(""),)  # a table over models is then one over the model given
+        groups = (Group(""),)  # a table over several models becomes one over the given model
     if target.model is None:
         groups = tuple(group for group in groups if not group.published_only)
     cells = []
@@ -115,7 +131,7 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     model = target.model or group.model or table.model
     try:
         asked = target.overrides.get("distill", {})
-        merged["distill"] = _of_the_method(merged.get("distill", {}), row.options.get("distill", {}), asked)
+        merged["distill"] = _scaled_iterations(merged.get("distill", {}), row.options.get("distill", {}), asked)
         merged["distill"] = _with_sampler_defaults(model, merged)
         if "distill" in table.stages and (target.model is None or target.schedule is not None):
             merged["distill"] = _shortened(merged.get("distill", {}), schedule.share)
@@ -136,14 +152,20 @@ def _given(options: Options, name: str) -> bool:
 
 
 def _with_files(values: Mapping[str, Any]) -> list[str]:
-    """The metrics of a published model: those named, and those that the files given are enough for."""
+    """Return the metrics of a published model: those that are named, and those that the given files allow."""
     files = files_of(make_options("eval", values))
     return [*values["metrics"], *enough_for(files, prompts=files.clip is not None)]
 
 
-def _of_the_method(values: Mapping[str, Any], of_row: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Iterations that a whole table was given are those of a block. A method that trains everything at once has as many times
-    its own, one that trains nothing has none; those of the row, and those `asked` for all rows, stay what they are."""
+def _scaled_iterations(
+    values: Mapping[str, Any], of_row: Mapping[str, Any], asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of `distill` with a table's iterations converted to the method's.
+
+    A table gives iterations for each block. A method that trains the network as a whole gets its own default times the same
+    ratio, and a method that trains nothing gets none. Iterations that the row gives, or that are `asked` for on the command
+    line, stay.
+    """
     has, of_block = _recipe(values.get("method")), _recipe("bkd")
     found = dict(values)
     for key in ITERATIONS:
@@ -169,20 +191,20 @@ def _with_sampler_defaults(model: str, options: Options) -> dict[str, Any]:
 
 
 def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """Iterations that nobody chose, brought down to a share of the method's own."""
+    """Return the options of `distill` with iterations that nobody chose set to a share of the method's default."""
     if share == 1:
         return dict(values)
     defaults = _recipe(values.get("method"))
     given = dict(values)
-    plain = given.get("iters") == 0  # which is PTQ
+    untrained = given.get("iters") == 0
     for key in ITERATIONS:
-        if defaults.get(key) and key not in given and not plain:
+        if defaults.get(key) and key not in given and not untrained:
             given[key] = max(1, round(defaults[key] * share))
     return given
 
 
 def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step]:
-    """Yield the steps of one cell. A scaling that compares outputs does so at the bits that the cell will have."""
+    """Yield the steps of one cell. Scaling methods that compare outputs do so at the bits of the cell."""
     from dqtool.scaling.methods import scaling_method
     from dqtool.stages.calibrate import AUTO, KEEP
 
@@ -195,7 +217,7 @@ def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step
     step = _step("dilate", dilate, model, [digest])
     yield step
     for stage in stages[1:]:
-        extra = [digest] if stage == "eval" else []  # compared with the model itself
+        extra = [digest] if stage == "eval" else []  # eval compares with the model itself
         step = _step(stage, options[stage], model, [step.key, *extra], source=step.key)
         yield step
 
@@ -209,15 +231,15 @@ def _step(stage: str, values: Mapping[str, Any], model: str, inputs: list[str], 
 
 
 def _recipe(method: str | None) -> dict[str, Any]:
-    """A training method's numbers, as it has them by itself."""
+    """Return the default options of a training method."""
     recipe: dict[str, Any] = _parameters("distill", make_options("distill", {"method": method}))["recipe"]
     return recipe
 
 
 def _parameters(stage: str, options: Any) -> dict[str, Any]:
-    """Return the parameters that decide a stage's result, from the stage itself.
+    """Return the parameters that determine a stage's result, as the stage itself defines them.
 
-    Figures that reports gained later are left out: a cell without them counts as finished (`--refresh` makes it again).
+    Versions of figures that were added later are left out: a cell without them counts as finished (`--refresh` runs it again).
     """
     of_stage = import_module(f"dqtool.stages.{stage}").fingerprint_parameters
     if stage != "eval":
@@ -235,11 +257,11 @@ def model_digest(model: str, dilate: Mapping[str, Any]) -> str:
     """Return the sha256 of the model's weights, as `dilate` records it with these options.
 
     Raises:
-        EnvironmentFault: it is not there.
+        EnvironmentFault: there is no such model.
     """
     return _source(model, _of_source(dilate)).sha256()
 
 
 def _of_source(dilate: Mapping[str, Any]) -> str:
-    """The options that say which model is meant, as JSON."""
+    """Return the options that identify the model, as JSON."""
     return canonical_json({key: dilate[key] for key in SOURCE_OPTIONS if dilate.get(key) is not None})

@@ -1,4 +1,4 @@
-"""A table's results as JSON and as Markdown: mean and spread over seeds, the paper's numbers beside."""
+"""Results of a table as JSON, Markdown and SVG: means over seeds with deviations, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dqtool.artifacts import dqtool_version
-from dqtool.page.comparison import ARROWS, FORMAT, REFERENCE, figure_text, is_best
+from dqtool.page.comparison import ARROWS, FORMAT, REFERENCE, curve_chart, figure_text, is_best
+from dqtool.page.style import CHART_STYLE
 from dqtool.tables.cells import CellStore
 from dqtool.tables.columns import COLUMNS, Column
 from dqtool.tables.planning import Cell, Target
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import Group, Row, Table
 
-__all__ = ["render_markdown", "summarise"]
+__all__ = ["curve_figure", "render_markdown", "summarise"]
 
 
 def summarise(
     table: Table, target: Target, cells: Sequence[Cell], store: CellStore, command: str, variant: str = ""
 ) -> dict[str, Any]:
-    """Everything a reader of the table needs, plain JSON. Rows without finished cells have no values. `variant` is what the
-    results' name says of the target."""
+    """Return the results of a table as JSON values. Rows without finished cells have no values.
+
+    `variant` is the suffix of the table's name (`naming.variant_of`).
+    """
     columns = list(table.published.columns if target.model and table.published.columns else table.columns)
     records = {cell.key: store.load(cell.key) for cell in cells if cell.key}
     rows: list[dict[str, Any]] = []
@@ -45,7 +48,7 @@ def summarise(
         "source": table.source,
         "about": table.about,
         "runs_on": _runs_on(table, target, groups),
-        "said": _said(table, target, cells),
+        "said": _settings(table, target, cells),
         "columns": [_column(key) for key in columns],
         "paper_columns": table.paper_columns if any(row["paper"] for row in rows) else "",
         "rows": rows,
@@ -115,7 +118,7 @@ def _row(
 
 
 def _reference(columns: Sequence[str], finished: Sequence[Any], group: Group) -> dict[str, Any] | None:
-    """The full-precision model's row: the same images for every row of a group and seed."""
+    """Return the row of the full-precision model, whose images all rows of a group and seed share; None without figures."""
     by_seed = {cell.seed: record for cell, record in finished if "metrics" in record}
     values = {}
     for key in columns:
@@ -164,11 +167,11 @@ def _runs_on(table: Table, target: Target, groups: Sequence[Group]) -> str:
     )
 
 
-def _said(table: Table, target: Target, cells: Sequence[Cell]) -> str:
-    """The schedule: what is the same in all cells."""
+def _settings(table: Table, target: Target, cells: Sequence[Cell]) -> str:
+    """Return a sentence with the schedule and the settings that all cells share."""
     schedule = SCHEDULES[target.schedule or table.schedule]
     embedded = target.model is None or target.schedule is not None
-    parts = [f"Schedule `{schedule.name}`: {schedule.says}"] if embedded and "distill" in table.stages else []
+    parts = [f"Schedule `{schedule.name}`: {schedule.summary}"] if embedded and "distill" in table.stages else []
     known = [{step.stage: step.parameters for step in cell.steps} for cell in cells if cell.steps]
     for stage, key, text in (
         ("calibrate", "steps", "{} sampling steps"),
@@ -192,8 +195,14 @@ def _versions(records: Any) -> list[str]:
     return sorted(found)
 
 
+def curve_figure(summary: Mapping[str, Any]) -> str | None:
+    """Return the chart of the table's training curves, an SVG with its style sheet; None without curves."""
+    chart = curve_chart(summary)
+    return None if chart is None else chart.replace(">", f"><style>{CHART_STYLE}</style>", 1) + "\n"
+
+
 def render_markdown(summary: Mapping[str, Any]) -> str:
-    """The table as a reader of the repository sees it."""
+    """Return the table as Markdown."""
     grouped = any(row["group"] for row in summary["rows"])
     source = f" ({summary['source']} of arXiv 2409.14307)" if summary["source"] else ""
     lines = [f"# {summary['title']}{source}, {summary['runs_on']}", "", summary["said"]]
@@ -231,18 +240,18 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     cells = summary["cells"]
     if cells["finished"] < cells["all"] or cells["problems"]:
         notes.insert(0, f"Incomplete: {cells['finished']} of {cells['all']} cells are finished.")
-        notes += [f"Can not be run here: {text}" for text in cells["problems"]]
+        notes += [f"Can't be run here: {text}" for text in cells["problems"]]
     lines = [line for note in notes for line in ("", note)]
     if summary["baseline"] and any(column["key"] == "excess" for column in summary["columns"]):
         lines += [
             "",
-            f"Excess left: what a row adds to full precision's fd.digits, as a share of what {summary['baseline']} adds; "
-            "none where that adds nothing.",
+            f"Excess left: the fd.digits that a row adds to full precision's, in percent of what {summary['baseline']} adds; "
+            f"empty if {summary['baseline']} adds nothing.",
         ]
     if len(summary["seeds"]) > 1:
         lines += [
             "",
-            "Mean ± sample standard deviation over the seeds; a seed decides calibration, training and images.",
+            "Mean ± sample standard deviation over the seeds. A seed determines calibration, training and images.",
         ]
     versions = "; ".join(summary["versions"])
     return [*lines, "", f"Made by `{summary['command']}`" + (f" with {versions}." if versions else ".")]

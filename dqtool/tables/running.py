@@ -1,4 +1,4 @@
-"""Runs cells: every stage once however many cells share it, one worker to a cell, nothing twice."""
+"""Runner of cells. A stage that cells share runs once, and several workers share the cells of a table."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from dqtool.core.device import resolve_device
 from dqtool.errors import NumericError
 from dqtool.stages.common import Common
 from dqtool.stages.registry import make_options, stage_function
+from dqtool.tables.cell_figures import FIGURES_VERSION, cell_figures
 from dqtool.tables.cells import CellStore, claim
-from dqtool.tables.measures import MEASURES_VERSION, measure
 from dqtool.tables.planning import Cell, Step
 from dqtool.tables.spec import STAGES
 
 __all__ = ["Runner"]
 
 POLL = 5.0
-"""Seconds between looks at the cells that another worker has."""
+"""Seconds between checks of cells that another worker runs."""
 
 
-def tell(text: str) -> None:
-    """One line on standard error, whether or not stages are quiet."""
+def log(text: str) -> None:
+    """Print a line to standard error, even if stages are quiet."""
     print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
 class Runner:
-    """Where artifacts (`work`) and results (`store`) go, and what every stage is told. `verbose` shows stages' progress."""
+    """A worker that runs cells: artifacts go to `work`, finished cells to `store`; stages get the options `common`."""
 
     work: Path
     store: CellStore
     common: Common
 
     def run(self, cells: Sequence[Cell], after: Callable[[], object]) -> int:
-        """Finish every cell that isn't; `after` is called whenever one is, here or by another worker. Returns how many were
-        run here.
+        """Run every cell that is not finished, and return the number of cells that this worker ran.
+
+        `after` is called whenever cells were finished, by this worker or another one.
 
         Raises:
-            DqtoolError: what a stage raises; but numbers that fail (a diverged training) are a cell's result.
+            DqtoolError: a stage failed. A training that diverges is no failure but the result of its cell.
         """
         pending = {cell.key: cell for cell in cells if cell.key}
         total, ran = len(pending), 0
@@ -59,7 +60,7 @@ class Runner:
                     if not self.store.finished(key):
                         left = len(pending)
                         label = " · ".join(filter(None, (cell.group, cell.row, f"seed {cell.seed}")))
-                        tell(f"cell {total - left + 1} of {total}: {label}")
+                        log(f"cell {total - left + 1} of {total}: {label}")
                         self._finish(cell)
                         ran += 1
                     progressed = True
@@ -80,7 +81,7 @@ class Runner:
             "model": cell.steps[0].model,
             "environment": environment(str(resolve_device(self.common.device)), torch.get_num_threads()),
             "dqtool": dqtool_version(),
-            "measures": MEASURES_VERSION,
+            "measures": FIGURES_VERSION,
         }
         try:
             for step, entry in zip(cell.steps, record["stages"], strict=True):
@@ -88,25 +89,25 @@ class Runner:
                 if seconds is not None:
                     entry["cpu_seconds"] = round(seconds, 1)
             bits = next((str(step.parameters["bits"]) for step in cell.steps if step.stage == "distill"), "4/4")
-            record["metrics"] = measure(artifacts, bits)
+            record["metrics"] = cell_figures(artifacts, bits)
             self._count_earlier_runs(record)
             self._keep_times(cell.key, record)
         except NumericError as error:
             record["failed"] = str(error)
-            tell(f"  the numbers failed: {error}")
+            log(f"  the numbers failed: {error}")
         record["seconds"] = round(time.perf_counter() - start, 1)
         self.store.save(cell.key, record)
 
     @staticmethod
     def _count_earlier_runs(record: dict[str, Any]) -> None:
-        """A training that was interrupted knows what all its runs took."""
+        """Take the processor time of a training that was interrupted from its metrics, which add up all runs."""
         whole = record["metrics"].get("distill", {}).get("training_cpu_seconds", 0.0)
         for entry in record["stages"]:
             if entry["stage"] == "distill" and "cpu_seconds" in entry:
                 entry["cpu_seconds"] = round(max(entry["cpu_seconds"], whole), 1)
 
     def _keep_times(self, key: str, record: dict[str, Any]) -> None:
-        """What stages took that were there already, from the cell that is made again."""
+        """Take the times of stages that were cached from the earlier record of the cell."""
         earlier = {entry["key"]: entry for entry in (self.store.load(key) or {}).get("stages", ())}
         for entry in record["stages"]:
             known = earlier.get(entry["key"], {})
@@ -114,7 +115,7 @@ class Runner:
                 entry["cpu_seconds"] = known["cpu_seconds"]
 
     def _make(self, step: Step) -> tuple[Path, float | None]:
-        """The artifact of a step, made unless it is there, and the processor's seconds it took (None: it was there)."""
+        """Run a step unless its artifact exists. Return its path and processor seconds; None for one that existed."""
         path = self.path(step)
         self.work.mkdir(parents=True, exist_ok=True)
         values = dict(step.values) | {"output": str(path)}
@@ -130,11 +131,11 @@ class Runner:
             stage_function(step.stage)(make_options(step.stage, values), self.common)
             taken, used = time.perf_counter() - start, time.process_time() - used
         cached = self.common.log[-1].cached
-        tell(f"  {step.stage}: " + ("was there" if cached else f"{taken:.0f} s ({used:.0f} s of processor)"))
+        log(f"  {step.stage}: " + ("exists already" if cached else f"{taken:.0f} s ({used:.0f} s of processor)"))
         return path, None if cached else used
 
     def path(self, step: Step) -> Path:
-        """Where a step's artifact is."""
+        """Return the path of a step's artifact."""
         return self._at(step.stage, step.key)
 
     def _at(self, stage: str, key: str) -> Path:

@@ -1,4 +1,4 @@
-"""How long the cells of a table train and how many images they are judged on. One schedule holds for all of a table."""
+"""Schedules of tables: the length of training and the number of images. All cells of a table have the same."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ Options = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """`options` of the stages, and by training method those of `distill` (field names); a method without an entry trains
-    as long as its defaults say, times `share`."""
+    """A schedule.
+
+    Attributes:
+        name: name in tables and on the command line.
+        summary: description that results carry.
+        options: options of the stages by field name.
+        share: iterations of `distill`, as a share of the training method's defaults.
+    """
 
     name: str
-    says: str
+    summary: str
     options: Options = field(default_factory=dict)
     share: float = 1.0
 
@@ -37,4 +43,4 @@ SMOKE = Schedule(
 )
 
 SCHEDULES = {each.name: each for each in (FULL, SHORT, SMOKE)}
-"""By name, as tables call them."""
+"""Schedules by name."""

@@ -1,4 +1,4 @@
-"""What a table's YAML file says, checked: every unknown key, option, column or value is refused with its line."""
+"""Reader of tables in YAML. Every unknown key, option, column or value is an error with its line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["STAGES", "Group", "Options", "Published", "Row", "Table", "load_table"]
 
 STAGES = tuple(name for name in chained_stages() if name != "export")
-"""Stages of a cell: what is measured is the distilled artifact, not an export of it."""
-"""What a cell can consist of, in order. Exporting changes no figure: what is measured is what would be exported."""
+"""Stages of a cell, in order. Cells measure the distilled artifact, because exporting it changes no figure."""
 
 Options = dict[str, dict[str, Any]]
-"""Stage -> option by field name -> value."""
+"""Values of options, by stage and field name."""
 
 _TOP = (
     "title",
@@ -51,8 +50,10 @@ _ROW = ("name", "options", "groups", "paper", "paper-only", "note")
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that belong together (a bit width, a sampler, a model). None: as the table has it. With `published_only` there is
-    time for it on published models only."""
+    """Rows that belong together: a bit width, a sampler or a model.
+
+    None stands for the table's value. A group with `published_only` is not run on embedded models.
+    """
 
     name: str
     model: str | None = None
@@ -66,8 +67,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of each group (`groups` None: of all). `paper` holds the paper's numbers by group name; with `paper_only`
-    there is nothing of ours to run."""
+    """A row of the groups in `groups`; None stands for all groups.
+
+    `paper` holds the paper's numbers by name of the group. A row with `paper_only` has these alone and is not run.
+    """
 
     name: str
     options: Options = field(default_factory=dict)
@@ -79,8 +82,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Published:
-    """What changes when the model of the paper is given, and options of it, as `stage.option`, that name files which the
-    comparison is nothing without."""
+    """Changes of a table that runs on a published model.
+
+    Attributes:
+        options: options of the stages.
+        columns: columns, if they differ.
+        needs: options of files, as `stage.option`, without which the table can't be run.
+    """
 
     options: Options = field(default_factory=dict)
     columns: tuple[str, ...] = ()
@@ -89,7 +97,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Table:
-    """A checked table."""
+    """A table, checked. Fields are named as its keys in YAML."""
 
     name: str
     path: Path
@@ -116,7 +124,7 @@ def load_table(path: str | os.PathLike[str]) -> Table:
 
     Raises:
         EnvironmentFault: there is no such file.
-        UsageError: with the line, for whatever it holds that a table does not know.
+        UsageError: the file is no table; the message has the line.
     """
     given = os.fspath(path)
     root = compose(read_text(path, "table"), given)
@@ -239,12 +247,12 @@ def _options(found: Entries, given: str) -> Options:
     return result
 
 
-_OURS = ("output", "reference", "grid", "save-samples")
+_SET_BY_RUNNER = ("seed", "output", "reference", "grid", "save-samples")
 
 
 def _allowed(option: str, stage: str, where: str) -> bool:
-    if option in _OURS or (option == "seed"):
-        raise UsageError(f"{option} of {stage} is for the runner to choose", where=where, fix="Leave it out")
+    if option in _SET_BY_RUNNER:
+        raise UsageError(f"{option} of {stage} is set by the runner", where=where, fix="Leave it out")
     return True
 
 
@@ -274,7 +282,7 @@ def _text(found: Entries, key: str, given: str) -> str:
 
 def _needed(found: Entries, key: str, node: Node, given: str) -> str:
     if key not in found:
-        raise UsageError(f"A {key} is needed here", where=f"{given}:{node.start_mark.line + 1}")
+        raise UsageError(f"The key {key} is missing here", where=f"{given}:{node.start_mark.line + 1}")
     return _text(found, key, given)
 
 

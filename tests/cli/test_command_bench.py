@@ -13,7 +13,7 @@ QUICK = ("--runtime", "simulate", "--against", "fp32", "--batch", "1,2", "--seco
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh processes take seconds to import torch; tests/bench/test_probe.py has them."""
+    """Load contenders in this process, because fresh ones take seconds to import torch (tests/bench/test_probe.py)."""
     monkeypatch.setattr(probe, "_child", lambda request: (probe.answer(request, lambda: None), 1 << 40))
 
 

@@ -74,7 +74,7 @@ def test_the_common_options_are_everywhere(run: Run, tmp_path: Path, command: st
 
 
 def parameters(command: Any) -> list[Any]:
-    """Parameters of a command and of the commands in its group."""
+    """Return the parameters of a command and of the commands in its group."""
     return [
         *command.params,
         *(each for inner in getattr(command, "commands", {}).values() for each in parameters(inner)),
@@ -176,7 +176,7 @@ def test_the_package_imports_at_once_and_without_torch():
 
 
 def fastest(command: list[str]) -> float:
-    """Least processor seconds of several runs: the machine may be busy with something else, and stretch the clock's."""
+    """Return the least processor seconds of several runs. Wall-clock time would grow on a busy machine."""
     times = []
     for _ in range(7):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -35,7 +35,7 @@ def test_chains_the_stages_then_everything_is_cached_without_torch(run: Run, cha
     assert (result.returncode, result.stdout) == (0, "results/small/eval.json\n"), result.stderr
     work = chain / "results" / "small"
     assert (work / "samples.png").is_file()
-    # The recipe is nothing but the commands: the artifacts are those the commands make.
+    # A recipe only names commands, so its artifacts equal those that the commands write.
     assert (work / "distilled.safetensors").read_bytes() == (chain / "distilled.safetensors").read_bytes()
     report = json.loads((work / "eval.json").read_text())
     assert report["inputs"][1]["name"] == "tiny"
@@ -85,7 +85,7 @@ def test_dry_run_lists_the_stages_and_writes_nothing(run: Run, chain: Path, reci
         chained_stages()
     )
     assert listing(chain) == before
-    # With the first stages there, they are cached, the first that is not is planned in full, the rest as named.
+    # Finished stages count as cached. The first unfinished one is planned in full, later ones by name.
     plan = load_json(
         run("run", "small.yaml", "-o", ".", "--set", "distill.bits=6/6", "--dry-run", "--json", cwd=chain).stdout
     )

@@ -1,4 +1,4 @@
-"""What goes where: one line on standard output, paths in from pipes, JSON, the cache."""
+"""Streams: one line on standard output, paths from pipes, JSON, and the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTPUTS = [default_output(stage) for stage in chained_stages()]
 
 
 def shell(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a bash script in which `dqtool` is this package's, in processes of their own."""
+    """Run a bash script in which `dqtool` stands for this package."""
     prelude = f'set -o pipefail; dqtool() {{ "{sys.executable}" -m dqtool "$@"; }}; '
     return subprocess.run(["bash", "-c", prelude + script], cwd=cwd, capture_output=True, text=True)
 
@@ -163,7 +163,7 @@ class TestStandardInput:
 
 class TestPipeline:
     def test_five_stages_in_one_line(self, made: Path, tmp_path: Path):
-        """Slow (five processes that import torch): the line every user's CI will hold."""
+        """The pipeline of README works. Slow: five processes import torch."""
         script = (
             f"dqtool dilate {made}/tiny | dqtool calibrate --steps 4 --samples 16"
             " | dqtool distill --bits 4/4 --iters 2 --refine-iters 2 | dqtool export | dqtool eval --samples 4 --quiet"

@@ -15,7 +15,7 @@ from dqtool.models.sources import resolve
 
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A zoo of one model, stored as the package stores them: half precision, with a card."""
+    """Make a zoo of one model, stored like those of the package: in half precision, with a card."""
     zoo = tmp_path_factory.mktemp("zoo")
     tiny_pipeline(zoo / "tiny-ddpm", dtype=torch.float16)
     (zoo / "tiny-ddpm" / "card.json").write_text(json.dumps({"description": "random weights", "like": "nothing"}))
@@ -107,7 +107,7 @@ def umask() -> int:
 
 
 def test_components_name_the_precision_that_they_are_written_in(run: Run, packaged: Path, tmp_path: Path):
-    """Or the stock pipeline's text encoder comes in half precision, which its float32 network does not take."""
+    """A text encoder in half precision would not fit the float32 network of the pipeline."""
     config = packaged / "tiny-ddpm" / "unet" / "config.json"
     before = config.read_text()
     config.write_text(json.dumps({**json.loads(before), "dtype": "float16"}))

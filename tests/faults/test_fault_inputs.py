@@ -1,4 +1,4 @@
-"""What is given is missing, damaged, foreign or of another stage: the exit code, one paragraph, nothing written."""
+"""Inputs that are missing, damaged, foreign or of another stage: exit code, one paragraph, nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: exit code 130, one line, no half artifact, and the same command goes on from the finished blocks."""
+"""Ctrl-C: exit code 130, one line, no partial artifact, and the same command continues after the finished blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_distill_goes_on_from_the_finished_blocks_to_the_same_bits(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run in the background inherits an ignored SIGINT, which Python leaves ignored.
+        # A test run in the background inherits an ignored SIGINT, and Python does not change that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
@@ -86,7 +86,7 @@ def test_an_interrupt_anywhere_is_one_line(run: Run, chain: Path, monkeypatch: p
 
 
 def finished(index: Path) -> list[str]:
-    """Names of the blocks that an unfinished run has kept."""
+    """Return the names of the blocks that an unfinished run has kept."""
     try:
         return list(json.loads(index.read_text())["pieces"])
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def test_calibrate_goes_on_from_the_steps_it_had_recorded(
 
 
 def predictions_of(run: Run, chain: Path, arguments: tuple[str, ...], left: list[int]) -> int:
-    """Predictions that a whole run makes."""
+    """Return the number of predictions of a whole run."""
     left[0] = 10**9
     assert run(*arguments, "-o", "other.safetensors", cwd=chain).returncode == 0
     return 10**9 - left[0]

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command like Ctrl-C; what a killed command leaves is swept by the next run of the same output."""
+"""SIGTERM ends a command like Ctrl-C; the next run with the same output removes what a killed command left."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_from_its_pieces(run: Run, chain: Path, forced: boo
     process.communicate()
     kept = pieces(partial / "index.json")
     assert len(kept) >= 3
-    assert {path.suffix for path in partial.iterdir()} == {".json", ".tensors"}  # nothing half-written
+    assert {path.suffix for path in partial.iterdir()} == {".json", ".tensors"}  # no partial file
     assert json.loads((partial / "index.json").read_text())["forced"] is forced
     (chain / "k.json").unlink(missing_ok=True)
     (chain / "k.safetensors").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The output can not or must not be written: said before any work, and what stood there still stands."""
+"""Outputs that can't or must not be written: an error before any work, and existing files stay."""
 
 from __future__ import annotations
 

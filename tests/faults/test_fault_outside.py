@@ -1,4 +1,4 @@
-"""Inspecting, loading and timing an export read nothing beside it: no original model, no artifact of an earlier stage."""
+"""Inspecting, loading and timing an export read nothing else: no original model, no artifact of an earlier stage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COMMANDS = {
 def test_nothing_beside_the_export_is_read(chain: Path, command: str, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     environment = {**os.environ, "DQTOOL_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
-    kernels = Path(os.environ["DQTOOL_CACHE"]) / "kernels"  # compiled once for all tests
+    kernels = Path(os.environ["DQTOOL_CACHE"]) / "kernels"  # kernels are compiled once for all tests
     if kernels.exists():
         shutil.copytree(kernels, tmp_path / "cache" / "kernels")
     code = f"{WATCH}\n{COMMANDS[command]}\nprint('CODE', code, file=sys.stderr)"

@@ -1,4 +1,4 @@
-"""What is asked for does not exist: exit code 2, one paragraph that says what there is, nothing written."""
+"""Options with unknown or impossible values: exit code 2, one paragraph with the choices, nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short form of `make soak`: commands killed at random instants, with a reader looking on."""
+"""A short form of `make soak`: commands are killed at random times while another process reads."""
 
 from __future__ import annotations
 

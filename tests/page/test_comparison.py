@@ -1,4 +1,4 @@
-"""A table of comparisons on the page: every row, the best marked, what is missing said."""
+"""A table of comparisons on the page: every row, marks of the best, and notes on missing cells."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dqtool.page.results import chain_key, find_results
 
 
 def test_a_result_finds_its_chain_by_content_wherever_it_lies(made: Path, tmp_path: Path):
-    for name in ("calibrated", "distilled"):  # other names and another directory than the manifests say
+    for name in ("calibrated", "distilled"):  # names and directory differ from those in the manifests
         for suffix in (".safetensors", ".json"):
             (tmp_path / "deep" / "er").mkdir(parents=True, exist_ok=True)
             shutil.copy(made / f"{name}{suffix}", tmp_path / "deep" / "er" / f"{name}{suffix}")

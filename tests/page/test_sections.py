@@ -1,4 +1,4 @@
-"""What a group of results is compared with, and what sets it apart from the model's other groups."""
+"""Sections of the page: the reference of a group of results, and its differences from other groups of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dqtool.page.tables import result_table
 
 
 def made(name: str, reference: str | None = None, digest: str = "e", **parameters: Any) -> Result:
-    """A result of 2048 images with its figures, and with `reference` in place of the full-precision model."""
+    """Make a result of 2048 images with its figures. `reference` takes the place of the full-precision model."""
     metrics: dict[str, Any] = {
         "samples": 2048,
         "fd.digits": 2.18,
@@ -108,7 +108,7 @@ def test_results_beside_different_references_are_not_compared() -> None:
             made("other", "a in the simulate runtime", "c"),
         )
     ]
-    assert keys[1] == keys[2]  # one directory, wherever it lies
+    assert keys[1] == keys[2]  # the same directory in two places
     assert len(set(keys)) == 3
 
 

@@ -12,7 +12,8 @@ from conftest import Run
 
 from dqtool.core.affine import fake_quantize
 from dqtool.errors import UsageError
-from dqtool.page.measures import dilated_inputs, quantization_errors
+from dqtool.page.dilated_inputs import dilated_inputs
+from dqtool.page.quantization_errors import quantization_errors
 from dqtool.page.results import Result, find_results
 from dqtool.stages.artifact_models import teacher_of
 from dqtool.stages.common import Common
@@ -21,7 +22,7 @@ from dqtool.stages.report_page import ReportOptions, write_report
 
 @pytest.fixture(scope="module")
 def plain(made: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A result of plain PTQ at 4/4 with a picture: what it holds is what initialisation alone makes."""
+    """Make a result of untrained PTQ at 4/4 with a picture."""
     directory = tmp_path_factory.mktemp("ptq")
     for line in (
         f"distill {made / 'calibrated.safetensors'} --iters 0",
@@ -35,7 +36,7 @@ def plain(made: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Res
 
 @pytest.fixture(scope="module")
 def page(made: Path, plain: Result, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of a trained and a PTQ result of one model."""
+    """Write the page of a trained and a PTQ result of one model."""
     output = tmp_path_factory.mktemp("page") / "report.html"
     places = (str(made / "eval.json"), str(plain.path.parent))
     assert write_report(ReportOptions(places, str(output)), Common(quiet=True)) == str(output)
@@ -43,7 +44,7 @@ def page(made: Path, plain: Result, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 class Outline(HTMLParser):
-    """Checks nesting, collects tags with their attributes, and text by heading."""
+    """Parser that checks nesting, and collects tags with their attributes, and text by heading."""
 
     VOID = ("meta", "link", "img")
 
@@ -130,7 +131,7 @@ def test_errors_of_ptq_are_those_of_its_grids(plain: Result):
     assert len(errors.timesteps) == 4
     layers = {layer["name"]: layer for layer in plain.manifest.layers if layer["kind"] != "attention"}
     assert errors.weights.keys() == layers.keys()
-    for parts in errors.weights.values():  # nothing was trained, so the grid's error is the artifact's
+    for parts in errors.weights.values():  # without training, the error of the grid is that of the artifact
         assert parts.total == pytest.approx(parts.clipping + parts.rounding, rel=0.02, abs=1e-9)
     ends = {name for name, layer in layers.items() if layer["bits"] == [8, 8]}
     assert max(errors.weights[name].total for name in ends) < min(
@@ -141,7 +142,7 @@ def test_errors_of_ptq_are_those_of_its_grids(plain: Result):
 
 
 def test_the_error_of_an_activation_is_that_of_the_values_behind_its_histogram(plain: Result):
-    """The first layer's input is the trajectory itself, so its quantizer's error can be had without a histogram."""
+    """The first layer's input is the trajectory itself, so that its quantizer's error is known without a histogram."""
     calibrated, packed = plain.open("calibrate").tensors(), plain.open("distill").tensors()
     measured = quantization_errors(plain).activations["conv_in"]
     for row in range(4):

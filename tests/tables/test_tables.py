@@ -1,4 +1,4 @@
-"""Tables: what their files may say, which cells come of them, and that nothing finished is ever done again."""
+"""Tables: checks of their files, the cells they are planned to, and finished cells, which never run again."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tiny(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of the tiny table, run by its command line; the work beside."""
+    """Run the tiny table by its command line; return the folder with its results and artifacts."""
     place = tmp_path_factory.mktemp("finished")
     assert main([str(tiny), "--results", str(place / "results"), "--work", str(place / "work")]) == 0
     return place
@@ -115,7 +115,7 @@ def test_every_table_of_the_paper_has_its_target() -> None:
         (("paper: {4/4: 30.69}", "paper: {3/3: 30.69}"), 30, "Unknown group"),
         (("schedule: full", "schedule: fast"), 5, "Unknown schedule"),
         (("baseline: none", "baseline: nothing"), 7, "No row is called"),
-        (("steps: 2,", "steps: 2, seed: 3,"), 11, "for the runner to choose"),
+        (("steps: 2,", "steps: 2, seed: 3,"), 11, "set by the runner"),
     ],
 )
 def test_what_a_table_does_not_know_is_refused_with_its_line(
@@ -137,7 +137,7 @@ def test_cells_come_seed_by_seed_and_share_their_first_stages(tiny: Path) -> Non
     smooth = next(cell for cell in cells if cell.row == "SmoothQuant")
     assert [step.stage for step in smooth.steps] == ["dilate", "calibrate", "distill", "eval"]
     plain = next(cell for cell in cells if cell.row == "none")
-    assert plain.steps[0].key == smooth.steps[0].key  # made once
+    assert plain.steps[0].key == smooth.steps[0].key  # both rows share this step
     assert plain.steps[1].key != smooth.steps[1].key
 
 
@@ -159,7 +159,7 @@ def test_keys_follow_what_decides_the_result_and_nothing_else(tiny: Path, monkey
     first = keys(Target())
     assert first == keys(Target())
     assert len(set(first)) == len(first)
-    assert first == keys(Target(overrides={"distill": {"method": "bkd"}}))  # the default, said
+    assert first == keys(Target(overrides={"distill": {"method": "bkd"}}))  # the default, given explicitly
     assert not set(first) & set(keys(Target(overrides={"eval": {"samples": 3}})))
     earlier = plan_table(table, Target())[0].steps[1].key
     monkeypatch.setattr("dqtool.stages.distill.CODE_VERSION", 10**6)
@@ -244,9 +244,13 @@ def test_a_killed_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypat
     assert main(command) == 0
     assert (
         len(done) == len(set(done)) == 3
-    )  # two of the first cell, and the calibration of the second, which shares its dilation
+    )  # two steps of the first cell, and the calibration of the second, which shares its dilation
     summary = json.loads((tmp_path / "results" / "short.json").read_text())
-    assert summary["cells"] == {"finished": 2, "all": 3, "problems": []}  # without bits both widths are one
+    assert summary["cells"] == {
+        "finished": 2,
+        "all": 3,
+        "problems": [],
+    }  # without distill, both bit widths have the same cells
     assert "Incomplete: 2 of 3" in (tmp_path / "results" / "short.md").read_text()
 
 
@@ -293,7 +297,7 @@ def test_two_workers_share_cells_and_a_claimed_cell_is_waited_for(
 
 
 def test_an_interrupt_reaches_a_worker_in_the_background(tiny: Path, tmp_path: Path) -> None:
-    """A shell that is not interactive starts its background jobs with interrupts ignored, as `make bench-all` does."""
+    """An interrupt stops a worker even if a shell started it with interrupts ignored, as `make bench-all` does."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert main([str(tiny), "--dry-run", "--results", str(tmp_path)]) == 0
@@ -467,7 +471,7 @@ def test_a_published_model_takes_the_place_of_the_embedded_one(tiny: Path, tmp_p
 
 
 def test_iterations_of_a_published_table_are_those_of_a_block(made: Path) -> None:
-    """What trains everything at once has ten times as many, here as on the embedded models; what trains nothing has none."""
+    """A method that trains the whole network gets ten times the iterations, and one that trains nothing gets none."""
     table = load_table(next(path for path in TABLES if path.stem == "table-cifar10"))
 
     def iterations(**options: Any) -> dict[str, int]:

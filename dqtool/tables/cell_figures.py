@@ -1,4 +1,4 @@
-"""What a cell's figures are: those its stages recorded, and errors measured on its artifacts."""
+"""Figures of a cell: those that its stages recorded, and errors measured on its artifacts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import Any
 
 from dqtool.artifacts import open_artifact, read_manifest
 
-__all__ = ["MEASURES_VERSION", "measure"]
+__all__ = ["FIGURES_VERSION", "cell_figures"]
 
-MEASURES_VERSION = 2
-"""Recorded with a cell: which figures it can have, beside those of its tables' stages. 2: `fd.digits_from_reference`."""
+FIGURES_VERSION = 2
+"""Version of the set of figures, recorded with a cell as `measures`. Version 2 added `fd.digits_from_reference`."""
 SHORT_LIST = 256
+"""Most values of a list that a cell keeps."""
 
 
-def measure(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, Any]:
-    """Figures by stage of a chain whose artifacts these are, and `errors`. `wanted_bits` are used where none is quantized."""
+def cell_figures(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, Any]:
+    """Return the figures of a chain of artifacts by stage, and its `errors`.
+
+    `wanted_bits` are the bits at which weights are compared if the chain is not quantized.
+    """
     found: dict[str, Any] = {stage: _recorded(path) for stage, path in artifacts.items()}
     if "calibrate" in artifacts:
         found["errors"] = _errors(artifacts, wanted_bits)
@@ -32,7 +36,7 @@ _NOT_KEPT = ("blocks", "output_reads", "activation_range_ratios", "kept_float", 
 
 
 def _recorded(path: Path) -> dict[str, Any]:
-    """A manifest's metrics without what is a layer's, and how long the stage took."""
+    """Return the metrics of a manifest, without those of single layers, and the seconds of its stage."""
     manifest = read_manifest(path)
     kept = {
         key: value
@@ -43,18 +47,19 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 
 def _errors(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, float]:
-    """Of activations and weights, means over layers:
+    """Return errors of weights and activations, means over layers.
 
-    `weight_scale_ratio`: step sizes of weights after scaling over those before, by least squared error (Table 13).
-    `*_clipping`, `*_rounding`: shares of the squared error (App. F). `*_error`: squared error relative to the values'
-    energy. `bound`: of a layer's relative output error, `e_w + e_x (1 + e_w)` with relative root mean squares (Eq. 9).
+    - `weight_scale_ratio`: step sizes of weights after scaling over those before, by least squared error (Table 13).
+    - `*_clipping`, `*_rounding`: shares of the squared error (App. F).
+    - `*_error`: squared error relative to the energy of the values.
+    - `bound`: bound of a layer's relative output error, `e_w + e_x (1 + e_w)` with relative root mean squares (Eq. 9).
     """
     from dqtool.core.bits import parse_bits
 
     bits = parse_bits(wanted_bits)
     errors = _weight_scale_ratio(artifacts["calibrate"], min(8, bits.weight))
     if "distill" in artifacts:
-        errors |= _parts(artifacts)
+        errors |= _quantization_errors(artifacts)
     return errors
 
 
@@ -76,8 +81,8 @@ def _weight_scale_ratio(path: Path, bits: int) -> dict[str, float]:
     return {"weight_scale_ratio": sum(ratios) / len(ratios)} if ratios else {}
 
 
-def _parts(artifacts: Mapping[str, Path]) -> dict[str, float]:
-    from dqtool.page.measures import quantization_errors
+def _quantization_errors(artifacts: Mapping[str, Path]) -> dict[str, float]:
+    from dqtool.page.quantization_errors import quantization_errors
     from dqtool.page.results import Result
 
     chain = {stage: path for stage, path in artifacts.items() if stage in ("calibrate", "distill")}

@@ -1,4 +1,4 @@
-"""What the page measures again: networks are asked with the conditions of the points they are run on."""
+"""Inputs before dilation: the network runs on calibration points with their own conditions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from families import dit_pipeline
 
 from dqtool.artifacts import open_artifact
-from dqtool.page.measures import dilated_inputs
+from dqtool.page.dilated_inputs import dilated_inputs
 from dqtool.stages.artifact_models import teacher_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.common import Common
@@ -16,7 +16,7 @@ from dqtool.stages.dilate import DilateOptions, dilate
 
 
 def test_inputs_before_dilation_are_those_of_the_points_conditions(tmp_path: Path) -> None:
-    """More points than conditions, with guidance: as measured before is what calibration saw, the factors undone."""
+    """Measured values times the factors equal those of the calibration, with more points than conditions, and guidance."""
     quiet = Common(quiet=True)
     dilated, calibrated = str(tmp_path / "dilated.safetensors"), str(tmp_path / "calibrated.safetensors")
     dilate(DilateOptions(str(dit_pipeline(tmp_path / "model")), dilated, scaling="wd"), quiet)
@@ -31,7 +31,7 @@ def test_inputs_before_dilation_are_those_of_the_points_conditions(tmp_path: Pat
     for entry in found:
         scale = tensors[f"{entry.name}.dilation"]
         for before, after in zip(entry.range_before, entry.range_after, strict=True):
-            # Channels divided by factors of at least 1: narrower, by the largest factor at most.
+            # Channels are divided by factors of at least 1, so the range shrinks, but at most by the largest factor.
             widest, narrowed = max(map(abs, before)), max(map(abs, after))
             assert widest / float(scale.max()) - 1e-5 <= narrowed <= widest + 1e-5
     assert torch.isfinite(torch.tensor([e.range_before for e in found])).all()
