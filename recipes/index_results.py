@@ -237,7 +237,7 @@ def with_tables(text: str) -> str:
 
 
 def unsupported(readme: str, results: str) -> list[str]:
-    """Return the measurements in README that no result holds. Code, links and versions are no measurements."""
+    """Return the measurements in README that no result holds. Code, links and versions do not count as measurements."""
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \S+", " ", readme, flags=re.DOTALL)
     known = set(re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", results))
     return sorted({number for number in NUMBER.findall(prose) if number not in known})

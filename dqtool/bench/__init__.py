@@ -1,1 +1,1 @@
-"""Speed, load time and memory of a quantized network and of what it competes with, measured alike."""
+"""Benchmarks of speed, load time and memory: a quantized network against its alternatives."""

@@ -71,7 +71,7 @@ def common_options(
 ) -> Common:
     """Apply the options that every command takes, and return them."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"'{device}' is no device", where="--device", fix="Choose auto, cpu, cuda or cuda:N")
+        raise UsageError(f"'{device}' is not a device", where="--device", fix="Choose auto, cpu, cuda or cuda:N")
     report.set_quiet(quiet)
     return Common(force=force, quiet=quiet, json=json, device=device, dry_run=dry_run, overwrite=overwrite)
 

@@ -16,9 +16,9 @@ def split_numbers(text: str | None, where: str) -> tuple[int, ...]:
     """Split `"1,4"` into (1, 4). None gives ().
 
     Raises:
-        UsageError: a part is no whole number.
+        UsageError: a part is not a whole number.
     """
     parts = split_list(text or "")
     if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"'{text}' is no list of whole numbers", where=where, fix="Example: 1,4,16")
+        raise UsageError(f"'{text}' is not a list of whole numbers", where=where, fix="Example: 1,4,16")
     return tuple(map(int, parts))

@@ -63,7 +63,7 @@ def prepare(distilled: Artifact) -> Exported:
     config = dict(manifest.model["config"])
     network = packed_network(manifest.model["class"], config, plans_of(manifest), distilled.tensors())
     example = family.example(config)
-    # The file must be exact on any CPU, those that saturate included. Only layers of 8 bits get slower by it.
+    # The file must be exact on any CPU, those that saturate included. This slows down layers of 8 bits alone.
     model = build_ir(network, family, example, saturating=True)
     integers = integer_layers(_compile(model, example))
     shrink_weights(model)

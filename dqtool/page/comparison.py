@@ -33,7 +33,7 @@ def comparison_section(summary: Mapping[str, Any]) -> Section:
     columns += [f"paper: {summary['paper_columns']}"] if summary["paper_columns"] else []
     rows = [_row(summary, row, grouped) for row in summary["rows"]]
     caption = (
-        "Means over seeds, with the sample standard deviation where there are several; the best of each group is marked"
+        "Means over seeds, with the sample standard deviation if there are several. The best of each group is marked"
     )
     section.blocks.append(Table(caption, columns, rows, heads=2 if grouped else 1))
     chart = curve_chart(summary)

@@ -185,7 +185,7 @@ def _take(path: Path, found: _Found, required: bool = False, strict: bool = True
     try:
         if path.stat().st_size > LARGEST_JSON:
             if required:
-                raise ArtifactError("This file is no eval result", where=str(path), fix=_GIVE)
+                raise ArtifactError("This file is not an eval result", where=str(path), fix=_GIVE)
             return
         text = path.read_bytes()
     except OSError as error:
@@ -198,9 +198,9 @@ def _take(path: Path, found: _Found, required: bool = False, strict: bool = True
         if not strict:
             return
         if required and path.suffix != ".json":
-            raise ArtifactError("This file is no eval result", where=str(path), fix=_GIVE) from error
+            raise ArtifactError("This file is not an eval result", where=str(path), fix=_GIVE) from error
         raise ArtifactError(
-            f"This is no valid JSON: {error}",
+            f"This is not valid JSON: {error}",
             where=str(path),
             fix="Write it again, move it away, or give the reports to show one by one",
         ) from error
@@ -212,7 +212,7 @@ def _take(path: Path, found: _Found, required: bool = False, strict: bool = True
         return
     if not isinstance(payload, dict) or not str(payload.get("format", "")).startswith("dqtool/"):
         if required:
-            raise ArtifactError("This JSON is no eval result", where=str(path), fix=_GIVE)
+            raise ArtifactError("This JSON is not an eval result", where=str(path), fix=_GIVE)
         return
     try:
         manifest = Manifest.from_json(text, str(path))
@@ -224,7 +224,7 @@ def _take(path: Path, found: _Found, required: bool = False, strict: bool = True
         found.evals.append((path, manifest))
     elif required:
         raise ArtifactError(
-            f"This is the manifest of `{manifest.stage}`'s output, no eval result",
+            f"This is the manifest of `{manifest.stage}`'s output, not an eval result",
             where=str(path),
             fix=_GIVE,
         )

@@ -39,7 +39,7 @@ class CellStore:
         """Return the record of a cell; None if there is none.
 
         Raises:
-            ArtifactError: the file is no cell, or that of another key.
+            ArtifactError: the file is not a cell, or belongs to another key.
         """
         path = self.path(key)
         try:

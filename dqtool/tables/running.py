@@ -44,7 +44,7 @@ class Runner:
         `after` is called whenever cells were finished, by this worker or another one.
 
         Raises:
-            DqtoolError: a stage failed. A training that diverges is no failure but the result of its cell.
+            DqtoolError: a stage failed. A training that diverges does not raise: it is the result of its cell.
         """
         pending = {cell.key: cell for cell in cells if cell.key}
         total, ran = len(pending), 0

@@ -124,7 +124,7 @@ def load_table(path: str | os.PathLike[str]) -> Table:
 
     Raises:
         EnvironmentFault: there is no such file.
-        UsageError: the file is no table; the message has the line.
+        UsageError: the file is not a table; the message has the line.
     """
     given = os.fspath(path)
     root = compose(read_text(path, "table"), given)

@@ -53,7 +53,7 @@ def test_json_and_dry_run(run: Run, chain: Path):
 def test_faults(run: Run, chain: Path):
     assert "gone" in refused(run, chain, 4, "report", "gone")
     assert "dqtool eval" in refused(run, chain, 3, "report", "tiny")
-    assert "no eval result" in refused(run, chain, 3, "report", "distilled.safetensors")
+    assert "not an eval result" in refused(run, chain, 3, "report", "distilled.safetensors")
     assert "pdf" in refused(run, chain, 2, "report", ".", "--format", "pdf")
     assert "mkdir" in refused(run, chain, 4, "report", ".", "-o", "no/where.html")
     assert "name" in refused(run, chain, 2, "report", ".", "-o", "eval.json")

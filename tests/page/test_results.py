@@ -61,13 +61,13 @@ def test_faults(chain: Path):
     with pytest.raises(EnvironmentFault, match="no such file"):
         find_results([str(chain / "gone")])
     for stranger in ("distilled.json", "distilled.safetensors", "tiny/unet/config.json"):
-        with pytest.raises(ArtifactError, match="no eval result"):
+        with pytest.raises(ArtifactError, match="not an eval result"):
             find_results([str(chain / stranger)])
     with pytest.raises(ArtifactError, match="no eval result here"):
         find_results([str(chain / "tiny")])
     text = (chain / "eval.json").read_text()
     (chain / "eval.json").write_text(text[: len(text) // 2])
-    with pytest.raises(ArtifactError, match="no valid JSON"):
+    with pytest.raises(ArtifactError, match="not valid JSON"):
         find_results([str(chain)])
     (chain / "eval.json").write_text(text.replace('"samples": 4', '"samples": 5000'))
     with pytest.raises(ArtifactError, match="changed after"):

@@ -40,5 +40,5 @@ def test_one_block_is_trained_and_the_others_stay_as_initialised(chain: Path, op
 def test_patterns_that_match_nothing_or_are_none_are_refused(chain: Path) -> None:
     with pytest.raises(UsageError, match="matches no block"):
         distilled(chain, "x.safetensors", iters=2, blocks="nowhere")
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="not a regular expression"):
         DistillOptions(blocks="(")

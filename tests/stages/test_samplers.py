@@ -90,7 +90,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
     at = dilate(DilateOptions(str(tiny_pipeline(tmp_path / "model")), str(tmp_path / "d"), scaling="wd"), QUIET)
     for options, message in (
         ({"sampler": "ddpm", "variance": "learned_range"}, "predicts no variance"),
-        ({"timesteps": "a,b"}, "no list of timesteps"),
+        ({"timesteps": "a,b"}, "not a list of timesteps"),
         ({"timesteps": "900,20", "sampler": "plms"}, "takes no list"),
         ({"spacing": "cubic"}, "unknown spacing"),
     ):

@@ -131,7 +131,7 @@ def schedule_of(options: CalibrateOptions) -> SchedulerChoices:
     """Return the choices about the scheduler: its timesteps, clipping and variance.
 
     Raises:
-        UsageError: an unknown spacing or variance, or timesteps that are no list of numbers.
+        UsageError: an unknown spacing or variance, or timesteps that are not a list of numbers.
     """
     from dqtool.models.sampling.schedulers import SchedulerChoices
 
@@ -141,6 +141,6 @@ def schedule_of(options: CalibrateOptions) -> SchedulerChoices:
             listed = tuple(float(part) for part in options.timesteps.split(","))
         except ValueError as e:
             raise UsageError(
-                f"'{options.timesteps}' is no list of timesteps", where="--timesteps", fix="Example: 999,749,499,249"
+                f"'{options.timesteps}' is not a list of timesteps", where="--timesteps", fix="Example: 999,749,499,249"
             ) from e
     return SchedulerChoices(options.spacing, listed, options.clip, options.variance)

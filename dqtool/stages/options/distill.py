@@ -212,7 +212,7 @@ class DistillOptions:
         try:
             re.compile(self.blocks or "")
         except (re.error, RecursionError, OverflowError) as e:
-            raise UsageError(f"'{self.blocks}' is no regular expression: {e}", where="--blocks") from e
+            raise UsageError(f"'{self.blocks}' is not a regular expression: {e}", where="--blocks") from e
 
     @cached_property
     def spec(self) -> QuantizationSpec:

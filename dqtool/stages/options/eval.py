@@ -50,7 +50,7 @@ class EvalOptions:
         str | None,
         Option(
             "Model to compare with: the full-precision model, or another exported directory. Default: the model that "
-            "was quantized, where it was then.",
+            "was quantized, at its original path.",
             "MODEL",
             panel=INPUT,
         ),

@@ -47,7 +47,7 @@ class SampleOptions:
     reference: Annotated[
         str | None,
         Option(
-            "Full-precision model for --correct-noise. Default: the model that was quantized, where it was then.",
+            "Full-precision model for --correct-noise. Default: the model that was quantized, at its original path.",
             "MODEL",
             panel=INPUT,
         ),
