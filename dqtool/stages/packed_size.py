@@ -22,16 +22,16 @@ def packed_size(
     manifest: Manifest, plans: Sequence[Any], timesteps: int, prediction: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Any]:
     """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
-    from dqtool.core.cost import bops, file_bytes
-    from dqtool.formats.shapes import network_shapes, swapped
+    from dqtool.core.cost import bops
+    from dqtool.formats.shapes import network_shapes, predicted_bytes
     from dqtool.models.families import family_of
     from dqtool.nn.surgery import state_shapes
 
     family = family_of(manifest.model["class"], "manifest")
     shapes = network_shapes(family, manifest.model["config"], manifest.layers)
     return {
-        "bytes": file_bytes(swapped(state_shapes(shapes, plans, timesteps, prediction))),
-        "bytes_float32": file_bytes(swapped(shapes)),
+        "bytes": predicted_bytes(state_shapes(shapes, plans, timesteps, prediction)),
+        "bytes_float32": predicted_bytes(shapes),
         "bops": bops(plan.summary() for plan in plans),
         "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
     }
