@@ -1,4 +1,4 @@
-"""A network's graph: recorded once, when it is first asked for, and everything that is read off the recording."""
+"""Graph of a network: one recording, made on first use, and the layers, blocks and roles derived from it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["NetworkGraph"]
 class NetworkGraph:
     """The structure of a float network, which may be on `meta`.
 
-    `inputs` are arguments of one forward pass, batch 1; `sample` and `timestep` name those that layers' roles are told
-    by. `block_classes` are the classes of modules that are trained as one block; every quantizable leaf outside of them
-    is a block of its own.
+    `inputs` are arguments of one forward pass, batch 1; `sample` and `timestep` name the two from which roles are derived.
+    `block_classes` are the classes of modules that are trained as one block; every quantizable leaf outside of them is a
+    block of its own.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class NetworkGraph:
 
     @cached_property
     def recording(self) -> Recording:
-        """All operations of one forward pass."""
+        """Recording of all operations of one forward pass."""
         return record(self.network, self.inputs, partial(block_names, block_classes=self.block_classes))
 
     @cached_property
@@ -46,5 +46,5 @@ class NetworkGraph:
 
     @cached_property
     def roles(self) -> Roles:
-        """The part that each layer plays."""
+        """Roles of the layers."""
         return roles_of(self.recording, self.sample, self.timestep)

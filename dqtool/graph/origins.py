@@ -19,9 +19,9 @@ def follow_origins(
 ) -> dict[Op, Origins]:
     """Return the origins of each operation's arguments, for every operation that has some.
 
-    `starts` are tensors that are origins from the beginning, by name; `origin` names the outputs of an operation as an
-    origin (None: they are not one). With `nearest` an origin hides those that it was made from itself; without, a
-    tensor has all origins on the way to it.
+    `starts` are the initial origins, by name. `origin` returns the name that the outputs of an operation get as an origin,
+    or None for outputs that are none. With `nearest` a tensor has only its nearest origins; without, all origins that it
+    was computed from.
     """
     known: dict[int, Origins] = {id(tensor): frozenset((name,)) for name, tensor in starts.items()}
     written: dict[int, Origins] = {}

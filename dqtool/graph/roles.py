@@ -1,4 +1,4 @@
-"""The part that a layer plays in the network, read from its data flow and not from names or positions."""
+"""Roles of layers in the network, derived from data flow and not from names or positions."""
 
 from __future__ import annotations
 

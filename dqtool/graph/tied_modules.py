@@ -1,7 +1,7 @@
-"""Modules that a diffusers class builds several times though the model has one of them (`Family.tied_modules`).
+"""Tied modules: copies of one module of a model that its diffusers class builds several times (`Family.tied_modules`).
 
-Copies that all hold the same values are stored once, under the names of the first, and a network built from such a state
-shares one module among all places. A model whose copies differ keeps them.
+Copies with equal values are stored once, under the names of the original. A network built from such a state shares one
+module among all places. A model whose copies differ keeps all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 __all__ = ["drop_copies", "restore_copies", "tie_modules"]
 
 Pairs = Sequence[tuple[str, str]]
-"""(copy, original): names of modules."""
+"""Pairs (name of a copy, name of its original)."""
 
 
 def drop_copies(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def drop_copies(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
 
 
 def restore_copies(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
-    """Return the state with the copies again, for a network that does not share them."""
+    """Return the state with the copies restored, for a network that does not share modules."""
     full = dict(state)
     for copy, original in pairs:
         for name in state:
@@ -42,7 +42,7 @@ def restore_copies(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tenso
 def tie_modules(network: nn.Module, names: Collection[str], pairs: Pairs) -> nn.Module:
     """Share the modules that a state with these tensor names holds once, in place; returns the network.
 
-    From then on `state_dict` gives the shared tensors once and `load_state_dict` wants them once.
+    Afterwards `state_dict` and `load_state_dict` hold the shared tensors once.
     """
     held = {copy for copy, _ in pairs if any(name.startswith(copy + ".") for name in names)}
     shared = [(copy, original) for copy, original in pairs if copy not in held]
@@ -56,7 +56,7 @@ def tie_modules(network: nn.Module, names: Collection[str], pairs: Pairs) -> nn.
 
 
 def _copies(names: Collection[str], pairs: Pairs) -> dict[str, str]:
-    """Tensor name of a copy to that of its original."""
+    """Return the tensor name of the original for each tensor name of a copy."""
     found = {}
     originals = dict(pairs)
     for name in names:

@@ -1,4 +1,4 @@
-"""Layers and blocks of a network in execution order, its two ends, and which block reads which, from a recording."""
+"""Layers and blocks of a recorded network in execution order, its input and output layers, and the blocks' dependencies."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def block_names(model: nn.Module, block_classes: Collection[str]) -> set[str]:
 
 
 def kept_float(model: nn.Module, layers: Iterable[LayerInfo]) -> dict[str, str]:
-    """Return the parts of `model` that stay float although they multiply, and the reason, by name.
+    """Return the reason why each multiplying part of `model` that stays float does so, by name.
 
-    They are Conv2d and Linear that no forward pass runs, convolutions that pad with something else than zeros, and
+    Such parts are Conv2d and Linear layers that the forward pass does not run, convolutions with non-zero padding, and
     attention products of an unknown processor.
     """
     seen = {info.name for info in layers}
@@ -125,7 +125,7 @@ def _find_layers(recording: Recording) -> dict[str, LayerInfo]:
 
 
 def _mark_ends(recording: Recording, layers: dict[str, LayerInfo], sample: str) -> None:
-    """Give their role to the layers that read the sample, and to those that the output is made from, past no other layer."""
+    """Set the role of the first layers that read the sample and of the last layers before the output."""
     read = follow_origins(recording, {"": recording.inputs[sample]}, lambda op: op.layer, nearest=True)
     for name, calls in recording.calls.items():
         if "" in read.get(calls[-1], ()):

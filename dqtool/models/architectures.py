@@ -1,4 +1,4 @@
-"""The published models by name: their networks at full size, without weights. Imports no torch."""
+"""Published models by name: their networks at full size, without weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ __all__ = ["ARCHITECTURES", "Architecture", "architecture"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network of the literature: its diffusers config and what its authors say of it.
+    """A published network: its diffusers config and its published parameter counts and sampling settings.
 
     `parameters` is the published count of the network alone, `first_stage` that of the autoencoder (0 for pixel models).
     `batch` is the batch of one forward pass in deployment (2 under classifier-free guidance), `context` the shape of one
-    sample's `encoder_hidden_states`. `steps`, `guidance` and `eta` are the settings it is usually sampled and was
-    evaluated with in arXiv 2409.14307.
+    sample's `encoder_hidden_states`. `steps`, `guidance` and `eta` are the sampling settings of arXiv 2409.14307.
     """
 
     name: str
@@ -40,15 +39,15 @@ class Architecture:
         return self.config["in_channels"], size, size
 
     def network_config(self) -> dict[str, Any]:
-        """The config as a `config.json` holds it, class name included."""
+        """Return the config as a `config.json` holds it, class name included."""
         return {"_class_name": self.class_name, **self.config}
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of that name.
+    """Return the architecture called `name`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no architecture has this name.
     """
     if name not in ARCHITECTURES:
         raise UsageError(

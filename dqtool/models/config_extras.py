@@ -1,13 +1,16 @@
-"""What diffusers' configs can't say of networks that were trained elsewhere, kept under one key of the config, `original`.
+"""Settings of converted networks that diffusers' configs can't express, kept under the config key `original`.
 
-`{"original": {"attention_heads": 8}}` gives every attention that many heads whatever its width (LDM-8 church; a
-`UNet2DModel` knows heads of one width only). `{"original": {"time_freq_shift": 0}}` sets the spacing of the timestep
-frequencies (facebookresearch/DiT divides by the number of frequencies, diffusers' DiT by one less). `attention_order` and `label_values` tell how the original
-file is read (`models/sources/original/guided_diffusion.py`) and change nothing here. diffusers carries
-unknown keys of a config along, so they survive `save_pretrained`.
+| entry | effect |
+| --- | --- |
+| `attention_heads` | number of heads of every attention, whatever its width (LDM-8 church; `UNet2DModel` fixes the width of a head) |
+| `time_freq_shift` | spacing of the timestep frequencies (facebookresearch/DiT divides by their number, diffusers' DiT by one less) |
+| `attention_order`, `label_values` | reading of the original file (`models/sources/original/guided_diffusion.py`); no effect here |
 
-One amendment needs no entry: diffusers' `DiTPipeline` asks for no class by the number 1000, whatever the network's
-classes are. A network of fewer takes any label past its classes for none, so that the stock pipeline can guide it.
+diffusers keeps unknown keys of a config, so the entries survive `save_pretrained`.
+
+One change needs no entry: diffusers' `DiTPipeline` passes the label 1000 for "no class", whatever number of classes the
+network has. A network with fewer classes treats every label past its classes as "no class", so that the stock pipeline
+can guide it.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ _NO_CLASS = 1000
 
 
 def apply_config_extras(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
-    """Apply the config's `original` entry to a network that diffusers built from the rest; returns the network.
+    """Apply the config's `original` entry to a network that diffusers built from the rest; return the network.
 
     Raises:
-        ArtifactError: the entry asks for something unknown, or for heads that don't divide the channels.
+        ArtifactError: the entry has an unknown key, or a number of heads that doesn't divide the channels.
     """
     changes = config.get(KEY) or {}
     for key in changes:
@@ -55,10 +58,10 @@ def apply_config_extras(network: nn.Module, config: Mapping[str, Any]) -> nn.Mod
         if shift is not None and hasattr(module, "downscale_freq_shift"):
             module.downscale_freq_shift = shift
         if hasattr(module, "embedding_table") and getattr(module, "num_classes", _NO_CLASS) < _NO_CLASS:
-            module.register_forward_pre_hook(_past_the_classes_is_none)
+            module.register_forward_pre_hook(_clamp_labels)
     return network
 
 
-def _past_the_classes_is_none(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook of a label embedding, whose row after the classes stands for none."""
+def _clamp_labels(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Map labels past the classes to the row for "no class". A forward pre-hook of a label embedding."""
     return (args[0].clamp(max=module.num_classes), *args[1:])

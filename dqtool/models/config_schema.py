@@ -1,8 +1,8 @@
-"""Configs of networks and schedulers, checked before anything is built of them.
+"""Checks of network and scheduler configs, made before anything is built from them.
 
-The types are those of the class's own `__init__`, the names of schedules and predictions those that its source compares
-with, so that every class of diffusers is covered. The bounds are dqtool's: sizes are positive, numbers finite, and a network
-may have as many parameters as its file has tensors.
+Types come from the signature of the class's `__init__`, and valid names of schedules and prediction types from the
+comparisons in its source, so every class of diffusers is covered. dqtool adds bounds: sizes are positive, numbers finite,
+and a network has at most as many parameters as its file has tensors.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 __all__ = ["bounded_parameters", "built", "check_network_config", "check_scheduler_config", "diffusers_class"]
 
 MOST = 1 << 20
-"""Largest whole number in a network's config: vocabularies have some ten thousand entries."""
+"""Largest integer in a network's config; vocabularies have tens of thousands of entries."""
 WIDEST = 1 << 17
-"""Most channels, heads or groups."""
+"""Largest number of channels, heads or groups."""
 LARGEST_SAMPLE = 8192
 """Longest side of a sample."""
 STEPS = 100_000
-"""Most training steps of a schedule; published ones have 1,000."""
+"""Largest number of training steps of a schedule; published ones have 1,000."""
 PARAMETERS = 20_000
-"""Most parameter tensors of a network whose file is not known; Stable Diffusion XL has 1,680."""
+"""Largest number of parameter tensors of a network without a file; Stable Diffusion XL has 1,680."""
 
 _POSITIVE = re.compile(r"(.*_)?(channels|size|heads|groups|head_dim)")
 _BOUNDS: dict[str, Any] = {
@@ -58,7 +58,7 @@ def check_network_config(cls: type, config: Mapping[str, Any], where: str) -> No
     """Check a network's config against the parameters of its diffusers class.
 
     Raises:
-        ArtifactError: names the key at fault and what it must be.
+        ArtifactError: a value is invalid; the message names its key and what it must be.
     """
     _check(cls, config, where)
     for key, value in config.items():
@@ -74,7 +74,7 @@ def check_scheduler_config(cls: type, config: Mapping[str, Any], where: str) -> 
     """Check a scheduler's config against the parameters of its diffusers class.
 
     Raises:
-        ArtifactError: names the key at fault and what it must be.
+        ArtifactError: a value is invalid; the message names its key and what it must be.
     """
     _check(cls, config, where)
     for key, kind in _BOUNDS.items():
@@ -94,11 +94,11 @@ def check_scheduler_config(cls: type, config: Mapping[str, Any], where: str) -> 
 
 
 def diffusers_class(name: object, base: str, where: str) -> Any:
-    """Return the class of diffusers with this name, which a file gives: a subclass of diffusers' class `base`.
+    """Return the diffusers class called `name`, a value from a file; it must be a subclass of diffusers' class `base`.
 
     Raises:
-        ArtifactError: diffusers has none, or what it has is something else.
-        EnvironmentFault: it needs a package that is not installed.
+        ArtifactError: diffusers has no such class, or it is no subclass of `base`.
+        EnvironmentFault: the class needs a package that is not installed.
     """
     import diffusers
 
@@ -119,22 +119,22 @@ def diffusers_class(name: object, base: str, where: str) -> Any:
 
 @contextlib.contextmanager
 def built(what: str, where: str) -> Iterator[None]:
-    """Say what diffusers raises while it builds something of a config alone, without weights, as `ArtifactError`."""
+    """Convert errors that diffusers raises while it builds something from a config into `ArtifactError`."""
     try:
         yield
     except (DqtoolError, MemoryError, OSError, ImportError):
         raise
-    except Exception as error:  # its constructors trust their arguments: whatever arithmetic and indexing raise
+    except Exception as error:  # constructors trust their arguments and raise whatever arithmetic and indexing do
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise ArtifactError(f"The config does not describe a {what}: {text}", where=where) from error
 
 
 @contextlib.contextmanager
 def bounded_parameters(most: int = PARAMETERS) -> Iterator[None]:
-    """Stop a network that grows more than `most` parameter tensors while it is built.
+    """Limit networks that are built in this context to `most` parameter tensors.
 
     Raises:
-        ArtifactError: it does.
+        ArtifactError: a network has more.
     """
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -160,7 +160,7 @@ def bounded_parameters(most: int = PARAMETERS) -> Iterator[None]:
 def _check(cls: type, config: Mapping[str, Any], where: str) -> None:
     for key, (kind, default) in _kinds(cls).items():
         value = config.get(key)
-        # Published configs leave out what they don't use by null, whatever the annotation says.
+        # Published configs set unused keys to null, whatever the annotation says.
         if value is None or value == default or (isinstance(default, list | tuple) and value == list(default)):
             continue
         if isinstance(value, str) and len(value) > 1000:
@@ -177,7 +177,7 @@ def _fault(found: Problem, where: str) -> ArtifactError:
 
 
 def _sizes(value: Any, key: str, default: Any) -> Problem | None:
-    """Return what is wrong with whole numbers under this key, at any depth."""
+    """Return the first problem with an integer under this key, at any depth; None where all are valid."""
     if isinstance(value, list | tuple):
         if len(value) > 10_000:
             return Problem(key, "a list of 10,000 items or less")
@@ -192,11 +192,11 @@ def _sizes(value: Any, key: str, default: Any) -> Problem | None:
 
 @cache
 def _kinds(cls: type) -> dict[str, tuple[Any, Any]]:
-    """Return the parameters of a class: the type that a JSON value must have (None: any), and the default."""
+    """Return type and default of each constructor parameter of a class; the type None accepts any JSON value."""
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
     try:
         hints = typing.get_type_hints(inspect.unwrap(cls.__init__), include_extras=True)  # type: ignore[misc]
-    except Exception:  # annotations that name what is not imported
+    except Exception:  # annotations may use names that are not imported
         hints = {}
     kinds = {}
     for name, parameter in parameters.items():
@@ -208,7 +208,7 @@ def _kinds(cls: type) -> dict[str, tuple[Any, Any]]:
 
 
 def _lenient(kind: Any) -> Any:
-    """Return an annotation as diffusers means it: `Tuple[int]` holds any number, a float may be whole, a flag 0 or 1."""
+    """Return an annotation as diffusers uses it: `Tuple[int]` has any length, an int is a float, 0 and 1 are flags."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Union or type(kind).__name__ == "UnionType":
         kinds = [_lenient(each) for each in arguments]
@@ -221,13 +221,13 @@ def _lenient(kind: Any) -> Any:
         inner = [_lenient(each) for each in arguments if each is not ...]
         return list[Any] if not inner or None in inner else list[Union[tuple(inner)]]  # type: ignore[misc]  # noqa: UP007
     if isinstance(kind, type) and kind.__module__.split(".")[0] in ("numpy", "torch"):
-        return type(None)  # no JSON value is one
+        return type(None)  # no JSON value has this type
     return None
 
 
 @cache
 def _compared(cls: type, key: str) -> frozenset[str]:
-    """Return the texts that a class's source compares this parameter with, and its default."""
+    """Return the strings that a class's source compares this parameter with, and its default."""
     found: set[str] = set()
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))

@@ -1,11 +1,11 @@
-"""A latent diffusion pipeline conditioned on classes through cross-attention, as CompVis' LDM-4 for ImageNet.
+"""Latent diffusion pipeline conditioned on class labels through cross-attention, such as CompVis' LDM-4 for ImageNet.
 
-diffusers has the network (`UNet2DConditionModel`) and the decoders, but no pipeline that puts them behind a class
-embedder; this is one, with the interface of `DiTPipeline`.
+diffusers has the network (`UNet2DConditionModel`) and the decoders, but no pipeline that combines them with a class
+embedder. `LatentClassPipeline` does, with the interface of `DiTPipeline`.
 """
 
 # mypy: disable-error-code="attr-defined"
-# diffusers' lazy imports hide what its pipelines have.
+# diffusers' lazy imports hide the attributes of its pipelines.
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["ClassEmbedder", "LatentClassPipeline"]
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):
-    """Class labels `[N]` to a context of one token, `[N, 1, dim]`. The last row (`classes`) stands for no class."""
+    """Embedding of class labels `[N]` as a context of one token `[N, 1, dim]`. The last row (`classes`) means "no class"."""
 
     @register_to_config
     def __init__(self, classes: int = 1000, dim: int = 512) -> None:
@@ -30,7 +30,7 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
         self.embedding = nn.Embedding(classes + 1, dim)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """The context, in the embedding's dtype."""
+        """Return the context `[N, 1, dim]` in the embedding's dtype."""
         return self.embedding(labels)[:, None]
 
 
@@ -59,7 +59,7 @@ class LatentClassPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """One image for every label; `guidance_scale` 1 (or less) runs without guidance."""
+        """Sample one image per label; a `guidance_scale` of 1 or less disables guidance."""
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         guided = guidance_scale > 1
         if guided:

@@ -1,4 +1,4 @@
-"""What a loaded network offers besides its forward: saving with its manifest, and giving float layers back."""
+"""Methods of loaded networks: saving with the manifest, and conversion back to float layers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ __all__ = ["MANIFEST", "Origin", "float_state", "give_methods", "origin_of", "to
 
 ORIGIN = "_dqtool_origin"
 OURS = ("quantization_config", "_pre_quantization_dtype")
-"""Entries of a quantized network's config that a float network has no use for."""
+"""Config entries of a quantized network that are removed when it becomes float."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The export that a network was loaded from: its `quantization_config`, and its manifest where one was found."""
+    """Export that a network was loaded from: its `quantization_config`, and its manifest where there is one."""
 
     quantization: Mapping[str, Any]
     manifest: Manifest | None
 
 
 def origin_of(manifest: Manifest, packed: nn.Module) -> Origin:
-    """Return the origin of a network that was loaded by its manifest; `packed` is its packed form."""
+    """Return the origin of a network that was loaded from a manifest; `packed` is its packed form."""
     state = packed.state_dict()
     count = len(state["timesteps"])
     records, rows = plan_records(manifest.layers), prediction_rows(state)
@@ -47,7 +47,7 @@ def origin_of(manifest: Manifest, packed: nn.Module) -> Origin:
 
 
 def give_methods(network: nn.Module, origin: Origin) -> nn.Module:
-    """Let a network of packed layers, or an integer network made of it, be saved, counted and dequantized."""
+    """Install the methods for saving, counting and dequantizing on a packed network or an integer network made from one."""
     network.__dict__[ORIGIN] = origin
     give(network, "save_pretrained", _save_pretrained)
     give(network, "dequantize", to_float)
@@ -66,9 +66,9 @@ def _save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """`ModelMixin.save_pretrained` with the manifest beside the weights, so that `dqtool.load` reads the directory as well.
+    """Save as `ModelMixin.save_pretrained` does, with a manifest, so that `dqtool.load` reads the directory as well.
 
-    Files appear under their names when they are complete: the network may be mapped from the files it replaces.
+    Files are renamed into place when they are complete, because the network may be mapped from the files it replaces.
     """
     target = Path(save_directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _push(network: Any, target: Path, kwargs: dict[str, Any]) -> None:
 
 
 def float_state(packed: nn.Module) -> dict[str, Tensor]:
-    """Return the float network's state: dequantized weights with their dilation undone, and nothing of the step tables."""
+    """Return the float network's state: dequantized weights without their dilation, and no step tables."""
     layers = quant_layers(packed)
     state = {k: v for k, v in packed.state_dict().items() if not is_quantized_tensor(packed, k)}
     for name, layer in layers.items():
@@ -141,7 +141,7 @@ def float_state(packed: nn.Module) -> dict[str, Tensor]:
 
 
 def to_float(network: Any) -> Any:
-    """Make a quantized network a float one of diffusers' own layers, in place, with the values that its weights have.
+    """Convert a quantized network in place into one of diffusers' float layers, with dequantized weights.
 
     Activations are no longer quantized, and predictions no longer corrected.
     """

@@ -1,1 +1,1 @@
-"""What a quantized network is made of: step-indexed quantizers, layers, attention, and how they are put in place."""
+"""Building blocks of a quantized network: step-indexed quantizers, layers, attention, and their insertion into a network."""

@@ -1,4 +1,4 @@
-"""Bits of every layer: a specification applied to the layers that were recorded."""
+"""Assignment of bits: apply a quantization specification to the layers of a recorded network."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Attention with quantized operands: `q·kᵀ` and `softmax·v` multiply codes, each with a scale per step and head.
 
 The tables live on diffusers' own attention modules (`X.q_scale` `[T, H]`, `X.q_zero_point`, ... `X.probs_scale`), so a
-quantized network keeps its class and its names; the processor here reads them. It knows the layouts that
-`attention_layout` names; the ones with two streams are in `joint_attention.py`.
+quantized network keeps its class and its tensor names. `QuantAttnProcessor` reads the tables. It supports every layout that
+`attention_layout` returns; `joint_attention.py` holds the two-stream ones.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
 NO_BITS = AttentionBits(FLOAT_BITS, FLOAT_BITS)
 
 OPERANDS = ("q", "k", "v", "probs")
-"""Names of the four operands of the two products, in the order they are made."""
+"""Names of the four operands of the two products, in the order in which they are computed."""
 
 
 class QuantAttnProcessor:
-    """Attention processor that computes what diffusers' own did, with both products on quantized operands.
+    """Attention processor that replaces diffusers' own and quantizes the operands of both products.
 
-    `bits` are those of the products' operands; the softmax output is unsigned with zero point 0. `layout` is that of the
-    module it serves (`attention_layout`). Made without arguments, as diffusers does to set another of the same class, it
-    stands for the one that the module has.
+    `bits` are the bits of the operands; the softmax output is unsigned with zero point 0. `layout` is the layout of the
+    module (`attention_layout`). diffusers creates processors without arguments; such an instance stands for the
+    processor that the module already has.
     """
 
     steps: StepIndex
@@ -59,18 +59,18 @@ class QuantAttnProcessor:
         if zero_point is None:
             zero_point = torch.full_like(scale, 0 if name == "probs" else 2 ** (bits - 1), requires_grad=False)
         low = lowest_code(bits, symmetric=name != "probs")
-        return quantize_operand(x, scale, zero_point, self.steps.rows_beside(x), bits, low)
+        return quantize_operand(x, scale, zero_point, self.steps.rows_for(x), bits, low)
 
     def scores(self, attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
-        """`q·kᵀ`, `[N, H, S, S']`, of `[N, H, S, D]` operands. Engines override this product and the next."""
+        """Return `q·kᵀ` `[N, H, S, S']` of `[N, H, S, D]` operands. Engines override `scores` and `weigh`."""
         return self.quantize(attn, "q", query) @ self.quantize(attn, "k", key).transpose(-1, -2)
 
     def weigh(self, attn: nn.Module, probs: Tensor, value: Tensor) -> Tensor:
-        """`softmax·v`, `[N, H, S, D]`."""
+        """Return `softmax·v`, `[N, H, S, D]`."""
         return self.quantize(attn, "probs", probs) @ self.quantize(attn, "v", value)
 
     def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Both products and the softmax between them: `[N, H, S, D]` operands to `[N, S, H * D]` of their dtype."""
+        """Compute both products and the softmax between them: `[N, H, S, D]` operands to `[N, S, H * D]` of the same dtype."""
         scale = getattr(attn, "scale", None)
         scores = self.scores(attn, query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if mask is not None:
@@ -87,7 +87,7 @@ class QuantAttnProcessor:
         *_: object,
         **__: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`hidden_states` is `[N, C, H, W]` or `[N, S, C]`; returns the same shape, and with two streams both."""
+        """Run attention on `hidden_states` `[N, C, H, W]` or `[N, S, C]`; return the same shape, or both streams of two."""
         if self.layout == "joint":
             return joint_attention(attn, hidden_states, encoder_hidden_states, self.attend)
         if self.layout == "flux":
@@ -129,12 +129,12 @@ class QuantAttnProcessor:
 
 
 def has_zero_point(name: str, bits: int) -> bool:
-    """Softmax output starts at zero and 8-bit q, k, v are symmetric: neither stores a zero point."""
+    """Return whether an operand stores a zero point: softmax output (starts at 0) and symmetric 8-bit q, k, v store none."""
     return name != "probs" and bits != SYMMETRIC_BITS
 
 
 def operands_shapes(bits: AttentionBits, timesteps: int, heads: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of the tables of one attention module in the packed form."""
+    """Return shape and dtype of the tables of one attention module in the packed form, by name."""
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in OPERANDS:
         b = bits.of(name)
@@ -146,10 +146,10 @@ def operands_shapes(bits: AttentionBits, timesteps: int, heads: int) -> dict[str
 
 
 def attach_operands(attn: nn.Module, bits: AttentionBits, steps: StepIndex) -> None:
-    """Give a diffusers attention module the quantizing processor; its tables are set afterwards.
+    """Install the quantizing processor in a diffusers attention module; the caller sets its tables afterwards.
 
-    `processors.py` says what becomes of it when another processor is set. A pipeline's `enable_attention_slicing` and
-    `disable_attention_slicing` leave it in place.
+    `processors.py` handles later calls that set another processor. A pipeline's `enable_attention_slicing` and
+    `disable_attention_slicing` leave the processor in place.
     """
     layout = attention_layout(attn) or "single"
     set_own(attn, QuantAttnProcessor(bits, steps, layout))
@@ -158,11 +158,11 @@ def attach_operands(attn: nn.Module, bits: AttentionBits, steps: StepIndex) -> N
 
 
 def _keep_processor(_slice_size: object) -> None:
-    """Instead of diffusers' `set_attention_slice`, which puts a processor of float products in."""
+    """Replace diffusers' `set_attention_slice`, which would install a processor with float products."""
 
 
 def operand_state(attn: nn.Module) -> dict[str, Tensor]:
-    """The tables of one attention module as the artifact stores them."""
+    """Return the tables of one attention module as the artifact stores them."""
     state: dict[str, Tensor] = {}
     for name in OPERANDS:
         scale, zero_point = getattr(attn, f"{name}_scale", None), getattr(attn, f"{name}_zero_point", None)

@@ -1,10 +1,9 @@
-"""Methods of one network: what a loaded network does in another way than its class.
+"""Methods that a loaded network overrides without changing its class, and a lock that serializes its calls.
 
-diffusers compares the classes of networks by identity, so a network keeps its own class, and its other methods are
-attributes of the object. Copies, pickles and other processes keep them.
+diffusers compares the classes of networks by identity, so a network keeps its class and the overriding methods are
+attributes of the instance. Deep copies and pickles keep them.
 
-Calls of a network run one after another: all its quantizers share the step in flight, which another thread's call would
-change.
+Calls of one network run one after another, because all its quantizers share the current step.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ __all__ = ["CallLock", "Method", "give", "one_call_at_a_time"]
 
 
 class Method:
-    """A function as the method of one network. `function` is a module's own, so that it pickles by name."""
+    """A function bound to one network. `function` must be defined at module level, so that it can be pickled."""
 
     def __init__(self, network: nn.Module, function: Callable[..., Any], name: str) -> None:
         self.network, self.function, self.name = network, function, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function with the network before the arguments."""
+        """Call the function with the network as its first argument."""
         return self.function(self.network, *args, **kwargs)
 
     @property
     def __code__(self) -> CodeType:
-        """The function's code, by which `torch.export` names what it traces."""
+        """Return the function's code object; `torch.export` reads it to name the traced function."""
         return self.function.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The signature of the class's method in whose place this stands."""
+        """Return the signature of the class method that this one overrides."""
         return inspect.signature(getattr(type(self.network), self.name).__get__(self.network))
 
 
 def give(network: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Let `function(network, ...)` be the method `name` of this network alone."""
+    """Override the method `name` of this network alone with `function(network, ...)`."""
     network.__dict__[name] = Method(network, function, name)
 
 
 class CallLock:
-    """A re-entrant lock. A deep copy or a pickle of what holds it gets one of its own."""
+    """A re-entrant lock that can be copied and pickled; each copy is a new, unlocked lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -64,14 +63,14 @@ class CallLock:
 
 
 def one_call_at_a_time(network: nn.Module) -> nn.Module:
-    """Let calls of `network`, their hooks included, wait for those of other threads, in place."""
+    """Serialize calls of `network`, hooks included, across threads. Modifies `network` in place and returns it."""
     network.__dict__["_dqtool_lock"] = CallLock()
     give(network, "_call_impl", _locked_call)
     return network
 
 
 def _locked_call(network: Any, *args: Any, **kwargs: Any) -> Any:
-    if is_compiling():  # a graph keeps its step to itself, and can't hold a lock
+    if is_compiling():  # a compiled graph has its own step and can't hold a lock
         return type(network)._call_impl(network, *args, **kwargs)
     with network.__dict__["_dqtool_lock"]:
         return type(network)._call_impl(network, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""The integer form of a packed network: what every integer engine starts from, as plain tensors.
+"""The integer form of a packed network as plain tensors, which every integer engine starts from.
 
 An operand `x` becomes integer codes `c = clip(round(x * m), low, high)` with per-step `m`, `low`, `high`; the product of
 codes is exact in int32; `y = scale_t * weight_scale_j * sum(c * w) + bias_j`. Codes are *centred* (the stored code minus
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Operand:
-    """How one operand becomes codes at each of `T` steps.
+    """Quantizer of one operand: the tables that turn it into integer codes at each of `T` steps.
 
     `scale` float32 and `zero_point` int32 are `[T]` (`[T, H]` for attention operands; `T` is 1 for a static quantizer).
     `divisor` is the dilation `[C_in]` or None. `lowest` is the smallest stored code (1 on the symmetric 8-bit grid).
@@ -50,16 +50,16 @@ class Operand:
 
     @property
     def signed(self) -> bool:
-        """Whether centred codes fit int8 (up to 7 bits, or symmetric)."""
+        """Return whether centred codes fit int8: true up to 7 bits, and for symmetric quantizers."""
         return self.bits < SYMMETRIC_BITS or self.lowest > 0
 
     @property
     def steps(self) -> int:
-        """Rows of the tables."""
+        """Number of rows of the tables."""
         return self.scale.shape[0]
 
     def row(self, step: int) -> int:
-        """The row that `step` uses: a static quantizer has one."""
+        """Return the row of the tables for `step`; always 0 for a static quantizer."""
         return step if self.steps > 1 else 0
 
     def multiplier(self, step: int) -> Tensor:
@@ -83,13 +83,17 @@ class Operand:
 
     @property
     def offset(self) -> Tensor:
-        """What is added to centred codes to make the stored ones, int32, shaped like `scale`: 0 where `signed`, else the
-        zero point. The multiplying kernel's input zero point."""
+        """Return the input zero point of the kernel, int32, shaped like `scale`: stored code minus centred code.
+
+        It is 0 where `signed`, else the zero point.
+        """
         return torch.zeros_like(self.zero_point) if self.signed else self.zero_point
 
     def codes(self, x: Tensor, step: int, channel_dim: int = -1) -> Tensor:
-        """Centred codes int32 of `x` at `step`. `channel_dim` is the dimension that the divisor runs along; attention
-        operands are `[N, H, S, D]`."""
+        """Return the centred codes of `x` at `step`, int32, shaped like `x`.
+
+        `channel_dim` is the dimension of the divisor. Attention operands are `[N, H, S, D]`.
+        """
         row = self.row(step)
         m, low, high = self.multiplier(step), self.low[row], self.high[row]
         if self.scale.dim() == 2:
@@ -101,8 +105,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class PackedCodes:
-    """A weight as the file holds it: `words` int32 `[C_out, ceil(K * bits / 32)]` (`core/packing.py`) and `zero_points`
-    uint8 `[C_out]`; `shape` is the weight's."""
+    """Packed codes of a weight as the file stores them.
+
+    `words` int32 `[C_out, ceil(K * bits / 32)]` (`core/packing.py`); `zero_points` uint8 `[C_out]`; `shape` of the weight.
+    """
 
     words: Tensor
     zero_points: Tensor
@@ -110,7 +116,7 @@ class PackedCodes:
     shape: torch.Size
 
     def unpack(self) -> Tensor:
-        """Centred codes, int8, in the weight's shape."""
+        """Return the centred codes, int8, in the weight's shape."""
         codes = unpack(self.words, self.bits, self.shape[1:].numel())
         return codes.sub_(self.zero_points[:, None]).view(torch.int8).view(self.shape)  # modulo 256 is two's complement
 
@@ -124,8 +130,8 @@ class IntegerLayer:
     integers; otherwise dequantize the weight, divide the input by `divisor` and multiply in float. `weight_sum` int32
     `[C_out]` is for inputs that are not `signed`, unpadded taps included. Convolutions carry their geometry.
 
-    `source` holds the codes of an integer weight packed; `weight` is then made of it by `unpacked`, and until then is on
-    the `meta` device: engines that read packed codes never make it.
+    `source` holds the packed codes of an integer weight. `weight` is then on the `meta` device until `unpacked` creates
+    it; engines that read packed codes never need it.
     """
 
     input: Operand | None
@@ -141,32 +147,20 @@ class IntegerLayer:
     source: PackedCodes | None = None
 
     def unpacked(self) -> IntegerLayer:
-        """With its weight in memory."""
+        """Return the layer with its weight in memory, unpacked from `source`."""
         if self.source is None:
             return self
         return replace(self, weight=self.source.unpack(), source=None)
 
     @property
     def is_integer(self) -> bool:
-        """Whether the product can run on integers: both operands are codes."""
+        """Return whether the product can run on integers, that is, both operands are codes."""
         return self.input is not None and self.weight_scale is not None
 
     @property
     def weight_sum(self) -> Tensor:
         """`sum_j` of the weight codes, int32 `[C_out]`."""
         return self.weight.flatten(1).sum(1, dtype=torch.int32)
-
-    def output_scale(self, step: int) -> Tensor:
-        """`scale_t * weight_scale_j` `[C_out]`: what accumulators are multiplied with. Integer layers only."""
-        assert self.input is not None
-        assert self.weight_scale is not None
-        return self.input.scale[self.input.row(step)] * self.weight_scale
-
-    def float_weight(self) -> Tensor:
-        """The dequantized weight, bit for bit the simulation's."""
-        if self.weight_scale is None:
-            return self.weight
-        return self.weight.to(torch.float32) * self.weight_scale.view(-1, *(1,) * (self.weight.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -181,12 +175,12 @@ class IntegerAttention:
 
     @property
     def is_integer(self) -> bool:
-        """Whether both products can run on integers."""
+        """Return whether both products can run on integers."""
         return all(name in self.operands for name in OPERANDS)
 
 
 def integer_layer(layer: PackedLayer, keep_packed: bool = False) -> IntegerLayer:
-    """The integer form of a packed layer. Layers whose weight or input is float are given too (`is_integer` False).
+    """Return the integer form of a packed layer; `is_integer` is False where its weight or input is float.
 
     `keep_packed` leaves the weight's codes in `source`.
 
@@ -221,7 +215,7 @@ def integer_layer(layer: PackedLayer, keep_packed: bool = False) -> IntegerLayer
 
 
 def integer_attention(attn: nn.Module) -> IntegerAttention:
-    """The operands of a diffusers `Attention` that carries `QuantAttnProcessor`'s tables."""
+    """Return the operands of a diffusers attention module that carries `QuantAttnProcessor`'s tables."""
     processor: QuantAttnProcessor = attn.processor  # type: ignore[assignment]
     operands = {}
     for name in OPERANDS:
@@ -238,9 +232,9 @@ def integer_attention(attn: nn.Module) -> IntegerAttention:
 
 
 def runs_as(kind: str, weight_bits: int, input_bits: int) -> str:
-    """How an integer runtime computes one layer of a manifest: "int8", or "float" and why.
+    """Return the arithmetic that an integer runtime uses for a layer: "int8", or "float" with the reason.
 
-    What a machine lacks, its runtime says when it loads.
+    Limits of one machine are not considered; its runtime reports them at load.
     """
     if kind == "attention":
         wide = max(weight_bits, input_bits) > 8
@@ -252,7 +246,7 @@ def runs_as(kind: str, weight_bits: int, input_bits: int) -> str:
 
 
 def accumulate(codes: Tensor, layer: IntegerLayer) -> Tensor:
-    """The reference: `sum(c * w)` in int64 for centred input `codes`, `[N, C, H, W]` or `[N, ..., C]`.
+    """Return the reference accumulators `sum(c * w)`, int64, for centred input `codes` `[N, C, H, W]` or `[N, ..., C]`.
 
     Computed in float64, where every product and sum below 2^53 is exact.
     """

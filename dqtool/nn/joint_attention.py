@@ -1,4 +1,4 @@
-"""Attention over two streams, text beside image, as SD3 and Flux compute it; the products are the caller's."""
+"""Attention over a text and an image stream, as SD3 and Flux compute it; the caller supplies the products."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Attend = Callable[[Any, Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def joint_attention(attn: Any, image: Tensor, text: Tensor | None, attend: Attend) -> Tensor | tuple[Tensor, Tensor]:
-    """What diffusers' `JointAttnProcessor2_0` computes: image tokens `[N, S, C]` first, then text tokens `[N, S', C]`.
+    """Compute diffusers' `JointAttnProcessor2_0`: image tokens `[N, S, C]` first, then text tokens `[N, S', C]`.
 
-    Returns both streams; the image's alone where there is no text.
+    Returns both streams, or the image stream alone where there is no text.
     """
     query, key, value = _projections(attn, image, ("to_q", "to_k", "to_v"), "norm_q", "norm_k")
     if text is not None:
@@ -36,8 +36,10 @@ def joint_attention(attn: Any, image: Tensor, text: Tensor | None, attend: Atten
 def flux_attention(
     attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any, attend: Attend
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What diffusers' `FluxAttnProcessor` computes: text tokens first, then image tokens, both turned by the rotary
-    embedding; single-stream blocks bring both in `image`."""
+    """Compute diffusers' `FluxAttnProcessor`: text tokens first, then image tokens, with rotary embeddings on both.
+
+    Single-stream blocks pass both streams in `image`.
+    """
     from diffusers.models.embeddings import apply_rotary_emb
 
     query, key, value = _projections(attn, image, ("to_q", "to_k", "to_v"), "norm_q", "norm_k")
@@ -56,7 +58,7 @@ def flux_attention(
 
 
 def _projections(attn: Any, x: Tensor, names: tuple[str, str, str], norm_q: str, norm_k: str) -> list[Tensor]:
-    """q, k, v `[N, H, S, D]` of one stream."""
+    """Return q, k, v `[N, H, S, D]` of one stream."""
     heads = [
         t.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         for t in multiply_shared(x, *(getattr(attn, n) for n in names))

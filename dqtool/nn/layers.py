@@ -1,8 +1,8 @@
 """Quantized Conv2d and Linear, in two forms: `FakeQuant*` that trains and `Packed*` that ships.
 
-Both keep the names of the artifact (`X.weight_scale`, `X.input_scale` `[T]`, `X.dilation` `[C_in]`, ...) and share one
-forward, so that what ships is bit-identical to what was trained. The packed form holds its weights in packed codes and
-expands them to float once, on first use: it is the reference that integer runtimes are compared with.
+Both use the tensor names of the artifact (`X.weight_scale`, `X.input_scale` `[T]`, `X.dilation` `[C_in]`, ...) and share one
+forward, so a shipped layer is bit-identical to the trained one. The packed form holds packed codes and dequantizes them
+once, on first use. It is the reference for integer runtimes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class QuantLayer(nn.Module):
-    """What the two forms share: geometry of the product, and the input's quantizer.
+    """Base class of both forms: geometry of the product, and the input's quantizer.
 
     Tensors: `input_scale`, `input_zero_point` `[T]` (absent when the input stays float), `dilation` `[C_in]` (absent
     when 1), `bias` `[C_out]` or None.
@@ -69,55 +69,55 @@ class QuantLayer(nn.Module):
         self.low = lowest_code(bits.weight, symmetric=True)
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """The fake-quantized `x / dilation`, `[N, C, H, W]` or `[N, ..., C]` like `x`. What `multiply` wants."""
+        """Return the fake-quantized `x / dilation`, `[N, C, H, W]` or `[N, ..., C]` like `x`, the input of `multiply`."""
         divisor = self.input_divisor()
         divisor = divisor.view(-1, 1, 1) if divisor is not None and self.is_conv else divisor
         if self.input_scale is None or self.input_zero_point is None:
             return x if divisor is None else x * divisor.reciprocal()
         return quantize_operand(
-            x, self.input_scale, self.input_zero_point, self.steps.rows_beside(x), self.bits.input, 0, divisor
+            x, self.input_scale, self.input_zero_point, self.steps.rows_for(x), self.bits.input, 0, divisor
         )
 
     def input_divisor(self) -> Tensor | None:
-        """What the input's channels are divided by, `[C_in]`; None where by nothing."""
+        """Return the divisor of the input's channels, `[C_in]`; None for a layer without one."""
         return self.dilation
 
     def quantized_weight(self) -> Tensor:
-        """The dequantized weight, `[C_out, C_in/groups, kh, kw]` or `[C_out, C_in]`."""
+        """Return the dequantized weight, `[C_out, C_in/groups, kh, kw]` or `[C_out, C_in]`."""
         raise NotImplementedError
 
     def multiply(self, x: Tensor) -> Tensor:
-        """The product alone, on an input that `quantize_input` made (possibly another layer's that shares it)."""
+        """Return the product without bias; `x` comes from `quantize_input` of this layer or of one that shares its input."""
         weight, bias = self.quantized_weight(), self.output_bias()
         if self.is_conv:
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation_taps, self.groups)
         return F.linear(x, weight, bias)
 
     def output_bias(self) -> Tensor | None:
-        """What is added to the product, `[C_out]`."""
+        """Return the bias that is added to the product, `[C_out]`."""
         return self.bias
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        """Quantize the input, multiply, add the bias, in float32 whatever the dtype of `x`, which the result has again.
+        """Quantize the input, multiply and add the bias in float32; the result has the dtype of `x`.
 
         Extra arguments (diffusers' old `scale`) are ignored.
         """
         return self.multiply(self.quantize_input(x.float())).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
+        """Return the text that `print(model)` shows."""
         return f"bits={self.bits.weight}/{self.bits.input}"
 
 
 class WeightAdapter(nn.Module):
-    """Another form of a layer's weight, for as long as a training method learns it (rounding, low-rank updates)."""
+    """Parametrization of a layer's weight while a training method learns it (rounding, low-rank updates)."""
 
     def quantized_weight(self, layer: FakeQuantLayer) -> Tensor:
-        """In place of `FakeQuantLayer.quantized_weight`, with gradients for what the adapter learns."""
+        """Return the quantized weight of `layer`, with gradients for the adapter's parameters."""
         raise NotImplementedError
 
     def merge(self, layer: FakeQuantLayer) -> None:
-        """Write into `layer.weight` what gives the same quantized weight without the adapter, and take it off."""
+        """Write the adapted weight into `layer.weight` and remove the adapter; the quantized weight stays the same."""
         raise NotImplementedError
 
 
@@ -152,9 +152,9 @@ class FakeQuantLayer(QuantLayer):
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     learned: InputTransform | None
-    """Scale and shift of the input while training learns them; None before and after."""
+    """Learnable scale and shift of the input; None outside of training."""
     adapter: WeightAdapter | None
-    """What makes the quantized weight while a training method learns it in another form; None before and after."""
+    """Parametrization of the weight that a training method learns; None outside of training."""
 
     def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
         super().__init__(like, bits, steps)
@@ -168,21 +168,21 @@ class FakeQuantLayer(QuantLayer):
         self.register_module("adapter", None)
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """As in the base class, of the input that `learned` has moved."""
+        """Return the fake-quantized input as the base class does, after the shift of `learned`."""
         return super().quantize_input(x if self.learned is None else self.learned.move(x, self.is_conv))
 
     def input_divisor(self) -> Tensor | None:
-        """As in the base class, with what is learned."""
+        """Return the base class's divisor times the scale of `learned`."""
         return self.dilation if self.learned is None else self.learned.widen(self.dilation)
 
     def output_bias(self) -> Tensor | None:
-        """As in the base class, with what `learned` took from the input."""
+        """Return the base class's bias plus the contribution of the shift of `learned`."""
         if self.learned is None or self.bias is None:
             return self.bias
         return self.learned.restore(self.bias, self.weight, self.dilation, self.groups)
 
     def quantized_weight(self) -> Tensor:
-        """Fake-quantized with gradients."""
+        """Return the fake-quantized weight, with gradients."""
         if self.adapter is not None:
             return self.adapter.quantized_weight(self)
         weight = self.weight if self.learned is None else self.learned.multiply(self.weight, self.groups)
@@ -194,7 +194,7 @@ class FakeQuantLayer(QuantLayer):
         )
 
     def packed_state(self) -> dict[str, Tensor]:
-        """The tensors of the packed form, named as in the artifact (without the layer's own name)."""
+        """Return the tensors of the packed form, named as in the artifact without the layer's name."""
         if self.adapter is not None:
             raise RuntimeError("a layer still learns its weight in another form: merge its adapter first")
         state: dict[str, Tensor] = {}
@@ -236,7 +236,7 @@ class PackedLayer(Adaptable, QuantLayer):
     def __init__(
         self, like: nn.Module, bits: LayerBits, steps: StepIndex, shapes: Mapping[str, tuple[tuple[int, ...], str]]
     ) -> None:
-        """`shapes` maps each tensor of the layer to (shape, torch dtype name), so that empty buffers await a checkpoint."""
+        """Allocate empty buffers for a checkpoint; `shapes` maps each tensor's name to (shape, torch dtype name)."""
         super().__init__(like, bits, steps)
         for name in ("bias", "dilation", "input_scale", "input_zero_point"):
             self.register_buffer(name, None)
@@ -265,13 +265,13 @@ class PackedLayer(Adaptable, QuantLayer):
         }
 
     def codes(self) -> Tensor:
-        """Centred weight codes, int32, in the weight's own shape: what an integer kernel multiplies."""
+        """Return the centred weight codes that an integer kernel multiplies, int32, in the weight's shape."""
         words, zero_points, bits, shape = self.packed_codes()
         codes = unpack(words, bits, shape[1:].numel()).to(torch.int32)
         return (codes - zero_points.to(torch.int32)[:, None]).view(shape)
 
     def packed_codes(self) -> tuple[Tensor, Tensor, int, torch.Size]:
-        """(packed words, zero points uint8 `[C_out]`, bits, the weight's shape)."""
+        """Return (packed words, zero points uint8 `[C_out]`, bits, shape of the weight)."""
         return self.weight_packed, self._zero_points(), self.bits.weight, self._weight_shape()
 
     def quantized_weight(self) -> Tensor:
@@ -303,19 +303,19 @@ class PackedLayer(Adaptable, QuantLayer):
 
 
 def fake_layer(like: nn.Module, bits: LayerBits, steps: StepIndex) -> FakeQuantLayer:
-    """The trainable form of an `nn.Conv2d` or `nn.Linear`, quantizers not yet set."""
+    """Return the trainable form of an `nn.Conv2d` or `nn.Linear`, its quantizers not initialised."""
     return FakeQuantLayer(like, bits, steps)
 
 
 def packed_layer(
     like: nn.Module, bits: LayerBits, steps: StepIndex, shapes: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> PackedLayer:
-    """The shipped form, its buffers empty until a checkpoint is loaded."""
+    """Return the packed form of a layer; its buffers are empty until a checkpoint is loaded."""
     return PackedLayer(like, bits, steps, shapes)
 
 
 def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Products of several layers with one input; where they share its quantizer, `x` is quantized once."""
+    """Return the outputs of several layers on one input; `x` is quantized once where the layers share a quantizer."""
     first = layers[0]
     if isinstance(first, QuantLayer) and all(
         isinstance(other, QuantLayer) and other.input_scale is first.input_scale for other in layers
@@ -328,7 +328,7 @@ def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 def packed_shapes(
     weight_shape: tuple[int, ...], bits: LayerBits, timesteps: int, dilated: int, bias: bool
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor of a packed layer: what `PackedLayer` allocates and the cost model counts.
+    """Return shape and dtype of every tensor of a packed layer, for `PackedLayer` and the cost model.
 
     `dilated` is the number of in-channels with a dilation factor, 0 for none.
     """

@@ -35,29 +35,29 @@ __all__ = [
 
 
 class Product:
-    """How integer products are written. Engines whose compiler wants another form override these.
+    """Form in which integer products are written into the graph. Engines override it for their compiler.
 
-    `folds_norms`: group norms become `LoweredGroupNorm`.
+    With `folds_norms` group norms become `LoweredGroupNorm`.
     """
 
     folds_norms = False
 
     def fits(self, left: Operand, right: int) -> bool:
-        """Whether the engine's sums are exact for codes of `left` times int8 codes up to `right`."""
+        """Return whether the engine's sums are exact for codes of `left` times int8 codes of magnitude up to `right`."""
         return True
 
     def mark(self, codes: Tensor, signed: bool) -> Tensor:
-        """`codes` (integers in float) marked as int8 or uint8."""
+        """Return `codes` (integers in float) with a fake-quantize operation that marks them as int8 or uint8."""
         low, high = (-128, 127) if signed else (0, 255)
         return torch.fake_quantize_per_tensor_affine(codes, 1.0, 0, low, high)
 
     def layer(self, codes: Tensor, weight: Tensor, weight_scale: Tensor, layer: IntegerLayer) -> Tensor:
-        """`weight_scale_j * sum(c * w)` of a convolution or linear layer whose codes are already padded if unsigned."""
+        """Return `weight_scale_j * sum(c * w)` of a convolution or linear layer; unsigned codes are padded already."""
         w = weight.to(torch.float32) * weight_scale.view(-1, *(1,) * (weight.dim() - 1))
         return multiply(codes, w, layer, None, padded=not is_signed(layer))
 
     def matmul(self, a: Tensor, b: Tensor, signed: bool) -> Tensor:
-        """The product of two marked operands of an attention; `signed` tells of `a`, `b` always is."""
+        """Return the product of two marked attention operands; `signed` says whether `a` is signed, and `b` always is."""
         return a @ b
 
 
@@ -81,7 +81,7 @@ class StepTables(nn.Module):
         self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def add(self, table: Tensor) -> int:
-        """A slot for `table` `[T]` or `[T, width]` (or one static row); equal tables share one."""
+        """Reserve a slot for `table` `[T]` or `[T, width]` (or one static row) and return its index; equal tables share one."""
         rows = table.detach().to(torch.float32).reshape(table.shape[0], -1).expand(len(self.timesteps), -1).contiguous()
         key = rows.numpy().tobytes()
         if key not in self._known:
@@ -90,7 +90,10 @@ class StepTables(nn.Module):
         return self._known[key]
 
     def add_divided(self, scale: Tensor, divisor: Tensor) -> int:
-        """A slot for the multipliers `1 / (scale_t * divisor_k)`, `[n, K]`, made per call: tables would be K times larger."""
+        """Reserve a slot for the multipliers `1 / (scale_t * divisor_k)` `[n, K]` and return its index.
+
+        They are computed in each call, because tables of them would be K times larger.
+        """
         key = b"divided" + scale.numpy().tobytes() + divisor.numpy().tobytes()
         if key not in self._known:
             self._known[key] = len(self._divided)
@@ -98,7 +101,7 @@ class StepTables(nn.Module):
         return self._known[key]
 
     def freeze(self) -> None:
-        """All slots are known: lay the tables out."""
+        """Lay the tables out in memory; no slot can be added afterwards."""
         starts, at = [], 0
         for column in self._columns:
             starts.append(at)
@@ -124,15 +127,15 @@ class StepTables(nn.Module):
             self._now_divided = list(multipliers.split([divisor.numel() for _, divisor in self._divided], 1))
 
     def leave(self) -> None:
-        """Forget the call."""
+        """Release the rows and codes of this call."""
         self._now, self._now_divided, self._made = [], [], {}
 
 
 class OperandCodes:
-    """Turns one operand into marked codes, with slots of the tables.
+    """Quantizer of one operand in the graph: turns it into marked codes by the rows of its slots.
 
-    Layers that share an input and its quantizer (q, k, v) get the same codes: they are made once per call. Without a
-    `product` that wants them marked, codes are centred floats of any width.
+    Layers that share an input and its quantizer (q, k, v) share codes, which are computed once per call. Without a
+    `product` codes are not marked: they are centred integers in float, of any width.
     """
 
     def __init__(self, operand: Operand, tables: StepTables, product: Product | None) -> None:
@@ -149,12 +152,15 @@ class OperandCodes:
         self.rows = (-1, operand.scale[0].numel(), 1, 1)  # per-head tables against [N, H, S, D]
 
     def slot(self, slot: int, shape: tuple[int, ...]) -> Tensor:
-        """The slot's rows in flight, viewed as `shape`."""
+        """Return the slot's rows of the current call, viewed as `shape`."""
         return self.tables._now[slot].view(shape)
 
     def __call__(self, x: Tensor, shape: tuple[int, ...], pad: tuple[int, ...] = ()) -> Tensor:
-        """Codes of `x`, centred if `signed`, else stored codes. `shape` views `[n, width]` rows against `x`, `pad`
-        pads `x` with real zero first (unsigned codes can't be padded with zero afterwards)."""
+        """Return the codes of `x`: centred if `signed`, else stored codes.
+
+        `shape` views rows `[n, width]` so that they broadcast against `x`. `pad` pads `x` with real zeros first, since
+        unsigned codes can't be padded with zero afterwards.
+        """
         key = (id(x), self.multiplier, self.divided, self.low, self.high, self.signed, self.product is None, pad)
         if key not in self.tables._made:
             self.tables._made[key] = (x, self._codes(F.pad(x, pad) if any(pad) else x, shape))
@@ -199,7 +205,7 @@ class LoweredLayer(nn.Module):
         self.register_buffer("correction", correction)
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        """Float in, float out, shaped like the layer it replaces."""
+        """Return the float output of the replaced layer for a float input."""
         form = self.form
         along = (-1, 1, 1) if form.is_conv else (-1,)  # out-channels, against the output
         if self.codes is None:
@@ -221,7 +227,7 @@ class LoweredLayer(nn.Module):
         return y if self.bias is None else y + self.bias.view(along)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The input's codes, as the product takes them: of a convolution on unsigned codes, padded."""
+        """Return the input's codes for the product; padded for a convolution on unsigned codes."""
         assert self.codes is not None
         form, width = self.form, 1 if self.divisor is None else self.divisor.numel()
         if not form.is_conv:
@@ -231,9 +237,9 @@ class LoweredLayer(nn.Module):
 
 
 class LoweredAttention(QuantAttnProcessor):
-    """The processor a packed network's attention had, its products on marked codes.
+    """Attention processor of a packed network with both products on marked codes.
 
-    Made by giving a processor this class's products: whatever else the processor does is kept.
+    Everything but the products is inherited from `QuantAttnProcessor`.
     """
 
     def __init__(self, attn: nn.Module, tables: StepTables, product: Product) -> None:
@@ -249,11 +255,11 @@ class LoweredAttention(QuantAttnProcessor):
             self.codes |= {name: OperandCodes(o, tables, product if exact else None) for name, o in ours.items()}
 
     def scores(self, attn: nn.Module, query: Tensor, key: Tensor) -> Tensor:
-        """`q·kᵀ` on codes where both are quantized."""
+        """Return `q·kᵀ`, multiplied on codes where both operands are quantized."""
         return self._multiply("q", query, "k", key, transpose=True)
 
     def weigh(self, attn: nn.Module, probs: Tensor, value: Tensor) -> Tensor:
-        """`softmax·v` on codes where both are quantized."""
+        """Return `softmax·v`, multiplied on codes where both operands are quantized."""
         return self._multiply("probs", probs, "v", value, transpose=False)
 
     def _multiply(self, left: str, a: Tensor, right: str, b: Tensor, transpose: bool) -> Tensor:
@@ -270,8 +276,8 @@ class LoweredAttention(QuantAttnProcessor):
 class LoweredGroupNorm(nn.Module):
     """Group norm as one multiply-add per channel, from channel means and square sums.
 
-    Unlike the usual form it never views channels as groups, so that a channels-last compiler need not change layouts, and
-    what follows (activation, quantizer) fuses with it.
+    Unlike the usual form it never views channels as groups. A channels-last compiler therefore keeps its layout and fuses
+    the following activation and quantizer.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -283,7 +289,7 @@ class LoweredGroupNorm(nn.Module):
             self.bias = nn.Buffer(norm.bias.detach().view(1, norm.num_groups, -1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, C, ...]`, as `nn.GroupNorm`."""
+        """Normalize `x` `[N, C, ...]` as `nn.GroupNorm` does."""
         dims = tuple(range(2, x.dim()))
         grouped = (-1, self.groups, self.channels // self.groups)
         mean = x.mean(dims).view(grouped).mean(2, keepdim=True)  # [N, G, 1]
@@ -301,10 +307,10 @@ class LoweredGroupNorm(nn.Module):
 
 
 class LoweredNetwork(nn.Module):
-    """`packed` (a network of `PackedLayer`s; it is rewritten in place) as a function of flat tensors.
+    """A packed network in plain operations, called with flat tensors. Rewrites `packed` in place.
 
-    `names` are the arguments in order as `flat_arguments` names them; `timestep` is `[1]`, or `[N]` for mixed
-    steps. Returns the network's outputs, most often one.
+    `names` lists the arguments in order, named as by `flat_arguments`. `timestep` is `[1]`, or `[N]` for mixed steps.
+    A call returns a tuple of the network's outputs.
     """
 
     def __init__(
@@ -328,14 +334,14 @@ class LoweredNetwork(nn.Module):
                 made[module] = LoweredLayer(module, self.tables, product)
             elif isinstance(module, nn.GroupNorm) and product.folds_norms and module not in made:
                 made[module] = LoweredGroupNorm(module)
-            if made.get(module, module) is not module:  # under all its names: some networks repeat a module
+            if made.get(module, module) is not module:  # replace it under all its names: some networks repeat a module
                 parent, _, leaf = name.rpartition(".")
                 setattr(packed.get_submodule(parent), leaf, made[module])
         self.tables.freeze()
         self.network = packed
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """See the class."""
+        """Return the network's outputs for `tensors`, given in the order of `names`."""
         arguments = nested_arguments(dict(zip(self.names, tensors, strict=True)))
         self.tables.enter(arguments["timestep"])
         batch = arguments[self.sample].shape[0]
@@ -349,8 +355,10 @@ class LoweredNetwork(nn.Module):
             self.tables.leave()
 
     def _take_prediction(self, packed: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]] | None:
-        """Of a network that corrects its predictions: by name the slot of each table and the shape of its rows. It does so no
-        more by itself."""
+        """Remove the prediction correction's hook and return slot and row shape of each of its tables, by name.
+
+        Returns None for a network that does not correct its predictions.
+        """
         for key, hook in list(packed._forward_hooks.items()):
             if hook is correct_hook:
                 del packed._forward_hooks[key], packed._forward_hooks_with_kwargs[key]
@@ -395,17 +403,17 @@ def _with_lists(value: Any) -> Any:
 
 
 def largest_code(operand: Operand) -> int:
-    """The largest magnitude of an operand's centred codes."""
+    """Return the largest magnitude of an operand's centred codes."""
     return int(torch.maximum(-operand.low, operand.high).max())
 
 
 def is_signed(layer: IntegerLayer) -> bool:
-    """Whether the layer's input codes are centred."""
+    """Return whether the layer's input codes are centred."""
     return layer.input is None or layer.input.signed
 
 
 def multiply(x: Tensor, weight: Tensor, layer: IntegerLayer, bias: Tensor | None, padded: bool = False) -> Tensor:
-    """The float convolution or linear product with a layer's geometry; `padded`: `x` is padded already."""
+    """Return the float convolution or linear product with a layer's geometry; with `padded`, `x` is padded already."""
     if not layer.is_conv:
         return F.linear(x, weight, bias)
     return F.conv2d(x, weight, bias, layer.stride, 0 if padded else layer.padding, layer.taps_dilation, layer.groups)

@@ -1,7 +1,7 @@
-"""The packed form of a network, kept beside its integer form: what it is saved, counted and moved to other devices from.
+"""The packed form of an integer network, kept for saving, counting parameters and moving between devices.
 
-The packed form is a second tree of modules that shares all tensors with the network it was made of. Its weights stay views of
-the mapped file until something reads them.
+The packed form is a second tree of modules that shares all tensors with the network. Its weights stay views of the mapped
+file until something reads them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACKED_FORM = (KEPT, "state_dict")
 
 
 def keep_packed_form(network: nn.Module) -> None:
-    """Keep the packed form of `network`, a network of packed layers that is about to become another one in place."""
+    """Keep a copy of `network`, made of packed layers, before it is converted in place to another form."""
     shared: dict[int, Any] = {id(t): t for t in chain(network.parameters(), network.buffers())}
     for module in network.modules():
         expanded = getattr(module, "_expanded", None)
@@ -53,7 +53,7 @@ def packed_form(network: nn.Module) -> nn.Module:
 
 
 def give_counts(network: nn.Module) -> None:
-    """Let a network of packed layers, or one made of it, count what the float network has, and its own bytes."""
+    """Install methods that count the float network's parameters and the bytes of the quantized one."""
     give(network, "num_parameters", _num_parameters)
     give(network, "get_memory_footprint", _get_memory_footprint)
     give(network, "to", _to)
@@ -74,7 +74,7 @@ def is_quantized_tensor(network: nn.Module, name: str) -> bool:
 
 
 def cast_unquantized(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast what is not quantized in a network of packed layers to `dtype`, in place."""
+    """Cast the unquantized tensors of a network of packed layers to `dtype`, in place."""
     tensors = chain(network.named_parameters(), network.named_buffers())
     for name, tensor in list(tensors):
         if tensor.is_floating_point() and tensor.dtype != dtype and not is_quantized_tensor(network, name):
@@ -83,7 +83,7 @@ def cast_unquantized(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _to(network: Any, *args: Any, **kwargs: Any) -> Any:
-    """`to` with a dtype, which diffusers refuses for quantized networks: what is not quantized is cast.
+    """Replace `to`: cast unquantized tensors to a given dtype, where diffusers refuses dtypes for quantized networks.
 
     Pipelines cast their networks, and so does `from_pipe`, whose default is float32.
     """
@@ -104,7 +104,7 @@ def _float(network: Any) -> Any:
 
 
 def _state_dict(network: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """`state_dict` of the packed form, which `load` and `from_pretrained` read, and the adapters of this one."""
+    """Return the `state_dict` of the packed form, which `load` and `from_pretrained` read, with this network's adapters."""
     packed = packed_form(network)
     state: dict[str, Any] = type(packed).state_dict(packed, *args, **kwargs)
     own = type(network).state_dict(network, *args, **kwargs)
@@ -112,7 +112,7 @@ def _state_dict(network: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]
 
 
 def _num_parameters(network: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """Parameters of the float network that this one was quantized from; none of the packed ones is trainable."""
+    """Return the number of parameters of the original float network; packed parameters are not trainable."""
     count = 0
     for module in packed_form(network).modules():
         if isinstance(module, PackedLayer):
@@ -125,7 +125,7 @@ def _num_parameters(network: Any, only_trainable: bool = False, exclude_embeddin
 
 
 def _get_memory_footprint(network: Any, return_buffers: bool = True) -> int:
-    """Bytes of the network's tensors: packed words, or what the kernels have made of them."""
+    """Return the bytes of the network's tensors: packed words, or the kernels' own layouts of them."""
     tensors = {id(t): t for t in network.parameters()}
     if return_buffers:
         tensors |= {id(t): t for t in network.buffers()}
@@ -144,7 +144,7 @@ def _keep_projections(_network: Any) -> None:
 
 
 def _restore_processors(network: Any) -> None:
-    """Give every attention its quantizing processor again: the default of a quantized network."""
+    """Reinstall every attention's quantizing processor, the default of a quantized network."""
     for module in network.modules():
         if OWN in module.__dict__:
             set_own(module, module.__dict__[OWN])
@@ -155,4 +155,4 @@ _KEEPERS = {
     "unfuse_qkv_projections": _keep_projections,
     "set_default_attn_processor": _restore_processors,
 }
-"""Methods of diffusers' networks that would put float products in the place of quantized ones."""
+"""Methods of diffusers' networks that would replace quantized products by float ones."""

@@ -1,8 +1,8 @@
-"""What training leaves in a quantized network's prediction, taken out of it: a few numbers for every step.
+"""Correction of a quantized network's predictions by a few numbers per step.
 
-A network that learned by squared error gives predictions that are, at each step, a little too small and off by a constant,
-and their fine detail is lost more than the rest; a sampler adds that up. The tables undo it: PTQD's Eq. 10 and its bias
-(arXiv 2305.10657) as a part of the network, for detail and for the network's input as well as for the prediction as a whole.
+After training by squared error, predictions are slightly too small at each step, biased, and lose fine detail most; a
+sampler accumulates these errors. The tables undo them inside the network. They extend the slope (Eq. 10) and the bias of
+PTQD (arXiv 2305.10657) to the prediction's fine detail and to the network's input.
 """
 
 from __future__ import annotations
@@ -32,26 +32,30 @@ __all__ = [
 ]
 
 NAME = "prediction"
-"""Under which the root has the tables."""
+"""Attribute of the root module that holds the tables."""
 
 ALWAYS = ("scale", "bias")
 OF_IMAGES = (*ALWAYS, "detail", "input", "input_detail")
-"""The tables of networks whose samples are images or latents, `[C, H, W]`; others have the first two."""
+"""Names of the tables of networks on images or latents `[C, H, W]`; other networks have the first two."""
 
 SAMPLE_NAMES = ("sample", "hidden_states", "x")
-"""What networks call the input that is shaped like their prediction, their first argument."""
+"""Argument names under which networks take their first input, which has the shape of their prediction."""
 
 
 def row_shapes(row: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The tables that a network has, and the shape of a row of each, where `row` holds one number for every channel and
-    broadcasts against the prediction for one sample."""
+    """Return the row shape of each table of a network, by name.
+
+    `row` is the shape that holds one number per channel and broadcasts against the prediction for one sample.
+    """
     return dict.fromkeys(OF_IMAGES if len(row) == 3 else ALWAYS, row)
 
 
 def corrected(prediction: Tensor, sample: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-    """`scale * prediction + input * sample + detail(detail * prediction + input_detail * sample) + bias`, of as many terms
-    as there are tables. `prediction` `[N, C, ...]`, `sample` the network's input, with any number of channels, and the rows at
-    hand of each table `[n, *row]`."""
+    """Return `scale * prediction + input * sample + detail(detail * prediction + input_detail * sample) + bias`.
+
+    Terms without a table are left out. `prediction` is `[N, C, ...]`, `sample` the network's input with any number of
+    channels, and `tables` holds the rows of the current steps, `[n, *row]`, by name.
+    """
     result = prediction * tables["scale"] + tables["bias"]
     if "detail" not in tables:
         return result
@@ -61,14 +65,13 @@ def corrected(prediction: Tensor, sample: Tensor, tables: Mapping[str, Tensor]) 
 
 
 def same_channels(sample: Tensor, channels: int) -> Tensor:
-    """`sample` `[N, C, H, W]` with that many channels: conditions behind the noisy image are cut off, and zeros stand beside a
-    learned variance."""
+    """Return `sample` `[N, C, H, W]` with `channels` channels: cut off conditions, or pad with zeros for a learned variance."""
     missing = channels - sample.shape[1]
     return F.pad(sample, (0, 0, 0, 0, 0, missing)) if missing > 0 else sample[:, :channels]
 
 
 class PredictionTables(nn.Module):
-    """The tables by name, `[T, *row]` each, as buffers: row t is for a prediction at step t, see `corrected`."""
+    """Buffers that hold the correction tables by name, `[T, *row]` each; row t corrects step t (see `corrected`)."""
 
     def __init__(self, tables: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -77,18 +80,18 @@ class PredictionTables(nn.Module):
             self.register_buffer(name, table)
 
     def tables(self) -> dict[str, Tensor]:
-        """All of them, `[T, *row]`."""
+        """Return all tables by name, `[T, *row]` each."""
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, prediction: Tensor, sample: Tensor, rows: Tensor) -> Tensor:
-        """`prediction` `[N, ...]` of samples at the steps `rows`; computed in float32, returned as it came."""
+        """Return `prediction` `[N, ...]` corrected for the steps `rows`, computed in float32 and returned in its own dtype."""
         tables = {name: gather_rows(table, rows, len(prediction)) for name, table in self.tables().items()}
         dtype = tables["scale"].dtype
         return corrected(prediction.to(dtype), sample.to(prediction.device, dtype), tables).to(prediction.dtype)
 
 
 def attach_prediction(model: nn.Module, tables: Mapping[str, Tensor]) -> None:
-    """Give a quantized network these tables, in place of any it has; from now on it returns corrected predictions."""
+    """Attach correction tables to a quantized network, replacing any it has; it returns corrected predictions from then on."""
     if correct_hook not in model._forward_hooks.values():
         model.register_forward_hook(correct_hook, with_kwargs=True)
     device = device_of(model)
@@ -96,7 +99,7 @@ def attach_prediction(model: nn.Module, tables: Mapping[str, Tensor]) -> None:
 
 
 def correct_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook (`with_kwargs=True`) for the root: corrects the first of its outputs, a tuple's or a diffusers output's.
+    """Correct the first output of the root, in a tuple or a diffusers output. A forward hook (`with_kwargs=True`).
 
     The tables and the step are looked up on the module, not captured, so that a deep copy of the network keeps its own.
     """
@@ -104,12 +107,12 @@ def correct_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     sample = next((kwargs[name] for name in SAMPLE_NAMES if name in kwargs), None)
     sample = args[0] if sample is None else sample  # by position it comes first
     if isinstance(output, tuple):
-        return (tables(output[0], sample, steps.rows_beside(output[0])), *output[1:])
+        return (tables(output[0], sample, steps.rows_for(output[0])), *output[1:])
     first = next(iter(output))
-    output[first] = tables(output[first], sample, steps.rows_beside(output[first]))
+    output[first] = tables(output[first], sample, steps.rows_for(output[first]))
     return output
 
 
 def prediction_shapes(timesteps: int, rows: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of the tables of a network, by name; `rows` as `row_shapes` gives them."""
+    """Return shape and dtype of a network's tables, by name; `rows` comes from `row_shapes`."""
     return {f"{NAME}.{name}": ((timesteps, *row), "float32") for name, row in rows.items()}

@@ -1,7 +1,7 @@
 """Temporal Parallel Quantizer (Eq. 22-24): one (scale, zero point) per denoising step, gathered per sample.
 
-The step is *passed*: `nn/steps.py` turns the timestep that the sampler gives the model into a row of the tables. Nothing
-counts calls.
+The step is passed explicitly: `nn/steps.py` maps the timestep that the sampler gives the model to a row of the tables.
+Quantizers do not count calls.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ __all__ = ["gather_rows", "quantize_operand"]
 
 
 def gather_rows(table: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """`table[rows]`, `[n, ...]` with `n` 1 or `batch`; rows repeat where a layer sees each sample several times
-    (classifier-free guidance copies, video frames). A table of one row is a static quantizer."""
+    """Return `table[rows]`, `[n, ...]` with `n` 1 or `batch`.
+
+    Rows are repeated where a layer sees each sample several times (classifier-free guidance, video frames). A table of
+    one row is a static quantizer.
+    """
     if table.shape[0] == 1:
         return table
     if len(rows) not in (1, batch):

@@ -1,6 +1,6 @@
-"""What calibration keeps of the activations: histograms per quantizer and step, from which any bit-width starts.
+"""Activation statistics of calibration: one histogram per quantizer and step, which serves every bit-width.
 
-One quantizer is one layer's input (divided by its dilation) or one attention operand. Nothing here depends on bits.
+A quantizer belongs to a layer's input (divided by its dilation) or to an attention operand.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from dqtool.nn.steps import StepIndex
 __all__ = ["BINS", "channel_ranges", "collect", "initial_tables"]
 
 BINS = 512
-"""Bins of a histogram, over that step's own range."""
+"""Bins of a histogram, which spans the step's own range."""
 PIECE = 1 << 18
-"""Values counted at a time: what is computed on the way stays in the processor's cache."""
+"""Values counted at a time, so that intermediate results stay in the processor's cache."""
 
 
 class Rows(Protocol):
-    """Records of steps that are kept while statistics are collected (`dqtool.artifacts.Checkpoints`, say)."""
+    """Store for the statistics of finished steps, such as `dqtool.artifacts.Checkpoints`."""
 
     found: dict[int, dict[str, Tensor]]
 
     def add(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take in the record of step `index`."""
+        """Store the statistics of step `index`."""
 
 
 class _Recorder:
-    """Ranges `[H, 2]` in a first pass over a step's samples, histograms `[H, BINS]` in a second."""
+    """Recorder of one step: ranges `[H, 2]` in a first pass over its samples, histograms `[H, BINS]` in a second."""
 
     def __init__(self) -> None:
         self.ranges: dict[str, Tensor] = {}
@@ -46,7 +46,7 @@ class _Recorder:
         self.counting = False
 
     def see(self, name: str, rows: Tensor) -> None:
-        """`rows` is `[H, n]`: the values of each of the quantizer's H parts."""
+        """Record values `rows` `[H, n]` of the quantizer's H parts (heads)."""
         if not self.counting:
             lo, hi = torch.aminmax(rows, dim=1)
             new = torch.stack([lo, hi], 1)
@@ -65,7 +65,7 @@ class _Recorder:
             counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view(len(rows), BINS)
 
     def see_channels(self, name: str, x: Tensor, channel_dim: int) -> None:
-        """Take in the range of each in-channel of a layer's (undivided) input at this step: `[2, C]`."""
+        """Record the range `[2, C]` of each in-channel of a layer's undivided input at this step."""
         dims = [d for d in range(x.dim()) if d != channel_dim % x.dim()]
         new = torch.stack([x.amin(dims), x.amax(dims)])
         old = self.channels.get(name, new)
@@ -73,14 +73,14 @@ class _Recorder:
 
 
 class _ObservingProcessor(QuantAttnProcessor):
-    """Computes float attention and shows its operands to a recorder."""
+    """Float attention processor that passes its operands to a recorder."""
 
     def __init__(self, name: str, recorder: _Recorder, layout: str) -> None:
         super().__init__(AttentionBits(8, 8), StepIndex(torch.zeros(1)), layout)
         self.name, self.recorder = name, recorder
 
     def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
-        """Record, change nothing."""
+        """Record `x` and return it unchanged."""
         self.recorder.see(f"{self.name}.{name}", x.transpose(0, 1).flatten(1))
         return x
 
@@ -92,7 +92,7 @@ def channel_ranges(
     steps: Iterable[Callable[[], None]],
     kept: Rows | None = None,
 ) -> dict[str, Tensor]:
-    """Return the `Q.channel_range` of `collect` alone, for one run of each of `steps` in place of two."""
+    """Return only the `Q.channel_range` entries of `collect`, running each of `steps` once instead of twice."""
     recorder = _Recorder()
     handles = []
     for info in layers:
@@ -141,9 +141,9 @@ def collect(
     """Run the float `model` and return, for each quantizer Q, `Q.histogram` int32 `[T, (H,) BINS]`, `Q.range` `[T, (H,) 2]`
     and, for layers, `Q.channel_range` `[2, C_in]` over all steps.
 
-    `steps` yields one function per denoising step, in table order; calling it runs `model` over that step's samples
-    (it is called twice). Layers that share an input with another have no entry of their own. `kept` holds what an
-    earlier run recorded of the first steps, and takes in what this one does.
+    `steps` yields one function per denoising step, in table order; each call runs `model` over that step's samples, and
+    every function is called twice. Layers that share another layer's input have no entry. `kept` holds the statistics
+    that an earlier run stored for the first steps, and stores those of this run.
     """
     recorder = _Recorder()
     handles, processors = [], {}
@@ -209,7 +209,7 @@ def collect(
 def initial_tables(
     plans: Sequence[LayerPlan], statistics: Mapping[str, Tensor], static: bool = False
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Activation tables (scale, zero point) of least squared error, keyed as `assign_tables` wants them.
+    """Return the activation tables (scale, zero point) of least squared error, keyed as `assign_tables` takes them.
 
     `[T]` for layers and `[T, H]` for attention operands; with `static` one row that serves all steps (T = 1).
     """

@@ -27,14 +27,15 @@ __all__ = ["StepIndex", "StepRun", "look_up", "nearest_rows", "step_hook", "step
 HALF = (torch.float16, torch.bfloat16)
 
 EXACT = 2.0**-21
-"""Allowance of a timestep in an integer type, float32 or float64, relative to the largest of the table: two float32 roundings
-of different libraries. Tables are float32."""
+"""Tolerance for timesteps of an integer type, float32 or float64, relative to the table's largest entry.
+
+Tables are float32, and two libraries may round a timestep to float32 in different ways."""
 
 UNIT = 1000.0
-"""Timesteps a unit of time. Pipelines of flow matching divide by it after they round to a half type."""
+"""Timesteps per unit of time. Flow-matching pipelines divide by it after they round to a half type."""
 
 PENDING = 16
-"""Lookups on an accelerator after which their results are read, outside of a run."""
+"""Number of lookups on an accelerator, outside of a run, after which their results are read."""
 
 
 def nearest_rows(timestep: Tensor, table: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def look_up(timestep: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class StepRun:
-    """Timesteps that networks were asked for while one run lasted: all of them, and those that were not calibrated."""
+    """Counts of the timesteps that networks received during one run: all of them, and the uncalibrated ones."""
 
     def __init__(self) -> None:
         self.asked: set[float] = set()
@@ -71,9 +72,9 @@ class StepRun:
         self.indices: dict[int, StepIndex] = {}
 
     def warning(self) -> str | None:
-        """The warning that the run ends with, or None when every timestep was calibrated."""
+        """Return the warning for the end of the run; None when every timestep was calibrated."""
         for index in self.indices.values():
-            index.settle(self)
+            index.read_pending(self)
         if not self.missed:
             return None
         examples = ", ".join(f"{value:g}" for value in sorted(self.missed, reverse=True)[:4])
@@ -95,7 +96,7 @@ _RUN: ContextVar[StepRun | None] = ContextVar("dqtool_step_run", default=None)
 
 @contextlib.contextmanager
 def step_run() -> Iterator[StepRun]:
-    """One run of a sampler, such as a pipeline's call: its missed timesteps are reported together, when it ends.
+    """Open a run of a sampler, such as a pipeline's call; one warning at its end reports all missed timesteps.
 
     A run inside another one belongs to it. Calls of a network outside of any run warn at the first missed timestep.
     """
@@ -115,11 +116,11 @@ def step_run() -> Iterator[StepRun]:
 
 
 class StepIndex:
-    """The row of the step tables that each sample of the batch in flight uses. All layers of a network share it.
+    """Row of the step tables for each sample of the current batch. All layers of a network share one index.
 
-    `timesteps` is `[T]`, in any order, each value once. Until `set` or `select` is called the first row is used. `missed`
-    holds every timestep that was asked for and not calibrated. With `static` the tables have one row that was made for all
-    timesteps, and none is missed.
+    `timesteps` is `[T]`, in any order, each value once. The first row is used until `set` or `select` is called. `missed`
+    holds every timestep that was looked up and is not in the table. With `static` the tables have one row that serves
+    all timesteps, and none is missed.
     """
 
     def __init__(self, timesteps: Tensor, static: bool = False) -> None:
@@ -133,16 +134,16 @@ class StepIndex:
         self._key = _register(self)
 
     def load(self, timesteps: Tensor) -> None:
-        """Take `timesteps` `[T]` for the table."""
+        """Set the table to `timesteps` `[T]`."""
         self.timesteps = timesteps.detach().double().cpu()
         self._tables: dict[torch.device, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without what belongs to this object alone."""
+        """Return the state to copy or pickle, without locks and other parts of this object alone."""
         return {**self.__dict__, "_key": None, "_tables": {}, "_pending": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of another index, as a copy of its own."""
+        """Restore the state of another index as an independent copy."""
         self.__dict__.update(state)
         self._missed = set(self._missed)
         self._key = _register(self)
@@ -181,11 +182,11 @@ class StepIndex:
             run.indices[id(self)] = self
         self._pending.append((timestep, missed))
         if timestep.device.type == "cpu" or (run is None and len(self._pending) >= PENDING and not _capturing()):
-            self.settle(run)
+            self.read_pending(run)
         return rows
 
-    def settle(self, run: StepRun | None = None) -> None:
-        """Read the results of the lookups so far, for `run` or else for the network alone."""
+    def read_pending(self, run: StepRun | None = None) -> None:
+        """Read the results of all pending lookups and report missed timesteps to `run`, or warn where there is none."""
         pending, self._pending = self._pending, []
         for timestep, missed in pending:
             values = timestep.cpu().double().tolist()
@@ -205,12 +206,12 @@ class StepIndex:
 
     @property
     def missed(self) -> Set[float]:
-        """Timesteps that were asked for and are not in the table."""
-        self.settle(_RUN.get())
+        """Timesteps that were looked up and are not in the table."""
+        self.read_pending(_RUN.get())
         return self._missed
 
     def table_on(self, device: torch.device) -> Tensor:
-        """Return the table `[T]` on `device`, moved there once: float64, float32 where there is none."""
+        """Return the table `[T]` on `device`, moved there once, in float64 (float32 on devices without float64)."""
         found = self._tables.get(device)
         if found is None:
             with torch.inference_mode(False):
@@ -227,14 +228,14 @@ class StepIndex:
         """The rows in use, on the device where they were looked up."""
         return self._rows
 
-    def rows_beside(self, x: Tensor) -> Tensor:
+    def rows_for(self, x: Tensor) -> Tensor:
         """Return the rows in use on the device of `x`. They move once for all layers, since a transfer waits for the device."""
         if self._moved.device != x.device:
             self._moved = self._rows.to(x.device)
         return self._moved
 
     def _steps_away(self, value: float) -> float:
-        """Distance of `value` from the nearest entry in the table's own steps there; infinite in a table of one entry."""
+        """Return the distance of `value` from the nearest entry, in units of the local step; infinite for a single entry."""
         distance = (self.timesteps - value).abs()
         row = int(distance.argmin())
         others = (self.timesteps - self.timesteps[row]).abs()
@@ -248,7 +249,7 @@ _PROCESS = int.from_bytes(os.urandom(4), "little") >> 1 << 32
 
 
 def _register(index: StepIndex) -> int:
-    """Return a number by which a compiled graph finds `index`, and graphs of other processes don't."""
+    """Return a number under which a compiled graph of this process finds `index`."""
     key = _PROCESS + next(_COUNT)
     _INDICES[key] = index
     return key
@@ -256,7 +257,7 @@ def _register(index: StepIndex) -> int:
 
 @torch.library.custom_op("dqtool::step_rows", mutates_args=())
 def _step_rows(timestep: Tensor, table: Tensor, key: int) -> Tensor:
-    """`StepIndex.find` as one operation of a compiled graph."""
+    """Run `StepIndex.find` as one operation of a compiled graph."""
     index = _INDICES.get(key)
     return look_up(timestep, table)[0] if index is None else index.find(timestep)
 
@@ -267,7 +268,7 @@ def _(timestep: Tensor, table: Tensor, key: int) -> Tensor:
 
 
 def step_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Feed the root's timestep argument to the `StepIndex` it carries: a forward pre-hook (`with_kwargs=True`).
+    """Pass the root's timestep argument to its `StepIndex`. A forward pre-hook (`with_kwargs=True`).
 
     The index is looked up on the module, not captured, so that a deep copy of the network keeps its own.
     """
@@ -277,13 +278,13 @@ def step_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @functools.cache
 def _position(forward: Callable[..., Any]) -> int:
-    """Return where `timestep` stands among the arguments of a network's forward: second, in some behind the texts."""
+    """Return the position of `timestep` among the arguments of a network's forward."""
     names = list(inspect.signature(forward).parameters)
     return names.index("timestep") - 1 if "timestep" in names else 1
 
 
 def _is_expanded(timestep: Tensor) -> bool:
-    """Return whether `timestep` `[N]` is one value seen N times, as pipelines make it with `expand`."""
+    """Return whether `timestep` `[N]` is one expanded value, as pipelines pass it."""
     return timestep.dim() == 1 and timestep.shape[0] > 1 and timestep.stride(0) == 0
 
 

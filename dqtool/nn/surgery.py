@@ -1,4 +1,4 @@
-"""Put quantized layers in place of a diffusers network's own, and take their tensors out again."""
+"""Replace a diffusers network's layers by quantized ones, and read their tensors back."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def insert_fake(
 ) -> StepIndex:
     """Replace the planned layers by trainable ones, in place; weights must already be dilated.
 
-    The quantizers' parameters are empty (that operand passes through in float) until they are initialised. Layers that
-    share an input (`LayerInfo.shares`) get one set of input tables when those are assigned.
+    The quantizers' parameters are empty until they are initialised; an empty quantizer passes its operand in float. Layers
+    that share an input (`LayerInfo.shares`) get one set of input tables from `assign_tables`.
     """
     steps = _attach_steps(model, timesteps)
     for plan in plans:
@@ -59,8 +59,8 @@ def insert_packed(
 ) -> StepIndex:
     """Replace the planned layers by packed ones with empty buffers, in place, ready for `load_state_dict`.
 
-    The table of timesteps is the root's buffer `timesteps`; call `refresh_steps` after loading. `prediction`: by name the
-    shape of a row of each table that corrects its predictions, where it has some.
+    The table of timesteps is the root's buffer `timesteps`; call `refresh_steps` after loading. `prediction` gives the row
+    shape of each table that corrects predictions, by name; None for a network without such tables.
     """
     device = next(model.parameters()).device
     steps = _attach_steps(model, torch.zeros(timesteps, device=device))
@@ -79,14 +79,14 @@ def insert_packed(
 
 
 def refresh_steps(model: nn.Module, static: bool = False) -> None:
-    """Take the table of timesteps from the root's buffer, once it has been loaded. `static`: its row is for all timesteps."""
+    """Read the table of timesteps from the root's loaded buffer. With `static` its only row serves all timesteps."""
     steps = steps_of(model)
     steps.load(model.timesteps)  # type: ignore[arg-type]
     steps.static = static
 
 
 def steps_of(model: nn.Module) -> StepIndex:
-    """The step index that the quantized layers of `model` share."""
+    """Return the step index that the quantized layers of `model` share."""
     steps = model.__dict__.get("_dqtool_steps")
     if not isinstance(steps, StepIndex):
         raise TypeError("not a model quantized by dqtool")
@@ -94,7 +94,7 @@ def steps_of(model: nn.Module) -> StepIndex:
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """State of the packed form of a network of `FakeQuantLayer`s: everything an artifact holds, by name."""
+    """Return the packed state of a network of `FakeQuantLayer`s: all tensors of an artifact, by name."""
     state: dict[str, Tensor] = {"timesteps": model.timesteps}  # type: ignore[dict-item]
     replaced: set[str] = set()
     for name, module in model.named_modules():
@@ -117,8 +117,10 @@ def state_shapes(
     timesteps: int,
     prediction: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor of the packed form, from the float network's: what the cost model sums. `prediction` as
-    of `insert_packed`."""
+    """Return shape and dtype of every tensor of the packed form, from those of the float network, for the cost model.
+
+    `prediction` is the same as in `insert_packed`.
+    """
     shapes = dict(float_shapes)
     shapes["timesteps"] = ((timesteps,), "float32")
     if prediction is not None:
@@ -133,7 +135,7 @@ def state_shapes(
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """All quantized layers by name, in the order of registration."""
+    """Return all quantized layers by name, in the order of registration."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 

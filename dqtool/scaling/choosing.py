@@ -1,4 +1,4 @@
-"""Choosing the factors of every layer, from its weights alone or from calibration activations."""
+"""Choice of every layer's factors, from its weights alone or from calibration activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dilation of a network from its weights alone: what `dqtool dilate` does."""
+"""Dilation of a network from its weights alone, the work of `dqtool dilate`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Dilated:
     """A dilated network.
 
     Attributes:
-        tensors: the network's state, dilated weights made when they are read, and `X.dilation` `[C_in]`.
+        tensors: the network's state with `X.dilation` `[C_in]`; dilated weights are computed when they are read.
         scales: factors that are not folded, `[C_in]`, by layer.
         records: the layers as manifests have them.
         metrics: figures over all layers.
@@ -58,7 +58,7 @@ def dilate_network(
         record = asdict(info)
         if info.name in scales:
             name, scale = f"{info.name}.weight", scales[info.name]
-            # Made when it is written, so that the whole network need not fit into memory twice.
+            # Computed when it is written, so that the whole network need not fit into memory twice.
             rows = partial(_scaled_rows, method, state[name], scale, info.groups)
             tensors.defer(name, state[name], rows, rows if info.groups == 1 else None)
             tensors[f"{info.name}.dilation"] = scale

@@ -1,4 +1,4 @@
-"""Layers that share one quantized input, and therefore one scaling."""
+"""Groups of layers that share one quantized input and therefore one scaling."""
 
 from __future__ import annotations
 

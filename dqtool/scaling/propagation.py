@@ -86,7 +86,7 @@ class Propagation:
         """
         calls = [self.flow.calls.get(name, []) for name in self.layers]
         if any(len(call) != 1 or len(call[0].args) != 1 for call in calls):
-            raise NotFoldable  # it never runs, or runs twice, and its inputs would need one producer
+            raise NotFoldable  # a layer that never runs has no producer; one that runs twice may have two
         inputs = {id(call[0].args[0]): call[0].args[0] for call in calls}
         for x in inputs.values():
             layer = self.flow.network.get_submodule(self.layers[0])
@@ -171,7 +171,7 @@ class ShiftPropagation(Propagation):
     shifts = True
 
 
-# How the division passes each operation: rule(propagation, operation, its output, the division of that output).
+# Rule of each operation that a division can pass: rule(propagation, operation, output, division of that output).
 _Rule = Callable[[Propagation, Op, Tensor, _Division], None]
 _RULES: dict[str, _Rule] = {}
 

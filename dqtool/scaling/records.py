@@ -1,4 +1,4 @@
-"""What manifests and terminals say about the factors of a network's layers."""
+"""Records of scaling factors: manifest entries and the table on the terminal."""
 
 from __future__ import annotations
 

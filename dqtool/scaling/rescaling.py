@@ -1,4 +1,4 @@
-"""Keeping or replacing the factors of a dilated network by its activations: what `dqtool calibrate --scaling` does."""
+"""Choice of new factors for a dilated network from its activations, the work of `dqtool calibrate --scaling`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Rescaled:
         tensors: all tensors of the artifact, with the new weights, `X.dilation` and shifted biases.
         records: the layers as manifests have them.
         metrics: figures over all layers.
-        shifts: by how much the inputs of shifted layers moved, `[C_in]`, by layer.
+        shifts: shift of the inputs of shifted layers, `[C_in]`, by layer.
     """
 
     tensors: dict[str, Tensor]

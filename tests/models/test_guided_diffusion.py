@@ -93,7 +93,7 @@ def test_schedules_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
         network = randomize(UNetModel(**TINY, conv=conv))
         save_file({k: v.clone() for k, v in network.state_dict().items()}, tmp_path / "m.safetensors")
         config = flags(tmp_path / "flags.yaml", num_head_channels=16, image_size=16, **more)
-        source = resolve_model(str(tmp_path / "m.safetensors"), config, told=told)
+        source = resolve_model(str(tmp_path / "m.safetensors"), config, hints=told)
         source.check_schedule()
         return source.scheduler or {}
 

@@ -197,7 +197,7 @@ def tiny_file(path: Path, options: dict[str, Any], **beside: Tensor) -> str:
 
 
 def schedule(given: str, config: str | None = None, **told: Any) -> dict[str, Any]:
-    found = resolve_model(given, config, told=ModelHints(**told))
+    found = resolve_model(given, config, hints=ModelHints(**told))
     found.check_schedule()
     return found.scheduler or {}
 

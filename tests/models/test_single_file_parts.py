@@ -48,7 +48,7 @@ def test_stable_diffusion_1(tmp_path: Path) -> None:
     _, stage = write(tmp_path / "m.safetensors", 64, {"cond_stage_model.transformer.": clip_names(text)})
     config = unet_config(tmp_path / "c.json", 64)
     source = resolve_model(
-        str(tmp_path / "m.safetensors"), config, told=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
+        str(tmp_path / "m.safetensors"), config, hints=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
     )
     assert (source.model_index or {})["_class_name"] == "StableDiffusionPipeline"
     states, _ = encoded(source, do_classifier_free_guidance=True)
@@ -68,7 +68,7 @@ def test_stable_diffusion_2_reads_the_states_before_the_last_block(tmp_path: Pat
     write(tmp_path / "m.safetensors", 64, {"cond_stage_model.model.": open_clip_names(text)})
     config = unet_config(tmp_path / "c.json", 64)
     source = resolve_model(
-        str(tmp_path / "m.safetensors"), config, told=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
+        str(tmp_path / "m.safetensors"), config, hints=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
     )
     states, _ = encoded(source, do_classifier_free_guidance=True)
     tower: Any = getattr(text, "text_model", text)
@@ -94,7 +94,7 @@ def test_sdxl_has_two_encoders_and_its_refiner_the_second(tmp_path: Path, refine
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     config = unet_config(tmp_path / "c.json", context, **added, projection_class_embeddings_input_dim=176)
     source = resolve_model(
-        str(tmp_path / "m.safetensors"), config, told=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
+        str(tmp_path / "m.safetensors"), config, hints=ModelHints(tokenizer=str(tmp_path / "tokenizer"))
     )
     index = source.model_index or {}
     assert index["_class_name"] == f"StableDiffusionXL{'Img2Img' if refiner else ''}Pipeline"
@@ -151,10 +151,10 @@ def test_tokenizers_are_checked_and_taken_from_the_local_cache(tmp_path: Path) -
     assert bare.pipeline is None
     assert "--tokenizer" in (bare.lacks or "")
     with pytest.raises(EnvironmentFault):
-        resolve_model(given, config, told=ModelHints(tokenizer=str(tmp_path / "absent")))
+        resolve_model(given, config, hints=ModelHints(tokenizer=str(tmp_path / "absent")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="holds no tokenizer"):
-        resolve_model(given, config, told=ModelHints(tokenizer=str(tmp_path / "empty")))
+        resolve_model(given, config, hints=ModelHints(tokenizer=str(tmp_path / "empty")))
     model = tmp_path / "hf" / "hub" / "models--openai--clip-vit-large-patch14"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text("0123456")
@@ -170,20 +170,20 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "m.safetensors", 64, {"cond_stage_model.transformer.": clip_names(text)})
     config, told = unet_config(tmp_path / "c.json", 64), ModelHints(tokenizer=str(tmp_path / "tokenizer"))
     with pytest.raises(ArtifactError, match="tokenizer has"):
-        resolve_model(str(tmp_path / "m.safetensors"), config, told=told)
+        resolve_model(str(tmp_path / "m.safetensors"), config, hints=told)
 
 
 def test_a_pipeline_gives_what_a_bare_network_lacks(tmp_path: Path) -> None:
     base = text_pipeline("sd", tmp_path / "base")
     bare = component_directory("unet2d_condition", tmp_path / "unet")
-    source = resolve_model(str(bare), told=ModelHints(pipeline=str(base)))
+    source = resolve_model(str(bare), hints=ModelHints(pipeline=str(base)))
     whole = resolve_model(str(base))
     assert (source.pipeline, source.component, source.scheduler) == (base, "unet", whole.scheduler)
     assert source.weights[0].parent == bare
     torch.testing.assert_close(encoded(source, do_classifier_free_guidance=True)[0].shape[-1], 12)
     other = component_directory("unet2d", tmp_path / "other")
     with pytest.raises(ArtifactError, match="no component of class UNet2DModel"):
-        resolve_model(str(other), told=ModelHints(pipeline=str(base)))
+        resolve_model(str(other), hints=ModelHints(pipeline=str(base)))
 
 
 def test_a_file_in_a_pipeline_keeps_its_own_parts(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_file_in_a_pipeline_keeps_its_own_parts(tmp_path: Path) -> None:
     base = text_pipeline("sd", tmp_path / "base")
     _, stage = write(tmp_path / "m.safetensors", 12, {})
     config, told = unet_config(tmp_path / "c.json", 12), ModelHints(pipeline=str(base))
-    source = resolve_model(str(tmp_path / "m.safetensors"), config, told=told)
+    source = resolve_model(str(tmp_path / "m.safetensors"), config, hints=told)
     assert source.scheduler == resolve_model(str(base)).scheduler
     companions = companions_of_source(source)
     assert companions is not None
@@ -202,5 +202,5 @@ def test_a_file_in_a_pipeline_keeps_its_own_parts(tmp_path: Path) -> None:
         torch.testing.assert_close(decode(z), stage(z / 0.18215).clamp(-1, 1), rtol=1e-4, atol=1e-4)
     marked = load_file(tmp_path / "m.safetensors") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(marked, tmp_path / "v.safetensors")
-    found = resolve_model(str(tmp_path / "v.safetensors"), config, told=told).scheduler or {}
+    found = resolve_model(str(tmp_path / "v.safetensors"), config, hints=told).scheduler or {}
     assert (found["prediction_type"], found["timestep_spacing"]) == ("v_prediction", "trailing")

@@ -28,7 +28,7 @@ def component(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def loaded(path: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
-    return load_weights(resolve_model(str(path), told=ModelHints(variant=variant)))
+    return load_weights(resolve_model(str(path), hints=ModelHints(variant=variant)))
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], scale: float = 1.0) -> None:
@@ -45,7 +45,7 @@ def test_a_variant_is_chosen_by_name(tmp_path: Path) -> None:
     assert_equal(loaded(made, "fp16"), state, 2)
     assert_equal(loaded(made, "ema"), state, 5)
     with pytest.raises(UsageError, match="no variant 'fp8'") as caught:
-        resolve_model(str(made), told=ModelHints(variant="fp8"))
+        resolve_model(str(made), hints=ModelHints(variant="fp8"))
     assert "non_ema" in str(caught.value)
     (made / PLAIN).unlink()
     with pytest.raises(UsageError, match="several variants only") as caught:
@@ -179,7 +179,7 @@ def test_companions_follow_the_variant(tmp_path: Path) -> None:
     unet = load_file(pipeline / "unet" / PLAIN)
     save_file(unet, pipeline / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     for variant, scale in ((None, 1), ("fp16", 2)):
-        companions = companions_of_source(resolve_model(str(pipeline), told=ModelHints(variant=variant)))
+        companions = companions_of_source(resolve_model(str(pipeline), hints=ModelHints(variant=variant)))
         assert companions is not None
         assert [name for name in companions.names if name.startswith("vae/diff")] == [f"vae/{PLAIN}"]
         found = dict(companions.load("vae").state_dict())

@@ -125,12 +125,12 @@ def test_rows_move_to_a_device_once_and_anew_when_they_change() -> None:
     index = StepIndex(TABLE)
     here, there = torch.zeros(1), torch.zeros(1, device="meta")
     index.select(torch.tensor([1]))
-    moved = index.rows_beside(there)
+    moved = index.rows_for(there)
     assert moved.device.type == "meta"
-    assert index.rows_beside(there) is moved
-    assert index.rows_beside(here).tolist() == index.rows.tolist() == [1]
+    assert index.rows_for(there) is moved
+    assert index.rows_for(here).tolist() == index.rows.tolist() == [1]
     index.select(torch.tensor([0]))
-    assert index.rows_beside(here).tolist() == [0]
+    assert index.rows_for(here).tolist() == [0]
 
 
 def test_rows_stay_on_the_device_of_the_timestep() -> None:
@@ -163,7 +163,7 @@ class _Stepped(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         self.steps.set(timestep)
-        return x * self.table[self.steps.rows_beside(x)]
+        return x * self.table[self.steps.rows_for(x)]
 
 
 def test_compiled_graphs_look_up_and_warn() -> None:

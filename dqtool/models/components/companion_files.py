@@ -1,4 +1,4 @@
-"""Which files of a pipeline directory belong to the components beside the quantized network. Imports no torch."""
+"""Companion files: the files of a pipeline's float components, all but the quantized network. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dqtool.models.sources.weight_files import plain_weight_name
 __all__ = ["CARD", "check_companion", "companion_digest", "companion_files", "components_of", "config_in_float32"]
 
 CARD = "sampling.json"
-"""File beside `model_index.json` that says how to sample: `{"guidance": 1.5, "prompts": [["a handwritten seven", 7]]}`."""
+"""Name of the card, a file next to `model_index.json` with sampling defaults: `{"guidance": 1.5, "prompts": [["a seven", 7]]}`."""
 
 SAFETENSORS = ".safetensors"
 _SHARD = re.compile(r"-\d+-of-\d+")
@@ -31,7 +31,7 @@ def components_of(index: Mapping[str, Any], where: str) -> list[str]:
     """Return the names of a pipeline's components, in the order of its `model_index.json`.
 
     Raises:
-        ArtifactError: one of them is no plain word, such as `..` or a path.
+        ArtifactError: a name is no plain word, such as `..` or a path.
     """
     return [check_component(name, where) for name, entry in index.items() if isinstance(entry, list)]
 
@@ -39,11 +39,10 @@ def components_of(index: Mapping[str, Any], where: str) -> list[str]:
 def companion_files(
     pipeline: Path, index: Mapping[str, Any], component: str, variant: str | None = None
 ) -> dict[str, Path]:
-    """Return {relative name: path} of every file of the other components (not the scheduler), and of the card of a pipeline
-    that has any. Hidden files are left out.
+    """Return {relative name: path} of the card and of every file of the companions, the scheduler's excepted.
 
-    Of weights stored in several forms these are the safetensors of `variant` where they are there, else those without a
-    variant, else those of the only one; they go by the names of weights without a variant, which every library loads.
+    Hidden files are left out. Where weights come in several forms, the safetensors of `variant` are chosen, else those
+    without a variant, else those of the only variant. They get names without a variant, which every library loads.
 
     Raises:
         ArtifactError: a component's name is no plain word, or a symbolic link leads out of the model.
@@ -69,7 +68,7 @@ def companion_files(
 
 
 def _kept(weights: set[Path], variant: str | None) -> dict[Path, Path]:
-    """The weight files and indexes to keep, and the path that each goes by; shards are those of the indexes."""
+    """Return the path under which each weight file or index is kept; shards follow their index."""
     heads = {path: path.with_name(plain_weight_name(path.name)) for path in weights if not _SHARD.search(path.name)}
     kept: dict[Path, Path] = {}
     for path, plain in sorted(heads.items()):
@@ -85,7 +84,7 @@ def _kept(weights: set[Path], variant: str | None) -> dict[Path, Path]:
 
 
 def _inside(pipeline: Path, component: str, where: str) -> list[Path]:
-    """Everything below a component's directory that is not hidden, sorted; `ArtifactError` for a link that leads out."""
+    """Return all files below a component's directory but hidden ones, sorted; `ArtifactError` for a link that leads out."""
     folder = path_within(pipeline, component, where, links=pipeline)
     found = []
     for path in sorted(folder.rglob("*")):
@@ -96,10 +95,10 @@ def _inside(pipeline: Path, component: str, where: str) -> list[Path]:
 
 
 def check_companion(name: str, pipeline: Mapping[str, Any] | None, where: str) -> None:
-    """Check that a file of an artifact, by its relative path, is the card or lies in another component of the pipeline.
+    """Check that the relative path of an artifact's file is the card or lies in a companion's directory.
 
     Raises:
-        ArtifactError: it would lie among the network's files, or where no component is.
+        ArtifactError: the path lies in the network's directory, or in none of the pipeline's components.
     """
     known = pipeline or {}
     components = components_of(known.get("model_index", {}), f"{where}, key pipeline.model_index")
@@ -113,7 +112,7 @@ def check_companion(name: str, pipeline: Mapping[str, Any] | None, where: str) -
 
 
 def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str, variant: str | None = None) -> str:
-    """Hex digest over those files; "" for a pipeline without any."""
+    """Return a hex digest over the companion files; "" for a pipeline without any."""
     files = companion_files(pipeline, index, component, variant)
     if not files:
         return ""
@@ -122,7 +121,7 @@ def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str, v
 
 
 def config_in_float32(content: bytes) -> bytes:
-    """A config.json that names no other precision than float32 for its weights; as it is where it names none."""
+    """Return the bytes of a config.json with its weights' precision set to float32; unchanged where it names none."""
     config = json_object(content, "config.json")
     changed = {key: "float32" for key in ("dtype", "torch_dtype") if config.get(key, "float32") != "float32"}
     return json.dumps(config | changed, indent=2).encode() + b"\n" if changed else content

@@ -1,7 +1,7 @@
-"""The other components of a pipeline: text encoders, class embedders and autoencoders, which stay float.
+"""Companions: the components of a pipeline that stay float (text encoders, class embedders, autoencoders).
 
-They travel with the artifacts as the files they are (`Artifact.attachments`), so that no stage needs a path back to the
-original model, and are written into the exported directory unchanged.
+Artifacts carry their files (`Artifact.attachments`), so that no stage needs a path to the original model. `export` writes
+them into its directory unchanged.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["Companions", "attachments_of", "companions_of_artifact", "companions
 
 DECODERS = ("vae", "vqvae", "movq")
 TEXTS = ("text_encoder", "tokenizer")
-"""Beginnings of the names of components that encode prompts."""
+"""Prefixes of the names of components that encode prompts."""
 LIBRARIES = ("diffusers", "transformers")
-"""Packages whose classes text models may be of: the name of one comes from a file, and importing it runs its code."""
+"""Packages that may provide a text model's class. The name comes from a file, and importing a package runs its code."""
 
 
 class Companions:
-    """The files of a pipeline beside the quantized network. `read(name)` gives one's bytes, `names` lists them."""
+    """Companion files of a pipeline. `names` lists them by relative path; `read(name)` returns the bytes of one."""
 
     def __init__(self, pipeline: Mapping[str, Any], names: list[str], read: Callable[[str], bytes]) -> None:
         self.index: Mapping[str, Any] = pipeline["model_index"]
@@ -46,38 +46,38 @@ class Companions:
             check_component(name, "model_index.json")
 
     def has(self, component: str) -> bool:
-        """Whether the component is there."""
+        """Return whether the pipeline has files of this component."""
         return any(name.startswith(component + "/") for name in self.names)
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return the object in a JSON file; `{}` for one that is not there.
+        """Return the object in a JSON file; `{}` where the file is missing.
 
         Raises:
-            ArtifactError: it holds something else.
+            ArtifactError: the file holds something else.
         """
         return json_object(self._read(name), name) if name in self.names else {}
 
     @property
     def encodes_text(self) -> bool:
-        """Whether any text encoder is there: the first one is null in SDXL's refiner."""
+        """Return whether the pipeline has any text encoder (the first one is null in SDXL's refiner)."""
         return any(name.startswith("text_encoder") for name in self.names)
 
     def missing_encoders(self) -> list[str]:
-        """Text encoders that the pipeline's class takes and that are not there."""
+        """Return the text encoders that the pipeline's class takes and the pipeline lacks."""
         return [name for name in self.index if name.startswith("text_encoder") and not self.has(name)]
 
     @property
     def card(self) -> dict[str, Any]:
-        """How the pipeline wants to be sampled: guidance, prompts."""
+        """Return the card, the pipeline's sampling defaults: guidance, prompts."""
         return {k: v for k, v in self.json(CARD).items() if k in ("guidance", "prompts")}
 
     @property
     def decoder_name(self) -> str | None:
-        """The autoencoder's component; None for a pipeline on pixels."""
+        """Return the name of the autoencoder's component; None for a pipeline on pixels."""
         return next((name for name in DECODERS if self.has(name)), None)
 
     def image_shape(self, latent: tuple[int, ...]) -> tuple[int, ...]:
-        """`(C, H, W)` of an image that a latent of shape `latent` decodes to."""
+        """Return the shape `(C, H, W)` of the image that a latent of shape `latent` decodes to."""
         if self.decoder_name is None:
             return latent
         config = self.json(f"{self.decoder_name}/config.json")
@@ -86,17 +86,17 @@ class Companions:
 
     @contextlib.contextmanager
     def directory(self, *components: str) -> Iterator[Path]:
-        """Write a pipeline directory with these components and the scheduler, for as long as the context lasts.
+        """Write a temporary pipeline directory with these components and the scheduler; a context manager.
 
         Raises:
-            ArtifactError: a file's name leaves the directory, or an index of shards names a file elsewhere.
+            ArtifactError: a file's name leads out of the directory, or an index of shards names a file elsewhere.
         """
         with tempfile.TemporaryDirectory(prefix="dqtool-") as folder:
             root = Path(folder)
             for name in self.names:
                 if name.split("/")[0] in components:
                     path, content = path_within(root, name, "the files of this pipeline"), self._read(name)
-                    if name.endswith(".index.json"):  # a library will open what it lists
+                    if name.endswith(".index.json"):  # a library will open every file that an index lists
                         check_shards(json.loads(content), name)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
@@ -106,10 +106,10 @@ class Companions:
             yield root
 
     def load(self, component: str) -> Any:
-        """One component as a float32 module in eval mode.
+        """Load one component as a float32 module in eval mode.
 
         Raises:
-            ArtifactError: it is damaged, or of a class that nobody knows.
+            ArtifactError: the component is damaged, or its class is unknown.
         """
         import diffusers
         import torch
@@ -131,7 +131,7 @@ class Companions:
 
     @contextlib.contextmanager
     def text_pipeline(self) -> Iterator[Any]:
-        """The diffusers pipeline with its text models and tokenizers and nothing else, in float32.
+        """Load the diffusers pipeline with its text models and tokenizers alone, in float32.
 
         Raises:
             EnvironmentFault: transformers is not installed.
@@ -168,7 +168,7 @@ class Companions:
             yield place(pipeline)
 
     def decoder(self) -> Callable[[Tensor], Tensor] | None:
-        """Latents `[N, C, H, W]` to images in [-1, 1], on the decoder's device; None for a pipeline on pixels."""
+        """Return a function from latents `[N, C, H, W]` to images in [-1, 1], on the decoder's device; None on pixels."""
         if self.decoder_name is None:
             return None
         import torch
@@ -187,7 +187,7 @@ class Companions:
 
 
 def attachments_of(source: ModelSource) -> dict[str, Tensor]:
-    """The files of a model's other components as an artifact carries them: uint8, mapped and not read."""
+    """Return a model's companion files as an artifact carries them: uint8 tensors, mapped but not read."""
     if source.pipeline is None:
         return {}
     files = companion_files(source.pipeline, source.model_index or {}, source.component, source.variant)
@@ -195,7 +195,7 @@ def attachments_of(source: ModelSource) -> dict[str, Tensor]:
 
 
 def companions_of_source(source: ModelSource) -> Companions | None:
-    """Those of a model on disk; None for a bare component."""
+    """Return the companions of a model on disk; None for a bare component."""
     if source.pipeline is None:
         return None
     index = source.model_index or {}
@@ -205,7 +205,7 @@ def companions_of_source(source: ModelSource) -> Companions | None:
 
 
 def companions_of_artifact(artifact: Artifact) -> Companions | None:
-    """Those that an artifact carries, or an exported directory holds; None for a bare component."""
+    """Return the companions in an artifact or an exported directory; None for a bare component."""
     pipeline = artifact.manifest.pipeline
     if pipeline is None or "model_index" not in pipeline:
         return None
@@ -213,7 +213,7 @@ def companions_of_artifact(artifact: Artifact) -> Companions | None:
 
 
 def in_float32(name: str, data: Tensor) -> Tensor:
-    """The bytes of a companion's file, uint8: a safetensors file with its tensors in float32, a config that says so.
+    """Return the bytes of a companion's file, uint8, in float32: tensors of a safetensors file, precision of a config.
 
     The embedded models are stored in half precision to be small, and are float32 wherever they are used: transformers
     would load a text encoder in the precision of its config, which does not mix with the rest of a pipeline.

@@ -1,4 +1,4 @@
-"""Where things are in an exported directory, which is a diffusers directory. Imports no torch."""
+"""Layout of an exported directory, which is a diffusers directory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def component_prefix(pipeline: Mapping[str, Any] | None) -> str:
 
 
 def weights_file(pipeline: Mapping[str, Any] | None) -> str:
-    """Path of the network's weights relative to the exported directory."""
+    """Return the path of the network's weights relative to the exported directory."""
     return component_prefix(pipeline) + WEIGHTS
 
 
 def weights_files(pipeline: Mapping[str, Any] | None, files: Iterable[str]) -> list[str]:
-    """Return the paths of the network's weights among an export's `files`: one, or its shards; a variant where that is all."""
+    """Return the network's weight files among an export's `files`: one file or its shards, of a variant where no other exists."""
     whole = weights_file(pipeline)
     stem = whole.removesuffix(".safetensors")
     others = sorted(name for name in files if name.startswith(stem) and name.endswith(".safetensors"))

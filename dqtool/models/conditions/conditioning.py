@@ -1,8 +1,7 @@
-"""The conditions of images: class labels, prompts, precomputed tensors or none, and the strength of guidance.
+"""Conditions of images: class labels, prompts, precomputed tensors or none, and the strength of guidance.
 
-A network's conditions are tensors. Few of them differ (ten labels, a list of prompts), so they are kept as a table with
-one row for each, and images and trajectory points refer to rows. With classifier-free guidance the last row stands for
-no condition.
+Conditions are tensors. Only a few differ (ten labels, a list of prompts), so a table holds each once, and images and
+trajectory points refer to its rows. With classifier-free guidance the last row is the null condition.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from dqtool.models.components.companions import Companions
 
 __all__ = [
-    "BESIDE",
     "CONTEXT_TOKENS",
+    "IMAGE_CONDITION",
     "SAMPLE_SIZE",
     "WAYS",
     "Conditions",
@@ -39,30 +38,32 @@ __all__ = [
 ]
 
 CONTEXT_TOKENS, SAMPLE_SIZE = "_context_tokens", "_sample_size"
-"""Config keys for what a network takes of any length: tokens of its context, side of its latents. diffusers keeps keys
-with an underscore and ignores them."""
+"""Config keys for sizes that a network's class leaves open: tokens of its context, side of its latents. diffusers keeps and
+ignores keys that start with an underscore."""
 
-BESIDE = "beside_latents"
-"""Condition `[K, C, H, W]` that stands behind the noisy latents in the network's input: mask and masked image for
-inpainting, the image for editing. It is the same with and without guidance."""
+IMAGE_CONDITION = "beside_latents"
+"""Name of the condition `[K, C, H, W]` that is concatenated to the noisy latents: mask and masked image for inpainting, the
+image for editing. It is the same with and without guidance."""
 
 MOST_RANDOM = 64
-"""Rows of a table of random conditions."""
+"""Largest number of rows of a table of random conditions."""
 
 TOGETHER = 16
-"""Prompts encoded at a time."""
+"""Number of prompts encoded at a time."""
 
 WAYS = (
     "Give --pipeline DIR (a pipeline whose text encoders and tokenizers are used), --conditions FILE (.safetensors or .npz "
     "with these tensors), or --random-conditions (drawn at random, which costs quality)"
 )
-"""How a model gets the conditions that its own components can't make."""
+"""Advice for a model whose own components can't make its conditions."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Conditions that the user asks for: `count` images, guidance and prompts where given (else the model card's, else the
-    family's). `card` is the pipeline's `sampling.json`; `random` allows random conditions where the model can't make its own.
+    """Conditions that the user requests, for `count` images.
+
+    Guidance and prompts default to those of `card` (the pipeline's `sampling.json`), then to the family's. `random` allows
+    random conditions where the model can't make its own.
     """
 
     count: int
@@ -73,17 +74,18 @@ class Request:
     random: bool = False
 
     def weight(self, default: float) -> float:
-        """The weight of guidance; 1 and less mean none, as in diffusers' pipelines."""
+        """Return the weight of guidance; 1 and less mean none, as in diffusers' pipelines."""
         chosen = self.guidance if self.guidance is not None else self.card.get("guidance", default)
         return max(float(chosen), 1.0)
 
 
 @dataclass
 class Conditions:
-    """Table of conditions: `table` holds `[K, ...]` a condition; with `guidance` above 1 its last row is the null condition.
+    """Table of conditions: `table` holds a tensor `[K, ...]` by name; with `guidance` above 1 the last row is the null condition.
 
-    `names` say what the rows stand for, `digits` `[K]` which digit each should give, where that is known. `embedded` is the
-    guidance that a distilled network takes as an input; `guidance` is 1 then, as in the pipelines of such networks. `random`: the table was drawn at random.
+    `names` are labels of the rows; `digits` `[K]` is the digit that each row should give, where that is known. `embedded`
+    is the guidance that a distilled network takes as an input; `guidance` is then 1, as in the pipelines of such networks.
+    `random` says that the table was drawn at random.
     """
 
     table: dict[str, Tensor]
@@ -98,20 +100,20 @@ class Conditions:
 
     @property
     def guided(self) -> bool:
-        """Whether every step asks the network with and without the condition."""
+        """Return whether every step runs the network with and without the condition (classifier-free guidance)."""
         return self.guidance > 1
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The table's rows for images `start` to `stop`: all conditions in turn."""
+        """Return the table's rows for images `start` to `stop`, cycling through all conditions."""
         return torch.arange(start, stop) % max(1, len(self) - self.guided)
 
     def given(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The conditions of these images, `[stop - start, ...]` each."""
+        """Return the conditions of images `start` to `stop`, `[stop - start, ...]` each."""
         rows = self.rows(start, stop)
         return {name: values[rows] for name, values in self.table.items()}
 
     def evenly(self, images: int) -> Conditions:
-        """Those of as many images: where there are more conditions, some of them, evenly over the list."""
+        """Return the conditions for this number of images, chosen evenly over the list where there are more conditions."""
         kinds = len(self) - self.guided
         if not self.table or images >= kinds:
             return self
@@ -125,18 +127,18 @@ class Conditions:
 
     @property
     def null(self) -> dict[str, Tensor] | None:
-        """The null condition, `[1, ...]` each; None without guidance."""
+        """Return the null condition, `[1, ...]` each; None without guidance."""
         return {name: values[-1:] for name, values in self.table.items()} if self.guided else None
 
     def digest(self) -> str:
-        """Hex digest of the tables."""
+        """Return a hex digest of the tables."""
         found = hashlib.sha256()
         for name in sorted(self.table):
             found.update(name.encode() + self.table[name].contiguous().numpy().tobytes())
         return found.hexdigest()
 
     def asked(self, images: int) -> Tensor | None:
-        """The digit each image should show, `[images]`."""
+        """Return the digit that each image should show, `[images]`; None where that is unknown."""
         return None if self.digits is None else self.digits[self.rows(0, images)]
 
 
@@ -148,8 +150,7 @@ def random_conditions(
     """Return a table of random conditions, or an empty one for networks that need none.
 
     Raises:
-        UsageError: prompts or guidance are asked for, or the network needs conditions and the request does not allow
-            random ones.
+        UsageError: the request has prompts or guidance, or the network needs conditions and random ones are not allowed.
     """
     if request.prompts is not None:
         raise UsageError(
@@ -179,10 +180,10 @@ def missing_conditions(what: str, table: Mapping[str, Tensor], where: str = "con
 
 
 def class_labels(request: Request, classes: int, default: float) -> Conditions:
-    """Labels themselves as the condition `class_labels`; the label `classes` means none.
+    """Return the labels themselves as the condition `class_labels`; the label `classes` means no class.
 
     Raises:
-        UsageError: prompts are asked for.
+        UsageError: the request has prompts.
     """
     _refuse_prompts(request)
     labels = _spread(classes, request.count)
@@ -192,10 +193,10 @@ def class_labels(request: Request, classes: int, default: float) -> Conditions:
 
 
 def class_contexts(request: Request, companions: Companions, default: float) -> Conditions:
-    """The embedding of each class as the context `encoder_hidden_states` `[K, 1, D]`.
+    """Return the embedding of each class as the context `encoder_hidden_states` `[K, 1, D]`.
 
     Raises:
-        UsageError: prompts are asked for.
+        UsageError: the request has prompts.
     """
     _refuse_prompts(request)
     embedder = companions.load("class_embedder")
@@ -214,13 +215,13 @@ def text_conditions(
     encode: Callable[[Any, list[str]], tuple[dict[str, Tensor], dict[str, Tensor]]],
     embed: Callable[[float, int], dict[str, Tensor]] | None = None,
 ) -> Conditions:
-    """Encode prompts with the pipeline itself: `encode(pipeline, prompts)` gives their conditions and the null one.
+    """Return the conditions of prompts; `encode(pipeline, prompts)` returns theirs and the null condition.
 
-    The prompts are those asked for, else the model card's, else a small built-in list. With `embed` the network takes
+    The prompts are the requested ones, else the card's, else a small built-in list. With `embed` the network takes
     guidance as an input (`with_embedded`), and there is no null condition.
 
     Raises:
-        UsageError: some of the pipeline's text encoders are missing, and it can't do without them.
+        UsageError: text encoders that the pipeline needs are missing.
     """
     missing = companions.missing_encoders()
     digits: Tensor | None = None
@@ -266,13 +267,13 @@ def text_conditions(
 def with_embedded(
     conditions: Conditions, guidance: float, embed: Callable[[float, int], dict[str, Tensor]]
 ) -> Conditions:
-    """Tell a guidance-distilled network its guidance: `embed(guidance, rows)` gives the condition that does."""
+    """Return `conditions` with the guidance input of a guidance-distilled network, made by `embed(guidance, rows)`."""
     table = conditions.table | embed(guidance, len(conditions))
     return replace(conditions, table=table, guidance=1.0, embedded=guidance)
 
 
 def _spread(there: int, wanted: int) -> Tensor:
-    """All of `there` items, or `wanted` of them evenly over the list."""
+    """Return the indices of all `there` items, or of `wanted` of them, evenly over the list."""
     return torch.arange(there) if wanted >= there else torch.arange(wanted) * there // wanted
 
 

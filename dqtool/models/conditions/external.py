@@ -1,7 +1,7 @@
 """Conditions that come from outside a model: precomputed tensors, or another pipeline's text encoders.
 
-`--conditions FILE` holds one tensor `[K, ...]` for each condition of the network, K rows in all, and for guidance
-`null.NAME` `[1, ...]`, what the network is told for no condition:
+`--conditions FILE` holds one tensor `[K, ...]` for each condition of the network, with the same K for all, and for
+guidance the null condition `null.NAME` `[1, ...]`:
 
 | network | tensors |
 | --- | --- |
@@ -11,8 +11,8 @@
 | SD3Transformer2DModel, FluxTransformer2DModel | `encoder_hidden_states`, `pooled_projections` [K, width] |
 | others (`--family generic`) | the arguments of the example |
 
-Names in brackets follow from the others where they are left out. A guidance that the network takes as an input
-(FLUX.1-dev, latent consistency models) is set by `--guidance` and is no part of the file.
+Names in brackets are optional and derived from the others. A guidance that the network takes as an input (FLUX.1-dev,
+latent consistency models) is set by `--guidance`, not in the file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NULL = "null."
 
 @dataclass(frozen=True)
 class ConditionSource:
-    """Origin of the conditions that a model's own components don't make: a file, a pipeline, or a random generator."""
+    """Origin of conditions that don't come from the model's own components: a file, a pipeline, or a random generator."""
 
     file: str | None = None
     pipeline: str | None = None
@@ -52,12 +52,12 @@ class ConditionSource:
 
     @classmethod
     def of(cls, options: Any, sampling: Mapping[str, Any] | None = None) -> ConditionSource:
-        """Return what the stage's options name, else what `sampling`, a manifest's, says of calibration.
+        """Return the source that the stage's options name, else the one recorded in a manifest's `sampling`.
 
         Raises:
-            UsageError: two ways at once.
-            EnvironmentFault: the file or pipeline of calibration is not where it was.
-            ArtifactError: it is, and holds something else.
+            UsageError: the options name two sources.
+            EnvironmentFault: the recorded file or pipeline no longer exists.
+            ArtifactError: the recorded file or pipeline has other contents.
         """
         found = cls(options.conditions, options.pipeline, options.random_conditions)
         if found.file is not None and found.pipeline is not None:
@@ -91,7 +91,7 @@ class ConditionSource:
         return found
 
     def record(self) -> dict[str, Any]:
-        """What a manifest says: `from` ("file", "pipeline", "random" or, for the model's own, nothing), path and digest."""
+        """Return the manifest's entry: `from` ("file", "pipeline" or "random"), path and digest; empty for the model's own."""
         if self.file is not None:
             return {"from": "file", "path": self.file, "sha256": sha256_file(self.file)}
         if self.pipeline is not None:
@@ -99,17 +99,17 @@ class ConditionSource:
         return {"from": "random"} if self.random else {}
 
     def parameters(self) -> dict[str, Any]:
-        """The part of a fingerprint: the record without its path."""
+        """Return the part of a fingerprint: the record without its path."""
         found = {key: value for key, value in self.record().items() if key != "path"}
         return {"conditions": found} if found else {}
 
     def conditions(
         self, family: Family, config: Mapping[str, Any], request: Request, companions: Companions | None
     ) -> Conditions:
-        """Return the conditions of a network of this config; `companions` are its own.
+        """Return the conditions of a network with this config; `companions` are the model's own.
 
         Raises:
-            UsageError: the file or pipeline does not fit the network, or nothing makes its conditions.
+            UsageError: the file or pipeline does not fit the network, or there is no source of conditions.
             ArtifactError: the file or a text encoder is damaged.
         """
         if self.file is not None:
@@ -122,10 +122,10 @@ class ConditionSource:
         return found
 
     def companions(self) -> Companions:
-        """The text encoders and tokenizers of `pipeline`.
+        """Return the text encoders and tokenizers of `pipeline`.
 
         Raises:
-            UsageError: it has none.
+            UsageError: the pipeline has none.
         """
         assert self.pipeline is not None
         index, files = _pipeline_files(self.pipeline)
@@ -141,10 +141,10 @@ class ConditionSource:
 
 
 def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Return the `model_index.json` of a pipeline and its components' files by relative path; the denoiser may be missing.
+    """Return a pipeline's `model_index.json` and its companion files by relative path; the denoiser may be missing.
 
     Raises:
-        UsageError: it is no pipeline, or has no text encoder.
+        UsageError: `given` is no pipeline, or has no text encoder.
     """
     import json
 
@@ -153,7 +153,9 @@ def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
         source = resolve_model(given)
         if source.pipeline is None or source.layout is not None:
             raise UsageError(
-                "This is no pipeline directory", where=f"--pipeline {given}", fix="Its model_index.json is looked for"
+                "This is no pipeline directory",
+                where=f"--pipeline {given}",
+                fix="Name a directory that holds model_index.json",
             )
         root = source.pipeline
     try:
@@ -175,7 +177,7 @@ def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
 def _of_file(path: str, family: Family, config: Mapping[str, Any], request: Request) -> Conditions:
     import torch
 
-    from dqtool.models.conditions.conditioning import BESIDE, Conditions, with_embedded
+    from dqtool.models.conditions.conditioning import IMAGE_CONDITION, Conditions, with_embedded
 
     if request.prompts is not None:
         raise UsageError(
@@ -199,7 +201,9 @@ def _of_file(path: str, family: Family, config: Mapping[str, Any], request: Requ
             )
         warn(f"{path} holds no null.NAME: sampling goes without guidance")
         return Conditions(table)
-    null |= {BESIDE: table[BESIDE][:1]} if BESIDE in table else {}  # which is the same with and without guidance
+    null |= (
+        {IMAGE_CONDITION: table[IMAGE_CONDITION][:1]} if IMAGE_CONDITION in table else {}
+    )  # this condition is the same with and without guidance
     null = _completed(null, family, config, path)
     guidance = request.weight(default)
     if guidance <= 1:
@@ -211,9 +215,9 @@ def _read(path: str) -> dict[str, Tensor]:
     """Return all tensors of a .safetensors or .npz file.
 
     Raises:
-        EnvironmentFault: there is none.
-        ArtifactError: it is damaged, or of another kind.
-        NumericError: NaN or infinity.
+        EnvironmentFault: there is no such file.
+        ArtifactError: the file is damaged, or of another format.
+        NumericError: a tensor holds NaN or infinity.
     """
     import torch
 
@@ -238,18 +242,22 @@ def _read(path: str) -> dict[str, Tensor]:
 
 
 def _completed(given: dict[str, Tensor], family: Family, config: Mapping[str, Any], path: str) -> dict[str, Tensor]:
-    """Return the conditions as the network takes them, with those added that follow from the others."""
+    """Return the checked conditions, with derived ones added."""
     where = f"--conditions {path}"
     table = _check(given, family, config, where)
     counts = {len(value) for value in table.values()}
     if len(counts) != 1:
-        raise UsageError("Its tensors don't have the same number of rows", where=where, fix="Give [K, ...] each")
+        raise UsageError(
+            "The tensors differ in their number of rows",
+            where=where,
+            fix="Give every tensor the same first dimension, [K, ...]",
+        )
     derived = family.complete(config, table)
     return {name: value.contiguous() for name, value in (derived | table).items()}
 
 
 def _check(given: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Return `given` in the network's dtypes; raise `UsageError` where names, ranks or widths are not those of its conditions."""
+    """Return `given` in the network's dtypes; raise `UsageError` where names, ranks or widths don't fit its conditions."""
     import torch
 
     wanted = family.conditions(config, 1, torch.Generator().manual_seed(0))

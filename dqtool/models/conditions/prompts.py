@@ -1,4 +1,4 @@
-"""Prompts for text models that are calibrated without any of the user's: everyday subjects in several styles. No torch."""
+"""Default calibration prompts of text-to-image models: everyday subjects in several styles. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Families of diffusion networks: one adapter a file. The rest of dqtool knows no family.
+"""Families of diffusion networks, one adapter per file; no other code depends on a network's class.
 
-An adapter says which class it serves, which of its modules are trained as one block, what a minimal input looks like,
-what the network is conditioned on and how it is called. `register` adds one; `family_of` finds it by the class name
-that an artifact records: that of the diffusers class, or `generic:` and that name for a network without an adapter.
+An adapter names the class it serves and the modules that are trained as one block. It defines a minimal input, the
+conditions, and the arguments of the forward. `register` adds an adapter; `family_of` finds it by the class name in an
+artifact: the diffusers class, or `generic:` and the class for a network without an adapter.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
 
 def family_of(class_name: str, where: str, config: Mapping[str, Any] | None = None) -> Family:
-    """Return the adapter for a diffusers class, as an artifact names it; a `config` is checked before it is used.
+    """Return the adapter for the class name in an artifact, and check `config` against it where one is given.
 
     Raises:
-        ArtifactError: no adapter serves the class, or the config is not one of it.
+        ArtifactError: the class has no adapter, or the config is invalid for it.
     """
     family = _family(class_name, where)
     if config is not None:

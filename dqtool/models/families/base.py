@@ -1,4 +1,4 @@
-"""What an adapter is, and the table of them."""
+"""The interface of adapters, and the table of all adapters."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ __all__ = ["FAMILIES", "Family", "image_side", "register", "square_sample", "tim
 
 CONFIG = "model config"
 LARGEST_SAMPLE = 1 << 24
-"""Most values of one sample."""
+"""Largest number of values of one sample."""
 
 
 class Family(ABC):
-    """What dqtool must know of a network class.
+    """Adapter for a network class.
 
     A denoising input is `x` `[N, C, H, W]`, a timestep and a dict of conditions, tensors whose first dimension is the
-    sample. `sample` names the argument of the network's forward that holds `x`; the network is given the scheduler's
-    timestep divided by `timestep_divisor`; `guidance` is what pipelines of this family guide with unless they are told
-    otherwise (1: not at all), `traced_size` whether a trace of it holds for the height and width it was made with alone, as
-    where positions become constants, `scheduler` the noise schedule of a network that comes without its pipeline (None: that of
-    `models/sampling/sampler.py`).
+    sample.
+
+    Attributes:
+        sample: argument of the network's forward that holds `x`.
+        timestep_divisor: the network receives the scheduler's timestep divided by this number.
+        guidance: default weight of classifier-free guidance of the family's pipelines (1: none).
+        traced_size: a trace holds only for its own height and width, as where positions become constants.
+        scheduler: noise schedule of a network without a pipeline (None: the one of `models/sampling/schedulers.py`).
     """
 
     name: ClassVar[str]
@@ -54,17 +57,17 @@ class Family(ABC):
         """Return the network with random weights, from a diffusers config.
 
         Raises:
-            ArtifactError: the config is not one of this class, or diffusers refuses it.
+            ArtifactError: the config is invalid for the class, or diffusers refuses it.
         """
         cls = self.check(config)
         with bounded_parameters(), built(self.class_name, CONFIG):
             return apply_config_extras(cls.from_config(dict(config)), config)
 
     def check(self, config: Mapping[str, Any]) -> Any:
-        """Check a config before anything is made by it; returns the diffusers class of the network.
+        """Check a config and return the diffusers class of the network.
 
         Raises:
-            ArtifactError: names the key that is not what the class takes, or samples that are too large.
+            ArtifactError: a value is invalid for the class (the message names its key), or samples are too large.
         """
         cls = diffusers_class(self.class_name, "ModelMixin", f"{CONFIG}, key _class_name")
         check_network_config(cls, config, CONFIG)
@@ -80,24 +83,24 @@ class Family(ABC):
 
     @abstractmethod
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape of one sample, `(C, H, W)`."""
+        """Return the shape of one sample, `(C, H, W)`."""
 
     def tokens(self, config: Mapping[str, Any]) -> int:
-        """Image tokens of one sample, which some flow schedules are shifted by."""
+        """Return the number of image tokens of one sample, by which some flow schedules are shifted."""
         patch = int(config.get("patch_size") or 1)
         _, height, width = self.sample_shape(config)
         return (height // patch) * (width // patch)
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Conditioning tensors for `batch` samples drawn at random, for networks that need some."""
+        """Return random conditions for `batch` samples; empty for an unconditional network."""
         return {}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """Return the conditions that images are sampled under. Here: random ones, for lack of a text model or labels.
+        """Return the conditions under which images are sampled. The default is random ones, for lack of text or labels.
 
         Raises:
-            UsageError: the network needs conditions and the request does not allow random ones, or guidance or prompts
-                are asked for and this network knows none.
+            UsageError: the network needs conditions and the request does not allow random ones, or the request has
+                guidance or prompts, which this network does not support.
         """
         embed = self.embedder(config)
         if embed is None:
@@ -106,63 +109,69 @@ class Family(ABC):
         return with_embedded(found, request.weight(self.default_guidance(config)), embed)
 
     def time(self, config: Mapping[str, Any]) -> NetworkTime:
-        """What the network receives for a scheduler's timestep."""
+        """Return the conversion of the scheduler's timestep to the value that the network receives."""
         return NetworkTime(self.timestep_divisor, linear_sigmas=self.timestep_divisor != 1)
 
     def default_guidance(self, config: Mapping[str, Any]) -> float:
-        """Guidance of this family's pipelines where the user and the model's card name none."""
+        """Return the guidance to use where the user and the model's card name none."""
         return self.guidance
 
     def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Conditions beside the precomputed ones in `given`, `[K, ...]` each, that follow from config and shapes: sizes, masks."""
+        """Return the conditions that follow from config and shapes (sizes, masks), for `given` ones `[K, ...]` each."""
         return {}
 
-    def channels_beside(self, config: Mapping[str, Any]) -> int:
-        """How many of the sample's channels are no noisy image but a condition, `BESIDE`, behind it."""
+    def condition_channels(self, config: Mapping[str, Any]) -> int:
+        """Return the number of the input's channels that hold `IMAGE_CONDITION` instead of the noisy image."""
         return 0
 
     def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
-        """Whether the network takes guidance as an input, so that its pipeline asks it once a step."""
+        """Return whether the network takes guidance as an input, so that its pipeline calls it once per step."""
         return False
 
     def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
-        """The condition that tells such a network its guidance, `[rows, ...]`."""
+        """Return the condition that holds the guidance of such a network, `[rows, ...]`."""
         return {}
 
     def embedder(self, config: Mapping[str, Any]) -> Callable[[float, int], dict[str, Tensor]] | None:
-        """`embed_guidance` as a function of guidance and rows; None for networks that don't take it."""
+        """Return `embed_guidance` as a function of guidance and rows; None for networks without a guidance input."""
         return partial(self.embed_guidance, config) if self.embeds_guidance(config) else None
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of the network's forward. `timestep` is a scalar or `[N]`, as the network is given it."""
+        """Return the keyword arguments of the network's forward. `timestep`, a scalar or `[N]`, is the network's, not the scheduler's."""
         return {self.sample: x, "timestep": timestep, **conditions}
 
     def predict(self, model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """The network's prediction: shaped like `x`, or with twice the channels where it learned its variance too, and
-        on the network's device, wherever what it is given is."""
+        """Return the network's prediction, shaped like `x` or with twice the channels for a learned variance.
+
+        Inputs may be on any device; the prediction is on the network's.
+        """
         return model(**to_device_of(model, self.arguments(x, timestep, conditions)), return_dict=False)[0]
 
     def example(self, config: Mapping[str, Any], batch: int = 1, seed: int = 0) -> dict[str, Any]:
-        """Arguments for one forward on random input, to trace and to compare networks with."""
+        """Return the arguments of one forward on random input, for tracing and comparing networks."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, *self.sample_shape(config), generator=generator)
         timestep = self.time(config).given(torch.randint(0, 1000, (batch,), generator=generator))
         return self.arguments(x, timestep, self.conditions(config, batch, generator))
 
     def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """The shape that holds one number for each channel the network returns, and broadcasts against one sample of it. Samples
-        of fewer than three dimensions (tokens, whose number may change) have one number for all."""
+        """Return the shape that holds one number per output channel and broadcasts against one output sample.
+
+        Samples of fewer than three dimensions (tokens, whose number may change) have one number for all.
+        """
         sample = self.sample_shape(config)
         if len(sample) < 3:
             return (1,) * len(sample)
-        if self.channels_beside(config):
-            return (sample[0] - self.channels_beside(config), *(1,) * (len(sample) - 1))
+        if self.condition_channels(config):
+            return (sample[0] - self.condition_channels(config), *(1,) * (len(sample) - 1))
         learns_variance = config.get("out_channels") == 2 * config.get("in_channels", sample[0])
         return (sample[0] * (1 + learns_variance), *(1,) * (len(sample) - 1))
 
     def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:
-        """`values` `[T, C]`, one for each channel of a sample, as `[T, *prediction_row]`; `fill` for what the network returns
-        beyond a sample's channels (a learned variance)."""
+        """Return `values` `[T, C]`, one per channel of a sample, as `[T, *prediction_row]`.
+
+        Output channels beyond those of a sample (a learned variance) get the value `fill`.
+        """
         row = self.prediction_row(config)
         if len(row) < 3:
             return values.mean(1).view(-1, *row)
@@ -170,19 +179,19 @@ class Family(ABC):
         return torch.cat([values, beyond], 1).view(-1, *row)
 
     def graph(self, network: nn.Module, config: Mapping[str, Any]) -> NetworkGraph:
-        """Return the structure of a network of this family, which may be on `meta`; it is recorded when it is first read."""
+        """Return the graph of a network of this family, which may be on `meta`; it is recorded on first use."""
         return NetworkGraph(network, self.example(config), self.sample, block_classes=self.block_classes)
 
     def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The config of the least work that runs every layer on every channel: what a comparison of weights needs."""
+        """Return the cheapest config that runs every layer on every channel, for comparisons of weights."""
         return config
 
     def hints(self, companions: Companions) -> dict[str, Any]:
-        """What the pipeline around the network knows of its inputs and its config does not say, as config entries."""
+        """Return config entries for properties of the inputs that only the surrounding pipeline defines."""
         return {}
 
     def tied_modules(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-        """Pairs (copy, original) of modules that the class builds several times though a model has one of them."""
+        """Return pairs (copy, original) of names of modules that the class builds several times though the model has one."""
         return ()
 
 
@@ -191,20 +200,20 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(cls: type[Family]) -> type[Family]:
-    """Class decorator: make an adapter known."""
+    """Add an adapter to `FAMILIES`. A class decorator."""
     FAMILIES[cls.class_name] = cls()
     return cls
 
 
 def image_side(latent: tuple[int, ...], companions: Companions | None) -> list[int]:
-    """Height and width of the image of a latent; 8 pixels a place without the pipeline's autoencoder."""
+    """Return height and width of the image of a latent; 8 pixels per latent where there is no autoencoder."""
     if companions is None or companions.decoder_name is None:
         return [8 * side for side in latent[1:]]
     return list(companions.image_shape(latent)[1:])
 
 
 def square_sample(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """`(C, H, W)` from `in_channels` and `sample_size`.
+    """Return `(C, H, W)` from the config's `in_channels` and `sample_size`.
 
     Raises:
         ArtifactError: the config has no sample size.
@@ -221,8 +230,10 @@ def square_sample(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def small_sample(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a UNet with samples just large enough for its resolutions, where they are large: convolutions and
-    attention run the same weights at every size."""
+    """Return a UNet's config with large samples reduced to the smallest size that all its resolutions need.
+
+    Convolutions and attention use the same weights at every size.
+    """
     size = config["sample_size"]
     least = max(16, 2 ** len(config["block_out_channels"]))
     large = min([size] if isinstance(size, int) else size) > 2 * least
@@ -230,5 +241,5 @@ def small_sample(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def timestep_vector(timestep: Tensor, x: Tensor) -> Tensor:
-    """The timestep as `[N]`, for networks that take no scalar."""
+    """Return the timestep as `[N]`, for networks that take no scalar."""
     return torch.as_tensor(timestep).reshape(-1).expand(len(x))

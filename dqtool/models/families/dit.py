@@ -29,23 +29,23 @@ class DiT(Family):
     guidance = 4.0
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """From `in_channels` and `sample_size`."""
+        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample(config)
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random class labels."""
+        """Return random class labels."""
         return {"class_labels": torch.randint(0, _classes(config), (batch,), generator=generator)}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """All classes in turn."""
+        """Return all classes in turn."""
         return class_labels(request, _classes(config), self.guidance)
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The timestep as `[N]`."""
+        """Return the arguments of the forward, with the timestep as `[N]`."""
         return {"hidden_states": x, "timestep": timestep_vector(timestep, x), **conditions}
 
     def tied_modules(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-        """DiT embeds time and class once; diffusers' class does it anew in each block."""
+        """Return the embedders of time and class: DiT has one, diffusers' class builds one in each block."""
         first = "transformer_blocks.0.norm1.emb"
         return [(f"transformer_blocks.{i}.norm1.emb", first) for i in range(1, int(config.get("num_layers", 28)))]
 

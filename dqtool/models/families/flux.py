@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["Flux"]
 
 PATCH = 2
-"""Latents are packed in squares of this side before they reach the network."""
+"""Side of the squares of latents that are packed into one token."""
 
 
 @register
 class Flux(Family):
-    """Flow-matching transformers. `x` is the latent `[N, C, H, W]`; the network sees it packed, `[N, HW/4, 4C]`, and the
+    """Flow-matching transformers. `x` is the latent `[N, C, H, W]`; the network takes it packed, `[N, HW/4, 4C]`, and the
     timestep in [0, 1]."""
 
     name = "flux"
@@ -38,25 +38,25 @@ class Flux(Family):
     }
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """The network takes any size and its config names none: 128x128 latents (1024 pixels) unless told."""
+        """Return `(C, H, W)`; the config has no size, so the default is 128x128 latents (1024 pixels)."""
         size = config.get(SAMPLE_SIZE, 128)
         return int(config.get("in_channels", 64)) // PATCH**2, size, size
 
     def tokens(self, config: Mapping[str, Any]) -> int:
-        """Packed squares."""
+        """Return the number of packed squares."""
         _, height, width = self.sample_shape(config)
         return (height // PATCH) * (width // PATCH)
 
     def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """Packed squares hold their channels one after the other."""
+        """Return the shape of one number per channel of a packed square."""
         return 1, self.sample_shape(config)[0] * PATCH**2
 
     def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:
-        """Each channel's number for all places of a square."""
+        """Repeat each channel's number for all places of a square."""
         return values.repeat_interleave(PATCH**2, 1)[:, None]
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random text `[N, S, D]`, pooled text, and the guidance of distilled models."""
+        """Return random text `[N, S, D]`, pooled text, and the guidance of distilled models."""
         tokens, width = config.get(CONTEXT_TOKENS, 512), config.get("joint_attention_dim", 4096)
         given = {
             "encoder_hidden_states": torch.randn(batch, tokens, width, generator=generator),
@@ -67,19 +67,19 @@ class Flux(Family):
         return given
 
     def default_guidance(self, config: Mapping[str, Any]) -> float:
-        """3.5 for models that are distilled with guidance as an input; FLUX.1-schnell has none."""
+        """Return 3.5 for models that take guidance as an input; FLUX.1-schnell has none."""
         return self.embedded_guidance if self.embeds_guidance(config) else 1.0
 
     def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
-        """FLUX.1-dev's kind."""
+        """Return whether the network takes guidance as an input, as FLUX.1-dev does."""
         return bool(config.get("guidance_embeds"))
 
     def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
-        """`guidance` `[rows]`."""
+        """Return `guidance` `[rows]`."""
         return {"guidance": torch.full((rows,), guidance)}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """Prompts encoded by the pipeline's CLIP and T5; `--guidance` is what a distilled model is told."""
+        """Return prompts encoded by the pipeline's CLIP and T5, with the guidance input of a distilled model."""
         if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)
 
@@ -90,7 +90,7 @@ class Flux(Family):
         return text_conditions(request, companions, self.default_guidance(config), encode, self.embedder(config))
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Packed latents, and positions of text (all zero) and image squares."""
+        """Return the arguments of the forward: packed latents, and positions of text (all zero) and image squares."""
         n, channels, height, width = x.shape
         rows, columns = height // PATCH, width // PATCH
         packed = x.view(n, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
@@ -106,7 +106,7 @@ class Flux(Family):
         }
 
     def predict(self, model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """Unpacked again, `[N, C, H, W]`."""
+        """Return the unpacked prediction, `[N, C, H, W]`."""
         packed = super().predict(model, x, timestep, conditions)
         n, _, height, width = x.shape
         squares = packed.view(n, height // PATCH, width // PATCH, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)

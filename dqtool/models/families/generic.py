@@ -1,8 +1,8 @@
 """Any other diffusers network (`--family generic`): its Conv2d and Linear leaves are the blocks.
 
-What its forward takes is read from the signature. Required arguments beside the sample and the timestep come from an
-example, `dqtool dilate --example FILE.safetensors`, one tensor `[N, ...]` an argument; their shapes (and values, as
-conditions to draw from) are kept in the config under `_example`.
+The arguments of the forward are read from its signature. Required ones other than the sample and the timestep come from an
+example, `dqtool dilate --example FILE.safetensors`, with one tensor `[N, ...]` per argument. The config keeps their shapes
+and dtypes under `_example`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dqtool.nn.prediction import SAMPLE_NAMES
 __all__ = ["EXAMPLE", "PREFIX", "Generic", "example_shapes"]
 
 PREFIX = "generic:"
-"""Before the class name in an artifact's manifest."""
+"""Prefix of the class name in an artifact's manifest."""
 
 EXAMPLE = "_example"
-"""Config key: shape, dtype and (integers') largest value of one sample's further arguments, by name."""
+"""Config key of the further arguments: shape, dtype and (for integers) largest value of one sample, by name."""
 
 TIMES = ("timestep", "timesteps", "t")
 
 
 def example_shapes(path: str) -> dict[str, dict[str, Any]]:
-    """What the config keeps of an example: shape and dtype of one sample of each tensor, and the largest integer.
+    """Return the config's record of an example: shape and dtype of one sample of each tensor, and the largest integer.
 
     Raises:
         EnvironmentFault: the file can't be read.
-        ArtifactError: it is no safetensors file, or its tensors have no batch.
+        ArtifactError: the file is no safetensors file, or a tensor has no batch dimension.
     """
     read_header(Path(path))
     shapes: dict[str, dict[str, Any]] = {}
@@ -57,7 +57,7 @@ class Generic(Family):
     """A network without an adapter of its own."""
 
     name = "generic"
-    block_classes = ("Attention",)  # quantized attention runs its projections as one
+    block_classes = ("Attention",)  # quantized attention runs its projections as one block
 
     def __init__(self, class_name: str) -> None:
         self.class_name = class_name
@@ -81,13 +81,15 @@ class Generic(Family):
         ]
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """That of the example, else from `in_channels` and `sample_size`."""
+        """Return the shape of the example's sample, else `(C, H, W)` from `in_channels` and `sample_size`."""
         example = config.get(EXAMPLE, {})
         return tuple(example[self.sample]["shape"]) if self.sample in example else square_sample(config)
 
     def tokens(self, config: Mapping[str, Any]) -> int:
-        """Places of a sample that the network sees as tokens: squares of its last two dimensions, in each frame; the first
-        dimension of a sequence `(tokens, width)`, and one of a vector."""
+        """Return the number of tokens of a sample: patches of its last two dimensions in each frame.
+
+        A sequence `(tokens, width)` has the size of its first dimension, and a vector one token.
+        """
         shape = self.sample_shape(config)
         if len(shape) < 3:
             return shape[0] if len(shape) == 2 else 1
@@ -97,14 +99,14 @@ class Generic(Family):
         return max(1, frames) * (shape[-2] // sides[0]) * (shape[-1] // sides[-1])
 
     def time(self, config: Mapping[str, Any]) -> NetworkTime:
-        """What `dilate` recorded; artifacts without a record pass the scheduler's timestep."""
+        """Return the conversion that `dilate` recorded; without a record the network receives the scheduler's timestep."""
         return NetworkTime(**config.get(TIME, {}))
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random tensors shaped like the example's.
+        """Return random tensors shaped like the example's.
 
         Raises:
-            ArtifactError: the network requires an argument that no example was given for.
+            ArtifactError: the network requires an argument that the example lacks.
         """
         example = {k: v for k, v in config.get(EXAMPLE, {}).items() if k not in (self.sample, "timestep")}
         missing = [name for name in self.required if name not in example]
@@ -124,5 +126,5 @@ class Generic(Family):
         return given
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The timestep as `[N]`, which every network takes."""
+        """Return the arguments of the forward, with the timestep as `[N]`, which every network takes."""
         return {self.sample: x, "timestep": torch.as_tensor(timestep).reshape(-1).expand(len(x)), **conditions}

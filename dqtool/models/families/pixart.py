@@ -21,7 +21,7 @@ SIZES = ("resolution", "aspect_ratio")
 
 @register
 class PixArt(Family):
-    """Text-conditional transformers with one shared adaptive norm; larger ones are told the image's size as well."""
+    """Text-conditional transformers with one shared adaptive norm; larger ones also take the image's size."""
 
     name = "pixart"
     class_name = "PixArtTransformer2DModel"
@@ -31,11 +31,11 @@ class PixArt(Family):
     guidance = 4.5
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """From `in_channels` and `sample_size`."""
+        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample({"sample_size": 128, "in_channels": 4, **config})
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A random caption `[N, S, D]` of full length, and sizes where the config calls for them."""
+        """Return a random caption `[N, S, D]` of full length, and sizes where the config requires them."""
         width = config.get("caption_channels") or config.get("cross_attention_dim", 1152)
         tokens = config.get(CONTEXT_TOKENS, 120)
         given = {
@@ -45,13 +45,13 @@ class PixArt(Family):
         return given | _sizes(config, batch, 8 * self.sample_shape(config)[1])
 
     def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Captions of full length, and sizes where the config calls for them."""
+        """Return the mask of full-length captions, and sizes where the config requires them."""
         text = given["encoder_hidden_states"]
         mask = {"encoder_attention_mask": torch.ones(text.shape[:2])}
         return mask | _sizes(config, len(text), 8 * self.sample_shape(config)[1])
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """Prompts encoded by the pipeline's T5."""
+        """Return prompts encoded by the pipeline's T5."""
         if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)
 
@@ -69,7 +69,7 @@ class PixArt(Family):
         return text_conditions(request, companions, self.guidance, encode)
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Sizes go into `added_cond_kwargs`; the timestep is `[N]`."""
+        """Return the arguments of the forward, with sizes in `added_cond_kwargs` and the timestep as `[N]`."""
         plain = {k: v for k, v in conditions.items() if k not in SIZES}
         added = {k: conditions.get(k) for k in SIZES}
         return {

@@ -30,11 +30,11 @@ class SD3(Family):
     scheduler: Mapping[str, Any] | None = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """From `in_channels` and `sample_size`."""
+        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample({"sample_size": 128, "in_channels": 16, **config})
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random text `[N, S, D]` (77 tokens of CLIP and 256 of T5) and pooled text."""
+        """Return random text `[N, S, D]` (77 tokens of CLIP and 256 of T5) and pooled text."""
         tokens, width = config.get(CONTEXT_TOKENS, 333), config.get("joint_attention_dim", 4096)
         return {
             "encoder_hidden_states": torch.randn(batch, tokens, width, generator=generator),
@@ -42,12 +42,12 @@ class SD3(Family):
         }
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """Prompts encoded by the pipeline's text models (without T5 where it has none)."""
+        """Return prompts encoded by the pipeline's text models; T5 is optional."""
         if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            # Without a T5 the pipeline asks the transformer for its width.
+            # Without T5 the pipeline reads the width of the text from the transformer's config.
             pipeline.transformer = _Widths(config)
             given, without, pooled, no_pooled = pipeline.encode_prompt(prompts, None, None, device=pipeline.device)
             return (
@@ -58,12 +58,12 @@ class SD3(Family):
         return text_conditions(request, companions, self.guidance, encode)
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The timestep as `[N]`."""
+        """Return the arguments of the forward, with the timestep as `[N]`."""
         return {"hidden_states": x, "timestep": timestep_vector(timestep, x), **conditions}
 
 
 class _Widths:
-    """Stands in for the network where a pipeline only reads its config."""
+    """Substitute for the network in a pipeline that only reads its config."""
 
     dtype = torch.float32
 

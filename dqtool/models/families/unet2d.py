@@ -28,23 +28,23 @@ class UNet2D(Family):
     block_classes = ("ResnetBlock2D", "Attention")
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """From `in_channels` and `sample_size`."""
+        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample(config)
 
     def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Small samples."""
+        """Return the config with small samples."""
         return small_sample(config)
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random class labels for class-conditional networks."""
+        """Return random class labels for class-conditional networks."""
         classes = config.get("num_class_embeds")
         return {"class_labels": torch.randint(0, classes, (batch,), generator=generator)} if classes else {}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """All classes in turn. The network has no label for "no class", so there is no guidance.
+        """Return all classes in turn, without guidance, since the network has no label for "no class".
 
         Raises:
-            UsageError: prompts or guidance are asked for.
+            UsageError: the request has prompts or guidance.
         """
         if not config.get("num_class_embeds"):
             return super().ask(config, request, companions)

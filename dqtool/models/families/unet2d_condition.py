@@ -14,8 +14,8 @@ from torch import Tensor
 from dqtool import report
 from dqtool.errors import ArtifactError
 from dqtool.models.conditions.conditioning import (
-    BESIDE,
     CONTEXT_TOKENS,
+    IMAGE_CONDITION,
     Conditions,
     Request,
     class_contexts,
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 __all__ = ["UNet2DCondition", "guidance_embedding"]
 
 TIME_IDS = 6
-"""SDXL's numbers beside the text: original size, crop, target size."""
+"""Number of SDXL's size conditions: original size, crop, target size."""
 REFINER_TIME_IDS = 5
-"""Those of SDXL's refiner: original size, crop, aesthetic score."""
+"""Number of size conditions of SDXL's refiner: original size, crop, aesthetic score."""
 AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5
-"""Scores that the refiner's pipeline asks for, with and without the prompt."""
+"""Default aesthetic scores of the refiner's pipeline, with and without the prompt."""
 LCM_GUIDANCE = 8.5
 """Guidance of `LatentConsistencyModelPipeline`, embedded in the network's time."""
 
 
 @register
 class UNet2DCondition(Family):
-    """UNets with cross-attention; SDXL's pooled text and sizes where the config asks for them."""
+    """UNets with cross-attention, and with SDXL's pooled text and sizes where the config requires them."""
 
     name = "unet2d_condition"
     class_name = "UNet2DConditionModel"
@@ -51,18 +51,18 @@ class UNet2DCondition(Family):
     sdxl_guidance = 5.0
 
     def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """From `in_channels` and `sample_size`."""
+        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample(config)
 
     def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Small samples."""
+        """Return the config with small samples."""
         return small_sample(config)
 
     def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """A random context `[N, S, D]`, and what else the config calls for.
+        """Return a random context `[N, S, D]` and the other conditions that the config requires.
 
         Raises:
-            ArtifactError: it calls for images or other conditions that dqtool does not know.
+            ArtifactError: the config requires conditions that dqtool does not know, such as image embeddings.
         """
         _refuse_unknown(config)
         given: dict[str, Tensor] = {}
@@ -80,43 +80,45 @@ class UNet2DCondition(Family):
             given["time_ids"] = self._time_ids(config, None).expand(batch, -1)
         if config.get("time_cond_proj_dim"):
             given["timestep_cond"] = guidance_embedding(LCM_GUIDANCE, config["time_cond_proj_dim"]).expand(batch, -1)
-        if self.channels_beside(config):
+        if self.condition_channels(config):
             _, height, width = self.sample_shape(config)
-            given[BESIDE] = torch.randn(batch, self.channels_beside(config), height, width, generator=generator)
+            given[IMAGE_CONDITION] = torch.randn(
+                batch, self.condition_channels(config), height, width, generator=generator
+            )
         return given
 
-    def channels_beside(self, config: Mapping[str, Any]) -> int:
-        """Five of the nine that inpainting takes (mask, masked image), four of eight for editing (the image)."""
+    def condition_channels(self, config: Mapping[str, Any]) -> int:
+        """Return 5 of 9 channels for inpainting (mask and masked image), 4 of 8 for editing (the image), else 0."""
         return max(int(config["in_channels"]) - int(config.get("out_channels", config["in_channels"])), 0)
 
     def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sizes of uncropped images."""
+        """Return the size conditions of uncropped images."""
         if config.get("addition_embed_type") == "text_time":
             return {"time_ids": self._time_ids(config, None).expand(len(next(iter(given.values()))), -1)}
         return {}
 
     def default_guidance(self, config: Mapping[str, Any]) -> float:
-        """7.5, and 5 for SDXL."""
+        """Return 7.5, or 5 for SDXL."""
         return self.sdxl_guidance if config.get("addition_embed_type") == "text_time" else self.guidance
 
     def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
-        """Latent consistency models and their kind: guidance is added to the time embedding."""
+        """Return whether guidance is added to the time embedding, as in latent consistency models."""
         return bool(config.get("time_cond_proj_dim"))
 
     def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
-        """`timestep_cond` `[rows, time_cond_proj_dim]`."""
+        """Return `timestep_cond` `[rows, time_cond_proj_dim]`."""
         return {"timestep_cond": guidance_embedding(guidance, config["time_cond_proj_dim"]).expand(rows, -1)}
 
     def arguments(self, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """SDXL's two go into `added_cond_kwargs`; `BESIDE` is a part of `x` already."""
-        plain = {k: v for k, v in conditions.items() if k not in ("text_embeds", "time_ids", BESIDE)}
+        """Return the arguments of the forward; SDXL's two go into `added_cond_kwargs`, and `x` already has `IMAGE_CONDITION`."""
+        plain = {k: v for k, v in conditions.items() if k not in ("text_embeds", "time_ids", IMAGE_CONDITION)}
         if "text_embeds" in conditions:
             added = {"text_embeds": conditions["text_embeds"], "time_ids": conditions["time_ids"]}
             return {"sample": x, "timestep": timestep, **plain, "added_cond_kwargs": added}
         return {"sample": x, "timestep": timestep, **plain}
 
     def hints(self, companions: Companions) -> dict[str, Any]:
-        """Length of a context: one token for a class, the tokenizer's length for a text."""
+        """Return the length of a context: one token for a class, the tokenizer's length for a text."""
         if companions.has("class_embedder"):
             return {CONTEXT_TOKENS: 1}
         tokenizer = next((name for name in ("tokenizer", "tokenizer_2") if companions.has(name)), None)
@@ -126,7 +128,7 @@ class UNet2DCondition(Family):
         return {CONTEXT_TOKENS: length} if 0 < length < 10_000 else {}
 
     def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
-        """Contexts of the classes, or of the prompts, with the pipeline's own models."""
+        """Return contexts of the classes, or of the prompts, made by the pipeline's own models."""
         if companions is not None and companions.has("class_embedder"):
             return class_contexts(request, companions, self.class_guidance)
         if companions is None or not companions.encodes_text:
@@ -149,24 +151,24 @@ class UNet2DCondition(Family):
         if str(companions.index.get("_class_name")).startswith("LatentConsistencyModel"):
             default = LCM_GUIDANCE
         found = text_conditions(request, companions, default, encode, self.embedder(config))
-        return self._with_beside(found, config, request)
+        return self._with_images(found, config, request)
 
-    def _with_beside(self, found: Conditions, config: Mapping[str, Any], request: Request) -> Conditions:
-        """The conditions of prompts with those of images, which no text encoder makes.
+    def _with_images(self, found: Conditions, config: Mapping[str, Any], request: Request) -> Conditions:
+        """Return the conditions of prompts, with random image conditions for a network that takes some.
 
         Raises:
-            UsageError: the network takes some, and random ones are not allowed.
+            UsageError: the network takes image conditions, and random ones are not allowed.
         """
-        if not self.channels_beside(config):
+        if not self.condition_channels(config):
             return found
-        drawn = self.conditions(config, len(found), torch.Generator().manual_seed(request.seed))[BESIDE]
+        drawn = self.conditions(config, len(found), torch.Generator().manual_seed(request.seed))[IMAGE_CONDITION]
         if not request.random:
-            table = {**found.table, BESIDE: drawn}
+            table = {**found.table, IMAGE_CONDITION: drawn}
             raise missing_conditions(
-                "This network takes images beside the noisy latents, which prompts don't make", table
+                "This network takes image conditions (mask, image), which prompts don't provide", table
             )
-        report.warn("images beside the noisy latents are drawn at random: quality with real ones may be lower")
-        return replace(found, table={**found.table, BESIDE: drawn}, random=True)
+        report.warn("image conditions (mask, image) are drawn at random: quality with real ones may be lower")
+        return replace(found, table={**found.table, IMAGE_CONDITION: drawn}, random=True)
 
     def _time_ids(self, config: Mapping[str, Any], companions: Companions | None, score: float = AESTHETIC) -> Tensor:
         """Return `[1, 6]` for an uncropped image of the size that is generated; `[1, 5]` with a score for a refiner."""
@@ -176,8 +178,10 @@ class UNet2DCondition(Family):
 
 
 def guidance_embedding(guidance: float, width: int) -> Tensor:
-    """Return the embedding `[1, width]` of a guidance, as `LatentConsistencyModelPipeline` makes it: sines and cosines of
-    1000 (guidance - 1)."""
+    """Return the embedding `[1, width]` of a guidance as in `LatentConsistencyModelPipeline`.
+
+    It holds sines and cosines of 1000 (guidance - 1).
+    """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
     angles = torch.tensor([[guidance - 1.0]]) * 1000.0 * frequencies
@@ -190,7 +194,7 @@ def _embedded_width(config: Mapping[str, Any]) -> int:
 
 
 def _count_time_ids(config: Mapping[str, Any]) -> int:
-    """6, or 5 for a refiner: its context comes from the encoder whose pooled text it takes, so both are equally wide."""
+    """Return the number of size conditions: 6, or 5 for a refiner, whose context and pooled text have equal widths."""
     rest = _embedded_width(config) - REFINER_TIME_IDS * int(config["addition_time_embed_dim"])
     return REFINER_TIME_IDS if rest == config.get("cross_attention_dim") else TIME_IDS
 

@@ -1,9 +1,9 @@
-"""LoRA on quantized networks through peft, as diffusers loads it: a float branch beside each quantized product.
+"""LoRA on quantized networks through peft and diffusers: a float branch is added to each quantized product.
 
-peft puts its own module around a layer that it knows by class. Every `LoraConfig` is told, when it is made, which one that is
-for dqtool's layers: `load_lora_weights`, `set_adapters`, `unload_lora_weights` and hot swaps then work as on float networks.
-The quantized weight is never changed, so that a network without its adapters is the one it was before. What would change it
-is refused: `fuse_lora`, and adapters that are no branch (DoRA).
+peft wraps a layer by its class in a module of its own. `register` adds the wrappers of dqtool's layers to every
+`LoraConfig`, so that `load_lora_weights`, `set_adapters`, `unload_lora_weights` and hot swaps work as on float networks.
+Quantized weights never change, so unloading an adapter restores the network exactly. Operations that would change them are
+refused: `fuse_lora`, and adapters that are no low-rank branch (DoRA).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MERGE = "Merge the LoRA before quantization: `dqtool dilate MODEL --lora FILE`"
 
 
 def register(config: ModuleType) -> None:
-    """Tell `peft.tuners.lora.config.LoraConfig` of dqtool's layers."""
+    """Register dqtool's layers with every new `LoraConfig` of `peft.tuners.lora.config`."""
     made = config.LoraConfig.__post_init__
     if getattr(made, "_dqtool", False):
         return
@@ -39,7 +39,7 @@ def register(config: ModuleType) -> None:
 
 
 def refuse_lokr(model: ModuleType) -> None:
-    """Let `peft.tuners.lokr.model.LoKrModel` say of dqtool's layers why it can't change them."""
+    """Make `LoKrModel` of `peft.tuners.lokr.model` raise `UsageError` on dqtool's layers, whose weights it can't change."""
     made = model.LoKrModel._create_and_replace
     if getattr(made, "_dqtool", False):
         return
@@ -57,7 +57,7 @@ def refuse_lokr(model: ModuleType) -> None:
 
 
 def _wrap(layer: Any, adapter_name: str, **kwargs: Any) -> nn.Module:
-    """peft's module around a quantized layer."""
+    """Return peft's wrapper of a quantized layer."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     kind = _wrappers()["kernel_size" in base.geometry_of_float()]
     wrapper: nn.Module = kind(layer, adapter_name, **kwargs)
@@ -66,7 +66,7 @@ def _wrap(layer: Any, adapter_name: str, **kwargs: Any) -> nn.Module:
 
 @functools.cache
 def _wrappers() -> tuple[type[nn.Module], type[nn.Module]]:
-    """peft's classes for linear layers and convolutions, for a base layer that is quantized."""
+    """Return peft's wrapper classes for quantized linear layers and convolutions."""
     from peft.tuners.lora.layer import Conv2d, Linear
 
     return _quantized(Linear), _quantized(Conv2d)
@@ -81,7 +81,7 @@ def _quantized(kind: Any) -> type[nn.Module]:
             self.base_layer = layer
 
         def update_layer(self, *args: Any, **kwargs: Any) -> None:
-            """Add a branch, whose shapes peft reads from a float layer."""
+            """Add a branch; peft reads its shapes from a float layer, so the base layer is one meanwhile."""
             layer = self.base_layer
             if isinstance(layer, Adaptable):
                 self.base_layer = float_twin(layer)
@@ -91,21 +91,21 @@ def _quantized(kind: Any) -> type[nn.Module]:
                 self.base_layer = layer
 
         def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
-            """Refuse what is no branch."""
+            """Refuse variants that are no plain low-rank branch."""
             if config.use_dora:
                 raise UsageError("DoRA scales the weight, which is quantized", where=WHERE, fix=MERGE)
             found = super().resolve_lora_variant(config=config, **kwargs)
             if found is not None:
                 raise UsageError(
-                    f"{type(found).__name__} is no low-rank branch beside the layer", where=WHERE, fix="Use plain LoRA"
+                    f"{type(found).__name__} is no plain low-rank branch", where=WHERE, fix="Use plain LoRA"
                 )
 
         def merge(self, *_: Any, **__: Any) -> None:
-            """Refuse."""
+            """Refuse to merge the branch into a quantized weight."""
             raise UsageError(
-                "A quantized weight can't take up a LoRA, which would not survive its rounding",
+                "A LoRA can't be fused into a quantized weight: rounding would destroy it",
                 where="fuse_lora",
-                fix=f"Leave it unfused: it is computed beside the layers. {MERGE}",
+                fix=f"Leave the LoRA unfused: it runs as a float branch. {MERGE}",
             )
 
     Branch.__name__ = Branch.__qualname__ = f"Quantized{kind.__name__}"

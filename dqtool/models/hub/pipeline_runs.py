@@ -1,4 +1,4 @@
-"""Calls of diffusers pipelines as runs: one warning a call reports the timesteps that were not calibrated."""
+"""Pipeline calls as runs: one warning per call reports the timesteps that were not calibrated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["register"]
 
 
 def register(pipeline_utils: ModuleType) -> None:
-    """Let every pipeline class, those made later included, open a `step_run` around its calls. Idempotent.
+    """Make every pipeline class, present and future, open a `step_run` around its calls. Idempotent.
 
     `pipeline_utils` is `diffusers.pipelines.pipeline_utils`. The classes stay the same objects: diffusers compares them by
     identity.

@@ -1,4 +1,4 @@
-"""The `quantization_config` of exported networks, by which diffusers finds dqtool's quantizer."""
+"""Builder of the `quantization_config` of exported networks, by which diffusers finds dqtool's quantizer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """Return the `quantization_config` of an exported `config.json`.
 
-    It holds the layers with their bits, in execution order, and by name the shape of a row of each table that corrects
-    predictions, where there are some. `static` says of tables of one row whether it serves all timesteps.
+    It holds the layers with their bits, in execution order, and the row shape of each prediction-correction table, by
+    name, where there are some. `static` says whether the only row of one-row tables serves all timesteps.
     """
     known = {"quant_method": METHOD, "format": FORMAT, "timesteps": timesteps, "layers": records}
     if timesteps == 1:

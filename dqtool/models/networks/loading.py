@@ -1,4 +1,4 @@
-"""Building diffusers networks from files and from state dicts, with every tensor accounted for."""
+"""Float diffusers networks, built from files or state dicts; every tensor must be used and none may be missing."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dqtool.models.sources.resolve import ModelSource
 __all__ = ["build_network", "load_weights", "materialise", "network_of"]
 
 MOST_POSITIONS = 1 << 27
-"""Most values in all tables that a config describes and no file holds."""
+"""Largest number of values in all tables that a config describes and no file holds."""
 
 
 def load_weights(source: ModelSource) -> dict[str, Tensor]:
-    """Return all tensors of the network, float ones as float32, LoRAs added; views of the mapped file where unchanged.
+    """Return all tensors of the network, float ones in float32, with LoRAs added; unchanged tensors are views of the file.
 
     Raises:
-        ArtifactError: a file is truncated, foreign, or lies about its contents.
-        NumericError: NaN or infinity among the weights.
+        ArtifactError: a file is truncated, of another format, or contradicts its header.
+        NumericError: a weight is NaN or infinite.
     """
     state: dict[str, Tensor] = {}
     if source.layout is not None:
@@ -49,12 +49,12 @@ def load_weights(source: ModelSource) -> dict[str, Tensor]:
 def build_network(
     class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str, *, share: bool = False
 ) -> nn.Module:
-    """The float network with exactly these weights, in eval mode.
+    """Return the float network with exactly these weights, in eval mode.
 
-    With `share` its parameters are the tensors of `state` themselves, which nobody may then write into; else copies.
+    With `share` the parameters are the tensors of `state` themselves and must not be written to; otherwise copies.
 
     Raises:
-        ArtifactError: names or shapes don't fit the config, or no family serves the class.
+        ArtifactError: names or shapes don't fit the config, or the class has no family.
     """
     family = family_of(class_name, where)
     state = drop_copies(state, family.tied_modules(config))
@@ -94,17 +94,17 @@ def build_network(
 
 
 def network_of(manifest_model: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """Return the family and the diffusers config that a manifest's `model` names.
+    """Return the family and the diffusers config of a manifest's `model`.
 
     Raises:
-        ArtifactError: no family serves the class, or the config is not one of it.
+        ArtifactError: the class has no family, or the config is invalid for it.
     """
     config = dict(manifest_model["config"])
     return family_of(manifest_model["class"], "manifest, key model.class", config), config
 
 
 def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
-    """Buffers outside the state dict (position tables) were made on meta: take them from a build of their own."""
+    """Compute the buffers outside the state dict (position tables) that were built on the `meta` device, in place."""
     ghosts = {name: b.numel() for name, b in network.named_buffers() if b.is_meta}
     if not ghosts:
         return

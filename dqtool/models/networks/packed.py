@@ -1,4 +1,4 @@
-"""Manifests to layers, plans and quantized networks: what runtimes, diffusers' loader and stages all start from."""
+"""Layers, plans and quantized networks, read from manifests; runtimes, diffusers' loader and stages start from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ INFO_FIELDS = tuple(LayerInfo.__dataclass_fields__)
 
 
 def layer_infos(records: Sequence[Mapping[str, Any]]) -> list[LayerInfo]:
-    """The layers a manifest (or a quantization config) lists, in execution order."""
+    """Return the layers of a manifest or of a quantization config, in execution order."""
     infos = []
     for record in records:
         fields = {key: record[key] for key in INFO_FIELDS if key in record}
@@ -47,7 +47,7 @@ def layer_infos(records: Sequence[Mapping[str, Any]]) -> list[LayerInfo]:
 
 
 def plans_from(records: Sequence[Mapping[str, Any]]) -> list[LayerPlan]:
-    """Layers with their bits."""
+    """Return the layers with their bits, from a manifest's or a quantization config's records."""
     return [
         LayerPlan(info, bits_from_json(info.kind, record["bits"]), bool(record["dilated"]))
         for info, record in zip(layer_infos(records), records, strict=True)
@@ -55,12 +55,12 @@ def plans_from(records: Sequence[Mapping[str, Any]]) -> list[LayerPlan]:
 
 
 def plans_of(manifest: Manifest) -> list[LayerPlan]:
-    """The layers of a distilled or exported artifact with their bits."""
+    """Return the layers of a distilled or exported artifact with their bits."""
     return plans_from(manifest.layers)
 
 
 def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What a loader must know of each layer, and no more: fields that are at their default are left out."""
+    """Return the part of each layer's record that a loader needs, without fields at their default."""
     defaults = {key: spec.default for key, spec in LayerInfo.__dataclass_fields__.items()}
     keys = (*INFO_FIELDS, "bits", "dilated")
     return [
@@ -69,7 +69,7 @@ def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def exported_tensors(artifact: Artifact) -> dict[str, Tensor]:
-    """Return the network's tensors of an export, views of its mapped files: one file, or shards."""
+    """Return the network's tensors of an export, views of its mapped file or shards."""
     manifest = artifact.manifest
     found: dict[str, Tensor] = {}
     for name in weights_files(manifest.pipeline, manifest.files or ()):
@@ -78,13 +78,13 @@ def exported_tensors(artifact: Artifact) -> dict[str, Tensor]:
 
 
 def is_static(manifest: Manifest, timesteps: int) -> bool:
-    """Return whether step tables of `timesteps` rows are one row that serves all steps: calibrated were several."""
+    """Return whether the step tables have one row that serves all steps, though several were calibrated."""
     sampling = (manifest.pipeline or {}).get("sampling") or {}
     return timesteps == 1 and int(sampling.get("steps", 1)) > 1
 
 
 def prediction_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
-    """By name the shape of a row of each table that corrects a packed network's predictions; None where it has none."""
+    """Return the row shape of each prediction-correction table in a packed state, by name; None where it has none."""
     prefix = f"{PREDICTION}."
     return {n.removeprefix(prefix): tuple(t.shape[1:]) for n, t in state.items() if n.startswith(prefix)} or None
 
@@ -96,13 +96,13 @@ def packed_network(
     state: Mapping[str, Tensor],
     static: bool = False,
 ) -> nn.Module:
-    """Build the network that an artifact of packed tensors describes, ready to run with float fake-quantization.
+    """Build the network of an artifact's packed tensors, ready to run with float fake-quantization.
 
-    `static`: one row of the step tables serves all timesteps, see `is_static`.
+    With `static` one row of the step tables serves all timesteps (`is_static`).
 
     Raises:
-        ArtifactError: the tensors are not those the plan calls for, or hold what no quantizer has.
-        NumericError: NaN or infinity among scales or timesteps.
+        ArtifactError: tensors are missing, unknown, of another shape, or hold invalid values.
+        NumericError: a scale or timestep is NaN or infinite.
     """
     family = family_of(class_name, "manifest, key model.class", config)
     with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
@@ -135,8 +135,11 @@ def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> str:
 
 
 def _assigned(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Put the tensors into a network without any, several times faster than `load_state_dict`; False, and nothing done, where
-    names or shapes differ or a module loads in its own way: then that says what is wrong, or does it."""
+    """Assign the tensors to an empty network, several times faster than `load_state_dict`; return whether that was possible.
+
+    Changes nothing and returns False where names or shapes differ or a module has loading hooks; the caller then uses
+    `load_state_dict`.
+    """
     places: dict[str, tuple[dict, str, Tensor, bool]] = {}
     for prefix, module in network.named_modules(remove_duplicate=False):
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:

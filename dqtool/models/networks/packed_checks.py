@@ -1,4 +1,4 @@
-"""What packed tensors must be before a network computes with them: numbers, ranges, types, and shapes of the config."""
+"""Checks of packed tensors before a network uses them: finite numbers, ranges, types, and shapes of the config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ZERO, _SCALE, _WIDEST = "zero_point", "_scale", 8
 
 
 def step_count(state: Mapping[str, Tensor]) -> int:
-    """Return how many timesteps the tables of an artifact are for.
+    """Return the number of timesteps of an artifact's step tables.
 
     Raises:
-        ArtifactError: it has no table of distinct timesteps.
-        NumericError: one is NaN or infinite.
+        ArtifactError: the artifact has no table of distinct timesteps.
+        NumericError: a timestep is NaN or infinite.
     """
     timesteps = state.get("timesteps")
     if timesteps is None or timesteps.dim() != 1 or not len(timesteps) or not timesteps.is_floating_point():
@@ -40,7 +40,7 @@ def check_plans(network: nn.Module, plans: Sequence[LayerPlan]) -> None:
     """Check the layers that a manifest lists against the network that its config describes.
 
     Raises:
-        ArtifactError: names the layer that the network does not have, or has in another shape.
+        ArtifactError: the network lacks a layer, or has it in another shape; the message names the layer.
     """
     modules = dict(network.named_modules())
     for plan in plans:
@@ -65,12 +65,13 @@ def check_plans(network: nn.Module, plans: Sequence[LayerPlan]) -> None:
 
 
 def check_state(state: Mapping[str, Tensor], plans: Sequence[LayerPlan], expected: Mapping[str, Tensor]) -> None:
-    """Check scales (finite, above 0), zero points (whole, within the grid of their bits), recorded shapes, and types.
-    `expected` are the tensors that the network awaits.
+    """Check scales (finite, above 0), zero points (integers within their grid), recorded shapes, and types.
+
+    `expected` are the tensors that the network loads.
 
     Raises:
         NumericError: a scale is NaN or infinite.
-        ArtifactError: names the tensor that is otherwise wrong.
+        ArtifactError: a tensor is invalid in another way; the message names it.
     """
     bits = {plan.info.name: plan.bits for plan in plans}
     shapes = {plan.info.name: tuple(plan.info.shape) for plan in plans}

@@ -1,4 +1,4 @@
-"""The structure of an artifact's network, recorded once per process however many stages and methods ask for it."""
+"""Graph of an artifact's network, recorded at most once per process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def graph_of(manifest: Manifest) -> NetworkGraph:
     """Return the graph of the float network that a manifest describes, without its weights.
 
     Raises:
-        ArtifactError: no family serves the network's class, or diffusers refuses its config.
+        ArtifactError: the network's class has no family, or diffusers refuses its config.
     """
     config = json.dumps(manifest.model["config"], sort_keys=True)
     return _graph(manifest.model["class"], config, tuple(layer["name"] for layer in manifest.layers))

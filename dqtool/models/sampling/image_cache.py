@@ -1,4 +1,4 @@
-"""Samples of full-precision models, kept between evaluations: every comparison needs the same ones again."""
+"""Cache of full-precision models' samples, which every evaluation against the same reference needs again."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from dqtool.errors import DqtoolError
 __all__ = ["cached_images"]
 
 LARGEST = 1 << 30
-"""Bytes past which samples are not kept."""
+"""Largest size in bytes of samples that are cached."""
 
 
 def cached_images(key: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
-    """The images `make()` gives, from `$DQTOOL_CACHE` (default `~/.cache/dqtool`) if they were made before with the same
-    key and versions. A cache that can't be read or written is done without."""
+    """Return the images of `make()`, from the cache where it holds images of the same key and versions.
+
+    The cache is in `$DQTOOL_CACHE` (default `~/.cache/dqtool`). One that can't be read or written causes a warning only.
+    """
     identity = repr(sorted({**key, "dqtool": dqtool_version(), "torch": torch.__version__}.items(), key=lambda i: i[0]))
     name = hashlib.sha256(identity.encode()).hexdigest()
     folder = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "images"

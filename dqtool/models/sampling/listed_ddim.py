@@ -1,4 +1,4 @@
-"""DDIM over any list of timesteps."""
+"""DDIM scheduler for an arbitrary list of timesteps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ _Base: Any = DDIMScheduler
 
 
 class ListedDDIMScheduler(_Base):
-    """DDIM (arXiv 2010.02502, Eq. 12 and 16) over any list of timesteps: each step goes to the next one of the list, the last
-    one to the clean image. diffusers' own goes back by T / steps, whatever the list."""
+    """DDIM (arXiv 2010.02502, Eq. 12 and 16) over a list of timesteps: each step goes to the next timestep of the list.
+
+    The last step gives the clean image. diffusers' DDIM always steps back by T / steps, whatever its timesteps.
+    """
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None
     ) -> None:
-        """Set exactly `timesteps`, from the most noise on.
+        """Set `timesteps`, in descending order.
 
         Raises:
-            ValueError: they don't fall, or lie outside of training's.
+            ValueError: the timesteps don't descend, or lie outside of the training schedule.
         """
         if timesteps is None:
             super().set_timesteps(num_inference_steps, device)

@@ -1,9 +1,9 @@
-"""Time as a network receives it, which is not always the scheduler's timestep.
+"""Conversion of the scheduler's timestep to the value that a network receives.
 
-Pipelines of diffusers pass the scheduler's `t` as it is, `t / 1000`, or `1 - t / 1000`, and some turn the sign of the
-prediction before the scheduler sees it. Step tables are keyed by the value that the network receives. The facts here
-are those of diffusers' pipelines; a class that is not listed passes `t`, and a flow-matching class that dqtool does not
-know is asked for (`dqtool dilate --time-scale`).
+Pipelines of diffusers pass the scheduler's `t`, `t / 1000`, or `1 - t / 1000`, and some negate the prediction before they
+give it to the scheduler. Step tables are keyed by the value that the network receives. The tables here follow diffusers'
+pipelines. A class that is not listed receives `t`; for an unknown flow-matching class the user must pass
+`dqtool dilate --time-scale`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["TIME", "NetworkTime", "network_time"]
 
 TIME = "_time"
-"""Config key for the time of a network without an adapter, `NetworkTime.record()`. diffusers ignores such keys."""
+"""Config key of `NetworkTime.record()` for a network without an adapter. diffusers ignores keys with an underscore."""
 
 DIVIDED = frozenset(
     f"{name}Transformer2DModel"
@@ -56,7 +56,7 @@ NEGATED = frozenset(
         "ZImageTransformer2DModel",
     }
 )
-"""Networks whose pipelines turn the sign of the prediction."""
+"""Networks whose pipelines negate the prediction."""
 
 LINEAR_SIGMAS = frozenset(
     f"{name}Transformer{dims}Model"
@@ -67,17 +67,17 @@ LINEAR_SIGMAS = frozenset(
     }.items()
     for name in names.split()
 ) | {"LongCatAudioDiTTransformer"}
-"""Networks whose pipelines give the scheduler sigmas from 1 to 1 / steps, evenly."""
+"""Networks whose pipelines give the scheduler evenly spaced sigmas from 1 to 1 / steps."""
 
 ASKED = frozenset({"CosmosTransformer3DModel", "SanaWMTransformer3DModel"})
-"""Networks whose pipelines differ from each other in what they pass, so that the class does not tell."""
+"""Networks whose pipelines differ in the time that they pass, so that the class does not determine it."""
 
 
 @dataclass(frozen=True)
 class NetworkTime:
-    """The network receives `t / divisor + offset`, or one minus that (`reversed`), in float32 where `floating`.
+    """Time of a network: it receives `t / divisor + offset`, or one minus that (`reversed`), in float32 where `floating`.
 
-    `negated`: the scheduler takes the prediction with its sign turned. `linear_sigmas`: a flow schedule starts from evenly
+    With `negated` the scheduler takes the negated prediction. With `linear_sigmas` a flow schedule starts from evenly
     spaced sigmas, 1 to 1 / steps.
     """
 
@@ -89,7 +89,7 @@ class NetworkTime:
     floating: bool = False
 
     def given(self, timestep: Tensor) -> Tensor:
-        """Return the scheduler's `timestep`, of any shape, as the network receives it."""
+        """Return the value that the network receives for the scheduler's `timestep`, which may have any shape."""
         import torch
 
         time = timestep.to(torch.float32) if self.floating and timestep.dtype != torch.float64 else timestep
@@ -98,7 +98,7 @@ class NetworkTime:
         return 1 - time if self.reversed else time
 
     def record(self) -> dict[str, Any]:
-        """Return what differs from the scheduler's own time, as a config keeps it."""
+        """Return the fields that differ from the scheduler's own time, for a config."""
         default = asdict(NetworkTime())
         return {key: value for key, value in asdict(self).items() if value != default[key]}
 
@@ -106,11 +106,12 @@ class NetworkTime:
 def network_time(
     class_name: str, config: Mapping[str, Any], scheduler: Mapping[str, Any] | None, scale: float | None
 ) -> NetworkTime:
-    """Return the time of a network of diffusers' class `class_name`, in float32; `scale` is what the user says of it:
-    the network receives `scale * t`, or `1 + scale * t` for a negative one.
+    """Return the time, in float32, of a network of the diffusers class `class_name`.
+
+    With `scale`, given by the user, the network receives `scale * t`, or `1 + scale * t` for a negative scale.
 
     Raises:
-        UsageError: the class does not tell and the user neither, or the scale is zero.
+        UsageError: the class does not determine the time and there is no `scale`, or the scale is zero.
     """
     common = {"floating": True, "negated": class_name in NEGATED, "linear_sigmas": class_name in LINEAR_SIGMAS}
     if scale is not None:
@@ -127,7 +128,7 @@ def network_time(
     ambiguous = class_name in ASKED or (class_name == "SanaTransformer2DModel" and bool(config.get("guidance_embeds")))
     if flow and (ambiguous or class_name not in FLOW_CLASSES):
         raise UsageError(
-            f"What time a {class_name} receives can't be told from its class",
+            f"The class {class_name} does not determine the time that the network receives",
             where="--family generic",
             fix="Say what its pipeline passes for the scheduler's timestep t with --time-scale: 1 for t, 0.001 for "
             "t / 1000, -0.001 for 1 - t / 1000",

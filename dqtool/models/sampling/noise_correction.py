@@ -1,9 +1,9 @@
-"""PTQD's correction of what quantization adds to the predicted noise (arXiv 2305.10657), for any sampler here.
+"""PTQD's correction of the quantization error of predicted noise (arXiv 2305.10657), for every sampler.
 
 With `e` the float network's prediction and `e^` the quantized one's, `e^ = e + k e + b_c + r`: a part that is correlated
-with the prediction (Eq. 10: k by least squares), a bias of each channel, and a rest that is correlated with neither. At
-each step the sampler is given `(e^ - b_c) / (1 + k) = e + r / (1 + k)`. Where the sampler adds noise of its own (eta > 0),
-the rest stands in for a part of it: the noise's variance is lowered by what the rest brings along (Eq. 17).
+with the prediction (Eq. 10: k by least squares), a bias of each channel, and an uncorrelated residual. At each step the
+sampler receives `(e^ - b_c) / (1 + k) = e + r / (1 + k)`. Where the sampler adds noise of its own (eta > 0), the variance
+of that noise is reduced by the variance of the residual (Eq. 17).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from dqtool.nn.steps import look_up
 __all__ = ["NoiseCorrection", "StepNoise", "fit_noise", "noise_scale", "response"]
 
 LEAST_FACTOR = 0.1
-"""Least value of 1 + k: a network that lost the prediction altogether can not be scaled back."""
+"""Smallest value of 1 + k; a network that lost the prediction altogether can't be scaled back."""
 
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Fit of one step: `slope` k, `bias` b_c `[C]`, and the mean square of the rest after correction,
-    `variance`; `correlation` is that of `e^ - e` with `e` before correction."""
+    """Correction of one step: `slope` k, `bias` b_c `[C]`, and `variance`, the mean square of the residual after correction.
+
+    `correlation` is the correlation of `e^ - e` with `e` before correction.
+    """
 
     slope: float
     bias: Tensor
@@ -34,13 +36,13 @@ class StepNoise:
     correlation: float = 0.0
 
     def corrected(self, prediction: Tensor, inputs: Tensor) -> Tensor:
-        """`(e^ - b_c) / (1 + k)`, `[N, C, ...]`, whatever the inputs were."""
+        """Return `(e^ - b_c) / (1 + k)`, `[N, C, ...]`; `inputs` are ignored."""
         bias = self.bias.to(prediction.dtype).view(1, -1, *[1] * (prediction.dim() - 2))
         return (prediction - bias) / max(1 + self.slope, LEAST_FACTOR)
 
 
 def fit_noise(quantized: Tensor, exact: Tensor, _inputs: Tensor | None = None) -> StepNoise:
-    """Least squares of `quantized - exact` on `exact` with one intercept a channel, both `[N, C, ...]`."""
+    """Fit `quantized - exact` on `exact` by least squares with one intercept per channel; both are `[N, C, ...]`."""
     e = exact.double().transpose(0, 1).flatten(1)  # [C, n]
     error = quantized.double().transpose(0, 1).flatten(1) - e
     centred, errors = e - e.mean(1, keepdim=True), error - error.mean(1, keepdim=True)
@@ -56,29 +58,29 @@ def fit_noise(quantized: Tensor, exact: Tensor, _inputs: Tensor | None = None) -
 
 @dataclass
 class NoiseCorrection:
-    """The correction of every step, by timestep; the sampler asks it at each. A timestep without one is left alone."""
+    """Corrections by timestep. A prediction at a timestep without a correction stays unchanged."""
 
     steps: dict[float, StepNoise] = field(default_factory=dict)
 
     def corrected(self, prediction: Tensor, timestep: Tensor, inputs: Tensor) -> Tensor:
-        """Return the prediction that the sampler takes in place of `prediction`, the network's answer to `inputs`, both `[N, C, ...]`."""
+        """Return the corrected `prediction`, the network's output for `inputs`, both `[N, C, ...]`."""
         found = self._at(timestep)
         return prediction if found is None else found.corrected(prediction, inputs)
 
     def variance(self, timestep: Tensor) -> float:
-        """Mean square of the rest at this step."""
+        """Return the mean square of the residual at this step."""
         found = self._at(timestep)
         return 0.0 if found is None else found.variance
 
     def _at(self, timestep: Tensor) -> StepNoise | None:
-        """The correction of this timestep, or None where it was not fitted."""
+        """Return the correction of this timestep, or None where there is none."""
         if not self.steps:
             return None
         row, missed = look_up(timestep.reshape(1).cpu(), torch.tensor(list(self.steps), dtype=torch.float64))
         return None if bool(missed) else list(self.steps.values())[int(row)]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain values, one entry a step in sampling order."""
+        """Return JSON values, one entry per step in sampling order."""
         return [
             {
                 "timestep": timestep,
@@ -92,7 +94,7 @@ class NoiseCorrection:
 
     @classmethod
     def from_json(cls, entries: list[Mapping[str, Any]]) -> NoiseCorrection:
-        """Read what `to_json` wrote."""
+        """Build the correction from the output of `to_json`."""
         return cls(
             {
                 float(each["timestep"]): StepNoise(
@@ -104,8 +106,10 @@ class NoiseCorrection:
 
 
 def noise_scale(scheduler: Any, timestep: Tensor, eta: float) -> float:
-    """Standard deviation of the noise that `scheduler.step` adds at this timestep; 0 where it adds none or where that isn't
-    known (learned variances, samplers that keep a history)."""
+    """Return the standard deviation of the noise that `scheduler.step` adds at this timestep.
+
+    It is 0 where the scheduler adds none or the deviation is unknown (learned variances, samplers with a history).
+    """
     name, t = type(scheduler).__name__, int(timestep)
     if name == "DDIMScheduler":
         before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -116,15 +120,15 @@ def noise_scale(scheduler: Any, timestep: Tensor, eta: float) -> float:
         kind = scheduler.config.variance_type
         if kind in ("fixed_small", "fixed_large"):
             return float(scheduler._get_variance(t)) ** 0.5
-        if kind == "fixed_small_log":  # diffusers gives the deviation here
+        if kind == "fixed_small_log":  # diffusers returns the deviation here
             return float(scheduler._get_variance(t))
     return 0.0
 
 
 def response(scheduler: Any, timestep: Tensor, extra: Mapping[str, Any]) -> float:
-    """Return by how much the next sample moves for a prediction moved by 1: `c_t`, from two steps with the same noise.
+    """Return `c_t`, the change of the next sample per unit change of the prediction, from two steps with equal noise.
 
-    The difference is small, so that samplers that clip the predicted image are asked within the clip.
+    The change is small, so that samplers that clip the predicted image are evaluated within the clip.
     """
     moved, start = 1e-3, torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     results = []

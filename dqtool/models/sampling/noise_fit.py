@@ -1,4 +1,4 @@
-"""Fit PTQD's correction of the predicted noise while the quantized network samples, beside the float one."""
+"""Fit of PTQD's noise correction during sampling: the float network predicts at every step of the quantized one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from dqtool.models.sampling.sampler import Sampler
 __all__ = ["NoiseFit", "StepFit"]
 
 StepFit = Callable[[Tensor, Tensor, Tensor], StepNoise]
-"""Fit one step from the quantized prediction, the exact one and the inputs, `[N, C, ...]` each."""
+"""Function that fits one step from the quantized prediction, the exact one and the inputs, `[N, C, ...]` each."""
 
 
 class NoiseFit(NoiseCorrection):
-    """A correction that fits each step as the quantized network's sampling reaches it and corrects that step at once, so
-    that later steps are fitted at points that corrected sampling visits. Give it to `Sampler.run` both as `correction` and
-    as `observer`.
+    """Correction that fits and applies each step when sampling reaches it.
 
-    `conditions` are the network's conditions, `[N, ...]` each, both halves where there is guidance. `fit` makes a step's
+    Later steps are therefore fitted at points that corrected sampling visits. Pass the object to `Sampler.run` both as
+    `correction` and as `observer`.
+
+    `conditions` are the network's conditions, `[N, ...]` each, both halves under guidance. `fit` returns a step's
     correction from the quantized prediction, the exact one and the inputs, `[N, C, ...]` each.
     """
 
@@ -42,7 +43,7 @@ class NoiseFit(NoiseCorrection):
         self.guidance, self.halves, self.fit = guidance, halves, fit
 
     def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
-        """Fit this step: compare with the float network at the inputs `x` `[N, C, H, W]`."""
+        """Fit this step by comparing `prediction` with the float network's at the inputs `x` `[N, C, H, W]`."""
         with torch.no_grad():
             exact = self.family.predict(self.exact, x, timestep, self.conditions)
         pair = [self._guided(each)[:, : x.shape[1]] for each in (prediction, exact)]
@@ -61,7 +62,7 @@ class NoiseFit(NoiseCorrection):
         advance: Callable[[], None],
         fit: StepFit = fit_noise,
     ) -> Self:
-        """Return the fit of `quantized` while it samples from `noise` as in `Sampler.run`; `advance` is called after each step."""
+        """Sample `quantized` from `noise` as `Sampler.run` does and return the fit; `advance` is called after each step."""
         guided = sampler.guidance > 1 and null is not None
         asked = {k: torch.cat([null[k].expand_as(v), v]) for k, v in given.items()} if guided and null else given
         found = cls(sampler.family, exact, asked, sampler.guidance, 1 + guided, fit)

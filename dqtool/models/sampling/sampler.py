@@ -1,4 +1,4 @@
-"""Running the reverse process: the sampler objects of diffusers drive it, one loop serves every network."""
+"""The sampling loop: one loop for every network, driven by diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dqtool.core.device import to_device_of
 from dqtool.errors import UsageError
-from dqtool.models.conditions.conditioning import BESIDE
+from dqtool.models.conditions.conditioning import IMAGE_CONDITION
 from dqtool.models.config_schema import built
 from dqtool.models.families import Family
 from dqtool.models.sampling.network_time import NetworkTime
@@ -41,24 +41,23 @@ __all__ = [
 ]
 
 CALIBRATION, IMAGES = "calibration", "images"
-"""Uses of noise: `image_seeds` gives each its own, so that judged images never share noise with those a model was trained
-on, whatever the two seeds."""
+"""Uses of noise. `image_seeds` separates them, so that evaluated images never share noise with calibration samples."""
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
-"""Called with (model input, timestep, prediction) at every step."""
+"""Function that is called with (model input, timestep, prediction) at every step."""
 
 
 @dataclass
 class Sampler:
-    """A family's reverse process with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
+    """Reverse process of a family with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
 
-    `tokens` counts the image tokens of a sample, for flow schedules that are shifted by it. `correction` takes what
-    quantization does to predictions out of them. `time` is what the network receives for a timestep (None: what the family
-    says), `listed` the scheduler's timesteps where it does not space them itself.
+    `tokens` is the number of image tokens of a sample, by which some flow schedules are shifted. `correction` removes the
+    quantization error from predictions. `time` converts timesteps for the network (None: as the family does). `listed`
+    holds the timesteps where the scheduler does not space them itself.
 
     Raises:
-        UsageError: more steps than the schedule was trained with, or eta or guidance that is no number.
-        ArtifactError: the scheduler can't take these steps, or not one step.
+        UsageError: there are more steps than the schedule was trained with, or eta or guidance is not finite.
+        ArtifactError: the scheduler does not support these steps, or fails at a trial step.
     """
 
     family: Family
@@ -81,11 +80,11 @@ class Sampler:
         steps: int | None = None,
         name: str | None = None,
     ) -> Self:
-        """Return the sampler that a manifest's `sampling` describes; `steps` and `name` in place of what it says.
+        """Return the sampler that a manifest's `sampling` describes; `steps` and `name` override its entries.
 
         Raises:
-            UsageError: an unknown sampler, one that does not fit the model's noise schedule, or another number of steps
-                than a list of timesteps has.
+            UsageError: the sampler is unknown or does not fit the model's noise schedule, or `steps` differs from the
+                length of the list of timesteps.
         """
         scheduler = make_sampler(sampling["scheduler"], name)
         listed, spacing = sampling.get("timesteps"), sampling.get("spacing")
@@ -102,10 +101,10 @@ class Sampler:
         return cls(family, scheduler, steps, sampling["eta"], guidance, family.tokens(config), None, time, listed)
 
     def __post_init__(self) -> None:
-        """Take the first step of a sample of nothing: what diffusers finds wrong with a schedule only then is told here."""
+        """Check the schedule with a trial step on zeros, since diffusers reports some errors only in `step`."""
         for option, value in (("--eta", self.eta), ("--guidance", self.guidance)):
             if not math.isfinite(value):
-                raise UsageError(f"{value} is no number to sample with", where=option)
+                raise UsageError(f"{value} is not a finite number", where=option)
         trained = self.scheduler.config.get("num_train_timesteps")
         if self.steps < 1 or (isinstance(trained, int) and self.steps > trained):
             raise UsageError(
@@ -125,8 +124,10 @@ class Sampler:
             scheduler.step(x_in.repeat(1, channels, 1, 1), first, x, **extra)
 
     def timesteps(self) -> Tensor:
-        """The table `[T]` of distinct timesteps the network will be given, in sampling order. PLMS asks for its second
-        timestep twice, so `T` may be less than the number of calls."""
+        """Return the distinct timesteps `[T]` that the network receives, in sampling order.
+
+        PLMS repeats its second timestep, so `T` may be less than the number of calls.
+        """
         timesteps = self._given(self._fresh().timesteps.to(torch.float32))
         return torch.tensor(list(dict.fromkeys(timesteps.tolist())), dtype=torch.float32)
 
@@ -141,19 +142,19 @@ class Sampler:
         observer: Observer | None = None,
         null: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device; those of a network
-        that takes a condition beside them, `BESIDE`, have so many channels less.
+        """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device.
 
-        With guidance above 1, `null` is the condition of none, `[1, ...]` each, and every call of the network is for
-        `2 N` inputs: without condition, then with it.
+        Samples of a network with the condition `IMAGE_CONDITION` lack the channels of that condition. With guidance above
+        1, `null` is the null condition, `[1, ...]` each, and every call of the network has `2 N` inputs: without condition,
+        then with it.
 
-        `seeds` gives each sample its own noise source, for stochastic samplers: a sample does not depend on the batch
-        it is in. `observer` sees every call of the network.
+        `seeds` gives each sample its own noise source in stochastic samplers, so that a sample does not depend on its
+        batch. `observer` is called at every step.
         """
         scheduler = self._fresh()
         guided = self.guidance > 1 and null is not None
         noise, conditions, null = to_device_of(model, (noise, dict(conditions), None if null is None else dict(null)))
-        behind = conditions.get(BESIDE)
+        behind = conditions.get(IMAGE_CONDITION)
         if guided and null is not None:
             conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}
         generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -161,7 +162,7 @@ class Sampler:
         channels = noise.shape[1] if behind is None else noise.shape[1] - behind.shape[1]
         x = noise[:, :channels] * getattr(
             scheduler, "init_noise_sigma", 1.0
-        )  # flow schedules start from the noise as it is
+        )  # flow schedules start from unscaled noise
         scale = getattr(scheduler, "scale_model_input", lambda x, _t: x)
         for timestep in scheduler.timesteps:
             x_in = scale(x, timestep)
@@ -184,11 +185,11 @@ class Sampler:
         return x
 
     def _signed(self, prediction: Tensor) -> Tensor:
-        """The network's prediction with the sign that the scheduler takes it with."""
+        """Return the network's prediction with the sign that the scheduler expects."""
         return -prediction if self._time.negated else prediction
 
     def _guided(self, prediction: Tensor, channels: int, scheduler: Any) -> Tensor:
-        """Classifier-free guidance. A variance that the scheduler takes is that of the network with the condition."""
+        """Apply classifier-free guidance; a learned variance comes from the half with the condition."""
         without, with_it = prediction.chunk(2)
         guided = without + self.guidance * (with_it - without)
         if prediction.shape[1] == 2 * channels and _learns_variance(scheduler):
@@ -198,10 +199,10 @@ class Sampler:
     def _corrected_step(
         self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, x_in: Tensor, extra: dict
     ) -> Tensor:
-        """A step from the corrected prediction; noise that the rest of the quantization error brings is added less of."""
+        """Take a step from the corrected prediction, with the sampler's noise reduced by the residual quantization error."""
         assert self.correction is not None
         given = self._given(timestep)
-        channels = x.shape[1]  # behind them may be a learned variance
+        channels = x.shape[1]  # a learned variance may follow
         corrected = self.correction.corrected(prediction[:, :channels], given, x_in)
         prediction = self._signed(torch.cat([corrected, prediction[:, channels:]], 1))
         sigma = noise_scale(scheduler, timestep, self.eta)
@@ -211,7 +212,7 @@ class Sampler:
         states = [generator.get_state() for generator in generators]
         brought = response(scheduler, timestep, extra) ** 2 * self.correction.variance(given)
         after = scheduler.step(prediction, timestep, x, **extra).prev_sample
-        # What the step drew, drawn again: of it is taken back what makes its deviation too large.
+        # Draw the step's noise again and subtract the excess of its deviation.
         copies = [torch.Generator().manual_seed(0) for _ in states]
         for generator, state in zip(copies, states, strict=True):
             generator.set_state(state)
@@ -231,8 +232,10 @@ class Sampler:
         null: Mapping[str, Tensor] | None = None,
         first: int = 0,
     ) -> Iterator[Tensor]:
-        """Yield samples `[n, *shape]`, batch by batch, from image `first` up to image `samples`; image i depends on `seed`, i
-        and `use` alone."""
+        """Yield samples `[n, *shape]` in batches, from image `first` up to image `samples`.
+
+        Image i depends on `seed`, i and `use` alone.
+        """
         for start in range(first, samples, batch_size):
             stop = min(start + batch_size, samples)
             noise = initial_noise(shape, range(start, stop), seed, use)
@@ -240,7 +243,7 @@ class Sampler:
             yield self.run(model, noise, given, image_seeds(range(start, stop), seed, use), observer, null)
 
     def _fresh(self) -> Any:
-        """A scheduler at its start: multistep ones keep a history."""
+        """Return a scheduler in its initial state, since multistep schedulers keep a history."""
         scheduler = copy.deepcopy(self.scheduler)
         if self.listed is not None:
             return set_listed(scheduler, self.listed)
@@ -262,7 +265,7 @@ class Sampler:
         return scheduler
 
     def _given(self, timestep: Tensor) -> Tensor:
-        """The scheduler's timestep as the network receives it."""
+        """Return the value that the network receives for the scheduler's timestep."""
         return self._time.given(timestep)
 
     @property
@@ -271,7 +274,7 @@ class Sampler:
 
 
 def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: str = IMAGES) -> Tensor:
-    """Starting noise of the images with these indices, `[len(indices), *shape]`: a function of its arguments alone."""
+    """Return the starting noise of the images with these indices, `[len(indices), *shape]`; deterministic."""
     return torch.stack(
         [
             torch.randn(shape, generator=torch.Generator().manual_seed(image_seed + 1))
@@ -281,21 +284,21 @@ def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: str = 
 
 
 def image_seeds(indices: range, seed: int, use: str = IMAGES) -> list[int]:
-    """Return one even seed an image, for a stochastic sampler's own noise; its successor is that of the starting noise.
+    """Return one even seed per image, for a stochastic sampler's noise; the next odd number seeds the starting noise.
 
-    They are 62 bits of a hash of use, seed and index: no two of (use, seed, index) share noise.
+    A seed is 62 bits of a hash of use, seed and index, so different triples don't share noise.
     """
     digests = (hashlib.sha256(f"{use}:{seed}:{index}".encode()).digest() for index in indices)
     return [int.from_bytes(digest[:8], "big") >> 2 << 1 for digest in digests]
 
 
 def _learns_variance(scheduler: Any) -> bool:
-    """Whether the scheduler itself takes the second half of a prediction's channels."""
+    """Return whether the scheduler reads a learned variance from the second half of a prediction's channels."""
     return str(scheduler.config.get("variance_type")).startswith("learned")
 
 
 def _shift(config: Mapping[str, Any], tokens: int) -> float:
-    """`mu` of a dynamically shifted flow schedule, linear in the number of image tokens, as Flux and SD3.5 have it."""
+    """Return `mu` of a dynamically shifted flow schedule (Flux, SD3.5), which is linear in the number of image tokens."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return least + (tokens - low) * (most - least) / (high - low)

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers for a model's noise schedule: by name, with other timesteps, without clipping. Imports no torch."""
+"""diffusers' schedulers for a model's noise schedule, with options for timesteps, clipping and variance. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ SAMPLERS = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "lcm": "LCMScheduler",
 }
-"""Names on the command line, and the diffusers scheduler each stands for."""
+"""Diffusers scheduler classes by their name on the command line."""
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
-"""Scheduler that `euler` stands for where the network was trained by flow matching; the others know no such schedule."""
+"""Scheduler class of `euler` for networks trained by flow matching; no other name supports flow schedules."""
 
 CONFIG = "scheduler config"
 
 BARE_COMPONENT = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
-"""The schedule of a network that comes without a pipeline: DDIM over 1000 linear betas."""
+"""Schedule of a network without a pipeline: DDIM over 1000 linear betas."""
 
 QUADRATIC = "quad"
 SPACINGS = ("leading", "trailing", "linspace", QUADRATIC)
 """Timestep spacings: diffusers' own three, and the quadratic one of the DDIM reference code."""
 
 QUADRATIC_SPAN = 0.8
-"""Part of the training steps that the quadratic spacing covers."""
+"""Share of the training steps that the quadratic spacing covers."""
 
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 """Variances of ancestral sampling (`ddpm`), in diffusers' terms."""
@@ -53,8 +53,10 @@ VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 @dataclass(frozen=True)
 class SchedulerChoices:
-    """Choices about a scheduler beside its class: timesteps by a spacing or as a list, clipping of the predicted image,
-    and the variance of ancestral sampling. None keeps what the model's scheduler has."""
+    """Options of a scheduler: timesteps by a spacing or as a list, clipping of the predicted image, ancestral variance.
+
+    None keeps the setting of the model's scheduler.
+    """
 
     spacing: str | None = None
     timesteps: tuple[float, ...] | None = None
@@ -75,10 +77,10 @@ class SchedulerChoices:
             raise UsageError("A list of timesteps has its own spacing", where="--spacing, --timesteps")
 
     def config(self, class_name: str) -> dict[str, Any]:
-        """Return the entries of a scheduler's config that say so.
+        """Return the entries of a scheduler's config for these options.
 
         Raises:
-            UsageError: schedulers of this class have no such choice.
+            UsageError: schedulers of this class lack one of the options.
         """
         wanted: dict[str, tuple[str, Any]] = {}
         if self.spacing is not None and self.spacing != QUADRATIC:
@@ -97,15 +99,16 @@ class SchedulerChoices:
         return found
 
     def listed(self, scheduler: Any, steps: int) -> tuple[float, ...] | None:
-        """Return the explicit timesteps in sampling order, from the most noise on; None where the scheduler spaces them."""
+        """Return the explicit timesteps in descending order; None where the scheduler spaces them itself."""
         if self.spacing == QUADRATIC:
             return quadratic_timesteps(int(scheduler.config.num_train_timesteps), steps)
         return self.timesteps
 
 
 def quadratic_timesteps(train_steps: int, steps: int) -> tuple[float, ...]:
-    """Return the quadratic spacing of the DDIM reference code (`--skip_type quad`), from the most noise on: the squares of
-    `steps` even parts of sqrt(0.8 T), cut to whole numbers. Repeated ones, at which a step changes nothing, are left out.
+    """Return the quadratic timesteps of the DDIM reference code (`--skip_type quad`), in descending order.
+
+    They are the squares of `steps` evenly spaced numbers up to sqrt(0.8 T), truncated to integers, without repetitions.
 
     Raises:
         UsageError: fewer than two steps.
@@ -122,13 +125,13 @@ def quadratic_timesteps(train_steps: int, steps: int) -> tuple[float, ...]:
 def make_sampler(
     config: Mapping[str, Any] | None, name: str | None = None, choices: SchedulerChoices | None = None
 ) -> Any:
-    """Return a diffusers scheduler: the pipeline's own (`config`, its class in `_class_name`) or the one called `name` with
-    the pipeline's noise schedule.
+    """Return a diffusers scheduler with the pipeline's noise schedule: its own, or the one called `name`.
+
+    `config` is the config of the pipeline's scheduler, with its class in `_class_name`.
 
     Raises:
-        UsageError: an unknown name, a sampler that can't be used with the pipeline's noise schedule, or one of
-            `choices` that it does not have.
-        ArtifactError: the pipeline's own scheduler is of a class that diffusers lacks, or its config is not one of it.
+        UsageError: the name is unknown, the sampler does not support the noise schedule, or it lacks one of `choices`.
+        ArtifactError: diffusers lacks the class of the pipeline's scheduler, or the config is invalid for it.
     """
     from dqtool.models.config_schema import built, check_scheduler_config, diffusers_class
 
@@ -164,7 +167,7 @@ def make_sampler(
 
 
 def scheduler_class(config: Mapping[str, Any] | None, name: str | None = None) -> str:
-    """The diffusers class of what `make_sampler` gives for a network that was not trained by flow matching."""
+    """Return the class name of the scheduler that `make_sampler` returns for a network not trained by flow matching."""
     return SAMPLERS.get(name or "") or str((config or BARE_COMPONENT).get("_class_name", BARE_COMPONENT["_class_name"]))
 
 
@@ -172,7 +175,7 @@ def set_listed(scheduler: Any, timesteps: Sequence[float]) -> Any:
     """Return a scheduler like this one, set to exactly these timesteps.
 
     Raises:
-        UsageError: schedulers of its class take no list, or not this one.
+        UsageError: schedulers of this class take no list of timesteps, or reject this list.
     """
     if type(scheduler).__name__ == "DDIMScheduler":
         from dqtool.models.sampling.listed_ddim import ListedDDIMScheduler

@@ -1,4 +1,4 @@
-"""The noise schedule of a model: its own, the one that is told, or one that must be asked for. Imports no torch."""
+"""Choice of a model's noise schedule: the user's, the model's own, or that of a published architecture. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,43 +22,49 @@ FLOW_CLASSES = frozenset(
     }.items()
     for name in names.split()
 ) | {"LuminaNextDiT2DModel", "Cosmos3OmniTransformer", "LongCatAudioDiTTransformer", "StableAudio3DiTModel"}
-"""diffusers' networks whose pipelines sample by flow matching, and whose schedule (its shift) differs between models. SD3 and
-Flux are not among them: their families know theirs."""
+"""Diffusers networks whose pipelines sample by flow matching with a shift that differs between models. SD3 and Flux are not
+among them, since their families define the schedule."""
 
 _BARE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
 
 
 def choose_schedule(
-    class_name: str, config: Mapping[str, Any], own: Mapping[str, Any] | None, asks: str | None, told: ModelHints
+    class_name: str,
+    config: Mapping[str, Any],
+    own: Mapping[str, Any] | None,
+    unknown_schedule: str | None,
+    hints: ModelHints,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the scheduler config of a network (None: what its family samples with) and what of it is not known.
+    """Return the scheduler config of a network (None: its family's) and a description of its unknown part (None: nothing).
 
-    `own` is the schedule of the model's pipeline or file, `asks` what that leaves open.
+    `own` is the schedule of the model's pipeline or file, and `unknown_schedule` describes what that does not define.
 
     Raises:
-        UsageError: what is told does not fit together.
-        ArtifactError: what is told as a scheduler is none.
+        UsageError: the hints contradict each other.
+        ArtifactError: the scheduler that the hints name is no scheduler config.
     """
-    if told.scheduler is not None:
-        own, asks = finite_config(scheduler_config(told.scheduler)), None
+    if hints.scheduler is not None:
+        own, unknown_schedule = finite_config(scheduler_config(hints.scheduler)), None
     elif own is None and class_name == "UNet2DConditionModel":
-        own, asks = published_schedule(config) or (None, asks)
-    if told.prediction_type is not None:
+        own, unknown_schedule = published_schedule(config) or (None, unknown_schedule)
+    if hints.prediction_type is not None:
         family = class_name in ("SD3Transformer2DModel", "FluxTransformer2DModel")
-        if own is None and family and told.prediction_type == "flow_prediction":
-            return None, asks
-        return with_prediction_type(own or _BARE, told.prediction_type), None
+        if own is None and family and hints.prediction_type == "flow_prediction":
+            return None, unknown_schedule
+        return with_prediction_type(own or _BARE, hints.prediction_type), None
     if own is None and class_name in FLOW_CLASSES:
         return None, (
-            f"The noise schedule of a {class_name} can't be told from its weights: such networks are trained by flow "
+            f"The weights of a {class_name} don't determine its noise schedule: such networks are trained by flow "
             "matching, each model with a shift of its own"
         )
-    return None if own is None else dict(own), asks
+    return None if own is None else dict(own), unknown_schedule
 
 
 def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's config as a manifest can hold it. JSON knows no infinity, which stands only for "no limit", the
-    default of its key, so that leaving it out says the same."""
+    """Return a scheduler's config without infinite values, which JSON lacks.
+
+    Infinity means "no limit", the default of its key, so leaving it out changes nothing.
+    """
     return {
         key: value
         for key, value in config.items()

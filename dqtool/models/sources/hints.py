@@ -1,4 +1,4 @@
-"""What a user says of a model beyond naming it, because its files don't: prediction type, noise schedule. Imports no torch."""
+"""Hints that the user gives about a model because its files lack them, such as the prediction type. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from dqtool.models.sources.reading import read_json
 __all__ = ["PREDICTION_TYPES", "ModelHints", "is_flow", "scheduler_config", "with_prediction_type"]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-"""What a network can predict, in diffusers' terms."""
+"""Prediction types of networks, in diffusers' terms."""
 
 
 @dataclass(frozen=True)
 class ModelHints:
-    """`prediction_type` is one of `PREDICTION_TYPES`; `scheduler` a scheduler_config.json or a directory that holds one;
-    `tokenizer` a directory with the tokenizer of a single file; `pipeline` a pipeline directory with what the model lacks; `variant`
-    the one of several sets of weights that is meant (`fp16`, `ema`, ...)."""
+    """Hints about a model; None leaves the choice to its files.
+
+    Attributes:
+        prediction_type: one of `PREDICTION_TYPES`.
+        scheduler: a scheduler_config.json or a directory that holds one.
+        tokenizer: directory with the tokenizer of a single file.
+        pipeline: pipeline directory with the components that the model lacks.
+        variant: set of weights to read where there are several (`fp16`, `ema`, ...).
+    """
 
     prediction_type: str | None = None
     scheduler: str | None = None
@@ -40,17 +46,19 @@ class ModelHints:
             )
 
     def record(self) -> dict[str, str]:
-        """Return what was said, as a manifest keeps it."""
+        """Return the given hints as a manifest stores them."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def scheduler_config(given: str) -> dict[str, Any]:
-    """Return the scheduler config at `given`: a JSON file, a scheduler directory, a pipeline directory, or the name of a diffusers
-    scheduler, which stands for its defaults.
+    """Return the scheduler config that `given` names.
+
+    `given` is a JSON file, a scheduler directory, a pipeline directory, or the name of a diffusers scheduler, which stands
+    for its defaults.
 
     Raises:
-        EnvironmentFault: there is nothing.
-        ArtifactError: it is no scheduler's config.
+        EnvironmentFault: the path does not exist.
+        ArtifactError: the file is no scheduler config.
     """
     path = Path(given)
     if not path.exists() and re.fullmatch(r"[A-Z]\w*Scheduler", given):
@@ -72,7 +80,7 @@ def scheduler_config(given: str) -> dict[str, Any]:
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config follows flow matching."""
+    """Return whether a scheduler's config follows flow matching."""
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     return bool(flow) or str(config.get("_class_name")).startswith("FlowMatch")
 
@@ -81,13 +89,13 @@ def with_prediction_type(config: Mapping[str, Any], kind: str) -> dict[str, Any]
     """Return the scheduler config for a network that predicts `kind`.
 
     Raises:
-        UsageError: the schedule is one of flow matching and `kind` is not, or the other way round.
+        UsageError: one of schedule and `kind` is of flow matching and the other is not.
     """
     if is_flow(config) != (kind == "flow_prediction"):
         raise UsageError(
-            f"A network of prediction type {kind} can't be sampled with a {config.get('_class_name')} as it is set",
+            f"A network of prediction type {kind} can't be sampled with this {config.get('_class_name')}",
             where="--prediction-type",
-            fix="Name the schedule that the model was trained with by --scheduler FILE",
+            fix="Give the schedule that the model was trained with by --scheduler FILE",
         )
     if str(config.get("_class_name")).startswith("FlowMatch"):
         return dict(config)

@@ -1,4 +1,4 @@
-"""Models named by Hub id: from the local cache of huggingface_hub, else from the network. Imports no torch."""
+"""Models named by Hub id, read from the local cache of huggingface_hub or downloaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _NOT = ["*.fp16.*", "*.bf16.*", "*non_ema*", *_NEVER]
 
 
 def is_hub_id(given: str) -> bool:
-    """Whether this can be a Hub id, `org/name` or `org/name@revision`; whether there is one only the Hub knows."""
+    """Return whether `given` has the form of a Hub id, `org/name` or `org/name@revision`; the Hub is not asked."""
     return _ID.fullmatch(given) is not None and not given.endswith(_FILES)
 
 
 def hub_snapshot(given: str, variant: str | None, use: Callable[[Path], T]) -> T:
-    """Return `use(directory)` on the model's files: those of the local cache if `use` can work with them, else downloaded ones.
+    """Return `use(directory)` for the model's files: cached ones where `use` accepts them, else downloaded ones.
 
-    The weights without a variant are downloaded, or those of `variant`; where `use` can't work with them, all safetensors.
+    The download holds the weights without a variant, or those of `variant`; where `use` rejects them, all weights.
 
-    The cache is where `HF_HUB_CACHE` or `HF_HOME` say; `HF_HUB_OFFLINE=1` forbids the network.
+    `HF_HUB_CACHE` or `HF_HOME` set the place of the cache; `HF_HUB_OFFLINE=1` forbids downloads.
 
     Raises:
-        EnvironmentFault: the model is not in the cache and can't be had from the network.
-        ArtifactError: what is there is no model that dqtool reads.
+        EnvironmentFault: the model is not in the cache and can't be downloaded.
+        ArtifactError: the files are no model that dqtool reads.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -47,12 +47,12 @@ def hub_snapshot(given: str, variant: str | None, use: Callable[[Path], T]) -> T
         return use(Path(snapshot_download(**where, local_files_only=True)))
     except (LocalEntryNotFoundError, HFValidationError):
         pass
-    except ArtifactError as error:  # a snapshot may hold a part of the files only
+    except ArtifactError as error:  # a snapshot may lack some of the files
         incomplete = error
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise incomplete or _absent(given, "and HF_HUB_OFFLINE forbids to ask the Hub")
+        raise incomplete or _absent(given, "and HF_HUB_OFFLINE forbids downloads")
     try:
-        # A repository at the root of which lie single-file checkpoints too is taken in its diffusers form.
+        # Prefer the diffusers form of a repository that also has single-file checkpoints at its root.
         top = Path(snapshot_download(**where, allow_patterns=["*.json"]))
         single = ["*.safetensors"] if not (top / "model_index.json").exists() else []
         patterns = [pattern for pattern in _PATTERNS if pattern != "*.safetensors"] + single
@@ -64,12 +64,12 @@ def hub_snapshot(given: str, variant: str | None, use: Callable[[Path], T]) -> T
             path = Path(snapshot_download(**where, allow_patterns=[*patterns, "*/*.bin"], ignore_patterns=_NEVER))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise incomplete or _absent(given, f"and the Hub can't be asked: {reason[:200]}") from error
+        raise incomplete or _absent(given, f"and the download from the Hub failed: {reason[:200]}") from error
     return use(path)
 
 
 def cached_file(name: str, file: str) -> Path | None:
-    """Return a file of a model that lies in the local cache; None when it does not."""
+    """Return the path of a model's file in the local cache; None where it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, file, cache_dir=_cache())
@@ -77,7 +77,7 @@ def cached_file(name: str, file: str) -> Path | None:
 
 
 def _cache() -> str | None:
-    """As huggingface_hub resolves it, but at the time of the call."""
+    """Return the cache's directory by huggingface_hub's rules, with the environment read at the time of the call."""
     if os.environ.get("HF_HUB_CACHE"):
         return os.environ["HF_HUB_CACHE"]
     home = os.environ.get("HF_HOME")

@@ -1,7 +1,7 @@
-"""LoRAs added to the weights they were trained for: `W += weight · alpha/r · B·A` (arXiv 2106.09685, Eq. 3).
+"""Merging of LoRAs into float weights: `W += weight · alpha/r · B·A` (arXiv 2106.09685, Eq. 3).
 
-Reads what diffusers and peft write, and through diffusers' converters what kohya's scripts write. The merging itself is
-a product of two matrices, so that peft is not needed.
+Reads the formats of diffusers and peft, and through diffusers' converters that of kohya's scripts. Merging is a product of
+two matrices and needs no peft.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LOADERS = {
     "FluxTransformer2DModel": "FluxLoraLoaderMixin",
     "SD3Transformer2DModel": "SD3LoraLoaderMixin",
 }
-"""diffusers' classes that know the other formats of a network's LoRAs."""
+"""Loader classes of diffusers that convert other LoRA formats, by network class."""
 
 _PREFIXES = ("unet.", "transformer.", "transformer_2.", "prior.", "base_model.model.", "diffusion_model.")
 _PARTS = re.compile(r"(.+)\.lora_(A|B)(?:\.[\w-]+)?\.(weight|bias)")
@@ -42,7 +42,7 @@ _METADATA = "lora_adapter_metadata"
 
 @dataclass
 class _Pair:
-    """The factors of one layer's change: `down [r, in, ...]` (A), `up [out, r, ...]` (B), a bias of B."""
+    """Low-rank factors of one layer: `down [r, in, ...]` (A), `up [out, r, ...]` (B), and a bias of B."""
 
     down: Tensor | None = None
     up: Tensor | None = None
@@ -50,11 +50,11 @@ class _Pair:
 
 
 def fuse_loras(state: Mapping[str, Tensor], source: ModelSource) -> dict[str, Tensor]:
-    """`state` (float32, diffusers' names) with the LoRAs of `source` added; untouched tensors are those given.
+    """Return `state` (float32, diffusers' names) with the LoRAs of `source` added; other tensors are passed through.
 
     Raises:
-        ArtifactError: a file is no LoRA, is one of another network, or of a kind that is no product of two matrices.
-        NumericError: NaN or infinity in a LoRA.
+        ArtifactError: a file is no LoRA, is for another network, or is no product of two matrices.
+        NumericError: a LoRA holds NaN or infinity.
     """
     fused = dict(state)
     for lora in source.loras:
@@ -89,10 +89,10 @@ def fuse_loras(state: Mapping[str, Tensor], source: ModelSource) -> dict[str, Te
 
 
 def lora_delta(down: Tensor, up: Tensor, shape: torch.Size, where: str) -> Tensor:
-    """`B·A` as a change of a weight of `shape`, linear or convolution, in float32.
+    """Return `B·A` in the shape of a linear or convolution weight, in float32.
 
     Raises:
-        ArtifactError: the two matrices are not of that weight.
+        ArtifactError: the two matrices don't fit the shape.
     """
     if up.dim() < 2 or down.dim() < 2 or 0 in down.shape or len(shape) < 2:
         raise ArtifactError(
@@ -111,7 +111,7 @@ def lora_delta(down: Tensor, up: Tensor, shape: torch.Size, where: str) -> Tenso
 
 
 def _read(lora: LoraFile, source: ModelSource) -> tuple[dict[str, _Pair], dict[str, float]]:
-    """The pairs of a file by module of the network, and `alpha / r` of each."""
+    """Return the file's factors and `alpha / r`, each by module of the network."""
     path = str(lora.path)
     state, metadata = _load(lora)
     state, network_alphas = _to_peft(state, source, path)
@@ -157,7 +157,7 @@ def _load(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _to_peft(state: dict[str, Tensor], source: ModelSource, path: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Names of peft (`lora_A`, `lora_B`), and the alphas that the file holds as tensors, by module."""
+    """Return the tensors under peft's names (`lora_A`, `lora_B`), and the alphas that the file holds as tensors, by module."""
     if any("dora_scale" in name or "lora_magnitude_vector" in name for name in state):
         raise ArtifactError("This is a DoRA, whose change is no product of two matrices", where=path, fix="Give a LoRA")
     alphas: dict[str, Any] = {}
@@ -176,11 +176,11 @@ def _to_peft(state: dict[str, Tensor], source: ModelSource, path: str) -> tuple[
                     kwargs = {"return_alphas": True} if mixin.__name__.startswith("Flux") else {}
                     result = mixin.lora_state_dict(dict(state), **kwargs)
                     state, alphas = result if isinstance(result, tuple) else (result, {})
-            except Exception as error:  # diffusers' converters take every name apart and expect it to be whole
+            except Exception as error:  # diffusers' converters raise these on malformed names
                 raise ArtifactError(f"diffusers can't convert this LoRA: {error}", where=path) from error
         alphas = {**(alphas or {}), **{k: state[k] for k in list(state) if k.endswith(".alpha")}}
         try:
-            # diffusers keys an alpha by the tensor it is for.
+            # diffusers keys an alpha by the name of its tensor.
             alphas = convert_unet_state_dict_to_peft({k.removesuffix(".alpha"): v for k, v in alphas.items()})
             state = convert_unet_state_dict_to_peft({k: v for k, v in state.items() if not k.endswith(".alpha")})
         except Exception as error:
@@ -193,11 +193,11 @@ def _to_peft(state: dict[str, Tensor], source: ModelSource, path: str) -> tuple[
 
 
 def _number(value: Any, name: str, path: str) -> float:
-    """Return an alpha, of a tensor or of settings, as a number.
+    """Return an alpha, given as a tensor or in the settings, as a number.
 
     Raises:
-        ArtifactError: it is no single number.
-        NumericError: it is NaN or infinite.
+        ArtifactError: `value` is no single number.
+        NumericError: `value` is NaN or infinite.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
@@ -220,7 +220,7 @@ def _bare(module: str) -> str:
 
 @dataclass(frozen=True)
 class _Settings:
-    """peft's settings: alpha of all layers, that of layers whose names match a pattern, and how alpha is divided."""
+    """Settings of peft: alpha of all layers, alpha of layers whose names match a pattern, and the divisor of alpha."""
 
     alpha: float | None
     alphas: Mapping[str, float]

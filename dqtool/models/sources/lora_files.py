@@ -1,4 +1,4 @@
-"""LoRA files as the command line names them: `FILE[:WEIGHT]`. Imports no torch."""
+"""LoRA files as given on the command line, `FILE[:WEIGHT]`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["LoraFile", "lora_file"]
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA's file, and the factor its change of the weights is multiplied with."""
+    """Path of a LoRA's file, and the factor of its change to the weights."""
 
     path: Path
     weight: float = 1.0
 
     def sha256(self) -> str:
-        """Hex digest of the file."""
+        """Return the hex digest of the file."""
         return sha256_file(self.path)
 
 
 def lora_file(text: str) -> LoraFile:
-    """The LoRA that `FILE` or `FILE:WEIGHT` names.
+    """Parse `FILE` or `FILE:WEIGHT`.
 
     Raises:
         UsageError: the weight is no finite number.
-        EnvironmentFault: there is no such file.
+        EnvironmentFault: the file does not exist.
     """
     name, colon, weight = text.rpartition(":")
     if not colon or Path(text).exists():

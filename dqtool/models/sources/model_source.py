@@ -1,4 +1,4 @@
-"""A full-precision model as it lies on disk. Imports no torch."""
+"""Description of a full-precision model on disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from dqtool.models.sources.reading import read_json
 __all__ = ["NETWORKS", "ModelSource", "config_in", "network_config", "part_of"]
 
 NETWORKS = ("unet", "transformer", "prior")
-"""Names under which pipelines hold their denoiser, which is quantized unless another component is named."""
+"""Component names of a pipeline's denoiser, which is quantized unless the user names another component."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as it lies on disk: the network's weights and config and, if it is a pipeline, where the rest is.
+    """A model on disk: the network's weights and config and, for a pipeline, the place of its other components.
 
-    `layout` names the format of an original checkpoint (`dqtool.models.sources.original`). `own_scheduler` is the noise schedule of an
-    original checkpoint, or one that was told; it goes before the pipeline's. `asks` says what of the schedule nobody knows
-    yet, `lacks` what keeps the rest of a file from being used. `loras` are added to the weights when these are loaded;
-    `variant` is the set of weights that was chosen, for the pipeline's other components too.
+    Attributes:
+        layout: format of an original checkpoint (`dqtool.models.sources.original`).
+        own_scheduler: noise schedule of an original checkpoint or of the user; takes precedence over the pipeline's.
+        unknown_schedule: description of the part of the schedule that is unknown; None where all is known.
+        lacks: reason why the other components of a single file can't be used.
+        loras: LoRAs that are added to the weights at loading.
+        variant: chosen set of weights, for the pipeline's other components too.
     """
 
     given: str
@@ -42,7 +45,7 @@ class ModelSource:
     component: str
     layout: str | None = None
     own_scheduler: dict[str, Any] | None = None
-    asks: str | None = None
+    unknown_schedule: str | None = None
     lacks: str | None = None
     loras: tuple[LoraFile, ...] = ()
     variant: str | None = None
@@ -50,19 +53,19 @@ class ModelSource:
 
     @property
     def class_name(self) -> str:
-        """The diffusers class of the network."""
+        """Return the diffusers class of the network."""
         return str(self.config["_class_name"])
 
     @property
     def scheduler(self) -> dict[str, Any] | None:
-        """The scheduler config that was told, of the original checkpoint or of the pipeline; None for a bare component."""
+        """Return the scheduler config of the user, the original checkpoint or the pipeline; None for a bare component."""
         if self.own_scheduler is not None or self.pipeline is None:
             return self.own_scheduler
         return finite_config(read_json(part_of(self.pipeline, "scheduler/scheduler_config.json")))
 
     @property
     def model_index(self) -> dict[str, Any] | None:
-        """The pipeline's `model_index.json`, with the class of the scheduler in use; None for a bare component."""
+        """Return the pipeline's `model_index.json` with the class of the scheduler in use; None for a bare component."""
         if self.pipeline is None:
             return None
         index = read_json(part_of(self.pipeline, "model_index.json"))
@@ -71,20 +74,24 @@ class ModelSource:
         return index
 
     def check_schedule(self) -> None:
-        """Raise `UsageError` where nobody knows what the network predicts or by which schedule."""
-        if self.asks is None:
+        """Raise `UsageError` where the prediction type or the noise schedule is unknown."""
+        if self.unknown_schedule is None:
             return
-        option = "--scheduler FILE" if "schedule" in self.asks else "--prediction-type epsilon or v_prediction"
-        raise UsageError(self.asks[0].upper() + self.asks[1:], where=self.given, fix=f"Say it with {option}")
+        option = (
+            "--scheduler FILE" if "schedule" in self.unknown_schedule else "--prediction-type epsilon or v_prediction"
+        )
+        raise UsageError(
+            self.unknown_schedule[0].upper() + self.unknown_schedule[1:], where=self.given, fix=f"Set it with {option}"
+        )
 
     def pipeline_record(self) -> dict[str, Any] | None:
-        """What a manifest says of the pipeline around the network; of an original checkpoint only the noise schedule."""
+        """Return the manifest's entry on the pipeline; for an original checkpoint it holds the noise schedule alone."""
         if self.pipeline is not None:
             return {"model_index": self.model_index, "component": self.component, "scheduler": self.scheduler}
         return None if self.own_scheduler is None else {"scheduler": self.own_scheduler}
 
     def sha256(self) -> str:
-        """Hex digest over weights, config and LoRAs: what a fingerprint takes the model for."""
+        """Return the hex digest over weights, config and LoRAs that identifies the model in fingerprints."""
         return self._digest
 
     @cached_property
@@ -97,19 +104,19 @@ class ModelSource:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def tensor_entries(self) -> dict[str, dict[str, Any]]:
-        """Name -> {dtype, shape} of the network's tensors under the files' own names, without loading any."""
+        """Return {name: {dtype, shape}} of the network's tensors under the files' own names, without loading them."""
         if self.entries is not None:
             return self.entries
         return {name: entry for path in self.weights for name, entry in read_entries(path).items()}
 
 
 def part_of(model: Path, name: str) -> Path:
-    """The path of a file of the model in the directory `model`; `ArtifactError` where a symbolic link leads out of it."""
+    """Return the path of a file in the directory `model`; `ArtifactError` where a symbolic link leads out of it."""
     return path_within(model, name, str(model), links=model)
 
 
 def config_in(config: Path) -> Path:
-    """The config of a network that is named by its file, its directory or its pipeline's directory."""
+    """Return the config's path for a given config file, network directory or pipeline directory."""
     if not config.is_dir() or (config / "config.json").is_file():
         return part_of(config, "config.json") if config.is_dir() else config
     inside = [part_of(config, f"{name}/config.json") for name in NETWORKS]
@@ -121,7 +128,7 @@ def network_config(path: Path, given: str) -> dict[str, Any]:
         raise ArtifactError(
             f"There is no model config at {path}",
             where=given,
-            fix="Put the diffusers config.json beside the weights or name it with --config FILE",
+            fix="Put the diffusers config.json next to the weights or name it with --config FILE",
         )
     config = read_json(path)
     if "_class_name" not in config:

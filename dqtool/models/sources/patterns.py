@@ -1,8 +1,8 @@
-"""Regular expressions of strangers, matched with a bound on the work: Python's own engine may take years over one.
+"""Matching of untrusted regular expressions with bounded work; Python's own engine may take exponential time.
 
-The pattern is parsed by Python and matched by sets of positions, so that nothing is tried twice. All that names of modules
-are matched with is known: characters, classes, groups, alternatives, repeats and anchors. Back references and looking
-ahead or behind are refused.
+Python parses a pattern, and this module matches it by sets of positions, so that no position is tried twice. It supports
+what patterns of module names use: characters, classes, groups, alternatives, repeats and anchors. Back references and
+lookaround are refused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 __all__ = ["Pattern", "Patterns"]
 
 LONGEST = 1_000
-"""Most characters of a pattern."""
+"""Largest number of characters of a pattern."""
 WORK = 200_000
-"""Most steps that a match may take, about a tenth of a second."""
+"""Largest number of steps of one match, about a tenth of a second."""
 TOTAL = 2_000_000
-"""Most steps that all patterns of a file may take, a plain pattern's match counted as one: about a second."""
+"""Largest number of steps of all matches of a file, about a second. A plain pattern's match counts as one."""
 
 _CLASSES: dict[Any, Callable[[str], bool]] = {
     op.CATEGORY_DIGIT: str.isdecimal,
@@ -31,24 +31,25 @@ _CLASSES: dict[Any, Callable[[str], bool]] = {
     op.CATEGORY_NOT_SPACE: lambda c: not c.isspace(),
 }
 _PLAIN = re.compile(r"[\w.^-]*")
-"""Patterns without repeats, which Python's engine matches in linear time."""
+"""Form of patterns without repeats, which Python's engine matches in linear time."""
 
 
 class Patterns:
-    """Patterns that are asked in order which of them is the first to match a name, with a bound on all the work together."""
+    """Ordered patterns with a bound on the work of all matches together."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._left = TOTAL
         self._matchers: list[tuple[str, re.Pattern | Pattern]] = []
         for text in texts:
-            # As PEFT has it: a pattern may begin after any dot.
+            # PEFT's rule: a match may begin after any dot.
             whole = rf"(.*\.)?({text})"
             self._matchers.append((text, re.compile(whole) if _PLAIN.fullmatch(text) else Pattern(whole)))
 
     def first(self, name: str) -> str | None:
         """Return the first pattern that matches `name` whole or after a dot, or None.
 
-        Raises `ValueError` where that takes too long.
+        Raises:
+            ValueError: the match takes too long.
         """
         for text, matcher in self._matchers:
             self._left -= 1
@@ -63,7 +64,7 @@ class Patterns:
 
 
 class Pattern:
-    """A regular expression. Raises `ValueError` for text that is none, or one beyond what this module matches."""
+    """A regular expression. Raises `ValueError` for invalid or unsupported patterns."""
 
     def __init__(self, text: str) -> None:
         if len(text) > LONGEST:
@@ -76,11 +77,11 @@ class Pattern:
 
     @property
     def spent(self) -> int:
-        """Steps that the last match took."""
+        """Number of steps of the last match."""
         return WORK - self._left
 
     def fullmatch(self, text: str) -> bool:
-        """Return whether all of `text` matches, as `re.fullmatch` does; `ValueError` where that takes too long."""
+        """Return whether all of `text` matches, as `re.fullmatch` does; `ValueError` where the match takes too long."""
         self._left = WORK
         try:
             return len(text) in self._after(self._items, text, {0})
@@ -88,7 +89,7 @@ class Pattern:
             raise ValueError("this regular expression is nested too deeply") from error
 
     def _after(self, items: Any, text: str, places: set[int]) -> set[int]:
-        """Return where a match of `items` can end that begins at one of `places`."""
+        """Return all ends of matches of `items` that begin at one of `places`."""
         for kind, argument in items:
             self._spend(len(places) + 1)
             if not places:

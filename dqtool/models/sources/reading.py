@@ -1,4 +1,4 @@
-"""The small text files of models: JSON and YAML. Imports no torch."""
+"""Readers of models' JSON and YAML files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["read_json", "read_yaml"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, whether or not a byte order mark stands before it.
+    """Return the object in a JSON file, with or without a byte order mark.
 
     Raises:
         ArtifactError: the file is missing, holds something else, or is beyond the bounds of `artifacts.reading`.
@@ -28,11 +28,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        ArtifactError: it holds something else, or is beyond the bounds of `yamltree`.
+        ArtifactError: the file holds something else, or is beyond the bounds of `yamltree`.
     """
     try:
         value = plain_value(compose(read_text(path, "config", ArtifactError), str(path)))
-    except UsageError as e:  # as a recipe's YAML is told of
+    except UsageError as e:  # the reader of recipes reports usage errors
         raise ArtifactError(f"This config is no valid YAML: {e.what}", where=e.where) from e
     if not isinstance(value, dict):
         raise ArtifactError("This config is no YAML mapping", where=str(path))

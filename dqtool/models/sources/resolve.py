@@ -1,4 +1,4 @@
-"""Finding a full-precision model: what a user may name, and the files behind it. Imports no torch."""
+"""Resolution of the name that a user gives to a full-precision model and its files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dqtool.models.sources.weight_files import find_weights
 __all__ = ["NETWORKS", "ZOO", "ModelSource", "resolve_model", "resolve_recorded"]
 
 ZOO = Path(__file__).parents[2] / "zoo" / "weights"
-"""Where the embedded models are packaged, each as a diffusers pipeline directory with float16 weights."""
+"""Directory of the embedded models, each a diffusers pipeline directory with float16 weights."""
 
 
 def resolve_model(
@@ -32,25 +32,27 @@ def resolve_model(
     config: str | None = None,
     component: str | None = None,
     loras: Sequence[str] = (),
-    told: ModelHints | None = None,
+    hints: ModelHints | None = None,
 ) -> ModelSource:
-    """Return the model a user named: a `.safetensors` file with `config.json` beside it (or `config`), a component directory,
-    a pipeline directory, an original checkpoint, a Hub id `org/name[@revision]`, or `zoo:NAME`.
+    """Return the model that a user named.
 
-    `component` names the network of a pipeline that is meant, where that is not its denoiser; `loras` are
-    `FILE[:WEIGHT]`; `told` is what the files don't say.
+    `given` is a `.safetensors` file with a `config.json` next to it (or `config`), a component directory, a pipeline
+    directory, an original checkpoint, a Hub id `org/name[@revision]`, or `zoo:NAME`.
+
+    `component` names the component of a pipeline to quantize instead of its denoiser; `loras` are `FILE[:WEIGHT]`;
+    `hints` supplies what the files lack.
 
     Raises:
-        EnvironmentFault: there is nothing at that path.
-        ArtifactError: there is something else: no config, no weights, no safetensors file.
-        UsageError: a component that the model does not have, or a LoRA's weight that is no number.
+        EnvironmentFault: the path does not exist.
+        ArtifactError: config or weights are missing or invalid.
+        UsageError: the model lacks the component, or a LoRA's weight is no number.
     """
-    told = ModelHints() if told is None else told
+    hints = ModelHints() if hints is None else hints
     files = tuple(lora_file(text) for text in loras)
     if given.startswith("zoo:"):
         source = _directory(given, _embedded(given), config, component, None)
     elif not Path(given).exists() and is_hub_id(given):
-        variant = told.variant
+        variant = hints.variant
         source = hub_snapshot(given, variant, lambda path: _directory(given, path, config, component, variant))
     elif not Path(given).exists():
         raise EnvironmentFault(
@@ -63,21 +65,23 @@ def resolve_model(
             raise UsageError(
                 "A single file holds one network; components are those of a pipeline directory", where="--components"
             )
-        source = single_file(given, Path(given), config, told)
+        source = single_file(given, Path(given), config, hints)
     else:
-        source = _directory(given, Path(given), config, component, told.variant)
-    if told.pipeline is not None and source.pipeline is None:
-        source = _in_pipeline(source, told.pipeline)
+        source = _directory(given, Path(given), config, component, hints.variant)
+    if hints.pipeline is not None and source.pipeline is None:
+        source = _in_pipeline(source, hints.pipeline)
     given_schedule = source.scheduler
-    schedule, asks = choose_schedule(source.class_name, source.config, given_schedule, source.asks, told)
+    schedule, unknown_schedule = choose_schedule(
+        source.class_name, source.config, given_schedule, source.unknown_schedule, hints
+    )
     own = source.own_scheduler if schedule == given_schedule else schedule
-    return replace(source, loras=files, own_scheduler=own, asks=asks)
+    return replace(source, loras=files, own_scheduler=own, unknown_schedule=unknown_schedule)
 
 
 def resolve_recorded(model: Mapping[str, Any], given: str | None = None) -> ModelSource:
-    """The model that a manifest's `model` was made from, or `given` in its place, read in the same way.
+    """Return the model that a manifest's `model` records, or the one at `given` resolved with the same options.
 
-    Raises what `resolve_model` raises.
+    Raises the errors of `resolve_model`.
     """
     return resolve_model(
         given or model["source"],
@@ -98,11 +102,11 @@ def _embedded(given: str) -> Path:
 
 
 def _in_pipeline(source: ModelSource, pipeline: str) -> ModelSource:
-    """A bare network in the place of its like in a pipeline.
+    """Return a bare network as the component of its class in a pipeline.
 
     Raises:
-        EnvironmentFault: the pipeline is not there.
-        ArtifactError: it is no pipeline, or has no component of the network's class.
+        EnvironmentFault: the pipeline's directory does not exist.
+        ArtifactError: the directory is no pipeline, or has no component of the network's class.
     """
     base = _embedded(pipeline) if pipeline.startswith("zoo:") else Path(pipeline)
     if not base.exists():
@@ -112,7 +116,7 @@ def _in_pipeline(source: ModelSource, pipeline: str) -> ModelSource:
         if index[name][1] == source.class_name:
             return replace(source, pipeline=base, component=name)
     raise ArtifactError(
-        f"This pipeline has no component of class {source.class_name}, which {source.given} is",
+        f"This pipeline has no component of class {source.class_name}, the class of {source.given}",
         where=f"--pipeline {pipeline}, model_index.json",
     )
 
@@ -145,7 +149,7 @@ def _pipeline(given: str, path: Path, component: str | None, variant: str | None
 
 
 def _modular(given: str, index: Mapping[str, Any]) -> ArtifactError:
-    """A modular pipeline names where each component lies; its denoiser's place is what to quantize."""
+    """Return the error for a modular pipeline, whose index names the places of its components."""
     places = {name: entry[2] for name, entry in index.items() if isinstance(entry, list) and len(entry) > 2}
     place: Mapping[str, Any] = next((places[name] for name in NETWORKS if isinstance(places.get(name), Mapping)), {})
     model = place.get("repo") or place.get("pretrained_model_name_or_path")

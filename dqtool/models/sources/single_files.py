@@ -1,4 +1,4 @@
-"""Single files: original checkpoints with what they hold beside the network, and bare weights with a config. Imports no torch."""
+"""Single files: original checkpoints with their text encoders and autoencoder, and bare weights with a config. No torch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dqtool.models.sources.tokenizers import find_tokenizers
 __all__ = ["single_file"]
 
 
-def single_file(given: str, path: Path, config: str | None, told: ModelHints) -> ModelSource:
+def single_file(given: str, path: Path, config: str | None, hints: ModelHints) -> ModelSource:
     if not is_pickle(path):
-        read_header(path)  # refuses what is no safetensors file
+        read_header(path)  # raises for a file that is no safetensors file
     found = recognise(path)
     if found is not None:
         layout, entries = found
@@ -32,13 +32,13 @@ def single_file(given: str, path: Path, config: str | None, told: ModelHints) ->
         authors = config is not None and config.endswith((".yaml", ".yml"))
         yaml = read_yaml(Path(config)) if config and authors else None
         told_config = network_config(config_in(Path(config)), given) if config and not authors else None
-        description = layout.describe(shapes, Known(yaml, told_config, told.prediction_type), given)
+        description = layout.describe(shapes, Known(yaml, told_config, hints.prediction_type), given)
         network = told_config or description.config
         own = layout.network(shapes)
         scheduler: dict[str, Any] | None = finite_config(description.scheduler)
-        asks = description.asks
-        if told.pipeline is not None and not description.explicit:
-            scheduler = asks = None  # the pipeline's is the one that the model is sampled with
+        unknown_schedule = description.unknown_schedule
+        if hints.pipeline is not None and not description.explicit:
+            scheduler = unknown_schedule = None  # the pipeline's scheduler is used
         source = ModelSource(
             given=given,
             weights=(path,),
@@ -48,24 +48,24 @@ def single_file(given: str, path: Path, config: str | None, told: ModelHints) ->
             component="unet",
             layout=layout.name,
             own_scheduler=scheduler,
-            asks=asks,
+            unknown_schedule=unknown_schedule,
             entries={name: entries[name] for name in entries if name in own},
         )
-        return _beside(source, path, entries, finite_config(description.scheduler), told)
+        return _with_pipeline(source, path, entries, finite_config(description.scheduler), hints)
     if is_pickle(path):
         raise ArtifactError(
             "This is no original checkpoint of a kind that dqtool knows",
             where=given,
-            fix="Give the diffusers directory of the model, or its weights as .safetensors with config.json beside them",
+            fix="Give the diffusers directory of the model, or its weights as .safetensors with config.json next to them",
         )
     config_path = config_in(Path(config)) if config else part_of(path.parent, "config.json")
     return ModelSource(given, (path,), network_config(config_path, given), config_path, None, "unet")
 
 
-def _beside(
-    source: ModelSource, path: Path, names: Mapping[str, Any], scheduler: Mapping[str, Any], told: ModelHints
+def _with_pipeline(
+    source: ModelSource, path: Path, names: Mapping[str, Any], scheduler: Mapping[str, Any], hints: ModelHints
 ) -> ModelSource:
-    """The source with a pipeline around it, made of what the file holds and of what is told."""
+    """Return the source with a pipeline, made from the file's own components and the user's hints."""
     parts = pipeline_of(source.config, names)
     if parts is None:
         return source
@@ -73,10 +73,10 @@ def _beside(
     texts = tuple(text for text in parts.texts if text.marker in names)
     whole = prefix is not None and len(texts) == len(parts.texts)
     source = replace(source, component=parts.network)
-    base = None if told.pipeline is None else Path(told.pipeline)
+    base = None if hints.pipeline is None else Path(hints.pipeline)
     if not whole and (base is None or not (prefix or texts)):
         return source
-    tokenizers = find_tokenizers(texts, told.tokenizer, told.pipeline)
+    tokenizers = find_tokenizers(texts, hints.tokenizer, hints.pipeline)
     if tokenizers is None:
         fix = "name the directory of its tokenizer with --tokenizer DIR, or a pipeline of the same kind with --pipeline DIR"
         return replace(source, lacks=f"the file holds its text encoders but no tokenizer; to use prompts, {fix}")

@@ -1,4 +1,4 @@
-"""Tokenizers for single files, which hold none: from a directory that the user names, or the local Hub cache. Imports no torch."""
+"""Tokenizers for single files, which hold none: read from a given directory or the local Hub cache. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _CACHED = {
     ),
     "t5": (("google/t5-v1_1-xxl", ""), ("stabilityai/stable-diffusion-3-medium-diffusers", "tokenizer_3")),
 }
-"""Models of the Hub, and folders in them, that hold the tokenizers all these files were trained with."""
+"""Hub models, and folders in them, with the tokenizers that single files use, by kind of text encoder."""
 
 
 def find_tokenizers(
     texts: Sequence[TextEncoder], tokenizer: str | None, pipeline: str | None
 ) -> dict[str, Path] | None:
-    """Return {component: directory} of the tokenizers; None where one can't be found.
+    """Return {component: directory} of the tokenizers; None where one is not found.
 
-    `tokenizer` is a tokenizer's directory, or one with a folder for each; `pipeline` a pipeline directory.
+    `tokenizer` is a tokenizer's directory, or one with a folder for each; `pipeline` is a pipeline directory.
 
     Raises:
-        EnvironmentFault: a named directory does not exist.
-        ArtifactError: it holds no tokenizer.
+        EnvironmentFault: a given directory does not exist.
+        ArtifactError: a given directory holds no tokenizer.
     """
     found: dict[str, Path] = {}
     for text in texts:
@@ -48,7 +48,7 @@ def find_tokenizers(
 
 
 def load_tokenizer(text: TextEncoder, place: Path) -> Any:
-    """Return the tokenizer at `place` with the padding of this encoder's pipeline (all of them share CLIP's or T5's tokens).
+    """Return the tokenizer at `place` with the padding token of this encoder's pipeline.
 
     Raises:
         ArtifactError: transformers can't read it.

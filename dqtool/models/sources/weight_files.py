@@ -1,4 +1,4 @@
-"""The weights of a component directory, under the names that diffusers and transformers give them. Imports no torch."""
+"""Weight files of a component directory, named as by diffusers and transformers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ __all__ = ["find_weights", "plain_weight_name"]
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _WHOLE = re.compile(r"(?P<stem>\w+?)(\.(?P<variant>\w+))?\.(?P<format>safetensors|bin)")
 _INDEX = re.compile(r"(?P<stem>\w+?)\.(?P<format>safetensors|bin)\.index(\.(?P<variant>\w+))?\.json")
-"""`X.fp16.safetensors` and `X.safetensors.index.fp16.json`, as `save_pretrained(variant="fp16")` writes them."""
+"""Names of weights and indexes with a variant, `X.fp16.safetensors` and `X.safetensors.index.fp16.json`, as
+`save_pretrained(variant="fp16")` writes them."""
 
 
 def find_weights(path: Path, where: str, variant: str | None = None, model: Path | None = None) -> tuple[Path, ...]:
-    """Return the files of a component's weights: safetensors before pickles, one file before shards.
+    """Return the files of a component's weights, preferring safetensors to pickles and one file to shards.
 
-    `variant` is a word between name and ending (`fp16`, `bf16`, `ema`, `non_ema`); without one the files that have none are
-    taken, or the only variant.
+    `variant` is a word between name and ending (`fp16`, `bf16`, `ema`, `non_ema`). None selects the files without a variant,
+    or the only variant.
 
     Symbolic links may lead anywhere inside the directory `model` of the whole model (None: `path`).
 
     Raises:
         ArtifactError: there are none, a link leads out of the model, or an index of shards is not what it should be.
-        UsageError: the variant is not there, or there are several and none is asked for.
+        UsageError: the variant does not exist, or there are only variants, several, and `variant` is None.
     """
     found = _by_variant(path)
     if variant is not None:
@@ -62,7 +63,7 @@ def plain_weight_name(name: str) -> str:
 
 
 def _by_variant(path: Path) -> dict[str | None, Path]:
-    """The file or index to read for each variant that is there."""
+    """Return the file or index to read for each variant in the directory."""
     found: dict[str | None, tuple[tuple[int, int, int], Path]] = {}
     for file in sorted(path.iterdir()) if path.is_dir() else ():
         for sharded, pattern in enumerate((_WHOLE, _INDEX)):

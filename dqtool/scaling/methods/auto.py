@@ -18,7 +18,7 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 """Values of SmoothQuant's α that are tried: 1 gives all channels of the input the same range, 0 those of the weight."""
 
 LEARNING_RATE = 3e-3
-"""Rate of the log scales in `distill`, an iteration."""
+"""Learning rate of the log scales in `distill`."""
 
 
 def auto(inputs: ScalingInput) -> ScalingResult:

@@ -10,7 +10,7 @@ from dqtool.scaling.methods.smoothquant import smoothquant
 __all__ = ["METHOD", "omniquant"]
 
 LEARNING_RATE = 1e-5
-"""As in Table 14 of arXiv 2409.14307."""
+"""Learning rate of OmniQuant in Table 14 of arXiv 2409.14307."""
 
 
 def omniquant(inputs: ScalingInput) -> ScalingResult:

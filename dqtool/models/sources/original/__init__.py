@@ -1,7 +1,7 @@
 """Original checkpoints: files as the models' authors published them, read as diffusers networks.
 
-`recognise` finds the layout by the names of a file's tensors, `convert` renames and reshapes them. A layout is one
-module of this package.
+`recognise` finds the layout by the names of a file's tensors; `convert` renames and reshapes them. Each module of this package
+that registers a `Layout` adds one.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _MODULES = (
     latent_diffusion,
     stable_diffusion,
     transformers,
-)  # importing them fills LAYOUTS
+)  # importing these modules fills LAYOUTS
 
 
 def recognise(path: Path) -> tuple[Layout, dict[str, dict[str, Any]]] | None:
-    """The layout of a checkpoint and {dtype, shape} of its tensors; None when it is none of those known.
+    """Return the layout of a checkpoint and {dtype, shape} of its tensors; None where no layout matches.
 
     Raises:
-        ArtifactError: the file is damaged, or a pickle that would have to run code.
+        ArtifactError: the file is damaged, or a pickle that would run code.
     """
     entries = read_entries(path)
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
@@ -52,10 +52,10 @@ def recognise(path: Path) -> tuple[Layout, dict[str, dict[str, Any]]] | None:
 
 
 def convert(path: Path, layout: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The network's tensors under diffusers' names, in the file's own precision.
+    """Return the network's tensors under diffusers' names, in the file's own precision.
 
     Raises:
-        ArtifactError: tensors are missing or of other shapes than the layout's.
+        ArtifactError: tensors are missing or have other shapes than the layout requires.
     """
     try:
         return LAYOUTS[layout].convert(read_checkpoint(path), config, str(path))

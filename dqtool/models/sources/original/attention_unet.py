@@ -1,4 +1,4 @@
-"""UNets with `AttentionBlock`s (openai/guided-diffusion and what is made of it): config from shapes, tensors renamed."""
+"""UNets with `AttentionBlock`s (openai/guided-diffusion and its derivatives): config from shapes, conversion of tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LATENT_MODELS: dict[tuple[int, ...], dict[str, Any]] = {
     (224, 448, 672, 896): {"num_head_channels": 32, "linear_end": 0.0195},  # LDM-4: LSUN-Bedroom, CelebA-HQ, FFHQ
     (192, 384, 384, 768, 768): {"num_heads": 8, "linear_end": 0.0155},  # LDM-8: LSUN-Church
 }
-"""What shapes don't tell of the published unconditional models, by the channels of their resolutions."""
+"""Settings of the published unconditional models that shapes don't determine, by the channels of their resolutions."""
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -44,7 +44,7 @@ def describe_attention(found: Structure, given: Mapping[str, Any], sample_size: 
     `given` holds `num_heads` or `num_head_channels`, as the authors' config names them.
 
     Raises:
-        ArtifactError: it holds neither.
+        ArtifactError: `given` holds neither.
     """
     attention, amended = _heads(found, given, where)
     attend, plain = ("AttnDownBlock2D", "AttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
@@ -55,7 +55,7 @@ def describe_attention(found: Structure, given: Mapping[str, Any], sample_size: 
     sampling = "resnet" if found.resnet_sampling else "conv"
     downs = [down for down, _ in kinds]
     if found.resnet_sampling and not found.attends[-1]:
-        downs[-1] = "DownBlock2D"  # nothing is resampled there
+        downs[-1] = "DownBlock2D"  # the last resolution is not resampled
     ups = [up for _, up in reversed(kinds)]
     if found.resnet_sampling and not found.attends[0]:
         ups[levels - 1] = "UpBlock2D"
@@ -85,9 +85,9 @@ def describe_attention(found: Structure, given: Mapping[str, Any], sample_size: 
 def convert_attention(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str, together: bool
 ) -> dict[str, Tensor]:
-    """Return a `UNetModel` with `AttentionBlock`s under diffusers' names.
+    """Return the tensors of a `UNetModel` with `AttentionBlock`s under diffusers' names.
 
-    In the product for q, k and v every head has its three parts `together` (the legacy order), or all of q come first.
+    With `together` the fused projection holds q, k and v of each head in a row (the legacy order), else all of q first.
 
     Raises:
         ArtifactError: the checkpoint holds a tensor that such a network does not have.
@@ -129,7 +129,7 @@ def convert_attention(
 
 
 def _heads(found: Structure, given: Mapping[str, Any], where: str) -> tuple[int | None, dict[str, int]]:
-    """`attention_head_dim` of the diffusers config, and what must be amended where heads are not all of one width."""
+    """Return `attention_head_dim` of the diffusers config, and the `original` entry where heads differ in width."""
     if given.get("num_head_channels", -1) not in (-1, None):
         return int(given["num_head_channels"]), {}
     heads = given.get("num_heads")
@@ -138,7 +138,7 @@ def _heads(found: Structure, given: Mapping[str, Any], where: str) -> tuple[int 
     if heads == 1:
         return None, {}
     widths = {width for width, attends in zip(found.channels, found.attends, strict=True) if attends}
-    widths.add(found.channels[-1])  # the middle attends too
+    widths.add(found.channels[-1])  # the middle block has attention too
     narrowest = min(widths) // heads
     return (narrowest, {}) if len(widths) == 1 else (narrowest, {"attention_heads": int(heads)})
 
@@ -159,7 +159,7 @@ def _heads_of(config: Mapping[str, Any], width: int) -> int:
 
 
 def _attention(prefix: str, part: str, leaf: str, tensor: Tensor, heads: int | None) -> dict[str, Tensor]:
-    """Tensors of an `AttentionBlock`; its convolutions become linear layers. `heads`: their parts stand together."""
+    """Return the tensors of an `AttentionBlock` as linear layers; `heads` is the number of heads in the legacy order."""
     flat = tensor.flatten(1) if tensor.dim() > 2 else tensor
     if part == "norm":
         return {f"{prefix}.group_norm.{leaf}": flat}

@@ -1,4 +1,4 @@
-"""Checkpoint files of other projects: pickles that torch reads without running their code, and safetensors files."""
+"""Readers of other projects' checkpoints: safetensors files, and pickles, whose code is never run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["PICKLES", "is_pickle", "read_checkpoint", "read_entries"]
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".th")
-"""Endings of files that `torch.save` writes."""
+"""File endings of `torch.save`."""
 
-# What trainers leave beside the tensors. Each is read as an inert record: nothing of those packages is imported or run.
+# Objects that training frameworks store next to the tensors. They are read as inert records: no package is imported.
 _BYSTANDERS = (
     "argparse.Namespace",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -33,11 +33,11 @@ _WRAPPERS = (
     *("ema", "ema_state_dict", "model_ema", "ema_model", "params_ema"),
     *("state_dict", "model", "model_state_dict", "module", "unet", "transformer", "network", "params", "weights"),
 )
-"""Keys of a checkpoint that hold the tensors, in order of preference: averaged weights are what samples are drawn with."""
+"""Keys of a checkpoint that hold the tensors, in order of preference: averaged weights first, since samples use them."""
 
 
 class _Inert:
-    """Stands for an object of a training framework; keeps nothing and does nothing."""
+    """Inert substitute for an object of a training framework."""
 
     def __new__(cls, *_: object, **__: object) -> _Inert:
         return super().__new__(cls)
@@ -48,19 +48,21 @@ class _Inert:
 
 
 _PICKLE = 4 << 20
-"""Most bytes of the pickle in an archive; that of Stable Diffusion v1.4 has some 300 kB."""
+"""Largest size in bytes of the pickle in an archive; Stable Diffusion v1.4 has about 300 kB."""
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether the name says that torch wrote this file."""
+    """Return whether the file's name ends as those of `torch.save` do."""
     return path.suffix.lower() in PICKLES
 
 
 def read_entries(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape} of every tensor as in a safetensors header, wrappers taken off, without reading the tensors of a safetensors or zip file.
+    """Return {name: {dtype, shape}} of every tensor, without wrappers around the state.
+
+    The tensors of safetensors and zip files are not read.
 
     Raises:
-        ArtifactError: no such checkpoint, or a pickle that would have to run code.
+        ArtifactError: the file is no checkpoint, or a pickle that would run code.
     """
     if not is_pickle(path):
         return plain_entries(read_header(path), str(path))
@@ -73,7 +75,7 @@ def read_entries(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor; views of the mapped file where the format allows. Raises as `read_entries`."""
+    """Return {name: tensor}, views of the mapped file where the format allows. Raises the errors of `read_entries`."""
     if is_pickle(path):
         return plain_tensors(_load(path, "cpu"))
     from dqtool.artifacts.tensorfile import load_tensors
@@ -124,13 +126,13 @@ def _load(path: Path, device: str) -> dict[str, Tensor]:
         raise os_fault(error, path) from error
     except MemoryError:
         raise
-    except Exception as error:  # the unpickler raises whatever Python does on a program that a stranger wrote
+    except Exception as error:  # an untrusted pickle can raise any exception
         raise ArtifactError(f"This is no checkpoint that torch can read: {error}", where=str(path)) from error
     return _tensors(content, path)
 
 
 def _offender(text: str) -> str:
-    """The line of torch's long explanation that names the object."""
+    """Return the line of torch's error message that names the offending object."""
     lines = [line.strip() for line in text.splitlines() if "GLOBAL" in line or "Unsupported" in line]
     return (lines or text.strip().splitlines() or ["an unknown object"])[0]
 

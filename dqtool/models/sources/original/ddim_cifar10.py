@@ -1,4 +1,4 @@
-"""ermongroup/ddim (and the DDPM checkpoints in its format): pixel UNets of CIFAR-10, CelebA and LSUN."""
+"""Layout of ermongroup/ddim and of DDPM checkpoints in its format: pixel UNets of CIFAR-10, CelebA and LSUN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ENDS = {
 }
 _MIDDLE = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
 _ATTENTION_RESOLUTION = 16
-"""Where every model of the repository attends; tells the size of the image, which no shape does."""
+"""Resolution of the attention in every model of the repository. It determines the image's size, which no shape does."""
 
 
 @register
@@ -35,11 +35,11 @@ class DdimCifar10(Layout):
     title = "ermongroup/ddim"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By the two dense layers of the time embedding and the numbered blocks."""
+        """Return whether there are two dense layers of the time embedding and numbered blocks."""
         return "temb.dense.0.weight" in shapes and "down.0.block.0.conv1.weight" in shapes
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
-        """Everything but the image's size stands in the shapes, and that follows from the level which attends."""
+        """Return config and schedule from the shapes; the image's size follows from the level that has attention."""
         levels = _count(shapes, "down")
         channels = [shapes[f"down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
         attends = [f"down.{level}.attn.0.q.weight" in shapes for level in range(levels)]
@@ -64,7 +64,7 @@ class DdimCifar10(Layout):
             "block_out_channels": channels,
             "layers_per_block": _count(shapes, "down.0.block"),
             "attention_head_dim": None,  # one head
-            "downsample_padding": 0,  # stands for the original's padding on two sides only
+            "downsample_padding": 0,  # diffusers' value for padding on two sides only, as in the original
             "flip_sin_to_cos": False,
             "freq_shift": 1,
             "norm_num_groups": 32,
@@ -82,7 +82,7 @@ class DdimCifar10(Layout):
         return Description(config, scheduler)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """Renames; the 1x1 convolutions of attention become linear layers."""
+        """Rename the tensors; the 1x1 convolutions of attention become linear layers."""
         levels = len(config["block_out_channels"])
         converted: dict[str, Tensor] = {}
         for name, tensor in state.items():
@@ -113,5 +113,5 @@ class DdimCifar10(Layout):
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered modules stand under `prefix`."""
+    """Return the number of numbered modules under `prefix`."""
     return len({name[len(prefix) + 1 :].split(".")[0] for name in shapes if name.startswith(prefix + ".")})

@@ -1,4 +1,4 @@
-"""facebookresearch/DiT: class-conditional diffusion transformers."""
+"""Layout of facebookresearch/DiT: class-conditional diffusion transformers."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Dit(Layout):
     title = "facebookresearch/DiT"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By the embedders of patches and labels beside the numbered blocks."""
+        """Return whether there are embedders of patches and labels, and numbered blocks."""
         return {"x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight"} <= set(
             shapes
         )
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
-        """All but the heads stands in the shapes; those follow from the width of the published models.
+        """Return config and schedule from the shapes; the number of heads follows from the width of published models.
 
-        diffusers' DiT spaces the frequencies of its time embedding otherwise, which is amended.
+        diffusers' DiT spaces the frequencies of its time embedding differently; the `original` entry corrects this.
         """
         width, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
         heads = (known.published or {}).get("num_heads", HEADS.get(width))
@@ -71,7 +71,7 @@ class Dit(Layout):
             "num_layers": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
             "num_attention_heads": int(heads),
             "attention_head_dim": width // int(heads),
-            "num_embeds_ada_norm": shapes["y_embedder.embedding_table.weight"][0] - 1,  # the last row is no class
+            "num_embeds_ada_norm": shapes["y_embedder.embedding_table.weight"][0] - 1,  # the last row means "no class"
             "attention_bias": True,
             "activation_fn": "gelu-approximate",
             "norm_type": "ada_norm_zero",
@@ -94,7 +94,7 @@ class Dit(Layout):
         return Description(config, scheduler)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """Splits q, k, v and repeats the two embedders in every block, as diffusers does (the tensors are shared)."""
+        """Split q, k, v and repeat the two embedders in every block, as diffusers does; the repeated tensors are shared."""
         _check_positions(state["pos_embed"], config, where)
         converted: dict[str, Tensor] = {}
         for name, tensor in state.items():
@@ -122,7 +122,7 @@ class Dit(Layout):
 
 
 def _check_positions(table: Tensor, config: Mapping[str, Any], where: str) -> None:
-    """diffusers computes the sine-cosine table of positions; a checkpoint with another one would be read wrongly."""
+    """Raise `ArtifactError` for a position table that differs from the sine-cosine table that diffusers computes."""
     import torch
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 

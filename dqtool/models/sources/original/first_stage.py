@@ -1,4 +1,4 @@
-"""The autoencoder inside a single file, as a diffusers module: config from shapes, tensors through diffusers' converter."""
+"""Autoencoder of a single file as a diffusers module: config from shapes, tensors through diffusers' converter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CODES = "quantize.embedding.weight"
 
 
 def first_stage_prefix(names: Iterable[str]) -> str | None:
-    """Return the prefix of the autoencoder among tensors of these names; None without one that decodes."""
+    """Return the prefix of the autoencoder's tensors among `names`; None where there is no decoder."""
     names = set(names)
     return next((prefix for prefix in FIRST_STAGES if f"{prefix}decoder.conv_out.weight" in names), None)
 
@@ -27,10 +27,10 @@ def first_stage_prefix(names: Iterable[str]) -> str | None:
 def build_first_stage(state: Mapping[str, Tensor], prefix: str, known: Mapping[str, Any], where: str) -> Any:
     """Return the autoencoder (`AutoencoderKL`, or `VQModel` where it has codes) in float32 and eval mode.
 
-    `known` is what its config says beyond shapes; a `scale_factor` in the file goes before it.
+    `known` holds config entries that shapes don't determine; a `scale_factor` in the file takes precedence.
 
     Raises:
-        ArtifactError: diffusers has no equal of it.
+        ArtifactError: diffusers has no equivalent autoencoder.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint

@@ -1,7 +1,7 @@
-"""openai/guided-diffusion (ADM) and openai/consistency_models: UNets on pixels, under their authors' names.
+"""Layout of openai/guided-diffusion (ADM) and openai/consistency_models: UNets on pixels.
 
-Shapes tell the published models apart; what shapes don't tell of others (heads, order of q, k and v, noise schedule) comes from
-a YAML file of the authors' flags, such as `num_head_channels: 64` and `noise_schedule: cosine`.
+Shapes identify the published models. Settings of other models that shapes don't determine (heads, order of q, k and v,
+noise schedule) come from a YAML file of the authors' flags, such as `num_head_channels: 64` and `noise_schedule: cosine`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["GuidedDiffusion"]
 
 NEW, LEGACY = "new", "legacy"
-"""Order of the rows for q, k and v: all of q first (`QKVAttention`, `QKVFlashAttention`), or each head's three together."""
+"""Orders of the fused projection's rows: all of q first (`QKVAttention`, `QKVFlashAttention`), or q, k, v of each head."""
 
 _CONSISTENCY = {
     "_class_name": "CMStochasticIterativeScheduler",
@@ -48,8 +48,10 @@ _ASKS = (
 
 @dataclass(frozen=True)
 class Published:
-    """A published model: what tells it apart (channels, residual blocks, labels, whether q, k and v come from a 2-d convolution), and the
-    authors' flags that shapes don't tell."""
+    """A published model: the properties that identify it, and the authors' flags that shapes don't determine.
+
+    The identifying properties are channels, residual blocks, labels, and whether q, k and v come from a 2-d convolution.
+    """
 
     title: str
     channels: tuple[int, ...]
@@ -114,8 +116,10 @@ class GuidedDiffusion(Layout):
     title = "openai/guided-diffusion"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By one product for q, k and v in a network whose names stand bare, or that no latent diffusion model has: a 2-d
-        convolution, an MLP for labels, a learned variance."""
+        """Return whether q, k and v have a fused projection and no latent diffusion model matches.
+
+        The names are bare, or the network has a 2-d convolution for q, k, v, an MLP for labels, or a learned variance.
+        """
         network = network_shapes(shapes)
         products = [shape for name, shape in network.items() if name.endswith(".qkv.weight")]
         ends = ("out.2.weight", "input_blocks.0.0.weight")
@@ -130,14 +134,14 @@ class GuidedDiffusion(Layout):
         )
 
     def network(self, names: Iterable[str]) -> set[str]:
-        """Of a file under CompVis' prefix its network alone."""
+        """Return the names of the network's tensors: those under CompVis' prefix where the file has it."""
         return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
-        """Return what the authors' flags say, else the published model of these shapes.
+        """Return config and schedule from the authors' flags, else from the published model of these shapes.
 
         Raises:
-            ArtifactError: it is none of them and nothing names the heads, or its labels are numbers and nothing names them.
+            ArtifactError: no published model matches, and there are no flags for the heads or for numeric labels.
         """
         network = network_shapes(shapes)
         found = structure(network, where)
@@ -149,9 +153,9 @@ class GuidedDiffusion(Layout):
             )
         like = _like(found, network)
         flags = {**(like.flags if like else {}), **(known.published or {}), **unet_parameters(known.published)}
-        schedule, asks = _schedule(found, network, flags, where)
+        schedule, unknown_schedule = _schedule(found, network, flags, where)
         if known.config is not None:
-            return Description(dict(known.config), schedule, asks)
+            return Description(dict(known.config), schedule, unknown_schedule)
         if not {"num_heads", "num_head_channels"} & flags.keys():
             raise ArtifactError(
                 f"The number of attention heads of a UNet with {found.channels} channels can't be told from its checkpoint",
@@ -172,10 +176,10 @@ class GuidedDiffusion(Layout):
         if "label_emb.0.weight" in network:
             original["label_values"] = values = _label_values(flags, where)
             config["num_class_embeds"] = values[2]
-        return Description(config | ({KEY: original} if original else {}), schedule, asks)
+        return Description(config | ({KEY: original} if original else {}), schedule, unknown_schedule)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """Renames; splits the product for q, k and v; tabulates an MLP for labels at their values."""
+        """Rename the tensors, split the fused projection of q, k and v, and tabulate an MLP for labels at their values."""
         tensors = network_tensors(state)
         original = config.get(KEY) or {}
         mlp = {name: tensors.pop(name) for name in list(tensors) if name.startswith(("label_emb.0.", "label_emb.2."))}
@@ -188,7 +192,7 @@ class GuidedDiffusion(Layout):
 
 
 def _like(found: Structure, network: Shapes) -> Published | None:
-    """The published model of these shapes."""
+    """Return the published model of these shapes; None where there is none."""
     flat = _flat(network)
     for each in PUBLISHED:
         same = (each.channels, each.blocks, each.flat, each.in_channels) == (
@@ -207,12 +211,12 @@ def _like(found: Structure, network: Shapes) -> Published | None:
 
 
 def _flat(network: Shapes) -> bool:
-    """Whether q, k and v come from a 2-d convolution, as in openai/consistency_models."""
+    """Return whether q, k and v come from a 2-d convolution, as in openai/consistency_models."""
     return any(name.endswith(".qkv.weight") and len(shape) == 4 for name, shape in network.items())
 
 
 def _order(network: Shapes, flags: Mapping[str, Any]) -> str:
-    """The authors' flag, else their default: flash attention with a 2-d convolution, the legacy order without."""
+    """Return the order of q, k and v: the authors' flag, else new with a 2-d convolution (flash attention) and legacy without."""
     if "use_new_attention_order" in flags:
         return NEW if flags["use_new_attention_order"] else LEGACY
     if _flat(network):
@@ -223,7 +227,7 @@ def _order(network: Shapes, flags: Mapping[str, Any]) -> str:
 def _schedule(
     found: Structure, network: Shapes, flags: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], str | None]:
-    """The scheduler that belongs to the model, and what is not known of it."""
+    """Return the model's scheduler config, and a description of its unknown part (None: nothing)."""
     if _flat(network):
         consistency = str(flags.get("training_mode", "")).startswith("consistency")
         sigmas = {key: float(flags[key]) for key in ("sigma_min", "sigma_max") if key in flags}
@@ -246,7 +250,7 @@ def _schedule(
 
 
 def _label_values(flags: Mapping[str, Any], where: str) -> list[Any]:
-    """The labels of a network that takes a number for one: the first, the last, and how many at equal distances."""
+    """Return the labels of a network with numeric labels, evenly spaced from the first to the last."""
     values = flags.get("label_values")
     if not isinstance(values, list) or len(values) != 3 or not isinstance(values[2], int) or values[2] < 2:
         raise ArtifactError(
@@ -258,7 +262,7 @@ def _label_values(flags: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _label_table(mlp: Mapping[str, Tensor], values: list[Any]) -> Tensor:
-    """The MLP's output at each label, `[labels, D]`: exact for those labels."""
+    """Return the MLP's output at each label, `[labels, D]`."""
     import torch
 
     labels = torch.linspace(float(values[0]), float(values[1]), int(values[2]), dtype=torch.float64).float()[:, None]

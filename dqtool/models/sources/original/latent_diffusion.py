@@ -1,4 +1,4 @@
-"""CompVis/latent-diffusion: LDM-4 bedroom, LDM-8 church and their like (no condition), LDM-4 ImageNet (a class)."""
+"""Layouts of CompVis/latent-diffusion: unconditional models (LDM-4 bedroom, LDM-8 church) and LDM-4 ImageNet (by class)."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["LatentDiffusion", "LatentDiffusionByClass"]
 
 _CIN256 = (192, 384, 576, 960)
-"""Channels of the published class-conditional LDM-4, which has one head."""
+"""Channels of the published class-conditional LDM-4, which has a single head."""
 
 _LATENT_SIZE = {3: 64, 4: 32}
-"""Side of the latents of 256x256 images by their channels: first stages of factor 4 and 8."""
+"""Side of the latents of 256x256 images by their number of channels (first stages of factor 4 and 8)."""
 
 
 @register
@@ -43,16 +43,16 @@ class LatentDiffusion(Layout):
     title = "CompVis/latent-diffusion, unconditional"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By numbered blocks whose attention has one product for q, k and v."""
+        """Return whether numbered blocks have attention with a fused projection of q, k and v."""
         network = network_shapes(shapes)
         return bool(network) and any(name.endswith(".1.qkv.weight") for name in network)
 
     def network(self, names: Iterable[str]) -> set[str]:
-        """Without the first stage, the conditioner and the averaged copies."""
+        """Return the names without those of the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
-        """Heads and latent size come from `published`, else from the published model of these channels."""
+        """Return config and schedule; heads and latent size come from `published`, else from the model of these channels."""
         network = network_shapes(shapes)
         found = structure(network, where)
         like = LATENT_MODELS.get(tuple(found.channels), {})
@@ -66,7 +66,7 @@ class LatentDiffusion(Layout):
         return Description(describe_attention(found, given, size, where), schedule)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """Renames; splits the product for q, k and v, in which every head has its three parts together."""
+        """Rename the tensors and split the fused projection, which holds q, k and v of each head in a row."""
         return convert_attention(network_tensors(state), config, where, together=True)
 
 
@@ -78,20 +78,20 @@ class LatentDiffusionByClass(Layout):
     title = "CompVis/latent-diffusion, class-conditional"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By cross-attention on a context as wide as LDM-4 ImageNet's class embedding, or by that embedding."""
+        """Return whether cross-attention reads a context of the width of LDM-4 ImageNet's class embedding, or the file has that."""
         network = network_shapes(shapes)
         contexts = [shape[1] for name, shape in network.items() if name.endswith("attn2.to_k.weight")]
         return bool(contexts) and (contexts[0] == 512 or "cond_stage_model.embedding.weight" in shapes)
 
     def network(self, names: Iterable[str]) -> set[str]:
-        """Without the first stage, the conditioner and the averaged copies."""
+        """Return the names without those of the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
-        """One head in cin256-v2; another model's heads come from the authors' YAML.
+        """Return config and schedule; heads come from the authors' YAML, and cin256-v2 has one.
 
         Raises:
-            ArtifactError: nothing names the heads.
+            ArtifactError: the number of heads is unknown.
         """
         found = structure(network_shapes(shapes), where)
         schedule = scaled_linear(known.published, 0.0015, 0.0195)
@@ -105,5 +105,5 @@ class LatentDiffusionByClass(Layout):
         return Description(describe_spatial(found, given, size, where), schedule)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """By diffusers' own converter."""
+        """Convert the tensors with diffusers' own converter."""
         return convert_spatial(state, config)

@@ -1,4 +1,4 @@
-"""What a layout of original checkpoints is, and the layouts that are known."""
+"""The interface of layouts of original checkpoints, and the table of all layouts."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Description:
     """The network in diffusers' terms: its config (with `_class_name`) and the noise schedule it was trained with.
 
-    A schedule without `prediction_type` in a layout whose models differ in it is incomplete: `asks` then says what is
+    A schedule without `prediction_type` in a layout whose models differ in it is incomplete: `unknown_schedule` then says what is
     not known. `explicit`: the file or its YAML names the schedule, which then goes before a pipeline's.
     """
 
     config: dict[str, Any]
     scheduler: dict[str, Any] = field(default_factory=dict)
-    asks: str | None = None
+    unknown_schedule: str | None = None
     explicit: bool = False
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a checkpoint beside its shapes: the authors' YAML config `published`, or the network's diffusers config,
-    and what the user says that the network predicts, which wins."""
+    """Information on a checkpoint besides its shapes.
+
+    It is the authors' YAML config `published`, or the network's diffusers config, and the user's prediction type, which
+    takes precedence.
+    """
 
     published: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
@@ -40,33 +43,33 @@ class Known:
 
 
 class Layout(ABC):
-    """Names and shapes under which some authors publish their checkpoints. Uses no tensor until `convert`."""
+    """Layout of some authors' checkpoints: names and shapes of their tensors. Only `convert` reads tensors."""
 
     name: ClassVar[str]
     title: ClassVar[str]
 
     @abstractmethod
     def matches(self, shapes: Shapes) -> bool:
-        """Whether a checkpoint with these tensors is of this layout."""
+        """Return whether a checkpoint with these tensors has this layout."""
 
     def network(self, names: Iterable[str]) -> set[str]:
-        """Those of a file's tensors that belong to the network, not to a decoder or an encoder beside it."""
+        """Return the names of the network's tensors among all names of a file."""
         return set(names)
 
     @abstractmethod
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
-        """Return config and schedule, from shapes and, where they don't tell, from what is known beside them.
+        """Return config and schedule, from the shapes and from `known` for what shapes don't determine.
 
         Raises:
-            ArtifactError: shapes alone don't tell, or the network is one that diffusers has no equal of.
+            ArtifactError: the information is not enough, or diffusers has no equivalent network.
         """
 
     @abstractmethod
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """The tensors of the network under diffusers' names; views of those given wherever that is possible.
+        """Return the network's tensors under diffusers' names, as views of the given ones where possible.
 
         Raises:
-            ArtifactError: a tensor is missing or not what the layout promises.
+            ArtifactError: a tensor is missing or has another shape than the layout requires.
         """
 
 
@@ -75,6 +78,6 @@ LAYOUTS: dict[str, Layout] = {}
 
 
 def register(cls: type[Layout]) -> type[Layout]:
-    """Class decorator: make a layout known."""
+    """Add a layout to `LAYOUTS`. A class decorator."""
     LAYOUTS[cls.name] = cls()
     return cls

@@ -1,4 +1,4 @@
-"""What trainers and converters do to a table of tensors, undone: prefixes of all names, scaled fp8. Imports no torch."""
+"""Normalization of a checkpoint's tensors: common prefixes are removed, scaled fp8 is dequantized. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["plain_entries", "plain_tensors"]
 T = TypeVar("T")
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "unet.", "network.", "denoiser.", "ema_model.", "net.")
-"""Put in front of every name by `DataParallel`, `torch.compile` and training scripts."""
+"""Prefixes that `DataParallel`, `torch.compile` and training scripts put before every name."""
 _KEPT = ("model.diffusion_model.", "net.blocks.", "net.x_embedder.")
-"""Names that layouts are told by start so; what lies beside them may too."""
+"""Prefixes by which layouts are recognised and which therefore stay."""
 
 _SCALES = (".scale_weight", ".weight_scale")
 _INPUTS = (".scale_input", ".input_scale", ".comfy_quant")
@@ -31,11 +31,11 @@ _FOREIGN = (
     ".qzeros",
     ".weight_packed",
 )
-"""Ends of names that tell another tool's quantized weights."""
+"""Suffixes of names that identify another tool's quantized weights."""
 
 
 def plain_entries(entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, dict[str, Any]]:
-    """Return {name: {dtype, shape}} as `plain_tensors` gives the tensors; fp8 stays, as what the file holds.
+    """Return {name: {dtype, shape}} of the tensors that `plain_tensors` returns; fp8 keeps the file's dtype.
 
     Raises:
         ArtifactError: the file holds another tool's quantized weights.
@@ -51,7 +51,7 @@ def plain_entries(entries: Mapping[str, dict[str, Any]], where: str) -> dict[str
 
 
 def plain_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without prefixes that all names share, and fp8 weights times their scales, in float32."""
+    """Return the tensors without common prefixes, with fp8 weights dequantized to float32."""
     plain = _plain(state)
     result = _without(plain)
     for name in plain:
@@ -65,7 +65,7 @@ def plain_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without(plain: Mapping[str, T]) -> dict[str, T]:
-    """Without what scales fp8 weights, which go by other names in dqtool's artifacts."""
+    """Return the tensors without the scales of fp8 weights."""
     scaled = {name.removesuffix(end) for name in plain for end in _SCALES if name.endswith(end)}
     scaled = {owner for owner in scaled if _is_fp8(plain.get(f"{owner}.weight"))}
     if not scaled and _MARK not in plain:
@@ -85,7 +85,7 @@ def _is_fp8(value: Any) -> bool:
 
 
 def _plain(state: Mapping[str, T]) -> dict[str, T]:
-    """Without the prefixes that all names share, one after the other."""
+    """Return the tensors with common prefixes removed, repeatedly."""
     names = dict(state)
     while names:
         first = next(iter(names))

@@ -1,4 +1,4 @@
-"""The UNet of openai/guided-diffusion that CompVis' models are made of: its shapes read as a diffusers config."""
+"""The UNet of openai/guided-diffusion, which CompVis' models use: its structure derived from shapes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _FIRST = "input_blocks.0.0.weight"
 
 @dataclass(frozen=True)
 class Structure:
-    """What the shapes of a `UNetModel` tell; the number of attention heads is not among it.
+    """Structure of a `UNetModel` as far as its shapes determine it; the number of attention heads is not included.
 
     `channels` and `attends` have an entry per resolution. `down_depths` and `up_depths` hold the transformer blocks of each
-    layer of each resolution, in the order in which they run (0: no attention); `mid_depth` is None where nothing attends in
-    the middle.
+    layer of each resolution, in the order in which they run (0: no attention); `mid_depth` is None where the middle has no
+    attention.
     """
 
     in_channels: int
@@ -57,20 +57,20 @@ class Structure:
 
 
 def network_names(names: Iterable[str]) -> set[str]:
-    """Of a file's tensors those of the network, by the names they have there."""
+    """Return the names of the network's tensors in a file, as they stand there."""
     names = set(names)
     return names if _FIRST in names else {name for name in names if name.startswith(PREFIX)}
 
 
 def network_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The network's tensors under their bare names; empty when there is no such network."""
+    """Return the shapes of the network's tensors under their bare names; empty where there is no such network."""
     if _FIRST in shapes:
         return dict(shapes)
     return {name.removeprefix(PREFIX): shape for name, shape in shapes.items() if name.startswith(PREFIX)}
 
 
 def network_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The network's tensors under their bare names, the averaged ones where the file has them: samples use those."""
+    """Return the network's tensors under their bare names; averaged weights where the file has them, since samples use them."""
     if _FIRST in state:
         return dict(state)
     tensors = {}
@@ -82,10 +82,10 @@ def network_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def structure(shapes: Shapes, where: str) -> Structure:
-    """What the shapes of a `UNetModel` say.
+    """Return the structure of a `UNetModel` from its shapes.
 
     Raises:
-        ArtifactError: the blocks don't form one.
+        ArtifactError: the blocks don't form a `UNetModel`.
     """
     blocks = len({name.split(".")[1] for name in shapes if name.startswith("input_blocks.")})
     resnet_sampling = not any(name.endswith(".0.op.weight") for name in shapes)
@@ -143,7 +143,7 @@ def unet_parameters(published: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def scaled_linear(published: Mapping[str, Any] | None, start: float, end: float) -> dict[str, Any]:
-    """Return the noise schedule of CompVis' models ("linear" there is linear in the square root); `published` wins.
+    """Return the noise schedule of CompVis' models ("linear" there is linear in the square root); `published` takes precedence.
 
     Raises:
         ArtifactError: `published` names a schedule of another form.
@@ -168,13 +168,13 @@ def scaled_linear(published: Mapping[str, Any] | None, start: float, end: float)
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    """The number of transformer blocks under `prefix`; 1 for an `AttentionBlock`, 0 without attention."""
+    """Return the number of transformer blocks under `prefix`: 1 for an `AttentionBlock`, 0 without attention."""
     start = prefix + "transformer_blocks."
     numbers = {name[len(start) :].split(".")[0] for name in shapes if name.startswith(start)}
     return len(numbers) or int(f"{prefix}qkv.weight" in shapes)
 
 
 def _only_cross(shapes: Shapes, prefix: str, contexts: list[int]) -> bool:
-    """Whether the first attention of a transformer block reads the context as well (Stable Diffusion's upscaler)."""
+    """Return whether the first attention of a transformer block also reads the context (Stable Diffusion's upscaler)."""
     name = f"{prefix}transformer_blocks.0.attn1.to_k.weight"
     return name in shapes and shapes[name][1] == contexts[0] != shapes[name][0]

@@ -1,4 +1,4 @@
-"""Which pipeline the parts of a single file make: its class, its text encoders, and what its autoencoder is scaled by."""
+"""Pipelines of single files: class, text encoders, and scaling factor of the autoencoder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dqtool.models.sources.original.text_encoders import TextEncoder
 __all__ = ["CLASSES", "SingleFilePipeline", "pipeline_of"]
 
 CLASSES = "cond_stage_model.embedding.weight"
-"""The class embedding of class-conditional latent diffusion."""
+"""Tensor name of the class embedding of class-conditional latent diffusion."""
 
 
 @dataclass(frozen=True)
 class SingleFilePipeline:
-    """A diffusers pipeline that a checkpoint's parts fill, but for the tokenizers.
+    """A diffusers pipeline whose components, except tokenizers, a checkpoint provides.
 
-    `network` and `decoder` are its components for the denoiser and the autoencoder; `vae` is what the autoencoder's config
-    says beyond shapes; `index` holds further entries of `model_index.json`.
+    `network` and `decoder` are the names of the components for the denoiser and the autoencoder. `vae` holds config entries
+    of the autoencoder that shapes don't determine; `index` holds further entries of `model_index.json`.
     """
 
     class_name: str
@@ -55,8 +55,10 @@ _XL_SCALE = {"scaling_factor": 0.13025}
 
 
 def pipeline_of(config: Mapping[str, Any], names: Iterable[str]) -> SingleFilePipeline | None:
-    """Return the pipeline that a network with this config belongs to, whose checkpoint has tensors of these names; its text
-    encoders need not be among them. None for a network that no pipeline known here is made of."""
+    """Return the pipeline of a network with this config whose checkpoint has tensors of these names.
+
+    The text encoders may be missing from the checkpoint. Returns None for a network of no known pipeline.
+    """
     return _pipeline(config, set(names))
 
 

@@ -1,4 +1,4 @@
-"""What a network of the Stable Diffusion lineage predicts, and under which noise: from what its file or YAML says."""
+"""Prediction type and final noise level of Stable Diffusion networks, read from marker keys or the authors' YAML."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dqtool.models.sources.original.openai_unet import model_parameters
 __all__ = ["Prediction", "found_prediction", "with_prediction"]
 
 _PARAMETERIZATIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-"""`model.params.parameterization` of CompVis' YAML configs in diffusers' terms."""
+"""Prediction types by `model.params.parameterization` of CompVis' YAML configs."""
 
 _SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}
-"""The denoiser's scaling in Stability's YAML configs in diffusers' terms."""
+"""Prediction types by the denoiser's scaling in Stability's YAML configs."""
 
 _EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
 _EDM_V = {
@@ -31,7 +31,7 @@ _EDM_V = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction type, None where neither file nor YAML names it, and whether the last step has no signal left."""
+    """Prediction type (None: neither file nor YAML names it), and whether the schedule ends at zero signal-to-noise ratio."""
 
     kind: str | None = None
     zero_snr: bool = False
@@ -39,7 +39,7 @@ class Prediction:
 
 
 def found_prediction(shapes: Shapes, published: Mapping[str, Any] | None) -> Prediction:
-    """Return what marker keys (`v_pred`, `ztsnr`, `edm_mean`, `edm_vpred.sigma_max`) or the YAML say.
+    """Return the prediction from marker keys (`v_pred`, `ztsnr`, `edm_mean`, `edm_vpred.sigma_max`) or the YAML.
 
     Raises:
         ArtifactError: the YAML names a parameterization that diffusers lacks.
@@ -67,8 +67,10 @@ def found_prediction(shapes: Shapes, published: Mapping[str, Any] | None) -> Pre
 
 
 def with_prediction(schedule: Mapping[str, Any], found: Prediction) -> dict[str, Any]:
-    """Return the scheduler config with the prediction type in it; a schedule without signal at its end is rescaled to
-    that and walked from its last step, as arXiv 2305.08891 has it."""
+    """Return the scheduler config with the prediction type in it.
+
+    A schedule of zero terminal signal-to-noise ratio is rescaled and sampled from its last step (arXiv 2305.08891).
+    """
     if found.edm is not None:
         return dict(found.edm)
     config = dict(schedule)

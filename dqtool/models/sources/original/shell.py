@@ -1,8 +1,7 @@
-"""What a single file holds beside the network (autoencoder, text encoders, class embedding), as a diffusers pipeline directory
-without the network.
+"""Pipeline directory made from a single file's autoencoder, text encoders and class embedding, without the network.
 
-Written once, under `$DQTOOL_CACHE` (default `~/.cache/dqtool`), for `ModelSource.pipeline` to point at; the network
-itself is always read from the checkpoint.
+It is written once, under `$DQTOOL_CACHE` (default `~/.cache/dqtool`), and `ModelSource.pipeline` points at it. The network is
+always read from the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,8 +33,11 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class Shell:
-    """What is written: the parts `texts` of the file with `tokenizers` `{component: directory}`, and the autoencoder under `prefix`
-    (None: the file has none). What is not in the file comes from the pipeline directory `base`, if any."""
+    """Contents of the directory.
+
+    `texts` are the file's text encoders, `tokenizers` is `{component: directory}`, and `prefix` that of the autoencoder's
+    tensors (None: the file has none). Components that the file lacks come from the pipeline directory `base`, if any.
+    """
 
     parts: SingleFilePipeline
     class_name: str
@@ -46,7 +48,7 @@ class Shell:
     base: Path | None = None
 
     def digest(self) -> str:
-        """A short digest of all that the directory depends on beside the checkpoint."""
+        """Return a short digest of everything that the directory depends on except the checkpoint."""
         told: list[Any] = [self.parts.class_name, self.class_name, dict(self.scheduler), self.prefix]
         told += [[text.component for text in self.texts], [str(self.base and self.base.resolve())]]
         for place in [*self.tokenizers.values(), *([self.base] if self.base else [])]:
@@ -59,7 +61,7 @@ def pipeline_shell(path: Path, shell: Shell) -> Path:
     """Return the pipeline directory of the checkpoint at `path`.
 
     Raises:
-        ArtifactError: a part is none that diffusers or transformers has an equal of.
+        ArtifactError: diffusers or transformers has no equivalent of a component.
         EnvironmentFault: the cache can't be written.
     """
     root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "originals"
@@ -129,7 +131,7 @@ def _write(area: Path, path: Path, shell: Shell) -> None:
 def _write_classes(area: Path, rows: Any) -> None:
     from dqtool.models.latent_class import ClassEmbedder
 
-    embedder = ClassEmbedder(classes=rows.shape[0] - 1, dim=rows.shape[1])  # the last row is no class
+    embedder = ClassEmbedder(classes=rows.shape[0] - 1, dim=rows.shape[1])  # the last row means "no class"
     embedder.load_state_dict({"embedding.weight": rows.float()})
     embedder.save_pretrained(area / "class_embedder")
 

@@ -22,7 +22,7 @@ def describe_spatial(found: Structure, given: Mapping[str, Any], sample_size: in
     `given` holds `num_heads` or `num_head_channels`, as the authors' config names them.
 
     Raises:
-        ArtifactError: diffusers has no equal of the network.
+        ArtifactError: diffusers has no equivalent network.
     """
     if found.scale_shift or found.resnet_sampling:
         raise ArtifactError(
@@ -60,7 +60,7 @@ def convert_spatial(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
 
 
 def _heads(found: Structure, given: Mapping[str, Any], where: str) -> int | list[int]:
-    """`attention_head_dim` of a `UNet2DConditionModel`, which is its number of heads in spite of the name."""
+    """Return `attention_head_dim` of a `UNet2DConditionModel`, which is the number of heads in spite of its name."""
     width = given.get("num_head_channels")
     if width in (-1, None):
         return int(given["num_heads"])
@@ -71,7 +71,7 @@ def _heads(found: Structure, given: Mapping[str, Any], where: str) -> int | list
 
 
 def _depths(found: Structure, where: str) -> dict[str, Any]:
-    """Transformer blocks per attention: one number, one per resolution, or one per layer where layers differ (SSD-1B)."""
+    """Return the config entries for transformer blocks per attention: one number, one per resolution, or per layer (SSD-1B)."""
     levels = len(found.channels)
     depths: list[Depth] = [1] * levels
     attending = [level for level in range(levels) if found.attends[level]]
@@ -103,5 +103,5 @@ def _depths(found: Structure, where: str) -> dict[str, Any]:
 
 
 def _one(depths: list[int]) -> Depth:
-    """One number for layers that agree, else the list of them."""
+    """Return one number for layers that agree, else the list."""
     return depths[0] if len(set(depths)) == 1 else list(depths)

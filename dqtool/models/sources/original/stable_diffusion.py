@@ -1,7 +1,7 @@
-"""Single files of Stable Diffusion: 1.x, 2.x, SDXL, its refiner, their inpainting and editing variants, and LDM text-to-image.
+"""Layout of Stable Diffusion: 1.x, 2.x, SDXL, its refiner, their inpainting and editing variants, and LDM text-to-image.
 
-Shapes tell which of the published architectures a file is of; what shapes don't tell (heads, latent size, schedule) stands in
-a table of them. A network of none of them is read with the authors' YAML config.
+Shapes identify the published architecture; a table of these holds what shapes don't determine (heads, latent size,
+schedule). A network of another architecture needs the authors' YAML config.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["PUBLISHED", "Published", "StableDiffusion", "published_schedule"]
 
 LATENT = 8
-"""Pixels per latent, each way."""
+"""Pixels per latent in each dimension."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published architecture: what tells it apart, and what its config says beyond shapes.
+    """A published architecture: the properties that identify it, and config entries that shapes don't determine.
 
     `channels` are those of the network's input; `prediction` is None where the published models differ in it. `size` is the
     side of an image by prediction type, `betas` the ends of the schedule.
@@ -65,8 +65,8 @@ PUBLISHED = (
     Published("SDXL", 2048, True, (4, 8, 9), _BY_64, 1024, vector=2816),
     Published("SDXL refiner", 1280, True, (4,), _BY_64, 1024, vector=2560),
 )
-"""Heads and sizes as in the published configs: SD 1 has 8 heads whatever their width; SD 2, SDXL and its refiner have heads of
-64 channels; the upscaler has 8. SDXL is also the architecture of SSD-1B, Segmind-Vega and KOALA."""
+"""Architectures with heads and sizes from their published configs. SD 1 has 8 heads of any width; SD 2, SDXL and its refiner
+have heads of 64 channels; the upscaler has 8 heads. SSD-1B, Segmind-Vega and KOALA have SDXL's architecture."""
 
 _ASKS = "what the network predicts can't be told from a {title} checkpoint: its base models predict the noise (epsilon), its 768-pixel models v"
 
@@ -79,21 +79,21 @@ class StableDiffusion(Layout):
     title = "Stable Diffusion"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By cross-attention in numbered blocks; a context of classes is `LatentDiffusionByClass`'s."""
+        """Return whether numbered blocks have cross-attention on text; class contexts belong to `LatentDiffusionByClass`."""
         network = network_shapes(shapes)
         contexts = [shape[1] for name, shape in network.items() if name.endswith("attn2.to_k.weight")]
         by_class = "cond_stage_model.embedding.weight" in shapes
         return bool(contexts) and contexts[0] != 512 and not by_class
 
     def network(self, names: Iterable[str]) -> set[str]:
-        """Without the first stage, the conditioner and the averaged copies."""
+        """Return the names without those of the first stage, the conditioner and the averaged copies."""
         return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
-        """Return what the authors' YAML says, else the published architecture of these shapes.
+        """Return config and schedule from the authors' YAML, else from the published architecture of these shapes.
 
         Raises:
-            ArtifactError: it is none of them and nothing names the heads.
+            ArtifactError: no published architecture matches, and the number of heads is unknown.
         """
         found = structure(network_shapes(shapes), where)
         like, given = architecture_of(found), unet_parameters(known.published)
@@ -116,21 +116,21 @@ class StableDiffusion(Layout):
             )
         start, end = like.betas if like else (0.00085, 0.012)
         schedule = with_prediction(scaled_linear(known.published, start, end), told)
-        asks = _ASKS.format(title=like.title) if kind is None and like is not None else None
+        unknown_schedule = _ASKS.format(title=like.title) if kind is None and like is not None else None
         if known.config is not None:
-            return Description(dict(known.config), schedule, asks, explicit)
+            return Description(dict(known.config), schedule, unknown_schedule, explicit)
         size = _side(like, kind) if like else int(given.get("image_size") or 512 // LATENT)
         heads = given if like is None else {**like.heads, **_heads(given)}
         config = describe_spatial(found, heads, size, where) | _vector(found)
-        return Description(config, schedule, asks, explicit)
+        return Description(config, schedule, unknown_schedule, explicit)
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """By diffusers' own converter."""
+        """Convert the tensors with diffusers' own converter."""
         return convert_spatial(state, config)
 
 
 def architecture_of(found: Structure) -> Published | None:
-    """Return the published architecture with these inputs; None when there is none."""
+    """Return the published architecture of this structure; None where there is none."""
     for each in PUBLISHED:
         same = (each.context, each.linear, each.vector) == (
             found.context_dim,
@@ -143,8 +143,10 @@ def architecture_of(found: Structure) -> Published | None:
 
 
 def published_schedule(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
-    """Return the schedule of a bare `UNet2DConditionModel` of a published architecture, and what is not known of it (None:
-    nothing); None for a network of no such architecture."""
+    """Return the schedule of a bare `UNet2DConditionModel` of a published architecture, and a description of its unknown part.
+
+    The description is None where everything is known. Returns None for a network of no published architecture.
+    """
     for each in PUBLISHED:
         same = (each.context, each.linear, each.vector) == (
             config.get("cross_attention_dim"),
@@ -158,7 +160,7 @@ def published_schedule(config: Mapping[str, Any]) -> tuple[dict[str, Any], str |
 
 
 def _heads(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The authors' heads, where they name any: one of the two keys."""
+    """Return the authors' entry for heads, under one of two keys; empty where there is none."""
     if given.get("num_head_channels") not in (-1, None):
         return {"num_head_channels": given["num_head_channels"]}
     if given.get("num_heads") not in (-1, None):
@@ -167,12 +169,12 @@ def _heads(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _side(like: Published, kind: str | None) -> int:
-    """Side of the latents. (The `image_size` of these authors' YAML files is unused and wrong.)"""
+    """Return the side of the latents. (The `image_size` of these authors' YAML files is unused and wrong.)"""
     return (like.size_of_v or like.size if kind == "v_prediction" else like.size) // LATENT
 
 
 def _vector(found: Structure) -> dict[str, Any]:
-    """Config of what is added to the timestep: SDXL's text and sizes, unCLIP's image embedding."""
+    """Return the config entries of embeddings that are added to the timestep's: SDXL's text and sizes, unCLIP's image."""
     if found.vector_dim is None:
         return {}
     entries = {"projection_class_embeddings_input_dim": found.vector_dim}

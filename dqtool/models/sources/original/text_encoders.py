@@ -1,4 +1,4 @@
-"""Text encoders inside single files, as transformers' models: configs from shapes, tensors through diffusers' converters."""
+"""Text encoders of single files as transformers models: configs from shapes, tensors through diffusers' converters."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ HEAD = 64
 class TextEncoder:
     """A text encoder of a pipeline: its component and tokenizer, the prefix of its tensors, and its kind.
 
-    `kind` is "clip" (transformers' names), "openclip" or "t5"; `projects` whether the pipeline reads its projection,
-    `drops_last` whether its last block is left out (SD 2 reads the states before it), `pads` the token that its tokenizer
-    fills prompts up with (None: the end of the text), `quick` whether it has CLIP's own approximation of GELU.
+    `kind` is "clip" (transformers' names), "openclip" or "t5". `projects`: the pipeline reads its projection. `drops_last`:
+    its last block is left out, since SD 2 reads the states before it. `pads` is the padding token of its tokenizer (None:
+    the end of the text). `quick`: it uses CLIP's approximation of GELU.
     """
 
     component: str
@@ -37,14 +37,14 @@ class TextEncoder:
 
     @property
     def class_name(self) -> str:
-        """Its transformers class."""
+        """Return the name of its transformers class."""
         if self.kind == "t5":
             return "T5EncoderModel"
         return "CLIPTextModelWithProjection" if self.projects else "CLIPTextModel"
 
     @property
     def marker(self) -> str:
-        """A tensor that every file with this encoder has."""
+        """Return the name of a tensor that every file with this encoder has."""
         if self.kind == "t5":
             return f"{self.prefix}shared.weight"
         if self.kind == "openclip":
@@ -53,8 +53,9 @@ class TextEncoder:
 
 
 def build_text_encoder(which: TextEncoder, state: Mapping[str, Tensor], tokenizer: Any, where: str) -> Any:
-    """Return the encoder whose tensors stand in `state`, in their precision, in eval mode; its special tokens are the
-    tokenizer's.
+    """Return the encoder with its tensors from `state`, in their precision, in eval mode.
+
+    Its special tokens are those of `tokenizer`.
 
     Raises:
         ArtifactError: tensors are missing, or the tokenizer has more tokens than the encoder.
@@ -87,7 +88,7 @@ def build_text_encoder(which: TextEncoder, state: Mapping[str, Tensor], tokenize
         )
     model.load_state_dict(tensors, strict=True, assign=True)
     for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:  # position ids are no part of the state
+        if buffer.is_meta:  # position ids are not part of the state
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent).register_buffer(
                 leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape).clone(), persistent=False
@@ -146,14 +147,14 @@ def _t5(own: Mapping[str, Tensor], which: TextEncoder) -> Any:
 
 
 def _converted(own: Mapping[str, Tensor], which: TextEncoder, model: Any) -> dict[str, Tensor]:
-    """Tensors under transformers' names."""
+    """Return the tensors under transformers' names."""
     import torch
     from diffusers.loaders import single_file_utils as conversion
 
     if which.kind == "openclip":
         return conversion.convert_open_clip_checkpoint(model, dict(own), prefix=which.prefix)
     plain = conversion.convert_ldm_clip_checkpoint(dict(own), which.prefix)
-    if which.projects and "text_projection.weight" not in plain:  # files of SD 3 leave CLIP-L's out: it changes nothing
+    if which.projects and "text_projection.weight" not in plain:  # files of SD 3 lack CLIP-L's, which has no effect
         width = own[which.marker].shape[1]
         plain["text_projection.weight"] = torch.eye(width, dtype=own[which.marker].dtype)
     return plain

@@ -1,4 +1,4 @@
-"""Single files of Stable Diffusion 3 and FLUX.1: config from shapes, tensors through diffusers' own converters."""
+"""Layouts of Stable Diffusion 3 and FLUX.1: config from shapes, tensors through diffusers' own converters."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 __all__ = ["Flux", "StableDiffusion3"]
 
 _FLUX_WIDTH = 3072
-"""The one width that diffusers' converter splits products for."""
+"""Width of the networks that diffusers' converter supports."""
 
 _BESIDE = ("text_encoders.", "first_stage_model.", "vae.", "model_ema.")
 
 
 class SingleFileTransformer(Layout):
-    """A transformer whose bare names may stand under `model.diffusion_model.`, with encoders and decoder beside it."""
+    """Layout of a transformer under bare names or `model.diffusion_model.`, in a file that may hold encoders and decoder."""
 
     class_name: ClassVar[str]
 
     def network(self, names: Iterable[str]) -> set[str]:
-        """Without text encoders and autoencoder."""
+        """Return the names without those of text encoders and autoencoder."""
         names = set(names)
         inside = {name for name in names if name.startswith(PREFIX)}
         return inside or {name for name in names if not name.startswith(_BESIDE)}
@@ -47,7 +47,7 @@ class SingleFileTransformer(Layout):
         return Description({"_class_name": self.class_name, **config}, self.schedule(network))
 
     def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-        """By the converter that diffusers' `from_single_file` uses for the class."""
+        """Convert the tensors with the converter of diffusers' `from_single_file` for the class."""
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
         network = {name.removeprefix(PREFIX): state[name] for name in self.network(state)}
@@ -56,11 +56,11 @@ class SingleFileTransformer(Layout):
 
     @abstractmethod
     def config(self, network: Shapes, where: str) -> dict[str, Any]:
-        """The network's config from the shapes of its tensors under their bare names."""
+        """Return the network's config from the shapes of its tensors under their bare names."""
 
     @abstractmethod
     def schedule(self, network: Shapes) -> dict[str, Any]:
-        """The flow schedule of the published models."""
+        """Return the flow schedule of the published models."""
 
 
 @register
@@ -72,12 +72,12 @@ class StableDiffusion3(SingleFileTransformer):
     class_name = "SD3Transformer2DModel"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By joint blocks."""
+        """Return whether the network has joint blocks."""
         name = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
         return name in shapes or PREFIX + name in shapes
 
     def config(self, network: Shapes, where: str) -> dict[str, Any]:
-        """Heads are as wide as the norms of q and k; without those 64, as `MMDiT` fixes it."""
+        """Return the config; heads are as wide as the norms of q and k, or 64 without norms, as in `MMDiT`."""
         width, channels, patch, _ = network["x_embedder.proj.weight"]
         blocks = _count(network, "joint_blocks.")
         norm = "joint_blocks.0.x_block.attn.ln_q.weight"
@@ -104,7 +104,7 @@ class StableDiffusion3(SingleFileTransformer):
         }
 
     def schedule(self, network: Shapes) -> dict[str, Any]:
-        """Flow matching, shifted by 3."""
+        """Return flow matching with a shift of 3."""
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 
@@ -117,12 +117,12 @@ class Flux(SingleFileTransformer):
     class_name = "FluxTransformer2DModel"
 
     def matches(self, shapes: Shapes) -> bool:
-        """By double blocks with modulations of their own, and the pooled text: FLUX.2 and Chroma have neither."""
+        """Return whether double blocks have their own modulations and there is pooled text; FLUX.2 and Chroma lack both."""
         names = ("double_blocks.0.img_mod.lin.weight", "vector_in.in_layer.weight")
         return all(name in shapes or PREFIX + name in shapes for name in names)
 
     def config(self, network: Shapes, where: str) -> dict[str, Any]:
-        """Heads are as wide as the norms of q and k."""
+        """Return the config; heads are as wide as the norms of q and k."""
         width, channels = network["img_in.weight"]
         head = network["double_blocks.0.img_attn.norm.key_norm.scale"][0]
         if (width, head) != (_FLUX_WIDTH, 128):
@@ -148,7 +148,7 @@ class Flux(SingleFileTransformer):
         }
 
     def schedule(self, network: Shapes) -> dict[str, Any]:
-        """dev shifts by the size of the image, schnell not at all."""
+        """Return the flow schedule: dev shifts by the size of the image, schnell not at all."""
         flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
         if "guidance_in.in_layer.weight" not in network:
             return {**flow, "shift": 1.0, "use_dynamic_shifting": False}
@@ -156,5 +156,5 @@ class Flux(SingleFileTransformer):
 
 
 def _count(network: Shapes, prefix: str) -> int:
-    """Numbered blocks under a prefix."""
+    """Return the number of numbered blocks under `prefix`."""
     return len({name[len(prefix) :].split(".")[0] for name in network if name.startswith(prefix)})

@@ -11,7 +11,7 @@ import torch
 from families import NETWORKS
 from safetensors.torch import load_file, save_file
 
-from dqtool.models.conditions.conditioning import BESIDE, Request
+from dqtool.models.conditions.conditioning import IMAGE_CONDITION, Request
 from dqtool.models.families import FAMILIES
 from dqtool.models.sampling.sampler import Sampler, initial_noise, make_sampler
 
@@ -40,7 +40,7 @@ def test_the_sampler_is_diffusers_own_loop(channels: int, guidance: float) -> No
     x = noise[:, :4] * scheduler.init_noise_sigma
     with torch.no_grad():
         for t in scheduler.timesteps:
-            x_in = torch.cat([scheduler.scale_model_input(x, t), given[BESIDE]], 1)
+            x_in = torch.cat([scheduler.scale_model_input(x, t), given[IMAGE_CONDITION]], 1)
             prediction = network(x_in, t, given["encoder_hidden_states"]).sample
             if null is not None:
                 without = network(x_in, t, null["encoder_hidden_states"].expand(2, -1, -1)).sample
@@ -63,7 +63,7 @@ def test_an_inpainting_network_goes_through_all_stages(tmp_path: Path, run: Any)
     assert refused.returncode == 0, refused.stderr
     refused = run("calibrate", "--steps", "2", "--samples", "8", cwd=tmp_path)
     assert refused.returncode == 2
-    assert BESIDE in refused.stderr
+    assert IMAGE_CONDITION in refused.stderr
     told = ("--conditions", "conditions.safetensors", "--guidance", "3")
     for arguments in (
         ("calibrate", "--steps", "2", "--samples", "8", *told),
@@ -74,9 +74,9 @@ def test_an_inpainting_network_goes_through_all_stages(tmp_path: Path, run: Any)
         assert result.returncode == 0, result.stderr
     tensors = load_file(tmp_path / "calibrated.safetensors")
     points, subjects = tensors["trajectory.x"], tensors["trajectory.subjects"]
-    table = tensors[f"condition.{BESIDE}"]
+    table = tensors[f"condition.{IMAGE_CONDITION}"]
     assert points.shape[1:] == (9, 8, 8)
-    assert all(any(torch.equal(row, one) for one in drawn[BESIDE]) for row in table[:-1])
+    assert all(any(torch.equal(row, one) for one in drawn[IMAGE_CONDITION]) for row in table[:-1])
     for index in range(0, len(points), 2):  # a point without the condition, then with it: the same image beside both
         torch.testing.assert_close(points[index, 4:], table[subjects[index + 1]])
         torch.testing.assert_close(points[index], points[index + 1])
@@ -91,8 +91,8 @@ def test_prompts_do_not_make_images(tmp_path: Path) -> None:
     from dqtool.models.sources.resolve import resolve_model
 
     companions = companions_of_source(resolve_model(str(text_pipeline("sd", tmp_path / "sd"))))
-    with pytest.raises(UsageError, match="beside the noisy latents"):
+    with pytest.raises(UsageError, match="image conditions"):
         FAMILY.ask(config_of(9), Request(2), companions)
     found = FAMILY.ask(config_of(9), Request(2, random=True), companions)
     assert found.random
-    assert found.table[BESIDE].shape == (len(found), 5, 8, 8)
+    assert found.table[IMAGE_CONDITION].shape == (len(found), 5, 8, 8)
