@@ -101,13 +101,13 @@ def _fail(arguments: list[str], error: Exception, debug: bool) -> int:
 
 
 def _fault(error: Exception) -> EnvironmentFault | None:
-    """What the surroundings did, said as dqtool says it; None for anything else."""
+    """Return the error of dqtool for a fault of the environment; None for any other exception."""
     from dqtool.artifacts.files import os_fault
     from dqtool.errors import EnvironmentFault
 
     if isinstance(error, OSError):
         return os_fault(error, error.filename or "standard output or an open file")
-    if "Too many open files" in str(error):  # as other libraries say it, in errors of their own
+    if "Too many open files" in str(error):  # other libraries raise errors of their own with this text
         return os_fault(OSError(errno.EMFILE, "Too many open files"), "an open file")
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return EnvironmentFault("A path holds a NUL character", where="a path", fix="Check the names that are given")

@@ -74,7 +74,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class DqtoolWarning(UserWarning):
-    """What a library user is warned of; the command line shows these and hides the warnings of other libraries."""
+    """Warning of dqtool. The command line shows these, and hides the warnings of other libraries."""
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the ADM suite computes, written down a second time from its formulas: numpy and scipy, nothing of dqtool."""
+"""Figures of the ADM suite, written a second time from its formulas in numpy and scipy, without dqtool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import linalg
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """By the square root of the product itself, its imaginary round-off dropped."""
+    """Return the Fréchet distance, with the square root of the product itself and without its imaginary round-off."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # singular, as of fewer samples than features: the suite goes on too
         root = np.real(linalg.sqrtm(sigma1 @ sigma2))

@@ -110,7 +110,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "_sample_size": 8,
     },
 }
-"""By the adapter's name; SDXL is the UNet's with added conditions."""
+"""Tiny configs by the adapter's name; SDXL is the UNet's with added conditions."""
 
 
 def build(name: str, seed: int = 0) -> Any:
@@ -289,7 +289,7 @@ def text_pipeline(kind: str, path: Path) -> Path:
             transformer=build("flux"),
         )
     pipeline.save_pretrained(path)
-    if kind == "flux":  # whose config knows no size
+    if kind == "flux":  # its config has no size
         config = json.loads((path / "transformer" / "config.json").read_text())
         (path / "transformer" / "config.json").write_text(json.dumps(config | {"_sample_size": 8}))
     card = {"prompts": [["a handwritten seven", 7], ["the digit 3", 3]]} | ({"guidance": 1.5} if kind == "sd" else {})

@@ -41,7 +41,7 @@ class Fenced(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """Of a parameter; what is assigned takes its place, as an optimizer with one flat buffer does it."""
+        """Data of a parameter. An assignment replaces it, as in optimizers with one flat buffer."""
         return self.detach()
 
     @data.setter
@@ -72,7 +72,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if name in ("aten::_local_scalar_dense", "aten::equal", "aten::is_same_size"):
         return func(*unwrapped(args), **unwrapped(kwargs))
-    # As CUDA: numbers may come from anywhere, indices from the CPU, nothing else.
+    # CUDA accepts numbers from anywhere and indices from the CPU, nothing else.
     indices = args[1] if name in ("aten::index.Tensor", "aten::index", "aten::index_put_", "aten::index_put") else ()
     free = {id(x) for x in tree_leaves(indices)}
     for x in tree_leaves((args, kwargs)):
@@ -89,7 +89,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def in_place(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-    """What an operation that writes into its operands returns: these operands."""
+    """Return the operands that an operation writes into, as the operation itself does."""
     written = [
         kwargs.get(a.name, args[i] if i < len(args) else None)
         for i, a in enumerate(func._schema.arguments)

@@ -22,7 +22,7 @@ LAYERS = (
     {"core"},
     {"artifacts", "report", "errors"},
 )
-"""From the top down. A package may import its own layer and those below it; the last layer serves all the others."""
+"""Layers from the top down. A package may import its own layer and those below it; the last layer serves all the others."""
 
 SERVICES = {"recipe", "yamltree", "_hook", ""}
 """Modules outside of the layers: the recipe reader and the root, which imports on use."""

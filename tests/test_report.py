@@ -26,7 +26,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_a_terminal(code: str, columns: int = 100) -> tuple[str, str]:
-    """What `code` shows on a real (pseudo) terminal as its standard error, and its standard output."""
+    """Return the text that `code` shows on a pseudo terminal as its standard error, and its standard output."""
     ours, theirs = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", f"from dqtool.report import *\n{code}"],
@@ -40,7 +40,7 @@ def on_a_terminal(code: str, columns: int = 100) -> tuple[str, str]:
     while True:
         try:
             part = os.read(ours, 65536)
-        except OSError:  # how Linux says that the other end was closed
+        except OSError:  # Linux reports a closed other end this way
             break
         if not part:
             break

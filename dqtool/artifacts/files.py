@@ -1,4 +1,4 @@
-"""What every writer needs of the file system: durable writes, staging beside the target, and faults said plainly."""
+"""File system operations of every writer: durable writes, staging beside the target, errors in plain words."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def staging(path: Path) -> Iterator[Path]:
     """
     _sweep_dead(path)
     area = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if area.exists():  # of a dead process whose number was given out again
+    if area.exists():  # left by a dead process that had the same number
         shutil.rmtree(area)
     try:
         area.mkdir()

@@ -52,11 +52,11 @@ TORCH_DTYPES = {
 def file_header(
     tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[str], int]:
-    """What stands before the data of the file that holds `{name: (dtype, shape)}`, the order of the tensors in it, and
-    the bytes of the data.
+    """Return the header of a safetensors file with the tensors `{name: (dtype, shape)}`, their order in it, and the number
+    of bytes of data.
 
-    8 bytes of length and a JSON header filled up to a multiple of 8. A dtype goes by its name in safetensors (`F32`) or
-    in torch (`float32`, `torch.float32`). `metadata` defaults to `{"format": "pt"}`; an empty one leaves the entry out.
+    8 bytes of length and a JSON header filled up to a multiple of 8. A dtype has its name in safetensors (`F32`) or
+    in torch (`float32`, `torch.float32`). `metadata` defaults to `{"format": "pt"}`; an empty one writes no such entry.
     Raises `ValueError` for a dtype that is unknown.
     """
     metadata = METADATA if metadata is None else metadata

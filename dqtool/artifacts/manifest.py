@@ -36,15 +36,15 @@ def dqtool_version() -> str:
 
 @dataclass
 class Manifest:
-    """What an artifact is and how it was made.
+    """Description of an artifact and of how it was made.
 
     `file` ({name, bytes, sha256}) stands for an artifact of one file, `files` ({relative path: {bytes, sha256}}) for
     a directory; a report (`REPORTS`) is its own manifest and has neither. Both are filled in by the commit. The JSON
-    has one more key, `checksum`, over all others, by which an edited manifest is known.
+    has one more key, `checksum`, over all others; an edited manifest does not match it.
     """
 
     stage: str
-    fingerprint: str  # of stage, code version, parameters and inputs: see dqtool.artifacts.fingerprint
+    fingerprint: str  # digest of stage, code version, parameters and inputs: see dqtool.artifacts.fingerprint
     inputs: list[dict[str, Any]] = field(default_factory=list)  # {name, sha256, stage}; stage None for a raw model
     model: dict[str, Any] = field(default_factory=dict)  # class, config, family, source, ...
     pipeline: dict[str, Any] | None = None  # scheduler config, conditioning; None for a bare component

@@ -121,7 +121,7 @@ def _problem(name: str, parts: list[str]) -> str:
 
 
 def _may_lead_to(target: Path, model: Path) -> bool:
-    """Whether a link of the model in the directory `model` may lead to `target`, a path without links."""
+    """Return whether a link of the model in the directory `model` may lead to `target`, a path without links."""
     if target.is_relative_to(os.path.realpath(model)):
         return True
     if Path(os.path.realpath(model)).parent == _own_pipelines():
@@ -131,7 +131,7 @@ def _may_lead_to(target: Path, model: Path) -> bool:
 
 
 def _own_pipelines() -> Path:
-    """Where `dqtool.models.sources.original.shell` keeps the pipelines that it puts together."""
+    """Return the folder in which `dqtool.models.sources.original.shell` keeps the pipelines that it assembles."""
     cache = os.environ.get("DQTOOL_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "dqtool")
     return Path(os.path.realpath(os.path.join(cache, "originals")))
 

@@ -1,4 +1,4 @@
-"""What a command may write: never its own inputs, and over nothing but what dqtool wrote itself. Imports no torch."""
+"""Checks of outputs: a command never replaces its inputs, nor a file that dqtool did not write. Imports no torch."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _same_file(first: Path, second: Path) -> bool:
 
 
 def _is_linked_in(path: Path, directory: str) -> bool:
-    """Whether a file somewhere in `directory` is the file `path` under another name (a hard link)."""
+    """Return whether a file somewhere in `directory` is the file `path` under another name (a hard link)."""
     if not path.is_file() or path.stat().st_nlink < 2:
         return False
     own = path.stat()

@@ -1,7 +1,7 @@
-"""What a manifest says, as typed records: model, pipeline, sampling, layers, inputs, metrics, environment.
+"""Contents of a manifest as typed records: model, pipeline, sampling, layers, inputs, metrics, environment.
 
-A manifest's checksum only says that nobody edited it; whoever makes one up computes the checksum too. `records_of` checks
-every value that a stage relies on, so that a wrong one is told by its key, before anything is done with it.
+A manifest's checksum shows that nobody edited it, but an attacker can compute one. `records_of` checks every value that a
+stage relies on before any use, and an error names the key.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class InputRecord:
 
 @dataclass(frozen=True)
 class ScalingRecord:
-    """How a layer's channels were scaled: the method, and the factors' summary."""
+    """Scaling of a layer's channels: the method, and a summary of its factors."""
 
     method: str | None = None
     max: Finite | None = None
@@ -103,7 +103,7 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class SamplingRecord:
-    """How the model was sampled when it was calibrated."""
+    """Sampling of the model in calibration."""
 
     scheduler: dict[str, Any]
     steps: Step
@@ -147,7 +147,7 @@ class MetricsRecord:
 
 @dataclass(frozen=True)
 class EnvironmentRecord:
-    """What computed an artifact: versions of packages, platform, device, threads."""
+    """Environment that computed an artifact: versions of packages, platform, device, threads."""
 
     versions: dict[str, str] = field(default_factory=dict)
     platform: str = ""
@@ -186,7 +186,7 @@ def records_of(manifest: Manifest, where: str, *, whole: bool = False) -> Record
     }
     try:
         if manifest.stage in REPORTS and not whole:
-            payload["layers"] = []  # of a report, which nothing is made of
+            payload["layers"] = []  # no stage reads the layers of a report
         found = record(payload, Records)
         problem = _crossed(found) or (_missing(found, manifest.stage) if whole else None)
         if problem is not None:

@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a value: the key of the innermost one at fault, and what it must be."""
+    """Problem of a value: the key of the innermost wrong one, and the requirement that it fails."""
 
     key: str
     what: str

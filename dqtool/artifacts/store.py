@@ -47,7 +47,7 @@ _COMMANDS = {
 
 
 def manifest_path(path: str | os.PathLike[str]) -> Path:
-    """Where the manifest of an artifact is: X.json for X.safetensors, DIR/dqtool.json, the report X.json itself."""
+    """Return the path of an artifact's manifest: X.json for X.safetensors, DIR/dqtool.json, the report X.json itself."""
     path = Path(path)
     if path.is_dir():
         return path / DIRECTORY_MANIFEST
@@ -77,7 +77,7 @@ class Artifact:
     """An artifact whose data was found to match its manifest."""
 
     path: Path
-    given: str  # as the user typed it, for messages and standard output
+    given: str  # path as the user typed it, for messages and standard output
     manifest: Manifest
 
     @property
@@ -136,7 +136,7 @@ class Artifact:
         return read_bytes(self.path, ATTACHMENT + name)
 
     def attachment_bytes(self) -> int:
-        """How much of a safetensors artifact's file they take."""
+        """Bytes that attachments take of a safetensors artifact's file."""
         header = read_header(self.path) if self.manifest.file is not None else {}
         return sum(entry["shape"][0] for name, entry in header.items() if name.startswith(ATTACHMENT))
 
@@ -207,7 +207,7 @@ def open_artifact(path: str | os.PathLike[str], stages: Collection[str] | None =
 
 
 def is_current(path: str | os.PathLike[str], fingerprint: str) -> bool:
-    """Whether `path` already holds, undamaged, what a run with this fingerprint would write."""
+    """Return whether `path` already holds the undamaged output of a run with this fingerprint."""
     try:
         # The fingerprint is compared first: hashing a large file for nothing takes seconds.
         return read_manifest(path).fingerprint == fingerprint and bool(open_artifact(path))

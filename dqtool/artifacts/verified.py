@@ -28,7 +28,11 @@ SETTLED = 5.0
 
 
 def has_digest(path: str | os.PathLike[str], sha256: str) -> bool:
-    """Whether the file's bytes have this SHA-256 (a hex digest); `EnvironmentFault` when it can't be read."""
+    """Return whether the file's bytes have this SHA-256 (a hex digest).
+
+    Raises:
+        EnvironmentFault: the file can't be read.
+    """
     try:
         before = os.stat(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a long stage keeps while it runs, so that an interrupted run goes on from there."""
+"""Intermediate results of a long stage, from which an interrupted run goes on."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "choose_device",
+    "chosen_device",
     "device_of",
     "peak_bytes",
     "place",
@@ -69,6 +70,13 @@ def resolve_device(text: str) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def chosen_device() -> torch.device:
+    """Return the device of this process: the CPU before any choice."""
+    import torch
+
+    return torch.device("cpu") if _chosen is None else _chosen
 
 
 def place(module: Module) -> Module:

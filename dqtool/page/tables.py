@@ -153,7 +153,7 @@ def making_tables(results: Sequence[Result]) -> list[Table]:
                     f"{sampling.get('scheduler', {}).get('_class_name', '?')}, {given.get('steps') or sampling.get('steps', '?')} steps"
                 ),
                 Cell(str(given.get("seed", "–"))),
-                Cell(runtime_name(str(given.get("runtime", "–")))),
+                Cell(runtime_name(str(manifest.metrics.get("runtime") or given.get("runtime", "–")))),
                 Cell(
                     f"{manifest.environment.get('device', '?')}, {manifest.environment.get('threads') or '?'} threads"
                 ),

@@ -31,8 +31,15 @@ __all__ = ["RUNTIMES", "Runtime", "integer_report", "load", "pick", "runtime_nam
 
 @dataclass(frozen=True)
 class Runtime:
-    """One engine: its module (imported on use), what it is, what a 4-bit weight is in memory while it runs, and the packages
-    it imports when it loads a network."""
+    """One engine.
+
+    Attributes:
+        name: name on the command line.
+        module: its module, imported on use.
+        summary: a phrase that describes it.
+        weights_in_memory: form of a 4-bit weight in memory while the network runs.
+        libraries: packages that it imports when it loads a network.
+    """
 
     name: str
     module: str
@@ -41,7 +48,7 @@ class Runtime:
     libraries: tuple[str, ...] = ()
 
     def engine(self) -> ModuleType:
-        """The module itself."""
+        """Import and return the module."""
         return import_module(self.module)
 
 
@@ -76,7 +83,7 @@ RUNTIMES = {
         ),
     )
 }
-"""All runtimes by the name they have on the command line."""
+"""All runtimes by their name on the command line."""
 
 
 VARIABLE = "DQTOOL_RUNTIME"
@@ -87,15 +94,15 @@ READERS = {"dense": ("simulate",), "openvino": ("openvino", "openvino-bf16"), "o
 
 
 def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.Module:
-    """The network of an exported directory, verified against its manifest, ready to run.
+    """Load the network of an exported directory, verified against its manifest, ready to run.
 
-    `auto` takes the fastest runtime that this machine and this directory allow, and says which: what `dqtool bench` found to
-    be the fastest here for this network (at the batch nearest to `batch`, where given), else in the order of
+    `auto` takes the fastest runtime that this machine and this directory allow, and reports its name. Measurements of
+    `dqtool bench` of this network on this machine decide (at the batch nearest to `batch`, if given), else the order
     `choice.ORDER` (`choice.AMX_ORDER` on processors with AMX).
 
     Raises:
-        UsageError: an unknown runtime.
-        ArtifactError: the directory is no intact export, or of a format that the runtime can't read.
+        UsageError: the runtime is unknown.
+        ArtifactError: the directory is no intact export, or has a format that the runtime can't read.
         EnvironmentFault: the runtime that was asked for can't run here.
     """
     runtime = os.environ.get(VARIABLE) or runtime if runtime == "auto" else runtime
@@ -104,7 +111,7 @@ def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.
         raise UsageError(
             f"unknown runtime '{runtime}'", where="--runtime", fix=f"Choose from {', '.join(RUNTIMES)} or auto"
         )
-    gc.collect()  # networks refer to themselves through their methods: one that was let go makes room now
+    gc.collect()  # networks refer to themselves through their methods: this frees the memory of dropped ones
     artifact = open_artifact(_directory(directory), ["export"])
     _check_format(artifact, runtime)
     if runtime == "auto":
@@ -122,13 +129,15 @@ def _directory(given: str) -> str:
 
 
 def pick(names: Iterable[str] = ORDER) -> list[tuple[Runtime, str | None]]:
-    """Runtimes in the order `auto` tries them, each with the reason why it can't run here, or None."""
+    """Return runtimes in the order in which `auto` tries them, each with the reason why it can't run here, or None."""
     return [(RUNTIMES[name], _unavailable(RUNTIMES[name])) for name in names]
 
 
 def integer_report(network: nn.Module) -> dict[str, str]:
-    """For each quantized layer and attention of a loaded network: "int8", or "float" where its products stay float. Empty
-    for `simulate`, and for `openvino` until the first step has compiled the graph."""
+    """Return "int8" or "float" for each quantized layer and attention of a loaded network: the arithmetic of its products.
+
+    Empty for `simulate`, and for `openvino` until the first step has compiled the graph.
+    """
     engine = RUNTIMES[str(network.runtime)].engine()
     return engine.integer_report(network) if hasattr(engine, "integer_report") else {}
 
@@ -160,7 +169,7 @@ def _ready(runtime: Runtime) -> Runtime:
 
 def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
     network = runtime.engine().load(artifact)
-    network.runtime = runtime.name  # what `auto` took, for whoever reports it
+    network.runtime = runtime.name  # reports name the engine that `auto` took
     if "_dqtool_steps" in network.__dict__:
         from dqtool.models.network_methods import give_methods, origin_of
         from dqtool.nn.packed_form import packed_form

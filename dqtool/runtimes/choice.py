@@ -1,6 +1,6 @@
-"""Which runtime `auto` takes: the fastest one measured here for this network, else by the processor's instructions.
+"""Choice of the runtime for `auto`: the fastest one measured here for this network, else by the processor's instructions.
 
-`dqtool bench` times every runtime at several batches; what it found is kept in `$DQTOOL_CACHE` (default `~/.cache/dqtool`),
+`dqtool bench` times every runtime at several batches, and keeps the times in `$DQTOOL_CACHE` (default `~/.cache/dqtool`),
 per network, machine, number of threads and versions. Nothing is timed while a network loads.
 """
 
@@ -21,26 +21,27 @@ from dqtool.runtimes.names import runtime_name
 __all__ = ["AMX_ORDER", "ORDER", "order", "recall", "remember"]
 
 ORDER = ("cpu", "openvino", "simulate")
-"""Without a measurement. With AVX512-VNNI and with AVX2 alone, `cpu` was the fastest at every batch from 1 to 16
+"""Order without a measurement. With AVX512-VNNI and with AVX2 alone, `cpu` was the fastest at every batch from 1 to 16
 (`dqtool bench --arch ddpm-cifar10 --runtime all`)."""
 
 AMX_ORDER = ("openvino", "cpu", "simulate")
-"""With AMX `openvino` was the fastest at every batch from 1 to 16 (the same command), when `cpu` left AMX to PyTorch's
-operations. Its own kernels for AMX have not been timed: there the order waits for `dqtool bench`."""
+"""Order on processors with AMX. There `openvino` was the fastest at every batch from 1 to 16 (the same command), when `cpu`
+left AMX to PyTorch's operations. The AMX kernels of `cpu` have not been timed; `dqtool bench` measures the order."""
 
 GENERATION = 2
-"""Of the runtimes' speed: what was measured before a change that matters no longer counts."""
+"""Version of the remembered times. A change of the runtimes' speed raises it, and earlier times no longer count."""
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
 def order(artifact: Artifact, batch: int | None = None) -> tuple[list[str], str]:
-    """(runtimes in the order to try them, why the first one is first). `batch` says how many samples a step will have."""
+    """Return the runtimes in the order to try them, and the reason for the first one. `batch` is the number of samples of a
+    step."""
     found = recall(artifact)
     if not found:
         return list(_default_order()), "by default"
     near = min(found, key=lambda b: abs(b - batch)) if batch is not None else min(found)
-    # Those measured change places among themselves: nothing is known of them against the others.
+    # Only measured runtimes change places: their times say nothing about the others.
     measured = sorted((name for name in found[near] if name in ORDER), key=lambda name: found[near][name])
     fastest = iter(measured)
     names = [next(fastest) if name in measured else name for name in _default_order()]
@@ -54,7 +55,7 @@ def _default_order() -> tuple[str, ...]:
 
 
 def recall(artifact: Artifact) -> dict[int, dict[str, float]]:
-    """Seconds of a step by batch and runtime, as far as they were measured here."""
+    """Return the measured seconds of a step by batch and runtime; empty without a measurement on this machine."""
     try:
         kept = json.loads(_file(artifact).read_text(encoding="utf-8"))
         return {
@@ -66,8 +67,8 @@ def recall(artifact: Artifact) -> dict[int, dict[str, float]]:
 
 
 def remember(artifact: Artifact, seconds: Mapping[int, Mapping[str, float]]) -> bool:
-    """Keep what was measured, if it compares two runtimes at least; whether it was kept. A cache that can't be written is
-    done without."""
+    """Keep measured seconds of a step that compare at least two runtimes. Return whether they were kept: a cache that can't
+    be written is no error."""
     useful = {batch: {n: s for n, s in times.items() if n in ORDER} for batch, times in seconds.items()}
     useful = {batch: times for batch, times in useful.items() if len(times) > 1}
     if not useful:

@@ -60,7 +60,7 @@ KEPT = 2
 
 
 def available() -> str | None:
-    """Why it can't run here, or None."""
+    """Return the reason why this runtime can't run here, or None."""
     try:
         require("openvino", EXTRA)
     except EnvironmentFault as e:
@@ -81,8 +81,8 @@ def load(artifact: Artifact, precision: str = "f32") -> nn.Module:
 
 
 def integer_report(network: nn.Module) -> dict[str, str]:
-    """For each quantized layer and attention: "int8" or "float", as OpenVINO runs them in the graph that was used last; empty
-    before the first step."""
+    """Return "int8" or "float" for each quantized layer and attention, from the graph that was used last; empty before the
+    first step."""
     assert isinstance(network, OpenVINONetwork)
     if not network._requests:
         return {}
@@ -162,7 +162,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
         return nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's.
+        """Run one step; arguments and output are those of the original network.
 
         Raises:
             UsageError: an argument that is not part of the compiled graph.
@@ -325,10 +325,10 @@ def _only_tensors(arguments: Mapping[str, Any]) -> None:
 
 
 def input_name(port: Any, names: Collection[str]) -> str:
-    """Which of `names` a graph's input is. OpenVINO gives an input more names when it removes operations behind it.
+    """Return the one of `names` that a graph's input has. OpenVINO gives an input more names when it removes operations behind it.
 
     Raises:
-        UsageError: none of them: an argument that the graph needs was not given.
+        UsageError: the input has none of them: an argument that the graph needs was not given.
     """
     found = sorted(set(names) & set(port.names))
     if not found:
@@ -339,7 +339,7 @@ def input_name(port: Any, names: Collection[str]) -> str:
 
 
 def cache_folder(artifact: Artifact, core: Any) -> Path:
-    """Where graphs of this artifact are kept, for this version of everything and this kind of CPU."""
+    """Return the cache folder of this artifact's graphs, for these versions and this kind of CPU."""
     import diffusers
     import openvino
 

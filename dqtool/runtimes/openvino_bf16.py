@@ -17,7 +17,7 @@ __all__ = ["available", "integer_report", "load"]
 
 
 def available() -> str | None:
-    """Why it can't run here, or None."""
+    """Return the reason why this runtime can't run here, or None."""
     reason = openvino.available()
     if reason is not None:
         return reason

@@ -20,7 +20,7 @@ REFUSED = {
     "fuse_qkv_projections": "fuse its projections, which it has done as far as they have one input",
     "enable_gradient_checkpointing": "give gradients",
 }
-"""What diffusers' networks can be asked for, and what that is in words."""
+"""Methods of diffusers' networks that OpenVINO graphs lack, and the feature that each stands for."""
 
 
 def _refusal(what: str) -> Any:

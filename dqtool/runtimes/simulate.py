@@ -1,4 +1,7 @@
-"""Float fake-quantization: the reference. Weights are packed on disk and in memory, plus one float32 copy on first use."""
+"""Float fake quantization, the reference of the other runtimes.
+
+Weights are packed on disk and in memory, with a float32 copy from the first use on.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ __all__ = ["available", "load"]
 
 
 def load(artifact: Artifact) -> nn.Module:
-    """The network of an exported directory; a dense export gives the plain float network."""
+    """Load the network of an exported directory; a dense export gives the plain float network."""
     manifest = artifact.manifest
     state = exported_tensors(artifact)
     if manifest.parameters["format"] == "dense":
@@ -31,5 +34,5 @@ def load(artifact: Artifact) -> nn.Module:
 
 
 def available() -> str | None:
-    """None: it runs everywhere."""
+    """Return None: this runtime runs everywhere."""
     return None

@@ -1,1 +1,1 @@
-"""What a user runs: one file per command."""
+"""Commands: one file each at the top, shared parts beside them."""

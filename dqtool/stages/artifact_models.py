@@ -1,4 +1,4 @@
-"""From what dilated and calibrated artifacts hold to networks: the float teacher, the trace, the trainable student."""
+"""Networks from dilated and calibrated artifacts: the float teacher, the trace, the trainable student."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def trace_of(manifest: Manifest) -> Trace:
 
 
 def split_dilated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of a dilated or calibrated artifact: (the network's state with dilated weights, dilation by layer)."""
+    """Split the tensors of a dilated or calibrated artifact into the state dict, with dilated weights, and the
+    factors by layer."""
     dilation = {k.removesuffix(".dilation"): v for k, v in tensors.items() if k.endswith(".dilation")}
     state = {
         k: v

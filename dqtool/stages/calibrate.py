@@ -187,7 +187,7 @@ def produce(
         everything, records, shifts = rescaled.tensors, rescaled.records, rescaled.shifts
         metrics |= rescaled.metrics
         if shifts:
-            network = teacher_of(manifest, everything)  # whose layers read the shifted inputs
+            network = teacher_of(manifest, everything)  # its layers read the shifted inputs
     _, dilation = split_dilated(everything)
     statistics = collect(
         network, layer_infos(records), dilation, per_step("statistics", 2), Checkpoints(workspace, "statistics")
@@ -264,8 +264,8 @@ def quotas_by_step(
     blocks: Sequence[str],
     generator: torch.Generator,
 ) -> Tensor:
-    """How many points of each step are kept, `[T]`. A draw that looks at features is shown those of one batch of images,
-    from the middle one of `blocks` (in execution order; the UNets' own middle where there is one)."""
+    """Return the number of points of each step to keep, `[T]`. A draw that looks at features gets those of one batch of
+    images, from the middle one of `blocks` (in execution order; the UNets' own middle where there is one)."""
     import torch
 
     from dqtool.core.device import to_cpu
@@ -320,7 +320,7 @@ def row_of(timestep: Tensor, timesteps: Tensor) -> int:
 
 
 def images_of(quotas: Tensor, conditions: Conditions) -> int:
-    """How many images are sampled: with guidance a step of one makes two points."""
+    """Return the number of images to sample. With guidance, a step of one image makes two points."""
     return -(-int(quotas.max()) // (1 + conditions.guided))
 
 

@@ -1,4 +1,4 @@
-"""What every command is told and what it leaves behind. Light: `dqtool --help` imports it."""
+"""Options that all commands share, and their record of the stages that ran. `dqtool --help` imports it: it stays light."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Execution:
-    """What `execute` did, or would do in a dry run; `cached` says that the output was there already."""
+    """Record of one stage that ran, or would run in a dry run. `cached`: the output existed already."""
 
     stage: str
     output: str

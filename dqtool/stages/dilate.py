@@ -62,7 +62,7 @@ def fingerprint_parameters(options: DilateOptions) -> dict[str, Any]:
         parameters["family"] = options.family
     if options.example is not None:
         parameters["example"] = sha256_file(options.example)
-    if options.family == "generic":  # which passed the scheduler's own timestep at first
+    if options.family == "generic":  # the first version passed the scheduler's own timestep
         parameters["time_scale"] = options.time_scale
     return parameters
 

@@ -33,13 +33,13 @@ __all__ = ["DistillOptions", "corrects_predictions", "distill", "scheduler_of", 
 CODE_VERSION = 4
 
 CORRECT_IMAGES = 64
-"""With `--correct-noise`, how many images the prediction tables are fitted on."""
+"""Images that `--correct-noise` fits the prediction tables on."""
 
 TOGETHER = 256
 """Samples that run together where a block's inputs and outputs are computed, as long as memory does not run out."""
 LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
-"""With `--low-memory`, how many samples run together where a block's inputs and outputs are computed, and where a whole
-network learns or samples."""
+"""Samples that run together with `--low-memory`: for a block's inputs and outputs, and for a whole network that learns or
+samples."""
 
 
 def distill(options: DistillOptions, common: Common) -> str:
@@ -153,7 +153,7 @@ def produce(
     manifest = calibrated.manifest
     family, config = network_of(manifest.model)
     with torch.device("meta"):
-        family.build(config)  # which imports all that the networks below need
+        family.build(config)  # this imports all modules that the networks below need
     return_freed_memory()
     level = resident()
     tensors = calibrated.tensors()
@@ -193,7 +193,7 @@ def produce(
         trained = method.train(task, recipe, lambda what, n: report.progress(f"distill: {what}", n, "iteration"))
         task.merge_scaling()
         if corrects_predictions(options):
-            if task.low_memory:  # which let go of the float network
+            if task.low_memory:  # it dropped the float network
                 task = replace(task, teacher=teacher_of(manifest, tensors))
             with report.progress("distill: predictions", len(task.trajectory.timesteps), "step") as progress:
                 trained |= correct_predictions(task, config, CORRECT_IMAGES, progress)

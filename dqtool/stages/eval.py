@@ -15,7 +15,8 @@ from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.components.companions import companions_of_artifact
 from dqtool.models.conditions.external import ConditionSource
-from dqtool.runtimes import runtime_name
+from dqtool.runtimes.names import runtime_name
+from dqtool.stages.engines import asked_runtime, run_exported
 from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
@@ -35,18 +36,17 @@ CODE_VERSION = 3
 
 
 def evaluate(options: EvalOptions, common: Common) -> str:
-    """Sample, compare, write the report; returns its path as given.
+    """Sample, compare, write the report and return its path as given.
 
     Raises:
-        UsageError: an unknown metric, or one that does not apply to this model; a runtime for what is no exported directory.
-        ArtifactError: the reference is not the model the artifact was made from.
-        EnvironmentFault: a metric was asked for without the file it needs, or a correction without the reference.
+        UsageError: a metric is unknown or does not apply to this model; a runtime is given for an artifact before the export.
+        ArtifactError: the artifact was not made from the reference.
+        EnvironmentFault: a metric lacks the file it needs, or the noise correction lacks the reference.
     """
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
     if artifact.stage in ("distill", "export"):
         check_steps(artifact, options.steps)
-    options = replace(options, runtime=runtime_name(options.runtime))
-    check_runtime(artifact, options.runtime)
+    options = replace(options, runtime=asked_runtime(artifact, options.runtime))
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options.reference, artifact)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
@@ -75,16 +75,6 @@ def evaluate(options: EvalOptions, common: Common) -> str:
     if not common.dry_run:
         print_figures(artifact, read_manifest(options.output).metrics)
     return options.output
-
-
-def check_runtime(artifact: Artifact, runtime: str) -> None:
-    """Raise `UsageError` for a runtime that would not be used: only exported directories have a choice."""
-    if artifact.stage != "export" and runtime != "simulate":
-        raise UsageError(
-            f"The runtime '{runtime}' can't run what `dqtool {artifact.stage}` wrote: runtimes are for exported directories",
-            where="--runtime",
-            fix="Run `dqtool export` first, or leave it out",
-        )
 
 
 def fingerprint_parameters(
@@ -126,7 +116,7 @@ def fingerprint_parameters(
 
 
 def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
-    """Those asked for, else all that apply to the model. Raises `UsageError` where the samples are too few for one."""
+    """Return the metrics to compute. Raise `UsageError` for one that needs more samples."""
     chosen = applicable_metrics(options, artifact)
     for name in chosen:
         least = METRICS[name].least_samples if name in METRICS else 0
@@ -140,7 +130,7 @@ def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
 
 
 def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
-    """Those asked for, else all that apply to the model."""
+    """Return the metrics that were asked for, else all that apply to the model."""
     shape = image_shape(artifact)
     is_digits = shape == (1, 16, 16)
     companions = companions_of_artifact(artifact)
@@ -154,7 +144,7 @@ def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, .
 
 
 def image_shape(artifact: Artifact) -> tuple[Any, ...]:
-    """`(C, H, W)` of the images that an artifact's model makes. Read from configs, without torch."""
+    """Return the shape `(C, H, W)` of the images that an artifact's model makes, from its configs and without torch."""
     config = artifact.manifest.model["config"]
     size = config.get("sample_size")
     height, width = size if isinstance(size, list) else (size, size)
@@ -203,6 +193,8 @@ def produce(
             figures["noise_correction"] = {"images": FIT_IMAGES, "steps": correction.to_json()}
             sampled = with_correction(maker, correction)
         images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples", kept)
+        if artifact.stage == "export":
+            figures["runtime"] = str(network.runtime)
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
         if meter is not None:
             rows = maker.conditions.rows(0, len(images)).tolist()
@@ -237,12 +229,14 @@ def produce(
     if "cost" in metrics:
         figures["cost"] = cost_figures(artifact)
     if "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
+        if options.runtime != "simulate":  # engines fuse layers, and leave their outputs nowhere to compare
+            network = network_of_artifact(artifact, "simulate")
         figures["layer_errors"] = layer_errors(float_network, network, maker, options.seed)
     return StageOutput(None, manifest.model, manifest.pipeline, manifest.layers, figures)
 
 
 def check_needs_no_pixels(metrics: Sequence[str], options: EvalOptions) -> None:
-    """Raise `UsageError` for what can't be had of latents, which is all that a model without its decoder samples."""
+    """Raise `UsageError` for metrics and outputs that need images, of a model whose decoder is missing."""
     named = [name for name in metrics if name in METRICS and METRICS[name].start is not None]
     asked = [f"--metrics {','.join(named)}"] * bool(named) + ["--save-samples"] * (options.save_samples is not None)
     if asked:
@@ -254,15 +248,12 @@ def check_needs_no_pixels(metrics: Sequence[str], options: EvalOptions) -> None:
 
 
 def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = None) -> nn.Module:
-    """The network of an artifact of any stage, to run `batch` samples at a time."""
+    """Return the network of an artifact of any stage, to run `batch` samples at a time."""
     from dqtool.core.device import place
 
     manifest = artifact.manifest
     if artifact.stage == "export":
-        from dqtool.runtimes import load
-
-        network = load(artifact.given, runtime, batch)
-        return place(network) if runtime == "simulate" else network
+        return run_exported(artifact.given, runtime, batch)
     if artifact.stage == "distill":
         from dqtool.models.networks.packed import is_static, packed_network, plans_of
         from dqtool.models.networks.packed_checks import step_count
@@ -307,7 +298,7 @@ def reference_images(
 
 
 def bits_label(layers: list[dict[str, Any]]) -> str:
-    """`4/4` for a model most of whose multiply-accumulates run at 4/4; `float` before distillation."""
+    """Return the bits of most multiply-accumulates of a model, such as `4/4`; `float` before distillation."""
     weight: dict[str, int] = {}
     for layer in layers:
         if "bits" in layer and layer["kind"] != "attention" and min(layer["bits"]) < 16:
@@ -330,6 +321,7 @@ def print_figures(artifact: Artifact, figures: dict[str, Any]) -> None:
         rows.append(("bit operations (G)", f"{cost['bops'] / 1e9:.2f}", f"{cost['bops_float32'] / 1e9:.2f}"))
     label = bits_label(artifact.manifest.layers)
     count = f", {figures['samples']} images" if "samples" in figures else ""
+    count += f" by {figures['runtime']}" if "runtime" in figures else ""
     report.table(
         f"{artifact.given}{count}", ["", label, "reference" if "reference_is" in figures else "full precision"], rows
     )

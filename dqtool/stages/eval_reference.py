@@ -1,4 +1,4 @@
-"""What `dqtool eval` compares with: the full-precision model, or an exported directory in its simulation."""
+"""Reference of `dqtool eval`: the full-precision model, or an exported directory in the `simulate` runtime."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ __all__ = ["ExportedReference", "Reference", "find_reference", "reference_networ
 
 @dataclass(frozen=True)
 class ExportedReference:
-    """An exported directory that the artifact's samples are compared with: in the `simulate` runtime, so that what is left is
-    what the other runtime changes."""
+    """Exported directory as the reference. It runs in `simulate`, so that figures show the effect of the artifact's runtime."""
 
     artifact: Artifact
 
     @property
     def given(self) -> str:
-        """Its path as it was given."""
+        """Path as the user typed it."""
         return self.artifact.given
 
     def sha256(self) -> str:
-        """Of its contents."""
+        """Return the digest of the directory's contents."""
         return self.artifact.sha256
 
 
@@ -39,11 +38,11 @@ Reference = ModelSource | ExportedReference
 
 
 def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
-    """The full-precision model to compare with, or the exported directory that was named; None when nothing was named and
-    the model is no longer where it was.
+    """Return the full-precision model or the exported directory to compare with. None if `given` is None and the model is no
+    longer at its recorded place.
 
     Raises:
-        ArtifactError: it is not the model the artifact was made from, or made from another one.
+        ArtifactError: the artifact was not made from this model.
     """
     recorded = artifact.manifest.model
     if given is not None and not given.startswith("zoo:") and Path(given).is_dir() and manifest_path(given).is_file():
@@ -72,7 +71,7 @@ def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
 
 
 def reference_network(reference: Reference, model: Mapping[str, Any]) -> nn.Module:
-    """Its network, where this process computes; `model` is the artifact's entry in the manifest."""
+    """Return the network of a reference on the chosen device. `model` is the entry of the artifact's manifest."""
     from dqtool.core.device import place
     from dqtool.models.networks.loading import build_network, load_weights
     from dqtool.runtimes import load

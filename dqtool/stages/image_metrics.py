@@ -1,4 +1,4 @@
-"""What `dqtool eval` does with the metrics of the registry: chooses them, feeds them images, keeps samples as npz."""
+"""Use of the metrics registry by `dqtool eval`: choose metrics, feed them images, save samples as npz."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a network to images: its sampler, what is asked of it, and the decoder behind it."""
+"""Images from a network: its sampler, its conditions, and the decoder of its latents."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ IN_MEMORY = 4 << 30
 
 @dataclass
 class ImageMaker:
-    """How images are drawn from a network of this model. `decode` is None where the network makes images itself (or
-    where the latents' decoder is not at hand: `latents` says so)."""
+    """Sampler, conditions and decoder that draw images from a network of one model. `decode` is None if the network makes
+    images itself, or if the decoder is missing (`latents` is True then)."""
 
     sampler: Sampler
     conditions: Conditions
@@ -123,7 +123,7 @@ def maker_of_artifact(
 
 
 def maker_of_source(source: ModelSource, count: int, seed: int, steps: int) -> ImageMaker:
-    """For a full-precision model as its pipeline wants it."""
+    """Return the maker of a full-precision model, with the settings of its pipeline."""
     family, companions = family_of(source.class_name, source.given), companions_of_source(source)
     config = dict(source.config) | ({} if companions is None else family.hints(companions))
     request = Request(count, seed, card={} if companions is None else companions.card)
@@ -146,12 +146,12 @@ def _are_latents(shape: tuple[int, ...], companions: Companions | None) -> bool:
 
 
 def makes_latents(artifact: Artifact) -> bool:
-    """Whether the samples of an artifact's networks stay latents, for lack of their decoder. Loads nothing."""
+    """Return whether the samples of an artifact's networks stay latents because the decoder is missing. Loads nothing."""
     family, config = network_of(artifact.manifest.model)
     return _are_latents(family.sample_shape(config), companions_of_artifact(artifact))
 
 
 def first_channels(panels: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """What a picture shows of latents, of each (caption, latents `[N, C, H, W]`): the first channel, with a warning."""
+    """Return the first channel of each (caption, latents `[N, C, H, W]`) for a picture, and warn."""
     report.warn("this model comes without its decoder: the picture shows the first channel of its latents")
     return [(caption, latents[:, :1]) for caption, latents in panels]

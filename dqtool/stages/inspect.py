@@ -178,7 +178,7 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _runs(layers: Iterable[Layer]) -> list[str]:
-    """How many layers and attention products integer runtimes compute in int8, and why not the rest."""
+    """Return lines with the number of layers and attention products in int8, and the reasons for the others."""
     lines = []
     for what, kinds in (("layers", ("conv2d", "linear")), ("attention products", ("attention",))):
         told = [layer for layer in layers if layer["kind"] in kinds and "runs" in layer]
@@ -195,7 +195,7 @@ def _runs(layers: Iterable[Layer]) -> list[str]:
 
 
 def _whereabouts(layers: Iterable[Layer]) -> str:
-    """How many factors are folded into producers, and how many the quantizers of the inputs apply."""
+    """Return a line with the number of layers whose factors are folded into producers or applied by input quantizers."""
     scaled = [layer["scaling"] for layer in layers if "scaling" in layer]
     folded = sum("folded_into" in scaling for scaling in scaled)
     return f"1/s: folded into producers for {folded} layers, part of the input's quantizer for {len(scaled) - folded}"

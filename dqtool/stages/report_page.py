@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "ReportOptions", "plan_report", "render_plan", "write_report"]
 
 FORMATS = {"html": ".html", "md": ".md"}
-"""What a page can be, and the suffix that says so."""
+"""Formats of a page, with their suffixes."""
 CALIBRATED = 2
 """Calibrated artifacts of one model whose activations are drawn."""
 
@@ -62,7 +62,7 @@ class ReportOptions:
 
     @property
     def path(self) -> str:
-        """Where the page goes."""
+        """Path of the page."""
         return self.output or "report" + FORMATS[self.kind]
 
 
@@ -86,7 +86,7 @@ def write_report(options: ReportOptions, common: Common) -> str:
 
 
 def plan_report(options: ReportOptions, common: Common) -> dict[str, Any]:
-    """What `write_report` would read and write, for a dry run."""
+    """Return the files that `write_report` would read and write, for a dry run."""
     results, benches, tables = _find(options, common)
     return {
         "output": options.path,

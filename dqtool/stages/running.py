@@ -1,4 +1,4 @@
-"""What every stage does around its own work: input, cache, lock, commit. Imports no torch until there is work to do."""
+"""Steps around the work of every stage: input, cache, lock, commit. Imports no torch until there is work to do."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StageOutput:
     """Run while `tensors` are being written, which counts only if it does not raise; returns further metrics. What it is
     given waits for the file and maps it."""
     earlier_seconds: float = 0.0
-    """What runs before this one spent on it, which were interrupted."""
+    """Seconds that earlier, interrupted runs spent on this output."""
 
 
 def input_artifact(given: str | None, stages: Collection[str], default: str) -> Artifact:
@@ -90,7 +90,7 @@ def input_artifact(given: str | None, stages: Collection[str], default: str) -> 
 
 
 def sampling_of(manifest: Manifest) -> dict[str, Any]:
-    """How a model was calibrated: sampler, steps, guidance, conditions; empty before calibration."""
+    """Return sampler, steps, guidance and conditions of the calibration; empty before calibration."""
     return (manifest.pipeline or {}).get("sampling") or {}
 
 

@@ -9,6 +9,7 @@ from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.stages.common import Common, Execution
+from dqtool.stages.engines import run_exported
 from dqtool.stages.eval_reference import find_reference, reference_network
 from dqtool.stages.noise import fitted, needs_reference, with_correction
 from dqtool.stages.options.sample import SampleOptions
@@ -19,12 +20,12 @@ __all__ = ["SampleOptions", "sample"]
 
 
 def sample(options: SampleOptions, common: Common) -> str:
-    """Draw images and write the picture; returns its path as given.
+    """Draw images, write the picture and return its path as given.
 
     Raises:
-        UsageError: no images asked for, or a runtime that doesn't exist.
-        ArtifactError: not an exported directory, or it was calibrated for another number of steps.
-        EnvironmentFault: noise is to be corrected and the full-precision model isn't there.
+        UsageError: fewer than one image is asked for, or the runtime is unknown.
+        ArtifactError: the directory is no export, or was calibrated for another number of steps.
+        EnvironmentFault: --correct-noise is given and the full-precision model is missing.
     """
     if options.number < 1:
         raise UsageError("At least one image is needed", where="-n")
@@ -45,9 +46,7 @@ def sample(options: SampleOptions, common: Common) -> str:
     if common.dry_run:
         return options.output
     set_up_torch(common.device)
-    from dqtool.core.device import place
     from dqtool.metrics.grid import save_grid
-    from dqtool.runtimes import load
     from dqtool.stages.eval import bits_label
     from dqtool.stages.images import first_channels, maker_of_artifact
 
@@ -61,9 +60,7 @@ def sample(options: SampleOptions, common: Common) -> str:
         prompts=prompts,
         source=ConditionSource.of(options, sampling_of(artifact.manifest)),
     )
-    network = load(options.directory, options.runtime, options.batch_size)
-    if options.runtime == "simulate":
-        network = place(network)
+    network = run_exported(options.directory, options.runtime, options.batch_size)
     if reference is not None:
         exact = reference_network(reference, artifact.manifest.model)
         correction = fitted(network, exact, maker, options.seed, options.batch_size)

@@ -89,7 +89,7 @@ def images_digest(given: str, source: ImageFolder | NpzImages) -> str:
 
 
 def is_current(output: str, about: dict[str, Any]) -> bool:
-    """Whether the file that stands there was made from the same images with the same options."""
+    """Return whether the existing file was made from the same images with the same options."""
     from dqtool.metrics.batches import npz_arrays
 
     if not os.path.isfile(output):

@@ -92,7 +92,7 @@ def get_model(options: ZooGetOptions, common: Common) -> str:
 
 
 def plan_get(options: ZooGetOptions) -> dict[str, Any]:
-    """What `get_model` would write."""
+    """Return the files that `get_model` would write."""
     source = _find(options.name)
     target = target_of(options.output)
     files = [path.relative_to(source) for path in _files(source)]

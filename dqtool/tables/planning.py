@@ -118,7 +118,9 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
         layers = [table.options, group.options, table.published.options, group.published, row.options]
     layers.append(target.overrides)
     schedule = SCHEDULES[target.schedule or table.schedule]
-    base: Options = {"eval": {"metrics": list(METRICS if target.model is None else PUBLISHED_METRICS)}}
+    metrics = list(METRICS if target.model is None else PUBLISHED_METRICS)
+    # Cells of one table may come from several machines: all run in the reference arithmetic.
+    base: Options = {"eval": {"metrics": metrics, "runtime": "simulate"}}
     if target.model is None or target.schedule is not None:
         base = _merged([base, {stage: dict(values) for stage, values in schedule.options.items()}])
     merged = _merged([base, *layers])

@@ -1,4 +1,4 @@
-"""What an output may be: never an input, and over nothing but what dqtool wrote."""
+"""Outputs that a command accepts: never an input, and over nothing but what dqtool wrote."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def note(stage: str = "dilate") -> Manifest:
 
 
 def write(kind: str, path: Path) -> None:
-    """As dqtool does it."""
+    """Write a file of this kind the way dqtool does."""
     page = Page("Quantization report", "1 result of 1 model; page made by dqtool 0.1.0.", [])
     if kind == "artifact":
         commit(path, {"a": torch.zeros(1)}, note())

@@ -284,7 +284,7 @@ class TestCommit:
                 interrupted += 1
                 if path.exists():
                     version = open_artifact(path).manifest.metrics["version"]
-                    # What breaks after the last move breaks a finished commit.
+                    # A fault after the last move finds a finished commit.
                     assert version == 2 or (exists and version == 1)
                     assert version == 1 or when == "after" or function == "fsync"
                 else:

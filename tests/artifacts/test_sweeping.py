@@ -1,4 +1,4 @@
-"""What a killed writer leaves is finished or undone by the next one, wherever it was killed."""
+"""The next writer finishes or undoes the commit of a killed one, wherever it was killed."""
 
 from __future__ import annotations
 

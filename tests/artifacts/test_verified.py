@@ -55,7 +55,7 @@ def test_a_changed_file_is_hashed_again(tmp_path: Path, hashed: list[Path], keep
     time.sleep(0.05)  # past the resolution of the file system's clock
     with path.open("r+b") as stream:
         stream.write(b"W")
-    if keep_times:  # as rsync or a touch may set them: the time of change is not to be set
+    if keep_times:  # rsync and touch set these times, but can't set the time of change
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not verified.has_digest(path, digest)
     assert len(hashed) == 2

@@ -1,4 +1,4 @@
-"""What pipelines do with a network beside calling it: residuals from other networks, FreeU, caches; the same on integers."""
+"""Uses of a network in pipelines beside calls: residuals from other networks, FreeU, caches; the same on integers."""
 
 from __future__ import annotations
 

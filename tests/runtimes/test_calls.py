@@ -104,7 +104,7 @@ def test_what_pipelines_read_of_a_network(tmp_path: Path, runtime: str) -> None:
 
 
 def in_threads(network: nn.Module, calls: list[dict[str, Any]], times: int) -> list[list[Tensor]]:
-    """What each call gave, `times` times over, one thread per call."""
+    """Return the outputs of each call, repeated `times` times, with one thread per call."""
 
     def repeat(arguments: dict[str, Any]) -> list[Tensor]:
         with torch.no_grad():
@@ -278,4 +278,6 @@ def test_pipelines_take_an_openvino_network(tmp_path: Path) -> None:
     assert pipeline.to(torch.bfloat16).dtype == torch.bfloat16
     assert network(torch.zeros(1, 3, 8, 8), simulated.timesteps[0]).sample.dtype == torch.float32
     with pytest.raises(UsageError, match="on the CPU"):
-        network._apply(lambda t: SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype))  # as `.to("cuda")` does
+        network._apply(
+            lambda t: SimpleNamespace(device=torch.device("cuda"), dtype=t.dtype)
+        )  # `.to("cuda")` calls this

@@ -1,4 +1,4 @@
-"""What `auto` takes: what was measured here, at the batch asked for, else the usual order."""
+"""Choice of `auto`: the fastest runtime measured here at the nearest batch, else the default order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def artifact(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Art
 
 
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
-    """From here on the machine says that it has these instructions."""
+    """Make the machine report these instructions."""
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some\nflags\t\t: {flags}\n\n")
     monkeypatch.setattr(choice, "CPUINFO", tmp_path / "cpuinfo")
 

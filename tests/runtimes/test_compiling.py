@@ -43,7 +43,7 @@ def arguments(network: nn.Module, batch: int = 2) -> dict[str, Any]:
 
 
 def timesteps(network: nn.Module, batch: int = 2) -> list[Tensor]:
-    """Those of the table as pipelines give them, one for each sample."""
+    """Return the timesteps of the table as pipelines pass them, one for each sample."""
     return [t.expand(batch).clone() for t in network.timesteps]
 
 

@@ -187,7 +187,7 @@ def test_weights_are_read_at_their_first_use_and_their_pages_let_go(exported: di
     products = [module for module in engine.modules() if isinstance(module, NativeProduct)]
     assert products
     assert all(product.packed is None and product.pages is not None for product in products)
-    twin = copy.deepcopy(engine)  # whose codes are its own memory, which is not to be let go
+    twin = copy.deepcopy(engine)  # its codes have memory of their own, which stays
     assert not any(getattr(module, "pages", None) for module in twin.modules())
     x = torch.randn(1, 1, 8, 8)
     assert torch.equal(engine(x, 0).sample, twin(x, 0).sample)
@@ -305,7 +305,7 @@ def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(
         got = fused.feed(fused.quantize(x), following, act)
         expected = Product.feed(plain, plain.quantize(x), following, act)
         assert got.shape == expected.shape and torch.equal(got.data, expected.data)
-        assert torch.equal(fused(x), plain(x))  # as floats in their own order, whatever the order they are packed in
+        assert torch.equal(fused(x), plain(x))  # floats keep their order, in any packed order
         late = plain.feed(plain.quantize(x), following, act)  # packed before it was known what for
         assert torch.equal(late.data, expected.data)
         elsewhere = fused.feed(fused.quantize(x), wide, SILU)  # packed for something else, perhaps

@@ -82,7 +82,7 @@ def test_a_missing_extra_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unsupported_layer_stays_float_and_is_named(made: Path, capsys: pytest.CaptureFixture) -> None:
     network = dqtool.load(str(made / "exported"), "simulate")
     layer = network.mid_block.resnets[0].conv1
-    layer.padding = "same"  # what a convolution with another padding mode looks like here
+    layer.padding = "same"  # stands for a convolution with another padding mode
     x = torch.randn(1, 1, 8, 8)
     expected = network(x, 0).sample
     engine = cpu.convert(network)

@@ -167,7 +167,7 @@ def test_kohya_names_with_their_alpha(made: Any, form: str) -> None:
         name, part = key.rsplit(".lora_", 1)
         base = "lora_unet_" + name.replace(".", "_")
         kohya[f"{base}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = value
-        kohya[f"{base}.alpha"] = torch.tensor(1.0)  # of rank 2: half the strength
+        kohya[f"{base}.alpha"] = torch.tensor(1.0)  # rank 2 gives half the strength
     found, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(kohya, unet_config=network.config)[:2]
     StableDiffusionLoraLoaderMixin.load_lora_into_unet(found, alphas, network, adapter_name="one")
     wanted = expected(plain, (state, 0.5))

@@ -58,7 +58,7 @@ class Doubled(AttnProcessor2_0):
     """A user's own processor: twice the default attention."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the default."""
+        """Return twice the default's output."""
         return 2 * super().__call__(*args, **kwargs)
 
 
@@ -160,7 +160,7 @@ def test_perturbed_attention_is_the_same_on_integers(made: Any) -> None:
         without = call(network)
         for name, module in network.named_modules():
             if name.endswith("mid_block.attentions.0.transformer_blocks.0.attn1"):
-                module.processor = PAGIdentitySelfAttnProcessor2_0()  # as pipelines set it
+                module.processor = PAGIdentitySelfAttnProcessor2_0()  # pipelines set it this way
         results.append(call(network))
         assert not torch.allclose(results[-1][1], without[1], atol=1e-4)
     assert float((results[0] - results[1]).norm() / results[0].norm()) < 1e-4

@@ -203,7 +203,7 @@ def test_omniquant_learns_in_distill_and_ships_as_any_other(root: Path, tmp_path
         )
         runs[iters] = open_artifact(distill(options, QUIET))
     start, trained = (runs[iters].tensors() for iters in (0, 8))
-    assert set(trained) - set(start) == {f"prediction.{name}" for name in OF_IMAGES}  # of what was trained
+    assert set(trained) - set(start) == {f"prediction.{name}" for name in OF_IMAGES}  # only trained tables
     assert set(start) < set(trained)
     name = "mid_block.resnets.0.conv1.dilation"
     assert torch.equal(start[name], first.tensors()[name])

@@ -15,9 +15,11 @@ from dqtool.artifacts import open_artifact
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.metrics.grid import save_grid, to_uint8
 from dqtool.models.sampling.image_cache import cached_images
+from dqtool.runtimes import pick
 from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.eval import EvalOptions, bits_label, evaluate
+from dqtool.stages.options.sample import SampleOptions
 
 QUIET = Common(quiet=True)
 
@@ -40,7 +42,7 @@ def test_the_float_artifact_is_the_reference_itself(made: Path, tmp_path: Path) 
 
 
 def test_distilled_and_exported_give_the_same_figures(made: Path, tmp_path: Path) -> None:
-    one, other = (figures(made, tmp_path, name) for name in ("distilled.safetensors", "exported"))
+    one, other = (figures(made, tmp_path, name, runtime="simulate") for name in ("distilled.safetensors", "exported"))
     assert one["psnr"] == other["psnr"]
     assert one["layer_errors"] == other["layer_errors"]
     assert set(one["layer_errors"]) == {
@@ -69,14 +71,32 @@ def test_a_runtime_is_compared_with_the_simulation_of_a_directory(made: Path, tm
     directory = str(made / "exported")
     options = EvalOptions(directory, str(tmp_path / "e.json"), directory, samples=3, runtime="onednn")
     found = json.loads(Path(evaluate(options, QUIET)).read_text())["metrics"]
-    assert found["reference_is"] == f"{directory} in the simulate runtime"
+    assert found["reference_is"] == f"{directory} in the simulate runtime" and found["runtime"] == "cpu"
     assert found["psnr"]["mean"] > 20
     assert "layer_errors" not in found
     same = EvalOptions(directory, str(tmp_path / "s.json"), directory, samples=3, metrics=("similarity",))
     assert json.loads(Path(evaluate(same, QUIET)).read_text())["metrics"]["psnr"]["mean"] > 90
 
 
-@pytest.mark.parametrize("runtime", ["cpu", "auto", "magic"])
+def test_the_default_engine_is_the_fastest_and_layers_are_measured_in_the_simulation(
+    made: Path, tmp_path: Path
+) -> None:
+    kept = {"metrics": ("similarity", "layers")}
+    fast = figures(made, tmp_path, "exported", **kept)
+    exact = figures(made, tmp_path, "exported", runtime="simulate", **kept)
+    assert EvalOptions().runtime == SampleOptions("exported").runtime == "auto"
+    assert fast["runtime"] == next(runtime.name for runtime, reason in pick() if reason is None)
+    assert exact["runtime"] == "simulate"
+    assert fast["layer_errors"] == exact["layer_errors"]
+
+
+def test_artifacts_before_the_export_run_in_the_simulation(made: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "e.json")
+    options = EvalOptions(str(made / "distilled.safetensors"), output, samples=2, metrics=("similarity",))
+    assert json.loads(Path(evaluate(options, QUIET)).read_text())["parameters"]["runtime"] == "simulate"
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "magic"])
 def test_runtimes_are_for_exported_directories(made: Path, tmp_path: Path, runtime: str) -> None:
     for name in ("calibrated.safetensors", "distilled.safetensors"):
         options = EvalOptions(str(made / name), str(tmp_path / "e.json"), samples=2, runtime=runtime)

@@ -1,6 +1,6 @@
-"""int8 on the CPU, in eager PyTorch: oneDNN's operations, and compiled kernels where a C++ compiler is found.
+"""Runtime in int8 on the CPU, in eager PyTorch: compiled kernels where a C++ compiler is found, else oneDNN's operations.
 
-In memory a weight is one byte, 16/9 of a byte where a 3x3 convolution of up to 5 bits runs as a Winograd transform.
+In memory a weight takes one byte, 16/9 of a byte where a 3x3 convolution of up to 5 bits runs as a Winograd transform.
 Nothing is recompiled when the step, the batch or the resolution changes.
 
 A network computes in float32 around its products. `.to(torch.float16)` and the like, of a whole pipeline say, are accepted
@@ -47,7 +47,7 @@ SERVED = ("cpu", "meta")
 
 
 def available() -> str | None:
-    """Why this machine can't run the engine, or None."""
+    """Return the reason why this machine can't run the engine, or None."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"the processor is {platform.machine()}, and oneDNN's int8 operations need x86-64"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv2d_pointwise"):
@@ -83,7 +83,7 @@ def load(artifact: Artifact) -> nn.Module:
             is_static(manifest, step_count(state)),
         )
     )
-    for tensor in mapped.values():  # what has been read by now, and what stays resident of a file just written
+    for tensor in mapped.values():  # pages that were read, and pages of a file just written
         pages.release(tensor.data_ptr(), tensor.nbytes)
     for module in network.modules():
         if isinstance(module, NativeProduct):
@@ -97,7 +97,7 @@ def convert(network: nn.Module) -> nn.Module:
     Its tensors keep their dtypes from then on, and stay on the CPU; `dtype` says what was asked for last.
     """
     if library.get() is None:
-        report.warn(f"cpu: its own kernels are missing, so it runs slower than it could: {library.problem()}")
+        report.warn(f"cpu: the compiled kernels are missing, and products run slower: {library.problem()}")
     keep_freed_memory()
     keep_packed_form(network)
     clock = Clock()
@@ -115,7 +115,7 @@ def convert(network: nn.Module) -> nn.Module:
     network.__dict__["_dqtool_clock"] = clock
     network.__dict__["_dqtool_dtype"] = torch.float32
     repeated = list(getattr(type(network), "_repeated_blocks", None) or [])
-    blocks = repeated + [f"Fused{name}" for name in repeated]  # what `compile_repeated_blocks` finds by class name
+    blocks = repeated + [f"Fused{name}" for name in repeated]  # class names for `compile_repeated_blocks`
     network.__dict__["_repeated_blocks"] = blocks
     give(network, "forward", integer_forward)
     give(network, "_apply", integer_apply)
@@ -123,12 +123,12 @@ def convert(network: nn.Module) -> nn.Module:
 
 
 def integer_report(network: nn.Module) -> dict[str, str]:
-    """For each quantized layer and attention of a converted network: "int8", or "float" where its products stay float."""
+    """Return "int8" or "float" for each quantized layer and attention of a converted network."""
     return dict(network.__dict__.get("_dqtool_integer", {}))
 
 
 def _product(name: str, layer: PackedLayer, clock: Clock, kinds: dict[str, str]) -> nn.Module:
-    """The integer form of one layer, or the layer itself."""
+    """Return the integer form of one layer, or the layer itself."""
     try:
         integer = integer_layer(layer, keep_packed=True)
     except TypeError:  # a geometry without integer form
@@ -140,7 +140,7 @@ def _product(name: str, layer: PackedLayer, clock: Clock, kinds: dict[str, str])
 
 
 def choose(layer: IntegerLayer, clock: Clock) -> Product | None:
-    """The product that computes a layer exactly on this machine; None where it stays float."""
+    """Return the product that computes a layer exactly on this machine; None for a layer that stays float."""
     if not layer.is_integer:
         return None
     if library.has_products() and layer.groups == 1:
@@ -287,7 +287,7 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
 
 
 def _joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """One output of the outputs' form, each of its tensors made by `join` of theirs."""
+    """Return one output with the structure of `outputs`; `join` makes each tensor from theirs."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return join(outputs)
@@ -297,7 +297,7 @@ def _joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
 
 
 def _nan_samples(arguments: Any, batch: int) -> Tensor:
-    """Which samples `[N]` have a NaN in one of their inputs. Codes have none, so that it would be lost in the first layer."""
+    """Return a mask `[N]` of the samples with a NaN in an input. Codes can't hold NaN, so the first layer would lose it."""
     lost = torch.zeros(batch, dtype=torch.bool)
     for value in tree_leaves(arguments):
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and len(value) == batch:
@@ -306,7 +306,7 @@ def _nan_samples(arguments: Any, batch: int) -> Tensor:
 
 
 def _without(output: Tensor, lost: Tensor) -> Tensor:
-    """`output` `[N, ...]` with NaN for those samples."""
+    """Return `output` `[N, ...]` with NaN for the samples of the mask `lost` `[N]`."""
     return output.masked_fill(lost.view(-1, *(1,) * (output.dim() - 1)), torch.nan)
 
 

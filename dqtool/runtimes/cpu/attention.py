@@ -19,8 +19,7 @@ __all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare"]
 
 
 class SharedInput(Adaptable, nn.Module):
-    """What stands in the place of a projection that was merged with others of the same input: its part of their output,
-    for callers that want one alone."""
+    """Substitute of a projection that was merged with others of the same input. It returns its part of the merged output."""
 
     def __init__(self, merged: Product, start: int, out_features: int) -> None:
         super().__init__()
@@ -51,10 +50,9 @@ def is_bare(attn: Any) -> bool:
 
 
 class IntegerAttnProcessor(QuantAttnProcessor):
-    """As `QuantAttnProcessor`, on integers. `products` None leaves the two attention products in float.
+    """`QuantAttnProcessor` on integers. `products` None leaves the two attention products in float.
 
-    `scale` of the scores is the module's, where
-    it is known before the first call. A merged projection is the attention module's `to_qkv` (self-attention) or `to_kv` (cross-attention).
+    `scale` multiplies the scores; it is the module's, if known before the first call. A merged projection is the attention module's `to_qkv` (self-attention) or `to_kv` (cross-attention).
     """
 
     def __init__(
@@ -111,7 +109,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         *args: object,
         **kwargs: object,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `QuantAttnProcessor.__call__`."""
+        """Compute the attention module's output; arguments are those of `QuantAttnProcessor.__call__`."""
         # A context for merged q, k, v, or none for a cross-attention, takes the general way.
         first = getattr(attn, "to_qkv", None) if encoder_hidden_states is None else attn.to_q
         usual = isinstance(first, Product) and (encoder_hidden_states is None or hasattr(attn, "to_kv"))
@@ -175,7 +173,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         return tables[row], scores[row], results[row]
 
     def _every_step(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What `_tables` gives, of all steps, made once."""
+        """Return the tables of `_all_steps`, made once for each scale."""
         scale = getattr(attn, "scale", None)
         scale = d**-0.5 if scale is None else scale
         if self._steps is None or self._steps[0] != scale:
@@ -186,7 +184,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         return self._steps[1:]
 
     def _all_steps(self, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What `_tables` gives, of all steps: `[T, 4, 3, H]`, `[T, H]` and `[T, H]`; T is 1 where no operand has steps."""
+        """Return the tables of `_tables` for all steps: `[T, 4, 3, H]`, `[T, H]` and `[T, H]`. T is 1 if no operand has steps."""
         assert self.products is not None
         operands = [self.products.operands[name] for name in OPERANDS]
         steps = max(operand.steps for operand in operands)

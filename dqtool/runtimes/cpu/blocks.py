@@ -43,7 +43,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     @staticmethod
     def fits(block: Any) -> bool:
-        """Whether this block is of the plain kind."""
+        """Return whether the block has the plain structure that this class computes."""
         return (
             isinstance(block.conv1, Product)
             and isinstance(block.conv2, Product)
@@ -56,7 +56,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         )
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *_: object, **__: object) -> Tensor:
-        """As the original."""
+        """Compute the output of the original class."""
         conv1: Any = self.conv1
         conv2: Any = self.conv2
         if not (isinstance(conv1, Product) and isinstance(conv2, Product)):
@@ -89,11 +89,11 @@ class FusedDownsample2D(Downsample2D):
 
     @staticmethod
     def fits(block: Any) -> bool:
-        """Whether it convolves an unnormalised input."""
+        """Return whether the block convolves an input without normalization."""
         return block.use_conv and block.norm is None and isinstance(block.conv, Product)
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """As the original."""
+        """Compute the output of the original class."""
         conv: Any = self.conv
         if not isinstance(conv, Product):
             return super().forward(hidden_states)
@@ -106,7 +106,7 @@ class FusedUpsample2D(Upsample2D):
 
     @staticmethod
     def fits(block: Any) -> bool:
-        """Whether it interpolates and then convolves."""
+        """Return whether the block interpolates and then convolves."""
         return (
             block.use_conv
             and not block.use_conv_transpose
@@ -117,7 +117,7 @@ class FusedUpsample2D(Upsample2D):
         )
 
     def forward(self, hidden_states: Tensor, output_size: Any = None, *_: object, **__: object) -> Tensor:
-        """As the original."""
+        """Compute the output of the original class."""
         conv: Any = self.conv
         if not isinstance(conv, Product):
             return super().forward(hidden_states, output_size)
@@ -132,7 +132,7 @@ class FusedFeedForward(FeedForward):
 
     @staticmethod
     def fits(block: Any) -> bool:
-        """Whether it is GEGLU or GELU between two integer layers."""
+        """Return whether the block is GEGLU or GELU between two integer layers."""
         name = type(block.net[0]).__name__
         return (
             name in ("GEGLU", "GELU")
@@ -142,7 +142,7 @@ class FusedFeedForward(FeedForward):
         )
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """As the original."""
+        """Compute the output of the original class."""
         first: Any = self.net[0].proj
         if not self.is_bare():
             return super().forward(hidden_states)
@@ -166,7 +166,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
     @staticmethod
     def fits(block: Any) -> bool:
-        """Whether its parts are the plain ones."""
+        """Return whether the block consists of the plain parts that this class computes."""
 
         def attention(attn: Any, merged: str) -> bool:
             return (
@@ -202,7 +202,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """As the original."""
+        """Compute the output of the original class."""
         feed_forward: Any = self.ff
         fused = runs_own(self.attn1) and is_bare(self.attn1) and feed_forward.is_bare()
         fused = fused and (self.attn2 is None or (runs_own(self.attn2) and is_bare(self.attn2)))
@@ -237,7 +237,7 @@ class FusedTransformer2DModel(Transformer2DModel):
 
     @staticmethod
     def fits(block: Any) -> bool:
-        """Whether it has the plain norm and two integer layers around its blocks."""
+        """Return whether the model has a plain norm and two integer layers around its blocks."""
         return (
             block.is_input_continuous
             and type(block.norm) is nn.GroupNorm
@@ -274,7 +274,7 @@ class FusedAttention(Attention):
 
     @staticmethod
     def fits(attn: Any) -> bool:
-        """Whether its processor is of this runtime."""
+        """Return whether the attention module has the processor of this runtime."""
         return isinstance(attn.processor, IntegerAttnProcessor)
 
     def forward(
@@ -284,7 +284,7 @@ class FusedAttention(Attention):
         attention_mask: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        """As the original."""
+        """Compute the output of the original class."""
         own = runs_own(self)
         processor: Any = self.processor
         if not own or not cross_attention_kwargs.keys() <= {"temb"}:

@@ -105,7 +105,7 @@ class Product(Adaptable, nn.Module):
         super().__setstate__(state)
         self.kernels = library.get()
 
-    # What the subclass decides: the zero point of signed codes, bytes per pixel, and padding inside the codes.
+    # Properties that a subclass sets: the zero point of signed codes, bytes per pixel, and padding inside the codes.
     signed_offset = 128
     channel_bytes: int
 
@@ -166,7 +166,7 @@ class Product(Adaptable, nn.Module):
         return Codes(data, codes.shape)
 
     def accumulators(self, codes: Codes) -> Tensor:
-        """What the product sums up before scales and bias, as float32 (exact below 2^24). For checks: it copies the layer."""
+        """Return the sums before scales and bias, as float32 (exact below 2^24). For checks only: it copies the layer."""
         bare = copy.deepcopy(self)
         bare.scales = [1.0] * len(bare.scales)
         bare.weight_scale, bare.bias = torch.ones_like(bare.weight_scale), None
@@ -193,7 +193,7 @@ class Product(Adaptable, nn.Module):
         return list(ops.Geometry(*sizes, kh, kw, sh, sw, dh, dw, **fields))
 
     def traced_quantizer(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """What the operations of `ops` take for `quantizer`."""
+        """Return the arguments that the operations of `ops` take in place of `quantizer`."""
         return self.steps, self._multipliers, self.operand.divisor, self.clock.rows
 
     def quantizer(self) -> tuple[int, int, float, float, int]:
@@ -303,7 +303,7 @@ class Product(Adaptable, nn.Module):
         )
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
-        """As the layer it replaces; computed in float32, returned in the dtype of `x`."""
+        """Compute the output of the replaced layer in float32, and return it in the dtype of `x`."""
         return self.multiply(self.quantize(x.float())).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -311,7 +311,7 @@ class Product(Adaptable, nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel}, input_bits={self.operand.bits}"
 
     def _out_size(self, height: int, width: int) -> tuple[int, int]:
-        """Of a convolution's input without its own padding."""
+        """Return height and width of the output of an input that is not padded yet."""
         size = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(

@@ -1,7 +1,7 @@
-"""The C++ kernels: compiled once per machine into the user's cache, called through ctypes.
+"""C++ kernels, compiled once per machine into the user's cache and called through ctypes.
 
-The library has no dependency on PyTorch's headers; it shares PyTorch's OpenMP threads because both name the same
-`libgomp`. `get()` returns None where there is no compiler, and `problem()` says why.
+The library does not need PyTorch's headers. It shares PyTorch's OpenMP threads, since both link the same `libgomp`. `get()`
+returns None without a compiler, and `problem()` returns the reason.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _WINOGRAD = {
     "dq_winograd_pack": [*_WEIGHT, _P, _P, *[_L] * 2],
     "dq_winograd": [_P, _P, _P, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
 }
-_INTEGERS = ("dq_on_tiles", "dq_pack", "dq_winograd_pack")  # what returns one
+_INTEGERS = ("dq_on_tiles", "dq_pack", "dq_winograd_pack")  # functions that return an int
 
 _problem: str | None = None
 
@@ -80,7 +80,7 @@ def get() -> ctypes.CDLL | None:
 
 
 def problem() -> str | None:
-    """Why `get()` gave None."""
+    """Return the reason why `get()` returned None."""
     if os.environ.get("DQTOOL_KERNELS") == "0":
         return "DQTOOL_KERNELS=0 is set"
     return _problem
@@ -88,39 +88,40 @@ def problem() -> str | None:
 
 @functools.cache
 def has_products() -> bool:
-    """Whether int8 products are compiled in: the machine has AVX512-VNNI or AVX2."""
+    """Return whether int8 products are compiled in: the machine has AVX512-VNNI or AVX2."""
     kernels = get()
     return kernels is not None and bool(kernels.dq_features() & 1)
 
 
 @functools.cache
 def has_vnni() -> bool:
-    """Whether those products are AVX512-VNNI's: any codes at one speed, and Winograd transforms of narrow ones."""
+    """Return whether the products use AVX512-VNNI: codes of any width at one speed, and
+    Winograd transforms of narrow ones."""
     kernels = get()
     return kernels is not None and bool(kernels.dq_features() & 2)
 
 
 @functools.cache
 def on_tiles(depth: int) -> bool:
-    """Whether products that sum over `depth` bytes run on AMX's matrix tiles: compiled in, granted by the system, and not
-    refused with DQTOOL_AMX=0."""
+    """Return whether products that sum over `depth` bytes run on AMX's matrix tiles: compiled in, granted by the system, and
+    not switched off with DQTOOL_AMX=0."""
     kernels = get()
     return kernels is not None and bool(kernels.dq_on_tiles(depth))
 
 
 def layout_of_machine(depth: int) -> int:
-    """A number for the layout in which the kernels of this machine read a weight of `depth` bytes."""
+    """Return a number that identifies the layout of a weight of `depth` bytes for the kernels of this machine."""
     kernels = get()
     return -1 if kernels is None else int(kernels.dq_features()) << 1 | int(on_tiles(depth))
 
 
 def strides(tensor: Tensor) -> ctypes.Array:
-    """Strides of the first three dimensions, for the attention kernel."""
+    """Return the strides of the first three dimensions, for the attention kernel."""
     return _Strides(*tensor.stride()[:3])
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Address of a tensor's data, None for None."""
+    """Return the address of a tensor's data, None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -142,7 +143,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _compiled(compiler: str) -> Path:
-    """Path of the library for this source, compiler and CPU."""
+    """Return the path of the library for this source, compiler and CPU; compile it if it is missing."""
     here = Path(__file__).parent
     text = "\n".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
     identity = "\n".join([text, compiler, *FLAGS, _cpu(), str(os.path.getmtime(shutil.which(compiler) or compiler))])
@@ -172,7 +173,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Types of its functions, where they are not ctypes' own: ints. Asks the system for matrix tiles, once per process."""
+    """Declare the argument types of the functions, and ask the system for matrix tiles, once per process."""
     features = library.dq_features()
     signatures = {**_SIGNATURES, **(_PRODUCTS if features & 1 else {}), **(_WINOGRAD if features & 2 else {})}
     for name, arguments in signatures.items():
@@ -184,7 +185,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _cpu() -> str:
-    """What `-march=native` depends on, so that a cache on a shared home directory serves machines of several kinds."""
+    """Return the processor properties that `-march=native` depends on: machines of several kinds may share one cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -44,7 +44,7 @@ bits: packed words with their zero points."""
 
 
 class Geometry(NamedTuple):
-    """What a product's operation must know beside its tensors, as the integers of one list."""
+    """Integer arguments of a product's operation, passed as one list."""
 
     out_channels: int
     in_channels: int

@@ -41,7 +41,7 @@ class NativeProduct(Product):
     gates: int = 0
     """Columns that gate as many others, which come before them, where weights are packed for `feed` with GEGLU."""
     pages: FilePages | None = None
-    """Of the file that the packed codes are mapped from, which are let go once they have been read."""
+    """Pages of the file that maps the packed codes. They are released after the codes have been read."""
 
     def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
         super().__init__(layer, clock)
@@ -239,7 +239,7 @@ class OnednnProduct(Product):
 
     @staticmethod
     def exact(layer: IntegerLayer) -> bool:
-        """Whether accumulators are exact on this machine: pairs of products must fit 16 bits where sums saturate."""
+        """Return whether accumulators are exact on this machine: pairs of products must fit 16 bits where sums saturate."""
         assert layer.input is not None
         largest = 2 ** (layer.input.bits + 1) if layer.input.signed else 255
         return not saturates() or 2 * largest * int(layer.unpacked().weight.abs().max()) <= 32767
@@ -313,7 +313,7 @@ def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, post: f
 
 @functools.cache
 def saturates() -> bool:
-    """Whether oneDNN's sums of wide codes go wrong here, as they do on CPUs without VNNI. Found by trying."""
+    """Return whether oneDNN's sums of wide codes saturate here, as they do on CPUs without VNNI. A trial decides."""
     layer = IntegerLayer(
         Operand(8, torch.ones(1), torch.zeros(1, dtype=torch.int32)),
         torch.full((32, 64, 3, 3), 127, dtype=torch.int8),

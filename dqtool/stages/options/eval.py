@@ -82,11 +82,12 @@ class EvalOptions:
     runtime: Annotated[
         str,
         Option(
-            "Engine that runs an exported directory: {dqtool.runtimes:RUNTIMES}, or auto for the fastest here.",
+            "Engine that runs an exported directory: {dqtool.runtimes:RUNTIMES}, or auto for the fastest here. "
+            "Give simulate for figures that are compared with those of other machines.",
             "NAME",
             panel=RESOURCES,
         ),
-    ] = "simulate"
+    ] = "auto"
     grid: Annotated[
         str | None, Option("Picture to write, with samples of both models side by side.", "FILE.png", panel=INPUT)
     ] = None

@@ -38,11 +38,12 @@ class SampleOptions:
     runtime: Annotated[
         str,
         Option(
-            "Engine that runs the network: {dqtool.runtimes:RUNTIMES}, or auto for the fastest here.",
+            "Engine that runs the network: {dqtool.runtimes:RUNTIMES}, or auto for the fastest here. "
+            "Give simulate for figures that are compared with those of other machines.",
             "NAME",
             panel=RESOURCES,
         ),
-    ] = "simulate"
+    ] = "auto"
     correct_noise: Annotated[bool, CORRECT_NOISE] = False
     reference: Annotated[
         str | None,
