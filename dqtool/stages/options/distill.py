@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "DistillOptions", "Targets", "corrects_predictions", "method_and_options", "with_sampler_defaults"]
 
 AUTO = "auto"
-"""Of `--bits`: every layer's by measured errors."""
+"""Value of `--bits` that chooses the bits of every layer by measured errors."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What `--bits auto` aims at: PSNR in dB before training, file size in MB (10^6 bytes), bit operations in 10^9."""
+    """Targets of `--bits auto`: PSNR in dB before training, file size in MB (10^6 bytes), bit operations in 10^9."""
 
     psnr: float | None = None
     megabytes: float | None = None
@@ -120,8 +120,8 @@ class DistillOptions:
     keep: Annotated[
         tuple[str, ...],
         Option(
-            "Bits of the layers whose names match, 16/16 for float. Use it for the layers with the largest errors "
-            "in `dqtool report`. May be repeated.",
+            "Bits of the layers whose names match, 16/16 for float. Use it for the layers that `dqtool "
+            "sensitivity` lists first. May be repeated.",
             "REGEX=W/A",
         ),
     ] = ()
@@ -223,13 +223,13 @@ class DistillOptions:
 
     @property
     def targets(self) -> Targets:
-        """What `--bits auto` aims at; without any target, `DEFAULT_PSNR`."""
+        """Target of `--bits auto`: the given ones, else `DEFAULT_PSNR`."""
         given = Targets(self.target_psnr, self.target_size, self.target_bops)
         return given if given.to_json() else Targets(DEFAULT_PSNR)
 
     @property
     def measures(self) -> bool:
-        """Whether bits depend on measured errors."""
+        """True if bits depend on measured errors."""
         return self.bits == AUTO or self.protect > 0
 
 
