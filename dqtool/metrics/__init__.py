@@ -1,4 +1,5 @@
-"""Measures of images and tensors, one per file. `METRICS` lists those that `dqtool eval` knows, `FIGURES` what they report."""
+"""Metrics on images and tensors, one file each. `METRICS` holds those of `dqtool eval`, `FIGURES` the figures they
+report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The metrics at work: each takes in the features of a set of images batch by batch and ends in figures."""
+"""Accumulators of the metrics: each takes the features of a set of images batch by batch and returns figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Figures = dict[str, float]
 
 
 class Fid:
-    """Fréchet distance of `pool_3` to the reference."""
+    """Fréchet distance of `pool_3` to the reference statistics."""
 
     figure, output = "fid", "pool_3"
 
@@ -40,8 +40,11 @@ class Fid:
 
 
 class FidFromReference:
-    """Fréchet distance of `pool_3` to the images that the reference model makes of the same noise, which are measured first: what
-    quantization does to the distribution, without the distance that full precision has by itself. No figure without them."""
+    """Fréchet distance of `pool_3` to the reference model's images of the same noise.
+
+    It measures the effect of quantization on the distribution, without the distance of the full-precision model itself.
+    The reference model's images must be measured first; without them there is no figure.
+    """
 
     figure, output = "fid_from_reference", "pool_3"
 
@@ -62,13 +65,13 @@ class FidFromReference:
 
 
 class SpatialFid(Fid):
-    """Fréchet distance of `mixed_6/conv` (Nash et al., arXiv 2103.03841)."""
+    """Fréchet distance of `mixed_6/conv` to the reference statistics (Nash et al., arXiv 2103.03841)."""
 
     figure, output = "sfid", "mixed_6"
 
 
 class InceptionScore:
-    """The Inception score, over parts of 5000."""
+    """Inception score over parts of 5000 images."""
 
     def __init__(self, meter: Measurement) -> None:
         self._running = RunningInceptionScore()
@@ -82,7 +85,7 @@ class InceptionScore:
 
 
 class PrecisionRecall:
-    """Precision and recall on `pool_3`, by the suite's distances. Keeps every feature: 8 KiB an image."""
+    """Precision and recall on `pool_3` with the suite's distances. Keeps every feature, 8 KiB an image."""
 
     def __init__(self, meter: Measurement) -> None:
         self._reference = meter.reference
@@ -99,7 +102,7 @@ class PrecisionRecall:
 
 
 class _Mean:
-    """A score of each image, averaged."""
+    """Mean of a score over all images."""
 
     figure: str
 
@@ -107,6 +110,7 @@ class _Mean:
         self._sum, self._count = 0.0, 0
 
     def scores(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return the score of each image, `[n]`."""
         raise NotImplementedError
 
     def update(self, features: Mapping[str, Tensor]) -> None:
@@ -128,12 +132,12 @@ class ClipScore(_Mean):
 
     def scores(self, features: Mapping[str, Tensor]) -> Tensor:
         if "text" not in features:
-            raise UsageError("The CLIP score is for images made from prompts, and these have none", where="--metrics")
+            raise UsageError("The CLIP score needs images made from prompts", where="--metrics")
         return clip_score(features["image"], features["text"])
 
 
 class AestheticScore(_Mean):
-    """Mean aesthetic score."""
+    """Mean aesthetic score of images."""
 
     figure = "aesthetic"
 

@@ -1,8 +1,8 @@
-"""The aesthetic score: LAION's predictors of how much people like an image, small heads over CLIP image embeddings.
+"""Aesthetic score: LAION's predictors of how much people like an image, small heads on CLIP image embeddings.
 
-V1 is one linear layer (LAION-AI/aesthetic-predictor, `sa_0_4_vit_*_linear.pth`), V2 five (improved-aesthetic-predictor,
-`sac+logos+ava1-l14-linearMSE.pth` without, `ava+logos-l14-reluMSE.pth` with ReLU between them). simple-aesthetics-predictor's
-files hold the same heads beside the CLIP tower.
+V1 is one linear layer (LAION-AI/aesthetic-predictor, `sa_0_4_vit_*_linear.pth`). V2 has five
+(improved-aesthetic-predictor), without ReLU in `sac+logos+ava1-l14-linearMSE.pth` and with ReLU in
+`ava+logos-l14-reluMSE.pth`. Files of simple-aesthetics-predictor hold the same heads beside the CLIP tower.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ __all__ = ["load_aesthetic_head"]
 
 _LINEAR = [0, 2, 4, 6, 7]
 _RELU = [0, 3, 6, 9, 11]
-"""Places of the five linear layers in their `nn.Sequential`: dropout between them, or ReLU and dropout."""
+"""Indices of the five linear layers in their `nn.Sequential`, with dropout or with ReLU and dropout between them."""
 _KNOWN = "Give LAION's linear head (sa_0_4_vit_*_linear.pth) or an MLP of improved-aesthetic-predictor"
 
 
 def load_aesthetic_head(path: str | os.PathLike[str], features: int) -> nn.Module:
-    """The head of a file (.pth or .safetensors), from unit CLIP embeddings `[N, features]` to scores `[N, 1]`.
+    """Return the head of a file (.pth or .safetensors), which maps unit CLIP embeddings `[N, features]` to scores `[N,
+    1]`.
 
     Raises:
         EnvironmentFault: the file can't be read.
-        ArtifactError: it holds no such head, or one for embeddings of another length.
+        ArtifactError: the file holds no such head, or a head for embeddings of another length.
     """
     given = os.fspath(path)
     head = _head(_read(Path(path)), given)
@@ -47,6 +48,7 @@ def load_aesthetic_head(path: str | os.PathLike[str], features: int) -> nn.Modul
 
 
 def _head(state: dict[str, Tensor], given: str) -> nn.Module:
+    """Build the head from the tensors of a file."""
     for prefix in ("", "predictor."):
         if f"{prefix}weight" in state:
             return _linear(state, prefix.rstrip("."), given)
@@ -63,16 +65,18 @@ def _head(state: dict[str, Tensor], given: str) -> nn.Module:
 
 
 def _linear(state: dict[str, Tensor], name: str, given: str) -> nn.Linear:
+    """Build one linear layer from its tensors."""
     dot = f"{name}." if name else ""
     weight, bias = state[f"{dot}weight"], state.get(f"{dot}bias")
     if weight.ndim != 2 or bias is None or bias.shape != weight.shape[:1]:
-        raise ArtifactError(f"{dot}weight and {dot}bias are those of no linear layer", where=given, fix=_KNOWN)
+        raise ArtifactError(f"{dot}weight and {dot}bias do not form a linear layer", where=given, fix=_KNOWN)
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return layer
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    """Return the named tensors of a file."""
     try:
         if path.suffix == ".safetensors":
             from safetensors import SafetensorError

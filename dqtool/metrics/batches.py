@@ -1,8 +1,8 @@
-"""Images in bulk: folders, and the ADM suite's `.npz` files, read and written in batches.
+"""Image sets: folders of images, and the ADM suite's `.npz` files, read and written in batches.
 
-A sample batch holds `arr_0`, uint8 `[N, H, W, 3]`. Reference statistics hold `mu`, `sigma` (pool_3) and `mu_s`, `sigma_s`
-(mixed_6/conv) beside the images, from which the suite takes precision and recall. Files written here carry one more
-entry, `dqtool`, a JSON text that says what they were made with; the suite does not look at it.
+A sample batch holds `arr_0`, uint8 `[N, H, W, 3]`. Reference statistics hold `mu`, `sigma` (pool_3) and `mu_s`,
+`sigma_s` (mixed_6/conv) in addition to the images, from which the suite computes precision and recall. Files written
+here have one more entry, `dqtool`, a JSON text about their origin, which the suite ignores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["IMAGES", "IMAGE_SUFFIXES", "ImageFolder", "NpzImages", "npz_arrays",
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 IMAGES = "arr_0"
 LARGEST = 64 << 20
-"""Most bytes of an array that is read whole (the covariance of 2,048 features takes 32 MiB), and of one image."""
+"""Most bytes of an array that is read as a whole (the covariance of 2,048 features takes 32 MiB), and of one image."""
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -52,10 +52,13 @@ _NPZ = "Give a file in the ADM suite's layout (arr_0, or mu, sigma, mu_s, sigma_
 
 
 class ImageFolder:
-    """The images under a directory in the order of their names, as RGB.
+    """Images of a directory and its subdirectories in the order of their names, as RGB.
 
-    With `size` each is brought to `size` x `size` by `center_crop`. Raises `EnvironmentFault` for a missing directory,
-    `ArtifactError` for one without images.
+    With `size` each is cropped to `size` x `size` by `center_crop`.
+
+    Raises:
+        EnvironmentFault: the directory does not exist.
+        ArtifactError: the directory holds no images.
     """
 
     def __init__(self, path: str | os.PathLike[str], size: int | None = None) -> None:
@@ -73,7 +76,12 @@ class ImageFolder:
         return len(self.paths)
 
     def read(self, batch_size: int) -> Iterator[Tensor]:
-        """Batches uint8 `[n, H, W, 3]`; `UsageError` when sizes differ and none was chosen."""
+        """Yield batches uint8 `[n, H, W, 3]`.
+
+        Raises:
+            UsageError: the sizes differ, and no `size` was given.
+            ArtifactError: an image can't be read.
+        """
         first: tuple[int, int] | None = None
         for start in range(0, len(self.paths), batch_size):
             batch = []
@@ -84,7 +92,7 @@ class ImageFolder:
                     raise UsageError(
                         f"The images differ in size: {first[1]}x{first[0]} and {array.shape[1]}x{array.shape[0]}",
                         where=str(path),
-                        fix="Bring them to one with --image-size N (shorter side to N, then the centre)",
+                        fix="Crop them to one size with --image-size N (shorter side to N, then the centre)",
                     )
                 batch.append(torch.from_numpy(array))
             yield torch.stack(batch)
@@ -103,7 +111,11 @@ class ImageFolder:
 
 
 def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
-    """The image, or 16-bit grey in 8 bits, which Pillow's own conversion clips. `ArtifactError` for 32 bits."""
+    """Return an image with 8 bits per channel. 16-bit grey is scaled here, since Pillow's own conversion clips it.
+
+    Raises:
+        ArtifactError: the image has 32 bits per pixel.
+    """
     from PIL import Image
 
     if image.mode != "F" and not image.mode.startswith("I"):
@@ -111,7 +123,7 @@ def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() >= 1 << 16:
         raise ArtifactError(
-            f"This image has pixels of 32 bits (mode {image.mode}), of which nothing says what is white",
+            f"This image has 32-bit pixels (mode {image.mode}), whose value of white is unknown",
             where=str(path),
             fix="Store it with 8 or 16 bits",
         )
@@ -119,15 +131,17 @@ def _in_8_bits(image: Image.Image, path: Path) -> Image.Image:
 
 
 class NpzImages:
-    """`arr_0` of an npz file, uint8 `[N, H, W, 3]`, read in batches straight from the archive.
+    """Array `arr_0` of an npz file, uint8 `[N, H, W, 3]`, read in batches from the archive.
 
-    Raises `EnvironmentFault` for a missing file, `ArtifactError` for one that has no such array of images.
+    Raises:
+        EnvironmentFault: the file is missing.
+        ArtifactError: the file has no such array of images.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.given = os.fspath(path)
         if IMAGES not in npz_names(path):
-            raise ArtifactError("This file holds no images (arr_0)", where=self.given, fix=_NPZ)
+            raise ArtifactError("This file holds no images: it lacks the array arr_0", where=self.given, fix=_NPZ)
         with self._open() as stream:
             self.shape, self.is_fortran, self.dtype = _header(stream)
         if math.prod(self.shape[1:]) > LARGEST:
@@ -147,7 +161,11 @@ class NpzImages:
         return self.shape[0]
 
     def read(self, batch_size: int) -> Iterator[Tensor]:
-        """Batches uint8 `[n, H, W, C]`."""
+        """Yield batches uint8 `[n, H, W, C]`.
+
+        Raises:
+            ArtifactError: the file is truncated.
+        """
         one = math.prod(self.shape[1:])
         with self._open() as stream:
             _header(stream)
@@ -165,17 +183,22 @@ class NpzImages:
 
 
 def npz_names(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the arrays in an npz file. Raises `EnvironmentFault` or `ArtifactError`."""
+    """Return the names of the arrays in an npz file.
+
+    Raises:
+        EnvironmentFault: the file can't be read.
+        ArtifactError: the file is not an npz file, or is damaged.
+    """
     with _opened(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def npz_arrays(path: str | os.PathLike[str], names: Sequence[str], limit: int = LARGEST) -> dict[str, np.ndarray]:
-    """Return these arrays whole, of which none may have more than `limit` bytes; never unpickles.
+    """Return whole arrays of an npz file, each of at most `limit` bytes. Pickled objects are refused.
 
     Raises:
         EnvironmentFault: the file can't be read.
-        ArtifactError: it lacks one, or is no npz file, or an array is larger.
+        ArtifactError: the file lacks an array, is not an npz file, or an array is larger than `limit`.
     """
     found = npz_names(path)
     for name in names:
@@ -200,7 +223,7 @@ def npz_arrays(path: str | os.PathLike[str], names: Sequence[str], limit: int = 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """Open an npz file whose list of members is honest."""
+    """Open an npz file after a check of its list of members."""
     with _faults(os.fspath(path)), open_regular(path) as stream:
         check_archive(stream, packed=True)
         with zipfile.ZipFile(stream) as archive:
@@ -213,10 +236,14 @@ def write_npz(
     arrays: Mapping[str, np.ndarray],
     about: Mapping[str, Any],
 ) -> None:
-    """Write an npz file in the suite's layout, whole or not at all.
+    """Write an npz file in the suite's layout, completely or not at all.
 
-    `images` is (N, batches uint8 `[n, H, W, C]`), streamed into `arr_0`; one grey channel becomes three equal ones.
-    `about` is kept as JSON. Raises `EnvironmentFault` when it can't be written.
+    Args:
+        images: (N, batches uint8 `[n, H, W, C]`), streamed into `arr_0`; one grey channel becomes three equal ones.
+        about: stored as JSON in the entry `dqtool`.
+
+    Raises:
+        EnvironmentFault: the file can't be written.
     """
     target = target_of(path)
     try:
@@ -236,11 +263,12 @@ def write_npz(
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """An archive member without the time of day, so that equal content is an equal file."""
+    """Return an archive member without the time of day, so that equal content gives equal files."""
     return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
 
 
 def _write_images(archive: zipfile.ZipFile, count: int, batches: Iterable[Tensor]) -> None:
+    """Stream batches of images into `arr_0`."""
     written = 0
     with archive.open(_entry(IMAGES), "w", force_zip64=True) as stream:
         for batch in batches:
@@ -254,21 +282,22 @@ def _write_images(archive: zipfile.ZipFile, count: int, batches: Iterable[Tensor
 
 
 def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, Fortran order and dtype of an npy stream."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(stream)
     if not all(type(side) is int and 0 <= side < 1 << 48 for side in shape) or len(shape) > 8:
-        raise ValueError("a shape that no array has")
+        raise ValueError("an invalid shape")
     return shape, is_fortran, dtype
 
 
 @contextlib.contextmanager
 def _faults(given: str) -> Iterator[None]:
-    """What can go wrong while an npz file is read, said as it is to the user."""
+    """Turn errors of reading an npz file into the project's errors."""
     try:
         yield
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a place before the file's start, which a damaged archive names
+        if error.errno in (None, errno.EINVAL):  # a damaged archive may name an offset before the start of the file
             raise ArtifactError("This is no npz file, or it is damaged", where=given, fix=_NPZ) from error
         raise os_fault(error, given) from error
     except _DAMAGE as error:

@@ -1,4 +1,4 @@
-"""The CLIP score: how well images match their prompts (Hessel et al., arXiv 2104.08718), and the embeddings it is made of."""
+"""CLIP score: agreement of images with their prompts (Hessel et al., arXiv 2104.08718), and the embeddings it uses."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _DIRECTORY = "Give a CLIPModel directory as transformers writes it, with its tok
 
 
 class ClipEncoder:
-    """Normalised embeddings, of length `features`, of images and texts from a CLIPModel directory.
+    """Unit embeddings, of length `features`, of images and texts by a CLIPModel directory.
 
     Raises:
-        EnvironmentFault: no such directory, or `transformers` is not installed.
-        ArtifactError: it holds no CLIP model.
+        EnvironmentFault: the directory does not exist, or `transformers` is not installed.
+        ArtifactError: the directory holds no CLIP model.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,7 +57,10 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def images(self, images: Tensor) -> Tensor:
-        """Unit embeddings `[N, D]` of `images` uint8 `[N, H, W, 3]`: bicubic to the model's side, its centre, normalised."""
+        """Return unit embeddings `[N, D]` of `images` uint8 `[N, H, W, 3]`.
+
+        Images are resized (bicubic) to the model's side, cropped to the centre and normalised.
+        """
         from PIL import Image
         from PIL.Image import Resampling
 
@@ -77,7 +80,11 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings `[N, D]` of texts, cut to the model's context."""
+        """Return unit embeddings `[N, D]` of texts, truncated to the model's context.
+
+        Raises:
+            ArtifactError: the directory holds no usable tokenizer.
+        """
         if self._tokenizer is None:
             self._tokenizer = _load_tokenizer(self.given)
         tokens = self._tokenizer(
@@ -89,11 +96,12 @@ class ClipEncoder:
 
 
 def clip_score(images: Tensor, texts: Tensor) -> Tensor:
-    """100 times the cosine of each image with its text, `[N]` float64, of embeddings `[N, D]`."""
+    """Return 100 times the cosine of each image and its text, `[N]` float64, from embeddings `[N, D]`."""
     return 100 * F.cosine_similarity(images.double(), texts.double(), dim=-1)
 
 
 def _load_model(root: Path) -> CLIPModel:
+    """Load the CLIP model of a directory."""
     try:
         from transformers import CLIPModel
     except ImportError as error:
@@ -120,6 +128,7 @@ def _load_model(root: Path) -> CLIPModel:
 
 
 def _load_tokenizer(given: str) -> Any:
+    """Load the tokenizer of a directory."""
     from transformers import CLIPTokenizer
 
     try:

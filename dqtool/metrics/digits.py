@@ -1,7 +1,7 @@
-"""A small digit classifier and the scores built on it: `fd.digits`, `is.digits`, and which digit an image reads as.
+"""Small digit classifier and the scores based on it: `fd.digits`, `is.digits` and the recognised digit of each image.
 
-Its features take the place of InceptionV3's for the embedded models. The numbers are reported under their own names,
-never as FID or IS, together with the extractor they were made with.
+Its features replace those of InceptionV3 for the embedded models. The figures have names of their own, are never
+reported as FID or IS, and are reported together with the classifier's hash.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FEATURES = 32
 
 
 class DigitClassifier(nn.Module):
-    """A convolutional network for `[N, 1, 16, 16]` in [-1, 1]: 54 K parameters, no normalisation, no dropout.
+    """Convolutional network for `[N, 1, 16, 16]` in [-1, 1]: 54 K parameters, without normalisation or dropout.
 
-    Buffers `reference_mean [32]` and `reference_cov [32, 32]` (float64) are the features' statistics over the real
-    training digits, the fixed side of `fd.digits`.
+    The buffers `reference_mean` `[32]` and `reference_cov` `[32, 32]`, float64, are statistics of the features of the
+    real training digits, which `fd.digits` compares with.
     """
 
     reference_mean: Tensor
@@ -59,7 +59,7 @@ class DigitClassifier(nn.Module):
         self.register_buffer("reference_cov", torch.zeros(FEATURES, FEATURES, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate features `[N, 32]` (after the GELU: a ReLU left a quarter of them dead) and logits `[N, 10]`."""
+        """Return features `[N, 32]` (after a GELU, since a ReLU left a quarter of them dead) and logits `[N, 10]`."""
         x = F.relu(self.conv1(x))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 32, 8, 8]
         x = F.max_pool2d(F.relu(self.conv3(x)), 2)  # [N, 48, 4, 4]
@@ -70,7 +70,12 @@ class DigitClassifier(nn.Module):
 
 @lru_cache(maxsize=1)
 def load() -> DigitClassifier:
-    """The packaged classifier on the CPU, frozen; loaded once per process, so don't modify it."""
+    """Return the packaged classifier on the CPU, frozen. All callers share one instance, which must not be modified.
+
+    Raises:
+        EnvironmentFault: the weights are missing.
+        ArtifactError: the weights are damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
@@ -90,7 +95,7 @@ def load() -> DigitClassifier:
 
 
 def describe() -> dict[str, Any]:
-    """The extractor as reports name it: `{"name", "sha256", "features"}`, the hash being that of the weights' file."""
+    """Return the extractor's entry in reports: `{"name", "sha256", "features"}`, with the hash of the weights file."""
     return {
         "name": "digits-classifier",
         "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
@@ -99,22 +104,27 @@ def describe() -> dict[str, Any]:
 
 
 def distance(images: Tensor, others: Tensor) -> float:
-    """Fréchet distance between the features of two sets of images `[N, 1, 16, 16]` and `[M, 1, 16, 16]` in [-1, 1]. Of images that
-    two models make of the same noise it is 0 where the models agree, at any N; pairs that show different things add their chance, which
-    falls as 1 / N: compare at equal numbers."""
+    """Return the Fréchet distance between the features of two sets of images, `[N, 1, 16, 16]` and `[M, 1, 16, 16]` in
+    [-1, 1].
+
+    If two models make the images from the same noise, the distance is 0 at any N where the models agree. Pairs that
+    show different things add a bias that falls as 1 / N, so distances are comparable at equal N only.
+    """
     return frechet_distance(*statistics(features(images)[0]), *statistics(features(others)[0]))
 
 
 @torch.no_grad()
 def features(images: Tensor, *, batch_size: int = 512, model: DigitClassifier | None = None) -> tuple[Tensor, Tensor]:
-    """Features `[N, 32]` and logits `[N, 10]` (float32, CPU) of `images [N, 1, 16, 16]` in [-1, 1].
+    """Return features `[N, 32]` and logits `[N, 10]` (float32, CPU) of `images` `[N, 1, H, W]` in [-1, 1].
 
-    Images of another size are resized with antialiasing and clamped to [-1, 1]. Raises `UsageError` unless they have
-    one channel.
+    Images of other sizes than 16 x 16 are resized with antialiasing and clamped to [-1, 1].
+
+    Raises:
+        UsageError: the images do not have one channel, or there are none.
     """
     if images.ndim != 4 or images.shape[1] != 1 or len(images) == 0:
         raise UsageError(
-            f"The digit metrics read images [N, 1, H, W] with N >= 1, got {tuple(images.shape)}.",
+            f"The digit metrics need images [N, 1, H, W] with N >= 1, got {tuple(images.shape)}.",
             fix="Leave digits out of --metrics for this model.",
         )
     model = load() if model is None else model
@@ -126,17 +136,17 @@ def features(images: Tensor, *, batch_size: int = 512, model: DigitClassifier | 
 
 
 def classify(images: Tensor, *, batch_size: int = 512) -> tuple[Tensor, Tensor]:
-    """The digit each image reads as, `[N]` int64, and its softmax probability `[N]` float32."""
+    """Return the most likely digit of each image, `[N]` int64, and its softmax probability, `[N]` float32."""
     confidence, labels = features(images, batch_size=batch_size)[1].softmax(dim=1).max(dim=1)
     return labels, confidence
 
 
 def evaluate_digits(images: Tensor, *, arrays: bool = False, splits: int = 10) -> dict[str, Any]:
-    """All digit scores of `images [N, 1, 16, 16]` in [-1, 1].
+    """Return all digit scores of `images` `[N, 1, 16, 16]` in [-1, 1].
 
-    `fd.digits`: Fréchet distance to the real training digits. `is.digits` and `is.digits.std`: Inception score
-    over `splits`. `confident_share`: share read with probability above 0.9. `extractor`: see `describe`.
-    With `arrays` also `labels` and `confidence` (tensors `[N]`).
+    `fd.digits` is the Fréchet distance to the real training digits. `is.digits` and `is.digits.std` are the Inception
+    score over `splits`. `confident_share` is the share of images classified with a probability above 0.9. `extractor`
+    is described by `describe`. With `arrays` the result also holds `labels` and `confidence`, tensors `[N]`.
     """
     model = load()
     hidden, logits = features(images)
@@ -157,8 +167,12 @@ def evaluate_digits(images: Tensor, *, arrays: bool = False, splits: int = 10) -
 
 
 def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None) -> dict[str, Any]:
-    """Return the digit figures of `images [N, 1, 16, 16]`, and where there are `expected` ones, the same figures of these
-    (`reference`) and comparisons. `asked [N]` is the digit that each image should show. Warns where N is small."""
+    """Return the digit figures of `images` `[N, 1, 16, 16]` and, given `expected` images, their figures and
+    comparisons.
+
+    The figures of `expected` are in `reference`. `asked` `[N]` is the digit that each image should show. A warning is
+    shown for small N.
+    """
     if len(images) < minimum_samples(FEATURES):
         report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
     figures = _with_asked(images, asked)
@@ -172,6 +186,7 @@ def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None
 
 
 def _with_asked(images: Tensor, asked: Tensor | None) -> dict[str, Any]:
+    """Return the digit figures of `images`, and the share that shows the digit asked for."""
     figures: dict[str, Any] = evaluate_digits(images)
     if asked is not None:
         figures["asked_digit_share"] = float((classify(images)[0] == asked).float().mean())

@@ -1,4 +1,4 @@
-"""The networks that read images for the metrics, from the files that the user gave."""
+"""Networks that read images for the metrics, loaded from the user's files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from dqtool.metrics.registry import path_digest
 __all__ = ["ClipExtractor", "InceptionExtractor"]
 
 BATCH = 32
+"""Images that run through a network together."""
 
 
 class InceptionExtractor:
-    """FID's Inception network: its three outputs. Prompts are not looked at."""
+    """FID's Inception network with its three outputs. Prompts are ignored."""
 
     def __init__(self, path: str) -> None:
         self.model = load_inception(path)
@@ -39,7 +40,7 @@ class InceptionExtractor:
 
 
 class ClipExtractor:
-    """CLIP's unit embeddings: `image [n, D]`, and `text [n, D]` where there are prompts."""
+    """CLIP's unit embeddings: `image` `[n, D]` and, with prompts, `text` `[n, D]`."""
 
     def __init__(self, path: str) -> None:
         self.encoder = ClipEncoder(path)

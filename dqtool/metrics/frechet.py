@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians fitted to features (Heusel et al., arXiv 1706.08500, Eq. 6)."""
+"""Fréchet distance between two Gaussians fitted to features (Heusel et al., arXiv 1706.08500, Eq. 6)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ __all__ = ["RunningStatistics", "frechet_distance", "minimum_samples", "statisti
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `[D]` and covariance `[D, D]` of `features [N, D]`, both float64 (`np.cov` convention, divisor N - 1).
+    """Return mean `[D]` and covariance `[D, D]` of `features` `[N, D]`, both float64, with the divisor N - 1 of
+    `np.cov`.
 
-    Raises `UsageError` for fewer than two samples and `NumericError` for non-finite features.
+    Raises:
+        UsageError: there are fewer than two samples.
+        NumericError: a feature is NaN or Inf.
     """
     if features.ndim != 2 or len(features) < 2:
         raise UsageError(
@@ -26,9 +29,9 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RunningStatistics:
-    """Mean and covariance of features that come in batches: memory for two D x D matrices, whatever the count.
+    """Mean and covariance of features that arrive in batches, with the memory of two D x D matrices.
 
-    Batches are merged by their own means (Chan, Golub, LeVeque 1979), so that no digits are lost to a large mean.
+    Batches are merged by their own means (Chan, Golub, LeVeque 1979), so that a large mean costs no precision.
     """
 
     def __init__(self) -> None:
@@ -37,7 +40,11 @@ class RunningStatistics:
         self._scatter = torch.zeros(0, 0, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Take in `features [N, D]`; `NumericError` if they are not finite."""
+        """Add `features` `[N, D]`.
+
+        Raises:
+            NumericError: a feature is NaN or Inf.
+        """
         features = features.detach().double()
         if not torch.isfinite(features).all():
             raise NumericError(
@@ -59,18 +66,25 @@ class RunningStatistics:
         self.count = total
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Mean `[D]` and covariance `[D, D]` as `statistics` gives them; `UsageError` below two samples."""
+        """Return mean `[D]` and covariance `[D, D]`, as `statistics` does.
+
+        Raises:
+            UsageError: there were fewer than two samples.
+        """
         if self.count < 2:
             raise UsageError("A Fréchet distance needs at least two samples.", fix="Raise --samples.")
         return self._mean, self._scatter / (self.count - 1)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """`|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½)` in float64, at least 0; means `[D]`, covariances `[D, D]`.
+    """Return `|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½)` in float64, at least 0, of means `[D]` and covariances `[D, D]`.
 
-    `tr (C1 C2)^½` is taken as `tr (C1^½ C2 C1^½)^½`: that matrix is symmetric and positive semi-definite, so an
-    eigen decomposition does it, singular covariances included, without a general matrix square root whose imaginary
-    round-off has to be thrown away.
+    `tr (C1 C2)^½` is computed as `tr (C1^½ C2 C1^½)^½`. That matrix is symmetric and positive semi-definite, so an
+    eigendecomposition suffices, singular covariances included. A general matrix square root would have imaginary
+    round-off.
+
+    Raises:
+        NumericError: a value is NaN or Inf.
     """
     mean1, cov1, mean2, cov2 = (x.detach().double() for x in (mean1, cov1, mean2, cov2))
     if not all(bool(torch.isfinite(x).all()) for x in (mean1, cov1, mean2, cov2)):
@@ -84,9 +98,9 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
 
 def minimum_samples(dim: int) -> int:
-    """Samples below which a distance over `dim` features deserves a warning: 10 for each dimension, at least 256.
+    """Return the number of samples below which a warning is shown: 10 for each of `dim` features, at least 256.
 
-    A covariance of N samples has rank N - 1 at most, and the distance's bias falls as 1/N; InceptionV3's 2048
-    dimensions give 20480 by this rule, of the order of the customary 10-50 thousand.
+    A covariance of N samples has a rank of N - 1 at most, and the bias of the distance falls as 1/N. The rule gives
+    20480 for InceptionV3's 2048 features, similar to the customary 10-50 thousand.
     """
     return max(256, 10 * dim)

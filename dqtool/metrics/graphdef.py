@@ -1,6 +1,6 @@
-"""The constants of a frozen TensorFlow graph (`.pb`), read without TensorFlow.
+"""Reader of the constants of a frozen TensorFlow graph (`.pb`), without TensorFlow.
 
-A GraphDef is protocol buffers: fields of (number << 3 | wire type). Only what constants need is followed:
+A GraphDef is a protocol buffer, with fields of (number << 3 | wire type). Only the fields of constants are read:
 GraphDef.node = 1; NodeDef.name = 1, op = 2, attr = 5 (a map: key = 1, value = 2); AttrValue.tensor = 8;
 TensorProto.dtype = 1, tensor_shape = 2, tensor_content = 4, float_val = 5; TensorShapeProto.dim = 2; Dim.size = 1.
 """
@@ -20,9 +20,10 @@ _VALUES = 1 << 25  # FID's graph has 23.9 million
 
 
 def graph_constants(data: bytes) -> dict[str, np.ndarray]:
-    """Return every float constant by name as an array of float32.
+    """Return every float constant by name as a float32 array.
 
-    Raises `ValueError` for bytes that are no GraphDef, and for one of more nodes or values than Inception has.
+    Raises:
+        ValueError: the bytes are not a GraphDef, or it has more nodes or values than Inception.
     """
     constants: dict[str, np.ndarray] = {}
     values = 0
@@ -53,7 +54,7 @@ def graph_constants(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _array(tensor: memoryview, limit: int, budget: Iterator[int]) -> np.ndarray | None:
-    """Return the array of a TensorProto, of at most `limit` values; None for other types than float32."""
+    """Return the array of a TensorProto with at most `limit` values; None if its type is not float32."""
     kind: int | memoryview = 0
     shape: list[int] = []
     content: np.ndarray | None = None
@@ -66,7 +67,7 @@ def _array(tensor: memoryview, limit: int, budget: Iterator[int]) -> np.ndarray 
                 if inner == 2 and not isinstance(dim, int):
                     sizes = [size for key, size in _fields(dim, budget) if key == 1]
                     if not all(isinstance(size, int) for size in sizes):
-                        raise ValueError("a dimension that is no number")
+                        raise ValueError("a dimension is not a number")
                     shape.append(int(sizes[0]) if sizes else 0)  # type: ignore[arg-type]
         elif field == 4 and not isinstance(value, int):
             content = np.frombuffer(value, dtype="<f4")
@@ -77,7 +78,7 @@ def _array(tensor: memoryview, limit: int, budget: Iterator[int]) -> np.ndarray 
     flat = content if content is not None else np.concatenate(values) if values else np.zeros(0, "<f4")
     size = prod(shape)
     if len(shape) > 8 or size > limit:
-        raise ValueError(f"a tensor of {size} values, where at most {limit} are left")
+        raise ValueError(f"a tensor of {size} values, of which at most {limit} may follow")
     if len(flat) != size:
         if len(flat) != 1:
             raise ValueError(f"a tensor of shape {shape} with {len(flat)} values")
@@ -86,7 +87,8 @@ def _array(tensor: memoryview, limit: int, budget: Iterator[int]) -> np.ndarray 
 
 
 def _fields(data: memoryview, budget: Iterator[int]) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield (field number, value) of a message: varints as int, everything else as its bytes. Each takes one of `budget`."""
+    """Yield (field number, value) of a message: varints as int, other values as bytes. Each field uses up one of
+    `budget`."""
     place, end = 0, len(data)
     while place < end:
         if next(budget, None) is None:
@@ -102,7 +104,7 @@ def _fields(data: memoryview, budget: Iterator[int]) -> Iterator[tuple[int, int 
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
-            raise ValueError(f"wire type {kind} is none of a GraphDef")
+            raise ValueError(f"a GraphDef has no wire type {kind}")
         if place + size > end:
             raise ValueError("the file ends in the middle of a field")
         yield tag >> 3, data[place : place + size]
@@ -110,6 +112,7 @@ def _fields(data: memoryview, budget: Iterator[int]) -> Iterator[tuple[int, int 
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
+    """Return the variable-length integer at `place`, and the place after it."""
     value = shift = 0
     while True:
         if place >= len(data) or shift > 63:

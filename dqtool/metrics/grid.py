@@ -1,4 +1,4 @@
-"""Sample grids as PNG: columns of networks side by side, the same seed in the same place."""
+"""Sample grids as PNG: one panel for each network, with the same seed at the same place."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["save_grid", "to_uint8"]
 
 
 BETWEEN = 90
-"""Grey of the line between two images."""
+"""Grey value of the line between two images."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """`[N, C, H, W]` in [-1, 1] to uint8 `[N, H, W, C]`."""
+    """Convert images `[N, C, H, W]` in [-1, 1] to uint8 `[N, H, W, C]`."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -1,7 +1,7 @@
-"""The Inception network of FID: TensorFlow's 2015 graph in PyTorch, with the three outputs that metrics read.
+"""Inception network of FID: TensorFlow's graph of 2015 in PyTorch, with the three outputs that metrics read.
 
-It differs from torchvision's Inception v3 in its weights, 1008 classes, average pools that do not count padding, and a
-max pool in the last block. Modules carry the names that pytorch-fid and torch-fidelity gave them.
+It differs from torchvision's Inception v3 in its weights, its 1008 classes, average pools that ignore padding, and a
+max pool in the last block. Modules have the names that pytorch-fid and torch-fidelity use.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from dqtool.metrics.resize import bilinear_tensorflow
 __all__ = ["CLASSES", "POOL", "SPATIAL", "SPATIAL_CHANNELS", "InceptionV3", "tensorflow_scopes"]
 
 POOL = 2048
-"""Features of `pool_3`, those of FID."""
+"""Features of `pool_3`, which FID uses."""
 SPATIAL_CHANNELS = 7
 SPATIAL = SPATIAL_CHANNELS * 17 * 17
-"""Features of `mixed_6/conv` that sFID takes: the first 7 of 192 channels, 2023 numbers."""
+"""Features of `mixed_6/conv` that sFID uses: the first 7 of 192 channels, 2023 values."""
 CLASSES = 1008
+"""Classes of the network's head."""
 SIDE = 299
+"""Width and height of the network's input."""
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution without bias, batch norm, ReLU. With stride 1 the size is kept (inside the mixed blocks)."""
+    """Convolution without bias, followed by batch norm and ReLU. With stride 1 inside a mixed block it keeps the size."""
 
     name: str
     out_channels: int
@@ -39,7 +41,8 @@ class Conv:
 
 Step: TypeAlias = "Conv | str | tuple[Conv, Conv]"
 Branch = list[Step]
-"""What follows one another: convolutions, "avg" or "max" (stride 1) or "reduce" (max, stride 2) pools, a pair of parallel ones."""
+"""Sequence of steps: convolutions, pools ("avg" and "max" with stride 1, "reduce" is a max pool with stride 2) and
+pairs of parallel convolutions."""
 
 
 def _conv(name: str, out_channels: int, kernel: int | tuple[int, int] = 1, stride: int = 1) -> Conv:
@@ -128,7 +131,7 @@ SPATIAL_BLOCK = "Mixed_6d"  # the graph's `mixed_6`, whose `conv` is branch1x1
 
 
 class ConvUnit(nn.Module):
-    """Convolution, batch norm with the graph's epsilon, ReLU."""
+    """Convolution, batch norm with the graph's epsilon, and ReLU."""
 
     def __init__(self, in_channels: int, spec: Conv, padding: tuple[int, int]) -> None:
         super().__init__()
@@ -140,7 +143,7 @@ class ConvUnit(nn.Module):
 
 
 class MixedBlock(nn.Module):
-    """Branches over the same input, joined along the channels."""
+    """Branches over the same input, concatenated along the channels."""
 
     def __init__(self, in_channels: int, branches: list[Branch]) -> None:
         super().__init__()
@@ -178,7 +181,7 @@ class MixedBlock(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Random weights until a state dict is loaded; see `inception_weights` for the files that are understood."""
+    """Inception network with random weights; `inception_weights` loads weights from files."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,10 +197,10 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(POOL, CLASSES)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Outputs for `images [N, 3, H, W]` with values 0..255, of any size: they are resized to 299 x 299.
+        """Return the outputs for `images` `[N, 3, H, W]` with values 0..255, which are resized to 299 x 299.
 
-        `pool_3 [N, 2048]`; `mixed_6 [N, 2023]`, the first 7 channels of `mixed_6/conv` after its ReLU in NHWC order;
-        `logits [N, 1008]` without the bias, as the ADM suite takes its Inception score.
+        `pool_3` is `[N, 2048]`. `mixed_6` `[N, 2023]` holds the first 7 channels of `mixed_6/conv` after its ReLU, in
+        NHWC order. `logits` `[N, 1008]` leave out the bias, as in the ADM suite's Inception score.
         """
         x = (bilinear_tensorflow(images.to(self.fc.weight.dtype), SIDE, SIDE) - 128) / 128
         for number, spec in enumerate(STEM):

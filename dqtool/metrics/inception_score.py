@@ -1,4 +1,4 @@
-"""The Inception score (Salimans et al., arXiv 1606.03498) of whatever classifier gave the logits."""
+"""Inception score (Salimans et al., arXiv 1606.03498) from the logits of any classifier."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ __all__ = ["RunningInceptionScore", "inception_score"]
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Mean and population standard deviation over splits of `exp(E KL(p(y|x) || p(y)))` for `logits [N, C]`.
+    """Return mean and population standard deviation of `exp(E KL(p(y|x) || p(y)))` over splits, for `logits` `[N, C]`.
 
-    Between 1 and C. Splits are consecutive stretches of nearly equal length. Raises `UsageError` if there are fewer
-    samples than splits.
+    The score lies between 1 and C. Splits are consecutive and of nearly equal length.
+
+    Raises:
+        UsageError: there are fewer samples than splits.
     """
     count = len(logits)
     if splits < 1 or count < splits:
@@ -32,9 +34,9 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 class RunningInceptionScore:
-    """The Inception score as the ADM suite takes it: over consecutive parts of 5000 samples, the last one shorter.
+    """Inception score as in the ADM suite: over consecutive parts of 5000 samples, of which the last may be shorter.
 
-    Keeps sums over classes only, so that logits may come in batches of any size. `p log p` is 0 where p underflows.
+    Only sums over classes are kept, so logits may come in batches of any size. `p log p` is 0 where p underflows.
     """
 
     def __init__(self, split_size: int = 5000) -> None:
@@ -45,7 +47,7 @@ class RunningInceptionScore:
         self._total = torch.zeros(0, dtype=torch.float64)
 
     def update(self, logits: Tensor) -> None:
-        """Take in `logits [N, C]`."""
+        """Add `logits` `[N, C]`."""
         while len(logits):
             part = logits[: self.split_size - self._count]
             logits = logits[len(part) :]
@@ -58,7 +60,11 @@ class RunningInceptionScore:
                 self._close()
 
     def finish(self) -> tuple[float, float]:
-        """Mean and population standard deviation over the parts; `UsageError` without samples."""
+        """Return mean and population standard deviation over the parts.
+
+        Raises:
+            UsageError: no samples were added.
+        """
         if self._count:
             self._close()
         if not self.scores:
@@ -67,7 +73,8 @@ class RunningInceptionScore:
         return values.mean().item(), values.std(correction=0).item()
 
     def _close(self) -> None:
-        """E KL(p(y|x) || p(y)) = mean of sum p log p, less sum m log m of the marginal m."""
+        """Add the score of one part: E KL(p(y|x) || p(y)) is the mean of sum p log p minus sum m log m of the marginal
+        m."""
         marginal = self._total / self._count
         divergence = self._negentropy / self._count - float(torch.special.xlogy(marginal, marginal).sum())
         self.scores.append(math.exp(divergence))

@@ -1,8 +1,8 @@
-"""The files in which the weights of FID's Inception network are passed around, all read into the same state dict.
+"""Readers of the files that hold the weights of FID's Inception network; all give the same state dict.
 
-pytorch-fid and torch-fidelity: `pt_inception-2015-12-05-6726825d.pth`. NVIDIA's StyleGAN metrics: the TorchScript
-archive `inception-2015-12-05.pt`. The ADM suite and the first FID code: TensorFlow's `classify_image_graph_def.pb`.
-Any of these sets of names in a safetensors file.
+Known files are `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid and torch-fidelity, the TorchScript archive
+`inception-2015-12-05.pt` of NVIDIA's StyleGAN metrics, `classify_image_graph_def.pb` of the ADM suite and the first FID
+code, and a safetensors file with any of their names.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _HEAD = {
 
 
 def load_inception(path: str | os.PathLike[str]) -> InceptionV3:
-    """The network with the weights of a file, in evaluation mode.
+    """Return the network with the weights of a file, in evaluation mode.
 
     Raises:
         EnvironmentFault: the file can't be read.
-        ArtifactError: it holds something else, such as torchvision's ImageNet network.
+        ArtifactError: the file holds something else, such as torchvision's ImageNet network.
         NumericError: a weight is NaN or infinite.
     """
     given = os.fspath(path)
@@ -79,7 +79,7 @@ def load_inception(path: str | os.PathLike[str]) -> InceptionV3:
 
 
 def weights_digest(model: InceptionV3) -> str:
-    """SHA-256 of the weights themselves, the same whatever kind of file they came in."""
+    """Return the SHA-256 of the weights, which does not depend on the kind of file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if "num_batches" not in name and name != "fc.bias":  # the bias is not used
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the names and in the layouts of `InceptionV3`; what is not known is left out."""
+    """Return the tensors under the names and in the layouts of `InceptionV3`, without unknown ones."""
     scopes = _flat_scopes()
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -147,5 +147,5 @@ def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @cache
 def _flat_scopes() -> dict[str, str]:
-    """`mixed_9_tower_mixed_conv`, which `/` and `.` both become, to the module."""
+    """Return the module of each scope, with `/` and `.` in the scope's name replaced by `_`."""
     return {scope.replace("/", "_"): module for scope, module in tensorflow_scopes()}

@@ -1,4 +1,4 @@
-"""Measuring a set of images by the metrics of the registry: one pass, each network run once over every image."""
+"""Measurement of a set of images by metrics of the registry, in one pass that runs each network once on every image."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ Batch = tuple[Tensor, "list[str] | None"]
 
 
 class Meter:
-    """Metrics made ready to measure any number of sets of images: networks loaded, reference read once.
+    """Metrics ready to measure any number of image sets: networks are loaded and the reference is read once.
 
-    Raises `EnvironmentFault` for a metric whose file was not given, and what reading the files raises.
+    Errors of reading the files are passed on.
+
+    Raises:
+        EnvironmentFault: a file that a metric needs was not given.
     """
 
     def __init__(self, names: Sequence[str], files: Files) -> None:
@@ -34,12 +37,12 @@ class Meter:
         }
         self.measures_reference = False
         self.reference_model: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in self.names:  # a file that will not do is found out now, not after hours of sampling
+        for name in self.names:  # report an unusable file now, not after hours of sampling
             self._start(name)
 
     @cached_property
     def reference(self) -> Reference:
-        """The reference statistics."""
+        """Reference statistics from the user's file."""
         assert self.files.ref_stats is not None
         inception: Any = self.extractors["inception"]
         return Reference(self.files.ref_stats, inception, inception.weights_sha256)
@@ -52,10 +55,10 @@ class Meter:
         *,
         of_reference: bool = False,
     ) -> dict[str, Any]:
-        """The figures of a set of images, and `extractors`: for each figure the network and file that it rests on. With
-        `of_reference` they are the reference model's, which sets measured after it are compared with.
+        """Return the figures of a set of images, and in `extractors` the network and file that each figure is based on.
 
-        Warns of figures that are biased at this number of images.
+        With `of_reference` the images are those of the reference model, and image sets measured later are compared with
+        them.
         """
         self.measures_reference = of_reference
         running: dict[str, Accumulator] = {name: self._start(name) for name in self.names}
@@ -87,6 +90,7 @@ class Meter:
         return figures
 
     def _start(self, name: str) -> Accumulator:
+        """Return a new accumulator of a metric."""
         start = METRICS[name].start
         assert start is not None, f"{name} reads no features"
         return start(self)

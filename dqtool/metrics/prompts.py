@@ -1,4 +1,4 @@
-"""Prompts from the files they come in: one a line, DrawBench's and PartiPrompts' tables, COCO's captions."""
+"""Prompts from text files with one prompt a line, tables (DrawBench, PartiPrompts) and COCO's captions."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from dqtool.errors import ArtifactError
 __all__ = ["COLUMNS", "read_prompts"]
 
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
-"""Heads of the column that holds the prompts, in any case."""
+"""Accepted headings of the column with the prompts, in any case."""
 
 _ANNOTATIONS = 4_000_000
-"""Most values of a JSON of prompts; COCO's largest file of captions has two million."""
+"""Most values of a JSON file of prompts; COCO's largest caption file has two million."""
 
 
 def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: int = 0) -> list[str]:
-    """The prompts of a file in its order, at most `count`.
+    """Return the prompts of a file in its order, at most `count`.
 
-    `.csv` and `.tsv`: the column headed as in `COLUMNS` (DrawBench: "Prompts"), else the only column. `.json`: a list of
-    texts, or COCO's annotations, of which every image gives its first caption, `count` images drawn by `seed`.
-    Anything else: one prompt a line, empty lines left out.
+    `.csv` and `.tsv` files: the column with a heading in `COLUMNS`, or the only column. `.json` files: a list of texts,
+    or COCO's annotations, which give the first caption of each image; `seed` draws `count` of the images. Other files:
+    one prompt a line; empty lines are skipped.
 
     Raises:
         EnvironmentFault: the file can't be read.
-        ArtifactError: it holds no prompts, is not text, or is a table whose quotes do not match.
+        ArtifactError: the file holds no prompts, is not text, or is a table with unmatched quotes.
     """
     given = os.fspath(path)
     suffix = Path(path).suffix.lower()
@@ -41,7 +41,7 @@ def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: i
     elif suffix == ".json":
         prompts = _json(text, given, count, seed)
     else:
-        prompts = text.split("\n")  # str.splitlines knows more ends of lines, which prompts may hold
+        prompts = text.split("\n")  # str.splitlines also splits at other characters, which prompts may hold
     prompts = [stripped for prompt in prompts if (stripped := prompt.strip())]
     if not prompts:
         raise ArtifactError("This file holds no prompts", where=given, fix="Write one prompt a line")
@@ -49,6 +49,7 @@ def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: i
 
 
 def _table(text: str, given: str, delimiter: str) -> list[str]:
+    """Return the prompts of a CSV or TSV table."""
     rows = [row for row in _rows(text, given, delimiter) if any(row)]
     if not rows:
         return []
@@ -59,13 +60,14 @@ def _table(text: str, given: str, delimiter: str) -> list[str]:
     if len(heads) == 1:
         return [row[0] for row in rows]
     raise ArtifactError(
-        f"No column of this table is headed {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}",
+        f"No column of this table has the heading {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}",
         where=f"{given}:1",
-        fix="Head the column of prompts so, or write one prompt a line into a .txt file",
+        fix="Give the column of prompts one of these headings, or write one prompt a line into a .txt file",
     )
 
 
 def _rows(text: str, given: str, delimiter: str) -> Iterator[list[str]]:
+    """Yield the rows of a table; raise `ArtifactError` with the line of a row that can't be parsed."""
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -75,14 +77,15 @@ def _rows(text: str, given: str, delimiter: str) -> Iterator[list[str]]:
             return
         except csv.Error as error:
             raise ArtifactError(
-                f"The row of this table that begins here can't be read: {error}",
+                f"The row that starts at this line can't be read: {error}",
                 where=f"{given}:{line}",
-                fix="Close the quotes of every field that begins with them, and double those inside it",
+                fix="Close every quoted field, and double the quotes inside it",
             ) from error
         yield row
 
 
 def _json(text: str, given: str, count: int | None, seed: int) -> list[str]:
+    """Return the prompts of a JSON list or of COCO's captions."""
     try:
         content: Any = parse_json(text, values=_ANNOTATIONS)
         if isinstance(content, list) and all(isinstance(item, str) for item in content):

@@ -1,4 +1,4 @@
-"""Reference statistics: what the Fréchet distances, precision and recall of a set of images are measured against."""
+"""Reference statistics: the real images that Fréchet distances, precision and recall compare with."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from dqtool.metrics.manifold import Manifold
 __all__ = ["Reference", "save_statistics"]
 
 STATISTICS = {"pool_3": ("mu", "sigma", POOL), "mixed_6": ("mu_s", "sigma_s", SPATIAL)}
+"""Names of mean and covariance in an npz file, and the number of features, of each Inception output."""
 BATCH = 32
+"""Images that run through the network together."""
 _NOTE = 1 << 20
+"""Largest note that is read, in bytes."""
 
 Extract = Callable[[Tensor], Mapping[str, Tensor]]
-"""Inception outputs by name, of images uint8 `[n, H, W, C]`."""
+"""Function that returns Inception outputs by name, of images uint8 `[n, H, W, C]`."""
 
 
 class ImageSource(Protocol):
-    """Images that can be read in batches, more than once."""
+    """Images that can be read in batches, repeatedly."""
 
     def __len__(self) -> int: ...
 
@@ -38,10 +41,10 @@ class ImageSource(Protocol):
 
 
 class Reference:
-    """An npz file in the ADM suite's layout, with statistics, images or both.
+    """Npz file in the ADM suite's layout, with statistics, images or both.
 
-    Statistics that are not in the file are computed from its images, as the suite does. `extract` is the Inception
-    network; if the file says that another one made it, a warning is given.
+    Statistics missing from the file are computed from its images, as the suite does. `extract` is the Inception
+    network; a warning is shown if the file was made with other weights.
     """
 
     def __init__(self, path: str | os.PathLike[str], extract: Extract, weights_sha256: str | None = None) -> None:
@@ -54,21 +57,25 @@ class Reference:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What `dqtool stats` noted in the file; empty for files from elsewhere."""
+        """Note that `dqtool stats` stored in the file; empty for files from other tools."""
         if "dqtool" not in self._names:
             return {}
         try:
             return dict(parse_json(str(npz_arrays(self.given, ["dqtool"], _NOTE)["dqtool"])))
         except (ValueError, TypeError) as error:
-            raise ArtifactError("The note of dqtool in this file is damaged", where=self.given) from error
+            raise ArtifactError("The dqtool note in this file is damaged", where=self.given) from error
 
     @property
     def has_images(self) -> bool:
-        """Whether precision and recall can be measured against it."""
+        """True if the file holds images, which precision and recall need."""
         return IMAGES in self._names
 
     def statistics(self, output: str) -> tuple[Tensor, Tensor]:
-        """Mean `[D]` and covariance `[D, D]`, float64, of `pool_3` or `mixed_6`."""
+        """Return mean `[D]` and covariance `[D, D]`, float64, of the output `pool_3` or `mixed_6`.
+
+        Raises:
+            ArtifactError: the file lacks them, or their shapes or types are wrong.
+        """
         mean_name, cov_name, features = STATISTICS[output]
         if mean_name not in self._names and self.has_images and "mu" not in self._names:
             return self._from_images[0][output]
@@ -84,24 +91,28 @@ class Reference:
         return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(cov.astype(np.float64))
 
     def check_images(self) -> None:
-        """Raise `ArtifactError` for a file of statistics without images: precision and recall need them."""
+        """Check that the file holds images, which precision and recall need.
+
+        Raises:
+            ArtifactError: the file holds statistics only, or damaged images.
+        """
         if not self.has_images:
             raise ArtifactError(
-                "Precision and recall need the reference's images, and this file has statistics only",
+                "Precision and recall need reference images, and this file holds statistics only",
                 where=self.given,
-                fix="Make one with `dqtool stats DIR`, or leave pr out of --metrics",
+                fix="Make a file with images with `dqtool stats DIR`, or leave pr out of --metrics",
             )
         NpzImages(self.given)
 
     @cached_property
     def manifold(self) -> Manifold:
-        """The manifold of the images' `pool_3`, by the suite's distances; see `check_images`."""
+        """Manifold of the images' `pool_3` features, with the suite's distances; see `check_images`."""
         self.check_images()
         return Manifold.of(self._from_images[1], half=True)
 
     @cached_property
     def _from_images(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        """Statistics of each output, and the features `pool_3 [N, 2048]`, of the file's images."""
+        """Statistics of each output, and the features `pool_3` `[N, 2048]`, of the file's images."""
         images = NpzImages(self.given)
         running = {output: RunningStatistics() for output in STATISTICS}
         pool = []
@@ -118,9 +129,12 @@ class Reference:
 def save_statistics(
     source: ImageSource, path: str | os.PathLike[str], extract: Extract, keep: int, about: Mapping[str, Any]
 ) -> None:
-    """Write reference statistics over all images of `source`, with `keep` of them, evenly spread, as `arr_0`.
+    """Write reference statistics of all images of `source`, and `keep` evenly spread images as `arr_0`.
 
-    Raises what reading the images raises, and `EnvironmentFault` when the file can't be written.
+    Errors of reading the images are passed on.
+
+    Raises:
+        EnvironmentFault: the file can't be written.
     """
     running = {output: RunningStatistics() for output in STATISTICS}
     with report.progress("stats: images", len(source), "image") as progress:
@@ -139,7 +153,7 @@ def save_statistics(
 
 
 def _chosen(source: ImageSource, count: int) -> Iterable[Tensor]:
-    """`count` images, evenly spread over the source."""
+    """Yield `count` images in batches, evenly spread over the source."""
     chosen = torch.zeros(len(source), dtype=torch.bool)
     chosen[torch.arange(count) * len(source) // count] = True
     start = 0

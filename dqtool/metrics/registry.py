@@ -1,6 +1,6 @@
-"""The metrics on images by name: which network reads the images, which files the user has to give, what is reported.
+"""Registry of the metrics on images: the network that reads the images, the files the user must give, the figures.
 
-Light to import. A new metric is one entry of `METRICS`, a new network that reads images one of `EXTRACTORS`.
+Imports no torch. A new metric is one entry of `METRICS`; a new network that reads images is one entry of `EXTRACTORS`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Files:
-    """What the user gave for the metrics: paths, as given. Field by field the long options of `dqtool eval`."""
+    """Paths that the user gave for the metrics. Each field is a long option of `dqtool eval`."""
 
     inception_weights: str | None = None
     clip: str | None = None
@@ -49,13 +49,14 @@ class Files:
     ref_stats: str | None = None
 
     def given(self) -> dict[str, str]:
-        """Those that are there, by field."""
+        """Return the paths that were given, by field."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """Those that are there as reports and fingerprints keep them: field to `file` (its name) and `sha256`.
+        """Return name and SHA-256 of each given file, by field, as reports and fingerprints store them.
 
-        Raises `EnvironmentFault` for one that is missing.
+        Raises:
+            EnvironmentFault: a file is missing.
         """
         return {
             field: {"file": os.path.basename(os.path.normpath(path)), "sha256": path_digest(path)}
@@ -64,17 +65,17 @@ class Files:
 
 
 class Extractor(Protocol):
-    """A network that reads images."""
+    """Network that reads images."""
 
     def describe(self) -> dict[str, Any]:
-        """How reports name it: `name`, `file`, `sha256`."""
+        """Return the network's entry in reports: `name`, `file` and `sha256`."""
 
     def __call__(self, images: Tensor, texts: list[str] | None) -> Mapping[str, Tensor]:
-        """Features `[n, D]` by name, of `images` uint8 `[n, H, W, 3]` and their prompts."""
+        """Return features `[n, D]` by name, of `images` uint8 `[n, H, W, 3]` and their prompts."""
 
 
 class Accumulator(Protocol):
-    """A metric at work: takes features in batch by batch, then gives its figures."""
+    """Running computation of one metric: takes features batch by batch and returns the figures at the end."""
 
     def update(self, features: Mapping[str, Tensor]) -> None: ...
 
@@ -82,14 +83,14 @@ class Accumulator(Protocol):
 
 
 class Measurement(Protocol):
-    """The measurement that an accumulator belongs to: the user's files, the networks, and what images are compared with."""
+    """Measurement that an accumulator belongs to: the user's files, the networks and the reference."""
 
     files: Files
     extractors: dict[str, Extractor]
     measures_reference: bool
-    """The images at hand are the reference model's, which later ones are compared with."""
+    """True while the reference model's images are measured."""
     reference_model: dict[str, tuple[Tensor, Tensor]]
-    """Mean and covariance, by feature, of the reference model's images."""
+    """Mean and covariance of each feature over the reference model's images."""
 
     @property
     def reference(self) -> Reference:
@@ -98,7 +99,7 @@ class Measurement(Protocol):
 
 @dataclass(frozen=True)
 class ExtractorEntry:
-    """An entry of `EXTRACTORS`: the field of `Files` that names the network's file, and the function that reads it."""
+    """Entry of `EXTRACTORS`: the field of `Files` with the network's file, and the function that loads it."""
 
     needs: str
     open: Callable[[str], Extractor]
@@ -106,17 +107,21 @@ class ExtractorEntry:
 
 @dataclass(frozen=True)
 class Metric:
-    """An entry of `METRICS`.
+    """Entry of `METRICS`. A metric has either `start` or `compare`.
 
-    A metric is computed in one of two ways. `start` begins an accumulator over the features of `extractor`, batch by batch.
-    `compare` takes all images, the reference's images of the same noise (None without a reference) and the digit asked for
-    each image (None for models that can't be asked), and returns the figures.
-
-    `needs` are fields of `Files` beside the extractor's own. `least_samples`: with fewer images there is no figure.
-    `minimum_samples`: with fewer images the figure is biased, and a warning says so. `needs_prompts`: images without
-    prompts have no such figure. `version`: raised when figures change, so that older reports are made again.
-    `added`: raised when the metric gets a further figure and the others stay, so that reports without it are made again;
-    unlike `version` it is no part of the name of a table's finished cells.
+    Attributes:
+        figures: figures that the metric reports.
+        extractor: name in `EXTRACTORS` of the network whose features `start` reads.
+        start: function that returns an accumulator of features.
+        compare: function (images, reference images of the same noise or None, digit asked for each image or None) that
+            returns the figures.
+        needs: fields of `Files` in addition to the extractor's own.
+        least_samples: with fewer images the metric reports nothing.
+        minimum_samples: with fewer images the figure is biased, and a warning is shown.
+        needs_prompts: the metric reports nothing for images without prompts.
+        version: raised when figures change, so that older reports are computed again.
+        added: raised when the metric gets another figure and the rest stays, so that reports without it are computed
+            again. Unlike `version` it is not part of the name of a table's finished cells.
     """
 
     figures: tuple[Figure, ...]
@@ -132,18 +137,18 @@ class Metric:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Fields of `Files` that the metric can't do without."""
+        """Fields of `Files` that the metric needs."""
         return (*(() if self.extractor is None else (EXTRACTORS[self.extractor].needs,)), *self.needs)
 
 
 def path_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, or of a directory: of the names and digests of its files, hidden ones left out."""
+    """Return the SHA-256 of a file, or of the names and digests of a directory's files, hidden ones excluded."""
     root = Path(path)
     if root.is_file():
         found = root.stat()
         return _file_digest(str(root.absolute()), found.st_mtime_ns, found.st_size)
     if not root.is_dir():
-        return sha256_file(path)  # says what is the matter
+        return sha256_file(path)  # raises the error that fits
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*")):
         inside = file.relative_to(root)
@@ -154,17 +159,17 @@ def path_digest(path: str | os.PathLike[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _file_digest(path: str, _modified: int, _size: int) -> str:
-    """Reference batches are gigabytes, and the digest is asked for several times a run."""
+    """Return the SHA-256 of a file, cached: reference files have gigabytes and are hashed several times a run."""
     return sha256_file(path)
 
 
 def option(field: str) -> str:
-    """The long option that sets a field of `Files`."""
+    """Return the long option that sets a field of `Files`."""
     return f"--{field.replace('_', '-')}"
 
 
 def available(files: Files, *, prompts: bool) -> tuple[str, ...]:
-    """The metrics that these files are enough for; those of prompts only if there are any."""
+    """Return the metrics that these files suffice for; those that need prompts only with `prompts`."""
     given = files.given()
     return tuple(
         name
@@ -174,7 +179,11 @@ def available(files: Files, *, prompts: bool) -> tuple[str, ...]:
 
 
 def check_needs(names: Iterable[str], files: Files) -> None:
-    """Raise `EnvironmentFault` for a metric of which a file was not given."""
+    """Check that every file that the metrics need was given.
+
+    Raises:
+        EnvironmentFault: a file is missing.
+    """
     for name in names:
         for field in METRICS[name].files:
             if field not in files.given():
@@ -191,10 +200,11 @@ _WHAT = {
     "aesthetic_weights": "the weights of an aesthetic predictor",
     "ref_stats": "reference statistics (`dqtool stats DIR` makes them)",
 }
+"""Description of each file in error messages."""
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
-    """`dqtool.metrics.MODULE.NAME`, imported when it is called: it brings torch."""
+    """Return a function that imports `dqtool.metrics.MODULE.NAME`, and thereby torch, when it is called."""
 
     def call(*arguments: Any) -> Any:
         return getattr(import_module(f"dqtool.metrics.{module}"), name)(*arguments)
@@ -275,4 +285,4 @@ METRICS = {
 }
 
 FIGURES = {figure.key: figure for metric in METRICS.values() for figure in metric.figures}
-"""Every figure that a metric reports, by key, in the order in which pages and tables show them."""
+"""Every figure of a metric by key, in the order of pages and tables."""

@@ -1,4 +1,5 @@
-"""The two resizings that published image metrics depend on: TensorFlow 1's bilinear one, and the ADM suite's centre crop."""
+"""The two resize operations that published metrics depend on: TensorFlow 1's bilinear one and the ADM suite's centre
+crop."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ __all__ = ["bilinear_tensorflow", "center_crop", "center_crops"]
 
 
 def bilinear_tensorflow(images: Tensor, height: int, width: int) -> Tensor:
-    """`[N, C, H, W]` float to `[N, C, height, width]` as TensorFlow 1's `resize_bilinear(align_corners=False)` does.
+    """Resize float images `[N, C, H, W]` to `[N, C, height, width]` like TensorFlow 1's
+    `resize_bilinear(align_corners=False)`.
 
-    Output pixel i reads the input at i * H / height, with no half-pixel shift and no antialiasing: what every FID made
-    with the 2015 graph was computed on. The order of float32 operations is the kernel's own.
+    Output pixel i reads the input at i * H / height, without half-pixel offset or antialiasing. Every FID of the 2015
+    graph uses it. The order of the float32 operations is that of TensorFlow's kernel.
     """
     left, right, across = _taps(images.shape[3], width)
     top, bottom, down = _taps(images.shape[2], height)
@@ -28,17 +30,17 @@ def bilinear_tensorflow(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _taps(size: int, new_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each output index the lower and the upper input index and the weight of the upper one."""
-    # The kernel multiplies in float32; in float64 some positions fall on the other side of an integer.
+    """Return the lower and the upper input index of each output index, and the weight of the upper one."""
+    # TensorFlow's kernel multiplies in float32. In float64 some positions land on the other side of an integer.
     position = torch.arange(new_size, dtype=torch.float32) * torch.tensor(size / new_size, dtype=torch.float32)
     lower = position.long().clamp(max=size - 1)
     return lower, (lower + 1).clamp(max=size - 1), position - lower
 
 
 def center_crop(image: Image, size: int) -> Image:
-    """The `size` x `size` centre of an image whose shorter side was brought to `size`, as ADM prepares ImageNet.
+    """Return the `size` x `size` centre of an image whose shorter side is resized to `size`, as ADM prepares ImageNet.
 
-    Halved with a box filter while the shorter side is at least twice `size`, then bicubic.
+    A box filter halves the image while its shorter side is at least twice `size`; a bicubic filter does the rest.
     """
     from PIL.Image import Resampling
 
@@ -52,7 +54,7 @@ def center_crop(image: Image, size: int) -> Image:
 
 
 def center_crops(images: Tensor, size: int) -> Tensor:
-    """`center_crop` of each of `images` uint8 `[N, H, W, C]`, of one or three channels."""
+    """Return `center_crop` of each image, of uint8 `[N, H, W, C]` with one or three channels."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Similarity of images to their references, image by image: PSNR, SSIM, power of detail."""
+"""Similarity of images to their references, image by image: PSNR, SSIM and the power of detail."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ from dqtool.errors import UsageError
 __all__ = ["PSNR_CAP", "compare_images", "detail_ratio", "mse", "psnr", "ssim"]
 
 PSNR_CAP = 100.0
-"""dB reported for images that are identical, or so close that float32 noise is all there is: keeps means finite."""
+"""Largest PSNR in dB, reported for images that are equal or differ by float32 noise only. It keeps means finite."""
 
 BATCH = 256
-"""Images compared at a time."""
+"""Images compared at once."""
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference per image, `[N]` float64, of `a`, `b [N, ...]`. Raises `UsageError` if shapes differ."""
+    """Return the mean squared difference of each image, `[N]` float64, of `a` and `b` `[N, ...]`.
+
+    Raises:
+        UsageError: the shapes differ.
+    """
     if a.shape != b.shape or a.ndim < 2:
         raise UsageError(
             f"Images can only be compared with as many references of the same size, got {tuple(a.shape)} and "
             f"{tuple(b.shape)}.",
             fix="Compare with samples of the same count, from a model of the same resolution.",
         )
-    pairs = zip(a.detach().split(BATCH), b.detach().split(BATCH), strict=True)  # the set may be as large as memory
+    pairs = zip(
+        a.detach().split(BATCH), b.detach().split(BATCH), strict=True
+    )  # in parts, since the set may fill the memory
     return torch.cat([(x.double() - y.double()).square().flatten(1).mean(dim=1) for x, y in pairs])
 
 
 def psnr(a: Tensor, b: Tensor, data_range: float) -> Tensor:
-    """Peak signal-to-noise ratio per image in dB, `[N]` float64, at most `PSNR_CAP`.
+    """Return the peak signal-to-noise ratio of each image in dB, `[N]` float64, at most `PSNR_CAP`.
 
     `data_range` is the distance between black and white: 2 for images in [-1, 1], 1 for [0, 1], 255 for bytes.
     """
@@ -44,10 +50,14 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float, *, batch_size: int = 64) -> Tensor:
-    """Structural similarity per image, `[N]` float64 in [-1, 1], of `a`, `b [N, C, H, W]` (Wang et al. 2004, Eq. 13).
+    """Return the structural similarity of each image, `[N]` float64 in [-1, 1], of `a` and `b` `[N, C, H, W]`.
 
-    Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01, K2 = 0.03, averaged over the positions where the window fits
-    and over channels; for images under 11 pixels the largest odd window that fits. Raises `UsageError` if shapes differ.
+    Implements Eq. 13 of Wang et al. 2004 with a Gaussian window of 11 pixels and sigma 1.5, K1 = 0.01 and K2 = 0.03.
+    The result is averaged over channels and over the positions where the window fits. Images under 11 pixels use the
+    largest odd window that fits.
+
+    Raises:
+        UsageError: the shapes differ, or the images do not have four dimensions.
     """
     if a.shape != b.shape or a.ndim != 4:
         mse(a, b)
@@ -76,8 +86,11 @@ def ssim(a: Tensor, b: Tensor, data_range: float, *, batch_size: int = 64) -> Te
 
 
 def detail_ratio(a: Tensor, b: Tensor) -> float:
-    """The power of fine detail (`dqtool.core.detail`) in the images `a [N, C, H, W]` over that in `b`: below 1 they are softer, as a
-    set, however near each is to its reference. 1 where `b` has none."""
+    """Return the power of fine detail (`dqtool.core.detail`) in images `a` `[N, C, H, W]` divided by that in `b`.
+
+    A ratio below 1 means that the images are softer as a set, even if each is close to its reference. The ratio is 1 if
+    `b` has no detail.
+    """
 
     def power(images: Tensor) -> float:
         return sum(float(detail(part.double()).square().sum()) for part in images.detach().split(BATCH)) / len(images)
@@ -87,9 +100,12 @@ def detail_ratio(a: Tensor, b: Tensor) -> float:
 
 
 def compare_images(images: Tensor, expected: Tensor | None, _asked: Tensor | None) -> dict[str, Any]:
-    """Return PSNR and SSIM (mean and median over images) and the ratio of detail of `images [N, C, H, W]` in [-1, 1] to
-    `expected`; nothing without a reference. Frames of videos `[N, C, F, H, W]` count as channels; samples of fewer
-    dimensions (sounds, embeddings) have a PSNR alone."""
+    """Return PSNR, SSIM (mean and median) and the detail ratio of `images` `[N, C, H, W]` in [-1, 1] against
+    `expected`.
+
+    Nothing is returned without `expected`. Frames of videos `[N, C, F, H, W]` count as channels. Samples with fewer
+    dimensions (sounds, embeddings) have a PSNR only.
+    """
     if expected is None:
         return {}
     if images.dim() > 4:
