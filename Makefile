@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -97,6 +97,11 @@ bench-dit-xl2: setup
 # recipes/results/same-integers.md.
 same-integers: setup
 	$(BIN)/python recipes/same_integers.py
+
+# Quantizes a consistency model from PyPI at uniform and at chosen bits, and writes recipes/results/terrain.md.
+terrain: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[terrain]"
+	$(BIN)/python recipes/terrain.py $(ARGS)
 
 # Kills and disturbs all stages at random times, and writes recipes/results/soak.md (an hour or more).
 soak: setup
