@@ -53,35 +53,35 @@ def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     import openvino
 
     from dqtool.formats.openvino import OpenVINOProduct, compile_settings, saturates
-    from dqtool.nn.lowered import LoweredLayer, StepTables
+    from dqtool.nn.traceable import StepTables, TraceableLayer
 
     timesteps: Tensor = network.timesteps  # type: ignore[assignment]
     steps = len(timesteps)
     tables, product = StepTables(timesteps), OpenVINOProduct(saturates())
     names = [name for name, _ in _layers(network)]
-    lowered = [LoweredLayer(network.get_submodule(name), tables, product) for name in names]  # type: ignore[arg-type]
+    traceable = [TraceableLayer(network.get_submodule(name), tables, product) for name in names]  # type: ignore[arg-type]
     tables.freeze()
 
     class Probe(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.tables, self.layers = tables, nn.ModuleList(lowered)
+            self.tables, self.layers = tables, nn.ModuleList(traceable)
 
         def forward(self, timestep: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             self.tables.enter(timestep)
             outputs = []
-            for layer, x in zip(lowered, inputs, strict=True):
+            for layer, x in zip(traceable, inputs, strict=True):
                 ones = torch.ones(layer.weight.shape[0])
                 outputs.append(product.layer(layer.quantize(x), layer.weight, ones, layer.form))
             self.tables.leave()
             return tuple(outputs)
 
-    inputs = [torch.cat([_input(layer.form, step)[:1] for step in range(steps)]) for layer in lowered]
+    inputs = [torch.cat([_input(layer.form, step)[:1] for step in range(steps)]) for layer in traceable]
     with torch.no_grad():
         model = openvino.convert_model(Probe().eval(), example_input=(timesteps, *inputs))
     compiled = openvino.Core().compile_model(model, "CPU", compile_settings())
     results = compiled([timesteps.numpy(), *(x.numpy() for x in inputs)])
-    for index, (name, layer, x) in enumerate(zip(names, lowered, inputs, strict=True)):
+    for index, (name, layer, x) in enumerate(zip(names, traceable, inputs, strict=True)):
         form = layer.form
         assert form.input is not None
         dim = 1 if form.is_conv else -1

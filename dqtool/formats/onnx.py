@@ -23,7 +23,7 @@ from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import family_of
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.integer import IntegerLayer
-from dqtool.nn.lowered import LoweredNetwork, Product, is_signed
+from dqtool.nn.traceable import ProductForm, TraceableNetwork, is_signed
 
 __all__ = ["EXTRA", "GRAPH", "prepare"]
 
@@ -49,7 +49,7 @@ def prepare(distilled: Artifact) -> Exported:
     config = dict(manifest.model["config"])
     network = packed_network(manifest.model["class"], config, plans_of(manifest), distilled.tensors())
     example = family.example(config, batch=2)
-    lowered = LoweredNetwork(network.requires_grad_(False), example, IntegerProduct(), family.sample)
+    traceable = TraceableNetwork(network.requires_grad_(False), example, IntegerProduct(), family.sample)
     layers = [{**layer, "runs": "int8" if max(layer["bits"]) <= 8 else "float"} for layer in manifest.layers]
     tensors = traced_arguments(example)
 
@@ -58,7 +58,7 @@ def prepare(distilled: Artifact) -> Exported:
 
         with TemporaryDirectory(dir=directory) as scratch, torch.no_grad(), quiet_tracing():
             torch.onnx.export(
-                lowered,
+                traceable,
                 tuple(tensors.values()),
                 str(Path(scratch) / GRAPH),
                 input_names=list(tensors),
@@ -75,7 +75,7 @@ def prepare(distilled: Artifact) -> Exported:
     return Exported(config, layers, write)
 
 
-class IntegerProduct(Product):
+class IntegerProduct(ProductForm):
     """Products by ONNX's integer operators, with unsigned activations, a constant zero point and signed weights."""
 
     def mark(self, codes: Tensor, signed: bool) -> Tensor:
@@ -83,7 +83,7 @@ class IntegerProduct(Product):
         return codes
 
     def layer(self, codes: Tensor, weight: Tensor, weight_scale: Tensor, layer: IntegerLayer) -> Tensor:
-        """Multiply codes with a weight by ConvInteger or MatMulInteger; see `Product.layer`."""
+        """Multiply codes with a weight by ConvInteger or MatMulInteger; see `ProductForm.layer`."""
         signed = is_signed(layer)
         unsigned, zero_point = unsigned_codes(codes, signed)
         if layer.is_conv:
@@ -95,7 +95,7 @@ class IntegerProduct(Product):
         return MatMulInteger.apply(unsigned, weight.t().contiguous(), zero_point).to(torch.float32) * weight_scale
 
     def matmul(self, a: Tensor, b: Tensor, signed: bool) -> Tensor:
-        """Multiply two tensors of codes by MatMulInteger; see `Product.matmul`."""
+        """Multiply two tensors of codes by MatMulInteger; see `ProductForm.matmul`."""
         unsigned, zero_point = unsigned_codes(a, signed)
         return MatMulInteger.apply(unsigned, b.to(torch.int8), zero_point).to(torch.float32)
 

@@ -24,7 +24,7 @@ from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import Family, family_of
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.integer import IntegerLayer, Operand
-from dqtool.nn.lowered import LoweredNetwork, Product
+from dqtool.nn.traceable import ProductForm, TraceableNetwork
 
 if TYPE_CHECKING:
     import openvino
@@ -75,7 +75,7 @@ def prepare(distilled: Artifact) -> Exported:
     return Exported(config, layers, write)
 
 
-class OpenVINOProduct(Product):
+class OpenVINOProduct(ProductForm):
     """Products that OpenVINO runs in int8. Group norms become multiply-adds, which fuse with the operations after them.
 
     `saturating` makes them exact on CPUs whose int8 products sum pairs in 16 bits: a weight whose pairs may overflow is
@@ -88,12 +88,12 @@ class OpenVINOProduct(Product):
         self.saturating = saturating
 
     def fits(self, left: Operand, right: int) -> bool:
-        """Return True if sums of pairs fit 16 bits; see `Product.fits`. OpenVINO shifts signed codes by 128."""
+        """Return True if sums of pairs fit 16 bits; see `ProductForm.fits`. OpenVINO shifts signed codes by 128."""
         largest = 128 + 2**left.bits - 1 if left.signed else 255
         return not self.saturating or 2 * min(largest, 255) * right <= 32767
 
     def layer(self, codes: Tensor, weight: Tensor, weight_scale: Tensor, layer: IntegerLayer) -> Tensor:
-        """Multiply codes with a weight, in two products if one could overflow; see `Product.layer`."""
+        """Multiply codes with a weight, in two products if one could overflow; see `ProductForm.layer`."""
         assert layer.input is not None
         values = weight.detach().numpy()
         if self.fits(layer.input, int(np.abs(values.astype(np.int16)).max())):
@@ -129,10 +129,12 @@ def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], satu
     import openvino
 
     timesteps: Tensor = packed.timesteps  # type: ignore[assignment]
-    lowered = LoweredNetwork(packed.eval().requires_grad_(False), example, OpenVINOProduct(saturating), family.sample)
+    traceable = TraceableNetwork(
+        packed.eval().requires_grad_(False), example, OpenVINOProduct(saturating), family.sample
+    )
     tensors = traced_arguments(example)
     with quiet_tracing():
-        model = to_openvino(lowered, tuple(tensors.values()))
+        model = to_openvino(traceable, tuple(tensors.values()))
     shapes = {}
     for port, (name, tensor) in zip(model.inputs, tensors.items(), strict=True):
         port.get_node().set_friendly_name(name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqtool.nn.lowered import flat_arguments
+from dqtool.nn.traceable import flat_arguments
 
 __all__ = ["dynamic_axes", "quiet_tracing", "traced_arguments"]
 

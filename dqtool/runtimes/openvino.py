@@ -43,8 +43,8 @@ from dqtool.models.components.export_layout import component_prefix
 from dqtool.models.families import family_of
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.nn.call_lock import CallLock
-from dqtool.nn.lowered import flat_arguments, nested_arguments
 from dqtool.nn.steps import StepIndex, nearest_rows
+from dqtool.nn.traceable import flat_arguments, nested_arguments
 from dqtool.runtimes.openvino_fixed import Fixed
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]

@@ -13,7 +13,7 @@ from synthetic import synthetic_network
 from dqtool.models.families import FAMILIES
 from dqtool.models.sources.resolve import resolve_model
 from dqtool.nn.layers import PackedLayer
-from dqtool.nn.lowered import flat_arguments
+from dqtool.nn.traceable import flat_arguments
 
 openvino = pytest.importorskip("openvino")
 

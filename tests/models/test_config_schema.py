@@ -33,7 +33,7 @@ def test_defaults_of_every_scheduler_and_family_pass():
         if name.endswith("Scheduler"):
             try:
                 cls = diffusers_class(name, "SchedulerMixin", "here")
-            except DqtoolError:  # of packages that are not installed
+            except DqtoolError:  # classes of packages that are not installed
                 continue
             check_scheduler_config(cls, defaults(cls), "here")
     for family in FAMILIES.values():

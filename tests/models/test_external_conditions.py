@@ -66,7 +66,7 @@ def test_random_conditions_on_request_are_recorded_and_used_again(root: Path) ->
     assert artifact.manifest.parameters["conditions"] == {"from": "random"}
     assert any("random conditions" in line for line in render(describe(artifact.given)))
     evaluate(EvalOptions(artifact.given, str(root / "eval.json"), metrics=("cost",), samples=1), QUIET)
-    whole = points(root, "whole", random_conditions=True)  # which has an encoder
+    whole = points(root, "whole", random_conditions=True)  # this model has an encoder
     assert "conditions" not in whole.manifest.pipeline["sampling"]
 
 

@@ -1,4 +1,4 @@
-"""What every adapter promises: blocks in execution order, every layer accounted for, equivalence, steps, round trips."""
+"""Promises of every adapter: blocks in execution order, every layer accounted for, equivalence, steps, round trips."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     ours = dqtool.load(str(tmp_path / "exported"), runtime="simulate")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
     scheduler.set_timesteps(2)
-    for row, t in enumerate(scheduler.timesteps):  # as AuraFlowPipeline passes it
+    for row, t in enumerate(scheduler.timesteps):  # AuraFlowPipeline passes t / 1000
         ours(torch.randn(1, 4, 8, 8), torch.randn(1, 5, 12), torch.tensor([t / 1000]))
         assert steps_of(ours).rows.tolist() == [row]
     assert not steps_of(ours).missed

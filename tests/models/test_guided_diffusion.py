@@ -164,11 +164,11 @@ def test_published_models_need_no_flags(name: str) -> None:
     found = described(state)
     assert {key: found.config.get(key) for key in expected} == expected
     order = found.config.get("original", {}).get("attention_order")
-    assert order == ("new" if name == "adm-64" else None)  # of others the default of their convolution
+    assert order == ("new" if name == "adm-64" else None)  # other models use the default for their convolution
     with torch.device("meta"):
         network = apply_config_extras(UNet2DModel.from_config(found.config), found.config)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
-    if name != "terrain":  # whose table of labels is computed
+    if name != "terrain":  # its table of labels is computed
         converted = LAYOUTS["guided-diffusion"].convert(state, found.config, name)
         assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in network.state_dict().items()}
     heads = {module.heads for module in network.modules() if hasattr(module, "to_q")}

@@ -29,7 +29,7 @@ def network_of(channels: int) -> torch.nn.Module:
 
 @pytest.mark.parametrize(("channels", "guidance"), [(9, 1.0), (9, 4.0), (8, 4.0)])
 def test_the_sampler_is_diffusers_own_loop(channels: int, guidance: float) -> None:
-    """As in the inpainting pipeline: latents are scaled and stepped, mask and masked image stand behind them, for both halves."""
+    """The inpainting pipeline scales and steps the latents and concatenates mask and masked image, for both halves."""
     config, network = config_of(channels), network_of(channels)
     given = FAMILY.conditions(config, 2, torch.Generator().manual_seed(1))
     null = {name: value[:1] + 1 for name, value in given.items()} if guidance > 1 else None

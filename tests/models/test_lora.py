@@ -65,7 +65,7 @@ def fused(unet: Path, *loras: str) -> dict[str, Tensor]:
 
 
 def by_diffusers(unet: Path, file: Path, weight: float) -> dict[str, Tensor]:
-    """What `load_lora_weights` and `fuse_lora` make of the same file."""
+    """Return the weights after diffusers' `load_lora_weights` and `fuse_lora` of the same file."""
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 

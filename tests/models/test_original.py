@@ -55,7 +55,7 @@ def compvis_yaml(path: Path, **unet: Any) -> str:
 
 def test_ddim(tmp_path: Path) -> None:
     original = randomize(DdimModel(ch=32, ch_mult=(1, 2, 2), blocks=1))
-    # As the repository writes it: the model in DataParallel, optimizer, epoch, step, averaged model. Samples use the last.
+    # The repository's format: the model in DataParallel, optimizer, epoch, step, averaged model. Samples use the last.
     stale = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in original.state_dict().items()}
     torch.save([stale, {"state": {}, "param_groups": []}, 3, 1000, original.state_dict()], tmp_path / "ckpt.pth")
     source = resolve_model(str(tmp_path / "ckpt.pth"))
@@ -206,7 +206,7 @@ FULL: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_published_models_are_recognised_without_help(name: str) -> None:
-    """From shapes alone: the config of the architecture, hence its heads, and its noise schedule."""
+    """Shapes alone give the architecture's config, with its heads, and its noise schedule."""
     from dqtool.models.sources.original import LAYOUTS, Known
 
     with torch.device("meta"):

@@ -91,7 +91,7 @@ def test_eval_reads_the_digit_asked_for(chain: Path) -> None:
     assert 0 <= figures["asked_digit_share"] <= 1
     assert "asked_digit_share" in figures["reference"]
     assert figures["missed_timesteps"] == []
-    assert figures["cost"]["size_ratio"] > 1.2  # of the network alone
+    assert figures["cost"]["size_ratio"] > 1.2  # size of the network alone
     assert (chain / "grid.png").stat().st_size > 500
     sample(SampleOptions(str(chain / "exported"), 2, str(chain / "samples.png"), guidance=1.0), QUIET)
 

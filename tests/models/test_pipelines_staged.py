@@ -93,7 +93,7 @@ def test_eval_with_another_sampler_than_calibrated(tmp_path: Path) -> None:
 
 
 def test_embedded_companions_are_float32_in_what_is_exported(tmp_path: Path) -> None:
-    """They are kept in half precision, which the stock pipelines don't mix with a float32 network."""
+    """Embedded companions have half precision, which the stock pipelines can't combine with a float32 network."""
     from diffusers import DiffusionPipeline
     from safetensors.torch import load_file
 

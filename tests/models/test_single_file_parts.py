@@ -1,4 +1,4 @@
-"""What single files hold beside the network becomes companions: text encoders, autoencoder; tokenizers are named."""
+"""Other components of single files become companions: text encoders, autoencoder; tokenizers are named."""
 
 from __future__ import annotations
 

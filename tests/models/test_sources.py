@@ -1,4 +1,4 @@
-"""What a user may name as a model, and where its files are found."""
+"""Names that a user may give for a model, and the files that they resolve to."""
 
 from __future__ import annotations
 

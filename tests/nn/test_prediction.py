@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dqtool.core.detail import detail
 from dqtool.models.families import FAMILIES
-from dqtool.nn.lowered import LoweredNetwork
 from dqtool.nn.prediction import (
     ALWAYS,
     OF_IMAGES,
@@ -25,6 +24,7 @@ from dqtool.nn.prediction import (
     same_channels,
 )
 from dqtool.nn.surgery import packed_state, steps_of
+from dqtool.nn.traceable import TraceableNetwork
 from dqtool.runtimes.cpu import available, convert
 
 
@@ -41,7 +41,7 @@ def tables(request: pytest.FixtureRequest) -> dict[str, Tensor]:
 
 
 def undo(prediction: Tensor, x: Tensor, tables: dict[str, Tensor], rows: list[int]) -> Tensor:
-    """By definition: a convolution with the binomial kernel, on a border that is repeated."""
+    """Undo the correction by its definition: a convolution with the binomial kernel on a replicated border."""
     at = {name: table[rows] for name, table in tables.items()}
     expected = prediction * at["scale"] + at["bias"]
     if "detail" not in at:
@@ -112,10 +112,10 @@ def test_lowered_and_integer_networks_correct_as_the_packed_one_does(
     network = copy.deepcopy(plain)
     attach_prediction(network, tables)
     example = FAMILIES["UNet2DModel"].example(plain.config, batch=2)
-    lowered = [LoweredNetwork(copy.deepcopy(n), example).eval() for n in (plain, network)]
+    traceable = [TraceableNetwork(copy.deepcopy(n), example).eval() for n in (plain, network)]
     x = example["sample"]
     for timestep, rows in ((torch.tensor([50.0]), [1]), (torch.tensor([200.0, 0.0]), [4, 0])):
-        without, with_tables = (n(x, timestep)[0] for n in lowered)
+        without, with_tables = (n(x, timestep)[0] for n in traceable)
         assert torch.allclose(with_tables, undo(without, x, tables, rows), atol=1e-5)
         if available() is None:
             without, with_tables = (

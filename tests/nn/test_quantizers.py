@@ -31,7 +31,7 @@ def test_mixed_batch_gives_each_step_the_gradient_of_that_step_alone() -> None:
 def test_table_of_one_step_equals_a_static_quantizer() -> None:
     x = torch.randn(4, 3, 5, 5)
     scale, zero_point = torch.tensor([0.2]), torch.tensor([5.0])
-    rows = torch.tensor([3, 0, 1, 2])  # of other layers' tables: a table of one row ignores them
+    rows = torch.tensor([3, 0, 1, 2])  # rows of other layers' tables: a table of one row ignores them
     static = quantize_operand(x, scale, zero_point, rows, 4)
     repeated = quantize_operand(x, scale.repeat(4), zero_point.repeat(4), rows, 4)
     assert torch.equal(static, repeated)

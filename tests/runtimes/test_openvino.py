@@ -18,7 +18,7 @@ from dqtool.artifacts import open_artifact, store
 from dqtool.errors import ArtifactError, DqtoolWarning, EnvironmentFault, UsageError
 from dqtool.nn.integer import accumulate
 from dqtool.nn.layers import PackedLayer
-from dqtool.nn.lowered import LoweredLayer, StepTables
+from dqtool.nn.traceable import StepTables, TraceableLayer
 from dqtool.runtimes import openvino_bf16
 from dqtool.runtimes.choice import order
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
@@ -43,7 +43,7 @@ class Probe(nn.Module):
         packed = {name: m for name, m in network.named_modules() if isinstance(m, PackedLayer)}
         self.names = list(packed)
         product = OpenVINOProduct(saturates())
-        self.layers = nn.ModuleList(LoweredLayer(m, self.tables, product) for m in packed.values())
+        self.layers = nn.ModuleList(TraceableLayer(m, self.tables, product) for m in packed.values())
         self.tables.freeze()
 
     def forward(self, timestep: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

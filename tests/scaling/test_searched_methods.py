@@ -68,7 +68,7 @@ def test_auto_is_at_least_as_good_as_each_of_its_methods() -> None:
 
 
 def test_auto_centres_where_that_is_better() -> None:
-    inputs = layer("linear", shiftable=True)  # whose channels lie off zero
+    inputs = layer("linear", shiftable=True)  # its channels are not centred on zero
     error, chosen = OutputError(inputs), METHODS["auto"](inputs)
     assert chosen.shift is not None
     assert torch.equal(chosen.shift, inputs.midpoint())

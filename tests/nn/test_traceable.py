@@ -1,4 +1,4 @@
-"""The lowered network computes what the packed one does, with the step tables inside."""
+"""The traceable network computes what the packed one does, with the step tables inside."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from synthetic import synthetic_network
 from torch import nn
 
 from dqtool.models.families import FAMILIES
-from dqtool.nn.lowered import (
-    LoweredGroupNorm,
-    LoweredLayer,
-    LoweredNetwork,
-    Product,
+from dqtool.nn.traceable import (
+    ProductForm,
+    TraceableGroupNorm,
+    TraceableLayer,
+    TraceableNetwork,
     flat_arguments,
     nested_arguments,
 )
 
 
-class FoldingProduct(Product):
+class FoldingProduct(ProductForm):
     folds_norms = True
 
 
 @pytest.mark.parametrize("bits", ["4/4", "8/8", "4/16", "16/6"])
-@pytest.mark.parametrize("product", [Product, FoldingProduct])
-def test_lowered_equals_packed(bits: str, product: type[Product], tmp_path: Path) -> None:
+@pytest.mark.parametrize("product", [ProductForm, FoldingProduct])
+def test_traceable_equals_packed(bits: str, product: type[ProductForm], tmp_path: Path) -> None:
     packed = synthetic_network(str(tiny_pipeline(tmp_path / "tiny")), bits)
     family = FAMILIES["UNet2DModel"]
     example = family.example(packed.config, batch=2)
-    lowered = LoweredNetwork(copy.deepcopy(packed), example, product()).eval()
-    assert any(isinstance(m, LoweredLayer) for m in lowered.modules())
+    traceable = TraceableNetwork(copy.deepcopy(packed), example, product()).eval()
+    assert any(isinstance(m, TraceableLayer) for m in traceable.modules())
     for timestep in (torch.tensor([50.0]), torch.tensor([200.0, 0.0])):
         expected = packed(example["sample"], timestep.expand(2), return_dict=False)[0]
-        got = lowered(example["sample"], timestep)[0]
+        got = traceable(example["sample"], timestep)[0]
         # Codes on a rounding tie may flip with the last bit of a norm; most outputs are not touched.
         assert (got - expected).norm() < 0.1 * expected.norm()
-    lowered.tables.leave()
+    traceable.tables.leave()
 
 
 def test_group_norm_as_a_multiply_add() -> None:
@@ -48,9 +48,9 @@ def test_group_norm_as_a_multiply_add() -> None:
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
         x = torch.randn(shape) * 3 + 1
-        assert torch.allclose(LoweredGroupNorm(norm)(x), norm(x), atol=1e-5)
+        assert torch.allclose(TraceableGroupNorm(norm)(x), norm(x), atol=1e-5)
     norm = nn.GroupNorm(1, 4)
-    assert bool(torch.isfinite(LoweredGroupNorm(norm)(torch.randn(1, 4, 8, 8) * 0.02 + 100)).all())
+    assert bool(torch.isfinite(TraceableGroupNorm(norm)(torch.randn(1, 4, 8, 8) * 0.02 + 100)).all())
 
 
 def test_arguments_flatten_and_nest() -> None:

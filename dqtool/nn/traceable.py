@@ -24,20 +24,20 @@ from dqtool.nn.prediction import PredictionTables, correct_hook, corrected
 from dqtool.nn.steps import nearest_rows, step_hook
 
 __all__ = [
-    "LoweredLayer",
-    "LoweredNetwork",
     "OperandCodes",
-    "Product",
+    "ProductForm",
     "StepTables",
+    "TraceableLayer",
+    "TraceableNetwork",
     "flat_arguments",
     "nested_arguments",
 ]
 
 
-class Product:
+class ProductForm:
     """Form in which integer products are written into the graph. Engines override it for their compiler.
 
-    With `folds_norms` group norms become `LoweredGroupNorm`.
+    With `folds_norms` group norms become `TraceableGroupNorm`.
     """
 
     folds_norms = False
@@ -138,7 +138,7 @@ class OperandCodes:
     `product` codes are not marked: they are centred integers in float, of any width.
     """
 
-    def __init__(self, operand: Operand, tables: StepTables, product: Product | None) -> None:
+    def __init__(self, operand: Operand, tables: StepTables, product: ProductForm | None) -> None:
         self.signed, self.divided = operand.signed or product is None, operand.divisor is not None
         self.tables, self.product = tables, product
         if operand.divisor is None:
@@ -180,7 +180,7 @@ class OperandCodes:
         return codes if self.product is None else self.product.mark(codes, self.signed)
 
 
-class LoweredLayer(nn.Module):
+class TraceableLayer(nn.Module):
     """A packed convolution or linear layer in plain operations."""
 
     weight: Tensor
@@ -189,7 +189,7 @@ class LoweredLayer(nn.Module):
     divisor: Tensor | None
     correction: Tensor | None
 
-    def __init__(self, layer: PackedLayer, tables: StepTables, product: Product) -> None:
+    def __init__(self, layer: PackedLayer, tables: StepTables, product: ProductForm) -> None:
         super().__init__()
         form = integer_layer(layer)
         self.form, self.product = form, product
@@ -236,13 +236,13 @@ class LoweredLayer(nn.Module):
         return self.codes(x, (-1, width, 1, 1), (form.padding[1],) * 2 + (form.padding[0],) * 2 if padded else ())
 
 
-class LoweredAttention(QuantAttnProcessor):
+class TraceableAttention(QuantAttnProcessor):
     """Attention processor of a packed network with both products on marked codes.
 
     Everything but the products is inherited from `QuantAttnProcessor`.
     """
 
-    def __init__(self, attn: nn.Module, tables: StepTables, product: Product) -> None:
+    def __init__(self, attn: nn.Module, tables: StepTables, product: ProductForm) -> None:
         processor: QuantAttnProcessor = attn.processor  # type: ignore[assignment]
         super().__init__(processor.bits, processor.steps, processor.layout)
         form = integer_attention(attn)
@@ -273,7 +273,7 @@ class LoweredAttention(QuantAttnProcessor):
         return y
 
 
-class LoweredGroupNorm(nn.Module):
+class TraceableGroupNorm(nn.Module):
     """Group norm as one multiply-add per channel, from channel means and square sums.
 
     Unlike the usual form it never views channels as groups. A channels-last compiler therefore keeps its layout and fuses
@@ -306,7 +306,7 @@ class LoweredGroupNorm(nn.Module):
         return x * scale.reshape(along) + shift.reshape(along)
 
 
-class LoweredNetwork(nn.Module):
+class TraceableNetwork(nn.Module):
     """A packed network in plain operations, called with flat tensors. Rewrites `packed` in place.
 
     `names` lists the arguments in order, named as by `flat_arguments`. `timestep` is `[1]`, or `[N]` for mixed steps.
@@ -314,10 +314,10 @@ class LoweredNetwork(nn.Module):
     """
 
     def __init__(
-        self, packed: nn.Module, example: Mapping[str, Any], product: Product | None = None, sample: str = "sample"
+        self, packed: nn.Module, example: Mapping[str, Any], product: ProductForm | None = None, sample: str = "sample"
     ) -> None:
         super().__init__()
-        product = product or Product()
+        product = product or ProductForm()
         self.names = list(flat_arguments(example))
         self.sample = sample
         self.tables = StepTables(packed.timesteps)  # type: ignore[arg-type]
@@ -329,11 +329,11 @@ class LoweredNetwork(nn.Module):
         for name, module in list(packed.named_modules(remove_duplicate=False)):
             if isinstance(getattr(module, "processor", None), QuantAttnProcessor) and module not in made:
                 made[module] = module
-                module.set_processor(LoweredAttention(module, self.tables, product))
+                module.set_processor(TraceableAttention(module, self.tables, product))
             elif isinstance(module, PackedLayer) and module not in made:
-                made[module] = LoweredLayer(module, self.tables, product)
+                made[module] = TraceableLayer(module, self.tables, product)
             elif isinstance(module, nn.GroupNorm) and product.folds_norms and module not in made:
-                made[module] = LoweredGroupNorm(module)
+                made[module] = TraceableGroupNorm(module)
             if made.get(module, module) is not module:  # replace it under all its names: some networks repeat a module
                 parent, _, leaf = name.rpartition(".")
                 setattr(packed.get_submodule(parent), leaf, made[module])
