@@ -174,7 +174,7 @@ def test_published_models_need_no_flags(name: str) -> None:
     heads = {module.heads for module in network.modules() if hasattr(module, "to_q")}
     assert heads == ({4} if name == "adm-128" else {w // found.config["attention_head_dim"] for w in _widths(options)})
     asked = name.startswith("cd-")
-    assert (found.asks is not None) is asked
+    assert (found.unknown_schedule is not None) is asked
     kind = "CMStochasticIterativeScheduler" if "conv" in options else "DDIMScheduler"
     assert found.scheduler["_class_name"] == kind
     if kind == "DDIMScheduler":

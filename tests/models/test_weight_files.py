@@ -70,7 +70,7 @@ def test_an_index_names_files_of_its_directory_only(tmp_path: Path) -> None:
     (made / PLAIN).rename(tmp_path / PLAIN)
     index = made / f"{PLAIN}.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": f"../{PLAIN}"}}))
-    with pytest.raises(ArtifactError, match="outside its directory"):
+    with pytest.raises(ArtifactError, match="can not be used as a path"):
         resolve_model(str(made))
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "absent.safetensors"}}))
     with pytest.raises(ArtifactError, match="shard absent.safetensors is missing"):
