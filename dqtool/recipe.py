@@ -22,7 +22,7 @@ Options = Mapping[str, Mapping[str, type]]
 class Recipe:
     """A checked recipe; `stages` holds (stage, {option as on the command line, without dashes in front: value})."""
 
-    model: str  # as given: a relative path is relative to the working directory
+    model: str  # path as given, relative to the working directory
     stages: list[tuple[str, dict[str, Any]]]
     name: str
     path: Path

@@ -1,4 +1,4 @@
-"""What is shown while a stage runs. All of it goes to standard error; standard output belongs to the result."""
+"""Messages, warnings, tables and progress of a running stage, on standard error. Standard output belongs to the result."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def _mismatch(node: Node, where: str, name: str, wanted: str) -> UsageError:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Which valid name was probably meant."""
+    """Return the valid name that was probably meant."""
     known = list(known)
     close = difflib.get_close_matches(name.strip("-").replace("_", "-"), known, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}? Valid: {listed(known)}" if close else f"Valid: {listed(known)}"

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["FIT_IMAGES", "fitted", "needs_reference", "with_correction"]
 
 FIT_IMAGES = 64
-"""Images whose sampling the statistics are taken from: none of them is judged, their noise is that of calibration."""
+"""Images that the statistics are fitted on. They start from the noise of calibration, and no metric counts them."""
 
 
 def needs_reference(reference: Reference | None, artifact: Artifact) -> None:
-    """Raise `EnvironmentFault` where there is nothing to compare with, `UsageError` where that is quantized itself."""
+    """Raise `EnvironmentFault` if the reference is missing, `UsageError` if it is quantized itself."""
     if isinstance(reference, ExportedReference):
         raise UsageError(
             "Correcting the noise needs the full-precision model, and this one is quantized",
@@ -44,8 +44,8 @@ def needs_reference(reference: Reference | None, artifact: Artifact) -> None:
 def fitted(
     network: nn.Module, exact: nn.Module, maker: ImageMaker, seed: int, batch_size: int, images: int = FIT_IMAGES
 ) -> NoiseCorrection:
-    """The correction of `network` for this maker's sampler, from `images` images that are sampled side by side: every step
-    is fitted on all of them, `batch_size` at a time."""
+    """Fit the correction of `network` for this maker's sampler. All `images` images are sampled side by side, `batch_size` at
+    a time, and every step is fitted on all of them."""
     from dqtool import report
     from dqtool.models.sampling.noise_correction import NoiseCorrection
     from dqtool.models.sampling.noise_fit import NoiseFit
@@ -64,5 +64,5 @@ def fitted(
 
 
 def with_correction(maker: ImageMaker, correction: NoiseCorrection) -> ImageMaker:
-    """The same maker, correcting every prediction."""
+    """Return a maker that corrects every prediction."""
     return replace(maker, sampler=replace(maker.sampler, correction=correction))

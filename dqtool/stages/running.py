@@ -63,14 +63,14 @@ class StageOutput:
     attachments: Mapping[str, Tensor] = field(default_factory=dict)
     """Files that travel with `tensors`: a pipeline's other components, by relative path, uint8."""
     proof: Callable[[Written], Mapping[str, Any]] | None = None
-    """Run while `tensors` are being written, which counts only if it does not raise; returns further metrics. What it is
-    given waits for the file and maps it."""
+    """Check that runs while `tensors` are being written, and returns further metrics. If it raises, nothing is committed. Its
+    argument waits for the file and maps it."""
     earlier_seconds: float = 0.0
     """Seconds that earlier, interrupted runs spent on this output."""
 
 
 def input_artifact(given: str | None, stages: Collection[str], default: str) -> Artifact:
-    """The artifact a command works on: the path given, else the line a pipe brings, else the previous stage's default.
+    """Open the input of a command: the given path, else the line from a pipe, else the previous stage's default.
 
     Raises:
         ArtifactError: a pipe or file brought nothing, or the artifact is not of one of `stages`.
@@ -95,7 +95,7 @@ def sampling_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def check_steps(artifact: Artifact, steps: int | None) -> None:
-    """Raise `ArtifactError` when a number of steps is asked for that is not the one the artifact's tables are for."""
+    """Raise `ArtifactError` if `steps` differs from the number of steps of the artifact's tables."""
     calibrated = (artifact.manifest.pipeline or {}).get("sampling", {}).get("steps")
     if steps is not None and calibrated is not None and steps != calibrated:
         raise ArtifactError(
@@ -109,7 +109,7 @@ _LONGEST_LINE = 1 << 16
 
 
 def _from_standard_input() -> str | None:
-    """One line from standard input when that is a pipe or a file; None on a terminal, `/dev/null` or when closed."""
+    """Return one line of standard input if it is a pipe or a file; None for a terminal, `/dev/null` or a closed stream."""
     import stat
 
     try:
@@ -148,7 +148,7 @@ def execute(
     *,
     reads: Sequence[str | Path],
 ) -> bool:
-    """Make the artifact `output` unless it is there already; returns whether it was cached. A dry run writes nothing.
+    """Make the artifact `output` unless it exists already. Return whether it did. A dry run writes nothing.
 
     `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "artifact",
     "directory" or "report". `also` are side products (path, kind), such as pictures: they must exist for the cache to count.
@@ -212,10 +212,10 @@ def _timed(
 
 
 def set_up_torch(device: str) -> tuple[int, str]:
-    """Deterministic algorithms on that device; returns the number of threads and the device's name.
+    """Choose the device and deterministic algorithms. Return the number of threads and the device's name.
 
     Raises:
-        EnvironmentFault: there is no such device here.
+        EnvironmentFault: this machine has no such device.
     """
     from dqtool.core.allocator import keep_freed_memory
     from dqtool.core.device import choose_device

@@ -12,8 +12,8 @@ from dqtool.stages.packed_size import packed_size, prediction_rows_of
 Work = dict[str, Any]
 
 BACKWARD_COST = 4
-"""Forward passes that a backward pass of `sensitivity` takes as long as: with its forward pass, the gradients of weights, and
-every operand rounded at every width."""
+"""Cost of a backward pass of `sensitivity` in forward passes. It includes its forward pass, the gradients of weights, and
+rounding of every operand at every width."""
 
 
 def dilate_work(_: Execution, options: Any) -> Work:

@@ -92,9 +92,9 @@ def load(artifact: Artifact) -> nn.Module:
 
 
 def convert(network: nn.Module) -> nn.Module:
-    """Put integer layers in the place of a network's packed ones, in place. `integer_report` tells what came of each.
+    """Replace the packed layers of a network by integer ones, in place. `integer_report` returns the arithmetic of each.
 
-    Its tensors keep their dtypes from then on, and stay on the CPU; `dtype` says what was asked for last.
+    The network's tensors then keep their dtypes and stay on the CPU; its `dtype` is the one that `.to` asked for last.
     """
     if library.get() is None:
         report.warn(f"cpu: the compiled kernels are missing, and products run slower: {library.problem()}")
