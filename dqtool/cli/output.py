@@ -16,9 +16,17 @@ __all__ = ["on_standard_error", "print_report", "print_result", "run_stage"]
 
 def run_stage(name: str, common: Common, **values: Any) -> None:
     """Run a stage with options by field name and print its result; in a dry run, print the plan."""
-    from dqtool.stages.registry import make_options, stage_function
+    from dqtool.stages.registry import make_options, plan_function, stage_function
 
     options = make_options(name, values)
+    planner = plan_function(name)
+    if common.dry_run and planner is not None:
+        from dqtool.stages.plan import render
+
+        with on_standard_error():
+            plan = planner(options, common)
+        print_report(plan, render(plan), common)
+        return
     with on_standard_error():
         path = stage_function(name)(options, common)
     if common.dry_run:
@@ -52,6 +60,8 @@ def print_result(path: str, common: Common) -> None:
         found = load_json(manifest_path(path), MANIFEST_BYTES)
     if len(common.log) > 1:
         found["stages"] = [{"stage": e.stage, "path": e.output, "cached": e.cached} for e in common.log]
+    if common.summary:
+        found["summary"] = common.summary
     print(json_format.dumps(found | {"path": path, "cached": last is not None and last.cached}, sort_keys=True))
 
 

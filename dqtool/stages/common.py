@@ -62,3 +62,5 @@ class Common:
     reads: tuple[str, ...] = ()
     """Files that the whole command reads beside what its options name: a recipe and its model."""
     log: list[Execution] = field(default_factory=list, compare=False)
+    summary: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Findings of the whole command, which `--json` adds to its result."""

@@ -14,7 +14,7 @@ from dqtool.report import format_seconds, table_lines
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.registry import make_options, stage_function, work_function
 
-__all__ = ["plan_recipe", "plan_stage", "render"]
+__all__ = ["plan_recipe", "plan_stage", "plan_steps", "render"]
 
 Work = dict[str, Any]
 
@@ -40,11 +40,19 @@ def plan_stage(execution: Execution, options: Any) -> dict[str, Any]:
 
 
 def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: str | None = None) -> dict[str, Any]:
-    """The stages of a recipe: those that are cached, the first one that is not as `plan_stage` gives it, the rest as
-    named, with layers, size and bit operations forecast from the model's config."""
+    """Return the plan of a recipe, see `plan_steps`."""
     from dqtool.stages.run import steps_of_recipe
 
     recipe, steps = steps_of_recipe(path, overrides, directory)
+    return {"recipe": path, "model": recipe.model, "stages": plan_steps(steps, common)}
+
+
+def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], common: Common) -> list[dict[str, Any]]:
+    """Return the plans of stages that follow one another.
+
+    Stages that are cached and the first that is not are planned by `plan_stage`. The rest are listed with their options,
+    `distill` with layers, size and bit operations forecast from the model's config.
+    """
     dry = replace(common, dry_run=True, log=[])
     plans: list[dict[str, Any]] = []
     pending = False
@@ -70,7 +78,7 @@ def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: 
         stage_function(name)(options, dry)
         plans.append(plan_stage(dry.log[-1], options))
         pending = not plans[-1]["cached"]
-    return {"recipe": path, "model": recipe.model, "stages": plans}
+    return plans
 
 
 def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sampler: str | None) -> Work:
@@ -98,6 +106,7 @@ def render(plan: Mapping[str, Any]) -> list[str]:
     """The plan as lines of text."""
     if "stages" in plan:
         lines = [f"{plan['recipe']}: model {plan['model']}"]
+        lines += [f"  {key}  {value}" for key, value in plan.get("estimate", {}).items()]
         for stage in plan["stages"]:
             lines += ["", *render(stage)]
         return lines

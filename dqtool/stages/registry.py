@@ -22,6 +22,7 @@ __all__ = [
     "make_options",
     "option_types",
     "options_class",
+    "plan_function",
     "stage_function",
     "work_function",
 ]
@@ -34,21 +35,38 @@ class Stage:
     Attributes:
         options: a dataclass of annotated fields (`options.declared`); its field `output` holds the default output.
         function: called as `function(options, common)` to run the stage; returns the path of its output.
-        work: called as `work(execution, options)` in a dry run; counts the work of a run.
+        work: called as `work(execution, options)` in a dry run; counts the work of a run. None if the stage has a `plan`.
         help: help of the command: a summary, then details.
         examples: command lines that end the help.
         chained: the stage has a place in recipes.
+        plan: called as `plan(options, common)` in place of the stage in a dry run; returns the plan of all stages that it
+            runs.
     """
 
     options: str
     function: str
-    work: str
+    work: str | None
     help: str
     examples: tuple[str, ...]
     chained: bool = True
+    plan: str | None = None
 
 
 STAGES: dict[str, Stage] = {
+    "quantize": Stage(
+        "dqtool.stages.options.quantize:QuantizeOptions",
+        "dqtool.stages.quantize:quantize",
+        None,
+        help="Quantize a model in one go, from a checkpoint to a directory for diffusers.\n\n"
+        "Runs dilate, calibrate, distill, export and eval with one plan before and one summary after. Their files stay in "
+        "OUTPUT.work beside the output, so that a second run does only what changed.",
+        examples=(
+            "dqtool quantize zoo:digits-sd --effort fast",
+            "dqtool quantize stable-diffusion-v1-4 -o sd-w4a8 --bits 4/8 --steps 50 --prompts prompts.txt",
+        ),
+        chained=False,
+        plan="dqtool.stages.quantize:plan",
+    ),
     "dilate": Stage(
         "dqtool.stages.options.dilate:DilateOptions",
         "dqtool.stages.dilate:dilate",
@@ -161,8 +179,16 @@ def stage_function(name: str) -> Callable[[Any, Common], str]:
 
 
 def work_function(name: str) -> Callable[[Execution, Any], dict[str, Any]]:
-    """Return the function that counts the work of a run of the stage."""
-    return _named(STAGES[name].work)
+    """Return the function that counts the work of a run of the stage. A stage with a plan has none."""
+    work = STAGES[name].work
+    assert work is not None, name
+    return _named(work)
+
+
+def plan_function(name: str) -> Callable[[Any, Common], dict[str, Any]] | None:
+    """Return the function that plans a run of several stages; None for a stage that does its work itself."""
+    plan = STAGES[name].plan
+    return None if plan is None else _named(plan)
 
 
 def default_output(name: str) -> str:

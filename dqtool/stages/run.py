@@ -18,7 +18,10 @@ from dqtool.stages.common import Common
 from dqtool.stages.paths import WRITTEN
 from dqtool.stages.registry import chained_stages, default_output, make_options, option_types, stage_function
 
-__all__ = ["run", "steps_of_recipe"]
+__all__ = ["Step", "named", "run", "run_steps", "steps_of_recipe"]
+
+Step = tuple[str, dict[str, Any]]
+"""A stage and its options by field name."""
 
 PLACED = ("output", "grid")
 """Options that name a file to write: a bare name is put into the run's directory, any other path is taken as it is."""
@@ -32,7 +35,15 @@ def run(path: str, overrides: Sequence[str], common: Common, directory: str | No
         DqtoolError: what a stage raises, with the stage's name in front.
     """
     recipe, steps = steps_of_recipe(path, overrides, directory)
-    common = replace(common, reads=(path, recipe.model))  # the log stays the caller's
+    return run_steps(steps, replace(common, reads=(path, recipe.model)))  # the log stays the caller's
+
+
+def run_steps(steps: Sequence[Step], common: Common) -> str:
+    """Run stages one after another and make the directories that they write to; return the last output's path.
+
+    Raises:
+        DqtoolError: what a stage raises, with the stage's name in front.
+    """
     written = [values[key] for _, values in steps for key in sorted(WRITTEN) if values.get(key)]
     for output in written:
         check_outside(Path(output), common.reads, output)
@@ -61,13 +72,11 @@ def named(stage: str) -> Iterator[None]:
         raise
 
 
-def steps_of_recipe(
-    path: str, overrides: Sequence[str], directory: str | None = None
-) -> tuple[Recipe, list[tuple[str, dict[str, Any]]]]:
-    """The recipe and its stages as (name, values of its options by field name), inputs and outputs filled in."""
+def steps_of_recipe(path: str, overrides: Sequence[str], directory: str | None = None) -> tuple[Recipe, list[Step]]:
+    """Return the recipe and its stages as (name, values of its options by field name), inputs and outputs filled in."""
     recipe = load_recipe(path, overrides, {name: option_types(name) for name in chained_stages()})
     work = directory or os.path.join("results", recipe.name)
-    steps: list[tuple[str, dict[str, Any]]] = []
+    steps: list[Step] = []
     previous = recipe.model
     for name, given in recipe.stages:
         values = {option.replace("-", "_"): value for option, value in given.items()}

@@ -15,6 +15,7 @@ __all__ = [
     "SPACINGS",
     "VARIANCES",
     "SchedulerChoices",
+    "check_sampler",
     "make_sampler",
     "quadratic_timesteps",
     "scheduler_class",
@@ -137,8 +138,7 @@ def make_sampler(
 
     config = dict(config or BARE_COMPONENT)
     own = str(config.get("_class_name", BARE_COMPONENT["_class_name"]))
-    if name is not None and name not in SAMPLERS:
-        raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
+    check_sampler(name)
     class_name = own if name is None else SAMPLERS[name]
     if name is not None and is_flow(config):
         if name != "euler":
@@ -164,6 +164,12 @@ def make_sampler(
     check_scheduler_config(cls, config, CONFIG)
     with built(class_name, CONFIG):
         return cls.from_config(config)
+
+
+def check_sampler(name: str | None) -> None:
+    """Raise `UsageError` for an unknown sampler. None stands for the pipeline's own."""
+    if name is not None and name not in SAMPLERS:
+        raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
 
 
 def scheduler_class(config: Mapping[str, Any] | None, name: str | None = None) -> str:

@@ -109,8 +109,13 @@ class CalibrateOptions:
     batch_size: Annotated[int, Option(BATCH_HELP, "N", least=1, panel=RESOURCES)] = 64
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for an unknown draw, scaling, spacing or variance, and for bits or timesteps that can't be read."""
+        """Raise `UsageError` for an unknown draw, scaling, sampler, spacing or variance, and for bits or timesteps that
+        can't be read.
+        """
+        from dqtool.models.sampling.schedulers import check_sampler
+
         _ = self.layer_bits
+        check_sampler(self.sampler)
         schedule_of(self)
         if self.scaling not in WITHOUT_IMPORTS:
             from dqtool.scaling.methods import check_activation_method

@@ -121,7 +121,10 @@ class EvalOptions:
     correct_noise: Annotated[bool, CORRECT_NOISE] = False
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for an unknown metric."""
+        """Raise `UsageError` for an unknown metric or sampler."""
+        from dqtool.models.sampling.schedulers import check_sampler
+
+        check_sampler(self.sampler)
         if self.metrics is None:
             return
         from dqtool.metrics import METRICS

@@ -1,0 +1,111 @@
+"""Estimates of time, memory and disk for a run of all stages, made before anything runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from math import prod
+from typing import Any
+
+from dqtool.report import format_seconds
+from dqtool.stages.registry import make_options
+
+__all__ = ["estimate"]
+
+START = 8.0
+"""Seconds to import the libraries and load a model."""
+PER_LAYER = 1e-4
+"""Seconds that a layer takes beside its multiplications."""
+CONVOLUTIONS = 0.4
+"""Share of a matrix product's rate that the layers of a network reach."""
+SIMULATED = 2.5
+"""Time of a simulated quantized forward pass, in those of the float network."""
+BATCH = 64
+"""Samples that share the time beside multiplications."""
+TRAINING = 3
+"""Time of a forward and a backward pass, in forward passes."""
+LIBRARIES = 700 << 20
+"""Memory of the imported libraries in bytes."""
+
+
+def estimate(
+    stages: Mapping[str, Mapping[str, Any]], cached: Collection[str], device: str, packed: int
+) -> dict[str, str]:
+    """Return texts on time, memory and disk that the stages which are not cached will take.
+
+    Time is counted in forward passes at the rate of this machine, measured by a matrix product. The order of magnitude is
+    right, the second digit is not: training, scaling and file systems differ.
+
+    Args:
+        stages: options of the five stages by field name.
+        cached: stages whose output is there.
+        device: `--device`.
+        packed: bytes of the quantized network.
+    """
+    from dqtool.core.device import resolve_device
+    from dqtool.stages.options.distill import corrects_predictions, method_and_options
+
+    source = make_options("dilate", stages["dilate"]).source()
+    weights = sum(prod(entry["shape"]) for entry in source.tensor_entries().values())
+    macs, layers = _network(source)
+    calibrate, evaluate = make_options("calibrate", stages["calibrate"]), make_options("eval", stages["eval"])
+    distill = make_options("distill", stages["distill"])
+    _, recipe = method_and_options(distill)
+    guided = 2 if source.class_name != "UNet2DModel" else 1
+    images = -(-calibrate.samples // calibrate.steps)
+    steps = calibrate.steps * guided
+    trained = getattr(recipe, "iters", 0) * recipe.batch_size if hasattr(recipe, "batch_size") else 0
+    refined = getattr(recipe, "refine_iters", 0) * getattr(recipe, "refine_batch_size", 0)
+    corrected = 64 * steps * (1 + SIMULATED) if corrects_predictions(distill) else 0
+    passes = {
+        "dilate": 2.0,
+        "calibrate": float(images * steps + 2 * calibrate.samples * guided),
+        "distill": corrected + TRAINING * SIMULATED * (trained + refined),
+        "export": 0.0,
+        "eval": evaluate.samples * steps * (1 + SIMULATED),
+    }
+    rate = CONVOLUTIONS * _matmul_rate(resolve_device(device))
+    seconds = START + sum(n * (macs / rate + layers * PER_LAYER / BATCH) for s, n in passes.items() if s not in cached)
+    trains = bool(trained or refined)
+    memory = LIBRARIES + 4 * weights * (5 if trains else 3) + (distill.cache_memory << 20 if trains else 0)
+    pairs = 4 * calibrate.samples * prod(_sample_shape(source))
+    disk = 2 * 4 * weights + pairs + 2 * packed
+    return {
+        "time": f"about {format_seconds(seconds)} on this machine",
+        "memory": f"up to {memory / 1e9:.1f} GB",
+        "disk": f"about {disk / 1e6:,.0f} MB, of which {packed / 1e6:,.1f} MB are the quantized network",
+    }
+
+
+def _network(source: Any) -> tuple[int, int]:
+    """Return multiply-accumulates of one forward pass, and the number of layers."""
+    from dqtool.core.quantization import QuantizationSpec
+    from dqtool.models.companions import companions_of_source
+    from dqtool.models.families import family_of
+    from dqtool.stages.forecast import forecast
+
+    companions = companions_of_source(source)
+    family = family_of(source.class_name, str(source.config_path))
+    config = source.config if companions is None else source.config | family.hints(companions)
+    found = forecast(source.class_name, config, QuantizationSpec.parse("4/4"), 1)
+    return found["macs"], len(found["layers"])
+
+
+def _sample_shape(source: Any) -> tuple[int, ...]:
+    from dqtool.models.families import family_of
+
+    return tuple(family_of(source.class_name, str(source.config_path)).sample_shape(source.config))
+
+
+def _matmul_rate(device: Any) -> float:
+    """Return multiply-accumulates a second of a float32 matrix product."""
+    import torch
+
+    size = 512 if device.type == "cpu" else 4096
+    a = torch.ones(size, size, device=device)
+    _ = float((a @ a)[0, 0])  # warm-up
+    start = time.perf_counter()
+    for _round in range(4):
+        product = a @ a
+    _ = float(product[0, 0])
+    return 4 * size**3 / (time.perf_counter() - start)

@@ -1,0 +1,218 @@
+"""`dqtool quantize`: the five stages in one go, with one plan before and one summary after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dqtool import report
+from dqtool.artifacts import manifest_path, open_artifact, read_manifest
+from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
+from dqtool.errors import DqtoolError
+from dqtool.metrics import value_of
+from dqtool.stages.common import Common
+from dqtool.stages.options.quantize import stage_values
+from dqtool.stages.plan import plan_steps
+from dqtool.stages.registry import chained_stages, default_output, make_options
+from dqtool.stages.run import Step, named, run_steps
+
+if TYPE_CHECKING:
+    from dqtool.models.sources import ModelSource
+
+__all__ = ["plan", "quantize", "steps_of", "work_directory"]
+
+LARGE = 200_000_000
+"""Weights of a network from which on `fast` leaves out the correction of predictions, which samples both networks."""
+
+SPEED_SECONDS = 1.0
+"""Time that the speed measurement takes for each batch, after warm-up."""
+
+
+def quantize(options: Any, common: Common) -> str:
+    """Run the five stages on a model, report size, speed and quality; return the path of the exported directory.
+
+    `options` are `QuantizeOptions`.
+
+    Raises:
+        DqtoolError: what a stage raises, with the stage's name in front.
+    """
+    steps = steps_of(options)
+    common = replace(common, reads=(options.model,))
+    planned = plan(options, common)
+    if not all(stage["cached"] for stage in planned["stages"]):
+        _show(planned)
+    evaluated = run_steps(steps, common)
+    common.summary.update(_summary(options, common, evaluated))
+    _print_summary(options.output, common.summary)
+    return options.output
+
+
+def plan(options: Any, common: Common) -> dict[str, Any]:
+    """Return the plan: each stage as in a dry run, and estimates of time, memory and disk."""
+    steps = steps_of(options)
+    stages = plan_steps(steps, common)
+    found: dict[str, Any] = {
+        "recipe": f"quantize --effort {options.effort}",
+        "model": options.model,
+        "output": options.output,
+        "work_directory": work_directory(options.output),
+        "stages": stages,
+    }
+    if not all(stage["cached"] for stage in stages):
+        from dqtool.stages.estimate import estimate
+
+        cached = [stage["stage"] for stage in stages if stage["cached"]]
+        packed = max(
+            stage.get("work", {}).get("bytes", 0) for stage in stages if stage["stage"] in ("distill", "export")
+        )
+        found["estimate"] = estimate(dict(steps), cached, common.device, packed)
+    return found
+
+
+def work_directory(output: str) -> str:
+    """Return the directory of the stages' files, `OUTPUT.work` beside the output."""
+    return output.rstrip("/") + ".work"
+
+
+def steps_of(options: Any) -> list[Step]:
+    """Return the stages with their options, inputs and outputs filled in.
+
+    Raises:
+        UsageError: a stage refuses an option.
+    """
+    work = work_directory(options.output)
+    steps: list[Step] = []
+    previous = options.model
+    for name in chained_stages():
+        values = _effort_values(options, name) | stage_values(options, name)
+        values["output"] = options.output if name == "export" else os.path.join(work, default_output(name))
+        values["model" if name == "dilate" else "artifact"] = previous
+        if name == "eval":
+            values["grid"] = os.path.join(work, "samples.png")
+        with named(name):
+            make_options(name, values)
+        steps.append((name, values))
+        previous = values["output"]
+    return steps
+
+
+def _effort_values(options: Any, stage: str) -> dict[str, Any]:
+    """Return the options of a stage that the effort decides, by field name."""
+    if stage == "export":
+        return {}
+    if options.effort == "fast":
+        return {
+            "dilate": {},
+            "calibrate": {"samples": max(256, 8 * options.steps)},
+            "distill": {
+                "method": "ptq",
+                "correct_noise": _correction_is_cheap(options) if stage == "distill" else None,
+            },
+            "eval": {"samples": 64, "metrics": ("similarity", "cost")},
+        }[stage]
+    if options.effort == "best":
+        from dqtool.training.options import BkdOptions
+
+        usual = BkdOptions()
+        longer = {"iters": 2 * usual.iters}
+        if stage == "distill" and not _extrapolates(options):
+            longer["refine_iters"] = 2 * usual.refine_iters
+        return {
+            "dilate": {},
+            "calibrate": {"samples": 10240},
+            "distill": longer,
+            "eval": {"samples": 256},
+        }[stage]
+    return {"dilate": {}, "calibrate": {}, "distill": {}, "eval": {"samples": 256}}[stage]
+
+
+def _extrapolates(options: Any) -> bool:
+    """Return True if the sampler extrapolates from several predictions."""
+    from dqtool.models.sampling.schedulers import scheduler_class
+    from dqtool.training.options import EXTRAPOLATING
+
+    return scheduler_class(_source(options).scheduler, options.sampler) in EXTRAPOLATING
+
+
+def _correction_is_cheap(options: Any) -> bool | None:
+    """Return True for a network of less than `LARGE` weights whose sampler does not extrapolate, else None."""
+    from math import prod
+
+    if _extrapolates(options):
+        return None
+    weights = sum(prod(entry["shape"]) for entry in _source(options).tensor_entries().values())
+    return True if weights < LARGE else None
+
+
+def _source(options: Any) -> ModelSource:
+    return make_options("dilate", stage_values(options, "dilate") | {"model": options.model}).source()
+
+
+def _show(planned: Mapping[str, Any]) -> None:
+    """Print the plan as one table on standard error."""
+    rows = [(s["stage"], "cached" if s["cached"] else "to do", s["output"]) for s in planned["stages"]]
+    report.table(f"{planned['recipe']}: {planned['model']}", ["stage", "state", "writes"], rows)
+    for key, value in planned.get("estimate", {}).items():
+        report.say(f"{key}: {value}")
+
+
+def _summary(options: Any, common: Common, evaluated: str) -> dict[str, Any]:
+    """Return sizes in bytes, milliseconds of a step, PSNR in dB and the picture's path."""
+    figures = read_manifest(evaluated).metrics
+    found: dict[str, Any] = {"path": options.output, "work_directory": work_directory(options.output)}
+    if "cost" in figures:
+        found |= {"bytes": figures["cost"]["bytes"], "bytes_float32": figures["cost"]["bytes_float32"]}
+    if value_of(figures, "psnr") is not None:
+        found["psnr"] = value_of(figures, "psnr")
+    found |= _speed(options.output, common)
+    found["picture"] = os.path.join(work_directory(options.output), "samples.png")
+    found["seconds"] = {
+        stage.stage: read_manifest(stage.output).seconds
+        for stage in common.log
+        if manifest_path(stage.output).is_file()
+    }
+    return found
+
+
+def _speed(exported: str, common: Common) -> dict[str, Any]:
+    """Return milliseconds of one step of batch 1: float32 and the fastest runtime. Measured once for an export."""
+    from dqtool.stages.bench import BenchOptions, bench
+
+    kept = os.path.join(work_directory(exported), "speed.json")
+    result: dict[str, Any] = {}
+    if os.path.isfile(kept):
+        result = load_json(kept, MANIFEST_BYTES)
+    if result.get("model", {}).get("sha256") != open_artifact(exported, ["export"]).sha256:
+        options = BenchOptions(
+            exported, against=("fp32",), batch=(1,), seconds=SPEED_SECONDS, memory=False, output=kept
+        )
+        try:
+            result = bench(options, replace(common, log=[]))
+        except DqtoolError as error:
+            report.warn(f"the speed could not be measured: {error}")
+            return {}
+    rows = {row["contender"]: row for row in result["speed"]["1"]}
+    runtime, floating = rows["auto"], next(row for row in rows.values() if row["baseline"])
+    return {
+        "step_ms": 1000 * runtime["median"],
+        "step_ms_float32": 1000 * floating["median"],
+        "processor": result["machine"]["processor"],
+    }
+
+
+def _print_summary(output: str, found: Mapping[str, Any]) -> None:
+    """Print the summary as a table on standard error."""
+    rows: list[tuple[str, str]] = []
+    if "bytes" in found:
+        ratio = found["bytes_float32"] / found["bytes"]
+        rows.append(("size", f"{found['bytes']:,} bytes, {ratio:.2f}x smaller than float32"))
+    if "step_ms" in found:
+        ratio = found["step_ms_float32"] / found["step_ms"]
+        rows.append(("speed", f"{found['step_ms']:.1f} ms a step, {ratio:.2f}x float32's, on {found['processor']}"))
+    if "psnr" in found:
+        rows.append(("PSNR", f"{found['psnr']:.1f} dB to full precision, same seeds"))
+    rows += [("picture", found["picture"]), ("work files", found["work_directory"])]
+    report.table(f"{output}: quantized", ["", ""], rows)
+    report.say(f"load it: import dqtool; DiffusionPipeline.from_pretrained({output!r})")

@@ -1,0 +1,100 @@
+"""`dqtool quantize`: one line out, five stages beside the output, a second run that does nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from helpers import listing, load_json, refused, tiny_pipeline
+
+ARGUMENTS = ("quantize", "tiny", "-o", "out", "--effort", "fast", "--steps", "4", "--samples", "16")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    """A directory where `tiny` was quantized to `out`."""
+    directory = tmp_path_factory.mktemp("quantize")
+    tiny_pipeline(directory / "tiny")
+    result = run(*ARGUMENTS, cwd=directory)
+    assert (result.returncode, result.stdout) == (0, "out\n"), result.stderr
+    for told in ("time: about", "memory: up to", "disk: about", "x smaller than float32", "ms a step", "dB to full"):
+        assert told in result.stderr, result.stderr
+    return directory
+
+
+def test_a_pipeline_is_exported_and_the_work_files_lie_beside_it(quantized: Path) -> None:
+    assert (quantized / "out" / "model_index.json").is_file()
+    work = quantized / "out.work"
+    assert sorted(path.name for path in work.glob("*.safetensors")) == [
+        "calibrated.safetensors",
+        "dilated.safetensors",
+        "distilled.safetensors",
+    ]
+    assert (work / "samples.png").is_file()
+    parameters = json.loads((work / "distilled.json").read_text())["parameters"]
+    assert (parameters["method"], parameters["correct_images"]) == ("ptq", 64)
+    assert json.loads((work / "calibrated.json").read_text())["parameters"]["steps"] == 4
+
+
+def test_a_second_run_is_cached_without_torch_and_tells_the_same_summary(quantized: Path) -> None:
+    before = listing(quantized)
+    code = (
+        "import sys; from dqtool.__main__ import main; code = main();assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", code, *ARGUMENTS, "--json"], cwd=quantized, capture_output=True, text=True, timeout=60
+    )
+    assert again.returncode == 0, again.stderr
+    content = load_json(again.stdout)
+    assert content["path"] == "out"
+    assert [stage["cached"] for stage in content["stages"]] == [True] * 5
+    summary = content["summary"]
+    assert summary["bytes"] < summary["bytes_float32"]
+    assert summary["psnr"] > 10
+    assert summary["step_ms"] > 0 < summary["step_ms_float32"]
+    assert summary["picture"] == "out.work/samples.png"
+    assert listing(quantized) == before
+
+
+def test_another_width_begins_at_distill_and_the_plan_says_so(quantized: Path, run: Run) -> None:
+    before = listing(quantized)
+    result = run(*ARGUMENTS, "--keep", "conv_in=8/8", "--dry-run", "--json", cwd=quantized)
+    assert result.returncode == 0, result.stderr
+    plan = load_json(result.stdout)
+    assert [stage["cached"] for stage in plan["stages"]] == [True, True, False, False, False]
+    assert set(plan["estimate"]) == {"time", "memory", "disk"}
+    assert plan["work_directory"] == "out.work"
+    assert listing(quantized) == before
+
+
+def test_efforts_differ_in_samples_and_iterations(tmp_path: Path, run: Run) -> None:
+    tiny_pipeline(tmp_path / "tiny")
+    found = {}
+    for effort in ("default", "best"):
+        result = run("quantize", "tiny", "--effort", effort, "--dry-run", "--json", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        found[effort] = {stage["stage"]: stage["parameters"] for stage in load_json(result.stdout)["stages"]}
+    assert "iters" not in found["default"]["distill"]
+    assert found["best"]["distill"] == {"iters": 600, "refine_iters": 600}
+    assert found["best"]["calibrate"] == {"samples": 10240}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("tiny", "--effort", "much"), 2),
+        (("tiny", "--bits", "9/9"), 2),
+        (("tiny", "--sampler", "abacus"), 2),
+        (("tiny", "-o", "tiny/inside"), 4),
+        (("nowhere",), 4),
+    ],
+)
+def test_refusals_have_the_code_of_their_stage_and_touch_nothing(
+    tmp_path: Path, run: Run, arguments: tuple[str, ...], code: int
+) -> None:
+    tiny_pipeline(tmp_path / "tiny")
+    refused(run, tmp_path, code, "quantize", *arguments)
