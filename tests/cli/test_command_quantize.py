@@ -89,7 +89,7 @@ def test_efforts_differ_in_samples_and_iterations(tmp_path: Path, run: Run) -> N
         (("tiny", "--effort", "much"), 2),
         (("tiny", "--bits", "9/9"), 2),
         (("tiny", "--sampler", "abacus"), 2),
-        (("tiny", "-o", "tiny/inside"), 4),
+        (("tiny", "-o", "tiny/inside"), 2),
         (("nowhere",), 4),
     ],
 )
