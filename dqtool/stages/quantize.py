@@ -19,7 +19,7 @@ from dqtool.stages.registry import chained_stages, default_output, make_options
 from dqtool.stages.run import Step, named, run_steps
 
 if TYPE_CHECKING:
-    from dqtool.models.sources import ModelSource
+    from dqtool.models.sources.resolve import ModelSource
 
 __all__ = ["plan", "quantize", "steps_of", "work_directory"]
 
