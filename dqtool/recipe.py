@@ -13,7 +13,7 @@ from dqtool.yamltree import compose, convert, entries, listed, nearest, read_tex
 
 __all__ = ["Recipe", "load_recipe"]
 
-_TOP_LEVEL = ("model", "stages", "title", "description")
+_TOP_LEVEL = ("model", "preset", "stages", "title", "description")
 
 Options = Mapping[str, Mapping[str, type]]
 
@@ -28,6 +28,8 @@ class Recipe:
     path: Path
     title: str | None = None
     description: str | None = None
+    preset: str | None = None
+    """Preset of the whole recipe, from which each stage takes the options that it does not set itself."""
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options: Options) -> Recipe:
@@ -70,6 +72,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options:
         path=Path(path),
         title=texts.get("title"),
         description=texts.get("description"),
+        preset=texts.get("preset"),
     )
 
 
@@ -91,8 +94,8 @@ def _apply(override: str, texts: dict[str, str], stages: dict[str, dict[str, Any
     node = compose(value, where)
     if node is None:
         raise UsageError("A --set needs a value", where=where, fix="Write something after the equals sign")
-    if key == "model":
-        texts["model"] = text_of(node, where, "model")
+    if key in ("model", "preset"):
+        texts[key] = text_of(node, where, key)
         return
     stage, dot, option = key.partition(".")
     if not dot:

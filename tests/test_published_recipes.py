@@ -91,3 +91,32 @@ def test_the_dry_run_tells_sizes_and_bit_operations(tmp_path: Path, run: Any, na
         assert work["bytes_float32"] / work["bytes"] == pytest.approx(5.3, rel=0.01)
         assert work["bops_float32"] / work["bops"] == pytest.approx(27.9, rel=0.01)
     assert not (tmp_path / "results").exists()
+
+
+# Settings of arXiv 2409.14307 (Tables 1 and 2, Sections 5 and appendices B to D); CIFAR-10's grid and DiT's sampler are those
+# of the reference code and of PTQ4DiT, which the paper follows. What is missing here the paper does not say.
+PAPER: dict[str, dict[str, Any]] = {
+    "cifar10": {"steps": 100, "sampler": "ddim", "eta": 0.0, "samples": 5120, "images": 50000, "spacing": "quad", "clip": False},
+    "bedroom": {"steps": 100, "sampler": "ddim", "eta": 1.0, "samples": 5120, "images": 50000},
+    "church": {"steps": 100, "sampler": "ddim", "eta": 0.0, "samples": 5120, "images": 50000},
+    "imagenet": {"steps": 20, "sampler": "ddim", "eta": 0.0, "guidance": 3.0, "samples": 1024, "images": 50000},
+    "imagenet-plms20": {"steps": 20, "sampler": "plms", "samples": 1024, "images": 50000},
+    "imagenet-dpmsolver20": {"steps": 20, "sampler": "dpmsolver", "samples": 1024, "images": 50000},
+    "imagenet-ddim100": {"steps": 100, "sampler": "ddim", "samples": 1024, "images": 50000},
+    "coco-sd14": {"steps": 50, "samples": 512, "images": 10000, "crop": 300},
+    "dit-xl2": {"steps": 100, "sampler": "ddpm", "variance": "learned_range", "guidance": 1.5, "images": 10000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_settings_are_those_of_the_paper_and_guesses_are_named(path: Path) -> None:
+    recipe, steps = steps_of_recipe(str(path), ["model=somewhere"])
+    stages = dict(steps)
+    found = {**stages["calibrate"], "images": stages["eval"]["samples"], "crop": stages["eval"].get("image_size")}
+    wanted = PAPER[path.stem.rsplit("-", 1)[0]]
+    assert {key: found.get(key) for key in wanted} == wanted
+    assert stages["dilate"]["scaling"] == "wd"
+    assert stages["calibrate"]["scaling"] == "keep"
+    assert stages["distill"]["preset"] == recipe.preset == "paper"
+    assert "Guesses, where the paper is silent: " in str(recipe.description)
+    assert "iterations" in str(recipe.description).split("Guesses")[1]

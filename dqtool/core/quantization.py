@@ -18,12 +18,15 @@ END_BITS = 8
 SOFTMAX_BITS = 8
 """Default bits of the softmax output."""
 
-PRESETS = ("standard", "nonstandard")
+STANDARD, NONSTANDARD, PAPER = "standard", "nonstandard", "paper"
+PRESETS = (STANDARD, NONSTANDARD, PAPER)
 """`standard` quantizes every layer and both attention products, with one activation scale for each layer and step.
 
 `nonstandard` keeps in float what EfficientDM keeps in float: convolutions after an upsampling, skip connections and the
 attention products. QuEST's 4-bit scheme with one activation scale for each in-channel is not offered, since an integer
 product can't factor such scales out of its sum (App. I of arXiv 2409.14307).
+
+`paper` has the layers of `standard`; `distill` then trains block by block alone, as the paper does (Eq. 25-27).
 """
 
 

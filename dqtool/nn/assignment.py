@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dqtool.core.bits import Bits, LayerBits
-from dqtool.core.quantization import QuantizationSpec
+from dqtool.core.quantization import NONSTANDARD, QuantizationSpec
 from dqtool.graph.roles import Roles
 from dqtool.graph.trace import LayerInfo
 
@@ -56,7 +56,7 @@ def assign_bits(layers: Sequence[LayerInfo], spec: QuantizationSpec, dilated: It
 
 def apply_preset(spec: QuantizationSpec, layers: Iterable[LayerInfo], roles: Callable[[], Roles]) -> QuantizationSpec:
     """Return the specification with the layers that its preset leaves in float (see `PRESETS`); `roles` is called if needed."""
-    if spec.preset == "standard":
+    if spec.preset != NONSTANDARD:
         return spec
     found = roles()
     named = {*found.resized, *found.shortcuts}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
 from dqtool.core.out_of_memory import with_smaller_batches
-from dqtool.core.quantization import QuantizationSpec
-from dqtool.errors import UsageError
+from dqtool.core.quantization import NONSTANDARD, PAPER, STANDARD, QuantizationSpec
+from dqtool.errors import ArtifactError, UsageError
 from dqtool.stages.measured_bits import chosen_by_errors, settle_bits
 from dqtool.stages.options.distill import (
     DistillOptions,
@@ -60,6 +60,8 @@ def distill(options: DistillOptions, common: Common) -> str:
         )
     options = adapted
     check_samples(options.train_samples, calibrated.manifest)
+    if options.preset == PAPER:
+        check_paper(calibrated)
     spec = network_spec(options, calibrated.manifest)
     parameters = fingerprint_parameters(options) | spec.to_json() | chosen_by_errors(options)
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
@@ -78,6 +80,21 @@ def distill(options: DistillOptions, common: Common) -> str:
     return options.output
 
 
+def check_paper(calibrated: Artifact) -> None:
+    """Raise `ArtifactError` unless the input holds Weight Dilation's own factors, chosen from the weights alone."""
+    manifest = calibrated.manifest
+    methods = {layer["scaling"]["method"] for layer in manifest.layers if layer.get("scaling")}
+    scaling = manifest.parameters.get("scaling", "keep")  # the manifest leaves keep out
+    if scaling == "keep" and methods <= {"wd"} and methods:
+        return
+    found = f"calibrated with --scaling {scaling}" if scaling != "keep" else "not dilated by Weight Dilation"
+    raise ArtifactError(
+        f"--preset paper needs Weight Dilation's own factors, and this artifact was {found}",
+        where=calibrated.given,
+        fix="Run `dqtool dilate MODEL --scaling wd`, then `dqtool calibrate --scaling keep`, then this",
+    )
+
+
 def scheduler_of(calibrated: Manifest) -> Mapping[str, Any]:
     """Config of the scheduler that a model was calibrated with."""
     return ((calibrated.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
@@ -86,7 +103,7 @@ def scheduler_of(calibrated: Manifest) -> Mapping[str, Any]:
 def fingerprint_parameters(options: DistillOptions) -> dict[str, Any]:
     """Return all parameters that decide the result, with defaults filled in."""
     chosen: dict[str, Any] = {} if options.blocks is None else {"blocks": options.blocks}
-    if options.preset != "standard":
+    if options.preset != STANDARD:
         chosen["preset"] = options.preset
     if options.train_samples is not None:
         chosen["train_samples"] = options.train_samples
@@ -224,7 +241,7 @@ def produce(
 
 def network_spec(options: DistillOptions, calibrated: Manifest) -> QuantizationSpec:
     """Return the bits that were asked for, with the layers that the preset leaves in float in this artifact's network."""
-    if options.spec.preset == "standard":
+    if options.spec.preset != NONSTANDARD:
         return options.spec  # without importing torch: the artifact may be cached
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.networks.recorded_graph import graph_of

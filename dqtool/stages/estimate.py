@@ -80,7 +80,7 @@ def estimate(
 def _network(source: Any) -> tuple[int, int]:
     """Return multiply-accumulates of one forward pass, and the number of layers."""
     from dqtool.core.quantization import QuantizationSpec
-    from dqtool.models.companions import companions_of_source
+    from dqtool.models.components.companions import companions_of_source
     from dqtool.models.families import family_of
     from dqtool.stages.forecast import forecast
 

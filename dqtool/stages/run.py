@@ -12,7 +12,7 @@ from typing import Any
 from dqtool import report
 from dqtool.artifacts import check_outside
 from dqtool.artifacts.files import os_fault
-from dqtool.errors import DqtoolError
+from dqtool.errors import DqtoolError, UsageError
 from dqtool.recipe import Recipe, load_recipe
 from dqtool.stages.common import Common
 from dqtool.stages.paths import WRITTEN
@@ -72,14 +72,39 @@ def named(stage: str) -> Iterator[None]:
         raise
 
 
+PRESET_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"dilate": {"scaling": "wd"}, "calibrate": {"scaling": "keep"}, "distill": {"preset": "paper"}},
+}
+"""Options that the preset of a recipe sets, by stage; an option of the recipe itself wins."""
+
+
+def _preset_options(recipe: Recipe, path: str) -> dict[str, dict[str, Any]]:
+    """Return the options that the recipe's preset, or the preset of its distill stage, sets in each stage.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    of_distill = dict(recipe.stages).get("distill", {}).get("preset")
+    if recipe.preset is None:
+        return PRESET_OPTIONS.get(str(of_distill), {})
+    if recipe.preset not in PRESET_OPTIONS:
+        raise UsageError(
+            f"unknown preset '{recipe.preset}'",
+            where=f"{path}, key preset",
+            fix=f"Choose from {', '.join(PRESET_OPTIONS)}",
+        )
+    return PRESET_OPTIONS[recipe.preset]
+
+
 def steps_of_recipe(path: str, overrides: Sequence[str], directory: str | None = None) -> tuple[Recipe, list[Step]]:
     """Return the recipe and its stages as (name, values of its options by field name), inputs and outputs filled in."""
     recipe = load_recipe(path, overrides, {name: option_types(name) for name in chained_stages()})
     work = directory or os.path.join("results", recipe.name)
     steps: list[Step] = []
     previous = recipe.model
+    preset = _preset_options(recipe, path)
     for name, given in recipe.stages:
-        values = {option.replace("-", "_"): value for option, value in given.items()}
+        values = preset.get(name, {}) | {option.replace("-", "_"): value for option, value in given.items()}
         values.setdefault("output", default_output(name))
         for key in PLACED:
             if key in values and not os.path.dirname(values[key].rstrip("/")):

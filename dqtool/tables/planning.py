@@ -168,7 +168,7 @@ def _scaled_iterations(
     ratio, and a method that trains nothing gets none. Iterations that the row gives, or that are `asked` for on the command
     line, stay.
     """
-    has, of_block = _recipe(values.get("method")), _recipe("bkd")
+    has, of_block = _recipe(values.get("method"), values.get("preset")), _recipe("bkd")
     found = dict(values)
     for key in ITERATIONS:
         if key in values and key not in of_row:
@@ -196,7 +196,7 @@ def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
     """Return the options of `distill` with iterations that nobody chose set to a share of the method's default."""
     if share == 1:
         return dict(values)
-    defaults = _recipe(values.get("method"))
+    defaults = _recipe(values.get("method"), values.get("preset"))
     given = dict(values)
     untrained = given.get("iters") == 0
     for key in ITERATIONS:
@@ -232,9 +232,10 @@ def _step(stage: str, values: Mapping[str, Any], model: str, inputs: list[str], 
     return Step(stage, dict(values), parameters, key, model, source)
 
 
-def _recipe(method: str | None) -> dict[str, Any]:
+def _recipe(method: str | None, preset: str | None = None) -> dict[str, Any]:
     """Return the default options of a training method."""
-    recipe: dict[str, Any] = _parameters("distill", make_options("distill", {"method": method}))["recipe"]
+    options = make_options("distill", {"method": method, "preset": preset})
+    recipe: dict[str, Any] = _parameters("distill", options)["recipe"]
     return recipe
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ _TOP = (
     "baseline",
     "curve",
     "options",
+    "corrections",
     "published",
     "groups",
     "rows",
@@ -143,6 +144,8 @@ def load_table(path: str | os.PathLike[str]) -> Table:
     )
     known = [group.name for group in groups]
     rows = tuple(_row(node, given, known) for node in _list(top, "rows", given))
+    if _flag(top, "corrections", given):
+        rows = _with_corrections(rows)
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
@@ -215,6 +218,34 @@ def _row(node: Node, given: str, groups: list[str]) -> Row:
         paper_only=_flag(found, "paper-only", given),
         note=_text(found, "note", given),
     )
+
+
+CORRECTED = ", corrected"
+"""End of the names of rows whose predictions are corrected at every step."""
+
+
+def _with_corrections(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Return all rows without the correction of predictions, then all rows with it, named NAME, corrected.
+
+    Static quantizers have no steps to correct and are in the first part alone, and so are rows of the paper's numbers.
+    """
+    plain = [row if row.paper_only else replace(row, options=_correcting(row.options, False)) for row in rows]
+    able = [row for row in rows if not row.paper_only and not row.options.get("distill", {}).get("static")]
+    corrected = [
+        replace(row, name=row.name + CORRECTED, options=_correcting(row.options, True), paper={}) for row in able
+    ]
+    return (*plain, *corrected)
+
+
+def _correcting(options: Options, correct: bool) -> Options:
+    """Return options with the correction on or off. The preset `paper` has none: with it, its other parts are spelled out."""
+    distill = dict(options.get("distill", {}))
+    if distill.get("preset") == "paper":
+        if not correct:
+            return options
+        del distill["preset"]
+        distill |= {"method": "bkd", "refine_iters": 0}
+    return {**options, "distill": distill | {"correct_noise": correct}}
 
 
 def _flag(found: Entries, key: str, given: str) -> bool:

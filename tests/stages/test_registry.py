@@ -24,6 +24,7 @@ from dqtool.stages.registry import (
     make_options,
     option_types,
     options_class,
+    plan_function,
     stage_function,
     work_function,
 )
@@ -137,6 +138,6 @@ def test_a_field_without_an_option_is_refused() -> None:
 def test_every_entry_names_what_exists(name: str) -> None:
     assert dataclasses.is_dataclass(options_class(name))
     assert callable(stage_function(name))
-    assert callable(work_function(name))
+    assert callable(plan_function(name) or work_function(name))
     assert default_output(name)
     assert all(each.option.help for each in declared_options(options_class(name)))

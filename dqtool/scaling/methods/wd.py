@@ -1,4 +1,8 @@
-"""Weight Dilation (section 4.1 of arXiv 2409.14307): the largest factors that leave the ranges of the weights alone."""
+"""Weight Dilation (section 4.1 of arXiv 2409.14307): the largest factors that leave the ranges of the weights alone.
+
+Three choices are dqtool's, since the paper does not say: factors are capped at 64, layers that share an input (q, k and v) share
+one factor for each channel, and ranges of weights include zero, as their quantizers' grids do.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dqtool.core.quantization import QuantizationSpec
+from dqtool.core.quantization import PAPER, QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import ARTIFACT, LARGEST_SEED, OUTPUT
@@ -150,7 +150,8 @@ class DistillOptions:
         str,
         Option(
             "Layers to quantize. standard: every layer. nonstandard: upsampled and skip convolutions and attention "
-            "products stay float, as in EfficientDM.",
+            "products stay float, as in EfficientDM. paper: every layer, trained once block by block without a pass over all "
+            "blocks and without corrected predictions; needs `dilate --scaling wd` and `calibrate --scaling keep`.",
             "NAME",
         ),
     ] = "standard"
@@ -198,6 +199,8 @@ class DistillOptions:
         """
         _ = self.spec
         check_targets(self)
+        if self.preset == PAPER:
+            _check_paper(self)
         method, _ = method_and_options(self)
         if self.blocks is not None and not method.by_blocks:
             raise UsageError(
@@ -259,6 +262,23 @@ def check_targets(options: DistillOptions) -> None:
         )
 
 
+def _check_paper(options: DistillOptions) -> None:
+    """Raise `UsageError` for an option that contradicts the preset `paper`."""
+    contradictions = {
+        "--method": options.method != "bkd",
+        "--refine-iters": bool(options.refine_iters),
+        "--correct-noise": bool(options.correct_noise),
+        "--static": options.static,
+    }
+    for name, given in contradictions.items():
+        if given:
+            raise UsageError(
+                "--preset paper trains blocks alone, with step quantizers and uncorrected predictions",
+                where=name,
+                fix="Leave one of the two out",
+            )
+
+
 def with_sampler_defaults(options: DistillOptions, scheduler: str) -> DistillOptions:
     """Return the options with the defaults for a scheduler of this class.
 
@@ -269,7 +289,7 @@ def with_sampler_defaults(options: DistillOptions, scheduler: str) -> DistillOpt
     from dqtool.training.options import EXTRAPOLATING
 
     method = method_of(options.method)
-    if scheduler not in EXTRAPOLATING or not method.corrects:
+    if scheduler not in EXTRAPOLATING or not method.corrects or options.preset == PAPER:
         return options
     passes = options.refine_iters
     if passes is None and any(each.name == "refine_iters" for each in fields(method.options)):
@@ -287,11 +307,15 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
 
     method = method_of(options.method)
     given = {"iters": options.iters, "refine_iters": options.refine_iters, "batch_size": options.batch_size}
+    if options.preset == PAPER:
+        given["refine_iters"] = 0
     return method, method_options(method, given)
 
 
 def corrects_predictions(options: DistillOptions) -> bool:
     """Return True if predictions will be corrected at each step. `options` come from `with_sampler_defaults`."""
+    if options.preset == PAPER:
+        return False
     if options.correct_noise is not None:
         return options.correct_noise
     method, recipe = method_and_options(options)
