@@ -52,7 +52,7 @@ OWN = (
         Annotated[
             str,
             Option(
-                "fast trains nothing and takes few samples: seconds to minutes. default trains as the recipes do. best takes "
+                "Time to spend. fast trains nothing and takes few samples, default trains as the recipes do, best takes "
                 "twice the samples and iterations.",
                 "fast|default|best",
                 panel=QUALITY,
