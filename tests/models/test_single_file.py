@@ -176,7 +176,7 @@ def test_layers_of_different_depth_are_read_one_by_one() -> None:
 
 def test_an_unknown_architecture_is_asked_for() -> None:
     state = on_meta({**SD1, "context": 640})
-    with pytest.raises(ArtifactError, match="heads can't be told") as caught:
+    with pytest.raises(ArtifactError, match="heads can't be derived") as caught:
         described(state)
     assert "--config" in str(caught.value)
     yaml_config = {"model": {"params": {"unet_config": {"params": {"num_heads": 4}}}}}

@@ -81,7 +81,7 @@ class PixArt(Family):
 
 
 def _sizes(config: Mapping[str, Any], batch: int, side: int) -> dict[str, Tensor]:
-    """`resolution` `[N, 2]` and `aspect_ratio` `[N, 1]` of a square image; nothing for networks that are not told."""
+    """Return `resolution` `[N, 2]` and `aspect_ratio` `[N, 1]` of a square image; empty for networks that take no sizes."""
     size = config.get("sample_size", 128)
     asked = config.get("use_additional_conditions")
     if not (size == 128 if asked is None else asked):

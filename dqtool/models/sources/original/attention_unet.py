@@ -145,7 +145,7 @@ def _heads(found: Structure, given: Mapping[str, Any], where: str) -> tuple[int 
 
 def unknown_heads(found: Structure, where: str) -> ArtifactError:
     return ArtifactError(
-        f"The number of attention heads of a UNet with {found.channels} channels can't be told from its checkpoint",
+        f"The number of attention heads of a UNet with {found.channels} channels can't be derived from its checkpoint",
         where=where,
         fix="Name the authors' YAML config, or the diffusers config.json, with --config FILE",
     )

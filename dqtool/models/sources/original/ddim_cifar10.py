@@ -49,7 +49,7 @@ class DdimCifar10(Layout):
         if size is None:
             if True not in attends:
                 raise ArtifactError(
-                    "The size of the images can't be told from this checkpoint",
+                    "The size of the images can't be derived from this checkpoint",
                     where=where,
                     fix="Name the authors' YAML config with --config FILE",
                 )

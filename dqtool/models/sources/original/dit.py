@@ -58,7 +58,7 @@ class Dit(Layout):
         heads = (known.published or {}).get("num_heads", HEADS.get(width))
         if heads is None:
             raise ArtifactError(
-                f"The number of attention heads of a DiT of width {width} can't be told from its checkpoint",
+                f"The number of attention heads of a DiT of width {width} can't be derived from its checkpoint",
                 where=where,
                 fix="Name a YAML file that says num_heads with --config FILE",
             )

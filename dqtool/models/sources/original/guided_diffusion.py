@@ -19,8 +19,8 @@ from dqtool.models.sources.original.openai_unet import (
     network_names,
     network_shapes,
     network_tensors,
-    structure,
     unet_parameters,
+    unet_structure,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _CONSISTENCY = {
     "clip_denoised": True,
 }
 _ASKS = (
-    "the schedule of a network of openai/consistency_models can't be told from its checkpoint: consistency models "
+    "the schedule of a network of openai/consistency_models can't be derived from its checkpoint: consistency models "
     "(CMStochasticIterativeScheduler) and the diffusion models they are distilled from have the same tensors"
 )
 
@@ -130,7 +130,7 @@ class GuidedDiffusion(Layout):
             return True
         return (
             "input_blocks.0.0.weight" in shapes
-            and tuple(structure(network, "checkpoint").channels) not in LATENT_MODELS
+            and tuple(unet_structure(network, "checkpoint").channels) not in LATENT_MODELS
         )
 
     def network(self, names: Iterable[str]) -> set[str]:
@@ -144,7 +144,7 @@ class GuidedDiffusion(Layout):
             ArtifactError: no published model matches, and there are no flags for the heads or for numeric labels.
         """
         network = network_shapes(shapes)
-        found = structure(network, where)
+        found = unet_structure(network, where)
         if network["time_embed.0.weight"][1] != found.channels[0]:
             raise ArtifactError(
                 f"diffusers has no UNet with {network['time_embed.0.weight'][1]} features of the timestep and {found.channels[0]} "
@@ -158,14 +158,14 @@ class GuidedDiffusion(Layout):
             return Description(dict(known.config), schedule, unknown_schedule)
         if not {"num_heads", "num_head_channels"} & flags.keys():
             raise ArtifactError(
-                f"The number of attention heads of a UNet with {found.channels} channels can't be told from its checkpoint",
+                f"The number of attention heads of a UNet with {found.channels} channels can't be derived from its checkpoint",
                 where=where,
                 fix="Write the authors' flags into a YAML file (num_head_channels: 64, image_size: 64, ...) and name it "
                 "with --config FILE",
             )
         if "image_size" not in flags:
             raise ArtifactError(
-                "The size of this model's images can't be told from its checkpoint",
+                "The size of this model's images can't be derived from its checkpoint",
                 where=where,
                 fix="Add image_size: N to the YAML file that --config names",
             )
@@ -244,7 +244,7 @@ def _schedule(
         "clip_sample": True,
     }
     if name not in schedules:
-        said = "is not told by its checkpoint" if name is None else f"is '{name}', which dqtool does not translate"
+        said = "is not recorded in its checkpoint" if name is None else f"is '{name}', which dqtool does not translate"
         return config, f"the noise schedule of this guided-diffusion model (linear or cosine) {said}"
     return config, None
 
@@ -254,7 +254,7 @@ def _label_values(flags: Mapping[str, Any], where: str) -> list[Any]:
     values = flags.get("label_values")
     if not isinstance(values, list) or len(values) != 3 or not isinstance(values[2], int) or values[2] < 2:
         raise ArtifactError(
-            "This model is conditioned on a number, through an MLP; its labels can't be told from its checkpoint",
+            "This model is conditioned on a number, through an MLP; its labels can't be derived from its checkpoint",
             where=f"{where}, label_emb",
             fix="Add label_values: [first, last, how many] to the YAML file that --config names",
         )

@@ -18,8 +18,8 @@ from dqtool.models.sources.original.openai_unet import (
     network_shapes,
     network_tensors,
     scaled_linear,
-    structure,
     unet_parameters,
+    unet_structure,
 )
 from dqtool.models.sources.original.spatial import convert_spatial, describe_spatial
 
@@ -54,7 +54,7 @@ class LatentDiffusion(Layout):
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """Return config and schedule; heads and latent size come from `published`, else from the model of these channels."""
         network = network_shapes(shapes)
-        found = structure(network, where)
+        found = unet_structure(network, where)
         like = LATENT_MODELS.get(tuple(found.channels), {})
         schedule = scaled_linear(known.published, 0.0015, like.get("linear_end", 0.0195))
         if known.config is not None:
@@ -93,7 +93,7 @@ class LatentDiffusionByClass(Layout):
         Raises:
             ArtifactError: the number of heads is unknown.
         """
-        found = structure(network_shapes(shapes), where)
+        found = unet_structure(network_shapes(shapes), where)
         schedule = scaled_linear(known.published, 0.0015, 0.0195)
         if known.config is not None:
             return Description(dict(known.config), schedule)

@@ -70,11 +70,11 @@ def _without(plain: Mapping[str, T]) -> dict[str, T]:
     scaled = {owner for owner in scaled if _is_fp8(plain.get(f"{owner}.weight"))}
     if not scaled and _MARK not in plain:
         return dict(plain)
-    beside = {owner + end for owner in scaled for end in (*_SCALES, *_INPUTS)}
+    scales = {owner + end for owner in scaled for end in (*_SCALES, *_INPUTS)}
     return {
         name: value
         for name, value in plain.items()
-        if name not in beside and name.rpartition(".")[2] != _MARK and not name.endswith(_SCALES + _INPUTS)
+        if name not in scales and name.rpartition(".")[2] != _MARK and not name.endswith(_SCALES + _INPUTS)
     }
 
 

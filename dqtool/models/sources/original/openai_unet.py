@@ -20,8 +20,8 @@ __all__ = [
     "network_shapes",
     "network_tensors",
     "scaled_linear",
-    "structure",
     "unet_parameters",
+    "unet_structure",
 ]
 
 PREFIX = "model.diffusion_model."
@@ -81,7 +81,7 @@ def network_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def structure(shapes: Shapes, where: str) -> Structure:
+def unet_structure(shapes: Shapes, where: str) -> Structure:
     """Return the structure of a `UNetModel` from its shapes.
 
     Raises:

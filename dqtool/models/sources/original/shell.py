@@ -49,12 +49,12 @@ class Shell:
 
     def digest(self) -> str:
         """Return a short digest of everything that the directory depends on except the checkpoint."""
-        told: list[Any] = [self.parts.class_name, self.class_name, dict(self.scheduler), self.prefix]
-        told += [[text.component for text in self.texts], [str(self.base and self.base.resolve())]]
+        inputs: list[Any] = [self.parts.class_name, self.class_name, dict(self.scheduler), self.prefix]
+        inputs += [[text.component for text in self.texts], [str(self.base and self.base.resolve())]]
         for place in [*self.tokenizers.values(), *([self.base] if self.base else [])]:
             stats = [(p, p.stat()) for p in sorted(place.rglob("*")) if p.is_file()]
-            told += [[str(p.relative_to(place)), stat.st_size, stat.st_mtime_ns] for p, stat in stats]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+            inputs += [[str(p.relative_to(place)), stat.st_size, stat.st_mtime_ns] for p, stat in stats]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def pipeline_shell(path: Path, shell: Shell) -> Path:

@@ -97,9 +97,9 @@ def _depths(found: Structure, where: str) -> dict[str, Any]:
             [depth or 1 for depth in found.up_depths[level]] for level in range(levels)
         ]
         return entries
-    told = [depths[level] for level in attending] + ([] if found.mid_depth is None else [found.mid_depth])
-    uniform = all(depth == told[0] for depth in told)
-    return {"transformer_layers_per_block": told[0] if uniform and told else depths, **entries}
+    block_depths = [depths[level] for level in attending] + ([] if found.mid_depth is None else [found.mid_depth])
+    uniform = all(depth == block_depths[0] for depth in block_depths)
+    return {"transformer_layers_per_block": block_depths[0] if uniform and block_depths else depths, **entries}
 
 
 def _one(depths: list[int]) -> Depth:

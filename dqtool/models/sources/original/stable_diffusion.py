@@ -17,8 +17,8 @@ from dqtool.models.sources.original.openai_unet import (
     network_names,
     network_shapes,
     scaled_linear,
-    structure,
     unet_parameters,
+    unet_structure,
 )
 from dqtool.models.sources.original.prediction import Prediction, found_prediction, with_prediction
 from dqtool.models.sources.original.spatial import convert_spatial, describe_spatial
@@ -68,7 +68,7 @@ PUBLISHED = (
 """Architectures with heads and sizes from their published configs. SD 1 has 8 heads of any width; SD 2, SDXL and its refiner
 have heads of 64 channels; the upscaler has 8 heads. SSD-1B, Segmind-Vega and KOALA have SDXL's architecture."""
 
-_ASKS = "what the network predicts can't be told from a {title} checkpoint: its base models predict the noise (epsilon), its 768-pixel models v"
+_ASKS = "what the network predicts can't be derived from a {title} checkpoint: its base models predict the noise (epsilon), its 768-pixel models v"
 
 
 @register
@@ -95,27 +95,27 @@ class StableDiffusion(Layout):
         Raises:
             ArtifactError: no published architecture matches, and the number of heads is unknown.
         """
-        found = structure(network_shapes(shapes), where)
+        found = unet_structure(network_shapes(shapes), where)
         like, given = architecture_of(found), unet_parameters(known.published)
         if like is None and known.config is None and not {"num_heads", "num_head_channels"} & given.keys():
             raise ArtifactError(
                 f"This UNet (context of {found.context_dim}, {found.in_channels} channels in) is of no published "
-                "architecture, and its attention heads can't be told from shapes",
+                "architecture, and its attention heads can't be derived from shapes",
                 where=where,
                 fix="Name the authors' YAML config, or the diffusers config.json, with --config FILE",
             )
-        told = found_prediction(shapes, known.published)
-        kind = known.prediction_type or told.kind or (like.prediction if like else "epsilon")
-        explicit = told != Prediction()
-        told = Prediction(kind, told.zero_snr, None if known.prediction_type else told.edm)
-        if told.zero_snr and kind == "epsilon":
+        prediction = found_prediction(shapes, known.published)
+        kind = known.prediction_type or prediction.kind or (like.prediction if like else "epsilon")
+        explicit = prediction != Prediction()
+        prediction = Prediction(kind, prediction.zero_snr, None if known.prediction_type else prediction.edm)
+        if prediction.zero_snr and kind == "epsilon":
             raise ArtifactError(
                 "A schedule without signal at its end (ztsnr) can't be sampled by a network that predicts the noise",
                 where=where,
                 fix="Leave --prediction-type out, or say v_prediction",
             )
         start, end = like.betas if like else (0.00085, 0.012)
-        schedule = with_prediction(scaled_linear(known.published, start, end), told)
+        schedule = with_prediction(scaled_linear(known.published, start, end), prediction)
         unknown_schedule = _ASKS.format(title=like.title) if kind is None and like is not None else None
         if known.config is not None:
             return Description(dict(known.config), schedule, unknown_schedule, explicit)
