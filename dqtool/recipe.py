@@ -1,4 +1,4 @@
-"""Recipes: a YAML file that names a model and, stage by stage, the long options of that stage's command."""
+"""Recipes: a YAML file with a model and, for each stage, the long options of that stage's command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Options = Mapping[str, Mapping[str, type]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; `stages` holds (stage, {option as on the command line, without dashes in front: value})."""
+    """Checked recipe. `stages` holds (stage, {long option without dashes: value}) in order."""
 
     model: str  # path as given, relative to the working directory
     stages: list[tuple[str, dict[str, Any]]]
@@ -33,12 +33,16 @@ class Recipe:
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options: Options) -> Recipe:
-    """Read a recipe and apply `--set` overrides (`stage.option=value` or `model=value`, the value read as YAML).
+    """Read a recipe and apply `--set` overrides (`stage.option=value` or `model=value`, with the value as YAML).
 
-    `options` says, per stage in their order, the type of each long option: str, int, float, bool, or list for one that may be
-    repeated; any other type is passed on as text. Raises `EnvironmentFault` when there is no such file; `UsageError`
-    with the line and the nearest valid name for everything a recipe does not know: syntax, keys, stages out of order
-    or twice, options, and values of another type.
+    Args:
+        options: for each stage, in order, the type of each long option: str, int, float, bool, or list for a repeatable
+            one. Values of other types are passed on as text.
+
+    Raises:
+        EnvironmentFault: the file does not exist.
+        UsageError: the syntax, a key, a stage, an option or the type of a value is wrong; the error names the line and
+            the nearest valid name.
     """
     given = os.fspath(path)
     root = compose(read_text(path), given)
@@ -77,14 +81,16 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str], options:
 
 
 def _check_order(stage: str, before: Sequence[str], order: Sequence[str], where: str) -> None:
+    """Check that a stage follows the stages before it."""
     for earlier in before:
         if order.index(earlier) > order.index(stage):
             raise UsageError(
-                f"The stage {stage} can not follow {earlier}", where=where, fix=f"The order is {listed(order)}"
+                f"The stage {stage} can't follow {earlier}", where=where, fix=f"The order is {listed(order)}"
             )
 
 
 def _apply(override: str, texts: dict[str, str], stages: dict[str, dict[str, Any]], options: Options) -> None:
+    """Apply one `--set` override."""
     where = f"--set {override}"
     key, equals, value = override.partition("=")
     if not equals:

@@ -39,15 +39,16 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Show one warning, also when quiet: it says that a result may not be what was meant."""
+    """Show one warning, even when quiet: a warning says that a result may not be what the user wants."""
     _emit(f"warning: {text}", style="yellow")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Show a table. No cell is ever cut: where a terminal is too narrow, and elsewhere, it is aligned plain text.
+    """Show a table. No cell is ever truncated: if the terminal is too narrow, or there is none, the table is aligned
+    plain text.
 
-    Floats are shown with six significant digits (give text for another precision), None as `-`; columns that hold
-    only numbers are aligned right.
+    Floats have six significant digits (pass text for another precision), and None is `-`. Columns that hold only
+    numbers are aligned right.
     """
     if _quiet:
         return
@@ -63,7 +64,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 
 def table_lines(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """The table as aligned plain text, for reports that are the result itself and go to standard output."""
+    """Return the lines of a table as aligned plain text, for reports that are the result itself."""
     cells, right, widths = _layout(columns, rows)
     return [
         "  ".join(
@@ -75,16 +76,17 @@ def table_lines(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> lis
 
 
 def progress(what: str, total: int | None, unit: str = "step") -> Progress:
-    """Progress of `what` over `total` units (None when unknown): `with progress("calibrate", 100) as p: p.advance()`.
+    """Return a context manager that shows progress: `with progress("calibrate", 100) as p: p.advance()`.
 
-    On a terminal a bar with the time left, else a plain line within two seconds and about every five from then on,
-    whether or not anything advanced, and a last one. What is over before the first line is due shows the last one only.
+    `what` is the label, `total` the number of units (None if unknown). A terminal shows a bar with the time left.
+    Otherwise a plain line appears after a second and about every five seconds from then on, even if nothing advances,
+    and one at the end.
     """
     return Progress(what, total, unit)
 
 
 class Progress:
-    """A running count with an estimate of the time left; made by `progress`. Nested ones share the terminal."""
+    """Running count with an estimate of the time left, made by `progress`. Nested ones share the terminal."""
 
     def __init__(self, what: str, total: int | None, unit: str = "step") -> None:
         self.what = what
@@ -108,7 +110,7 @@ class Progress:
             self._display = None
 
     def advance(self, n: int = 1, note: str | None = None) -> None:
-        """Count `n` more units as done; `note` (a loss, a layer's name) stays beside them until the next one."""
+        """Count `n` more finished units; `note` (a loss, a layer's name) is shown until the next one."""
         self.done += n
         if note is not None:
             self._note = note
@@ -116,7 +118,7 @@ class Progress:
             self._display.update()
 
     def skip(self, n: int = 1, note: str | None = None) -> None:
-        """Count `n` units that an earlier run had finished: done, but no evidence of how fast this one is."""
+        """Count `n` units that an earlier run finished; they do not affect the estimated time."""
         self._skipped += n
         self.advance(n, note)
 
@@ -127,14 +129,14 @@ class Progress:
 
     @property
     def eta(self) -> float | None:
-        """Seconds left at the mean speed so far; None while nothing is known."""
+        """Seconds left at the mean speed so far; None while the speed is unknown."""
         worked = self.done - self._skipped
         if self.total is None or worked <= 0:
             return None
         return self.elapsed / worked * max(0, self.total - self.done)
 
     def line(self, *, last: bool = False, stopped: bool = False) -> str:
-        """The plain line: `calibrate 12/100 step  elapsed 3s  eta 22s  note`."""
+        """Return the plain line: `calibrate 12/100 step  elapsed 3s  eta 22s  note`."""
         count = str(self.done) if self.total is None else f"{self.done}/{self.total}"
         parts = [f"{self.what} {count} {self.unit}", f"elapsed {format_seconds(self.elapsed)}"]
         if stopped:
@@ -145,7 +147,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
-    """`7s`, `2m05s`, `1h02m`."""
+    """Return a duration as `7s`, `2m05s` or `1h02m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -155,7 +157,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class _Lines:
-    """Plain lines from a thread of their own, so that a step of a minute does not look like a hang."""
+    """Plain progress lines from a separate thread, so that a step that takes a minute does not look like a hang."""
 
     def __init__(self, owner: Progress) -> None:
         self._owner = owner
@@ -164,7 +166,7 @@ class _Lines:
         self._thread.start()
 
     def update(self) -> None:
-        """Nothing: the thread reads the count when a line is due."""
+        """Do nothing: the thread reads the count when a line is due."""
 
     def close(self, *, stopped: bool) -> None:
         self._closed.set()
@@ -179,7 +181,7 @@ class _Lines:
 
 
 class _Bar:
-    """A row of the terminal's live display, which the outermost one starts and stops."""
+    """Row of the terminal's live display, which the outermost row starts and stops."""
 
     def __init__(self, owner: Progress) -> None:
         global _live
@@ -214,7 +216,7 @@ def _rich_progress() -> RichProgress:
     from rich.text import Text
 
     class Line(ProgressColumn):
-        """The count and times, asked for at every refresh: they move on between two steps as well."""
+        """Count and times, evaluated at every refresh, so that they change between two steps as well."""
 
         def render(self, task: Task) -> Text:
             return Text(task.fields["line"]())
@@ -225,7 +227,7 @@ def _rich_progress() -> RichProgress:
 
 
 def _layout(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> tuple[list[list[str]], list[bool], list[int]]:
-    """The cells as text, which columns are aligned right, and how wide each one is."""
+    """Return the cells as text, whether each column is aligned right, and the width of each column."""
     cells = [[_cell(value) for value in row] for row in rows]
     right = [bool(rows) and all(_is_number(row[index]) for row in rows) for index in range(len(columns))]
     widths = [max(len(line[index]) for line in [list(columns), *cells]) for index in range(len(columns))]
@@ -258,7 +260,7 @@ def _emit(text: str, style: str | None = None) -> None:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
     except (OSError, ValueError):
-        # The reader of our messages is gone (`2>&1 | head`) or has closed them; hours of work must not go with it.
+        # The reader of the messages has gone (`2>&1 | head`) or closed them, which must not end hours of work.
         return
 
 

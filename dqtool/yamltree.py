@@ -1,4 +1,4 @@
-"""YAML with the line of everything in it: what recipes and tables are read with, so that each fault names its line."""
+"""YAML with line numbers, for recipes and tables whose errors name the line."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def read_text(path: str | os.PathLike[str], what: str = "recipe", fault: type[Dq
     """Return the text of a YAML file of at most 64 KiB.
 
     Raises:
-        DqtoolError: `fault`, where it is larger, no text, or no ordinary file.
-        EnvironmentFault: there is none, or it can't be read.
+        DqtoolError: the file is larger, not text, or not a regular file; the class is `fault`.
+        EnvironmentFault: the file does not exist or can't be read.
     """
     if not os.path.exists(path) and "\0" not in os.fspath(path):
         raise EnvironmentFault(f"There is no such {what}", where=os.fspath(path), fix="Check the path")
@@ -41,10 +41,11 @@ def read_text(path: str | os.PathLike[str], what: str = "recipe", fault: type[Dq
 
 
 def compose(text: str, given: str) -> Node | None:
-    """Return the tree of the one YAML document in `text`, with the line of every node.
+    """Return the tree of the YAML document in `text`, with the line of every node; None for an empty document.
 
-    Raises `UsageError` for text that is no YAML, or has more than 20,000 marks, 32 levels, or aliases that repeat more
-    than that.
+    Raises:
+        UsageError: the text is not valid YAML, or has more than 20,000 parts, 32 levels, or aliases that repeat more
+            than that.
     """
     import yaml
 
@@ -66,7 +67,11 @@ def compose(text: str, given: str) -> Node | None:
 
 
 def entries(node: Node, given: str, known: Iterable[str], kind: str) -> dict[str, tuple[int, Node]]:
-    """Key -> (line, value node) of a mapping; an empty value is an empty mapping."""
+    """Return key -> (line, value node) of a mapping; an empty value counts as an empty mapping.
+
+    Raises:
+        UsageError: the node is not a mapping, or a key is unknown or repeated.
+    """
     import yaml
 
     line = node.start_mark.line + 1
@@ -89,7 +94,11 @@ def entries(node: Node, given: str, known: Iterable[str], kind: str) -> dict[str
 
 
 def items(node: Node, given: str, what: str) -> list[Node]:
-    """The entries of a list; `UsageError` when it is none."""
+    """Return the entries of a list.
+
+    Raises:
+        UsageError: the node is not a list.
+    """
     import yaml
 
     if not isinstance(node, yaml.SequenceNode):
@@ -98,7 +107,11 @@ def items(node: Node, given: str, what: str) -> list[Node]:
 
 
 def convert(node: Node, kind: type, where: str, name: str) -> Any:
-    """The value of an option's node as `kind`; `UsageError` when it is of another type."""
+    """Return the value of an option's node as `kind`.
+
+    Raises:
+        UsageError: the value has another type.
+    """
     import yaml
 
     if kind is list:
@@ -120,7 +133,7 @@ def convert(node: Node, kind: type, where: str, name: str) -> Any:
 
 
 def plain_value(node: Node | None) -> Any:
-    """Return a tree as dicts, lists, texts and numbers; scalars that can't be read as their tag says are their text."""
+    """Return a tree as dicts, lists, texts and numbers; a scalar that does not fit its tag becomes text."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):
@@ -134,7 +147,7 @@ def plain_value(node: Node | None) -> Any:
 
 
 def _scalar(node: Node) -> Any:
-    """Return a scalar as PyYAML reads it; None for one that it can't read, and for numbers in base 60 (`1:30`)."""
+    """Return a scalar as PyYAML reads it; None if it can't be read, and for numbers in base 60 (`1:30`)."""
     import yaml
 
     if node.tag in _NUMBERS and (":" in node.value or len(node.value) > _NUMBER_LENGTH):
@@ -146,7 +159,11 @@ def _scalar(node: Node) -> Any:
 
 
 def _check_events(events: Iterable[Any], given: str) -> None:
-    """Raise `UsageError` when a document has too many marks or levels, before anything is built of it."""
+    """Check a document for too many parts or levels, before anything is built from it.
+
+    Raises:
+        UsageError: the document is too large or too deep.
+    """
     import yaml
 
     depth = 0
@@ -162,7 +179,11 @@ def _check_events(events: Iterable[Any], given: str) -> None:
 
 
 def _count(node: Node, given: str, known: dict[int, int]) -> int:
-    """Return how many nodes a tree has with its aliases written out; `UsageError` for too many, and for endless ones."""
+    """Return the number of nodes of a tree with its aliases expanded.
+
+    Raises:
+        UsageError: there are too many, or an alias contains itself.
+    """
     import yaml
 
     if isinstance(node, yaml.ScalarNode):
@@ -178,7 +199,11 @@ def _count(node: Node, given: str, known: dict[int, int]) -> int:
 
 
 def text_of(node: Node, where: str, name: str, wanted: str = "a text") -> str:
-    """A scalar as it is written: `8`, `4/4`, `cuda:0` are all texts where the command takes one."""
+    """Return a scalar as it is written: `8`, `4/4` and `cuda:0` are texts where the command expects text.
+
+    Raises:
+        UsageError: the node is not a scalar, or is null or a boolean.
+    """
     import yaml
 
     if not isinstance(node, yaml.ScalarNode) or node.tag in (_NULL, _BOOL):
@@ -194,12 +219,12 @@ def _mismatch(node: Node, where: str, name: str, wanted: str) -> UsageError:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the valid name that was probably meant."""
+    """Return advice that names the most similar valid name, and all valid names."""
     known = list(known)
     close = difflib.get_close_matches(name.strip("-").replace("_", "-"), known, n=1, cutoff=0.5)
     return f"Did you mean {close[0]}? Valid: {listed(known)}" if close else f"Valid: {listed(known)}"
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names one after the other."""
+    """Return names separated by commas."""
     return ", ".join(names)

@@ -1,4 +1,4 @@
-"""Fixtures that several test packages share: a tiny real model, and every artifact of its chain made once."""
+"""Fixtures for several test packages: a tiny real model and the artifacts of its chain, made once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """`run("dilate", "tiny", cwd=...)`: the console script in this process, standard input empty as under `/dev/null`."""
+    """Return `run("dilate", "tiny", cwd=...)`, which calls the console script in this process with empty standard
+    input."""
     assert entry_points(group="console_scripts", name="dqtool"), "dqtool is not installed here: run `make setup`"
     runner = ScriptRunner("inprocess", ".")
 
@@ -53,7 +54,7 @@ def run() -> Run:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
-    """A directory with `tiny` (the model) and the chain's artifacts under their default names. Read only."""
+    """Return a directory with `tiny` (the model) and the chain's artifacts under their default names, for reading only."""
     directory = tmp_path_factory.mktemp("chain")
     tiny_pipeline(directory / "tiny")
     for arguments in CHAIN:
@@ -64,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
 
 @pytest.fixture
 def chain(made: Path, tmp_path: Path) -> Path:
-    """A copy of `made` to work in."""
+    """Return a writable copy of `made`."""
     directory = tmp_path / "work"
     shutil.copytree(made, directory)
     return directory
@@ -72,7 +73,8 @@ def chain(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of FID's Inception network with random weights that keep signals alive through its 94 convolutions."""
+    """Write FID's Inception network with random weights that keep signals alive through its 94 convolutions; return the
+    path."""
     import torch
 
     from dqtool.metrics.inception import InceptionV3

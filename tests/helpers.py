@@ -1,4 +1,4 @@
-"""Small real models and small helpers that several tests share."""
+"""Small real models and helper functions for tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", 
 
 
 def tiny_pipeline(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **network: Any) -> Path:
-    """Write a DDIMPipeline with a random UNet2DModel of 8x8 pixels (self-attention included); returns `path`."""
+    """Write a DDIMPipeline with a random UNet2DModel of 8x8 pixels (self-attention included) and return `path`."""
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def tiny_pipeline(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32,
 
 
 def weights_of(pipeline: Path) -> Path:
-    """The network's weights in a pipeline directory."""
+    """Return the path of the network's weights in a pipeline directory."""
     return pipeline / "unet" / "diffusion_pytorch_model.safetensors"
 
 
@@ -66,7 +66,8 @@ def rewrite_weights(pipeline: Path, changes: Mapping[str, torch.Tensor]) -> None
 
 
 def listing(path: Path) -> dict[str, bytes | None]:
-    """Everything under `path`: relative name to content, None for directories. Two equal ones: nothing was touched."""
+    """Return everything under `path` by relative name: content of files, None for directories. Equal listings mean no
+    change."""
     return {
         entry.relative_to(path).as_posix(): entry.read_bytes() if entry.is_file() else None
         for entry in sorted(path.rglob("*"))
@@ -74,13 +75,13 @@ def listing(path: Path) -> dict[str, bytes | None]:
 
 
 def load_json(text: str) -> Any:
-    """The one JSON value in `text`, which must be one line."""
+    """Return the JSON value in `text`, which must be one line."""
     assert text.count("\n") == 1, text
     return json.loads(text)
 
 
 def refused(run: Callable[..., Any], directory: Path, code: int, *arguments: str) -> str:
-    """Run a command line that must fail with `code`, in one paragraph, touching nothing; returns that paragraph."""
+    """Run a command line that must fail with `code`, print one paragraph and change nothing; return that paragraph."""
     before = listing(directory)
     result = run(*arguments, cwd=directory)
     assert (result.returncode, result.stdout) == (code, ""), result.stderr
@@ -93,7 +94,7 @@ def refused(run: Callable[..., Any], directory: Path, code: int, *arguments: str
 
 
 def resigned(note: Path, content: dict[str, Any]) -> None:
-    """Write a manifest with the checksum that its content has."""
+    """Write a manifest with the checksum of its content."""
     from dqtool.artifacts.manifest import canonical_json
 
     content.pop("checksum", None)
@@ -102,11 +103,11 @@ def resigned(note: Path, content: dict[str, Any]) -> None:
 
 
 T = 6
-"""Steps of `quantized_conv`."""
+"""Number of steps of `quantized_conv`."""
 
 
 def quantized_conv() -> FakeQuantLayer:
-    """A 4/4 convolution with step tables for `T` steps at timesteps 0, 10, ..."""
+    """Return a 4/4 convolution with step tables for `T` steps at timesteps 0, 10, ..."""
     from dqtool.core.bits import LayerBits
     from dqtool.nn.layers import FakeQuantLayer
     from dqtool.nn.steps import StepIndex

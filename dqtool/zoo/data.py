@@ -1,4 +1,4 @@
-"""The data the embedded models are trained on: scikit-learn's handwritten digits."""
+"""Training data of the embedded models: scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["digits"]
 
 
 def digits(resolution: int = 16, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """The 1797 digits, split once into ``train`` (1347) and ``held_out`` (450), stratified by class.
+    """Return the 1797 digits, split by class into ``train`` (1347) and ``held_out`` (450).
 
-    Returns ``{split: (images, labels)}`` with images ``[N, 1, R, R]`` float32 in [-1, 1] (8x8 scans with 17 grey
-    levels, enlarged bicubically) and labels ``[N]`` int64. scikit-learn is needed here and nowhere else.
+    The result is ``{split: (images, labels)}`` with images ``[N, 1, R, R]`` float32 in [-1, 1] (8x8 scans with 17 grey
+    levels, enlarged bicubically) and labels ``[N]`` int64. Only this function needs scikit-learn.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

@@ -1,4 +1,4 @@
-"""What the training scripts of the embedded models share: the denoising loop and the average of the weights."""
+"""Training loop of the embedded models: denoising with a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ M = TypeVar("M", bound=nn.Module)
 __all__ = ["LATENT_SCHEDULE", "PIXEL_SCHEDULE", "SCHEDULE", "fit"]
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-"""The network predicts the velocity (v-prediction) under a cosine schedule: with images this small and 20 steps both
-matter more than any architecture choice."""
+"""Training schedule: v-prediction under a cosine schedule. With such small images and 20 steps both matter more than
+the architecture."""
 
 PIXEL_SCHEDULE = {**SCHEDULE, "timestep_spacing": "trailing"}
 LATENT_SCHEDULE = {**PIXEL_SCHEDULE, "clip_sample": False, "steps_offset": 1}
-"""How the stored pipelines sample, in pixels and in latents (which know no bounds)."""
+"""Schedules of the stored pipelines in pixels and in latents, which have no bounds."""
 
 
 def fit(
@@ -34,9 +34,10 @@ def fit(
     batch_size: int,
     lr: float,
 ) -> None:
-    """Train `modules` to predict the velocity; `save` receives the moving average every 1000 iterations and at the end.
+    """Train `modules` to predict the velocity; call `save` with the moving average every 1000 iterations and at the
+    end.
 
-    `draw(n)` gives clean samples `[n, C, H, W]` and the call `(modules, x_t, t) -> prediction` that goes with them.
+    `draw(n)` returns clean samples `[n, C, H, W]` and the function `(modules, x_t, t) -> prediction` for them.
     """
     from diffusers import DDPMScheduler
 

@@ -1,7 +1,7 @@
-"""How good an embedded digits model is, beside the floor: `python -m dqtool.zoo.measure NAME`.
+"""Quality of an embedded digits model next to its lower bound: `python -m dqtool.zoo.measure NAME`.
 
-The floor is `fd.digits` of real digits nobody trained on against the training digits. A Fréchet distance depends on the
-number of samples, so the model's is given at that number and at `--samples`. The figures go into the model's card.
+The lower bound is `fd.digits` of real digits outside the training set. A Fréchet distance depends on the number of
+samples, so the model is measured at that number and at `--samples`. The figures are stored in the model's card.
 """
 
 from __future__ import annotations

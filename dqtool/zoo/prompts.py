@@ -1,4 +1,4 @@
-"""The language of ``zoo:digits-sd``: its prompts, and a CLIP tokenizer that knows their words."""
+"""Prompts of ``zoo:digits-sd``, and a CLIP tokenizer for their words."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ __all__ = ["TEMPLATES", "WORDS", "prompt", "prompts", "write_tokenizer"]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("a handwritten {}", "the digit {}", "a scan of the number {}", "{}", "a {} written by hand")
-"""What the text model is trained on, with the digit as a word or as a numeral."""
+"""Training prompts of the text model, with the digit as a word or as a numeral."""
 
 LENGTH = 16
-"""Tokens of a prompt, the two markers and the padding included."""
+"""Tokens of a prompt, including the two markers and the padding."""
 
 
 def prompt(digit: int) -> str:
-    """The plainest prompt for a digit: "a handwritten seven"."""
+    """Return the plainest prompt of a digit: "a handwritten seven"."""
     return TEMPLATES[0].format(WORDS[digit])
 
 
 def prompts(digit: int) -> list[str]:
-    """All prompts for a digit, in a fixed order."""
+    """Return all prompts of a digit in a fixed order."""
     return [template.format(name) for template in TEMPLATES for name in (WORDS[digit], str(digit))]
 
 
 def write_tokenizer(directory: Path) -> int:
-    """Write a `CLIPTokenizer` whose merges build every word of `prompts` (any other word falls into letters).
+    """Write a `CLIPTokenizer` whose merges build every word of `prompts`; other words are split into letters.
 
-    Returns the size of its vocabulary.
+    Returns the size of the vocabulary.
     """
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode

@@ -31,7 +31,10 @@ CONFIG = {
     "mid_block_add_attention": False,
 }
 KL_WEIGHT = 1e-6
-"""Against the mean squared error per pixel: bounds the latents; stronger, it silences three of the four channels (the scans have 64 numbers)."""
+"""Weight of the KL term relative to the mean squared error per pixel.
+
+It bounds the latents. A higher weight silences three of the four channels, since the scans have only 64 values.
+"""
 
 
 def train(out: Path, iters: int, batch_size: int, lr: float, seed: int) -> None:

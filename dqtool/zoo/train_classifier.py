@@ -29,7 +29,8 @@ __all__ = ["train"]
 
 
 def augment(images: Tensor) -> Tensor:
-    """Images `[N, 1, 16, 16]` shifted up to 1.5 px, turned up to 10 degrees, scaled up to 10 %, with a little noise."""
+    """Return images `[N, 1, 16, 16]` shifted by up to 1.5 px, rotated by up to 10 degrees, scaled by up to 10 %, with
+    slight noise."""
     count, size = len(images), images.shape[-1]
     angle = (torch.rand(count) * 2 - 1) * math.radians(10)
     scale = 1 + (torch.rand(count) * 2 - 1) * 0.1
@@ -43,7 +44,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def non_digits(images: Tensor, labels: Tensor, count: int) -> Tensor:
-    """`count` images `[count, 1, 16, 16]` in [-1, 1] that are no digits, of five kinds drawn evenly."""
+    """Return `count` images `[count, 1, 16, 16]` in [-1, 1] that show no digit, of five kinds drawn evenly."""
     size = images.shape[-1]
     one = torch.randint(len(images), (count,))
     # A partner of another class, so that a mixture is ambiguous.
@@ -96,7 +97,7 @@ def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3) -> met
 
 
 def save(model: metric.DigitClassifier, out: Path) -> None:
-    """Write atomically: another process may have the old file mapped."""
+    """Write the weights atomically, since another process may have the old file mapped."""
     from safetensors.torch import save as to_bytes
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def save(model: metric.DigitClassifier, out: Path) -> None:
 
 
 def judge(model: metric.DigitClassifier) -> None:
-    """Print accuracy, confidence and both scores on real digits, and the confidence on things that are none."""
+    """Print accuracy, confidence and both scores on real digits, and the confidence on images without a digit."""
     data = digits()
     generator = torch.Generator().manual_seed(0)
     some = torch.randperm(len(data["train"][0]), generator=generator)[:450]

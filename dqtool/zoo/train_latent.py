@@ -78,11 +78,11 @@ CARDS = {
     "dit": {"description": "handwritten digits, 4x8x8 latents, a transformer with a class", "like": "DiT-XL/2"},
 }
 GUIDANCE = 1.2
-"""Weight of classifier-free guidance. More makes every digit certain, and all of them alike."""
+"""Weight of classifier-free guidance. A higher weight makes every digit certain and all of them alike."""
 
 
 class Conditioned(nn.Module):
-    """A denoiser and what makes its condition, trained together."""
+    """Denoiser and the module that makes its condition, trained together."""
 
     def __init__(self, denoiser: Any, conditioner: Any, call: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Conditioned(nn.Module):
 
 
 def build(kind: str, out: Path) -> tuple[Conditioned, Callable[[Tensor], Any]]:
-    """The modules to train and the call `labels [N] -> condition`; labels of `CLASSES` mean none."""
+    """Return the modules to train and the function `labels [N] -> condition`; the label `CLASSES` means no condition."""
     from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
     if kind == "dit":
@@ -135,7 +135,7 @@ def build(kind: str, out: Path) -> tuple[Conditioned, Callable[[Tensor], Any]]:
 
 
 def pipeline_of(kind: str, parts: Conditioned, autoencoder: Any, out: Path) -> Any:
-    """The diffusers pipeline around trained modules, all in float16."""
+    """Return the diffusers pipeline of trained modules in float16."""
     from diffusers import DDIMScheduler, DiTPipeline, StableDiffusionPipeline
 
     parts = copy.deepcopy(parts).half()

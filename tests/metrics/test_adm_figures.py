@@ -1,4 +1,4 @@
-"""FID, sFID, Inception score, precision and recall on fixed features, against the suite's formulas: 1e-4 relative."""
+"""FID, sFID, Inception score, precision and recall on fixed features match the suite's formulas within 1e-4 relative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics by name: what each needs, the whole path from images to figures, and the reference it is taken against."""
+"""Metrics by name: required files, the path from images to figures, and the reference."""
 
 from __future__ import annotations
 
