@@ -29,7 +29,7 @@ def test_a_file_of_ours_is_one_of_the_suite(tmp_path: Path) -> None:
     path = tmp_path / "out.npz"
     mu = np.arange(4.0)
     write_npz(path, (7, IMAGES.split(3)), {"mu": mu}, {"seed": 1})
-    with np.load(path) as archive:  # as the suite does
+    with np.load(path) as archive:  # read like the suite
         assert archive["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(archive["arr_0"], IMAGES.numpy())
         np.testing.assert_array_equal(archive["mu"], mu)

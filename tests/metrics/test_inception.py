@@ -121,7 +121,7 @@ def test_files_that_are_something_else(tmp_path: Path, model: InceptionV3) -> No
 
 
 class Attack:
-    """What a malicious pickle holds."""
+    """Payload of a malicious pickle."""
 
     def __reduce__(self):
         return (Path.touch, (Path("attacked"),))

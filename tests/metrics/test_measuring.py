@@ -61,7 +61,7 @@ def test_images_to_figures_as_the_suite_takes_them(
     expected = adm.precision_recall(*pools)
     assert (found["precision"], found["recall"]) == pytest.approx(expected, rel=1e-4)
     assert found["is"] == pytest.approx(adm.inception_score(b["logits"].double().softmax(1).numpy()), rel=1e-4)
-    # Of fewer samples than features the suite's root of a singular product is rough; the same number through the
+    # With fewer samples than features, the suite's root of a singular product is rough; the same number through the
     # samples' own products, tr (C1 C2)^½ being the nuclear norm of their cross product, is not.
     x, y = ((p - p.mean(0)) / (len(p) - 1) ** 0.5 for p in pools)
     cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
