@@ -85,7 +85,7 @@ def _check_order(stage: str, before: Sequence[str], order: Sequence[str], where:
     for earlier in before:
         if order.index(earlier) > order.index(stage):
             raise UsageError(
-                f"The stage {stage} can't follow {earlier}", where=where, fix=f"The order is {listed(order)}"
+                f"The stage {stage} can not follow {earlier}", where=where, fix=f"The order is {listed(order)}"
             )
 
 
