@@ -122,7 +122,8 @@ def _fault(error: Exception) -> EnvironmentFault | None:
 
 def _print_fault(arguments: list[str], text: str) -> None:
     words = [word for word in arguments[:2] if not word.startswith("-")]
-    command = " ".join(["dqtool", *words[: 2 if words[:1] == ["zoo"] else 1]])
+    known = words[: 2 if words[:1] == ["zoo"] else 1]
+    command = " ".join(["dqtool", *(word for word in known if word.isidentifier() and len(word) < 20)])
     try:
         print(f"{command}: {text}", file=sys.stderr, flush=True)
     except (OSError, ValueError):  # the reader of our messages is gone

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dqtool.artifacts.faults import os_fault
-from dqtool.artifacts.reading import check_regular, open_regular
-from dqtool.errors import EnvironmentFault
+from dqtool.artifacts.reading import check_regular, open_regular, read_text_file
+from dqtool.errors import DqtoolError, EnvironmentFault
 
 __all__ = [
     "content_digest",
@@ -176,8 +176,8 @@ def _staging_areas(path: Path) -> list[tuple[int, Path]]:
 
 def _clear(area: Path) -> None:
     """Remove a staging directory. If `swap_in` had begun its moves, everything new is whole: they are made first."""
-    with contextlib.suppress(OSError, ValueError):
-        lines = (area / _MOVES).read_text(encoding="utf-8").splitlines()
+    with contextlib.suppress(OSError, ValueError, DqtoolError):
+        lines = read_text_file(area / _MOVES, 1 << 20).splitlines()
         for number, (new, target) in enumerate(line.split("/") for line in lines):
             if os.path.lexists(area / new):
                 if os.path.lexists(area.parent / target):

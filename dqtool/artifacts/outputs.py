@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import struct
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from dqtool.artifacts.files import is_interrupted, os_fault, target_of
-from dqtool.artifacts.reading import MANIFEST_BYTES, parse_json, read_file
+from dqtool.artifacts.reading import MANIFEST_BYTES, check_archive, open_regular, parse_json, read_file
 from dqtool.artifacts.store import DIRECTORY_MANIFEST, manifest_path, read_manifest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 
@@ -236,12 +235,14 @@ def _is_artifact(path: Path) -> bool:
 
 
 def _is_report(path: Path) -> bool:
-    return _json_kind(path) == "report" or (_json_kind(path) == "damaged" and b'"dqtool' in path.read_bytes())
+    return _json_kind(path) == "report" or (
+        _json_kind(path) == "damaged" and b'"dqtool' in read_file(path, MANIFEST_BYTES)
+    )
 
 
 def _is_picture(path: Path) -> bool:
     """A PNG whose `Software` is dqtool."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         if stream.read(8) != b"\x89PNG\r\n\x1a\n":
             return False
         while len(head := stream.read(8)) == 8:
@@ -257,14 +258,14 @@ def _is_picture(path: Path) -> bool:
 def _is_images(path: Path) -> bool:
     """An npz file with dqtool's note in it."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return "dqtool.npy" in archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        with open_regular(path) as stream:
+            return any(member.filename == "dqtool.npy" for member in check_archive(stream, packed=True))
+    except ValueError:
         return False
 
 
 def _is_page(path: Path) -> bool:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         text = stream.read(1 << 16)
     return b'name="generator" content="dqtool' in text or b"page made by dqtool " in text
 

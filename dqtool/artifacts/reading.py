@@ -7,6 +7,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from dqtool.errors import ArtifactError, DqtoolError
 
 __all__ = [
     "CONFIG_BYTES",
+    "FILE_BYTES",
     "MANIFEST_BYTES",
     "TEXT_BYTES",
     "Counted",
@@ -40,6 +42,8 @@ MANIFEST_BYTES = 32 << 20
 """Largest manifest: a thousand layers with their metrics take about a megabyte."""
 TEXT_BYTES = 64 << 20
 """Largest file of prompts: COCO's 414,113 captions take 42 MB as JSON."""
+FILE_BYTES = 64 << 30
+"""Largest file that travels with a model and is read whole: a text encoder, which may take ten gigabytes."""
 
 _VALUES = 1_000_000
 """Most values in a JSON text, each of which takes up to 70 bytes of memory."""
@@ -105,7 +109,7 @@ def read_file(path: str | os.PathLike[str], limit: int, fault: type[DqtoolError]
     """Return the bytes of an ordinary file of at most `limit`; raises as `open_regular`."""
     with open_regular(path, limit, fault) as stream:
         try:
-            return stream.read(limit + 1)[:limit]
+            return stream.read(min(limit, os.fstat(stream.fileno()).st_size))
         except OSError as error:
             raise os_fault(error, path) from error
 
@@ -205,7 +209,9 @@ def check_archive(stream: io.BufferedReader, *, packed: bool = False) -> list[zi
     try:
         with zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, IndexError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, IndexError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a place before the start
+            raise
         raise ValueError(f"it is a damaged zip archive: {error}") from error
     if not packed and any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("its members are compressed")
@@ -221,7 +227,7 @@ class Counted:
     Raises `ValueError` from any read after that.
     """
 
-    def __init__(self, stream: io.BufferedReader, reads: int = 4_000_000) -> None:
+    def __init__(self, stream: io.BufferedReader, reads: int = 500_000) -> None:
         self._stream, self._left = stream, reads
         self.seek, self.tell = stream.seek, stream.tell
 

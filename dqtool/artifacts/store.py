@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts.files import os_fault, sha256_file
 from dqtool.artifacts.manifest import Manifest, canonical_json
 from dqtool.artifacts.names import check_name, path_within
-from dqtool.artifacts.reading import MANIFEST_BYTES, read_file
+from dqtool.artifacts.reading import FILE_BYTES, MANIFEST_BYTES, read_file
 from dqtool.artifacts.records import records_of
 from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
 from dqtool.artifacts.verified import has_digest
@@ -132,7 +132,7 @@ class Artifact:
     def attachment(self, name: str) -> bytes:
         """One of them, read without torch."""
         if self.manifest.files is not None:
-            return self._data(name).read_bytes()
+            return read_file(self._data(name), FILE_BYTES)
         return read_bytes(self.path, ATTACHMENT + name)
 
     def attachment_bytes(self) -> int:

@@ -8,6 +8,7 @@ name is refused. The numbers lie in the archive uncompressed, one member a stora
 
 from __future__ import annotations
 
+import errno
 import pickletools
 import zipfile
 import zlib
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dqtool.artifacts.reading import check_archive, open_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,11 +91,12 @@ class _Module:
 
 def is_archive(path: Path) -> bool:
     """Return whether this is a zip archive with a `data.pkl`, as torch writes them since 1.6."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False
+    with open_regular(path) as stream:
+        try:
+            members = check_archive(stream, packed=True)
+        except ValueError:
+            return False
+    return any(member.filename.endswith("/data.pkl") for member in members)
 
 
 def archive_content(path: Path) -> Any:
@@ -108,10 +112,14 @@ def archive_content(path: Path) -> Any:
         return _content(path)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: an encrypted member
         raise ValueError(f"this archive is damaged: {error}") from error
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # a member that begins before the file
+            raise ValueError(f"this archive is damaged: {error}") from error
+        raise
 
 
 def _content(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
         members = {member.filename: member for member in archive.infolist()}
         programs = [name for name in members if name.endswith("/data.pkl")]
         if len(programs) != 1:
@@ -119,8 +127,8 @@ def _content(path: Path) -> Any:
         root = programs[0].removesuffix("data.pkl")
         if members[programs[0]].file_size > MAX_PROGRAM:
             raise ValueError("the program of this archive is too long")
-        with archive.open(programs[0]) as stream:
-            content = _follow(stream.read(MAX_PROGRAM + 1)[:MAX_PROGRAM])
+        with archive.open(programs[0]) as program:
+            content = _follow(program.read(MAX_PROGRAM + 1)[:MAX_PROGRAM])
         reader = _Reader(archive, members, f"{root}data/", path.stat().st_size)
         return _finished(content, reader)
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from dqtool.artifacts.files import os_fault, sha256_file, write_text
+from dqtool.artifacts.reading import load_json
 from dqtool.errors import DqtoolError
 
 __all__ = ["has_digest"]
@@ -45,8 +46,8 @@ def has_digest(path: str | os.PathLike[str], sha256: str) -> bool:
         seen, note = _identity(before), _note(path)
     except RuntimeError:  # nobody's home: there is no cache
         return sha256_file(path) == sha256
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if json.loads(note.read_bytes()) == {**seen, "sha256": sha256} and os.access(path, os.R_OK):
+    with contextlib.suppress(OSError, DqtoolError):
+        if load_json(note) == {**seen, "sha256": sha256} and os.access(path, os.R_OK):
             return True
     if sha256_file(path) != sha256:
         return False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from dqtool.artifacts.files import fsync_path, os_fault, partial_of, sha256_file, staging, target_of
+from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.artifacts.tensorfile import load_tensors, save_tensors
 from dqtool.errors import DqtoolError
 
@@ -138,12 +139,12 @@ class Workspace:
 
     def _read_index(self) -> dict[str, dict[str, Any]] | None:
         try:
-            index = json.loads(self._index.read_bytes())
+            index = load_json(self._index, MANIFEST_BYTES)
             if index["fingerprint"] != self.fingerprint or (self.forced and not index["forced"]):
                 return None
             seconds, processor = index.get("spent", (0.0, 0.0))
             self._earlier = (float(seconds), float(processor))
             self._earlier_peaks = {str(name): int(value) for name, value in index.get("peaks", {}).items()}
             return {str(key): {"sha256": piece["sha256"]} for key, piece in index["pieces"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (DqtoolError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return None

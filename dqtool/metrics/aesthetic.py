@@ -8,15 +8,12 @@ V1 is one linear layer (LAION-AI/aesthetic-predictor, `sa_0_4_vit_*_linear.pth`)
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from dqtool.artifacts.files import os_fault
-from dqtool.artifacts.torch_archive import archive_content, is_archive
+from dqtool.artifacts.torch_files import weights_content
 from dqtool.errors import ArtifactError
 
 __all__ = ["load_aesthetic_head"]
@@ -78,21 +75,9 @@ def _linear(state: dict[str, Tensor], name: str, given: str) -> nn.Linear:
 def _read(path: Path) -> dict[str, Tensor]:
     """Return the named tensors of a file."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import load
-
-            try:
-                content = load(path.read_bytes())
-            except SafetensorError as error:
-                raise ValueError from error
-        else:
-            is_zip = is_archive(path)
-            content = archive_content(path) if is_zip else torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise os_fault(error, path) from error
-    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise ArtifactError("The aesthetic predictor can't be read", where=str(path), fix=_KNOWN) from error
+        content = weights_content(path)
+    except ValueError as error:
+        raise ArtifactError(f"The aesthetic predictor can't be read: {error}", where=str(path), fix=_KNOWN) from error
     if not isinstance(content, dict):
         raise ArtifactError("The aesthetic predictor can't be read", where=str(path), fix=_KNOWN)
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor) and isinstance(name, str)}

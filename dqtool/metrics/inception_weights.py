@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dqtool.artifacts.files import os_fault
-from dqtool.artifacts.torch_archive import archive_content, flat_tensors, is_archive
+from dqtool.artifacts.reading import open_regular, read_file
+from dqtool.artifacts.torch_archive import flat_tensors
+from dqtool.artifacts.torch_files import MAX_WEIGHTS, weights_content
 from dqtool.errors import ArtifactError, NumericError
 from dqtool.metrics.graphdef import graph_constants
 from dqtool.metrics.inception import CLASSES, POOL, InceptionV3, tensorflow_scopes
@@ -91,33 +91,24 @@ def weights_digest(model: InceptionV3) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     """The named tensors of a file of any kind."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path, MAX_WEIGHTS) as stream:
             start = stream.read(16)
-        if is_archive(path):
-            content = archive_content(path)
-        elif start[8:9] == b"{":
-            from safetensors.torch import load
-
-            content = load(path.read_bytes())
-        elif start[:1] == b"\x80":
-            content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        if start[:2] == b"PK" or start[8:9] == b"{" or start[:1] == b"\x80":
+            content = weights_content(path)
         else:
-            arrays = graph_constants(path.read_bytes())
+            arrays = graph_constants(read_file(path, MAX_WEIGHTS))
             content = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    except OSError as error:
-        raise os_fault(error, path) from error
-    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise ArtifactError("The Inception weights can't be read", where=str(path), fix=_KNOWN) from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ArtifactError("The Inception weights can't be read", where=str(path), fix=_KNOWN) from error
-        raise
+    except ValueError as error:
+        raise ArtifactError(f"The Inception weights can't be read: {error}", where=str(path), fix=_KNOWN) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
         raise ArtifactError("This file holds no named tensors", where=str(path), fix=_KNOWN)
-    return flat_tensors(content)
+    try:
+        return flat_tensors(content)
+    except ValueError as error:
+        raise ArtifactError(f"The Inception weights can't be read: {error}", where=str(path), fix=_KNOWN) from error
 
 
 def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

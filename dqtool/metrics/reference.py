@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts.npz import npz_arrays, npz_names
 from dqtool.artifacts.reading import parse_json
 from dqtool.errors import ArtifactError
-from dqtool.metrics.batches import IMAGES, NpzImages, npz_arrays, npz_names, write_npz
+from dqtool.metrics.batches import IMAGES, NpzImages, write_npz
 from dqtool.metrics.frechet import RunningStatistics
 from dqtool.metrics.inception import POOL, SPATIAL
 from dqtool.metrics.manifold import Manifold

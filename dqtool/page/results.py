@@ -19,6 +19,7 @@ from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, Manifest, manifest_pa
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.artifacts.names import path_within
+from dqtool.artifacts.reading import MANIFEST_BYTES, check_regular, parse_json, read_file
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 from dqtool.page.comparison import FORMAT as TABLE_FORMAT
 from dqtool.page.comparison import REFERENCE
@@ -73,7 +74,7 @@ class Result:
         """Return the sample grid as a data URI; None if there is none or it is too large to embed."""
         if self.picture is None or self.picture.stat().st_size > LARGEST_PICTURE:
             return None
-        return "data:image/png;base64," + base64.b64encode(self.picture.read_bytes()).decode("ascii")
+        return "data:image/png;base64," + base64.b64encode(read_file(self.picture, LARGEST_PICTURE)).decode("ascii")
 
 
 @dataclass
@@ -183,17 +184,17 @@ def _search(directory: Path, found: _Found, strict: bool = True, deep: bool = Tr
 def _take(path: Path, found: _Found, required: bool = False, strict: bool = True) -> None:
     """Add a JSON file to `found` by its kind. Foreign files are ignored, unless the user gave this one (`required`)."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
+        if check_regular(path).st_size > LARGEST_JSON:
             if required:
                 raise ArtifactError("This file is not an eval result", where=str(path), fix=_GIVE)
             return
-        text = path.read_bytes()
-    except OSError as error:
+        text = read_file(path, LARGEST_JSON)
+    except DqtoolError:
         if strict:
-            raise os_fault(error, path) from error
+            raise
         return
     try:
-        payload = json.loads(text)
+        payload = parse_json(text)
     except (ValueError, RecursionError) as error:
         if not strict:
             return
@@ -256,7 +257,7 @@ def _where_it_was(entry: Mapping[str, Any]) -> tuple[Path, Manifest] | None:
     path = Path(entry["name"])
     note = manifest_path(path)
     try:
-        manifest = Manifest.from_json(note.read_bytes(), str(note))
+        manifest = Manifest.from_json(read_file(note, MANIFEST_BYTES), str(note))
     except (OSError, DqtoolError):
         return None
     return (path, manifest) if Artifact(path, str(path), manifest).sha256 == entry["sha256"] else None

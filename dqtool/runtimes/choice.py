@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import Artifact, dqtool_version
+from dqtool.artifacts.reading import load_json
+from dqtool.errors import DqtoolError
 from dqtool.runtimes.names import runtime_name
 
 __all__ = ["AMX_ORDER", "ORDER", "order", "recall", "remember"]
@@ -57,12 +59,12 @@ def _default_order() -> tuple[str, ...]:
 def recall(artifact: Artifact) -> dict[int, dict[str, float]]:
     """Return the measured seconds of a step by batch and runtime; empty without a measurement on this machine."""
     try:
-        kept = json.loads(_file(artifact).read_text(encoding="utf-8"))
+        kept = load_json(_file(artifact))
         return {
             int(batch): {runtime_name(n): float(s) for n, s in times.items()}
             for batch, times in kept["seconds"].items()
         }
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (DqtoolError, OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
 
 

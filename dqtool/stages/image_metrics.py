@@ -83,7 +83,7 @@ def _explain(field: str, users: Sequence[str], files: Files) -> None:
 
 
 def _has(path: str, *names: str) -> bool:
-    from dqtool.metrics.batches import npz_names
+    from dqtool.artifacts.npz import npz_names
 
     return bool(set(names) & set(npz_names(path)))
 

@@ -58,6 +58,8 @@ def _paths(options: Any) -> Iterator[str]:
         if field.name not in READ:
             continue
         value = getattr(options, field.name)
+        if isinstance(value, bool):  # a switch: --clip is one in calibrate, and a directory in eval
+            continue
         for text in (value,) if isinstance(value, str) else value or ():
             yield text
             if not os.path.lexists(text):  # a LoRA, as FILE:WEIGHT

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
+from dqtool.artifacts.reading import parse_json
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 from dqtool.stages.common import Common, Execution
 from dqtool.stages.options.stats import StatsOptions
@@ -90,12 +90,12 @@ def images_digest(given: str, source: ImageFolder | NpzImages) -> str:
 
 def is_current(output: str, about: dict[str, Any]) -> bool:
     """Return whether the existing file was made from the same images with the same options."""
-    from dqtool.metrics.batches import npz_arrays
+    from dqtool.artifacts.npz import npz_arrays
 
     if not os.path.isfile(output):
         return False
     try:
-        note = json.loads(str(npz_arrays(output, ["dqtool"])["dqtool"]))
+        note = parse_json(str(npz_arrays(output, ["dqtool"])["dqtool"]))
     except (DqtoolError, ValueError):
         return False
     return isinstance(note, dict) and all(note.get(key) == value for key, value in about.items())

@@ -6,7 +6,6 @@ Each model is a directory in the package: a diffusers pipeline with float16 weig
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from dqtool import report
 from dqtool.artifacts import check_outside, lock, read_header
 from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of
+from dqtool.artifacts.reading import CONFIG_BYTES, load_json, read_file
 from dqtool.errors import EnvironmentFault
 from dqtool.models.components.companion_files import config_in_float32
 from dqtool.models.sources import resolve
@@ -128,7 +128,7 @@ def _write_pipeline(source: Path, new: Path) -> None:
             target = target.with_name(target.name.replace(".fp16.", "."))
             save_tensors(target, tensors)
         elif path.name == "config.json":
-            target.write_bytes(config_in_float32(path.read_bytes()))
+            target.write_bytes(config_in_float32(read_file(path, CONFIG_BYTES)))
         else:
             shutil.copyfile(path, target)
         os.chmod(target, 0o666 & ~_umask())  # safetensors makes its files private
@@ -169,4 +169,4 @@ def _refuse_occupied(target: Path, given: str, *, overwrite: bool) -> None:
 
 def _card(directory: Path) -> dict[str, Any]:
     path = directory / CARD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return load_json(path) if path.is_file() else {}

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqtool.artifacts.files import os_fault, write_text
-from dqtool.errors import ArtifactError
+from dqtool.artifacts.files import write_text
+from dqtool.artifacts.reading import MANIFEST_BYTES, parse_json, read_file
+from dqtool.errors import ArtifactError, DqtoolError
 
 __all__ = ["FORMAT", "CellStore", "claim"]
 
@@ -43,13 +44,13 @@ class CellStore:
         """
         path = self.path(key)
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise os_fault(error, path) from error
+            text = read_file(path, MANIFEST_BYTES)
+        except DqtoolError:
+            if not path.exists():
+                return None
+            raise
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             if found["format"] == FORMAT and found["key"] == key:
                 return dict(found)
         except (ValueError, KeyError, TypeError):
@@ -69,8 +70,8 @@ class CellStore:
     def every(self) -> Iterator[dict[str, Any]]:
         """Yield the records of all cells; files that are none are skipped."""
         for path in sorted(self.folder.glob("*.json")):
-            with contextlib.suppress(ValueError, OSError):
-                found = json.loads(path.read_text(encoding="utf-8"))
+            with contextlib.suppress(ValueError, DqtoolError):
+                found = parse_json(read_file(path, MANIFEST_BYTES))
                 if isinstance(found, dict) and found.get("format") == FORMAT:
                     yield found
 

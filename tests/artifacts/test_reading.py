@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from dqtool.artifacts import read_header, read_manifest, sha256_file
+from dqtool.artifacts.npz import npz_arrays, npz_names
 from dqtool.artifacts.reading import check_archive, load_json, open_regular, parse_json, read_text_file
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
-from dqtool.metrics.batches import NpzImages, npz_arrays, npz_names
+from dqtool.metrics.batches import NpzImages
 from dqtool.metrics.graphdef import graph_constants
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.sources.original.checkpoint import read_entries

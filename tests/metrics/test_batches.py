@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dqtool.artifacts.npz import npz_arrays, npz_names
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
-from dqtool.metrics.batches import ImageFolder, NpzImages, npz_arrays, npz_names, write_npz
+from dqtool.metrics.batches import ImageFolder, NpzImages, write_npz
 
 IMAGES = torch.randint(0, 256, (7, 6, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.names import check_component, check_shards, path_within
-from dqtool.artifacts.reading import json_object
+from dqtool.artifacts.reading import FILE_BYTES, json_object, read_file
 from dqtool.artifacts.tensorfile import file_tensor
 from dqtool.core.device import place, to_device_of
 from dqtool.errors import ArtifactError, EnvironmentFault
@@ -97,7 +97,7 @@ class Companions:
                 if name.split("/")[0] in components:
                     path, content = path_within(root, name, "the files of this pipeline"), self._read(name)
                     if name.endswith(".index.json"):  # a library will open every file that an index lists
-                        check_shards(json.loads(content), name)
+                        check_shards(json_object(content, name), name)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
             (root / "scheduler").mkdir(exist_ok=True)
@@ -201,7 +201,7 @@ def companions_of_source(source: ModelSource) -> Companions | None:
     index = source.model_index or {}
     files = companion_files(source.pipeline, index, source.component, source.variant)
     pipeline = {"model_index": index, "component": source.component, "scheduler": source.scheduler}
-    return Companions(pipeline, sorted(files), lambda name: files[name].read_bytes())
+    return Companions(pipeline, sorted(files), lambda name: read_file(files[name], FILE_BYTES))
 
 
 def companions_of_artifact(artifact: Artifact) -> Companions | None:

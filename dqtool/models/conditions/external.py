@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import check_finite, sha256_file
 from dqtool.artifacts.names import path_within
+from dqtool.artifacts.reading import FILE_BYTES, read_file
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.components.companion_files import companion_files
 from dqtool.models.components.companions import TEXTS, Companions
+from dqtool.models.sources.reading import read_json
 from dqtool.models.sources.resolve import NETWORKS, resolve_model
 from dqtool.report import warn
 
@@ -131,7 +133,7 @@ class ConditionSource:
         index, files = _pipeline_files(self.pipeline)
         component = next((name for name in NETWORKS if name in index), NETWORKS[0])
         described = {"model_index": index, "component": component, "scheduler": {}}
-        return Companions(described, sorted(files), lambda name: files[name].read_bytes())
+        return Companions(described, sorted(files), lambda name: read_file(files[name], FILE_BYTES))
 
     def _pipeline_digest(self) -> str:
         assert self.pipeline is not None
@@ -146,8 +148,6 @@ def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
     Raises:
         UsageError: `given` is no pipeline, or has no text encoder.
     """
-    import json
-
     root = Path(given)
     if not (root / "model_index.json").is_file():
         source = resolve_model(given)
@@ -158,11 +158,7 @@ def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
                 fix="Name a directory that holds model_index.json",
             )
         root = source.pipeline
-    try:
-        place = path_within(root, "model_index.json", given, links=root)
-        index = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ArtifactError(f"This is no valid JSON: {e}", where=str(root / "model_index.json")) from e
+    index = read_json(path_within(root, "model_index.json", given, links=root))
     component = next((name for name in NETWORKS if name in index), NETWORKS[0])
     files = companion_files(root, index, component)
     if not any(name.startswith((*TEXTS, "class_embedder")) for name in files):
@@ -228,14 +224,12 @@ def _read(path: str) -> dict[str, Tensor]:
     if not path.endswith(".npz"):
         tensors = load_tensors(Path(path))
     else:
-        import zipfile
+        from dqtool.artifacts.npz import LARGEST, npz_arrays, npz_names
 
-        import numpy as np
-
+        arrays = npz_arrays(path, npz_names(path), LARGEST + 20 * Path(path).stat().st_size)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as e:
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        except TypeError as e:
             raise ArtifactError(f"This is no .npz file of numbers: {e}", where=path) from e
     check_finite(tensors, path)
     return tensors

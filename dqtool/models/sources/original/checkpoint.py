@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts import read_header
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.header import TORCH_DTYPES
-from dqtool.artifacts.reading import Counted, check_archive, open_regular
+from dqtool.artifacts.reading import Counted, open_regular
+from dqtool.artifacts.torch_files import check_torch_file
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.normal_form import plain_entries, plain_tensors
 
@@ -47,10 +48,6 @@ class _Inert:
     def __setstate__(self, _: object) -> None: ...
 
 
-_PICKLE = 4 << 20
-"""Largest size in bytes of the pickle in an archive; Stable Diffusion v1.4 has about 300 kB."""
-
-
 def is_pickle(path: Path) -> bool:
     """Return whether the file's name ends as those of `torch.save` do."""
     return path.suffix.lower() in PICKLES
@@ -85,21 +82,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _check_pickle(path: Path) -> None:
-    """Raise `ArtifactError` for an archive whose members overlap or are compressed, or whose pickle is too large."""
-    with open_regular(path) as stream:
-        if stream.read(2) != b"PK":
-            return
-        try:
-            members = check_archive(stream)
-        except ValueError as error:
-            raise ArtifactError(f"This is no checkpoint that torch can read: {error}", where=str(path)) from error
-    for member in members:
-        if member.filename.endswith((".pkl", ".json")) and member.file_size > _PICKLE:
-            raise ArtifactError(
-                f"The list of this checkpoint's objects takes {member.file_size:,} bytes, and at most {_PICKLE:,} are read",
-                where=f"{path}, {member.filename}",
-                fix="Save its weights alone, as .safetensors, where you trust the file",
-            )
+    """Refuse an archive whose members overlap or are compressed, and a pickle that is too large or too long."""
+    try:
+        check_torch_file(path)
+    except ValueError as error:
+        raise ArtifactError(
+            f"This is no checkpoint that torch can read: {error}",
+            where=str(path),
+            fix="Save its weights alone, as .safetensors, where you trust the file",
+        ) from error
 
 
 def _load(path: Path, device: str) -> dict[str, Tensor]:
@@ -150,7 +141,11 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
         raise ArtifactError(
             "This checkpoint holds no table of named tensors", where=str(path), fix="Give a file with a state_dict"
         )
-    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    tensors = {name: v for name, v in content.items() if isinstance(name, str) and isinstance(v, torch.Tensor)}
+    held = sum({(s := t.untyped_storage())._cdata: s.nbytes() for t in tensors.values()}.values())
+    if sum(t.numel() * t.element_size() for t in tensors.values()) > 4 * held:
+        raise ArtifactError("The tensors of this checkpoint are larger than what it holds", where=str(path))
+    return tensors
 
 
 def _is_state(value: Any) -> bool:
