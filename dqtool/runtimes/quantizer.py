@@ -25,9 +25,14 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.artifacts import Manifest, read_manifest
+from dqtool.artifacts.records import LayerRecord
+from dqtool.artifacts.schema import record
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 from dqtool.models.hub.quantizer import FORMAT, METHOD, quantization_config
 from dqtool.models.network_methods import MANIFEST, Origin, give_methods, to_float
+from dqtool.models.networks.packed import plans_from
+from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
+from dqtool.nn.assignment import LayerPlan
 from dqtool.runtimes import VARIABLE, runtime_name
 
 __all__ = ["DqtoolConfig", "DqtoolQuantizer", "register", "register_in_transformers"]
@@ -106,6 +111,8 @@ class DqtoolQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.modules_to_not_convert = quantization_config.modules_to_not_convert or []
         self.loaded: set[str] = set()
+        self.plans: list[LayerPlan] = []
+        self.expected: dict[str, Tensor] = {}
         self.manifest: Manifest | None = None
         self.dtype: torch.dtype | None = None
         self.runtime = "simulate"
@@ -154,16 +161,16 @@ class DqtoolQuantizer(DiffusersQuantizer):
         from dqtool.graph.tied_modules import tie_modules
         from dqtool.models.config_extras import apply_config_extras
         from dqtool.models.families import FAMILIES
-        from dqtool.models.networks.packed import plans_from
         from dqtool.nn.surgery import insert_packed
 
         ours = self.quantization_config
+        plans = checked_plans(ours.layers, model)
         self.runtime = chosen_runtime(ours.runtime, kwargs.get("device_map"))
         apply_config_extras(model, model.config)  # type: ignore[arg-type]
         family = FAMILIES.get(type(model).__name__)
         if family is not None and self.loaded:
             tie_modules(model, self.loaded, family.tied_modules(model.config))  # type: ignore[arg-type]
-        insert_packed(model, plans_from(ours.layers), ours.timesteps, ours.prediction)  # type: ignore[arg-type]
+        insert_packed(model, plans, ours.timesteps, ours.prediction)  # type: ignore[arg-type]
         model.config.quantization_config = ours  # type: ignore[union-attr]
         expected = set(model.state_dict())
         if self.loaded and self.loaded != expected:
@@ -172,6 +179,8 @@ class DqtoolQuantizer(DiffusersQuantizer):
             raise ArtifactError(
                 f"The exported file {problem} '{odd}'", fix="Export again, or upgrade dqtool if it is older"
             )
+        self.plans = plans
+        self.expected = dict(model.state_dict())
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -199,6 +208,16 @@ class DqtoolQuantizer(DiffusersQuantizer):
         parent, _, leaf = param_name.rpartition(".")
         holder = model.get_submodule(parent) if parent else model
         value = state_dict[param_name].to(target_device)
+        if param_name == "timesteps":
+            step_count(state_dict)
+        check_state({param_name: value}, self.plans, self.expected)
+        like = self.expected.get(param_name)
+        if like is not None and like.shape != value.shape:
+            raise ArtifactError(
+                f"Tensor {param_name} has shape {list(value.shape)}, and the config says {list(like.shape)}",
+                where=f"tensor {param_name}",
+                fix="Export the network again",
+            )
         if leaf in holder._parameters:
             holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
@@ -243,6 +262,28 @@ class DqtoolQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """True: `torch.compile` traces the network."""
         return True
+
+
+def checked_plans(records: Any, network: nn.Module) -> list[LayerPlan]:
+    """Return the layers that a `quantization_config` lists, found to be those of the network.
+
+    Raises:
+        ArtifactError: a record has a wrong type or size, or its layer is not the network's.
+    """
+    try:
+        for number, each in enumerate(records):
+            record(each, LayerRecord, f"quantization_config.layers[{number}]")
+            if each.get("bits") is None or each.get("dilated") is None:
+                raise ValueError(
+                    f"quantization_config.layers[{number}] has no bits or does not say whether it is dilated"
+                )
+    except ValueError as error:
+        raise ArtifactError(
+            f"This export describes its layers wrongly: {error}", where="config.json", fix="Export the network again"
+        ) from error
+    plans = plans_from(records)
+    check_plans(network, plans)
+    return plans
 
 
 def chosen_runtime(asked: str | None, device_map: Any = None) -> str:

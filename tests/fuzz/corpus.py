@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -157,6 +158,6 @@ def twisted(value: Any, draw: random.Random) -> Any:
             if draw.random() < 0.1:
                 del holder[key]
             else:
-                holder[key] = draw.choice(ODD)
+                holder[key] = copy.deepcopy(draw.choice(ODD))
             break
     return made

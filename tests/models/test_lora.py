@@ -256,3 +256,10 @@ class TestSettings:
         save_file({f"{name}_A.weight": torch.ones(4, 32, dtype=dtype), f"{name}_B.weight": torch.ones(32, 4)}, path)
         with pytest.raises(ArtifactError, match="floats"):
             load_weights(resolve_model(str(unet), loras=[str(path)]))
+
+
+def test_a_second_factor_without_columns_is_refused() -> None:
+    from dqtool.models.sources.lora import lora_delta
+
+    with pytest.raises(ArtifactError, match="don't fit"):
+        lora_delta(torch.zeros(2, 1, 3, 3), torch.zeros(8, 2, 0), torch.Size([8, 1, 3, 3]), "here")

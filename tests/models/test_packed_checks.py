@@ -77,3 +77,41 @@ def test_a_manifest_that_lists_other_layers(chain: Path):
         resigned(note, content)
         with pytest.raises(ArtifactError):
             dqtool.load(str(chain / "exported"), runtime="simulate")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind"),
+    [
+        (f"{LAYER}.weight_scale", lambda t: t * float("nan"), NumericError),
+        (f"{LAYER}.input_scale", lambda t: t * 0, ArtifactError),
+        (f"{LAYER}.input_zero_point", lambda t: t + 200, ArtifactError),
+        (f"{LAYER}.input_scale", lambda t: t[:1], ArtifactError),
+        ("timesteps", lambda t: t * 0, ArtifactError),
+        ("timesteps", lambda t: t * float("inf"), NumericError),
+    ],
+)
+@pytest.mark.parametrize("runtime", ["simulate", "auto"])
+def test_diffusers_loads_no_such_tensor_either(
+    chain: Path, name: str, change, kind: type[DqtoolError], runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.setenv("DQTOOL_RUNTIME", runtime)
+    tensor = load_file(chain / "exported" / WEIGHTS)[name].clone()
+    rewritten(chain / "exported", WEIGHTS, {name: change(tensor)})
+    with pytest.raises(kind):
+        DiffusionPipeline.from_pretrained(chain / "exported")
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": [1, 2, 3, 3]}, {"bits": [4]}, {"bits": None}, {"name": "nowhere"}, {"kind": 1}]
+)
+def test_diffusers_loads_no_layer_of_another_kind(chain: Path, change: dict[str, object]) -> None:
+    from diffusers import DiffusionPipeline
+
+    path = chain / "exported" / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["layers"][0] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ArtifactError):
+        DiffusionPipeline.from_pretrained(chain / "exported")

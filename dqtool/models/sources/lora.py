@@ -101,7 +101,7 @@ def lora_delta(down: Tensor, up: Tensor, shape: torch.Size, where: str) -> Tenso
         )
     if up.dim() == 4 and up.shape[2:] != (1, 1):
         raise ArtifactError("This LoRA's second factor is no 1x1 convolution, which dqtool does not merge", where=where)
-    if up.shape[1] != down.shape[0] or up.shape[0] != shape[0] or down[0].numel() != shape[1:].numel():
+    if up[0].numel() != down.shape[0] or up.shape[0] != shape[0] or down[0].numel() != shape[1:].numel():
         raise ArtifactError(
             f"The LoRA's factors {list(up.shape)} and {list(down.shape)} don't fit a weight of {list(shape)}",
             where=where,
