@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dqtool import report
 from dqtool.errors import UsageError
 
 __all__ = ["RunningInceptionScore", "inception_score"]
@@ -31,6 +32,10 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
         scores.append(divergence.mean().exp())
     values = torch.stack(scores)
     return values.mean().item(), values.std(correction=0).item()
+
+
+FEW = 0.2
+"""Share of a full part below which the last part distorts the score."""
 
 
 class RunningInceptionScore:
@@ -65,6 +70,11 @@ class RunningInceptionScore:
         Raises:
             UsageError: no samples were added.
         """
+        if self.scores and 0 < self._count < FEW * self.split_size:
+            report.warn(
+                f"is: the last part has {self._count} images and counts as much as a part of {self.split_size}; give --samples "
+                f"a multiple of {self.split_size}"
+            )
         if self._count:
             self._close()
         if not self.scores:

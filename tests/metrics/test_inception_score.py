@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dqtool.errors import UsageError
-from dqtool.metrics.inception_score import inception_score
+from dqtool.metrics.inception_score import RunningInceptionScore, inception_score
 
 
 def test_bounds() -> None:
@@ -28,3 +28,13 @@ def test_definition_and_splits() -> None:
 def test_too_few_samples() -> None:
     with pytest.raises(UsageError, match="9 samples"):
         inception_score(torch.zeros(9, 10))
+
+
+@pytest.mark.parametrize(
+    ("count", "warned"), [(201, True), (219, True), (220, False), (250, False), (200, False), (5, False)]
+)
+def test_a_last_part_of_few_images_is_warned_of(capsys: pytest.CaptureFixture, count: int, warned: bool) -> None:
+    running = RunningInceptionScore(split_size=100)
+    running.update(torch.zeros(count, 4))
+    running.finish()
+    assert ("a multiple of 100" in capsys.readouterr().err) is warned
