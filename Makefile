@@ -53,6 +53,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/check_prose.py
 
 # Trains the embedded models, their classifier and their autoencoder again, and measures them (three hours on two cores).
 zoo: setup

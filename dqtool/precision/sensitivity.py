@@ -1,4 +1,4 @@
-"""What quantizing one operand alone costs in the samples, of all operands and bit widths at once.
+"""Error of the samples when one operand alone is quantized, for all operands and bit widths at once.
 
 To first order an operand's rounding error `d` changes the output by `J d`. For a random vector `v` of signs, `g = Jᵀ v` is
 one backward pass, and `(g · d)²` has the mean `|J d|²` (Hutchinson). A few backward passes of the float network so give
@@ -35,15 +35,15 @@ CANDIDATES = 24
 """Ranges that are tried for a weight row here; the real initialisation tries more."""
 
 Errors = dict[tuple[str, str], dict[int, float]]
-"""By layer and operand (`WEIGHT`, `INPUT`, a product), then by bits: mean squared error of the samples."""
+"""Mean squared error of the samples by layer and operand (`WEIGHT`, `INPUT`, a product), then by bits."""
 
 Tables = Mapping[int, Mapping[str, tuple[Tensor, Tensor]]]
-"""By bits the activation tables, (scale, zero point) by quantizer, as `initial_tables` gives them."""
+"""Activation tables of `initial_tables` by bits: (scale, zero point) by quantizer."""
 
 
 @dataclass
 class _Pass:
-    """What one backward pass finds: by layer, operand and bits the product `g · d`."""
+    """Products `g · d` of one backward pass, by layer, operand and bits."""
 
     products: dict[tuple[str, str, int], float]
 

@@ -1,4 +1,4 @@
-"""How much of an error in one prediction reaches the sample, step by step, read off the sampler itself."""
+"""Share of an error in one prediction that reaches the sample, for each step, measured on the sampler itself."""
 
 from __future__ import annotations
 
