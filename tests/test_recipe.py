@@ -201,4 +201,4 @@ def test_missing_file_is_the_environment_and_no_text_is_no_recipe(tmp_path: Path
 
 
 def test_the_order_is_that_of_the_commands():
-    assert chained_stages() == ("dilate", "calibrate", "distill", "export", "eval") == STAGES
+    assert chained_stages() == ("dilate", "calibrate", "distill", "export", "eval") == STAGES[:5]
