@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dqtool.runtimes.quantizer import DqtoolConfig
 
 __all__ = ["DqtoolConfig", "__version__", "load"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 install()
 
