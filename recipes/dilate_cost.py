@@ -25,7 +25,7 @@ from full_size import RESULTS, stage, written_model
 
 IMPORTS = """
 import sys
-from dqtool.stages.running import set_up_torch
+from dqtool.stages.shared.running import set_up_torch
 set_up_torch("cpu")
 import accelerate, diffusers, safetensors.torch
 import dqtool.stages.dilate, dqtool.scaling.folding, dqtool.scaling.dilating, dqtool.scaling.verifying, dqtool.graph.trace

@@ -61,8 +61,8 @@ def make_task(made: Path) -> MakeTask:
     from dqtool.models.networks.recorded_graph import graph_of
     from dqtool.models.sampling.sampler import Sampler, make_sampler
     from dqtool.nn.assignment import assign_bits
-    from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of, trace_of
     from dqtool.stages.distill import DistillOptions, network_spec
+    from dqtool.stages.shared.artifact_models import split_dilated, student_of, teacher_of, trace_of
     from dqtool.training.data import DistillationTask, Trajectory
 
     def make(artifact: Path | None = None, **options: Any) -> DistillationTask:

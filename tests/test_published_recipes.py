@@ -12,10 +12,10 @@ from dqtool.artifacts.header import file_header
 from dqtool.errors import UsageError
 from dqtool.models.architectures import ARCHITECTURES
 from dqtool.recipe import load_recipe
-from dqtool.stages.common import Common
-from dqtool.stages.plan import plan_recipe
+from dqtool.stages.planning.plan import plan_recipe
 from dqtool.stages.registry import chained_stages, option_types
 from dqtool.stages.run import steps_of_recipe
+from dqtool.stages.shared.common import Common
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "published").glob("*.yaml"))
 MODELS = {

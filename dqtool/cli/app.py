@@ -12,8 +12,8 @@ import typer
 from dqtool import report
 from dqtool.cli.help import GENERAL, PanelCommand
 from dqtool.errors import UsageError
-from dqtool.stages.common import Common, check_values
 from dqtool.stages.options.declared import RESOURCES
+from dqtool.stages.shared.common import Common, check_values
 
 __all__ = ["COMMON", "app", "command"]
 

@@ -9,8 +9,8 @@ import typer
 from dqtool.cli.app import command
 from dqtool.cli.options import split_list, split_numbers
 from dqtool.cli.output import on_standard_error, print_report
-from dqtool.stages.common import Common
 from dqtool.stages.options.declared import INPUT, RESOURCES
+from dqtool.stages.shared.common import Common
 
 
 @command(

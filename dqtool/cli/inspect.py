@@ -8,7 +8,7 @@ import typer
 
 from dqtool.cli.app import command
 from dqtool.cli.output import print_report
-from dqtool.stages.common import Common
+from dqtool.stages.shared.common import Common
 
 
 @command("dqtool inspect distilled.safetensors", "dqtool inspect zoo:digits-ddpm --json")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dqtool.errors import shown
-from dqtool.stages.common import Common
+from dqtool.stages.shared.common import Common
 
 __all__ = ["on_standard_error", "print_report", "print_result", "run_stage"]
 
@@ -21,7 +21,7 @@ def run_stage(name: str, common: Common, **values: Any) -> None:
     options = make_options(name, values)
     planner = plan_function(name)
     if common.dry_run and planner is not None:
-        from dqtool.stages.plan import render
+        from dqtool.stages.planning.plan import render
 
         with on_standard_error():
             plan = planner(options, common)
@@ -30,7 +30,7 @@ def run_stage(name: str, common: Common, **values: Any) -> None:
     with on_standard_error():
         path = stage_function(name)(options, common)
     if common.dry_run:
-        from dqtool.stages.plan import plan_stage, render
+        from dqtool.stages.planning.plan import plan_stage, render
 
         with on_standard_error():
             plan = plan_stage(common.log[-1], options)

@@ -8,8 +8,8 @@ import typer
 
 from dqtool.cli.app import command
 from dqtool.cli.output import on_standard_error, print_report, print_result
-from dqtool.stages.common import Common
 from dqtool.stages.options.declared import INPUT
+from dqtool.stages.shared.common import Common
 
 
 @command("dqtool report results", "dqtool report results/w4a4 results/w8a8/eval.json -o report.md", name="report")

@@ -8,8 +8,8 @@ import typer
 
 from dqtool.cli.app import command
 from dqtool.cli.output import on_standard_error, print_report, print_result
-from dqtool.stages.common import Common
 from dqtool.stages.options.declared import INPUT
+from dqtool.stages.shared.common import Common
 
 
 @command(
@@ -48,7 +48,7 @@ def run(
 
     Each stage works on the output of the one before. Stages whose output is up to date are not run again.
     """
-    from dqtool.stages.plan import plan_recipe, render
+    from dqtool.stages.planning.plan import plan_recipe, render
     from dqtool.stages.run import run as run_recipe
 
     if common.dry_run:

@@ -10,9 +10,9 @@ import typer
 
 from dqtool.cli.app import app, command
 from dqtool.cli.output import run_stage
-from dqtool.stages.common import Common
 from dqtool.stages.options.declared import Declared, declared_options
 from dqtool.stages.registry import STAGES, Stage, options_class
+from dqtool.stages.shared.common import Common
 
 __all__ = ["add_stage"]
 

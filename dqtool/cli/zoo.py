@@ -8,8 +8,8 @@ import typer
 
 from dqtool.cli.app import app, command
 from dqtool.cli.output import on_standard_error, print_report, print_result
-from dqtool.stages.common import Common
 from dqtool.stages.options.declared import INPUT
+from dqtool.stages.shared.common import Common
 
 zoo_app = typer.Typer(
     help="List and write the embedded models.", rich_markup_mode=None, epilog="Example: dqtool zoo list"

@@ -17,9 +17,9 @@ from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import ArtifactError, NumericError, UsageError
-from dqtool.stages.common import Common
-from dqtool.stages.paths import read_paths
-from dqtool.stages.running import input_artifact
+from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.paths import read_paths
+from dqtool.stages.shared.running import input_artifact
 
 if TYPE_CHECKING:
     from dqtool.bench.contender import Loaded

@@ -16,8 +16,8 @@ from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.sampling.schedules import finite_config
 from dqtool.stages.options.calibrate import AUTO, KEEP, STRATIFIED, CalibrateOptions, schedule_of
-from dqtool.stages.paths import read_paths
-from dqtool.stages.running import Common, StageOutput, execute, input_artifact
+from dqtool.stages.shared.paths import read_paths
+from dqtool.stages.shared.running import Common, StageOutput, execute, input_artifact
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ def produce(
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.sampling.sampler import Sampler, make_sampler
     from dqtool.nn.statistics import collect
-    from dqtool.stages.artifact_models import conditions_of, split_dilated, teacher_of
+    from dqtool.stages.shared.artifact_models import conditions_of, split_dilated, teacher_of
     from dqtool.training.data import Trajectory
 
     manifest = dilated.manifest

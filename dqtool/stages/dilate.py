@@ -9,8 +9,8 @@ from dqtool.artifacts import Written, check_writable, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources.resolve import ModelSource
 from dqtool.stages.options.dilate import DilateOptions
-from dqtool.stages.paths import model_places, read_paths
-from dqtool.stages.running import Common, StageOutput, execute
+from dqtool.stages.shared.paths import model_places, read_paths
+from dqtool.stages.shared.running import Common, StageOutput, execute
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

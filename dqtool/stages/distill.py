@@ -20,8 +20,8 @@ from dqtool.stages.options.distill import (
     method_and_options,
     with_sampler_defaults,
 )
-from dqtool.stages.paths import read_paths
-from dqtool.stages.running import Common, StageOutput, check_steps, execute, input_artifact
+from dqtool.stages.shared.paths import read_paths
+from dqtool.stages.shared.running import Common, StageOutput, check_steps, execute, input_artifact
 
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
@@ -162,7 +162,7 @@ def produce(
     from dqtool.scaling.folding import fold_packed
     from dqtool.scaling.learning import learn_scaling
     from dqtool.scaling.records import with_folds, with_learned_scales
-    from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of, trace_of
+    from dqtool.stages.shared.artifact_models import split_dilated, student_of, teacher_of, trace_of
     from dqtool.training.data import DistillationTask, Trajectory
     from dqtool.training.prediction import correct_predictions
 

@@ -16,19 +16,19 @@ from dqtool.metrics.prompts import read_prompts
 from dqtool.models.components.companions import companions_of_artifact
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.runtimes.names import runtime_name
-from dqtool.stages.engines import asked_runtime, run_exported
-from dqtool.stages.eval_reference import ExportedReference, Reference, find_reference, reference_network
-from dqtool.stages.figures import cost_figures, image_figures, layer_errors
-from dqtool.stages.image_metrics import choose, files_of, ready, save_samples, scores
-from dqtool.stages.noise import FIT_IMAGES, fitted, needs_reference, with_correction
+from dqtool.stages.evaluation.engines import asked_runtime, run_exported
+from dqtool.stages.evaluation.figures import cost_figures, image_figures, layer_errors
+from dqtool.stages.evaluation.image_metrics import choose, files_of, ready, save_samples, scores
+from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted, needs_reference, with_correction
+from dqtool.stages.evaluation.reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
-from dqtool.stages.paths import model_places, read_paths
-from dqtool.stages.running import Common, StageOutput, check_steps, execute, input_artifact, sampling_of
+from dqtool.stages.shared.paths import model_places, read_paths
+from dqtool.stages.shared.running import Common, StageOutput, check_steps, execute, input_artifact, sampling_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dqtool.stages.images import ImageMaker
+    from dqtool.stages.evaluation.images import ImageMaker
 
 __all__ = ["EvalOptions", "evaluate"]
 
@@ -163,7 +163,7 @@ def produce(
 ) -> StageOutput:
     """Sample from both networks with the same seeds and compute every figure. Finished images go to `workspace`."""
     from dqtool.nn.surgery import steps_of
-    from dqtool.stages.images import first_channels, maker_of_artifact, makes_latents
+    from dqtool.stages.evaluation.images import first_channels, maker_of_artifact, makes_latents
 
     manifest = artifact.manifest
     files = files_of(options)
@@ -262,7 +262,7 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
         static = is_static(manifest, step_count(state))
         packed = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state, static)
         return place(packed)
-    from dqtool.stages.artifact_models import teacher_of
+    from dqtool.stages.shared.artifact_models import teacher_of
 
     return teacher_of(manifest, artifact.tensors())
 

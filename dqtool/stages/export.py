@@ -14,8 +14,8 @@ from dqtool.formats import FORMATS, prepare
 from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.companion_files import check_companion
 from dqtool.stages.options.export import ExportOptions
-from dqtool.stages.paths import read_paths
-from dqtool.stages.running import Common, StageOutput, execute, input_artifact
+from dqtool.stages.shared.paths import read_paths
+from dqtool.stages.shared.running import Common, StageOutput, execute, input_artifact
 
 __all__ = ["FORMATS", "ExportOptions", "export"]
 

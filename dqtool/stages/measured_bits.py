@@ -31,7 +31,7 @@ def settle_bits(
         return spec, {}
     from dqtool.scaling.folding import pending_folds
     from dqtool.scaling.records import dilated_layers
-    from dqtool.stages.packed_size import packed_size, prediction_rows_of
+    from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of
     from dqtool.stages.precision import choose_bits, measure, protected_bits
 
     manifest = calibrated.manifest

@@ -26,8 +26,8 @@ from dqtool.precision.frontier import quantization_error as predicted_error
 from dqtool.precision.sensitivity import Errors, measure_errors
 from dqtool.precision.step_weights import step_weights
 from dqtool.precision.table import print_frontier
-from dqtool.stages.artifact_models import split_dilated, student_of, teacher_of
 from dqtool.stages.options.distill import Targets
+from dqtool.stages.shared.artifact_models import split_dilated, student_of, teacher_of
 from dqtool.training.data import Trajectory
 
 __all__ = ["UNIFORM", "Measured", "choose_bits", "frontier_rows", "measure", "protected_bits", "uniform_plan"]

@@ -12,11 +12,11 @@ from dqtool.artifacts import manifest_path, open_artifact, read_manifest
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.errors import DqtoolError
 from dqtool.metrics import value_of
-from dqtool.stages.common import Common
 from dqtool.stages.options.quantize import stage_values
-from dqtool.stages.plan import plan_steps
+from dqtool.stages.planning.plan import plan_steps
 from dqtool.stages.registry import chained_stages, default_output, make_options
 from dqtool.stages.run import Step, named, run_steps
+from dqtool.stages.shared.common import Common
 
 if TYPE_CHECKING:
     from dqtool.models.sources.resolve import ModelSource
@@ -61,7 +61,7 @@ def plan(options: Any, common: Common) -> dict[str, Any]:
         "stages": stages,
     }
     if not all(stage["cached"] for stage in stages):
-        from dqtool.stages.estimate import estimate
+        from dqtool.stages.planning.estimate import estimate
 
         cached = [stage["stage"] for stage in stages if stage["cached"]]
         packed = max(

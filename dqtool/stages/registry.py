@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from dqtool.stages.common import Common, Execution, check_values
 from dqtool.stages.options.declared import declared_options, make
+from dqtool.stages.shared.common import Common, Execution, check_values
 
 __all__ = [
     "STAGES",
@@ -70,7 +70,7 @@ STAGES: dict[str, Stage] = {
     "dilate": Stage(
         "dqtool.stages.options.dilate:DilateOptions",
         "dqtool.stages.dilate:dilate",
-        "dqtool.stages.work:dilate_work",
+        "dqtool.stages.planning.work:dilate_work",
         help="Scale weights by Weight Dilation, from the weights alone.\n\n"
         "In-channels of weights are multiplied by factors that keep the range of each out-channel, and quantizers divide "
         "the inputs by the same factors. The output computes the same function as the model.",
@@ -82,7 +82,7 @@ STAGES: dict[str, Stage] = {
     "calibrate": Stage(
         "dqtool.stages.options.calibrate:CalibrateOptions",
         "dqtool.stages.calibrate:calibrate",
-        "dqtool.stages.work:calibrate_work",
+        "dqtool.stages.planning.work:calibrate_work",
         help="Sample the full-precision model and record activations.\n\n"
         "Keeps samples for training and statistics of each layer and step, and chooses factors by output error. One "
         "calibration serves every bit width.",
@@ -94,7 +94,7 @@ STAGES: dict[str, Stage] = {
     "distill": Stage(
         "dqtool.stages.options.distill:DistillOptions",
         "dqtool.stages.distill:distill",
-        "dqtool.stages.work:distill_work",
+        "dqtool.stages.planning.work:distill_work",
         help="Quantize to the given bits and train block by block.\n\n"
         "Quantizers are initialised from the calibration, then trained together with the weights to match the "
         "full-precision model. The output is packed.",
@@ -106,7 +106,7 @@ STAGES: dict[str, Stage] = {
     "export": Stage(
         "dqtool.stages.options.export:ExportOptions",
         "dqtool.stages.export:export",
-        "dqtool.stages.work:export_work",
+        "dqtool.stages.planning.work:export_work",
         help="Write a directory for diffusers or another runtime.\n\n"
         "`import dqtool; DiffusionPipeline.from_pretrained(DIR)` and `dqtool.load(DIR)` read it, unless its format is "
         "for other programs.",
@@ -118,7 +118,7 @@ STAGES: dict[str, Stage] = {
     "eval": Stage(
         "dqtool.stages.options.eval:EvalOptions",
         "dqtool.stages.eval:evaluate",
-        "dqtool.stages.work:eval_work",
+        "dqtool.stages.planning.work:eval_work",
         help="Measure quality against the full-precision model.\n\n"
         "Both models sample with the same seeds. Takes any artifact or exported directory.",
         examples=(
@@ -129,7 +129,7 @@ STAGES: dict[str, Stage] = {
     "sensitivity": Stage(
         "dqtool.stages.options.sensitivity:SensitivityOptions",
         "dqtool.stages.sensitivity:sensitivity",
-        "dqtool.stages.work:sensitivity_work",
+        "dqtool.stages.planning.work:sensitivity_work",
         help="Measure what quantizing each operand alone costs in the samples.\n\n"
         "Takes a calibrated artifact; a few backward passes give all layers, operands and bit widths. Shows the "
         "`--keep` options to type, and bits per layer for each size beside uniform bits.",
@@ -142,7 +142,7 @@ STAGES: dict[str, Stage] = {
     "sample": Stage(
         "dqtool.stages.options.sample:SampleOptions",
         "dqtool.stages.sample:sample",
-        "dqtool.stages.work:sample_work",
+        "dqtool.stages.planning.work:sample_work",
         help="Sample images from an exported directory.",
         examples=("dqtool sample exported -n 16 -o samples.png",),
         chained=False,
@@ -150,7 +150,7 @@ STAGES: dict[str, Stage] = {
     "stats": Stage(
         "dqtool.stages.options.stats:StatsOptions",
         "dqtool.stages.stats:stats",
-        "dqtool.stages.work:stats_work",
+        "dqtool.stages.planning.work:stats_work",
         help="Compute reference statistics of a folder of images.\n\n"
         "The output serves `dqtool eval --ref-stats` and the ADM evaluation suite, whose file format it has.",
         examples=(

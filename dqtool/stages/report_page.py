@@ -11,8 +11,8 @@ from dqtool import report
 from dqtool.artifacts import check_writable, dqtool_version
 from dqtool.artifacts.files import target_of, write_text
 from dqtool.errors import DqtoolError, UsageError
-from dqtool.stages.common import Common, Execution
-from dqtool.stages.running import input_artifact, set_up_torch
+from dqtool.stages.shared.common import Common, Execution
+from dqtool.stages.shared.running import input_artifact, set_up_torch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,8 +201,8 @@ def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]
 def _activations(group: Sequence[Result]) -> tuple[list[tuple[str, list[DilatedInput]]], list[str]]:
     """Inputs before and after dilation, of every calibrated artifact among the results, and what is missing."""
     from dqtool.page.dilated_inputs import dilated_inputs
-    from dqtool.stages.artifact_models import teacher_of
     from dqtool.stages.calibrate import STATISTICS_SAMPLES
+    from dqtool.stages.shared.artifact_models import teacher_of
 
     calibrated: dict[str, tuple[str, Result]] = {}
     for result in group:

@@ -14,9 +14,9 @@ from dqtool.artifacts import check_outside
 from dqtool.artifacts.files import os_fault
 from dqtool.errors import DqtoolError, UsageError
 from dqtool.recipe import Recipe, load_recipe
-from dqtool.stages.common import Common
-from dqtool.stages.paths import WRITTEN
 from dqtool.stages.registry import chained_stages, default_output, make_options, option_types, stage_function
+from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.paths import WRITTEN
 
 __all__ = ["Step", "named", "run", "run_steps", "steps_of_recipe"]
 

@@ -8,13 +8,13 @@ from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
-from dqtool.stages.common import Common, Execution
-from dqtool.stages.engines import run_exported
-from dqtool.stages.eval_reference import find_reference, reference_network
-from dqtool.stages.noise import fitted, needs_reference, with_correction
+from dqtool.stages.evaluation.engines import run_exported
+from dqtool.stages.evaluation.noise import fitted, needs_reference, with_correction
+from dqtool.stages.evaluation.reference import find_reference, reference_network
 from dqtool.stages.options.sample import SampleOptions
-from dqtool.stages.paths import model_places, read_paths
-from dqtool.stages.running import check_steps, sampling_of, set_up_torch
+from dqtool.stages.shared.common import Common, Execution
+from dqtool.stages.shared.paths import model_places, read_paths
+from dqtool.stages.shared.running import check_steps, sampling_of, set_up_torch
 
 __all__ = ["SampleOptions", "sample"]
 
@@ -48,7 +48,7 @@ def sample(options: SampleOptions, common: Common) -> str:
     set_up_torch(common.device)
     from dqtool.metrics.grid import save_grid
     from dqtool.stages.eval import bits_label
-    from dqtool.stages.images import first_channels, maker_of_artifact
+    from dqtool.stages.evaluation.images import first_channels, maker_of_artifact
 
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     maker = maker_of_artifact(

@@ -8,8 +8,8 @@ from typing import Any
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest
 from dqtool.stages.options.sensitivity import SensitivityOptions
-from dqtool.stages.paths import read_paths
-from dqtool.stages.running import Common, StageOutput, execute, input_artifact
+from dqtool.stages.shared.paths import read_paths
+from dqtool.stages.shared.running import Common, StageOutput, execute, input_artifact
 
 __all__ = ["SensitivityOptions", "sensitivity"]
 

@@ -10,10 +10,10 @@ from dqtool import report
 from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
 from dqtool.artifacts.reading import parse_json
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
-from dqtool.stages.common import Common, Execution
 from dqtool.stages.options.stats import StatsOptions
-from dqtool.stages.paths import read_paths
-from dqtool.stages.running import set_up_torch
+from dqtool.stages.shared.common import Common, Execution
+from dqtool.stages.shared.paths import read_paths
+from dqtool.stages.shared.running import set_up_torch
 
 if TYPE_CHECKING:
     from dqtool.metrics.batches import ImageFolder, NpzImages

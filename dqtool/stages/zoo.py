@@ -21,7 +21,7 @@ from dqtool.artifacts.reading import CONFIG_BYTES, load_json, read_file
 from dqtool.errors import EnvironmentFault
 from dqtool.models.components.companion_files import config_in_float32
 from dqtool.models.sources import resolve
-from dqtool.stages.common import Common, Execution
+from dqtool.stages.shared.common import Common, Execution
 
 __all__ = ["CARD", "ZooGetOptions", "get_model", "list_models", "plan_get", "render"]
 

@@ -14,8 +14,8 @@ from typing import Any
 from dqtool import report
 from dqtool.artifacts.files import write_text
 from dqtool.errors import DqtoolError, UsageError
-from dqtool.stages.common import Common
 from dqtool.stages.registry import option_types
+from dqtool.stages.shared.common import Common
 from dqtool.tables.cell_figures import FIGURES_VERSION
 from dqtool.tables.cells import CellStore
 from dqtool.tables.forecast import forecast

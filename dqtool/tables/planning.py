@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts import fingerprint
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import UsageError
-from dqtool.stages.image_metrics import enough_for, files_of
+from dqtool.stages.evaluation.image_metrics import enough_for, files_of
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Group, Options, Row, Table

@@ -12,8 +12,8 @@ from typing import Any
 from dqtool.artifacts import dqtool_version, environment
 from dqtool.core.device import resolve_device
 from dqtool.errors import NumericError
-from dqtool.stages.common import Common
 from dqtool.stages.registry import make_options, stage_function
+from dqtool.stages.shared.common import Common
 from dqtool.tables.cell_figures import FIGURES_VERSION, cell_figures
 from dqtool.tables.cells import CellStore, claim
 from dqtool.tables.planning import Cell, Step

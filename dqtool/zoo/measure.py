@@ -14,7 +14,7 @@ from dqtool.metrics.digits import evaluate_digits
 from dqtool.models.networks.loading import build_network, load_weights
 from dqtool.models.sources.resolve import ZOO, resolve_model
 from dqtool.stages.eval import EvalOptions, reference_images
-from dqtool.stages.images import maker_of_source
+from dqtool.stages.evaluation.images import maker_of_source
 from dqtool.zoo.data import digits
 
 KEYS = ("samples", "fd.digits", "is.digits", "confident_share")

@@ -24,8 +24,8 @@ from dqtool.metrics.grid import save_grid
 from dqtool.page.document import Page
 from dqtool.page.html import render_html
 from dqtool.page.markdown import render_markdown
-from dqtool.stages.paths import READ, WRITTEN, read_paths
 from dqtool.stages.registry import STAGES
+from dqtool.stages.shared.paths import READ, WRITTEN, read_paths
 
 KINDS: dict[Kind, str] = {
     "artifact": "x.safetensors",
@@ -222,7 +222,7 @@ def test_every_option_that_names_a_file_is_known():
             shown = f"{option.metavar or ''} {getattr(option, 'help', '') or ''}"
             if re.search(r"\b(FILE|DIR|MODEL|RECIPE)\b", shown) and option.name not in READ | WRITTEN:
                 unknown.append(f"{name} {option.name}")
-    assert not unknown, "add them to dqtool/stages/paths.py"
+    assert not unknown, "add them to dqtool/stages/shared/paths.py"
 
 
 def test_a_lora_is_read_without_its_weight(tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.architectures import ARCHITECTURES
-from dqtool.stages.forecast import forecast
+from dqtool.stages.planning.forecast import forecast
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -23,14 +23,14 @@ from dqtool.models.networks.loading import build_network, load_weights
 from dqtool.models.sampling.sampler import IMAGES, image_seeds, initial_noise
 from dqtool.models.sources.resolve import resolve_model
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
+from dqtool.stages.evaluation.images import maker_of_artifact, maker_of_source
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.images import maker_of_artifact, maker_of_source
 from dqtool.stages.inspect import describe, render
 from dqtool.stages.sample import SampleOptions, sample
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 

@@ -22,11 +22,11 @@ from dqtool.nn.prediction import attach_prediction, row_shapes
 from dqtool.nn.steps import StepIndex
 from dqtool.nn.surgery import insert_fake, steps_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}

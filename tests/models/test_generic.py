@@ -16,11 +16,11 @@ from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.families.generic import EXAMPLE, Generic
 from dqtool.nn.surgery import steps_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 

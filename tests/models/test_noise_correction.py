@@ -13,8 +13,8 @@ from dqtool.models.sampling.network_time import NetworkTime
 from dqtool.models.sampling.noise_correction import NoiseCorrection, StepNoise, fit_noise, noise_scale, response
 from dqtool.models.sampling.sampler import Sampler, make_sampler
 from dqtool.stages.eval import network_of_artifact
-from dqtool.stages.images import maker_of_artifact
-from dqtool.stages.noise import FIT_IMAGES, fitted
+from dqtool.stages.evaluation.images import maker_of_artifact
+from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted
 
 
 def test_corrected_noise_is_uncorrelated_with_the_prediction_and_unbiased() -> None:

@@ -15,12 +15,12 @@ from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
 from dqtool.models.sources.resolve import resolve_model
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
+from dqtool.stages.evaluation.images import maker_of_source
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.images import maker_of_source
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 
@@ -67,7 +67,7 @@ def test_other_pipelines_go_through_all_stages_under_their_own_conditions(tmp_pa
 def test_eval_with_another_sampler_than_calibrated(tmp_path: Path) -> None:
     """Works, and says so where it visits other timesteps; one of another noise schedule is refused with the reason."""
     from dqtool.errors import DqtoolWarning
-    from dqtool.stages.images import maker_of_artifact
+    from dqtool.stages.evaluation.images import maker_of_artifact
 
     for kind in ("sd", "sd3"):
         at = {stage: str(tmp_path / f"{kind}-{stage}.safetensors") for stage in ("dilated", "calibrated", "ptq")}

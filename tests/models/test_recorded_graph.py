@@ -10,8 +10,8 @@ from dqtool.artifacts import read_manifest
 from dqtool.graph import network as graph_module
 from dqtool.models.networks import recorded_graph
 from dqtool.models.networks.recorded_graph import graph_of
-from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.shared.common import Common
 
 
 @pytest.fixture

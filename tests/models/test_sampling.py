@@ -133,7 +133,7 @@ def test_guidance_asks_for_both_and_extrapolates() -> None:
 
 def test_images_past_the_budget_are_the_same_from_a_file(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     from dqtool.models.conditions.conditioning import Conditions
-    from dqtool.stages import images
+    from dqtool.stages.evaluation import images
 
     maker = images.ImageMaker(Sampler(FAMILY, make_sampler(SCHEDULE), 2), Conditions({}), (1, 8, 8))
     held = maker.draw(model, 5, 0, 2, "test")

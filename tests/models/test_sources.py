@@ -17,10 +17,10 @@ from dqtool.artifacts import read_manifest
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.sources.resolve import resolve_model, resolve_recorded
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.common import Common
 
 
 def hub_cache(home: Path, name: str, model: Path, revision: str = "main") -> Path:

@@ -9,10 +9,10 @@ from families import dit_pipeline
 
 from dqtool.artifacts import open_artifact
 from dqtool.page.dilated_inputs import dilated_inputs
-from dqtool.stages.artifact_models import teacher_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.shared.artifact_models import teacher_of
+from dqtool.stages.shared.common import Common
 
 
 def test_inputs_before_dilation_are_those_of_the_points_conditions(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.quantization import KeptLayers, QuantizationSpec
 from dqtool.models.networks.loading import network_of
 from dqtool.precision.step_weights import step_weights
-from dqtool.stages.artifact_models import student_of
 from dqtool.stages.precision import Measured, measure
+from dqtool.stages.shared.artifact_models import student_of
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ from dqtool.nn.call_lock import CallLock
 from dqtool.runtimes import cpu
 from dqtool.runtimes.cpu import convert
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.common import Common
 
 
 @pytest.fixture(scope="session")

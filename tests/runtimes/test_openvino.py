@@ -22,10 +22,10 @@ from dqtool.nn.traceable import StepTables, TraceableLayer
 from dqtool.runtimes import openvino_bf16
 from dqtool.runtimes.choice import order
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.common import Common
 
 openvino = pytest.importorskip("openvino")
 

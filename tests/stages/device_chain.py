@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dqtool.core import device as devices
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.sample import SampleOptions, sample
+from dqtool.stages.shared.common import Common
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from dqtool.bench.contenders import CONTENDERS, expand
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.bench import BenchOptions, _runtimes, bench, render
-from dqtool.stages.common import Common
+from dqtool.stages.shared.common import Common
 
 HAS_NNCF = all(importlib.util.find_spec(name) for name in ("openvino", "nncf"))
 

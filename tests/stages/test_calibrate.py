@@ -11,7 +11,7 @@ from dqtool.artifacts import open_artifact
 from dqtool.models.networks.packed import layer_infos
 from dqtool.nn.statistics import BINS
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
+from dqtool.stages.shared.common import Common
 
 
 @pytest.mark.parametrize(("samples", "sampler"), [(18, None), (7, "plms"), (8, "dpmsolver")])
@@ -69,8 +69,8 @@ def test_one_calibration_serves_every_width(made: Path, tmp_path: Path) -> None:
 
 def output_error(made: Path, output: str) -> float:
     """Relative squared error of the network's output on the calibration points."""
-    from dqtool.stages.artifact_models import teacher_of
     from dqtool.stages.eval import network_of_artifact
+    from dqtool.stages.shared.artifact_models import teacher_of
 
     calibrated = open_artifact(made / "calibrated.safetensors")
     tensors = calibrated.tensors()

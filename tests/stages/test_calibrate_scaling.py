@@ -16,10 +16,10 @@ from dqtool.nn.prediction import OF_IMAGES
 from dqtool.scaling.methods import METHODS
 from dqtool.scaling.verifying import TOLERANCE
 from dqtool.stages.calibrate import SCALING_VERSIONS, CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"

@@ -12,9 +12,9 @@ from dqtool.artifacts import Artifact, open_artifact
 from dqtool.models.sources.resolve import resolve_model
 from dqtool.scaling.methods import METHODS
 from dqtool.scaling.verifying import TOLERANCE
-from dqtool.stages.artifact_models import split_dilated, teacher_of
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.shared.artifact_models import split_dilated, teacher_of
+from dqtool.stages.shared.common import Common
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ import dqtool
 from dqtool.artifacts import Artifact, open_artifact
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.scaling.verifying import TOLERANCE
-from dqtool.stages.artifact_models import teacher_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.inspect import describe, render
+from dqtool.stages.shared.artifact_models import teacher_of
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 

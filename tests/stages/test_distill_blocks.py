@@ -10,8 +10,8 @@ import torch
 
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
-from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.shared.common import Common
 
 BLOCK = "mid_block.resnets.0"
 

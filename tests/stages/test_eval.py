@@ -16,10 +16,10 @@ from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.metrics.grid import save_grid, to_uint8
 from dqtool.models.sampling.image_cache import cached_images
 from dqtool.runtimes import pick
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.eval import EvalOptions, bits_label, evaluate
 from dqtool.stages.options.sample import SampleOptions
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 

@@ -17,7 +17,7 @@ from dqtool.metrics.digits import evaluate_digits
 from dqtool.metrics.frechet import statistics
 from dqtool.metrics.manifold import Manifold
 from dqtool.metrics.registry import path_digest
-from dqtool.stages.image_metrics import choose
+from dqtool.stages.evaluation.image_metrics import choose
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.families import FAMILIES
 from dqtool.nn.assignment import assign_bits
 from dqtool.nn.surgery import quant_layers, state_shapes
-from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.common import Common
 
 CIFAR10 = {
     "sample_size": 32,

@@ -13,7 +13,6 @@ import typer
 from dqtool.cli.stages import add_stage
 from dqtool.errors import UsageError
 from dqtool.recipe import load_recipe
-from dqtool.stages.common import Common, Execution
 from dqtool.stages.options.declared import Option, declared_options
 from dqtool.stages.options.shared import ARTIFACT, OUTPUT
 from dqtool.stages.registry import (
@@ -28,6 +27,7 @@ from dqtool.stages.registry import (
     stage_function,
     work_function,
 )
+from dqtool.stages.shared.common import Common, Execution
 
 
 @dataclasses.dataclass(frozen=True)

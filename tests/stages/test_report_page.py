@@ -15,9 +15,9 @@ from dqtool.errors import UsageError
 from dqtool.page.dilated_inputs import dilated_inputs
 from dqtool.page.quantization_errors import quantization_errors
 from dqtool.page.results import Result, find_results
-from dqtool.stages.artifact_models import teacher_of
-from dqtool.stages.common import Common
 from dqtool.stages.report_page import ReportOptions, write_report
+from dqtool.stages.shared.artifact_models import teacher_of
+from dqtool.stages.shared.common import Common
 
 
 @pytest.fixture(scope="module")

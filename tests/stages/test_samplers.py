@@ -14,12 +14,12 @@ from helpers import tiny_pipeline
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.sample import SampleOptions, sample
+from dqtool.stages.shared.common import Common
 
 QUIET = Common(quiet=True)
 BETAS = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -100,7 +100,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_quadratic_calibration_is_evaluated_with_other_steps_and_a_list_is_not(tmp_path: Path) -> None:
     at = dilate(DilateOptions(str(tiny_pipeline(tmp_path / "model")), str(tmp_path / "d"), scaling="wd"), QUIET)
-    from dqtool.stages.images import maker_of_artifact
+    from dqtool.stages.evaluation.images import maker_of_artifact
 
     calibrate(CalibrateOptions(at, str(tmp_path / "c"), samples=8, steps=4, spacing="quad"), QUIET)
     sampler = maker_of_artifact(open_artifact(tmp_path / "c"), 1, 0, steps=3).sampler

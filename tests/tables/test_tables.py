@@ -15,8 +15,8 @@ from helpers import tiny_pipeline
 from dqtool.errors import NumericError, UsageError
 from dqtool.metrics import METRICS
 from dqtool.page.results import find_tables
-from dqtool.stages.common import Common
 from dqtool.stages.registry import option_types
+from dqtool.stages.shared.common import Common
 from dqtool.tables.__main__ import main
 from dqtool.tables.cells import CellStore, claim
 from dqtool.tables.forecast import _rates, forecast

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.artifacts import open_artifact
-from dqtool.stages.common import Common
 from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.shared.common import Common
 from dqtool.training.data import DistillationTask
 from dqtool.training.network_loop import accumulate_gradients
 from dqtool.training.on_policy import refine, student_trajectory

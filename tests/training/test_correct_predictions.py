@@ -22,10 +22,10 @@ from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noi
 from dqtool.nn.prediction import attach_prediction, corrected
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.common import Common
 from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects_predictions, distill, with_sampler_defaults
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.plan import plan_stage
+from dqtool.stages.planning.plan import plan_stage
+from dqtool.stages.shared.common import Common
 from dqtool.training.data import DistillationTask
 from dqtool.training.prediction import SEED_OFFSET, correct_predictions, fit_tables
 

@@ -22,7 +22,7 @@ from dqtool.models.networks.packed import packed_network
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.surgery import packed_state, quant_layers
 from dqtool.stages.distill import DistillOptions, distill, fingerprint_parameters
-from dqtool.stages.running import Common
+from dqtool.stages.shared.running import Common
 from dqtool.training.data import DistillationTask
 from dqtool.training.methods import METHODS, method_options
 

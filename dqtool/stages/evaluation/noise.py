@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from dqtool.artifacts import Artifact
 from dqtool.errors import EnvironmentFault, UsageError
-from dqtool.stages.eval_reference import ExportedReference, Reference
+from dqtool.stages.evaluation.reference import ExportedReference, Reference
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dqtool.models.sampling.noise_correction import NoiseCorrection
-    from dqtool.stages.images import ImageMaker
+    from dqtool.stages.evaluation.images import ImageMaker
 
 __all__ = ["FIT_IMAGES", "fitted", "needs_reference", "with_correction"]
 

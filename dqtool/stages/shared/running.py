@@ -32,8 +32,8 @@ from dqtool.artifacts import (
     remove_pieces,
 )
 from dqtool.errors import ArtifactError, EnvironmentFault
-from dqtool.stages.common import Common, Execution
 from dqtool.stages.registry import default_output
+from dqtool.stages.shared.common import Common, Execution
 
 if TYPE_CHECKING:
     from torch import Tensor

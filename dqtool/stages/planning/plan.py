@@ -11,8 +11,8 @@ from dqtool.artifacts import Manifest, read_manifest
 from dqtool.errors import DqtoolError
 from dqtool.models.sources.resolve import ModelSource
 from dqtool.report import format_seconds, table_lines
-from dqtool.stages.common import Common, Execution
 from dqtool.stages.registry import make_options, stage_function, work_function
+from dqtool.stages.shared.common import Common, Execution
 
 __all__ = ["plan_recipe", "plan_stage", "plan_steps", "render"]
 
@@ -85,8 +85,8 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
     from dqtool.models.components.companions import companions_of_source
     from dqtool.models.families import family_of
     from dqtool.models.sampling.sampler import scheduler_class
-    from dqtool.stages.forecast import forecast
     from dqtool.stages.options.distill import corrects_predictions, with_sampler_defaults
+    from dqtool.stages.planning.forecast import forecast
 
     options = with_sampler_defaults(make_options("distill", values), scheduler_class(source.scheduler, sampler))
     companions = companions_of_source(source)

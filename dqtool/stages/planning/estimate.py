@@ -82,7 +82,7 @@ def _network(source: Any) -> tuple[int, int]:
     from dqtool.core.quantization import QuantizationSpec
     from dqtool.models.components.companions import companions_of_source
     from dqtool.models.families import family_of
-    from dqtool.stages.forecast import forecast
+    from dqtool.stages.planning.forecast import forecast
 
     companions = companions_of_source(source)
     family = family_of(source.class_name, str(source.config_path))

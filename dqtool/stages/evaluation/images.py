@@ -20,8 +20,8 @@ from dqtool.models.families import family_of
 from dqtool.models.networks.loading import network_of
 from dqtool.models.sampling.sampler import Sampler
 from dqtool.models.sources.resolve import ModelSource
-from dqtool.stages.artifact_models import conditions_of, sampler_of
-from dqtool.stages.running import sampling_of
+from dqtool.stages.shared.artifact_models import conditions_of, sampler_of
+from dqtool.stages.shared.running import sampling_of
 from dqtool.training.tensor_store import TensorStore
 
 __all__ = ["ImageMaker", "first_channels", "maker_of_artifact", "maker_of_source", "makes_latents"]

@@ -6,8 +6,8 @@ from math import prod
 from typing import Any
 
 from dqtool.artifacts import Manifest, read_header, read_manifest
-from dqtool.stages.common import Execution
-from dqtool.stages.packed_size import packed_size, prediction_rows_of
+from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of
+from dqtool.stages.shared.common import Execution
 
 Work = dict[str, Any]
 

@@ -12,7 +12,7 @@ from dqtool.models.components.export_layout import component_prefix
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dqtool.stages.images import ImageMaker
+    from dqtool.stages.evaluation.images import ImageMaker
 
 __all__ = ["cost_figures", "image_figures", "layer_errors"]
 

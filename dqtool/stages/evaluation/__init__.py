@@ -1,0 +1,1 @@
+"""Sampling and measuring: engines, references, images and figures, for `eval` and `sample`."""

@@ -1,0 +1,1 @@
+"""Parts that every stage uses: options of all commands, the run of a stage, paths, networks of artifacts."""
