@@ -8,13 +8,11 @@ here have one more entry, `dqtool`, a JSON text about their origin, which the su
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,32 +21,21 @@ import torch
 from torch import Tensor
 
 from dqtool.artifacts.files import fsync_path, os_fault, staging, target_of
-from dqtool.artifacts.reading import check_archive, open_regular
+from dqtool.artifacts.npz import LARGEST, NPZ, array_header, npz_names, opened_npz
+from dqtool.artifacts.reading import open_regular
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["IMAGES", "IMAGE_SUFFIXES", "ImageFolder", "NpzImages", "npz_arrays", "npz_names", "write_npz"]
+__all__ = ["IMAGES", "IMAGE_SUFFIXES", "ImageFolder", "NpzImages", "write_npz"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are read whatever an image's name is: others, such as EPS, would run programs."""
+PIXELS = 40_000_000
+"""Most pixels of an image: 160 MB while it is decoded."""
 IMAGES = "arr_0"
-LARGEST = 64 << 20
-"""Most bytes of an array that is read as a whole (the covariance of 2,048 features takes 32 MiB), and of one image."""
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    ValueError,
-    TypeError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    RecursionError,
-    MemoryError,  # Python's parser on nested brackets in a header
-    SyntaxError,
-    RuntimeError,  # an encrypted member
-)
-_NPZ = "Give a file in the ADM suite's layout (arr_0, or mu, sigma, mu_s, sigma_s), or make one with `dqtool stats`"
 
 
 class ImageFolder:
@@ -103,7 +90,13 @@ class ImageFolder:
         from dqtool.metrics.resize import center_crop
 
         try:
-            with Image.open(path) as image:
+            with open_regular(path) as stream, Image.open(stream, formats=FORMATS) as image:
+                if math.prod(image.size) > PIXELS:
+                    raise ArtifactError(
+                        f"This image has {math.prod(image.size):,} pixels, and at most {PIXELS:,} are read",
+                        where=str(path),
+                        fix="Scale it down, or remove it",
+                    )
                 rgb = _in_8_bits(image, path).convert("RGB")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ArtifactError("This image can't be read", where=str(path), fix="Repair or remove it") from error
@@ -141,9 +134,9 @@ class NpzImages:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.given = os.fspath(path)
         if IMAGES not in npz_names(path):
-            raise ArtifactError("This file holds no images: it lacks the array arr_0", where=self.given, fix=_NPZ)
+            raise ArtifactError("This file holds no images: it lacks the array arr_0", where=self.given, fix=NPZ)
         with self._open() as stream:
-            self.shape, self.is_fortran, self.dtype = _header(stream)
+            self.shape, self.is_fortran, self.dtype = array_header(stream)
         if math.prod(self.shape[1:]) > LARGEST:
             raise ArtifactError(
                 f"An image of {list(self.shape[1:])} is larger than the {LARGEST:,} values that are read at once",
@@ -154,7 +147,7 @@ class NpzImages:
             raise ArtifactError(
                 f"arr_0 should be uint8 [N, H, W, 3] in C order, and is {self.dtype} {list(self.shape)}",
                 where=self.given,
-                fix=_NPZ,
+                fix=NPZ,
             )
 
     def __len__(self) -> int:
@@ -168,7 +161,7 @@ class NpzImages:
         """
         one = math.prod(self.shape[1:])
         with self._open() as stream:
-            _header(stream)
+            array_header(stream)
             for start in range(0, len(self), batch_size):
                 count = min(batch_size, len(self) - start)
                 data = stream.read(count * one)
@@ -178,56 +171,8 @@ class NpzImages:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
-        with _opened(self.given) as archive, archive.open(f"{IMAGES}.npy") as stream:
+        with opened_npz(self.given) as archive, archive.open(f"{IMAGES}.npy") as stream:
             yield stream
-
-
-def npz_names(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names of the arrays in an npz file.
-
-    Raises:
-        EnvironmentFault: the file can't be read.
-        ArtifactError: the file is not an npz file, or is damaged.
-    """
-    with _opened(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-
-
-def npz_arrays(path: str | os.PathLike[str], names: Sequence[str], limit: int = LARGEST) -> dict[str, np.ndarray]:
-    """Return whole arrays of an npz file, each of at most `limit` bytes. Pickled objects are refused.
-
-    Raises:
-        EnvironmentFault: the file can't be read.
-        ArtifactError: the file lacks an array, is not an npz file, or an array is larger than `limit`.
-    """
-    found = npz_names(path)
-    for name in names:
-        if name not in found:
-            raise ArtifactError(
-                f"This file has no {name}, only {', '.join(found) or 'nothing'}", where=os.fspath(path), fix=_NPZ
-            )
-    arrays = {}
-    with _opened(path) as archive:
-        for name in names:
-            with archive.open(f"{name}.npy") as stream:
-                shape, _, dtype = _header(stream)
-            size = math.prod(shape) * dtype.itemsize
-            if size > limit:
-                raise ArtifactError(
-                    f"{name} has {size:,} bytes, and at most {limit:,} are read", where=os.fspath(path), fix=_NPZ
-                )
-            with archive.open(f"{name}.npy") as stream:
-                arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
-    return arrays
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """Open an npz file after a check of its list of members."""
-    with _faults(os.fspath(path)), open_regular(path) as stream:
-        check_archive(stream, packed=True)
-        with zipfile.ZipFile(stream) as archive:
-            yield archive
 
 
 def write_npz(
@@ -279,26 +224,3 @@ def _write_images(archive: zipfile.ZipFile, count: int, batches: Iterable[Tensor
             stream.write(rgb.numpy().tobytes())
             written += len(rgb)
     assert written == count, (written, count)
-
-
-def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, Fortran order and dtype of an npy stream."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(stream)
-    if not all(type(side) is int and 0 <= side < 1 << 48 for side in shape) or len(shape) > 8:
-        raise ValueError("an invalid shape")
-    return shape, is_fortran, dtype
-
-
-@contextlib.contextmanager
-def _faults(given: str) -> Iterator[None]:
-    """Turn errors of reading an npz file into the project's errors."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a damaged archive may name an offset before the start of the file
-            raise ArtifactError("This is no npz file, or it is damaged", where=given, fix=_NPZ) from error
-        raise os_fault(error, given) from error
-    except _DAMAGE as error:
-        raise ArtifactError("This is no npz file, or it is damaged", where=given, fix=_NPZ) from error

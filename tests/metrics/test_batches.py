@@ -151,3 +151,14 @@ def test_pixels_of_32_bits_are_refused(tmp_path: Path, values: np.ndarray) -> No
     with pytest.raises(ArtifactError, match="32-bit") as caught:
         list(ImageFolder(tmp_path).read(1))
     assert "deep.tif" in str(caught.value)
+
+
+def test_an_image_of_too_many_pixels_or_another_format_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("1", (8000, 6000)).save(tmp_path / "a.png")
+    with pytest.raises(ArtifactError, match="48,000,000 pixels"):
+        list(ImageFolder(tmp_path).read(1))
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    with pytest.raises(ArtifactError, match="can't be read"):
+        list(ImageFolder(tmp_path).read(1))
