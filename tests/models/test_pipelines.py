@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,4 +222,4 @@ def test_what_a_model_does_not_know_is_refused(tmp_path: Path) -> None:
     dilated = dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors")), QUIET)
     options = CalibrateOptions(dilated, str(tmp_path / "c.safetensors"), steps=2, samples=4)
     with pytest.raises(UsageError, match="classes, not on text"):
-        calibrate(CalibrateOptions(**{**vars(options), "prompts": str(tmp_path / "prompts.txt")}), QUIET)
+        calibrate(replace(options, prompts=str(tmp_path / "prompts.txt")), QUIET)
