@@ -39,6 +39,12 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         (cache / "kernels").symlink_to(kernels)
 
 
+@pytest.fixture(autouse=True)
+def _no_measured_times() -> None:
+    """Forget the times that an earlier test's `dqtool bench` kept: `auto` would follow them."""
+    shutil.rmtree(Path(os.environ["DQTOOL_CACHE"]) / "auto", ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def run() -> Run:
     """Return `run("dilate", "tiny", cwd=...)`, which calls the console script in this process with empty standard
