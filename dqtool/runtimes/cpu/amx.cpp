@@ -1,14 +1,17 @@
-// The products of tiles.cpp on AMX's matrix tiles: the same packed weights, the same accumulators. After it, one unit with it.
+// Matrix products on AMX tiles: the same packed weights and the same accumulators as tiles.cpp. Compiled after tiles.cpp, in
+// the same translation unit.
 //
-// A tile is up to 16 rows of up to 64 bytes. One instruction multiplies 16 rows of 64 codes with a packed weight's 64 x 16: what
-// 64 of AVX512-VNNI's do. Rows of a tile lie one distance apart, so positions are cut into stretches whose codes do.
+// A tile holds up to 16 rows of up to 64 bytes. One instruction multiplies 16 rows of 64 codes with 64 x 16 packed weights,
+// the work of 64 AVX512-VNNI instructions. The rows of a tile have a constant stride in memory, so positions are cut into
+// stretches with a constant stride.
 #if defined(__AVX512VNNI__) && (defined(__AMX_INT8__) || defined(DQ_TILE_LOAD))
 #define DQ_AMX 1
 
 #ifndef DQ_TILE_LOAD  // the tests put an emulation here
 #include <sys/syscall.h>
 #include <unistd.h>
-// All of them order memory: the compiler must not move what the tiles read or write. Operands are numbers of tiles.
+// Every macro is a memory barrier: the compiler must not move loads or stores across tile instructions. Operands are tile
+// numbers.
 #define DQ_TILE_LOAD(tile, base, stride) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(base), "r"(i64(stride)) : "memory")
 #define DQ_TILE_STORE(tile, base, stride) \
@@ -22,13 +25,13 @@
 
 namespace {
 
-bool use_amx = false;  // see dq_use_amx
+bool use_amx = false;  // set by dq_use_amx
 
 constexpr int TALL = 16;          // rows of a tile
 constexpr i64 DEEP = 64;          // bytes of a row
-constexpr i64 SHALLOW = 32;       // a tile this deep or deeper beats vectors
-constexpr i64 FEW = 4;            // rows that vectors multiply as fast
-constexpr int PANEL = 2 * TALL;   // rows of accumulators that share a load of weights: 2 x 2 tiles
+constexpr i64 SHALLOW = 32;       // smallest depth at which tiles are faster than vectors
+constexpr i64 FEW = 4;            // number of rows up to which vectors are as fast
+constexpr int PANEL = 2 * TALL;   // rows of accumulators for one load of weights: 2 x 2 tiles
 
 struct alignas(64) TileConfig {
   uint8_t palette = 0, start_row = 0, reserved[14] = {};
@@ -37,7 +40,7 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// Shapes of this thread's tiles, while it lives. Then those from before are back: other libraries rely on theirs.
+// Sets the tile shapes of this thread. The destructor restores the earlier shapes, because other libraries rely on theirs.
 class Tiles {
  public:
   Tiles() = default;
@@ -47,7 +50,7 @@ class Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
-  // `rows` of codes, `depth` bytes each: tiles 0 to 3 are sums, 4 and 5 codes, 6 and 7 weights.
+  // `rows` rows of codes of `depth` bytes. Tiles 0 to 3 hold sums, 4 and 5 codes, 6 and 7 weights.
   void shape(i64 rows, i64 depth) {
     if (now_.palette && now_.rows[4] == rows && now_.row_bytes[4] == depth) return;
     if (!now_.palette) DQ_TILES_GET(before_);
@@ -63,26 +66,27 @@ class Tiles {
   TileConfig before_, now_;
 };
 
-// Bytes of K that one tile takes, a divisor of K (a multiple of 4); 0 where none is worth it.
+// Returns the number of bytes of K that one tile takes: a divisor of K and a multiple of 4. Returns 0 if vectors are faster.
 inline i64 tile_depth(i64 K) {
   for (i64 depth = DEEP; depth >= SHALLOW; depth -= 4)
     if (K % depth == 0) return depth;
   return 0;
 }
 
-// Positions of codes, one distance apart, in tiles of `rows`, the last of which may overlap its neighbour.
+// Cuts positions with a constant stride into tiles of `rows` rows. The last tile may overlap the one before.
 struct Cut {
   i64 length, tiles, rows;
   explicit Cut(i64 length) : length(length), tiles((length + TALL - 1) / TALL), rows((length + tiles - 1) / tiles) {}
   i64 first(i64 tile) const { return std::min(tile * rows, length - rows); }
 };
 
-// Sums of two tiles of rows (at a0 and a1) and two of columns, or one each: c = start + sum over taps and K. `quad` bytes are
-// between four channels' weights and the next, `slice` between taps'; the second rows' sums follow the first's.
+// Computes c = start + sum over taps and K for two tiles of rows (at a0 and a1) and two tiles of columns, or one of each.
+// `quad`: bytes from the weights of four channels to those of the next four. `slice`: bytes from one tap to the next. The
+// sums of the second tile of rows follow those of the first.
 template <bool TWO_ROWS, bool TWO_COLUMNS>
 void multiply_tiles(const uint8_t* a0, const uint8_t* a1, i64 distance, const i64* taps, int n_taps, i64 K, i64 depth,
                     const int8_t* b, i64 slice, i64 quad, const int32_t* start, i64 rows, int32_t* c, i64 ldc) {
-  DQ_TILE_LOAD(0, start, 0);  // distance 0: the same start for all rows
+  DQ_TILE_LOAD(0, start, 0);  // stride 0: all rows have the same start
   if constexpr (TWO_COLUMNS) DQ_TILE_LOAD(1, start + 16, 0);
   if constexpr (TWO_ROWS) DQ_TILE_LOAD(2, start, 0);
   if constexpr (TWO_ROWS && TWO_COLUMNS) DQ_TILE_LOAD(3, start + 16, 0);
@@ -110,7 +114,7 @@ void multiply_tiles(const uint8_t* a0, const uint8_t* a1, i64 distance, const i6
   if constexpr (TWO_ROWS && TWO_COLUMNS) DQ_TILE_STORE(3, below + 16, ldc * 4);
 }
 
-// The same for a block of `width` columns; a1 null: one tile of rows.
+// Computes the sums of a block of `width` columns. A null a1 means one tile of rows.
 inline void multiply_block(const uint8_t* a0, const uint8_t* a1, i64 distance, const i64* taps, int n_taps, i64 K, i64 depth,
                            const int8_t* block, i64 width, const int32_t* start, i64 rows, int32_t* c, i64 ldc) {
   for (i64 j = 0; j < width; j += 32) {
@@ -120,7 +124,7 @@ inline void multiply_block(const uint8_t* a0, const uint8_t* a1, i64 distance, c
   }
 }
 
-// `multiply_rows` on tiles, for a K that has a depth.
+// Does the work of `multiply_rows` on tiles. K must have a tile depth.
 inline void multiply_rows(Tiles& tiles, const uint8_t* a, i64 lda, i64 rows, const int8_t* packed, const int32_t* starts,
                           i64 columns, i64 K, int32_t* c, i64 ldc) {
   Cut cut(rows);
@@ -136,8 +140,8 @@ inline void multiply_rows(Tiles& tiles, const uint8_t* a, i64 lda, i64 rows, con
     }
 }
 
-// How a convolution's positions lie: `count` stretches of `cut.length`, `per_image` of them in an image. In each, `width`
-// positions begin with `useful` that are results; the rest lie over the padding.
+// Layout of a convolution's positions: `count` stretches of `cut.length` positions, `per_image` stretches in an image. Of
+// every `width` positions of a stretch, the first `useful` are results and the rest lie over the padding.
 struct Stretches {
   Cut cut;
   i64 count, per_image, width, useful;
@@ -148,11 +152,11 @@ inline Stretches stretches(i64 N, i64 Hp, i64 Wp, i64 Ho, i64 Wo, i64 sy, i64 sx
   if (sy == 1 && sx == 1 && Hp == Ho && Wp == Wo) return {Cut(N * Ho * Wo), 1, 1, N * Ho * Wo, N * Ho * Wo};
   Stretches rows{Cut(Wo), N * Ho, Ho, Wo, Wo};
   if (sy != 1 || sx != 1) return rows;
-  Stretches images{Cut((Ho - 1) * Wp + Wo), N, 1, Wp, Wo};  // small images: over the padding to the next row
+  Stretches images{Cut((Ho - 1) * Wp + Wo), N, 1, Wp, Wo};  // small images: a stretch runs over the padding into the next row
   return images.cost() < rows.cost() ? images : rows;
 }
 
-// `convolve` on tiles; false where vectors do as well.
+// Does the work of `convolve` on tiles. Returns false, with nothing done, if vectors are as fast.
 bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho,
                    i64 Wo, i64 Cop, const i64* taps, int n_taps, i64 sy, i64 sx, i64 sample_pixels, i64 stripe,
                    const Results& results) {
@@ -181,7 +185,7 @@ bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int 
         const uint8_t* base = in + (stretch / s.per_image * Hp * Wp + stretch % s.per_image * sy * Wp) * Cp;
         auto codes = [&](i64 t) { return base + s.cut.first(t) * sx * Cp; };
         const i64 rows = (two ? 2 : 1) * s.cut.rows;
-        i64 pixels[PANEL], samples[PANEL];  // where each row of sums goes; -1: nowhere
+        i64 pixels[PANEL], samples[PANEL];  // destination of each row of sums; -1: dropped
         for (i64 i = 0; i < rows; ++i) {
           i64 t = tile + i / s.cut.rows, position = s.cut.first(t) + i % s.cut.rows;
           bool new_one = position >= t * s.cut.rows && position % s.width < s.useful;
@@ -210,7 +214,7 @@ bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int 
 #ifdef DQ_PRODUCTS
 namespace {
 
-// Products of rows, [rows, K] unsigned bytes times packed columns: on tiles where they are in use and suit K, else on vectors.
+// Multiplies rows [rows, K] of unsigned bytes with packed columns: on tiles if AMX is in use and K suits them, else on vectors.
 class RowProducts {
  public:
   static bool on_tiles([[maybe_unused]] i64 K) {
@@ -221,7 +225,7 @@ class RowProducts {
 #endif
   }
 
-  // `group`: see tiles.cpp.
+  // `group`: defined in tiles.cpp.
   void multiply(const uint8_t* a, i64 K, i64 rows, const int8_t* packed, const int32_t* starts, i64 columns, int32_t* c,
                 i64 ldc, i64 group) {
 #ifdef DQ_AMX
@@ -239,14 +243,14 @@ class RowProducts {
 }  // namespace
 #endif
 
-// Products run on matrix tiles from now on: if `wanted`, compiled in, and granted by the system, which is asked here.
+// Switches matrix tiles on or off. They are on if `wanted`, compiled in, and granted by the operating system (asked here).
 EXPORT void dq_use_amx([[maybe_unused]] int wanted) {
 #ifdef DQ_AMX
   use_amx = wanted && DQ_TILES_GRANTED();
 #endif
 }
 
-// Whether products over K bytes do.
+// Returns true if products over K bytes run on tiles.
 EXPORT int dq_on_tiles([[maybe_unused]] i64 K) {
 #ifdef DQ_PRODUCTS
   return RowProducts::on_tiles(K);

@@ -1,4 +1,5 @@
-// Attention on codes: both products and the softmax between them. After products.cpp, one unit with it.
+// Attention on integer codes: both products and the softmax between them. Compiled after products.cpp, in the same
+// translation unit.
 #ifdef DQ_PRODUCTS
 namespace {
 
@@ -11,8 +12,8 @@ inline __m512i signed_codes(const float* x, __mmask16 mask, float m, float lo, f
   return _mm512_maskz_cvtps_epi32(mask, y);
 }
 
-// One block of columns (`live` of `width`) of a right-hand operand as signed codes in the layout of a packed weight,
-// [K / 4][columns][4]; starts = -zp * (sums over K). Rows of x are the columns here (k: x is [columns, K]).
+// Packs one block of columns (`live` of `width`) of a right-hand operand as signed codes in the layout of a packed weight,
+// [K / 4][columns][4], and sets starts = -zp * (sums over K). Rows of x become columns (k: x is [columns, K]).
 void pack_rows(const float* x, i64 stride, i64 K, i64 live, i64 width, float m, float lo, float hi, int zp, int8_t* block,
                int32_t* starts) {
   i64 quads = (K + 3) / 4;
@@ -32,7 +33,7 @@ void pack_rows(const float* x, i64 stride, i64 K, i64 live, i64 width, float m, 
   }
 }
 
-// The same for x [K, columns] (v).
+// Packs one block of columns of x [K, columns] (v), in the same layout.
 void pack_columns(const float* x, i64 stride, i64 K, i64 live, i64 width, float m, float lo, float hi, int zp,
                   int8_t* block, int32_t* starts) {
   const __m512i byte = _mm512_set1_epi32(0xff);
@@ -52,7 +53,8 @@ void pack_columns(const float* x, i64 stride, i64 K, i64 live, i64 width, float 
   }
 }
 
-// 2^x for x <= 0, relative error below 2e-7 (a polynomial of degree 5 on [-1/2, 1/2], exact at 0); 2^-126 below -126.
+// Returns 2^x for x <= 0 with a relative error below 2e-7: a polynomial of degree 5 on [-1/2, 1/2], exact at 0. Returns
+// 2^-126 for x < -126.
 inline __m512 exp2_of_negative(__m512 x) {
   x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
   __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -66,15 +68,15 @@ inline __m512 exp2_of_negative(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// Codes of softmax(sums * scale (+ add)), zero point 0, over `n` sums, which are overwritten; a row of `padded` codes ends in
-// zeros. `sums` has room for whole registers and is aligned to them.
+// Writes the codes of softmax(sums * scale (+ add)) over `n` sums, with zero point 0. Overwrites `sums`, which is aligned to
+// registers and padded to a whole number of them. Codes from `n` to `padded` are zeros.
 void softmax_codes(int32_t* sums, i64 n, i64 padded, float scale, const float* add, float m, float hi, uint8_t* codes) {
   float* s = reinterpret_cast<float*>(sums);
-  const __m512 factor = _mm512_set1_ps(scale * 1.44269504088896341f);  // powers of 2 from here on
+  const __m512 factor = _mm512_set1_ps(scale * 1.44269504088896341f);  // base 2 instead of e
   const i64 whole = n / 16 * 16;
   const __mmask16 rest = tail(n - whole);
   __m512 total = _mm512_setzero_ps();
-  if (!add && scale > 0) {  // the largest sum has the largest score, and differences of sums are exact
+  if (!add && scale > 0) {  // the largest sum has the largest score, and integer differences are exact
     __m512i top = _mm512_set1_epi32(INT32_MIN);
     for (i64 j = 0; j < whole; j += 16) top = _mm512_max_epi32(top, _mm512_load_si512(sums + j));
     if (rest) top = _mm512_mask_max_epi32(top, rest, top, _mm512_load_si512(sums + whole));
@@ -112,11 +114,11 @@ void softmax_codes(int32_t* sums, i64 n, i64 padded, float scale, const float* a
   const __m512 to_code = _mm512_set1_ps(m / _mm512_reduce_add_ps(total));
   const __m512i largest = _mm512_set1_epi32(int(hi));
   i64 j = 0;
-  for (; j < whole; j += 16) {  // the conversion rounds to the nearest, ties to even
+  for (; j < whole; j += 16) {  // the conversion rounds to nearest, ties to even
     __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(s + j), to_code));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + j), _mm512_cvtepi32_epi8(_mm512_min_epi32(c, largest)));
   }
-  if (rest) {  // powers past `n` are zeros
+  if (rest) {  // powers after `n` are zeros
     __m512i c = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(s + j), to_code));
     _mm_mask_storeu_epi8(codes + j, tail(padded - j), _mm512_cvtepi32_epi8(_mm512_min_epi32(c, largest)));
   }
@@ -124,11 +126,11 @@ void softmax_codes(int32_t* sums, i64 n, i64 padded, float scale, const float* a
 
 #else
 
-// The same where the compiler chooses the instructions.
+// Portable form: the compiler chooses the instructions.
 void softmax_codes(int32_t* sums, i64 n, i64 padded, float scale, const float* add, float m, float hi, uint8_t* codes) {
   float* s = reinterpret_cast<float*>(sums);
 #pragma omp simd
-  for (i64 j = 0; j < n; ++j) {  // in place: an integer becomes the float it stands for
+  for (i64 j = 0; j < n; ++j) {  // in place: each integer is replaced by its float
     int32_t sum;
     std::memcpy(&sum, s + j, 4);
     s[j] = float(sum) * scale + (add ? add[j] : 0.0f);
@@ -152,8 +154,8 @@ inline void signed_codes(const float* x, i64 n, float m, float lo, float hi, int
   for (i64 i = 0; i < n; ++i) out[i] = static_cast<int8_t>(code(x[i] * m, lo, hi, 0));
 }
 
-// One block of columns (`live` of `width`) of a right-hand operand as signed codes in the layout of a packed weight,
-// [K / 4][columns][4]; starts = -zp * (sums over K). Rows of x are the columns here (k: x is [columns, K]).
+// Packs one block of columns (`live` of `width`) of a right-hand operand as signed codes in the layout of a packed weight,
+// [K / 4][columns][4], and sets starts = -zp * (sums over K). Rows of x become columns (k: x is [columns, K]).
 void pack_rows(const float* x, i64 stride, i64 K, i64 live, i64 width, float m, float lo, float hi, int zp, int8_t* block,
                int32_t* starts) {
   i64 quads = (K + 3) / 4;
@@ -171,7 +173,7 @@ void pack_rows(const float* x, i64 stride, i64 K, i64 live, i64 width, float m, 
   }
 }
 
-// The same for x [K, columns] (v).
+// Packs one block of columns of x [K, columns] (v), in the same layout.
 void pack_columns(const float* x, i64 stride, i64 K, i64 live, i64 width, float m, float lo, float hi, int zp,
                   int8_t* block, int32_t* starts) {
   int8_t row[4][BLOCK] = {};
@@ -194,9 +196,11 @@ void pack_columns(const float* x, i64 stride, i64 K, i64 live, i64 width, float 
 
 }  // namespace
 
-// Both attention products on codes, and the softmax between them. q, k, v: [N, H, S, D] floats with strides (sample, head,
-// position), channels contiguous. tables: 4 x 3 x H floats, (m, lo, hi) of q, k, v, probs; scores = acc * score_scale[h] (+ mask), out = acc *
-// out_scale[h], [N, Sq, H D]. probs have zero point 0. mask: additive with strides for sample, head, query; or null.
+// Computes both attention products on codes and the softmax between them.
+//
+// q, k, v: floats [N, H, S, D] with strides (sample, head, position) and contiguous channels. tables: 4 x 3 x H floats,
+// (multiplier, lowest code, highest code) of q, k, v and probs. scores = acc * score_scale[h] (+ mask). out = acc *
+// out_scale[h], [N, Sq, H D]. probs have zero point 0. mask: additive, with strides (sample, head, query), or null.
 EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, const i64* k_strides, const float* v,
                          const i64* v_strides, i64 N, i64 H, i64 Sq, i64 Sk, i64 D, const float* tables,
                          const float* score_scale, const float* out_scale, const float* mask, i64 mask_n, i64 mask_h,
@@ -234,7 +238,7 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
     int32_t* result = scores + rows * Sc;
     const int8_t* keys = packed.get() + nh * (k_bytes + v_bytes);
     const int32_t* start = starts.data() + nh * (Sc + Dc);
-    // Codes of q are counted from the smallest one, those of probs from 0: both unsigned, and as small as they can be.
+    // Codes of q count from the smallest code and codes of probs from 0: both are unsigned and as small as possible.
     int zq = -int(tq[H + h]), largest_q = zq + int(tq[2 * H + h]);
     auto magnitude = [&](const float* t) { return i64(std::max(-t[H + h], t[2 * H + h])); };
     i64 group_k = pairs_in_16_bits(std::max(1, largest_q), magnitude(tk));

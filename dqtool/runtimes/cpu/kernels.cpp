@@ -1,10 +1,11 @@
-// Fused channels-last kernels of the `cpu` runtime: what PyTorch has no single operation for.
+// Fused channels-last kernels of the `cpu` runtime that PyTorch has no single operation for.
 //
-// Plain C interface, raw pointers, no PyTorch headers: compiles in seconds and does not depend on PyTorch's ABI. Everything
-// element-wise is portable C++ that the compiler vectorises; the int8 products need AVX512-VNNI or AVX2 (`dq_features` tells).
+// The interface is plain C with raw pointers and without PyTorch's headers: it compiles in seconds and does not depend on
+// PyTorch's ABI. Element-wise code is portable C++ that the compiler vectorises. The int8 products need AVX512-VNNI or AVX2
+// (`dq_features` returns what was compiled in).
 //
 // Codes are unsigned bytes u = c + zp, where c is the centred code and zp a constant (128), or an 8-bit layer's zero point.
-// A product's accumulators start at -zp * sum(w), so what they hold in the end is sum(c * w), exactly.
+// A product's accumulators start at -zp * sum(w), so that they end as exactly sum(c * w).
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +25,7 @@ namespace {
 
 using i64 = int64_t;
 
-// e^x for |x| < 87, relative error below 2e-7; branch-free, so that loops around it vectorise.
+// Returns e^x for |x| < 87 with a relative error below 2e-7. Free of branches, so that loops around it vectorise.
 inline float exp_(float x) {
   x = std::min(std::max(x, -87.0f), 88.0f);
   float n = std::nearbyint(x * 1.44269504088896341f);
@@ -45,13 +46,13 @@ inline float exp_(float x) {
 
 inline float silu(float y) { return y / (1.0f + exp_(-y)); }
 
-// 0.5 y (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3))) = y * sigmoid(2 ...)
+// GELU by tanh: 0.5 y (1 + tanh(z)) = y * sigmoid(2 z) with z = sqrt(2/pi) (y + 0.044715 y^3)
 inline float gelu_tanh(float y) {
   float u = 1.5957691216057308f * (y + 0.044715f * y * y * y);
   return y / (1.0f + exp_(-u));
 }
 
-// Abramowitz & Stegun 7.1.26 is too coarse (1.5e-7 absolute is fine relative to codes, and it is what is used here).
+// GELU by erf, with Abramowitz & Stegun 7.1.26: an absolute error of 1.5e-7 is far below one code.
 inline float gelu_erf(float y) {
   float x = std::fabs(y) * 0.70710678118654752f;
   float t = 1.0f / std::fma(0.3275911f, x, 1.0f);
@@ -64,7 +65,7 @@ inline float gelu_erf(float y) {
   return 0.5f * y * (1.0f + std::copysign(erf, y));
 }
 
-enum Act { NONE = 0, SILU = 1, GELU_TANH = 2, GELU_ERF = 3, GEGLU = 4 };  // GEGLU: see geglu_row
+enum Act { NONE = 0, SILU = 1, GELU_TANH = 2, GELU_ERF = 3, GEGLU = 4 };  // GEGLU: value * gelu(gate), in geglu_row
 
 template <int ACT>
 inline float act(float y) {
@@ -80,7 +81,7 @@ inline uint8_t code(float scaled, float lo, float hi, int zp) {
   return static_cast<uint8_t>(static_cast<int32_t>(r) + zp);
 }
 
-// One pixel: C channels. a, b: affine before the activation, or null. m: multiplier, one or per channel.
+// Quantizes one pixel of C channels. a, b: affine map before the activation, or null. m: multiplier, one or per channel.
 template <int ACT, bool AFFINE, bool PER_CHANNEL>
 void quantize_row(const float* __restrict x, uint8_t* __restrict out, i64 C, const float* __restrict a,
                   const float* __restrict b, const float* __restrict m, float lo, float hi, int zp) {
@@ -111,7 +112,7 @@ RowFn row_fn(int act, bool affine, bool per_channel) {
   }
 }
 
-// One row of C channels: codes of value * gelu(gate).
+// Writes one row of C codes of value * gelu(gate).
 void geglu_row(const float* __restrict value, const float* __restrict gate, uint8_t* __restrict out, i64 C, const float* m,
                bool per_channel, float lo, float hi, int zp) {
   float m0 = m[0];
@@ -124,7 +125,7 @@ void geglu_row(const float* __restrict value, const float* __restrict gate, uint
   }
 }
 
-struct Scratch {  // grows, never shrinks; one per thread
+struct Scratch {  // one buffer per thread; grows, never shrinks
   void* data = nullptr;
   size_t size = 0;
   ~Scratch() { std::free(data); }
@@ -141,8 +142,8 @@ struct Scratch {  // grows, never shrinks; one per thread
 };
 thread_local Scratch scratch_a, scratch_b;
 
-// Channels [N, H, W, C] to padded codes [N, top + up H + bottom, left + up W + right, Cp]; padding is zp, a real zero. `up`
-// repeats pixels (nearest upsampling commutes with the quantizer).
+// Quantizes channels [N, H, W, C] to padded codes [N, top + up H + bottom, left + up W + right, Cp]. The padding is zp, the
+// code of zero. `up` repeats pixels: nearest upsampling commutes with the quantizer.
 void quantize_padded(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i64 Cp, i64 top, i64 bottom, i64 left,
                      i64 right, i64 up, const float* a, const float* b, int act, const float* m, bool per_channel,
                      float lo, float hi, int zp) {
@@ -179,7 +180,8 @@ void quantize_padded(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i
 
 }  // namespace
 
-// Bits: 1 int8 products are compiled in, 2 they are AVX512-VNNI's, which multiply any codes at one speed, and Winograd's.
+// Returns a bit set: 1 if int8 products are compiled in; 2 if they use AVX512-VNNI, which multiplies codes of any width at the
+// same speed and has the Winograd form.
 EXPORT int dq_features() {
 #if defined(__AVX512VNNI__)
   return 3;
@@ -195,8 +197,8 @@ EXPORT void dq_quantize(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C
   quantize_padded(x, out, N, H, W, C, Cp, top, bottom, left, right, up, nullptr, nullptr, act, m, per_channel, lo, hi, zp);
 }
 
-// Group norm (G groups; gamma, beta [C] or null; extra_scale, extra_shift [N, C] or null: y = y (1 + scale) + shift), the
-// activation, the quantizer. The statistics are float sums over short runs, gathered in double.
+// Applies group norm (G groups; gamma, beta [C] or null; extra_scale, extra_shift [N, C] or null: y = y (1 + scale) + shift),
+// the activation and the quantizer. Statistics are float sums over short runs, added up in double.
 EXPORT void dq_group_norm_quantize(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i64 Cp, i64 top, i64 bottom,
                                    i64 left, i64 right, i64 G, float eps, const float* gamma, const float* beta,
                                    const float* extra_scale, const float* extra_shift, int act, const float* m,
@@ -251,8 +253,8 @@ EXPORT void dq_group_norm_quantize(const float* x, uint8_t* out, i64 N, i64 H, i
   quantize_padded(x, out, N, H, W, C, Cp, top, bottom, left, right, 1, a, b, act, m, per_channel, lo, hi, zp);
 }
 
-// Layer norm over the last dimension of [N, S, C] (gamma, beta [C] or null), then y (1 + scale[n]) + shift[n] (adaLN; null
-// for none), then the quantizer, to [N, S, Cp].
+// Applies layer norm over the last dimension of [N, S, C] (gamma, beta [C] or null), then y (1 + scale[n]) + shift[n] (adaLN,
+// or null), then the quantizer. Writes [N, S, Cp].
 EXPORT void dq_layer_norm_quantize(const float* x, uint8_t* out, i64 N, i64 S, i64 C, i64 Cp, float eps,
                                    const float* gamma, const float* beta, const float* extra_scale,
                                    const float* extra_shift, const float* m, int per_channel, float lo, float hi, int zp) {
@@ -291,7 +293,7 @@ EXPORT void dq_layer_norm_quantize(const float* x, uint8_t* out, i64 N, i64 S, i
   }
 }
 
-// GEGLU: rows [M, 2 C] = (value, gate) to codes of value * gelu(gate), [M, Cp].
+// Quantizes GEGLU: from rows [M, 2 C] = (value, gate) to codes [M, Cp] of value * gelu(gate).
 EXPORT void dq_geglu_quantize(const float* x, uint8_t* out, i64 M, i64 C, i64 Cp, const float* m, int per_channel,
                               float lo, float hi, int zp) {
 #pragma omp parallel for schedule(static) if (M * C > 16384)

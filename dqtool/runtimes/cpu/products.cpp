@@ -1,8 +1,9 @@
-// int8 products on packed weights: a convolution as implicit matrix product. After tiles.cpp, one unit with it.
+// int8 products on packed weights: a convolution as an implicit matrix product. Compiled after tiles.cpp, in the same
+// translation unit.
 #ifdef DQ_PRODUCTS
 namespace {
 
-// Eight codes of B bits, dense, to one byte each: halves move apart three times.
+// Spreads eight dense codes of B bits to one byte each, by moving halves apart three times.
 template <int B>
 inline uint64_t spread(uint64_t x) {
   if constexpr (B == 8) return x;
@@ -28,7 +29,7 @@ void unpack_row(const uint8_t* words, i64 bytes, i64 n, int zero_point, int8_t* 
   for (i64 i = 0; i < n; ++i) out[i] = static_cast<int8_t>(static_cast<uint8_t>(out[i]) - zero_point);
 }
 
-// A weight [Co, K]: centred int8 codes, or the file's packed ones (see core/packing.py), a row of `row_bytes` each.
+// A weight [Co, K]: centred int8 codes, or the packed codes of the file (core/packing.py), `row_bytes` bytes a row.
 struct Weight {
   const int8_t* codes;
   const uint8_t* words;
@@ -36,7 +37,7 @@ struct Weight {
   int bits;
   const uint8_t* zero_points;
 
-  // Centred codes of one row; `buffer` is used if they have to be made.
+  // Returns the centred codes of one row. Unpacks them into `buffer` if they are packed.
   const int8_t* row(i64 co, i64 K, int8_t* buffer) const {
     if (codes) return codes + co * K;
     const uint8_t* from = words + co * row_bytes;
@@ -57,8 +58,8 @@ struct Weight {
 
 }  // namespace
 
-// A weight [Co, Ci, taps] to blocks of BLOCK columns, [block][tap][Ci / 4][columns][4]; sums[Co rounded up to 16]. Returns the
-// largest magnitude of a code. `gates`: see Results.
+// Packs a weight [Co, Ci, taps] into blocks of BLOCK columns, [block][tap][Ci / 4][columns][4], and writes the sums of its
+// columns, sums[Co rounded up to 16]. Returns the largest magnitude of a code. `gates`: defined at Results in tiles.cpp.
 EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int bits, const uint8_t* zero_points,
                    int8_t* packed, int32_t* sums, i64 Co, i64 Ci, i64 taps, i64 gates) {
   Weight weight{codes, words, row_bytes, bits, zero_points};
@@ -66,7 +67,8 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
   Results order{};
   order.gates = gates;
   int largest = 0;
-  // A strip is 16 columns: of each quad of channels a whole cache line. A thread takes a block's strips, which share pages.
+  // A strip is 16 columns: a whole cache line for each four channels. One thread packs all strips of a block, because they
+  // share pages.
 #pragma omp parallel for schedule(dynamic, BLOCK / 16) reduction(max : largest) if (Co * K > 65536)
   for (i64 strip = 0; strip < Cop / 16; ++strip) {
     i64 from = strip * 16, first = from / BLOCK * BLOCK, width = std::min<i64>(BLOCK, Cop - first);
@@ -104,7 +106,7 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
 
 namespace {
 
-// Convolution of padded codes [N, Hp, Wp, Cp] with a packed weight, to results [N, Ho, Wo, Co].
+// Convolves padded codes [N, Hp, Wp, Cp] with a packed weight. Writes results [N, Ho, Wo, Co].
 void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight, i64 N,
               i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
               i64 sample_pixels, const Results& results) {
@@ -114,8 +116,8 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
   std::vector<i64> taps(n_taps);
   for (i64 r = 0; r < kh; ++r)
     for (i64 s = 0; s < kw; ++s) taps[r * kw + s] = (r * dy * Wp + s * dx) * Cp;
-  // Work is cut into (pixels x a stripe of columns); runs of pixels keep a stripe of weights in cache. With one tap results
-  // weigh as much as products: a stripe as wide as the cache allows writes them in long pieces.
+  // A work item is a run of pixels times a stripe of columns, whose weights stay in the cache. With one tap, writing results
+  // takes as long as multiplying, so the stripe is as wide as the cache allows and results are written in long pieces.
   const i64 widest = std::max<i64>(BLOCK, std::min<i64>(WIDEST, STRIPE_BYTES / Cp / BLOCK * BLOCK));
   const i64 stripe = results.stripe(n_taps == 1 ? widest : BLOCK), stripes = (Cop + stripe - 1) / stripe;
 #ifdef DQ_AMX
@@ -130,7 +132,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
   bool parallel = pixels * Cop * Cp * n_taps > 200000;
 #pragma omp parallel for schedule(dynamic, 1) if (parallel)
   for (i64 item = 0; item < runs * stripes; ++item) {
-    // Neighbouring items share pixels when weights fit the cache, else weights.
+    // Neighbouring items share pixels if the weights fit the cache, else they share weights.
     i64 left = item % stripes * stripe, right = std::min(Cop, left + stripe), from = item / stripes * run;
     i64 to = std::min(pixels, from + run);
     alignas(64) int32_t start[WIDEST];
@@ -165,8 +167,9 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
 
 }  // namespace
 
-// Convolution to float32 [N, Ho, Wo, Co]. A linear layer is one with N = 1, Hp = 1, Wp = rows, and `sample_pixels` rows in a
-// sample. `largest_code` bounds what is in `in`, `largest_weight` is what `dq_pack` returned. `gate` [N, Co] or null.
+// Convolves codes and writes float32 [N, Ho, Wo, Co]. A linear layer is a convolution with N = 1, Hp = 1, Wp = rows, and
+// `sample_pixels` rows in a sample. `largest_code` bounds the codes of `in`. `largest_weight` is the value that `dq_pack`
+// returned. `gate`: [N, Co] or null.
 EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight,
                     i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
                     const float* scale, float input_scale, const float* bias, i64 bias_stride, i64 sample_pixels,
@@ -178,7 +181,7 @@ EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int
            results);
 }
 
-// A linear layer [rows, Cp] to the codes of the next one's input, [rows, next_Cp], by way of an activation.
+// Applies a linear layer to codes [rows, Cp], then an activation and the next layer's quantizer. Writes codes [rows, next_Cp].
 EXPORT void dq_linear_codes(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code,
                             int largest_weight, i64 rows, i64 Cp, i64 Co, const float* scale, float input_scale,
                             const float* bias, i64 gates, uint8_t* codes, i64 next_Cp, int act, const float* m,

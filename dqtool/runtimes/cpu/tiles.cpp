@@ -1,13 +1,15 @@
-// Tiles of accumulators, the part of the int8 products that depends on the instruction set. After kernels.cpp, one unit with it.
+// Tiles of accumulators: the part of the int8 products that depends on the instruction set. Compiled after kernels.cpp, in the
+// same translation unit.
 //
 // A packed weight is cut into blocks of BLOCK columns, [block][tap][channels / 4][columns][4]. With AVX512-VNNI one instruction
-// multiplies and sums four bytes into 32 bits. AVX2 sums pairs of products in 16 bits, which saturate: `group` says how many
-// such pairs fit there for the codes at hand (0: not even one), so that every sum is exact.
+// multiplies four bytes and adds the products into 32 bits. AVX2 adds pairs of products in 16 bits, and saturates. `group` is
+// the number of such pairs that fit 16 bits for the codes at hand (0: not even one), so that every sum is exact.
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #define DQ_PRODUCTS 1
 namespace {
 
-// Columns that one piece of work may have, and bytes of their weights, where results weigh as much as products.
+// Largest number of columns of a work item, and largest size of their weights in bytes, where writing results takes as long
+// as multiplying.
 #if defined(__AVX512VNNI__)
 constexpr int WIDEST = 640;
 #else
@@ -19,7 +21,7 @@ struct Epilogue {  // y = ((acc * scale + bias) * gate + residual) * post
   const float* scale;
   float input_scale;
   const float* bias;
-  i64 bias_stride;  // 0: one bias for all samples
+  i64 bias_stride;  // 0: all samples have the same bias
   const float* gate;
   i64 gate_stride;
   const float* residual;
@@ -30,8 +32,9 @@ struct Epilogue {  // y = ((acc * scale + bias) * gate + residual) * post
 
 constexpr int LANES = 16, ROWS = 6, BLOCK = 64;  // a tile of accumulators: 6 rows x 4 registers of 16 columns
 
-// One tile: c[i][j] = start[i][j] + sum over channels of row i (unsigned, `a[i] + offset`) times the packed block b (signed).
-// `start_stride` 0 gives all rows the same start. Weights `ahead` bytes further on are fetched meanwhile. Never inlined: in a larger function the accumulators lose their registers.
+// Computes one tile: c[i][j] = start[i][j] + sum over channels of row i (unsigned, `a[i] + offset`) times the packed block b
+// (signed). `start_stride` 0 gives all rows the same start. Prefetches the weights `ahead` bytes further on. Never inlined: in a
+// larger function the compiler spills the accumulators.
 template <int M, int NB>
 __attribute__((noinline)) void tile(const uint8_t* const* a, i64 offset, i64 quads, const int8_t* b, const int32_t* start,
                                     i64 start_stride, int32_t* c, i64 stride, i64 ahead) {
@@ -77,7 +80,7 @@ inline __mmask16 tail(i64 left) {
   return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
 }
 
-// Sixteen columns from `channel` on, of one pixel of sample `n`.
+// Finishes sixteen columns, from `channel` on, of one pixel of sample `n`.
 inline void finish(__m512 acc, const Epilogue& e, i64 n, i64 pixel, i64 channel, i64 Co, float* to, __mmask16 mask) {
   __m512 s = _mm512_mul_ps(_mm512_set1_ps(e.input_scale), _mm512_maskz_loadu_ps(mask, e.scale + channel));
   __m512 y;
@@ -91,7 +94,7 @@ inline void finish(__m512 acc, const Epilogue& e, i64 n, i64 pixel, i64 channel,
   _mm512_mask_storeu_ps(to, mask, y);
 }
 
-// All taps of one tile: `slice` bytes of weights each.
+// Adds up all taps of one tile. Each tap has `slice` bytes of weights.
 inline void tile_taps(int m, int nb, const uint8_t* const* rows, const i64* taps, int n_taps, i64 quads, const int8_t* block,
                       i64 slice, const int32_t* start, int32_t* acc, i64 ahead, i64) {
   Tile run = TILES[m - 1][nb - 1];
@@ -99,7 +102,7 @@ inline void tile_taps(int m, int nb, const uint8_t* const* rows, const i64* taps
   for (int t = 1; t < n_taps; ++t) run(rows, taps[t], quads, block + t * slice, acc, BLOCK, acc, BLOCK, ahead);
 }
 
-// One row of finished accumulators, 16 columns at a time, from `channel` on.
+// Writes one row of finished accumulators, 16 columns at a time, from `channel` on.
 inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 channel, i64 Co, float* to) {
   for (int j = 0; j < nb; ++j)
     finish(_mm512_cvtepi32_ps(_mm512_load_si512(acc + j * 16)), e, n, pixel, channel + j * 16, Co, to + j * 16,
@@ -112,8 +115,8 @@ constexpr int LANES = 8, ROWS = 6, BLOCK = 16;  // a tile of accumulators: 6 row
 
 alignas(32) const int16_t ONES[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Four bytes at `from`, repeated, times two registers of weights. As assembly, because compilers fetch the bytes of all rows
-// first, and then the accumulators lose their registers: sixteen are just enough.
+// Multiplies the four bytes at `from`, broadcast, with two registers of weights. Written in assembly, because compilers load
+// the bytes of all rows first and then spill accumulators: sixteen registers are just enough.
 inline void add_pairs(const uint8_t* from, __m256i w0, __m256i w1, __m256i& a0, __m256i& a1) {  // 16-bit sums
   __m256i x, y;
   asm("vpbroadcastd %[from], %[x]\n\tvpmaddubsw %[w0], %[x], %[y]\n\tvpaddw %[y], %[a0], %[a0]\n\t"
@@ -133,11 +136,11 @@ inline void add_quads(const uint8_t* from, __m256i w0, __m256i w1, __m256i& a0, 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 inline void store(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
 
-// A tile's accumulators have names: compilers leave arrays of them in memory.
+// The accumulators of a tile are single variables, because compilers keep an array of them in memory.
 #define DQ_ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
 
-// One tile of 16 columns: c[i] = start + sum over `n_taps` taps (bytes from a[i]) and channels of row i (unsigned) times the
-// packed block b (signed). Three forms of the same sums, by how many fit 16 bits: `group` of them are summed there, then widened.
+// Computes one tile of 16 columns: c[i] = start + sum over `n_taps` taps (bytes from a[i]) and channels of row i (unsigned)
+// times the packed block b (signed). Three forms compute the same sums. This one adds `group` pairs in 16 bits, then widens.
 template <int M>
 __attribute__((noinline)) void tile_nested(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
                                            const int32_t* start, int32_t* c, i64 stride, i64 group) {
@@ -176,7 +179,7 @@ __attribute__((noinline)) void tile_nested(const uint8_t* const* a, const i64* t
 #undef DQ_WIDEN
 }
 
-// Every pair is widened at once: fewer than four fit 16 bits.
+// Widens every pair at once, for codes of which fewer than four pairs fit 16 bits.
 template <int M>
 __attribute__((noinline)) void tile_single(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
                                            const int32_t* start, int32_t* c, i64 stride) {
@@ -201,7 +204,7 @@ __attribute__((noinline)) void tile_single(const uint8_t* const* a, const i64* t
 #undef DQ_ROWS
 }
 
-// Both operands as 16-bit numbers, even and odd bytes apart: any codes.
+// Multiplies 16-bit numbers, even and odd bytes apart, for codes of any width.
 template <int M>
 __attribute__((noinline)) void tile_wide(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
                                          const int32_t* start, int32_t* c, i64 stride) {
@@ -245,13 +248,13 @@ using Tile = void (*)(const uint8_t* const*, const i64*, int, i64, const int8_t*
 
 constexpr Tile TILES[ROWS] = {tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 
-// All taps of one tile. Columns come in sixteens, so a block is always two registers wide.
+// Adds up all taps of one tile. The number of columns is a multiple of sixteen, so a block is always two registers wide.
 inline void tile_taps(int m, int, const uint8_t* const* rows, const i64* taps, int n_taps, i64 quads, const int8_t* block,
                       i64, const int32_t* start, int32_t* acc, i64, i64 group) {
   TILES[m - 1](rows, taps, n_taps, quads, block, start, acc, BLOCK, group);
 }
 
-// One row of finished accumulators, 8 columns at a time, from `first` on.
+// Writes one row of finished accumulators, 8 columns at a time, from `first` on.
 inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 first, i64 Co, float* to) {
   for (int j = 0; j < nb; ++j) {
     i64 channel = first + j * 8, left = Co - channel;
@@ -269,14 +272,14 @@ inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64
 
 #endif
 
-// What becomes of a product's sums: floats [pixels, Co], or at once the codes of the next layer's input, [pixels, Cp].
+// Destination of a product's sums: floats [pixels, Co], or the codes of the next layer's input, [pixels, Cp].
 //
-// `gates` > 0: GEGLU. The first half of the `Co` columns are values, the others their gates, `gates` of each (a multiple of
-// BLOCK), and packed blocks are a block of values and one of gates in turn: work on both gives codes.
+// `gates` > 0 means GEGLU. The first `gates` columns are values and the other `gates` columns are their gates (`gates` is a
+// multiple of BLOCK, Co = 2 `gates`). Packed blocks alternate between values and gates, so that a work item has both.
 struct Results {
   Epilogue e;
   i64 Co, gates;
-  float* out;  // null: codes
+  float* out;  // null: write codes instead
   uint8_t* codes;
   i64 Cp;
   int act;
@@ -285,13 +288,14 @@ struct Results {
   float lo, hi;
   int zp;
 
-  // First channel of the packed block at column `first`.
+  // Returns the first channel of the packed block at column `first`.
   i64 channel(i64 first) const { return gates ? (first / BLOCK % 2 ? gates : 0) + first / (2 * BLOCK) * BLOCK : first; }
 
-  // Columns that one piece of work has, about `wanted`.
+  // Returns the number of columns of a work item, close to `wanted`.
   i64 stripe(i64 wanted) const { return gates ? std::max<i64>(2 * BLOCK, wanted / (2 * BLOCK) * (2 * BLOCK)) : wanted; }
 
-  // The block at `first` of the piece [left, right) of one pixel's row of sums. `room` is for the piece's floats.
+  // Takes the sums of the block at `first`, within the columns [left, right) of one pixel. `room` holds the floats of these
+  // columns.
   void block(const int32_t* acc, int nb, i64 n, i64 pixel, i64 first, i64 left, i64 right, float* room) const {
     i64 from = channel(first), at = first - left;
     if (out)
@@ -301,7 +305,7 @@ struct Results {
                  room + (gates ? at / (2 * BLOCK) * BLOCK + (at / BLOCK % 2 ? (right - left) / 2 : 0) : at));
   }
 
-  // After all blocks of the piece.
+  // Finishes the columns [left, right) after their last block.
   void row(i64 pixel, i64 left, i64 right, const float* room) const {
     if (out) return;
     const i64 from = gates ? left / 2 : left, count = gates ? (right - left) / 2 : std::min(right, Co) - left;
@@ -316,7 +320,7 @@ struct Results {
   }
 };
 
-// Rows [rows, K] of unsigned bytes times packed columns, to c.
+// Multiplies rows [rows, K] of unsigned bytes with packed columns. Writes the sums to c.
 inline void multiply_rows(const uint8_t* a, i64 lda, i64 rows, const int8_t* packed, const int32_t* starts, i64 columns,
                           i64 quads, int32_t* c, i64 ldc, i64 group) {
   i64 padded = (columns + 15) / 16 * 16;
@@ -335,7 +339,7 @@ inline void multiply_rows(const uint8_t* a, i64 lda, i64 rows, const int8_t* pac
     }
 }
 
-// How many pairs of products of codes up to `largest` with weights up to `weight` fit 16 bits.
+// Returns how many pairs of products of codes up to `largest` with weights up to `weight` fit 16 bits.
 inline i64 pairs_in_16_bits(i64 largest, i64 weight) { return weight ? 32767 / (2 * largest * weight) : 1 << 20; }
 
 }  // namespace

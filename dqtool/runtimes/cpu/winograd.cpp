@@ -1,9 +1,9 @@
-// One translation unit with kernels.cpp, tiles.cpp and products.cpp, after them.
+// Winograd convolutions on integers. Compiled after kernels.cpp, tiles.cpp and products.cpp, in the same translation unit.
 #ifdef __AVX512VNNI__
 namespace {
 
-// (2G) w (2G)^T of one row of weights [Ci, 9] into u[x][column][channels], 16 x `stride` bytes apart, and its 16 sums, a
-// register of partial ones each; false where a value needs more than a byte. `planes` is room for 9 * channels bytes.
+// Transforms one row of weights [Ci, 9] by (2G) w (2G)^T into u[x][column][channels], 16 planes `stride` bytes apart. Writes 16
+// registers of partial sums. Returns false if a value needs more than a byte. `planes` is a buffer of 9 * channels bytes.
 // `channels` is Ci rounded up to 32.
 inline bool transform_weight(const int8_t* row, i64 Ci, i64 channels, int8_t* planes, int8_t* u, i64 stride, int32_t* sums) {
   for (i64 c = 0; c < Ci; ++c)
@@ -45,8 +45,8 @@ inline bool transform_weight(const int8_t* row, i64 Ci, i64 channels, int8_t* pl
 
 }  // namespace
 
-// Winograd F(2x2, 3x3) on integers: U = (2G) w (2G)^T, V = B^T d B, 4 y = A^T (U V) A, all exact. Needs U in int8
-// (returns 0 where it is not) and |V| <= 127, that is, codes of at most 5 bits.
+// Transforms a weight for Winograd F(2x2, 3x3) on integers: U = (2G) w (2G)^T, V = B^T d B, 4 y = A^T (U V) A, all exact.
+// Returns 0 if U does not fit int8. Needs |V| <= 127, which codes of at most 5 bits ensure.
 EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int bits, const uint8_t* zero_points,
                             int8_t* packed, int32_t* starts, i64 Co, i64 Ci) {
   Weight weight{codes, words, row_bytes, bits, zero_points};
@@ -81,7 +81,7 @@ EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_b
 
 namespace {
 
-// V = B^T d B of one 4x4 tile of codes (u = c + 128), for all channels: v[x * stride + c] = V + 128.
+// Transforms one 4x4 tile of codes (u = c + 128) for all channels: v[x * stride + c] = B^T d B + 128.
 inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 stride) {
   const __m512i flip = _mm512_set1_epi8(char(0x80));
   for (i64 c = 0; c < Cp; c += 64) {
@@ -93,7 +93,7 @@ inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 s
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) d[r] = _mm512_maskz_loadu_epi8(mask, in + (r * Wp + x) * Cp + c);
       t[0][x] = _mm512_sub_epi8(d[0], d[2]);
-      t[1][x] = _mm512_add_epi8(d[1], d[2]);  // twice the offset 128: none, modulo 256
+      t[1][x] = _mm512_add_epi8(d[1], d[2]);  // twice the offset 128 is zero modulo 256
       t[2][x] = _mm512_sub_epi8(d[2], d[1]);
       t[3][x] = _mm512_sub_epi8(d[1], d[3]);
     }
@@ -110,7 +110,7 @@ inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 s
 
 }  // namespace
 
-// 3x3 convolution, stride 1, of codes with zp 128, padded so that Hp >= 2 ceil(Ho / 2) + 2 (and so for the width).
+// Computes a 3x3 convolution with stride 1 of codes with zp 128, padded so that Hp >= 2 ceil(Ho / 2) + 2 and Wp likewise.
 EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* starts, i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho,
                         i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias, i64 bias_stride,
                         const float* residual, float post, float* out) {
@@ -145,7 +145,7 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* start
             int left = int(std::min<i64>(ROWS, count - t));
             const uint8_t* a[ROWS];
             for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * Cp;
-            // The first tile fetches the next transform's weights: they come from memory, and each is needed once per group.
+            // The first tile prefetches the next transform's weights: they come from memory, and each is used once per group.
             TILES[left - 1][nb - 1](a, 0, quads, block, start, 0, m + (x * size + t) * BLOCK, BLOCK, t ? 0 : Cp * width);
           }
         }
