@@ -15,7 +15,7 @@ from dqtool.recipe import load_recipe
 from dqtool.stages.planning.plan import plan_recipe
 from dqtool.stages.registry import chained_stages, option_types
 from dqtool.stages.run import steps_of_recipe
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes" / "published").glob("*.yaml"))
 MODELS = {
@@ -68,7 +68,7 @@ def test_the_plan_of_every_other_model_counts_what_was_published(tmp_path: Path,
     arch = ARCHITECTURES[MODELS[name.split("-")[0]]]
     model = sparse_model(tmp_path / "model", arch.name)
     path = next(path for path in RECIPES if path.stem == name)
-    plan = plan_recipe(str(path), [f"model={model}"], Common(dry_run=True, quiet=True), str(tmp_path / "results"))
+    plan = plan_recipe(str(path), [f"model={model}"], RunSettings(dry_run=True, quiet=True), str(tmp_path / "results"))
     work = next(stage["work"] for stage in plan["stages"] if stage["stage"] == "distill")
     assert work["parameters"] == pytest.approx(arch.parameters, rel=0.01)
     bits = int(name[-1])

@@ -25,17 +25,17 @@ def count_cpu(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     Layers that the runtime computes in float are left out.
     """
     from dqtool.runtimes.cpu import choose
-    from dqtool.runtimes.cpu.codes import Clock
+    from dqtool.runtimes.cpu.codes import CurrentStep
 
     for name, form in _layers(network):
         assert form.input is not None
-        clock = Clock()
-        product = choose(form, clock)
+        current_step = CurrentStep()
+        product = choose(form, current_step)
         if product is None:
             continue
         compared = different = 0
         for step in range(form.input.steps):
-            clock.row = step
+            current_step.row = step
             x = _input(form, step)
             expected = accumulate(form.input.codes(x, step, channel_dim=1 if form.is_conv else -1), form)
             got = product.accumulators(product.quantize(x)).to(torch.int64)

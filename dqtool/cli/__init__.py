@@ -15,10 +15,10 @@ from typing import Any
 
 import typer
 
-from dqtool.cli.app import COMMON, app
+from dqtool.cli.app import GENERAL_OPTIONS, app
 from dqtool.errors import UsageError
 
-__all__ = ["COMMON", "COMPLETION", "app", "invoke"]
+__all__ = ["COMPLETION", "GENERAL_OPTIONS", "app", "invoke"]
 
 ORDER = ("stages", "run", "inspect", "bench", "report")
 """Files of commands in the order of `dqtool --help`; files not named here come after them. `stages` adds all stages."""

@@ -13,9 +13,9 @@ from dqtool import report
 from dqtool.cli.help import GENERAL, PanelCommand
 from dqtool.errors import UsageError
 from dqtool.stages.options.declared import RESOURCES
-from dqtool.stages.shared.common import Common, check_values
+from dqtool.stages.shared.settings import RunSettings, check_values
 
-__all__ = ["COMMON", "app", "command"]
+__all__ = ["GENERAL_OPTIONS", "app", "command"]
 
 EPILOG = """\b
 One model, five stages:
@@ -51,7 +51,7 @@ def _general(flag: str, help: str) -> Any:
     return typer.Option(flag, help=help, rich_help_panel=GENERAL)
 
 
-def common_options(
+def general_options(
     force: Annotated[bool, _general("--force", help="Do the work again even if its output is up to date.")] = False,
     quiet: Annotated[bool, _general("--quiet", help="Print warnings and errors only.")] = False,
     json: Annotated[bool, _general("--json", help="Print one JSON object to standard output, for scripts.")] = False,
@@ -68,33 +68,33 @@ def common_options(
     ] = False,
     dry_run: Annotated[bool, _general("--dry-run", help="Print the plan and write nothing.")] = False,
     debug: Annotated[bool, _general("--debug", help="Show tracebacks and the warnings of libraries.")] = False,
-) -> Common:
+) -> RunSettings:
     """Apply the options that every command takes, and return them."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"'{device}' is not a device", where="--device", fix="Choose auto, cpu, cuda or cuda:N")
     report.set_quiet(quiet)
-    return Common(force=force, quiet=quiet, json=json, device=device, dry_run=dry_run, overwrite=overwrite)
+    return RunSettings(force=force, quiet=quiet, json=json, device=device, dry_run=dry_run, overwrite=overwrite)
 
 
-COMMON = introspect.signature(common_options, eval_str=True).parameters
+GENERAL_OPTIONS = introspect.signature(general_options, eval_str=True).parameters
 
 
 def command(*examples: str, group: typer.Typer = app, name: str | None = None) -> Callable[[Callable], Callable]:
     """Return a decorator that registers a function as a command.
 
-    The command takes the function's own options and the common ones, and passes the latter as `common`. `examples` end
-    its help.
+    The command takes the function's own options and those that all commands take, and passes the latter as
+    `settings`. `examples` end its help.
     """
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
         own = introspect.signature(body, eval_str=True).parameters
 
         def callback(**values: Any) -> None:
-            common = common_options(**{key: values.pop(key) for key in COMMON})
+            settings = general_options(**{key: values.pop(key) for key in GENERAL_OPTIONS})
             check_values(values)
-            body(**values, common=common)
+            body(**values, settings=settings)
 
-        parameters = [p for p in own.values() if p.name != "common"] + list(COMMON.values())
+        parameters = [p for p in own.values() if p.name != "settings"] + list(GENERAL_OPTIONS.values())
         keyword_only = [p.replace(kind=introspect.Parameter.KEYWORD_ONLY) for p in parameters]
         callback.__signature__ = introspect.Signature(keyword_only)  # type: ignore[attr-defined]
         callback.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -10,7 +10,7 @@ from dqtool.cli.app import command
 from dqtool.cli.options import split_list, split_numbers
 from dqtool.cli.output import on_standard_error, print_report
 from dqtool.stages.options.declared import INPUT, RESOURCES
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @command(
@@ -18,7 +18,7 @@ from dqtool.stages.shared.common import Common
     "dqtool bench --arch ddpm-cifar10 --bits 4/4 --batch 1,4,16",
 )
 def bench(
-    common: Common,
+    settings: RunSettings,
     artifact: Annotated[
         str | None,
         typer.Argument(
@@ -119,5 +119,5 @@ def bench(
         output,
     )
     with on_standard_error():
-        result = measure(options, common)
-    print_report(result, render(result), common)
+        result = measure(options, settings)
+    print_report(result, render(result), settings)

@@ -8,7 +8,7 @@ import typer
 
 from dqtool.cli.app import command
 from dqtool.cli.output import print_report
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @command("dqtool inspect distilled.safetensors", "dqtool inspect zoo:digits-ddpm --json")
@@ -16,7 +16,7 @@ def inspect(
     anything: Annotated[
         str, typer.Argument(metavar="ANY", help="Artifact, exported directory, model or zoo:NAME to describe.")
     ],
-    common: Common,
+    settings: RunSettings,
 ) -> None:
     """Describe an artifact or a model.
 
@@ -25,4 +25,4 @@ def inspect(
     from dqtool.stages.inspect import describe, render
 
     description = describe(anything)
-    print_report(description, render(description), common)
+    print_report(description, render(description), settings)

@@ -9,34 +9,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from dqtool.errors import shown
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 __all__ = ["on_standard_error", "print_report", "print_result", "run_stage"]
 
 
-def run_stage(name: str, common: Common, **values: Any) -> None:
+def run_stage(name: str, settings: RunSettings, **values: Any) -> None:
     """Run a stage with options by field name and print its result; in a dry run, print the plan."""
     from dqtool.stages.registry import make_options, plan_function, stage_function
 
     options = make_options(name, values)
     planner = plan_function(name)
-    if common.dry_run and planner is not None:
+    if settings.dry_run and planner is not None:
         from dqtool.stages.planning.plan import render
 
         with on_standard_error():
-            plan = planner(options, common)
-        print_report(plan, render(plan), common)
+            plan = planner(options, settings)
+        print_report(plan, render(plan), settings)
         return
     with on_standard_error():
-        path = stage_function(name)(options, common)
-    if common.dry_run:
+        path = stage_function(name)(options, settings)
+    if settings.dry_run:
         from dqtool.stages.planning.plan import plan_stage, render
 
         with on_standard_error():
-            plan = plan_stage(common.log[-1], options)
-        print_report(plan, render(plan), common)
+            plan = plan_stage(settings.log[-1], options)
+        print_report(plan, render(plan), settings)
     else:
-        print_result(path, common)
+        print_result(path, settings)
 
 
 @contextlib.contextmanager
@@ -46,28 +46,28 @@ def on_standard_error() -> Any:
         yield
 
 
-def print_result(path: str, common: Common) -> None:
+def print_result(path: str, settings: RunSettings) -> None:
     """Print the path, or with --json the manifest with the path and the stages that were cached."""
-    if not common.json:
+    if not settings.json:
         print(path)
         return
     from dqtool.artifacts import manifest_path
     from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 
-    last = common.log[-1] if common.log else None
+    last = settings.log[-1] if settings.log else None
     found: dict[str, Any] = {}
     if last is not None and manifest_path(path).is_file():
         found = load_json(manifest_path(path), MANIFEST_BYTES)
-    if len(common.log) > 1:
-        found["stages"] = [{"stage": e.stage, "path": e.output, "cached": e.cached} for e in common.log]
-    if common.summary:
-        found["summary"] = common.summary
+    if len(settings.log) > 1:
+        found["stages"] = [{"stage": e.stage, "path": e.output, "cached": e.cached} for e in settings.log]
+    if settings.summary:
+        found["summary"] = settings.summary
     print(json_format.dumps(found | {"path": path, "cached": last is not None and last.cached}, sort_keys=True))
 
 
-def print_report(content: Any, lines: Sequence[str], common: Common) -> None:
+def print_report(content: Any, lines: Sequence[str], settings: RunSettings) -> None:
     """Print a report: its lines, with control characters escaped, or with --json its content."""
-    if common.json:
+    if settings.json:
         print(json_format.dumps(content, sort_keys=True))
     else:
         print("\n".join(map(shown, lines)))

@@ -9,12 +9,12 @@ import typer
 from dqtool.cli.app import command
 from dqtool.cli.output import on_standard_error, print_report, print_result
 from dqtool.stages.options.declared import INPUT
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @command("dqtool report results", "dqtool report results/w4a4 results/w8a8/eval.json -o report.md", name="report")
 def report_page(
-    common: Common,
+    settings: RunSettings,
     places: Annotated[
         list[str] | None,
         typer.Argument(
@@ -49,10 +49,10 @@ def report_page(
     from dqtool.stages.report_page import ReportOptions, plan_report, render_plan, write_report
 
     options = ReportOptions(tuple(places or ()), output, format)
-    if common.dry_run:
-        plan = plan_report(options, common)
-        print_report(plan, render_plan(plan), common)
+    if settings.dry_run:
+        plan = plan_report(options, settings)
+        print_report(plan, render_plan(plan), settings)
         return
     with on_standard_error():
-        path = write_report(options, common)
-    print_result(path, common)
+        path = write_report(options, settings)
+    print_result(path, settings)

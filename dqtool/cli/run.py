@@ -9,7 +9,7 @@ import typer
 from dqtool.cli.app import command
 from dqtool.cli.output import on_standard_error, print_report, print_result
 from dqtool.stages.options.declared import INPUT
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @command(
@@ -23,7 +23,7 @@ def run(
             metavar="RECIPE.yaml", help="Recipe to run: a YAML file with a model and, stage by stage, options."
         ),
     ],
-    common: Common,
+    settings: RunSettings,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,10 +51,10 @@ def run(
     from dqtool.stages.planning.plan import plan_recipe, render
     from dqtool.stages.run import run as run_recipe
 
-    if common.dry_run:
-        plan = plan_recipe(recipe, overrides or [], common, output)
-        print_report(plan, render(plan), common)
+    if settings.dry_run:
+        plan = plan_recipe(recipe, overrides or [], settings, output)
+        print_report(plan, render(plan), settings)
         return
     with on_standard_error():
-        path = run_recipe(recipe, overrides or [], common, output)
-    print_result(path, common)
+        path = run_recipe(recipe, overrides or [], settings, output)
+    print_result(path, settings)

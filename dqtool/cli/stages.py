@@ -12,7 +12,7 @@ from dqtool.cli.app import app, command
 from dqtool.cli.output import run_stage
 from dqtool.stages.options.declared import Declared, declared_options
 from dqtool.stages.registry import STAGES, Stage, options_class
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 __all__ = ["add_stage"]
 
@@ -20,12 +20,12 @@ __all__ = ["add_stage"]
 def add_stage(name: str, stage: Stage, group: typer.Typer = app) -> None:
     """Register a stage as a command with the options that its options class declares."""
 
-    def body(common: Common, **values: Any) -> None:
-        run_stage(name, common, **values)
+    def body(settings: RunSettings, **values: Any) -> None:
+        run_stage(name, settings, **values)
 
     own = [_parameter(each) for each in declared_options(options_class(name))]
-    common = inspect.Parameter("common", inspect.Parameter.KEYWORD_ONLY, annotation=Common)
-    body.__signature__ = inspect.Signature([*own, common])  # type: ignore[attr-defined]
+    settings = inspect.Parameter("settings", inspect.Parameter.KEYWORD_ONLY, annotation=RunSettings)
+    body.__signature__ = inspect.Signature([*own, settings])  # type: ignore[attr-defined]
     body.__doc__ = stage.help
     command(*stage.examples, group=group, name=name)(body)
 

@@ -9,7 +9,7 @@ import typer
 from dqtool.cli.app import app, command
 from dqtool.cli.output import on_standard_error, print_report, print_result
 from dqtool.stages.options.declared import INPUT
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 zoo_app = typer.Typer(
     help="List and write the embedded models.", rich_markup_mode=None, epilog="Example: dqtool zoo list"
@@ -18,18 +18,18 @@ app.add_typer(zoo_app, name="zoo")
 
 
 @command("dqtool zoo list", group=zoo_app, name="list")
-def zoo_list(common: Common) -> None:
+def zoo_list(settings: RunSettings) -> None:
     """List the embedded models and their sizes."""
     from dqtool.stages.zoo import list_models, render
 
     models = list_models()
-    print_report({"models": models}, render(models), common)
+    print_report({"models": models}, render(models), settings)
 
 
 @command("dqtool zoo get digits-ddpm -o model", group=zoo_app, name="get")
 def zoo_get(
     name: Annotated[str, typer.Argument(help="Name from `dqtool zoo list`.")],
-    common: Common,
+    settings: RunSettings,
     output: Annotated[
         str | None,
         typer.Option(
@@ -48,10 +48,10 @@ def zoo_get(
     from dqtool.stages.zoo import ZooGetOptions, get_model, plan_get
 
     options = ZooGetOptions(name, output or name.removeprefix("zoo:"))
-    if common.dry_run:
+    if settings.dry_run:
         plan = plan_get(options)
-        print_report(plan, [f"{key:<10}{value}" for key, value in plan.items()], common)
+        print_report(plan, [f"{key:<10}{value}" for key, value in plan.items()], settings)
         return
     with on_standard_error():
-        path = get_model(options, common)
-    print_result(path, common)
+        path = get_model(options, settings)
+    print_result(path, settings)

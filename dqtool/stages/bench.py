@@ -17,9 +17,9 @@ from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import ArtifactError, NumericError, UsageError
-from dqtool.stages.shared.common import Common
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import input_artifact
+from dqtool.stages.shared.settings import RunSettings
 
 if TYPE_CHECKING:
     from dqtool.bench.contender import Loaded
@@ -81,7 +81,7 @@ class BenchOptions:
         return QuantizationSpec.parse(self.bits)
 
 
-def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
+def bench(options: BenchOptions, settings: RunSettings) -> dict[str, Any]:
     """Measure, and return the report as plain values (`render` makes text of it).
 
     Raises:
@@ -95,13 +95,13 @@ def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
     from dqtool.runtimes import RUNTIMES
 
     if options.output is not None:
-        check_writable(options.output, "report", inputs=read_paths(options), overwrite=common.overwrite)
+        check_writable(options.output, "report", inputs=read_paths(options), overwrite=settings.overwrite)
     names = [*_runtimes(options.runtime), *expand(options.against)]
     batches = options.batch or _own_batches(options.arch)
-    if common.dry_run:
+    if settings.dry_run:
         plan = {"contenders": names, "batches": list(batches), "seconds": options.seconds, "arch": options.arch}
         return {"plan": plan, "directory": options.artifact}
-    artifact = _subject_artifact(options, common)
+    artifact = _subject_artifact(options, settings)
     names = [*_runtimes(options.runtime, artifact.manifest.parameters["format"]), *expand(options.against)]
     import torch
 
@@ -130,7 +130,7 @@ def bench(options: BenchOptions, common: Common) -> dict[str, Any]:
         "weights_in_memory": {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
     }
     if options.output is not None:
-        commit_report(options.output, result, overwrite=common.overwrite)
+        commit_report(options.output, result, overwrite=settings.overwrite)
     return result
 
 
@@ -205,12 +205,12 @@ def _own_batches(arch: str | None) -> tuple[int, ...]:
     return BATCHES if own == 1 else (own,)
 
 
-def _subject_artifact(options: BenchOptions, common: Common) -> Artifact:
+def _subject_artifact(options: BenchOptions, settings: RunSettings) -> Artifact:
     if options.arch is None:
         return input_artifact(options.artifact, ["export"], "export")
     from dqtool.bench.random_export import random_export
 
-    return open_artifact(random_export(options.arch, options.spec, common.force), ["export"])
+    return open_artifact(random_export(options.arch, options.spec, settings.force), ["export"])
 
 
 def _subject(artifact: Artifact, options: BenchOptions, workspace: str, threads: int) -> Subject:

@@ -17,7 +17,7 @@ from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.sampling.schedules import finite_config
 from dqtool.stages.options.calibrate import AUTO, KEEP, STRATIFIED, CalibrateOptions, schedule_of
 from dqtool.stages.shared.paths import read_paths
-from dqtool.stages.shared.running import Common, StageOutput, execute, input_artifact
+from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ SCALING_STEPS, SCALING_POINTS = 8, 2
 """Denoising steps, and trajectory points of each, whose layer inputs are seen by scalings that compare outputs."""
 
 
-def calibrate(options: CalibrateOptions, common: Common) -> str:
+def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
     """Record the trajectory, choose the layers' factors by activations, and record the statistics of every quantizer at
     every step; returns the output's path as given.
 
@@ -66,14 +66,16 @@ def calibrate(options: CalibrateOptions, common: Common) -> str:
     inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
 
     def work(key: str) -> StageOutput:
-        workspace = Workspace(options.output, key, forced=common.force)
+        workspace = Workspace(options.output, key, forced=settings.force)
         return with_smaller_batches(
             lambda size: produce(dilated, replace(options, batch_size=size), workspace, prompts),
             options.batch_size,
             "calibrate",
         )
 
-    execute("calibrate", CODE_VERSION, options.output, parameters, inputs, common, work, reads=read_paths(options))
+    run_unless_cached(
+        "calibrate", CODE_VERSION, options.output, parameters, inputs, settings, work, reads=read_paths(options)
+    )
     return options.output
 
 

@@ -10,7 +10,7 @@ from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources.resolve import ModelSource
 from dqtool.stages.options.dilate import DilateOptions
 from dqtool.stages.shared.paths import model_places, read_paths
-from dqtool.stages.shared.running import Common, StageOutput, execute
+from dqtool.stages.shared.running import RunSettings, StageOutput, run_unless_cached
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +23,7 @@ __all__ = ["DilateOptions", "dilate"]
 CODE_VERSION = 1
 
 
-def dilate(options: DilateOptions, common: Common) -> str:
+def dilate(options: DilateOptions, settings: RunSettings) -> str:
     """Scale the model's in-channels and write the dilated artifact; returns its path as given.
 
     Raises:
@@ -35,16 +35,16 @@ def dilate(options: DilateOptions, common: Common) -> str:
     if source.lacks is not None:
         report.warn(source.lacks)
     reads = [*read_paths(options), *model_places(source)]
-    check_writable(options.output, inputs=[*reads, *common.reads], overwrite=common.overwrite)
+    check_writable(options.output, inputs=[*reads, *settings.reads], overwrite=settings.overwrite)
     inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
     parameters = fingerprint_parameters(options)
-    execute(
+    run_unless_cached(
         "dilate",
         CODE_VERSION,
         options.output,
         parameters,
         inputs,
-        common,
+        settings,
         lambda _key: produce(source, options),
         reads=reads,
     )
@@ -187,4 +187,4 @@ def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[st
         )
     family = family_of(class_name, str(source.config_path), config)
     companions = companions_of_source(source)
-    return class_name, config if companions is None else config | family.hints(companions)
+    return class_name, config if companions is None else config | family.input_properties(companions)

@@ -21,7 +21,7 @@ from dqtool.stages.options.distill import (
     with_sampler_defaults,
 )
 from dqtool.stages.shared.paths import read_paths
-from dqtool.stages.shared.running import Common, StageOutput, check_steps, execute, input_artifact
+from dqtool.stages.shared.running import RunSettings, StageOutput, check_steps, input_artifact, run_unless_cached
 
 if TYPE_CHECKING:
     from dqtool.artifacts import Manifest
@@ -42,7 +42,7 @@ LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
 samples."""
 
 
-def distill(options: DistillOptions, common: Common) -> str:
+def distill(options: DistillOptions, settings: RunSettings) -> str:
     """Make the quantized artifact; returns its path as given.
 
     Raises:
@@ -67,7 +67,7 @@ def distill(options: DistillOptions, common: Common) -> str:
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> StageOutput:
-        workspace = Workspace(options.output, key, forced=common.force)
+        workspace = Workspace(options.output, key, forced=settings.force)
         return with_smaller_batches(
             lambda together: produce(calibrated, options, spec, workspace, together),
             TOGETHER,
@@ -76,7 +76,9 @@ def distill(options: DistillOptions, common: Common) -> str:
             fix="Lower --batch-size (32), which is what a block learns from at a time, or use a larger machine",
         )
 
-    execute("distill", CODE_VERSION, options.output, parameters, inputs, common, work, reads=read_paths(options))
+    run_unless_cached(
+        "distill", CODE_VERSION, options.output, parameters, inputs, settings, work, reads=read_paths(options)
+    )
     return options.output
 
 

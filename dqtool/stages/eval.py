@@ -23,7 +23,14 @@ from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted, needs_reference, 
 from dqtool.stages.evaluation.reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
 from dqtool.stages.shared.paths import model_places, read_paths
-from dqtool.stages.shared.running import Common, StageOutput, check_steps, execute, input_artifact, sampling_of
+from dqtool.stages.shared.running import (
+    RunSettings,
+    StageOutput,
+    check_steps,
+    input_artifact,
+    run_unless_cached,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,7 +42,7 @@ __all__ = ["EvalOptions", "evaluate"]
 CODE_VERSION = 3
 
 
-def evaluate(options: EvalOptions, common: Common) -> str:
+def evaluate(options: EvalOptions, settings: RunSettings) -> str:
     """Sample, compare, write the report and return its path as given.
 
     Raises:
@@ -58,21 +65,21 @@ def evaluate(options: EvalOptions, common: Common) -> str:
         inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
     also: list[tuple[str, Kind]] = [(options.grid, "picture")] if options.grid else []
     also += [(options.save_samples, "images")] if options.save_samples else []
-    execute(
+    run_unless_cached(
         "eval",
         CODE_VERSION,
         options.output,
         parameters,
         inputs,
-        common,
+        settings,
         lambda key: produce(
-            artifact, reference, metrics, options, prompts, Workspace(options.output, key, forced=common.force)
+            artifact, reference, metrics, options, prompts, Workspace(options.output, key, forced=settings.force)
         ),
         kind="report",
         also=also,
         reads=[*read_paths(options), *model_places(reference)],
     )
-    if not common.dry_run:
+    if not settings.dry_run:
         print_figures(artifact, read_manifest(options.output).metrics)
     return options.output
 

@@ -15,24 +15,24 @@ from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.companion_files import check_companion
 from dqtool.stages.options.export import ExportOptions
 from dqtool.stages.shared.paths import read_paths
-from dqtool.stages.shared.running import Common, StageOutput, execute, input_artifact
+from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
 
 __all__ = ["FORMATS", "ExportOptions", "export"]
 
 CODE_VERSION = 2
 
 
-def export(options: ExportOptions, common: Common) -> str:
+def export(options: ExportOptions, settings: RunSettings) -> str:
     """Write the exported directory; returns its path as given."""
     distilled = input_artifact(options.artifact, ["distill"], "distill")
     inputs = [{"name": distilled.given, "sha256": distilled.sha256, "stage": distilled.stage}]
-    execute(
+    run_unless_cached(
         "export",
         CODE_VERSION,
         options.output,
         {"format": options.format},
         inputs,
-        common,
+        settings,
         lambda _key: produce(distilled, options.format),
         kind="directory",
         reads=read_paths(options),

@@ -16,7 +16,7 @@ from dqtool.stages.options.quantize import stage_values
 from dqtool.stages.planning.plan import plan_steps
 from dqtool.stages.registry import chained_stages, default_output, make_options
 from dqtool.stages.run import Step, named, run_steps
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 if TYPE_CHECKING:
     from dqtool.models.sources.resolve import ModelSource
@@ -30,7 +30,7 @@ SPEED_SECONDS = 1.0
 """Time that the speed measurement takes for each batch, after warm-up."""
 
 
-def quantize(options: Any, common: Common) -> str:
+def quantize(options: Any, settings: RunSettings) -> str:
     """Run the five stages on a model, report size, speed and quality; return the path of the exported directory.
 
     `options` are `QuantizeOptions`.
@@ -39,20 +39,20 @@ def quantize(options: Any, common: Common) -> str:
         DqtoolError: what a stage raises, with the stage's name in front.
     """
     steps = steps_of(options)
-    common = replace(common, reads=(options.model,))
-    planned = plan(options, common)
+    settings = replace(settings, reads=(options.model,))
+    planned = plan(options, settings)
     if not all(stage["cached"] for stage in planned["stages"]):
         _show(planned)
-    evaluated = run_steps(steps, common)
-    common.summary.update(_summary(options, common, evaluated))
-    _print_summary(options.output, common.summary)
+    evaluated = run_steps(steps, settings)
+    settings.summary.update(_summary(options, settings, evaluated))
+    _print_summary(options.output, settings.summary)
     return options.output
 
 
-def plan(options: Any, common: Common) -> dict[str, Any]:
+def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
     """Return the plan: each stage as in a dry run, and estimates of time, memory and disk."""
     steps = steps_of(options)
-    stages = plan_steps(steps, common)
+    stages = plan_steps(steps, settings)
     found: dict[str, Any] = {
         "recipe": f"quantize --effort {options.effort}",
         "model": options.model,
@@ -67,7 +67,7 @@ def plan(options: Any, common: Common) -> dict[str, Any]:
         packed = max(
             stage.get("work", {}).get("bytes", 0) for stage in stages if stage["stage"] in ("distill", "export")
         )
-        found["estimate"] = estimate(dict(steps), cached, common.device, packed)
+        found["estimate"] = estimate(dict(steps), cached, settings.device, packed)
     return found
 
 
@@ -158,7 +158,7 @@ def _show(planned: Mapping[str, Any]) -> None:
         report.say(f"{key}: {value}")
 
 
-def _summary(options: Any, common: Common, evaluated: str) -> dict[str, Any]:
+def _summary(options: Any, settings: RunSettings, evaluated: str) -> dict[str, Any]:
     """Return sizes in bytes, milliseconds of a step, PSNR in dB and the picture's path."""
     figures = read_manifest(evaluated).metrics
     found: dict[str, Any] = {"path": options.output, "work_directory": work_directory(options.output)}
@@ -166,17 +166,17 @@ def _summary(options: Any, common: Common, evaluated: str) -> dict[str, Any]:
         found |= {"bytes": figures["cost"]["bytes"], "bytes_float32": figures["cost"]["bytes_float32"]}
     if value_of(figures, "psnr") is not None:
         found["psnr"] = value_of(figures, "psnr")
-    found |= _speed(options.output, common)
+    found |= _speed(options.output, settings)
     found["picture"] = os.path.join(work_directory(options.output), "samples.png")
     found["seconds"] = {
         stage.stage: read_manifest(stage.output).seconds
-        for stage in common.log
+        for stage in settings.log
         if manifest_path(stage.output).is_file()
     }
     return found
 
 
-def _speed(exported: str, common: Common) -> dict[str, Any]:
+def _speed(exported: str, settings: RunSettings) -> dict[str, Any]:
     """Return milliseconds of one step of batch 1: float32 and the fastest runtime. Measured once for an export."""
     from dqtool.stages.bench import BenchOptions, bench
 
@@ -189,7 +189,7 @@ def _speed(exported: str, common: Common) -> dict[str, Any]:
             exported, against=("fp32",), batch=(1,), seconds=SPEED_SECONDS, memory=False, output=kept
         )
         try:
-            result = bench(options, replace(common, log=[]))
+            result = bench(options, replace(settings, log=[]))
         except DqtoolError as error:
             report.warn(f"the speed could not be measured: {error}")
             return {}

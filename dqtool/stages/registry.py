@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from dqtool.stages.options.declared import declared_options, make
-from dqtool.stages.shared.common import Common, Execution, check_values
+from dqtool.stages.shared.settings import Execution, RunSettings, check_values
 
 __all__ = [
     "STAGES",
@@ -34,12 +34,12 @@ class Stage:
 
     Attributes:
         options: a dataclass of annotated fields (`options.declared`); its field `output` holds the default output.
-        function: called as `function(options, common)` to run the stage; returns the path of its output.
+        function: called as `function(options, settings)` to run the stage; returns the path of its output.
         work: called as `work(execution, options)` in a dry run; counts the work of a run. None if the stage has a `plan`.
         help: help of the command: a summary, then details.
         examples: command lines that end the help.
         chained: the stage has a place in recipes.
-        plan: called as `plan(options, common)` in place of the stage in a dry run; returns the plan of all stages that it
+        plan: called as `plan(options, settings)` in place of the stage in a dry run; returns the plan of all stages that it
             runs.
     """
 
@@ -173,7 +173,7 @@ def options_class(name: str) -> type:
     return _named(STAGES[name].options)
 
 
-def stage_function(name: str) -> Callable[[Any, Common], str]:
+def stage_function(name: str) -> Callable[[Any, RunSettings], str]:
     """Return the function that runs a stage; it returns the path of what was written, as given."""
     return _named(STAGES[name].function)
 
@@ -185,7 +185,7 @@ def work_function(name: str) -> Callable[[Execution, Any], dict[str, Any]]:
     return _named(work)
 
 
-def plan_function(name: str) -> Callable[[Any, Common], dict[str, Any]] | None:
+def plan_function(name: str) -> Callable[[Any, RunSettings], dict[str, Any]] | None:
     """Return the function that plans a run of several stages; None for a stage that does its work itself."""
     plan = STAGES[name].plan
     return None if plan is None else _named(plan)

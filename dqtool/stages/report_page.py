@@ -11,8 +11,8 @@ from dqtool import report
 from dqtool.artifacts import check_writable, dqtool_version
 from dqtool.artifacts.files import target_of, write_text
 from dqtool.errors import DqtoolError, UsageError
-from dqtool.stages.shared.common import Common, Execution
 from dqtool.stages.shared.running import input_artifact, set_up_torch
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,15 +66,15 @@ class ReportOptions:
         return self.output or "report" + FORMATS[self.kind]
 
 
-def write_report(options: ReportOptions, common: Common) -> str:
+def write_report(options: ReportOptions, settings: RunSettings) -> str:
     """Find the results, measure what they did not record, write the page; returns its path as given.
 
     Raises:
         ArtifactError: a place holds no eval result, or a damaged one.
         EnvironmentFault: nothing is at a place, or the page can't be written.
     """
-    results, benches, tables = _find(options, common)
-    set_up_torch(common.device)
+    results, benches, tables = _find(options, settings)
+    set_up_torch(settings.device)
     page = _page(results, benches, tables)
     if options.kind == "md":
         from dqtool.page.markdown import render_markdown as render
@@ -85,9 +85,9 @@ def write_report(options: ReportOptions, common: Common) -> str:
     return options.path
 
 
-def plan_report(options: ReportOptions, common: Common) -> dict[str, Any]:
+def plan_report(options: ReportOptions, settings: RunSettings) -> dict[str, Any]:
     """Return the files that `write_report` would read and write, for a dry run."""
-    results, benches, tables = _find(options, common)
+    results, benches, tables = _find(options, settings)
     return {
         "output": options.path,
         "format": options.kind,
@@ -106,7 +106,7 @@ def render_plan(plan: Mapping[str, Any]) -> list[str]:
     return [*lines, *report.table_lines(["result", "report", "artifacts found"], rows)]
 
 
-def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Bench], list[dict[str, Any]]]:
+def _find(options: ReportOptions, settings: RunSettings) -> tuple[list[Result], list[Bench], list[dict[str, Any]]]:
     from dqtool.page.results import find_results, find_tables
     from dqtool.stages.eval import bits_label
 
@@ -116,11 +116,11 @@ def _find(options: ReportOptions, common: Common) -> tuple[list[Result], list[Be
     reads = [place for place in places if os.path.isfile(place)]
     reads += [str(path) for each in results for path in (each.path, each.picture, *each.chain.values()) if path]
     reads += [str(bench.path) for bench in benches]
-    check_writable(options.path, "page", inputs=reads, overwrite=common.overwrite)
+    check_writable(options.path, "page", inputs=reads, overwrite=settings.overwrite)
     for result in results:
         result.bits = bits_label(result.manifest.layers)
     inputs = [{"name": str(r.path), "sha256": r.measured_sha256, "stage": "eval"} for r in results]
-    common.log.append(Execution("report", options.path, asdict(options), inputs, cached=False))
+    settings.log.append(Execution("report", options.path, asdict(options), inputs, cached=False))
     return results, benches, find_tables(places)
 
 

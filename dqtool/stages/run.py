@@ -15,8 +15,8 @@ from dqtool.artifacts.files import os_fault
 from dqtool.errors import DqtoolError, UsageError
 from dqtool.recipe import Recipe, load_recipe
 from dqtool.stages.registry import chained_stages, default_output, make_options, option_types, stage_function
-from dqtool.stages.shared.common import Common
 from dqtool.stages.shared.paths import WRITTEN
+from dqtool.stages.shared.settings import RunSettings
 
 __all__ = ["Step", "named", "run", "run_steps", "steps_of_recipe"]
 
@@ -27,7 +27,7 @@ PLACED = ("output", "grid")
 """Options that name a file to write: a bare name is put into the run's directory, any other path is taken as it is."""
 
 
-def run(path: str, overrides: Sequence[str], common: Common, directory: str | None = None) -> str:
+def run(path: str, overrides: Sequence[str], settings: RunSettings, directory: str | None = None) -> str:
     """Run a recipe in `directory` (`results/NAME` when None), which is made; returns the last artifact's path.
 
     Raises:
@@ -35,10 +35,10 @@ def run(path: str, overrides: Sequence[str], common: Common, directory: str | No
         DqtoolError: what a stage raises, with the stage's name in front.
     """
     recipe, steps = steps_of_recipe(path, overrides, directory)
-    return run_steps(steps, replace(common, reads=(path, recipe.model)))  # the log stays the caller's
+    return run_steps(steps, replace(settings, reads=(path, recipe.model)))  # the log stays the caller's
 
 
-def run_steps(steps: Sequence[Step], common: Common) -> str:
+def run_steps(steps: Sequence[Step], settings: RunSettings) -> str:
     """Run stages one after another and make the directories that they write to; return the last output's path.
 
     Raises:
@@ -46,7 +46,7 @@ def run_steps(steps: Sequence[Step], common: Common) -> str:
     """
     written = [values[key] for _, values in steps for key in sorted(WRITTEN) if values.get(key)]
     for output in written:
-        check_outside(Path(output), common.reads, output)
+        check_outside(Path(output), settings.reads, output)
     for output in written:
         parent = os.path.dirname(output.rstrip("/"))
         if parent:
@@ -58,7 +58,7 @@ def run_steps(steps: Sequence[Step], common: Common) -> str:
     for number, (name, values) in enumerate(steps, start=1):
         report.say(f"[{number}/{len(steps)}] {name}")
         with named(name):
-            output = stage_function(name)(make_options(name, values), common)
+            output = stage_function(name)(make_options(name, values), settings)
     return output
 
 

@@ -12,14 +12,14 @@ from dqtool.stages.evaluation.engines import run_exported
 from dqtool.stages.evaluation.noise import fitted, needs_reference, with_correction
 from dqtool.stages.evaluation.reference import find_reference, reference_network
 from dqtool.stages.options.sample import SampleOptions
-from dqtool.stages.shared.common import Common, Execution
 from dqtool.stages.shared.paths import model_places, read_paths
 from dqtool.stages.shared.running import check_steps, sampling_of, set_up_torch
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 __all__ = ["SampleOptions", "sample"]
 
 
-def sample(options: SampleOptions, common: Common) -> str:
+def sample(options: SampleOptions, settings: RunSettings) -> str:
     """Draw images, write the picture and return its path as given.
 
     Raises:
@@ -39,13 +39,13 @@ def sample(options: SampleOptions, common: Common) -> str:
         options.output,
         "picture",
         inputs=[*read_paths(options), *model_places(reference)],
-        overwrite=common.overwrite,
+        overwrite=settings.overwrite,
     )
     source = {"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}
-    common.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
-    if common.dry_run:
+    settings.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
+    if settings.dry_run:
         return options.output
-    set_up_torch(common.device)
+    set_up_torch(settings.device)
     from dqtool.metrics.grid import save_grid
     from dqtool.stages.eval import bits_label
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact

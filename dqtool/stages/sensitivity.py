@@ -9,7 +9,7 @@ from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest
 from dqtool.stages.options.sensitivity import SensitivityOptions
 from dqtool.stages.shared.paths import read_paths
-from dqtool.stages.shared.running import Common, StageOutput, execute, input_artifact
+from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
 
 __all__ = ["SensitivityOptions", "sensitivity"]
 
@@ -19,7 +19,7 @@ KEPT_SHARE = 0.9
 """Share of the error that the suggested `--keep` options take away."""
 
 
-def sensitivity(options: SensitivityOptions, common: Common) -> str:
+def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
     """Write the report, show its head as a table; returns the report's path as given.
 
     Raises:
@@ -28,18 +28,18 @@ def sensitivity(options: SensitivityOptions, common: Common) -> str:
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     parameters = {"bits": options.bits, "passes": options.passes}
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
-    execute(
+    run_unless_cached(
         "sensitivity",
         CODE_VERSION,
         options.output,
         parameters,
         inputs,
-        common,
+        settings,
         lambda _key: produce(calibrated, options),
         kind="report",
         reads=read_paths(options),
     )
-    if not common.dry_run:
+    if not settings.dry_run:
         show(read_manifest(options.output).metrics, options)
     return options.output
 

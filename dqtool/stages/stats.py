@@ -11,9 +11,9 @@ from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
 from dqtool.artifacts.reading import parse_json
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 from dqtool.stages.options.stats import StatsOptions
-from dqtool.stages.shared.common import Common, Execution
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import set_up_torch
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 if TYPE_CHECKING:
     from dqtool.metrics.batches import ImageFolder, NpzImages
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["StatsOptions", "stats"]
 
 
-def stats(options: StatsOptions, common: Common) -> str:
+def stats(options: StatsOptions, settings: RunSettings) -> str:
     """Read every image, write the statistics; returns the file's path as given.
 
     Raises:
@@ -36,23 +36,23 @@ def stats(options: StatsOptions, common: Common) -> str:
             fix="Give --inception-weights FILE",
         )
     source = image_source(options)
-    check_writable(options.output, "images", inputs=read_paths(options), overwrite=common.overwrite)
+    check_writable(options.output, "images", inputs=read_paths(options), overwrite=settings.overwrite)
     parameters = {"image_size": options.image_size, "keep_images": options.keep_images}
     inputs: list[dict[str, Any]] = [
         {"name": options.directory, "sha256": images_digest(options.directory, source), "stage": None},
         {"name": options.inception_weights, "sha256": sha256_file(options.inception_weights), "stage": None},
     ]
     about = {**parameters, "images_sha256": inputs[0]["sha256"], "weights_file_sha256": inputs[1]["sha256"]}
-    cached = not common.force and is_current(options.output, about)
-    common.log.append(Execution("stats", options.output, parameters, inputs, cached))
-    if common.dry_run:
+    cached = not settings.force and is_current(options.output, about)
+    settings.log.append(Execution("stats", options.output, parameters, inputs, cached))
+    if settings.dry_run:
         return options.output
     if cached:
         clear_leftovers(options.output)
         report.say(f"stats: cached {options.output}")
         return options.output
     with lock(options.output):
-        set_up_torch(common.device)
+        set_up_torch(settings.device)
         from dqtool.metrics.extractors import InceptionExtractor
         from dqtool.metrics.reference import save_statistics
 

@@ -21,7 +21,7 @@ from dqtool.artifacts.reading import CONFIG_BYTES, load_json, read_file
 from dqtool.errors import EnvironmentFault
 from dqtool.models.components.companion_files import config_in_float32
 from dqtool.models.sources import resolve
-from dqtool.stages.shared.common import Common, Execution
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 __all__ = ["CARD", "ZooGetOptions", "get_model", "list_models", "plan_get", "render"]
 
@@ -65,7 +65,7 @@ def render(models: Sequence[dict[str, Any]]) -> list[str]:
     return report.table_lines(["name", "family", "parameters", "size", "description"], rows)
 
 
-def get_model(options: ZooGetOptions, common: Common) -> str:
+def get_model(options: ZooGetOptions, settings: RunSettings) -> str:
     """Write the model's pipeline directory, floats as float32; returns its path as given.
 
     Raises:
@@ -80,14 +80,14 @@ def get_model(options: ZooGetOptions, common: Common) -> str:
         with lock(target), staging(target) as area:
             new = area / "new"
             _write_pipeline(source, new)
-            cached = not common.force and _same_content(new, target)
+            cached = not settings.force and _same_content(new, target)
             if not cached:
-                _refuse_occupied(target, options.output, overwrite=common.overwrite and _same_names(new, target))
+                _refuse_occupied(target, options.output, overwrite=settings.overwrite and _same_names(new, target))
                 swap_in(area, [(new, target)])
     except OSError as error:
         raise os_fault(error, options.output) from error
     report.say(f"zoo: {'cached' if cached else 'wrote'} {options.output}")
-    common.log.append(Execution("zoo get", options.output, {"name": options.name}, [], cached))
+    settings.log.append(Execution("zoo get", options.output, {"name": options.name}, [], cached))
     return options.output
 
 

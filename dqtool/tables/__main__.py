@@ -15,7 +15,7 @@ from dqtool import report
 from dqtool.artifacts.files import write_text
 from dqtool.errors import DqtoolError, UsageError
 from dqtool.stages.registry import option_types
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 from dqtool.tables.cell_figures import FIGURES_VERSION
 from dqtool.tables.cells import CellStore
 from dqtool.tables.forecast import forecast
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     if not args.render:
         report.set_quiet(not args.verbose)
-        runner = Runner(args.work, store, Common(quiet=not args.verbose))
+        runner = Runner(args.work, store, RunSettings(quiet=not args.verbose))
         everything = [cell for cells in wanted for cell in cells]
         for text in dict.fromkeys(cell.problem for cell in everything if cell.problem):
             log(f"warning: some rows can't be run here: {text}")

@@ -13,7 +13,7 @@ from dqtool.artifacts import dqtool_version, environment
 from dqtool.core.device import resolve_device
 from dqtool.errors import NumericError
 from dqtool.stages.registry import make_options, stage_function
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 from dqtool.tables.cell_figures import FIGURES_VERSION, cell_figures
 from dqtool.tables.cells import CellStore, claim
 from dqtool.tables.planning import Cell, Step
@@ -32,11 +32,11 @@ def log(text: str) -> None:
 
 @dataclass
 class Runner:
-    """A worker that runs cells: artifacts go to `work`, finished cells to `store`; stages get the options `common`."""
+    """A worker that runs cells: artifacts go to `work`, finished cells to `store`; stages get `settings`."""
 
     work: Path
     store: CellStore
-    common: Common
+    settings: RunSettings
 
     def run(self, cells: Sequence[Cell], after: Callable[[], object]) -> int:
         """Run every cell that is not finished, and return the number of cells that this worker ran.
@@ -79,7 +79,7 @@ class Runner:
                 {"stage": step.stage, "parameters": dict(step.parameters), "key": step.key} for step in cell.steps
             ],
             "model": cell.steps[0].model,
-            "environment": environment(str(resolve_device(self.common.device)), torch.get_num_threads()),
+            "environment": environment(str(resolve_device(self.settings.device)), torch.get_num_threads()),
             "dqtool": dqtool_version(),
             "measures": FIGURES_VERSION,
         }
@@ -128,9 +128,9 @@ class Runner:
             values["reference"] = step.model
         with claim(path.with_name(f".{path.name}.claim"), wait=True):
             start, used = time.perf_counter(), time.process_time()
-            stage_function(step.stage)(make_options(step.stage, values), self.common)
+            stage_function(step.stage)(make_options(step.stage, values), self.settings)
             taken, used = time.perf_counter() - start, time.process_time() - used
-        cached = self.common.log[-1].cached
+        cached = self.settings.log[-1].cached
         log(f"  {step.stage}: " + ("exists already" if cached else f"{taken:.0f} s ({used:.0f} s of processor)"))
         return path, None if cached else used
 

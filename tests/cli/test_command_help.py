@@ -18,7 +18,7 @@ from check_prose import OPENINGS
 from conftest import Run
 
 from dqtool import __version__
-from dqtool.cli import COMMON, COMPLETION, app
+from dqtool.cli import COMPLETION, GENERAL_OPTIONS, app
 from dqtool.cli.help import with_names
 from dqtool.stages.registry import STAGES, make_options, option_types
 from dqtool.training.methods import METHODS
@@ -55,7 +55,9 @@ def test_version(run: Run, tmp_path: Path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_command_offers_exactly_the_options_of_the_stage_with_their_defaults(stage: str):
     command = typer.main.get_command(app).commands[stage]  # type: ignore[attr-defined]
-    offered = {p.name: p for p in command.params if p.name not in COMMON and p.name not in {*POSITIONAL, "help"}}
+    offered = {
+        p.name: p for p in command.params if p.name not in GENERAL_OPTIONS and p.name not in {*POSITIONAL, "help"}
+    }
     required = {key: "x" for key in ("model", "directory") if any(p.name == key for p in command.params)}
     options = make_options(stage, required)
     assert set(offered) == {field.name for field in dataclasses.fields(options)} - POSITIONAL
@@ -70,7 +72,7 @@ def test_the_command_offers_exactly_the_options_of_the_stage_with_their_defaults
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_common_options_are_everywhere(run: Run, tmp_path: Path, command: str):
     text = run(*command.split(), "--help", cwd=tmp_path).stdout
-    assert all(f"--{name.replace('_', '-')}" in text for name in COMMON)
+    assert all(f"--{name.replace('_', '-')}" in text for name in GENERAL_OPTIONS)
 
 
 def parameters(command: Any) -> list[Any]:

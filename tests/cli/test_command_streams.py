@@ -41,7 +41,7 @@ class TestStandardOutput:
     def test_what_a_library_prints_or_warns_goes_elsewhere(
         self, run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        def noisy(options: object, common: object) -> str:
+        def noisy(options: object, settings: object) -> str:
             print("progress of a library")
             warnings.warn("something is deprecated", FutureWarning, stacklevel=1)
             return "here"
@@ -56,7 +56,7 @@ class TestStandardOutput:
     def test_our_own_warnings_are_shown(self, run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch):
         from dqtool.errors import DqtoolWarning
 
-        def warning(options: object, common: object) -> str:
+        def warning(options: object, settings: object) -> str:
             warnings.warn("look here", DqtoolWarning, stacklevel=1)
             return "here"
 

@@ -30,9 +30,9 @@ from dqtool.stages.evaluation.images import maker_of_artifact, maker_of_source
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.inspect import describe, render
 from dqtool.stages.sample import SampleOptions, sample
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 

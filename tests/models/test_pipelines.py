@@ -25,10 +25,10 @@ from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.evaluation.images import maker_of_artifact, maker_of_source
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.sample import SampleOptions, sample
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 from dqtool.training.data import Trajectory
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 STEPS, SAMPLES = 3, 18
 PIPELINES: dict[str, Callable[[Path], Path]] = {
     "dit": dit_pipeline,

@@ -20,9 +20,9 @@ from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.evaluation.images import maker_of_source
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "pixart", "sd3", "flux", "unconditional"])

@@ -11,7 +11,7 @@ from dqtool.graph import network as graph_module
 from dqtool.models.networks import recorded_graph
 from dqtool.models.networks.recorded_graph import graph_of
 from dqtool.stages.distill import DistillOptions, distill
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_preset_a_method_by_roles_and_folding_share_one_recording(
         str(made / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), method="per-step", iters=2,
         preset="nonstandard",
     )  # fmt: skip
-    distill(options, Common(quiet=True))
+    distill(options, RunSettings(quiet=True))
     assert len(recordings) == 1
 
 

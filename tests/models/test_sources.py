@@ -20,7 +20,7 @@ from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 def hub_cache(home: Path, name: str, model: Path, revision: str = "main") -> Path:
@@ -127,7 +127,7 @@ def test_what_stays_float_is_not_taken_for_a_denoiser(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="One component at a time"):
         resolve_model(str(pipeline), component="unet,vae")
     with pytest.raises(ArtifactError, match="no adapter for networks of class 'AutoencoderKL'"):
-        dilate(DilateOptions(str(pipeline), str(tmp_path / "d.safetensors"), components="vae"), Common(quiet=True))
+        dilate(DilateOptions(str(pipeline), str(tmp_path / "d.safetensors"), components="vae"), RunSettings(quiet=True))
 
 
 def test_a_second_network_is_quantized_after_the_first(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_second_network_is_quantized_after_the_first(tmp_path: Path) -> None:
     shutil.copytree(tiny_pipeline(tmp_path / "other", seed=1) / "unet", pipeline / "transformer_2")
     index = json.loads((pipeline / "model_index.json").read_text())
     (pipeline / "model_index.json").write_text(json.dumps({**index, "transformer_2": ["diffusers", "UNet2DModel"]}))
-    model, quiet = str(pipeline), Common(quiet=True)
+    model, quiet = str(pipeline), RunSettings(quiet=True)
     for component in ("unet", "transformer_2"):
         at = {stage: str(tmp_path / f"{component}-{stage}.safetensors") for stage in ("dilated", "calibrated", "ptq")}
         dilate(DilateOptions(model, at["dilated"], components=component), quiet)

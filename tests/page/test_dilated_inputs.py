@@ -12,12 +12,12 @@ from dqtool.page.dilated_inputs import dilated_inputs
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.shared.artifact_models import teacher_of
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 def test_inputs_before_dilation_are_those_of_the_points_conditions(tmp_path: Path) -> None:
     """Measured values times the factors equal those of the calibration, with more points than conditions, and guidance."""
-    quiet = Common(quiet=True)
+    quiet = RunSettings(quiet=True)
     dilated, calibrated = str(tmp_path / "dilated.safetensors"), str(tmp_path / "calibrated.safetensors")
     dilate(DilateOptions(str(dit_pipeline(tmp_path / "model")), dilated, scaling="wd"), quiet)
     calibrate(

@@ -18,7 +18,7 @@ from test_cpu import linear_layer, quantized, random_layer
 
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.cpu import library
-from dqtool.runtimes.cpu.codes import GEGLU, GELU, Clock, Product
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, CurrentStep, Product
 from dqtool.runtimes.cpu.products import NativeProduct
 
 EMULATION = Path(__file__).parent / "emulated_amx.h"
@@ -50,7 +50,7 @@ def check(kernels: ctypes.CDLL, layer: IntegerLayer, x: torch.Tensor, tiles: boo
     """Accumulators of `x` are the reference's, and came from tiles or not."""
     assert layer.input is not None
     expected = accumulate(layer.input.codes(x, 0, channel_dim=1 if layer.is_conv else -1), layer)
-    product = NativeProduct(layer, Clock())
+    product = NativeProduct(layer, CurrentStep())
     before = kernels.emulated_multiplications()
     got = product.accumulators(product.quantize(x)).to(torch.int64)
     assert torch.equal(got, expected)
@@ -93,7 +93,7 @@ def test_linear_layers_on_tiles_are_exact(emulated: ctypes.CDLL, rows: int) -> N
 def test_codes_of_the_next_layer_on_tiles(emulated: ctypes.CDLL, act: int) -> None:
     width = 704
     first, second = linear_layer(2 * width if act == GEGLU else width, 64, 6), linear_layer(24, width, 4)
-    product, following = NativeProduct(first, Clock()), NativeProduct(second, Clock())
+    product, following = NativeProduct(first, CurrentStep()), NativeProduct(second, CurrentStep())
     codes = product.quantize(torch.randn(75, 64))
     before = emulated.emulated_multiplications()
     got = product.feed(codes, following, act)
@@ -102,7 +102,7 @@ def test_codes_of_the_next_layer_on_tiles(emulated: ctypes.CDLL, act: int) -> No
 
 
 def test_gates_on_tiles(emulated: ctypes.CDLL) -> None:
-    product = NativeProduct(linear_layer(70, 64, 6), Clock())
+    product = NativeProduct(linear_layer(70, 64, 6), CurrentStep())
     x, residual, gate = torch.randn(2, 19, 64), torch.randn(2, 19, 70), torch.randn(2, 210).chunk(3, dim=1)[1]
     before = emulated.emulated_multiplications()
     got = product.multiply(product.quantize(x), residual=residual, gate=gate)
@@ -114,13 +114,13 @@ def test_what_tiles_do_not_suit_runs_on_vectors(emulated: ctypes.CDLL) -> None:
     check(emulated, linear_layer(32, 64, 4), torch.randn(2, 64), tiles=False)  # rows too few
     check(emulated, random_layer(32, 4, 3, 4, padding=(1, 1)), torch.randn(1, 4, 8, 8), tiles=False)  # channels too few
     check(emulated, linear_layer(32, 4 * 19, 4), torch.randn(16, 4 * 19), tiles=False)  # no depth divides them
-    assert NativeProduct(linear_layer(32, 64, 4), Clock())(torch.zeros(0, 64)).shape == (0, 32)
+    assert NativeProduct(linear_layer(32, 64, 4), CurrentStep())(torch.zeros(0, 64)).shape == (0, 32)
 
 
 def test_bias_per_sample_residual_and_factor_on_tiles(emulated: ctypes.CDLL) -> None:
     for size, kernel in ((4, 3), (20, 3), (6, 1)):
         layer = random_layer(72, 64, kernel, 4, padding=(kernel // 2,) * 2)
-        product = NativeProduct(layer, Clock())
+        product = NativeProduct(layer, CurrentStep())
         x, residual, bias = torch.randn(3, 64, size, size), torch.randn(3, 72, size, size), torch.randn(3, 72)
         plain = product(x) - product.bias.view(1, -1, 1, 1)
         got = product.multiply(product.quantize(x), bias=bias, residual=residual, post=0.5)

@@ -27,7 +27,7 @@ from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +78,7 @@ def test_mixed_steps_with_any_argument_first(simulated: Any) -> None:
 
 def exported(name: str, directory: Path) -> str:
     """An export of the family's tiny network with random conditions, calibrated and not trained."""
-    quiet = Common(quiet=True)
+    quiet = RunSettings(quiet=True)
     model = component_directory(name, directory / "model")
     at = {stage: str(directory / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
     dilate(DilateOptions(str(model), at["dilated"], scaling="wd"), quiet)

@@ -22,7 +22,7 @@ from dqtool.nn.steps import StepIndex
 from dqtool.runtimes.cpu import codes, integer_report, library
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor
 from dqtool.runtimes.cpu.blocks import NormActProduct
-from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Clock, Product
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, CurrentStep, Product
 from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct, merge
 
 BITS = ("4/4", "6/6", "8/8")
@@ -78,10 +78,10 @@ def test_accumulators_equal_the_reference_in_every_layer_and_step(exported: dict
         channels = integer.weight.shape[1]
         shape = (2, channels, 7, 6) if integer.is_conv else (2, 5, channels)
         for engine in engines(integer):
-            clock = Clock()
-            product = engine(integer, clock)
+            current_step = CurrentStep()
+            product = engine(integer, current_step)
             for step in range(integer.input.steps):
-                clock.row = step
+                current_step.row = step
                 x = torch.randn(shape) * integer.input.scale[step] * 2 ** (integer.input.bits - 1)
                 x = (
                     x
@@ -242,7 +242,7 @@ def test_convolutions_of_every_geometry_are_exact(co: int, ci: int, kernel: int,
         x = torch.randn(3, ci, *size) * layer.input.scale[0] * 2**bits / 4
         expected = accumulate(layer.input.codes(x, 0, channel_dim=1), layer)
         for engine in engines(layer):
-            product = engine(layer, Clock())
+            product = engine(layer, CurrentStep())
             assert torch.equal(product.accumulators(product.quantize(x)).to(torch.int64), expected), engine
 
 
@@ -251,12 +251,12 @@ def test_narrow_convolutions_run_as_winograd_transforms_where_they_fit_a_byte() 
     if not library.has_vnni():
         pytest.skip("the processor lacks AVX512-VNNI")
     x = torch.randn(1, 32, 6, 6)
-    narrow = NativeProduct(random_layer(32, 32, 3, 4, padding=(1, 1)), Clock())
+    narrow = NativeProduct(random_layer(32, 32, 3, 4, padding=(1, 1)), CurrentStep())
     narrow(x)
     assert narrow.winograd
     layer = random_layer(32, 32, 3, 4, padding=(1, 1))
     layer.weight[0, 0] = 15  # nine of them sum up to 135
-    wide = NativeProduct(layer, Clock())
+    wide = NativeProduct(layer, CurrentStep())
     wide(x)
     assert not wide.winograd
 
@@ -265,7 +265,7 @@ def test_grouped_convolution_is_exact() -> None:
     layer = random_layer(8, 8, 3, 4, groups=4, padding=(1, 1))
     assert layer.input is not None
     x = torch.randn(2, 8, 5, 5)
-    product = OnednnProduct(layer, Clock())
+    product = OnednnProduct(layer, CurrentStep())
     expected = accumulate(layer.input.codes(x, 0, channel_dim=1), layer)
     assert torch.equal(product.accumulators(product.quantize(x)).to(torch.int64), expected)
 
@@ -273,7 +273,7 @@ def test_grouped_convolution_is_exact() -> None:
 def test_bias_per_sample_residual_and_factor() -> None:
     layer = random_layer(16, 16, 3, 4, padding=(1, 1))
     for engine in engines(layer):
-        product = engine(layer, Clock())
+        product = engine(layer, CurrentStep())
         x, residual, bias = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4), torch.randn(2, 16)
         plain = product(x) - product.bias.view(1, -1, 1, 1)
         got = product.multiply(product.quantize(x), bias=bias, residual=residual, post=0.5)
@@ -298,10 +298,10 @@ def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(
     first, second = linear_layer(channels, 72, 6), linear_layer(24, width, 4)
     assert first.input is not None and second.input is not None
     second = replace(second, input=replace(second.input, divisor=torch.rand(width) + 0.5))
-    following, wide = NativeProduct(second, Clock()), NativeProduct(linear_layer(24, channels, 4), Clock())
+    following, wide = NativeProduct(second, CurrentStep()), NativeProduct(linear_layer(24, channels, 4), CurrentStep())
     for rows in (1, 37, 100):
         x = torch.randn(rows, 72)
-        fused, plain = NativeProduct(first, Clock()), NativeProduct(first, Clock())
+        fused, plain = NativeProduct(first, CurrentStep()), NativeProduct(first, CurrentStep())
         got = fused.feed(fused.quantize(x), following, act)
         expected = Product.feed(plain, plain.quantize(x), following, act)
         assert got.shape == expected.shape and torch.equal(got.data, expected.data)
@@ -315,7 +315,7 @@ def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(
 def test_gate_per_sample() -> None:
     layer = linear_layer(20, 16, 6)
     for engine in engines(layer):
-        product = engine(layer, Clock())
+        product = engine(layer, CurrentStep())
         x, residual, gates = torch.randn(2, 5, 16), torch.randn(2, 5, 20), torch.randn(2, 60)
         for gate in (gates.chunk(3, dim=1)[1], gates[:1, :20]):
             got = product.multiply(product.quantize(x), residual=residual, gate=gate)
@@ -326,7 +326,7 @@ def test_scale_and_shift_of_one_sample_are_for_all() -> None:
     layer = linear_layer(20, 16, 6)
     x, scale, shift, norm = torch.randn(3, 5, 16), torch.randn(1, 16), torch.randn(1, 16), nn.LayerNorm(16)
     for engine in engines(layer):
-        product = engine(layer, Clock())
+        product = engine(layer, CurrentStep())
         got = product.layer_norm(x, norm, scale, shift).data
         assert torch.equal(got, product.layer_norm(x, norm, scale.expand(3, -1), shift.expand(3, -1)).data), engine
 
@@ -362,7 +362,7 @@ def test_attention_products_on_integers(bits: int, probs: int, queries: int, key
     q, k, v = (torch.randn(2, heads, s, dim) for s in (queries, keys, keys))
     mask = torch.zeros(2, heads, 1, keys)
     mask[1, :, :, keys // 2 :] = -10000.0
-    integer = IntegerAttnProcessor(processor, integer_attention(attn), Clock())
+    integer = IntegerAttnProcessor(processor, integer_attention(attn), CurrentStep())
     for m in (None, mask):
         expected, got = processor.attend(attn, q, k, v, m), integer.attend(attn, q, k, v, m)
         assert got.shape == expected.shape == (2, queries, heads * dim)

@@ -25,7 +25,7 @@ from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 openvino = pytest.importorskip("openvino")
 
@@ -195,7 +195,7 @@ def test_a_full_disk_is_no_bug(
     assert "can't be kept" in capsys.readouterr().err
     options = ExportOptions(str(made / "distilled.safetensors"), str(tmp_path / "ir"), format="openvino")
     with pytest.raises(EnvironmentFault, match="iostream"):
-        export(options, Common(quiet=True))
+        export(options, RunSettings(quiet=True))
     assert not (tmp_path / "ir").exists()
 
 
@@ -260,7 +260,7 @@ def test_four_bits_stay_four_bits_on_disk(made: Path, tmp_path: Path, run: Run) 
 
 def test_sizes_of_as_many_tokens_have_positions_of_their_own(tmp_path: Path) -> None:
     """A transformer's positions are constants of a trace."""
-    quiet = Common(quiet=True)
+    quiet = RunSettings(quiet=True)
     at = {name: str(tmp_path / name) for name in ("dilated", "calibrated", "distilled", "dq", "ir")}
     dilate(DilateOptions(str(dit_pipeline(tmp_path / "model")), at["dilated"], scaling="wd"), quiet)
     calibrate(CalibrateOptions(at["dilated"], at["calibrated"], steps=2, samples=4, scaling="keep"), quiet)

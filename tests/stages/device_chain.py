@@ -21,7 +21,7 @@ from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.sample import SampleOptions, sample
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         # A device written in Python has no autocast, which checkpointing would enter again; the process dies of it.
         checkpoint._infer_device_type = lambda *_: "cpu"
     torch.set_num_threads(1)
-    work, quiet = Path(directory), Common(quiet=True, device="cuda" if where == "cuda" else "cpu")
+    work, quiet = Path(directory), RunSettings(quiet=True, device="cuda" if where == "cuda" else "cpu")
     at = {stage: str(work / f"{stage}.safetensors") for stage in ("dilated", "calibrated", "distilled")}
     metrics = ("similarity", "layers", "cost")
     dilate(DilateOptions(model, at["dilated"]), quiet)

@@ -16,7 +16,7 @@ from dqtool.bench.contenders import CONTENDERS, expand
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.bench import BenchOptions, _runtimes, bench, render
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 HAS_NNCF = all(importlib.util.find_spec(name) for name in ("openvino", "nncf"))
 
@@ -29,7 +29,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measure(made: Path, **options: Any) -> dict[str, Any]:
     given = {"runtime": ("simulate",), "against": (), "batch": (1,), "seconds": 0.0, "memory": False, **options}
-    return bench(BenchOptions(str(made / "exported"), **given), Common())
+    return bench(BenchOptions(str(made / "exported"), **given), RunSettings())
 
 
 def test_every_contender_is_timed_at_every_batch(made: Path, tmp_path: Path):
@@ -165,7 +165,7 @@ def test_unknown_names(made: Path):
     with pytest.raises(UsageError, match="--runtime"):
         measure(made, runtime=("fast",))
     with pytest.raises(UsageError, match="ddpm-cifar10"):
-        bench(BenchOptions(arch="nothing"), Common())
+        bench(BenchOptions(arch="nothing"), RunSettings())
 
 
 def test_float_names_stand_for_both_memory_formats():

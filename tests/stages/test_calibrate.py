@@ -11,7 +11,7 @@ from dqtool.artifacts import open_artifact
 from dqtool.models.networks.packed import layer_infos
 from dqtool.nn.statistics import BINS
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @pytest.mark.parametrize(("samples", "sampler"), [(18, None), (7, "plms"), (8, "dpmsolver")])
@@ -27,7 +27,7 @@ def test_every_step_is_present_and_quotas_are_even(
             sampler=sampler,
             batch_size=4,
         ),
-        Common(quiet=True),
+        RunSettings(quiet=True),
     )
     tensors = open_artifact(output).tensors()
     counts = torch.bincount(tensors["trajectory.rows"], minlength=len(tensors["timesteps"]))
@@ -60,7 +60,7 @@ def test_one_calibration_serves_every_width(made: Path, tmp_path: Path) -> None:
             DistillOptions(
                 str(made / "calibrated.safetensors"), str(tmp_path / f"{bits[0]}.safetensors"), bits=bits, iters=0
             ),
-            Common(quiet=True),
+            RunSettings(quiet=True),
         )
         errors.append(output_error(made, output))
     assert errors == sorted(errors, reverse=True)
@@ -89,7 +89,7 @@ def test_a_draw_decides_about_training_points_and_statistics_cover_every_step(
     options = CalibrateOptions(
         str(made / "dilated.safetensors"), str(tmp_path / "c.safetensors"), steps=40, samples=80, draw=draw
     )
-    artifact = open_artifact(calibrate(options, Common(quiet=True)))
+    artifact = open_artifact(calibrate(options, RunSettings(quiet=True)))
     tensors = artifact.tensors()
     counts = torch.bincount(tensors["trajectory.rows"], minlength=40)
     assert counts.sum() == len(tensors["trajectory.x"]) == 80

@@ -19,9 +19,9 @@ from dqtool.stages.calibrate import SCALING_VERSIONS, CalibrateOptions, calibrat
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 
 
@@ -171,7 +171,7 @@ def test_statistics_are_of_the_inputs_after_they_were_scaled(root: Path) -> None
 def test_scaling_and_bits_are_part_of_the_key(root: Path, tmp_path: Path) -> None:
     output, cached = str(tmp_path / "c.safetensors"), []
     for scaling, bits in (("keep", "4/4"), ("keep", "8/8"), ("auto", "4/4"), ("auto", "8/8"), ("auto", "8/8")):
-        log = Common(quiet=True)
+        log = RunSettings(quiet=True)
         given = str(root / "wd.safetensors")
         calibrate(CalibrateOptions(given, output, steps=2, samples=4, scaling=scaling, bits=bits), log)
         cached.append(log.log[-1].cached)

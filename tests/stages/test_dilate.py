@@ -14,14 +14,14 @@ from dqtool.scaling.methods import METHODS
 from dqtool.scaling.verifying import TOLERANCE
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.shared.artifact_models import split_dilated, teacher_of
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @pytest.fixture(scope="module")
 def widened(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The tiny model after Weight Dilation."""
     output = str(tmp_path_factory.mktemp("wd") / "dilated.safetensors")
-    return open_artifact(dilate(DilateOptions(str(made / "tiny"), output, scaling="wd"), Common(quiet=True)))
+    return open_artifact(dilate(DilateOptions(str(made / "tiny"), output, scaling="wd"), RunSettings(quiet=True)))
 
 
 def test_output_is_unchanged_and_the_manifest_reports_it(widened: Artifact) -> None:
@@ -79,7 +79,7 @@ def test_component_directories_and_bare_files_are_models_too(made: Path, tmp_pat
     expected = open_artifact(made / "dilated.safetensors")
     component = made / "tiny" / "unet"
     for number, given in enumerate((component, component / "diffusion_pytorch_model.safetensors")):
-        output = dilate(DilateOptions(str(given), str(tmp_path / f"{number}.safetensors")), Common(quiet=True))
+        output = dilate(DilateOptions(str(given), str(tmp_path / f"{number}.safetensors")), RunSettings(quiet=True))
         artifact = open_artifact(output)
         assert artifact.sha256 == expected.sha256
         assert artifact.manifest.pipeline is None

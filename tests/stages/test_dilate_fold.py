@@ -21,9 +21,9 @@ from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.inspect import describe, render
 from dqtool.stages.shared.artifact_models import teacher_of
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 
 
 def loose_pipeline(path: Path) -> Path:

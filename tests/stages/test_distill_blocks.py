@@ -11,7 +11,7 @@ import torch
 from dqtool.artifacts import open_artifact
 from dqtool.errors import UsageError
 from dqtool.stages.distill import DistillOptions, distill
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 BLOCK = "mid_block.resnets.0"
 
@@ -19,7 +19,7 @@ BLOCK = "mid_block.resnets.0"
 def distilled(chain: Path, name: str, **options: Any) -> Any:
     options = {"refine_iters": 0} | options
     given = DistillOptions(str(chain / "calibrated.safetensors"), str(chain / name), correct_noise=False, **options)
-    return open_artifact(distill(given, Common(quiet=True)))
+    return open_artifact(distill(given, RunSettings(quiet=True)))
 
 
 @pytest.mark.parametrize(

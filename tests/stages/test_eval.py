@@ -19,9 +19,9 @@ from dqtool.runtimes import pick
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.eval import EvalOptions, bits_label, evaluate
 from dqtool.stages.options.sample import SampleOptions
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 
 
 def figures(made: Path, tmp_path: Path, artifact: str, **options: object) -> dict:

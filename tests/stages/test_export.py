@@ -17,7 +17,7 @@ from dqtool.nn.assignment import assign_bits
 from dqtool.nn.surgery import quant_layers, state_shapes
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 CIFAR10 = {
     "sample_size": 32,
@@ -40,9 +40,9 @@ CIFAR10 = {
 def test_the_cost_model_predicts_the_file_to_the_byte(made: Path, tmp_path: Path, bits: str) -> None:
     distilled = distill(
         DistillOptions(str(made / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), bits=bits, iters=0),
-        Common(quiet=True),
+        RunSettings(quiet=True),
     )
-    output = export(ExportOptions(distilled, str(tmp_path / "out")), Common(quiet=True))
+    output = export(ExportOptions(distilled, str(tmp_path / "out")), RunSettings(quiet=True))
     metrics = open_artifact(output).manifest.metrics
     assert metrics["bytes"] == metrics["bytes_predicted"]
     assert metrics["bytes"] == (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
@@ -68,7 +68,7 @@ def test_dense_is_a_plain_model_with_low_bit_weights(made: Path, tmp_path: Path)
     from diffusers import UNet2DModel
 
     output = export(
-        ExportOptions(str(made / "distilled.safetensors"), str(tmp_path / "dense"), "dense"), Common(quiet=True)
+        ExportOptions(str(made / "distilled.safetensors"), str(tmp_path / "dense"), "dense"), RunSettings(quiet=True)
     )
     plain = UNet2DModel.from_pretrained(str(tmp_path / "dense" / "unet"))
     packed = dqtool.load(str(made / "exported"))
@@ -91,7 +91,7 @@ def test_ends_run_at_eight_bits_and_keep_overrides(made: Path, tmp_path: Path) -
             iters=0,
             keep=(r"time_embedding\..*=16/16", "conv_out=6/6"),
         ),
-        Common(quiet=True),
+        RunSettings(quiet=True),
     )
     bits = {layer["name"]: layer["bits"] for layer in open_artifact(output).manifest.layers}
     assert bits["conv_in"] == [8, 8]

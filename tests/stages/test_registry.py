@@ -27,7 +27,7 @@ from dqtool.stages.registry import (
     stage_function,
     work_function,
 )
-from dqtool.stages.shared.common import Common, Execution
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class ToyOptions:
 SEEN: list[ToyOptions] = []
 
 
-def toy(options: ToyOptions, common: Common) -> str:
+def toy(options: ToyOptions, settings: RunSettings) -> str:
     SEEN.append(options)
-    common.log.append(Execution("toy", options.output, dataclasses.asdict(options), [], cached=False))
+    settings.log.append(Execution("toy", options.output, dataclasses.asdict(options), [], cached=False))
     return options.output
 
 

@@ -17,7 +17,7 @@ from dqtool.page.quantization_errors import quantization_errors
 from dqtool.page.results import Result, find_results
 from dqtool.stages.report_page import ReportOptions, write_report
 from dqtool.stages.shared.artifact_models import teacher_of
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def page(made: Path, plain: Result, tmp_path_factory: pytest.TempPathFactory) ->
     """Write the page of a trained and a PTQ result of one model."""
     output = tmp_path_factory.mktemp("page") / "report.html"
     places = (str(made / "eval.json"), str(plain.path.parent))
-    assert write_report(ReportOptions(places, str(output)), Common(quiet=True)) == str(output)
+    assert write_report(ReportOptions(places, str(output)), RunSettings(quiet=True)) == str(output)
     return output.read_text()
 
 
@@ -101,7 +101,7 @@ def test_missing_parts_say_why_once_folded_at_the_end(page: str):
 
 def test_the_same_results_give_the_same_page(page: str, made: Path, plain: Result, tmp_path: Path):
     output = tmp_path / "again.html"
-    write_report(ReportOptions((str(made / "eval.json"), str(plain.path.parent)), str(output)), Common(quiet=True))
+    write_report(ReportOptions((str(made / "eval.json"), str(plain.path.parent)), str(output)), RunSettings(quiet=True))
     assert output.read_text() == page
 
 
@@ -110,7 +110,7 @@ def test_a_lone_report_leaves_out_what_its_artifacts_would_tell(
 ):
     monkeypatch.chdir(tmp_path)
     Path("only.json").write_bytes((made / "eval.json").read_bytes())
-    write_report(ReportOptions(("only.json",), format="md"), Common(quiet=True))
+    write_report(ReportOptions(("only.json",), format="md"), RunSettings(quiet=True))
     text = Path("report.md").read_text()
     assert "| 1 | only | 4/4 |" in text
     assert "errors of weights and activations of only: the distilled artifact" in text.replace("\\", "")
@@ -122,7 +122,7 @@ def test_a_lone_report_leaves_out_what_its_artifacts_would_tell(
 def test_a_damaged_artifact_is_left_out_with_its_fault(chain: Path):
     data = (chain / "distilled.safetensors").read_bytes()
     (chain / "distilled.safetensors").write_bytes(data[:-4])
-    write_report(ReportOptions((str(chain),), str(chain / "page.md")), Common(quiet=True))
+    write_report(ReportOptions((str(chain),), str(chain / "page.md")), RunSettings(quiet=True))
     assert "The file is truncated" in (chain / "page.md").read_text()
 
 
@@ -182,7 +182,7 @@ def test_timings_join_the_result_they_belong_to(chain: Path):
         "load": [],
     }
     (chain / "bench.json").write_text(json.dumps(report))
-    write_report(ReportOptions((str(chain),), str(chain / "page.html")), Common(quiet=True))
+    write_report(ReportOptions((str(chain),), str(chain / "page.html")), RunSettings(quiet=True))
     page = (chain / "page.html").read_text()
     assert "time of a step, ms" in page
     assert "<td" in page.split("One step at batch 1")[-1]

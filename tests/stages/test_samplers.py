@@ -19,9 +19,9 @@ from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.sample import SampleOptions, sample
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 BETAS = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 CONSISTENCY = {"_class_name": "CMStochasticIterativeScheduler"}
 SAMPLERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from dqtool.errors import NumericError, UsageError
 from dqtool.metrics import METRICS
 from dqtool.page.results import find_tables
 from dqtool.stages.registry import option_types
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 from dqtool.tables.__main__ import main
 from dqtool.tables.cells import CellStore, claim
 from dqtool.tables.forecast import _rates, forecast
@@ -225,11 +225,11 @@ def test_a_killed_run_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypat
     deadly = 2
 
     def counted(name: str) -> Any:
-        def call(options: Any, common: Any) -> str:
+        def call(options: Any, settings: Any) -> str:
             if len(done) == deadly:
                 raise KeyboardInterrupt
-            path = registry.stage_function(name)(options, common)
-            if not common.log[-1].cached:
+            path = registry.stage_function(name)(options, settings)
+            if not settings.log[-1].cached:
                 done.append(path)
             return path
 
@@ -278,7 +278,7 @@ def test_two_workers_share_cells_and_a_claimed_cell_is_waited_for(
 ) -> None:
     cells = plan_table(load_table(tiny), Target())[:2]
     store, theirs = CellStore(tmp_path / "cells"), CellStore(finished / "results" / "cells")
-    runner = Runner(tmp_path / "work", store, Common(quiet=True))
+    runner = Runner(tmp_path / "work", store, RunSettings(quiet=True))
     ran: list[str] = []
     monkeypatch.setattr(
         Runner, "_finish", lambda _self, cell: (ran.append(cell.key), store.save(cell.key, {"stages": []}))
@@ -315,7 +315,7 @@ def test_numbers_that_fail_are_a_result(tiny: Path, tmp_path: Path, monkeypatch:
     table = load_table(tiny)
     cells = plan_table(table, Target(seeds=(0,)))
     store = CellStore(tmp_path / "cells")
-    Runner(tmp_path / "work", store, Common(quiet=True)).run(cells, lambda: None)
+    Runner(tmp_path / "work", store, RunSettings(quiet=True)).run(cells, lambda: None)
     text = render_markdown(summarise(table, Target(), cells, store, "make tiny"))
     assert "failed" in text
     assert "no longer finite" in text

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import open_artifact
 from dqtool.stages.distill import DistillOptions, distill
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 from dqtool.training.data import DistillationTask
 from dqtool.training.network_loop import accumulate_gradients
 from dqtool.training.on_policy import refine, student_trajectory
@@ -102,7 +102,7 @@ def test_low_memory_keeps_activations_on_disk_and_is_another_result_to_the_cache
         given = DistillOptions(
             str(chain / "calibrated.safetensors"), str(chain / name), iters=2, refine_iters=1, **options
         )
-        return open_artifact(distill(given, Common(quiet=True)))
+        return open_artifact(distill(given, RunSettings(quiet=True)))
 
     usual = made("usual.safetensors")
     assert not spilled

@@ -25,7 +25,7 @@ from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects_predictions, distill, with_sampler_defaults
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.planning.plan import plan_stage
-from dqtool.stages.shared.common import Common
+from dqtool.stages.shared.settings import RunSettings
 from dqtool.training.data import DistillationTask
 from dqtool.training.prediction import SEED_OFFSET, correct_predictions, fit_tables
 
@@ -160,14 +160,14 @@ def test_samplers_that_extrapolate_have_other_defaults(made: Path, tmp_path: Pat
     points = CalibrateOptions(
         str(made / "dilated.safetensors"), str(tmp_path / "c.safetensors"), sampler="plms", steps=4, samples=8
     )
-    given = DistillOptions(calibrate(points, Common(quiet=True)), str(tmp_path / "d.safetensors"), iters=1)
-    dry = Common(quiet=True, dry_run=True)
+    given = DistillOptions(calibrate(points, RunSettings(quiet=True)), str(tmp_path / "d.safetensors"), iters=1)
+    dry = RunSettings(quiet=True, dry_run=True)
     distill(given, dry)
     foreseen = plan_stage(dry.log[-1], given)["work"]
-    found = open_artifact(distill(given, Common(quiet=True)))
+    found = open_artifact(distill(given, RunSettings(quiet=True)))
     assert found.manifest.parameters["recipe"]["refine_iters"] == 0
     assert not any(name.startswith("prediction.") for name in found.tensors())
-    directory = export(ExportOptions(given.output, str(tmp_path / "exported")), Common(quiet=True))
+    directory = export(ExportOptions(given.output, str(tmp_path / "exported")), RunSettings(quiet=True))
     assert foreseen["bytes"] == open_artifact(directory).manifest.metrics["bytes"]
     asked = replace(given, refine_iters=1, correct_noise=True)
     assert with_sampler_defaults(asked, "PNDMScheduler") == asked
@@ -187,7 +187,7 @@ def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) 
     for low in (False, True):
         path = str(tmp_path / f"{low}.safetensors")
         options = DistillOptions(str(made / "calibrated.safetensors"), path, low_memory=low, **given)
-        found[low] = open_artifact(distill(options, Common(quiet=True)))
+        found[low] = open_artifact(distill(options, RunSettings(quiet=True)))
         assert found[low].manifest.parameters["correct_images"] == CORRECT_IMAGES
     scales = [found[low].tensors()["prediction.scale"] for low in (False, True)]
     assert torch.allclose(*scales, atol=0.02)
@@ -207,11 +207,11 @@ def test_exports_hold_the_tables_and_every_runtime_reads_them(
     given = DistillOptions(
         str(made / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), iters=1, refine_iters=1
     )
-    dry = Common(quiet=True, dry_run=True)
+    dry = RunSettings(quiet=True, dry_run=True)
     distill(given, dry)
     foreseen = plan_stage(dry.log[-1], given)["work"]["bytes"]
     directory = export(
-        ExportOptions(distill(given, Common(quiet=True)), str(tmp_path / "exported")), Common(quiet=True)
+        ExportOptions(distill(given, RunSettings(quiet=True)), str(tmp_path / "exported")), RunSettings(quiet=True)
     )
     exported = open_artifact(directory)
     metrics = exported.manifest.metrics
@@ -234,7 +234,8 @@ def test_the_dense_export_leaves_out_what_quantized_activations_call_for(made: P
         str(made / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), iters=1, refine_iters=1
     )
     dense = export(
-        ExportOptions(distill(options, Common(quiet=True)), str(tmp_path / "dense"), "dense"), Common(quiet=True)
+        ExportOptions(distill(options, RunSettings(quiet=True)), str(tmp_path / "dense"), "dense"),
+        RunSettings(quiet=True),
     )
     names = [
         name

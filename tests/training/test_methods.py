@@ -22,7 +22,7 @@ from dqtool.models.networks.packed import packed_network
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.surgery import packed_state, quant_layers
 from dqtool.stages.distill import DistillOptions, distill, fingerprint_parameters
-from dqtool.stages.shared.running import Common
+from dqtool.stages.shared.running import RunSettings
 from dqtool.training.data import DistillationTask
 from dqtool.training.methods import METHODS, method_options
 
@@ -165,7 +165,7 @@ def test_the_stage_trains_packs_and_says_what_it_cost(chain: Path, name: str, mo
         str(chain / "calibrated.safetensors"), str(chain / "m.safetensors"), method=name, iters=4, train_samples=8
     )
     gc.collect()  # garbage of other tests, freed after the level is read, would hide the new tensor
-    artifact = open_artifact(distill(given, Common(quiet=True)))
+    artifact = open_artifact(distill(given, RunSettings(quiet=True)))
     metrics = artifact.manifest.metrics
     assert artifact.manifest.parameters["train_samples"] == 8
     assert metrics["training_seconds"] > 0
@@ -180,7 +180,7 @@ def test_a_nonstandard_preset_keeps_what_rivals_keep(chain: Path) -> None:
         str(chain / "calibrated.safetensors"), str(chain / "m.safetensors"), method="ptq", preset="nonstandard"
     )
     layers = {
-        layer["name"]: layer["bits"] for layer in open_artifact(distill(given, Common(quiet=True))).manifest.layers
+        layer["name"]: layer["bits"] for layer in open_artifact(distill(given, RunSettings(quiet=True))).manifest.layers
     }
     floats = {name for name, bits in layers.items() if bits == [16, 16]}
     assert "up_blocks.0.upsamplers.0.conv" in floats

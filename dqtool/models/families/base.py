@@ -186,7 +186,7 @@ class Family(ABC):
         """Return the cheapest config that runs every layer on every channel, for comparisons of weights."""
         return config
 
-    def hints(self, companions: Companions) -> dict[str, Any]:
+    def input_properties(self, companions: Companions) -> dict[str, Any]:
         """Return config entries for properties of the inputs that only the surrounding pipeline defines."""
         return {}
 

@@ -117,7 +117,7 @@ class UNet2DCondition(Family):
             return {"sample": x, "timestep": timestep, **plain, "added_cond_kwargs": added}
         return {"sample": x, "timestep": timestep, **plain}
 
-    def hints(self, companions: Companions) -> dict[str, Any]:
+    def input_properties(self, companions: Companions) -> dict[str, Any]:
         """Return the length of a context: one token for a class, the tokenizer's length for a text."""
         if companions.has("class_embedder"):
             return {CONTEXT_TOKENS: 1}

@@ -37,7 +37,7 @@ from dqtool.nn.surgery import steps_of
 from dqtool.runtimes.cpu import library
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, SharedInput
 from dqtool.runtimes.cpu.blocks import fuse
-from dqtool.runtimes.cpu.codes import Clock, Product
+from dqtool.runtimes.cpu.codes import CurrentStep, Product
 from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct, merge
 
 __all__ = ["available", "choose", "convert", "integer_report", "load", "simulated_again"]
@@ -100,19 +100,19 @@ def convert(network: nn.Module) -> nn.Module:
         report.warn(f"cpu: the compiled kernels are missing, and products run slower: {library.problem()}")
     keep_freed_memory()
     keep_packed_form(network)
-    clock = Clock()
+    current_step = CurrentStep()
     kinds: dict[str, str] = {}
     merged: set[str] = set()
     for name, module in list(network.named_modules()):
         if is_attention(module) and isinstance(module.processor, QuantAttnProcessor):
-            kinds[name] = _convert_attention(name, module, clock, kinds, merged)
+            kinds[name] = _convert_attention(name, module, current_step, kinds, merged)
     for name, module in list(network.named_modules()):
         if isinstance(module, PackedLayer) and name not in merged:
-            _replace(network, name, _product(name, module, clock, kinds))
+            _replace(network, name, _product(name, module, current_step, kinds))
     if library.get() is not None:
         fuse(network)
     network.__dict__["_dqtool_integer"] = kinds
-    network.__dict__["_dqtool_clock"] = clock
+    network.__dict__["_dqtool_current_step"] = current_step
     network.__dict__["_dqtool_dtype"] = torch.float32
     repeated = list(getattr(type(network), "_repeated_blocks", None) or [])
     blocks = repeated + [f"Fused{name}" for name in repeated]  # class names for `compile_repeated_blocks`
@@ -127,28 +127,28 @@ def integer_report(network: nn.Module) -> dict[str, str]:
     return dict(network.__dict__.get("_dqtool_integer", {}))
 
 
-def _product(name: str, layer: PackedLayer, clock: Clock, kinds: dict[str, str]) -> nn.Module:
+def _product(name: str, layer: PackedLayer, current_step: CurrentStep, kinds: dict[str, str]) -> nn.Module:
     """Return the integer form of one layer, or the layer itself."""
     try:
         integer = integer_layer(layer, keep_packed=True)
     except TypeError:  # a geometry without integer form
         kinds[name] = "float"
         return layer
-    product = choose(integer, clock)
+    product = choose(integer, current_step)
     kinds[name] = "float" if product is None else "int8"
     return layer if product is None else product
 
 
-def choose(layer: IntegerLayer, clock: Clock) -> Product | None:
+def choose(layer: IntegerLayer, current_step: CurrentStep) -> Product | None:
     """Return the product that computes a layer exactly on this machine; None for a layer that stays float."""
     if not layer.is_integer:
         return None
     if library.has_products() and layer.groups == 1:
-        return NativeProduct(layer, clock)
-    return OnednnProduct(layer, clock) if OnednnProduct.exact(layer) else None
+        return NativeProduct(layer, current_step)
+    return OnednnProduct(layer, current_step) if OnednnProduct.exact(layer) else None
 
 
-def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str], merged: set[str]) -> str:
+def _convert_attention(name: str, attn: Any, current_step: CurrentStep, kinds: dict[str, str], merged: set[str]) -> str:
     """Give one attention module the integer processor, and merge projections that share their input."""
     operands = integer_attention(attn)
     native = library.has_products() and operands.is_integer
@@ -156,7 +156,7 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
     scale = getattr(attn, "scale", None)
     if scale is None and getattr(attn, "head_dim", None) is not None:
         scale = attn.head_dim**-0.5
-    set_own(attn, IntegerAttnProcessor(attn.processor, operands if native else None, clock, scale))
+    set_own(attn, IntegerAttnProcessor(attn.processor, operands if native else None, current_step, scale))
     if attn.processor.layout == "single":
         for target, sources in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
             layers = [getattr(attn, source) for source in sources]
@@ -164,7 +164,7 @@ def _convert_attention(name: str, attn: Any, clock: Clock, kinds: dict[str, str]
                 continue
             integers = [integer_layer(layer, keep_packed=True) for layer in layers]
             whole = merge(integers) if all(layer.is_integer for layer in integers) else None
-            product = None if whole is None else choose(whole, clock)
+            product = None if whole is None else choose(whole, current_step)
             if product is None or (target == "to_qkv" and layers[0].in_features != layers[1].in_features):
                 continue
             if target == "to_qkv" and getattr(attn, "is_cross_attention", False):
@@ -225,7 +225,7 @@ def simulated_again(network: nn.Module) -> nn.Module:
         "forward",
         "_apply",
         *PACKED_FORM,
-        "_dqtool_clock",
+        "_dqtool_current_step",
         "_dqtool_integer",
         "_dqtool_dtype",
         "_repeated_blocks",
@@ -241,20 +241,20 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 def _traced(original: Any, network: Any, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward of the class `original` as a graph has it: no decision depends on what a tensor holds."""
-    clock: Clock = network.__dict__["_dqtool_clock"]
-    kept = clock.rows
-    clock.rows = steps_of(network).rows
+    current_step: CurrentStep = network.__dict__["_dqtool_current_step"]
+    kept = current_step.rows
+    current_step.rows = steps_of(network).rows
     output = original.forward(network, *args, **kwargs)
-    clock.rows = kept
+    current_step.rows = kept
     lost = _nan_samples((args, kwargs), len(sample))
     return _joined([output], lambda parts: _without(parts[0].to(sample.dtype), lost))
 
 
 def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Set the clock, then the forward of the class `original`; a batch of several steps runs once per step."""
+    """Set the current step and run the forward of the class `original`. A batch of several steps runs once for each step."""
     steps = steps_of(network)
     rows = asked = steps.rows
-    clock_: Clock = network.__dict__["_dqtool_clock"]
+    current_step: CurrentStep = network.__dict__["_dqtool_current_step"]
     if not len(sample):  # the kernels divide by sizes: one sample of zeros runs, and none of it is returned
         args, kwargs = tree_map(_one_of_zeros, args), tree_map(_one_of_zeros, kwargs)
         steps.select(asked if len(asked) else torch.zeros(1, dtype=torch.long))
@@ -264,7 +264,7 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
             steps.select(asked)
         return _joined([output], lambda parts: parts[0][:0])
     if len(rows) == 1:
-        clock_.row, clock_.rows = int(rows[0]), rows
+        current_step.row, current_step.rows = int(rows[0]), rows
         return original.forward(network, *args, **kwargs)
     batch = len(sample)
     rows = rows.repeat_interleave(batch // len(rows))
@@ -277,8 +277,8 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
                 mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
                 return value[chosen] if mixed else value
 
-            clock_.row, clock_.rows = int(row), torch.tensor([row])
-            steps.select(clock_.rows)  # for what stayed float
+            current_step.row, current_step.rows = int(row), torch.tensor([row])
+            steps.select(current_step.rows)  # for what stayed float
             outputs.append((chosen, original.forward(network, *tree_map(pick, args), **tree_map(pick, kwargs))))
     finally:
         steps.select(asked)

@@ -12,7 +12,7 @@ from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.integer import IntegerAttention
 from dqtool.runtimes.cpu import library, ops
-from dqtool.runtimes.cpu.codes import Clock, Codes, Product
+from dqtool.runtimes.cpu.codes import Codes, CurrentStep, Product
 from dqtool.runtimes.cpu.library import pointer
 
 __all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare"]
@@ -59,14 +59,14 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         self,
         like: QuantAttnProcessor | None = None,
         products: IntegerAttention | None = None,
-        clock: Clock | None = None,
+        current_step: CurrentStep | None = None,
         scale: float | None = None,
     ) -> None:
-        if like is None or clock is None:
+        if like is None or current_step is None:
             super().__init__()
             return
         super().__init__(like.bits, like.steps, like.layout)
-        self.products, self.clock = products, clock
+        self.products, self.current_step = products, current_step
         self.compiled = library.get() is not None
         self._steps: tuple[float, Tensor, Tensor, Tensor] | None = None
         if products is not None and scale is not None:
@@ -80,7 +80,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
             if self.products is None or not self.compiled:
                 return super().attend(attn, query, key, value, mask)
             operands = (query.float(), key.float(), value.float(), None if mask is None else mask.float())
-            return ops.attention(*operands, *self._every_step(attn, d), self.clock.rows).to(query.dtype)
+            return ops.attention(*operands, *self._every_step(attn, d), self.current_step.rows).to(query.dtype)
         kernels = library.get()
         if self.products is None or kernels is None:
             return super().attend(attn, query, key, value, mask)
@@ -169,7 +169,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
     def _tables(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
         """(m, low, high) `[4, 3, H]` of the operands, scale of the scores `[H]`, scale of the result `[H]`."""
         tables, scores, results = self._every_step(attn, d)
-        row = self.clock.row if len(tables) > 1 else 0
+        row = self.current_step.row if len(tables) > 1 else 0
         return tables[row], scores[row], results[row]
 
     def _every_step(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.library import pointer
 
-__all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Clock", "Codes", "Product"]
+__all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Codes", "CurrentStep", "Product"]
 
 LAYOUTS = 64
 """Shapes of inputs for which a layer remembers how its codes lie."""
@@ -38,9 +38,11 @@ _ACTIVATIONS = {
 }
 
 
-class Clock:
-    """The row of the step tables in use, one for all layers of a network: `row` as the kernels take it, and `rows` `[1]` or
-    one for each sample, as a traced graph does."""
+class CurrentStep:
+    """Row of the step tables that is in use, shared by all layers of a network.
+
+    Kernels take the number `row`; a traced graph takes `rows`, `[1]` or one for each sample.
+    """
 
     def __init__(self) -> None:
         self.row = 0
@@ -69,10 +71,10 @@ class Product(Adaptable, nn.Module):
     steps: Tensor
     """See `step_table`."""
 
-    def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
+    def __init__(self, layer: IntegerLayer, current_step: CurrentStep) -> None:
         super().__init__()
         assert layer.input is not None
-        self.operand, self.clock = layer.input, clock
+        self.operand, self.current_step = layer.input, current_step
         self.is_conv = layer.is_conv
         self.out_channels, self.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         if not self.is_conv:  # the names that `nn.Linear` has for them: pipelines read these
@@ -174,7 +176,7 @@ class Product(Adaptable, nn.Module):
 
     def zero_point(self) -> int:
         """The code of a real zero at the current step."""
-        row = self.clock.row if len(self.scales) > 1 else 0
+        row = self.current_step.row if len(self.scales) > 1 else 0
         return self.signed_offset if self.operand.signed else self.offsets[row]
 
     def zero_points(self) -> list[int]:
@@ -194,12 +196,12 @@ class Product(Adaptable, nn.Module):
 
     def traced_quantizer(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Return the arguments that the operations of `ops` take in place of `quantizer`."""
-        return self.steps, self._multipliers, self.operand.divisor, self.clock.rows
+        return self.steps, self._multipliers, self.operand.divisor, self.current_step.rows
 
     def quantizer(self) -> tuple[int, int, float, float, int]:
         """The kernels' view of the current step: address of the multiplier, whether it is per channel, bounds of the
         centred codes, zero point."""
-        row = self.clock.row if len(self.scales) > 1 else 0
+        row = self.current_step.row if len(self.scales) > 1 else 0
         known = self._quantizers.get(row)
         if known is None:
             if self._multipliers is None:
@@ -355,7 +357,7 @@ class Product(Adaptable, nn.Module):
         """`quantize` in PyTorch's own operations: what is left without a C++ compiler."""
         if is_compiling():
             return self._traced_torch_codes(x, extra)
-        row = self.clock.row if len(self.scales) > 1 else 0
+        row = self.current_step.row if len(self.scales) > 1 else 0
         zero_point = self.zero_point()
         m = self.operand.multiplier(row)
         if self.is_conv and m.dim():
@@ -375,7 +377,7 @@ class Product(Adaptable, nn.Module):
 
     def _traced_torch_codes(self, x: Tensor, extra: tuple[int, int]) -> Codes:
         """`_torch_codes` of rows that are known when the graph runs."""
-        rows = self.clock.rows if len(self.steps) > 1 else self.clock.rows[:1] * 0
+        rows = self.current_step.rows if len(self.steps) > 1 else self.current_step.rows[:1] * 0
         batch = x.shape[0]
         rows = rows[:1] if batch % len(rows) else rows.repeat_interleave(batch // len(rows))
         shape = (-1, *(1,) * (x.dim() - 1))

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from dqtool.core.allocator import FilePages
 from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
 from dqtool.runtimes.cpu import library, ops
-from dqtool.runtimes.cpu.codes import GEGLU, Clock, Codes, Product
+from dqtool.runtimes.cpu.codes import GEGLU, Codes, CurrentStep, Product
 from dqtool.runtimes.cpu.layout import pack_weight, worth_winograd
 from dqtool.runtimes.cpu.library import pointer
 
@@ -43,8 +43,8 @@ class NativeProduct(Product):
     pages: FilePages | None = None
     """Pages of the file that maps the packed codes. They are released after the codes have been read."""
 
-    def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
-        super().__init__(layer, clock)
+    def __init__(self, layer: IntegerLayer, current_step: CurrentStep) -> None:
+        super().__init__(layer, current_step)
         self.channel_bytes = -(-self.in_channels // 4) * 4
         geometry = (self.kernel, self.stride, self.taps_dilation)
         self.may_winograd = (
@@ -74,7 +74,7 @@ class NativeProduct(Product):
         """See `Product.zero_point`."""
         if self.stored is None:
             return super().zero_point()
-        return self.stored[self.clock.row if len(self.stored) > 1 else 0]
+        return self.stored[self.current_step.row if len(self.stored) > 1 else 0]
 
     def zero_points(self) -> list[int]:
         """See `Product.zero_points`."""
@@ -99,7 +99,7 @@ class NativeProduct(Product):
         """See `Product.multiply`."""
         if is_compiling():
             weight, how = self._traced_weight(self.gates)
-            rest = (self.steps, self.clock.rows, codes.shape, how, post)
+            rest = (self.steps, self.current_step.rows, codes.shape, how, post)
             return ops.multiply(codes.data, *weight, bias, gate, residual, *rest)
         kernels: Any = self.kernels
         _, packed, sums, scales, own = self._held or self._hold(codes)
@@ -108,7 +108,7 @@ class NativeProduct(Product):
         if bias is not None:
             bias = bias.contiguous()
             own, per_sample = bias.data_ptr(), co
-        scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
+        scale = self.scales[self.current_step.row if len(self.scales) > 1 else 0]
         data = codes.data
         if not self.is_conv:
             rows = data.shape[0]
@@ -154,7 +154,7 @@ class NativeProduct(Product):
         if bool(self.gates) != (act == GEGLU) or following.kernels is None or self.out_channels % 4:
             return super().feed(codes, following, act)
         _, packed, sums, scales, own = self._held or self._hold(codes)
-        scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
+        scale = self.scales[self.current_step.row if len(self.scales) > 1 else 0]
         rows = codes.data.shape[0]
         data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
         kernels.dq_linear_codes(
@@ -229,8 +229,8 @@ class OnednnProduct(Product):
     """On PyTorch's oneDNN operations. Signed codes get the zero point 2^b: small codes can't saturate the 16-bit sums of
     CPUs without VNNI."""
 
-    def __init__(self, layer: IntegerLayer, clock: Clock) -> None:
-        super().__init__(layer.unpacked(), clock)
+    def __init__(self, layer: IntegerLayer, current_step: CurrentStep) -> None:
+        super().__init__(layer.unpacked(), current_step)
         self.signed_offset = min(128, 2**self.operand.bits)
         self.channel_bytes = self.in_channels
         self.register_buffer("packed", None)
@@ -261,7 +261,7 @@ class OnednnProduct(Product):
         if is_compiling():
             return self._traced(codes, bias, residual, post, gate)
         onednn = torch.ops.onednn
-        scale = self.scales[self.clock.row if len(self.scales) > 1 else 0]
+        scale = self.scales[self.current_step.row if len(self.scales) > 1 else 0]
         zero_point = self.zero_point()
         own = self.bias if bias is None else None
         if self.is_conv:
@@ -293,7 +293,7 @@ class OnednnProduct(Product):
     ) -> Tensor:
         own, packed = self.bias if bias is None else None, self.packed
         weight = (self.weight, False) if packed is None else (packed, True)
-        rest = (self.steps, self.clock.rows, codes.shape, self.geometry(), self.groups)
+        rest = (self.steps, self.current_step.rows, codes.shape, self.geometry(), self.groups)
         out = ops.onednn_multiply(codes.data, *weight, self.weight_scale, self.zeros, own, *rest)
         if bias is not None:
             bias = bias[:, :, None, None] if self.is_conv else bias.view(len(bias), *(1,) * (out.dim() - 2), -1)
@@ -322,9 +322,9 @@ def saturates() -> bool:
         None,
         True,
     )
-    conv = OnednnProduct(layer, Clock())
+    conv = OnednnProduct(layer, CurrentStep())
     codes = Codes(torch.full((1, 8, 8, 64), 255, dtype=torch.uint8), (1, 6, 6))
-    linear = OnednnProduct(replace(layer, weight=layer.weight[:, :, 0, 0], is_conv=False), Clock())
+    linear = OnednnProduct(replace(layer, weight=layer.weight[:, :, 0, 0], is_conv=False), CurrentStep())
     rows = Codes(torch.full((32, 64), 255, dtype=torch.uint8), (32,))
     exact = 255 * 127 * 64
     return bool((conv.multiply(codes) != exact * 9).any() or (linear.multiply(rows) != exact).any())

@@ -125,7 +125,7 @@ def maker_of_artifact(
 def maker_of_source(source: ModelSource, count: int, seed: int, steps: int) -> ImageMaker:
     """Return the maker of a full-precision model, with the settings of its pipeline."""
     family, companions = family_of(source.class_name, source.given), companions_of_source(source)
-    config = dict(source.config) | ({} if companions is None else family.hints(companions))
+    config = dict(source.config) | ({} if companions is None else family.input_properties(companions))
     request = Request(count, seed, card={} if companions is None else companions.card)
     conditions = family.ask(config, request, companions)
     sampling = {"scheduler": source.scheduler or family.scheduler, "steps": steps, "eta": 0.0}

@@ -289,7 +289,7 @@ def with_sampler_defaults(options: DistillOptions, scheduler: str) -> DistillOpt
     from dqtool.training.options import EXTRAPOLATING
 
     method = method_of(options.method)
-    if scheduler not in EXTRAPOLATING or not method.corrects or options.preset == PAPER:
+    if scheduler not in EXTRAPOLATING or not method.corrects_predictions or options.preset == PAPER:
         return options
     passes = options.refine_iters
     if passes is None and any(each.name == "refine_iters" for each in fields(method.options)):
@@ -320,4 +320,4 @@ def corrects_predictions(options: DistillOptions) -> bool:
         return options.correct_noise
     method, recipe = method_and_options(options)
     trains = any(getattr(recipe, name, 0) for name in ("iters", "refine_iters"))
-    return method.corrects and trains and not options.static
+    return method.corrects_predictions and trains and not options.static

@@ -12,7 +12,7 @@ from dqtool.errors import DqtoolError
 from dqtool.models.sources.resolve import ModelSource
 from dqtool.report import format_seconds, table_lines
 from dqtool.stages.registry import make_options, stage_function, work_function
-from dqtool.stages.shared.common import Common, Execution
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 __all__ = ["plan_recipe", "plan_stage", "plan_steps", "render"]
 
@@ -39,21 +39,23 @@ def plan_stage(execution: Execution, options: Any) -> dict[str, Any]:
     return plan
 
 
-def plan_recipe(path: str, overrides: Sequence[str], common: Common, directory: str | None = None) -> dict[str, Any]:
+def plan_recipe(
+    path: str, overrides: Sequence[str], settings: RunSettings, directory: str | None = None
+) -> dict[str, Any]:
     """Return the plan of a recipe, see `plan_steps`."""
     from dqtool.stages.run import steps_of_recipe
 
     recipe, steps = steps_of_recipe(path, overrides, directory)
-    return {"recipe": path, "model": recipe.model, "stages": plan_steps(steps, common)}
+    return {"recipe": path, "model": recipe.model, "stages": plan_steps(steps, settings)}
 
 
-def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], common: Common) -> list[dict[str, Any]]:
+def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSettings) -> list[dict[str, Any]]:
     """Return the plans of stages that follow one another.
 
     Stages that are cached and the first that is not are planned by `plan_stage`. The rest are listed with their options,
     `distill` with layers, size and bit operations forecast from the model's config.
     """
-    dry = replace(common, dry_run=True, log=[])
+    dry = replace(settings, dry_run=True, log=[])
     plans: list[dict[str, Any]] = []
     pending = False
     source: ModelSource | None = None
@@ -91,7 +93,7 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
     options = with_sampler_defaults(make_options("distill", values), scheduler_class(source.scheduler, sampler))
     companions = companions_of_source(source)
     family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else source.config | family.hints(companions)
+    config = source.config if companions is None else source.config | family.input_properties(companions)
     steps = 1 if options.static else steps
     return forecast(
         source.class_name,

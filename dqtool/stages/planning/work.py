@@ -7,7 +7,7 @@ from typing import Any
 
 from dqtool.artifacts import Manifest, read_header, read_manifest
 from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of
-from dqtool.stages.shared.common import Execution
+from dqtool.stages.shared.settings import Execution
 
 Work = dict[str, Any]
 

@@ -33,18 +33,18 @@ from dqtool.artifacts import (
 )
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.stages.registry import default_output
-from dqtool.stages.shared.common import Common, Execution
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Common",
     "Execution",
+    "RunSettings",
     "StageOutput",
     "check_steps",
-    "execute",
     "input_artifact",
+    "run_unless_cached",
     "sampling_of",
     "set_up_torch",
 ]
@@ -135,20 +135,20 @@ def _from_standard_input() -> str | None:
     return line
 
 
-def execute(
+def run_unless_cached(
     stage: str,
     code_version: int,
     output: str,
     parameters: dict[str, Any],
     inputs: Sequence[dict[str, Any]],
-    common: Common,
+    settings: RunSettings,
     produce: Callable[[str], StageOutput],
     kind: Kind = "artifact",
     also: Sequence[tuple[str, Kind]] = (),
     *,
     reads: Sequence[str | Path],
 ) -> bool:
-    """Make the artifact `output` unless it exists already. Return whether it did. A dry run writes nothing.
+    """Make the artifact `output` unless it is up to date. Return True if it was. A dry run writes nothing.
 
     `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "artifact",
     "directory" or "report". `also` are side products (path, kind), such as pictures: they must exist for the cache to count.
@@ -157,24 +157,24 @@ def execute(
     key = fingerprint(stage, code_version, parameters, [str(entry["sha256"]) for entry in inputs])
 
     def note(*, cached: bool) -> bool:
-        common.log.append(Execution(stage, output, parameters, list(inputs), cached))
+        settings.log.append(Execution(stage, output, parameters, list(inputs), cached))
         return cached
 
     def is_cached() -> bool:
-        return not common.force and is_current(output, key) and all(os.path.exists(path) for path, _ in also)
+        return not settings.force and is_current(output, key) and all(os.path.exists(path) for path, _ in also)
 
     if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
-        if not common.dry_run:
+        if not settings.dry_run:
             clear_leftovers(output)
             report.say(f"{stage}: cached {output}")
         return note(cached=True)
     names = [str(entry["name"]) for entry in inputs]
-    check_outputs([(output, kind), *also], [*names, *reads, *common.reads], overwrite=common.overwrite)
-    if common.dry_run:
+    check_outputs([(output, kind), *also], [*names, *reads, *settings.reads], overwrite=settings.overwrite)
+    if settings.dry_run:
         return note(cached=False)
     with lock(output):
         start = time.perf_counter()
-        threads, device = set_up_torch(common.device)
+        threads, device = set_up_torch(settings.device)
         product = produce(key)
         manifest = Manifest(
             stage=stage,
@@ -189,15 +189,15 @@ def execute(
             seconds=round(product.earlier_seconds + time.perf_counter() - start, 3),
         )
         if product.build is not None:
-            commit_directory(output, product.build, manifest, overwrite=common.overwrite)
+            commit_directory(output, product.build, manifest, overwrite=settings.overwrite)
         elif product.tensors is not None:
             attached = {ATTACHMENT + name: data for name, data in product.attachments.items()}
             tensors = product.tensors if isinstance(product.tensors, DeferredTensors) else dict(product.tensors)
             tensors.update(attached)
             proof = product.proof and partial(_timed, product.proof, manifest, start)
-            commit(output, tensors, manifest, proof, overwrite=common.overwrite)
+            commit(output, tensors, manifest, proof, overwrite=settings.overwrite)
         else:
-            commit_report(output, manifest, overwrite=common.overwrite)
+            commit_report(output, manifest, overwrite=settings.overwrite)
         remove_pieces(output)
     report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
     return note(cached=False)

@@ -35,7 +35,7 @@ class Method:
         train: function (task, options, bars) that trains `task.student` in place and returns metrics.
         work: function (options, number of blocks) that returns the iterations in words.
         by_blocks: blocks are trained one after another, so that a subset can be chosen.
-        corrects: `distill --correct-noise` is the default after training (not for samplers that extrapolate).
+        corrects_predictions: `distill --correct-noise` is the default after training (not for samplers that extrapolate).
         derive: function (options, given) that returns the options that follow from those the user gave.
     """
 
@@ -45,7 +45,7 @@ class Method:
     train: Callable[[DistillationTask, Any, Bars], dict[str, Any]]
     work: Callable[[Any, int], str]
     by_blocks: bool = False
-    corrects: bool = False
+    corrects_predictions: bool = False
     derive: Callable[[Any, Mapping[str, Any]], Any] = _as_given
 
 

@@ -52,5 +52,5 @@ METHOD = Method(
     lambda options, blocks: f"{blocks} x {options.iters} + {options.refine_iters} over all blocks",
     by_blocks=True,
     derive=derive_options,
-    corrects=True,
+    corrects_predictions=True,
 )

@@ -85,5 +85,5 @@ METHOD = Method(
     lambda options, blocks: f"{blocks} x {options.iters} + {blocks} x {options.refine_iters}",
     by_blocks=True,
     derive=derive_options,
-    corrects=True,
+    corrects_predictions=True,
 )

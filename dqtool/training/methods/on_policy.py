@@ -45,5 +45,5 @@ METHOD = Method(
     OnPolicyOptions,
     train,
     lambda options, _: f"{options.iters}",
-    corrects=True,
+    corrects_predictions=True,
 )

@@ -1,4 +1,4 @@
-"""Options that all commands share, and their record of the stages that ran. `dqtool --help` imports it: it stays light."""
+"""Options that all commands take, and the log of the stages that ran. `dqtool --help` imports it: it stays light."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from dqtool.errors import UsageError
 
-__all__ = ["Common", "Execution", "check_values"]
+__all__ = ["Execution", "RunSettings", "check_values"]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
@@ -50,8 +50,8 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class Common:
-    """Options that every command takes, and the log of what was executed under them."""
+class RunSettings:
+    """Options that every command takes, and the log of the stages that ran under them."""
 
     force: bool = False
     quiet: bool = False
