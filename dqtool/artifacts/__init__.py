@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dqtool.artifacts.cache import cache_directory, keep_in_cache
 from dqtool.artifacts.checkpoints import Checkpoints
 from dqtool.artifacts.committing import Written, commit, commit_directory, commit_report
 from dqtool.artifacts.deferred import DeferredTensors
@@ -34,6 +35,7 @@ __all__ = [
     "Manifest",
     "Workspace",
     "Written",
+    "cache_directory",
     "check_finite",
     "check_outputs",
     "check_outside",
@@ -46,6 +48,7 @@ __all__ = [
     "environment",
     "fingerprint",
     "is_current",
+    "keep_in_cache",
     "lock",
     "manifest_path",
     "open_artifact",

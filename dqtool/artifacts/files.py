@@ -9,7 +9,7 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from dqtool.errors import DqtoolError, EnvironmentFault
 
 __all__ = [
     "content_digest",
+    "digest_of_files",
     "fsync_path",
     "has_leftovers",
     "is_interrupted",
@@ -28,6 +29,7 @@ __all__ = [
     "staging",
     "swap_in",
     "target_of",
+    "whole_file",
     "write_text",
 ]
 
@@ -70,6 +72,14 @@ def content_digest(path: str | os.PathLike[str], piece: int = 256 << 20) -> str:
             return hashlib.sha256(b"".join(pool.map(digest, range(0, size, piece)))).hexdigest()
     except OSError as error:
         raise os_fault(error, path) from error
+
+
+def digest_of_files(files: Iterable[tuple[str, str | os.PathLike[str]]]) -> str:
+    """Return a hex digest of the names and contents of (name, path), in this order. Raises as `sha256_file`."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(f"{name}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def target_of(path: str | os.PathLike[str]) -> Path:
@@ -119,10 +129,21 @@ def write_text(path: Path, text: str) -> None:
 
     Raises `EnvironmentFault`; the old file then still stands.
     """
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Provide a new file to write, which takes the place of `path` when the block ends without an error.
+
+    Raises:
+        EnvironmentFault: it can't be written. The old file then still stands.
+    """
     try:
         with staging(path) as area:
-            new = area / "new"
-            new.write_text(text, encoding="utf-8")
+            new = area / f"new{path.suffix}"
+            yield new
             fsync_path(new)
             os.replace(new, path)
             fsync_path(path.parent)

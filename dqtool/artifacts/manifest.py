@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,7 +14,17 @@ from typing import Any
 from dqtool.artifacts.reading import parse_json
 from dqtool.errors import ArtifactError, NumericError
 
-__all__ = ["FORMAT", "REPORTS", "STAGES", "Manifest", "canonical_json", "dqtool_version", "environment"]
+__all__ = [
+    "FORMAT",
+    "REPORTS",
+    "STAGES",
+    "Manifest",
+    "canonical_json",
+    "dqtool_version",
+    "environment",
+    "installed_versions",
+    "package_version",
+]
 
 FORMAT = "dqtool/1"
 STAGES = ("dilate", "calibrate", "distill", "export", "eval", "sensitivity")
@@ -24,14 +35,19 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REMAKE = "Make the artifact again, or restore the manifest that was written with it"
 
 
-def dqtool_version() -> str:
-    """The installed version of dqtool; `0+unknown` when run from a tree that was never installed."""
+def package_version(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
     from importlib import metadata
 
     try:
-        return metadata.version("dqtool")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "0+unknown"
+        return None
+
+
+def dqtool_version() -> str:
+    """Return the installed version of dqtool; `0+unknown` when run from a tree that was never installed."""
+    return package_version("dqtool") or "0+unknown"
 
 
 @dataclass
@@ -98,15 +114,16 @@ class Manifest:
 def environment(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """Versions of what computed an artifact, the platform, and the device and thread count the caller used."""
     import platform
-    from importlib import metadata
 
     versions = {"python": platform.python_version(), "dqtool": dqtool_version()}
-    for package in ("torch", "diffusers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    versions |= installed_versions(("torch", "diffusers"))
     return {"versions": versions, "platform": platform.platform(), "device": device, "threads": threads}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {package: package_version(package) for package in packages}
+    return {package: version for package, version in found.items() if version is not None}
 
 
 def canonical_json(value: Any) -> str:

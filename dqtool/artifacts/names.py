@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import unicodedata
@@ -9,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dqtool.errors import ArtifactError
+from dqtool.artifacts.cache import cache_directory
+from dqtool.errors import ArtifactError, EnvironmentFault
 
 __all__ = ["check_component", "check_name", "check_shards", "path_within"]
 
@@ -124,16 +126,12 @@ def _may_lead_to(target: Path, model: Path) -> bool:
     """Return whether a link of the model in the directory `model` may lead to `target`, a path without links."""
     if target.is_relative_to(os.path.realpath(model)):
         return True
-    if Path(os.path.realpath(model)).parent == _own_pipelines():
-        return True  # a directory that dqtool made, of links whose targets it had checked
+    with contextlib.suppress(EnvironmentFault):  # without a cache there are none
+        # `dqtool.models.sources.original.shell` makes directories of links whose targets it had checked.
+        if Path(os.path.realpath(model)).parent == Path(os.path.realpath(cache_directory("originals"))):
+            return True
     blobs = _hub_blobs(model)
     return blobs is not None and target.parent == blobs and _BLOB.fullmatch(target.name) is not None
-
-
-def _own_pipelines() -> Path:
-    """Return the folder in which `dqtool.models.sources.original.shell` keeps the pipelines that it assembles."""
-    cache = os.environ.get("DQTOOL_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "dqtool")
-    return Path(os.path.realpath(os.path.join(cache, "originals")))
 
 
 def _hub_blobs(model: Path) -> Path | None:

@@ -15,9 +15,10 @@ import os
 import time
 from pathlib import Path
 
+from dqtool.artifacts.cache import cache_directory
 from dqtool.artifacts.files import os_fault, sha256_file, write_text
 from dqtool.artifacts.reading import load_json
-from dqtool.errors import DqtoolError
+from dqtool.errors import DqtoolError, EnvironmentFault
 
 __all__ = ["has_digest"]
 
@@ -44,7 +45,7 @@ def has_digest(path: str | os.PathLike[str], sha256: str) -> bool:
     quiet = time.time() - max(before.st_mtime, before.st_ctime) > SETTLED  # before hashing, which may take longer
     try:
         seen, note = _identity(before), _note(path)
-    except RuntimeError:  # nobody's home: there is no cache
+    except EnvironmentFault:  # there is no cache
         return sha256_file(path) == sha256
     with contextlib.suppress(OSError, DqtoolError):
         if load_json(note) == {**seen, "sha256": sha256} and os.access(path, os.R_OK):
@@ -69,5 +70,4 @@ def _identity(status: os.stat_result) -> dict[str, int]:
 
 
 def _note(path: str | os.PathLike[str]) -> Path:
-    root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool")
-    return root / "verified" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]}.json"
+    return cache_directory("verified") / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]}.json"

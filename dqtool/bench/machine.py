@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from dqtool.artifacts.manifest import installed_versions
 
 __all__ = ["FLAGS", "describe_machine", "expectation"]
 
@@ -27,7 +28,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "flags": flags,
         "expect": expectation(flags),
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
     }
 
 
@@ -65,13 +66,3 @@ def _cpuinfo() -> tuple[str | None, list[str] | None]:
     listed = fields.get("flags") or fields.get("features")
     present = None if listed is None else set(listed.split())
     return fields.get("model name"), None if present is None else [flag for flag in FLAGS if flag in present]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

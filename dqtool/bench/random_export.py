@@ -7,13 +7,12 @@ Weight grids span minimum to maximum, and activation tables come from one random
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Manifest, commit_directory, environment, fingerprint, is_current, lock
+from dqtool.artifacts import Manifest, cache_directory, commit_directory, environment, fingerprint, is_current, lock
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.architectures import Architecture, architecture
 
@@ -44,7 +43,7 @@ def random_export(arch: str, spec: QuantizationSpec, force: bool = False) -> str
     bits = str(spec.bits)
     parameters = {"arch": arch, "bits": bits, "config": wanted.network_config(), "format": "dq"}
     key = fingerprint("export", CODE_VERSION, parameters, [])
-    folder = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "bench"
+    folder = cache_directory("bench")
     path = folder / f"{arch}-w{bits.replace('/', 'a')}"
     if not force and is_current(path, key):
         return str(path)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dqtool.artifacts.files import fsync_path, os_fault, staging, target_of
+from dqtool.artifacts.files import target_of, whole_file
 from dqtool.artifacts.npz import LARGEST, NPZ, array_header, npz_names, opened_npz
 from dqtool.artifacts.reading import open_regular
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
@@ -190,21 +190,12 @@ def write_npz(
     Raises:
         EnvironmentFault: the file can't be written.
     """
-    target = target_of(path)
-    try:
-        with staging(target) as area:
-            new = area / "new.npz"
-            with zipfile.ZipFile(new, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                if images is not None:
-                    _write_images(archive, *images)
-                for name, array in {**arrays, "dqtool": np.array(json.dumps(about, sort_keys=True))}.items():
-                    with archive.open(_entry(name), "w", force_zip64=True) as stream:
-                        np.lib.format.write_array(stream, np.asarray(array, order="C"), allow_pickle=False)
-            fsync_path(new)
-            os.replace(new, target)
-            fsync_path(target.parent)
-    except OSError as error:
-        raise os_fault(error, path) from error
+    with whole_file(target_of(path)) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        if images is not None:
+            _write_images(archive, *images)
+        for name, array in {**arrays, "dqtool": np.array(json.dumps(about, sort_keys=True))}.items():
+            with archive.open(_entry(name), "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asarray(array, order="C"), allow_pickle=False)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dqtool.artifacts.files import staging, target_of
+from dqtool.artifacts.files import target_of, whole_file
 from dqtool.artifacts.outputs import GENERATOR
-from dqtool.errors import EnvironmentFault
 
 __all__ = ["save_grid", "to_uint8"]
 
@@ -55,12 +53,7 @@ def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, co
     for side in sides:
         whole.paste(side, (left, 0))
         left += side.width + gap
-    target = target_of(path)
-    try:
-        with staging(target) as area:
-            note = PngInfo()
-            note.add_text("Software", GENERATOR)
-            whole.save(area / "new.png", format="PNG", pnginfo=note)
-            os.replace(area / "new.png", target)
-    except OSError as e:
-        raise EnvironmentFault(f"The picture can't be written: {e.strerror or e}", where=path) from e
+    with whole_file(target_of(path)) as new:
+        note = PngInfo()
+        note.add_text("Software", GENERATOR)
+        whole.save(new, format="PNG", pnginfo=note)

@@ -5,7 +5,6 @@ Imports no torch. A new metric is one entry of `METRICS`; a new network that rea
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dqtool.artifacts.files import sha256_file
+from dqtool.artifacts.files import digest_of_files, sha256_file
 from dqtool.errors import EnvironmentFault
 from dqtool.metrics.figures import Figure
 
@@ -149,12 +148,10 @@ def path_digest(path: str | os.PathLike[str]) -> str:
         return _file_digest(str(root.absolute()), found.st_mtime_ns, found.st_size)
     if not root.is_dir():
         return sha256_file(path)  # raises the error that fits
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*")):
-        inside = file.relative_to(root)
-        if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-            digest.update(f"{inside.as_posix()}\0{sha256_file(file)}\n".encode())
-    return digest.hexdigest()
+    inside = [(file.relative_to(root), file) for file in sorted(root.rglob("*")) if file.is_file()]
+    return digest_of_files(
+        (name.as_posix(), file) for name, file in inside if not any(part.startswith(".") for part in name.parts)
+    )
 
 
 @lru_cache(maxsize=64)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from dqtool.artifacts import Artifact, dqtool_version
+from dqtool.artifacts import Artifact, cache_directory, dqtool_version, keep_in_cache
+from dqtool.artifacts.manifest import package_version
 from dqtool.artifacts.reading import load_json
-from dqtool.errors import DqtoolError
+from dqtool.errors import DqtoolError, EnvironmentFault
 from dqtool.runtimes.names import runtime_name
 
 __all__ = ["AMX_ORDER", "ORDER", "order", "recall", "remember"]
@@ -75,17 +73,14 @@ def remember(artifact: Artifact, seconds: Mapping[int, Mapping[str, float]]) -> 
     useful = {batch: times for batch, times in useful.items() if len(times) > 1}
     if not useful:
         return False
-    path = _file(artifact)
     kept = recall(artifact)
-    merged: dict[str, Any] = {str(b): kept.get(b, {}) | useful.get(b, {}) for b in kept | useful}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    merged = {str(b): kept.get(b, {}) | useful.get(b, {}) for b in kept | useful}
+    text = json.dumps({"network": artifact.given, "seconds": merged}, indent=2)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"network": artifact.given, "seconds": merged}, indent=2), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
+        path = _file(artifact)
+    except EnvironmentFault:
         return False
-    return True
+    return keep_in_cache(path, lambda new: new.write_text(text, encoding="utf-8")) is None
 
 
 def _file(artifact: Artifact) -> Path:
@@ -97,17 +92,9 @@ def _file(artifact: Artifact) -> Path:
         _processor(),
         torch.get_num_threads(),
         dqtool_version(),
-        *map(_version, ("torch", "openvino")),
+        *map(package_version, ("torch", "openvino")),
     )
-    root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool")
-    return root / "auto" / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.json"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return cache_directory("auto") / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.json"
 
 
 def _processor() -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.artifacts import Artifact, dqtool_version
+from dqtool.artifacts import Artifact, cache_directory, dqtool_version, keep_in_cache
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.formats import require
 from dqtool.formats.openvino import (
@@ -354,28 +352,14 @@ def cache_folder(artifact: Artifact, core: Any) -> Path:
         core.get_property("CPU", "FULL_DEVICE_NAME"),
         core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
     )
-    root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool")
-    return root / "openvino" / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    return cache_directory("openvino") / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 
-def keep(path: Path, write: Callable[[Path], object], directory: bool = False) -> None:
-    """Write `path` through a temporary name. A cache that can't be written is done without."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        if directory and path.exists():
-            for entry in partial.iterdir():
-                os.replace(entry, path / entry.name)
-        else:
-            os.replace(partial, path)
-    except OSError as e:
-        report.warn(f"the compiled graph can't be kept in {path.parent}: {e.strerror or e}")
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+def keep(path: Path, write: Callable[[Path], object], *, directory: bool = False) -> None:
+    """Keep a file or directory in the cache; warn if that is impossible."""
+    reason = keep_in_cache(path, write, directory=directory)
+    if reason is not None:
+        report.warn(f"the compiled graph can't be kept in {path.parent}: {reason}")
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
+from dqtool.artifacts.files import digest_of_files
 from dqtool.artifacts.reading import parse_json
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 from dqtool.stages.options.stats import StatsOptions
@@ -80,12 +80,12 @@ def image_source(options: StatsOptions) -> ImageFolder | NpzImages:
 
 def images_digest(given: str, source: ImageFolder | NpzImages) -> str:
     """SHA-256 of a file, or of the names and digests of a folder's images."""
+    from dqtool.metrics.batches import ImageFolder
+
     if os.path.isfile(given):
         return sha256_file(given)
-    digest = hashlib.sha256()
-    for path in source.paths:  # type: ignore[union-attr]
-        digest.update(f"{os.path.relpath(path, given)}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+    assert isinstance(source, ImageFolder)
+    return digest_of_files((os.path.relpath(path, given), path) for path in source.paths)
 
 
 def is_current(output: str, about: dict[str, Any]) -> bool:

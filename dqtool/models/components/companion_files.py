@@ -16,7 +16,15 @@ from dqtool.errors import ArtifactError
 from dqtool.models.sources.reading import read_json
 from dqtool.models.sources.weight_files import plain_weight_name
 
-__all__ = ["CARD", "check_companion", "companion_digest", "companion_files", "components_of", "config_in_float32"]
+__all__ = [
+    "CARD",
+    "check_companion",
+    "companion_digest",
+    "companion_files",
+    "components_of",
+    "config_in_float32",
+    "listed_digest",
+]
 
 CARD = "sampling.json"
 """Name of the card, a file next to `model_index.json` with sampling defaults: `{"guidance": 1.5, "prompts": [["a seven", 7]]}`."""
@@ -116,6 +124,11 @@ def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str, v
     files = companion_files(pipeline, index, component, variant)
     if not files:
         return ""
+    return listed_digest(files)
+
+
+def listed_digest(files: Mapping[str, Path]) -> str:
+    """Return a hex digest over the sorted names of files and the digests of their bytes."""
     lines = [f"{name} {sha256_file(path)}" for name, path in sorted(files.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -17,7 +17,6 @@ latent consistency models) is set by `--guidance`, not in the file.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from dqtool.artifacts import check_finite, sha256_file
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.reading import FILE_BYTES, read_file
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
-from dqtool.models.components.companion_files import companion_files
+from dqtool.models.components.companion_files import companion_files, listed_digest
 from dqtool.models.components.companions import TEXTS, Companions
 from dqtool.models.sources.reading import read_json
 from dqtool.models.sources.resolve import NETWORKS, resolve_model
@@ -138,8 +137,7 @@ class ConditionSource:
     def _pipeline_digest(self) -> str:
         assert self.pipeline is not None
         _, files = _pipeline_files(self.pipeline)
-        lines = [f"{name} {sha256_file(path)}" for name, path in sorted(files.items()) if name.startswith(TEXTS)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return listed_digest({name: path for name, path in files.items() if name.startswith(TEXTS)})
 
 
 def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:

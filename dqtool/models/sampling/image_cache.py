@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dqtool import report
-from dqtool.artifacts import dqtool_version
+from dqtool.artifacts import cache_directory, dqtool_version, keep_in_cache
 from dqtool.artifacts.tensorfile import load_tensors, save_tensors
-from dqtool.errors import DqtoolError
+from dqtool.errors import DqtoolError, EnvironmentFault
 
 __all__ = ["cached_images"]
 
@@ -29,8 +27,11 @@ def cached_images(key: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
     """
     identity = repr(sorted({**key, "dqtool": dqtool_version(), "torch": torch.__version__}.items(), key=lambda i: i[0]))
     name = hashlib.sha256(identity.encode()).hexdigest()
-    folder = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "images"
-    path = folder / f"{name}.safetensors"
+    try:
+        path = cache_directory("images") / f"{name}.safetensors"
+    except EnvironmentFault as error:
+        report.warn(f"reference images are not cached: {error.what}")
+        return make()
     if path.exists():
         try:
             images = load_tensors(path)["images"].clone()
@@ -40,11 +41,7 @@ def cached_images(key: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
             report.warn(f"the cached images {path} can't be read and are made again")
     images = make()
     if images.numel() * images.element_size() <= LARGEST:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f".{name}.{os.getpid()}.tmp"
-            save_tensors(partial, {"images": images})
-            os.replace(partial, path)
-        except (DqtoolError, OSError):
-            report.warn(f"reference images could not be cached in {folder}")
+        reason = keep_in_cache(path, lambda new: save_tensors(new, {"images": images}))
+        if reason is not None:
+            report.warn(f"reference images could not be cached in {path.parent}: {reason}")
     return images

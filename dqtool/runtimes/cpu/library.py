@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts import cache_directory
+from dqtool.errors import EnvironmentFault
 
 __all__ = [
     "get",
@@ -148,14 +150,14 @@ def _compiled(compiler: str) -> Path:
     text = "\n".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
     identity = "\n".join([text, compiler, *FLAGS, _cpu(), str(os.path.getmtime(shutil.which(compiler) or compiler))])
     name = f"dqtool-kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    folder = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "kernels"
-    library = folder / name
-    if library.exists():
-        return library
     try:
+        folder = cache_directory("kernels")
+        library = folder / name
+        if library.exists():
+            return library
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(dir=folder)
-    except OSError:  # a read-only cache: compile for this process alone
+    except (OSError, EnvironmentFault):  # no cache, or a read-only one: compile for this process alone
         folder = Path(scratch := tempfile.mkdtemp(prefix="dqtool-kernels-"))
         library = folder / name
     report.say("cpu: compiling kernels for this machine (once)")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dqtool.artifacts.cache import cache_directory
 from dqtool.artifacts.files import content_digest, os_fault
 from dqtool.artifacts.names import path_within
 from dqtool.models.components.companion_files import CARD, companion_files
@@ -64,7 +65,7 @@ def pipeline_shell(path: Path, shell: Shell) -> Path:
         ArtifactError: diffusers or transformers has no equivalent of a component.
         EnvironmentFault: the cache can't be written.
     """
-    root = Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "originals"
+    root = cache_directory("originals")
     target = root / f"{content_digest(path)[:32]}-{shell.digest()}-{_VERSION}"
     if (target / "model_index.json").is_file():
         return target
