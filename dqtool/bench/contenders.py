@@ -75,13 +75,16 @@ BASELINES = GROUPS["fp32"]
 
 
 def expand(names: Iterable[str]) -> list[str]:
-    """Return the names of the contenders that a user asked for. Eager ones are expanded to both memory formats.
+    """Return the names of the contenders that a user asked for. `fp32` and `bf16` stand for both memory formats, `none` for
+    no contender.
 
     Raises:
         UsageError: there is no such contender.
     """
     found: dict[str, None] = {}
     for name in names:
+        if name == "none":
+            continue
         if name not in CONTENDERS:
             raise UsageError(
                 f"unknown contender '{name}'", where="--against", fix=f"Choose from {', '.join(CONTENDERS)}"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect as introspect
-import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from dqtool import report
-from dqtool.cli.help import GENERAL, PanelCommand
-from dqtool.errors import UsageError
-from dqtool.stages.options.declared import RESOURCES
-from dqtool.stages.shared.settings import RunSettings, check_values
+from dqtool.cli.help import PanelCommand
+from dqtool.cli.parameters import parameters_of
+from dqtool.stages.options.declared import build_options, declared_options
+from dqtool.stages.shared.settings import GeneralOptions, RunSettings
 
 __all__ = ["GENERAL_OPTIONS", "app", "command"]
 
@@ -47,56 +46,28 @@ def main_options(
         raise typer.Exit
 
 
-def _general(flag: str, help: str) -> Any:
-    return typer.Option(flag, help=help, rich_help_panel=GENERAL)
+GENERAL_OPTIONS = tuple(each.name for each in declared_options(GeneralOptions))
+"""Names of the options that every command takes."""
+
+Body = Callable[[Any, RunSettings], None]
+"""Function that runs a command with its own options and those that every command takes."""
 
 
-def general_options(
-    force: Annotated[bool, _general("--force", help="Do the work again even if its output is up to date.")] = False,
-    quiet: Annotated[bool, _general("--quiet", help="Print warnings and errors only.")] = False,
-    json: Annotated[bool, _general("--json", help="Print one JSON object to standard output, for scripts.")] = False,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|cpu|cuda[:i]",
-            help="Device to compute on. auto takes a GPU if there is one.",
-            rich_help_panel=RESOURCES,
-        ),
-    ] = "auto",
-    overwrite: Annotated[
-        bool, _general("--overwrite", help="Replace files that dqtool did not write. Inputs are never replaced.")
-    ] = False,
-    dry_run: Annotated[bool, _general("--dry-run", help="Print the plan and write nothing.")] = False,
-    debug: Annotated[bool, _general("--debug", help="Show tracebacks and the warnings of libraries.")] = False,
-) -> RunSettings:
-    """Apply the options that every command takes, and return them."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"'{device}' is not a device", where="--device", fix="Choose auto, cpu, cuda or cuda:N")
-    report.set_quiet(quiet)
-    return RunSettings(force=force, quiet=quiet, json=json, device=device, dry_run=dry_run, overwrite=overwrite)
-
-
-GENERAL_OPTIONS = introspect.signature(general_options, eval_str=True).parameters
-
-
-def command(*examples: str, group: typer.Typer = app, name: str | None = None) -> Callable[[Callable], Callable]:
+def command(options: type, *examples: str, group: typer.Typer = app, name: str | None = None) -> Callable[[Body], Body]:
     """Return a decorator that registers a function as a command.
 
-    The command takes the function's own options and those that all commands take, and passes the latter as
-    `settings`. `examples` end its help.
+    The command takes the options that the dataclass `options` declares and `GENERAL_OPTIONS`. The function is called with
+    an instance of the class and `RunSettings`; its docstring is the command's help, which `examples` end.
     """
 
-    def register(body: Callable[..., None]) -> Callable[..., None]:
-        own = introspect.signature(body, eval_str=True).parameters
-
+    def register(body: Body) -> Body:
         def callback(**values: Any) -> None:
-            settings = general_options(**{key: values.pop(key) for key in GENERAL_OPTIONS})
-            check_values(values)
-            body(**values, settings=settings)
+            settings = RunSettings(**{key: values.pop(key) for key in GENERAL_OPTIONS})
+            report.set_quiet(settings.quiet)
+            body(build_options(options, values), settings)
 
-        parameters = [p for p in own.values() if p.name != "settings"] + list(GENERAL_OPTIONS.values())
-        keyword_only = [p.replace(kind=introspect.Parameter.KEYWORD_ONLY) for p in parameters]
-        callback.__signature__ = introspect.Signature(keyword_only)  # type: ignore[attr-defined]
+        parameters = [*parameters_of(options), *parameters_of(GeneralOptions)]
+        callback.__signature__ = introspect.Signature(parameters)  # type: ignore[attr-defined]
         callback.__annotations__ = {p.name: p.annotation for p in parameters}
         callback.__doc__, callback.__name__ = body.__doc__, body.__name__
         epilog = "\b\n" + "\n".join([f"Example{'s' * (len(examples) > 1)}:", *(f"  {each}" for each in examples)])

@@ -11,11 +11,11 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from dqtool.stages.options.declared import INPUT, QUALITY, RESOURCES
+from dqtool.stages.options.declared import GENERAL, INPUT, QUALITY, RESOURCES
 
-__all__ = ["GENERAL", "PanelCommand", "with_names"]
+__all__ = ["PanelCommand", "with_names"]
 
-ARGUMENTS, GENERAL = "Arguments", "General"
+ARGUMENTS = "Arguments"
 PANELS = (ARGUMENTS, INPUT, QUALITY, RESOURCES, GENERAL)
 """Panels in the order they are shown."""
 _REGISTRY = re.compile(r"\{([\w.]+):(\w+)\}")

@@ -14,11 +14,10 @@ from dqtool.stages.shared.settings import RunSettings
 __all__ = ["on_standard_error", "print_report", "print_result", "run_stage"]
 
 
-def run_stage(name: str, settings: RunSettings, **values: Any) -> None:
-    """Run a stage with options by field name and print its result; in a dry run, print the plan."""
-    from dqtool.stages.registry import make_options, plan_function, stage_function
+def run_stage(name: str, options: Any, settings: RunSettings) -> None:
+    """Run a stage and print its result; in a dry run, print the plan."""
+    from dqtool.stages.registry import plan_function, stage_function
 
-    options = make_options(name, values)
     planner = plan_function(name)
     if settings.dry_run and planner is not None:
         from dqtool.stages.planning.plan import render

@@ -5,18 +5,16 @@ A report: nothing is written but, with `-o`, its JSON. All contenders run in one
 
 from __future__ import annotations
 
-import math
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
-from dqtool.core.quantization import QuantizationSpec
 from dqtool.errors import ArtifactError, NumericError, UsageError
+from dqtool.stages.options.bench import BenchOptions
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import input_artifact
 from dqtool.stages.shared.settings import RunSettings
@@ -26,59 +24,12 @@ if TYPE_CHECKING:
     from dqtool.bench.measure import Timing
     from dqtool.bench.subject import Arguments, Subject
 
-__all__ = ["BenchOptions", "bench", "render"]
+__all__ = ["bench", "render"]
 
 BATCHES = (1, 4, 16)
 MIB = 1 << 20
 STEADY = 1.5
 """p90 may be this many times p10; beyond, the report says that the figures are not to be trusted."""
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """Options of `dqtool bench`. `artifact` is an exported directory; `arch` a published architecture with random weights
-    instead. `batch` () means 1, 4 and 16, or the architecture's own; `runtime` () means `auto`, "all" every available one."""
-
-    artifact: str | None = None
-    arch: str | None = None
-    bits: str = "4/4"
-    runtime: tuple[str, ...] = ()
-    against: tuple[str, ...] = ("fp32", "bf16")
-    batch: tuple[int, ...] = ()
-    threads: int | None = None
-    seconds: float = 10.0
-    reference: str | None = None
-    memory: bool = True
-    output: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what can't be measured.
-
-        Raises:
-            UsageError: an artifact and an architecture, unknown contenders, or numbers that make no sense.
-        """
-        from dqtool.bench.contenders import expand
-
-        _ = self.spec
-        expand(self.against)
-        if self.arch is not None and self.artifact is not None:
-            raise UsageError("A directory and --arch were given", where="--arch", fix="Give one of them")
-        if self.arch is not None and self.reference is not None:
-            raise UsageError("--arch has random weights and no reference", where="--reference", fix="Leave it out")
-        for option, values in {
-            "--batch": self.batch,
-            "--threads": [] if self.threads is None else [self.threads],
-        }.items():
-            for value in values:
-                if value < 1:
-                    raise UsageError(f"{value} is too small", where=option, fix="Give 1 or more")
-        if not (math.isfinite(self.seconds) and self.seconds >= 0):
-            raise UsageError(f"{self.seconds} is no time", where="--seconds", fix="Give a number of seconds, 0 or more")
-
-    @cached_property
-    def spec(self) -> QuantizationSpec:
-        """`bits`, parsed."""
-        return QuantizationSpec.parse(self.bits)
 
 
 def bench(options: BenchOptions, settings: RunSettings) -> dict[str, Any]:

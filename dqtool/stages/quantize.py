@@ -178,7 +178,8 @@ def _summary(options: Any, settings: RunSettings, evaluated: str) -> dict[str, A
 
 def _speed(exported: str, settings: RunSettings) -> dict[str, Any]:
     """Return milliseconds of one step of batch 1: float32 and the fastest runtime. Measured once for an export."""
-    from dqtool.stages.bench import BenchOptions, bench
+    from dqtool.stages.bench import bench
+    from dqtool.stages.options.bench import BenchOptions
 
     kept = os.path.join(work_directory(exported), "speed.json")
     result: dict[str, Any] = {}

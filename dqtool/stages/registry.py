@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from dqtool.stages.options.declared import declared_options, make
-from dqtool.stages.shared.settings import Execution, RunSettings, check_values
+from dqtool.stages.options.declared import build_options, declared_options
+from dqtool.stages.shared.settings import Execution, RunSettings
 
 __all__ = [
     "STAGES",
@@ -202,8 +202,7 @@ def make_options(name: str, values: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: a value is out of bounds, or there is no such choice.
     """
-    check_values(values)
-    return make(options_class(name), values)
+    return build_options(options_class(name), values)
 
 
 def option_types(name: str) -> dict[str, type]:

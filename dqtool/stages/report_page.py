@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import check_writable, dqtool_version
 from dqtool.artifacts.files import target_of, write_text
-from dqtool.errors import DqtoolError, UsageError
+from dqtool.errors import DqtoolError
+from dqtool.stages.options.report import ReportOptions
 from dqtool.stages.shared.running import input_artifact, set_up_torch
 from dqtool.stages.shared.settings import Execution, RunSettings
 
@@ -23,47 +24,10 @@ if TYPE_CHECKING:
     from dqtool.page.quantization_errors import Errors
     from dqtool.page.results import Bench, Result
 
-__all__ = ["FORMATS", "ReportOptions", "plan_report", "render_plan", "write_report"]
+__all__ = ["plan_report", "render_plan", "write_report"]
 
-FORMATS = {"html": ".html", "md": ".md"}
-"""Formats of a page, with their suffixes."""
 CALIBRATED = 2
 """Calibrated artifacts of one model whose activations are drawn."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Options of `dqtool report`. No `places`: a line from a pipe, else `eval.json`. `format` None: by the output's suffix."""
-
-    places: tuple[str, ...] = ()
-    output: str | None = None
-    format: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise `UsageError` for a format that does not exist, or a name that means something else."""
-        if self.format is not None and self.format not in FORMATS:
-            raise UsageError(
-                f"unknown format '{self.format}'", where="--format", fix=f"Choose from {', '.join(FORMATS)}"
-            )
-        suffix = os.path.splitext(self.output or "")[1].lower()
-        if suffix in (".json", ".safetensors", ".png"):
-            raise UsageError("A page can not have this name", where=f"-o {self.output}", fix="End it in .html or .md")
-        named = next((name for name, ending in FORMATS.items() if ending == suffix), None)
-        if self.format is not None and named not in (None, self.format):
-            raise UsageError(
-                f"A page of format {self.format} can not end in {suffix}", where="-o", fix="Drop one of them"
-            )
-
-    @property
-    def kind(self) -> str:
-        """The format: as asked, else by the output's name, else HTML."""
-        by_name = "md" if (self.output or "").lower().endswith(".md") else "html"
-        return self.format or by_name
-
-    @property
-    def path(self) -> str:
-        """Path of the page."""
-        return self.output or "report" + FORMATS[self.kind]
 
 
 def write_report(options: ReportOptions, settings: RunSettings) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,13 @@ from dqtool.artifacts.reading import CONFIG_BYTES, load_json, read_file
 from dqtool.errors import EnvironmentFault
 from dqtool.models.components.companion_files import config_in_float32
 from dqtool.models.sources import resolve
+from dqtool.stages.options.zoo import ZooGetOptions
 from dqtool.stages.shared.settings import Execution, RunSettings
 
-__all__ = ["CARD", "ZooGetOptions", "get_model", "list_models", "plan_get", "render"]
+__all__ = ["CARD", "get_model", "list_models", "plan_get", "render"]
 
 CARD = "card.json"
 HALVES = ("F16", "BF16")
-
-
-@dataclass(frozen=True)
-class ZooGetOptions:
-    """Options of `dqtool zoo get`; `name` with or without `zoo:` in front."""
-
-    name: str
-    output: str
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -74,32 +66,32 @@ def get_model(options: ZooGetOptions, settings: RunSettings) -> str:
         UsageError: the directory lies in the packaged model, or holds it.
     """
     source = _find(options.name)
-    target = target_of(options.output)
-    check_outside(target, [source], options.output)
+    target = target_of(options.path)
+    check_outside(target, [source], options.path)
     try:
         with lock(target), staging(target) as area:
             new = area / "new"
             _write_pipeline(source, new)
             cached = not settings.force and _same_content(new, target)
             if not cached:
-                _refuse_occupied(target, options.output, overwrite=settings.overwrite and _same_names(new, target))
+                _refuse_occupied(target, options.path, overwrite=settings.overwrite and _same_names(new, target))
                 swap_in(area, [(new, target)])
     except OSError as error:
-        raise os_fault(error, options.output) from error
-    report.say(f"zoo: {'cached' if cached else 'wrote'} {options.output}")
-    settings.log.append(Execution("zoo get", options.output, {"name": options.name}, [], cached))
-    return options.output
+        raise os_fault(error, options.path) from error
+    report.say(f"zoo: {'cached' if cached else 'wrote'} {options.path}")
+    settings.log.append(Execution("zoo get", options.path, {"name": options.name}, [], cached))
+    return options.path
 
 
 def plan_get(options: ZooGetOptions) -> dict[str, Any]:
     """Return the files that `get_model` would write."""
     source = _find(options.name)
-    target = target_of(options.output)
+    target = target_of(options.path)
     files = [path.relative_to(source) for path in _files(source)]
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     return {
         "model": f"zoo:{source.name}",
-        "output": options.output,
+        "output": options.path,
         "files": ", ".join(path.as_posix() for path in files),
         "state": "there is something; only this very model may be" if occupied else "free",
     }

@@ -16,7 +16,8 @@ from dqtool.bench.float_contenders import prepare_float
 from dqtool.bench.probe import Probe, memory_status, prepare, probe
 from dqtool.bench.subject import Subject
 from dqtool.errors import EnvironmentFault
-from dqtool.stages.bench import BenchOptions, _subject
+from dqtool.stages.bench import _subject
+from dqtool.stages.options.bench import BenchOptions
 
 MIB = 1 << 20
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -20,11 +19,16 @@ from conftest import Run
 from dqtool import __version__
 from dqtool.cli import COMPLETION, GENERAL_OPTIONS, app
 from dqtool.cli.help import with_names
-from dqtool.stages.registry import STAGES, make_options, option_types
+from dqtool.stages.options.bench import BenchOptions
+from dqtool.stages.options.declared import declared_options
+from dqtool.stages.options.inspect import InspectOptions
+from dqtool.stages.options.report import ReportOptions
+from dqtool.stages.options.run import RunOptions
+from dqtool.stages.options.zoo import ZooGetOptions, ZooListOptions
+from dqtool.stages.registry import STAGES, option_types, options_class
 from dqtool.training.methods import METHODS
 
 COMMANDS = [*STAGES, "run", "inspect", "bench", "report", "zoo list", "zoo get"]
-POSITIONAL = {"model", "artifact", "directory"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -52,25 +56,43 @@ def test_version(run: Run, tmp_path: Path):
     assert run("--version", cwd=tmp_path).stdout == f"dqtool {__version__}\n"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_command_offers_exactly_the_options_of_the_stage_with_their_defaults(stage: str):
-    command = typer.main.get_command(app).commands[stage]  # type: ignore[attr-defined]
-    offered = {
-        p.name: p for p in command.params if p.name not in GENERAL_OPTIONS and p.name not in {*POSITIONAL, "help"}
-    }
-    required = {key: "x" for key in ("model", "directory") if any(p.name == key for p in command.params)}
-    options = make_options(stage, required)
-    assert set(offered) == {field.name for field in dataclasses.fields(options)} - POSITIONAL
-    assert {option.replace("-", "_") for option in option_types(stage)} == set(offered)
-    for name, parameter in offered.items():
+OPTIONS: dict[str, type] = {name: options_class(name) for name in STAGES} | {
+    "run": RunOptions,
+    "inspect": InspectOptions,
+    "bench": BenchOptions,
+    "report": ReportOptions,
+    "zoo list": ZooListOptions,
+    "zoo get": ZooGetOptions,
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_offers_exactly_the_options_that_its_class_declares(name: str):
+    command: Any = typer.main.get_command(app)
+    for part in name.split():
+        command = command.commands[part]
+    offered = {p.name: p for p in command.params if p.name not in {*GENERAL_OPTIONS, "help"}}
+    declared = {each.name: each for each in declared_options(OPTIONS[name])}
+    assert set(offered) == set(declared)
+    for key, parameter in offered.items():
         assert parameter.help
-        assert f"--{name.replace('_', '-')}" in parameter.opts
-        default = getattr(options, name)
-        assert (parameter.default or None) == (default or None), name
+        each = declared[key]
+        if each.option.positional:
+            assert parameter.param_type_name == "argument"
+            continue
+        assert each.long in parameter.opts
+        default = ",".join(each.default) if each.option.separated and each.default else each.default
+        assert (parameter.default or None) == (default or None), key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recipes_know_every_option_of_a_stage(stage: str):
+    declared = [each for each in declared_options(options_class(stage)) if not each.option.positional]
+    assert {option.replace("-", "_") for option in option_types(stage)} == {each.name for each in declared}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_common_options_are_everywhere(run: Run, tmp_path: Path, command: str):
+def test_the_general_options_are_everywhere(run: Run, tmp_path: Path, command: str):
     text = run(*command.split(), "--help", cwd=tmp_path).stdout
     assert all(f"--{name.replace('_', '-')}" in text for name in GENERAL_OPTIONS)
 

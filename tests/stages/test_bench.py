@@ -15,7 +15,9 @@ from dqtool.bench import openvino_contenders, probe
 from dqtool.bench.contenders import CONTENDERS, expand
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
 from dqtool.runtimes import RUNTIMES
-from dqtool.stages.bench import BenchOptions, _runtimes, bench, render
+from dqtool.stages.bench import _runtimes, bench, render
+from dqtool.stages.options.bench import BenchOptions
+from dqtool.stages.options.declared import build_options
 from dqtool.stages.shared.settings import RunSettings
 
 HAS_NNCF = all(importlib.util.find_spec(name) for name in ("openvino", "nncf"))
@@ -158,7 +160,15 @@ def test_numbers_that_are_not_finite_are_no_benchmark(made: Path, monkeypatch: p
 )
 def test_what_can_not_be_measured(options: dict[str, Any]):
     with pytest.raises(UsageError):
-        BenchOptions(**options)
+        build_options(BenchOptions, options)
+
+
+def test_lists_are_given_as_one_text():
+    made = build_options(BenchOptions, {"batch": "1, 4", "against": "fp32,nncf-int8"})
+    assert (made.batch, made.against) == ((1, 4), ("fp32", "nncf-int8"))
+    assert not expand(build_options(BenchOptions, {"against": "none"}).against)
+    with pytest.raises(UsageError, match="not a list of whole numbers"):
+        build_options(BenchOptions, {"batch": "1,x"})
 
 
 def test_unknown_names(made: Path):

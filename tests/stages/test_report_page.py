@@ -15,7 +15,8 @@ from dqtool.errors import UsageError
 from dqtool.page.dilated_inputs import dilated_inputs
 from dqtool.page.quantization_errors import quantization_errors
 from dqtool.page.results import Result, find_results
-from dqtool.stages.report_page import ReportOptions, write_report
+from dqtool.stages.options.report import ReportOptions
+from dqtool.stages.report_page import write_report
 from dqtool.stages.shared.artifact_models import teacher_of
 from dqtool.stages.shared.settings import RunSettings
 

@@ -2,25 +2,39 @@
 
     steps: Annotated[int, Option("Sampling steps the quantized model will take.", "N", least=1)] = 20
 
-The command line, recipes, tables and bounds are all derived from such a class. This module imports nothing heavy,
-because `dqtool --help` imports it.
+The command line, recipes, tables and bounds are all derived from such a class, for stages and for all other commands. This
+module imports nothing heavy, because `dqtool --help` imports it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dqtool.errors import UsageError
 
-__all__ = ["INPUT", "QUALITY", "RESOURCES", "Declared", "Option", "declared_options", "make"]
+__all__ = [
+    "GENERAL",
+    "INPUT",
+    "QUALITY",
+    "RESOURCES",
+    "Declared",
+    "Option",
+    "build_options",
+    "check_values",
+    "declared_options",
+]
 
-INPUT, QUALITY, RESOURCES = "Input and output", "Quality", "Resources"
+INPUT, QUALITY, RESOURCES, GENERAL = "Input and output", "Quality", "Resources", "General"
 """Panels of a command's help."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +48,7 @@ class Option:
         least: the smallest number that is accepted.
         most: the largest number that is accepted.
         short: a second name, `-o`.
+        flag: the name as it is typed, if it differs from that of the field: `--set`.
         positional: the option is an argument of the command. Recipes fill it in by themselves.
         separated: a tuple is given as one text, `a,b`.
         hidden: the help does not show the option.
@@ -47,6 +62,7 @@ class Option:
     least: float | None = None
     most: float | None = None
     short: str | None = None
+    flag: str | None = None
     positional: bool = False
     separated: bool = False
     hidden: bool = False
@@ -58,12 +74,13 @@ class Option:
 class Declared:
     """An option with the name, type and default of its field.
 
-    `kind` is str, int, float, bool or, for a tuple, list. `optional` options may be None. `default` is
-    `dataclasses.MISSING` if the option must be given.
+    `kind` is str, int, float, bool or, for a tuple, list; `item` is the type of a tuple's items, or `kind`. `optional` options
+    may be None. `default` is `dataclasses.MISSING` if the option must be given.
     """
 
     name: str
     kind: type
+    item: type
     optional: bool
     default: Any
     option: Option
@@ -71,7 +88,7 @@ class Declared:
     @property
     def long(self) -> str:
         """Name of the option as it is typed, `--batch-size`."""
-        return f"--{self.name.replace('_', '-')}"
+        return self.option.flag or f"--{self.name.replace('_', '-')}"
 
     def check(self, value: float) -> None:
         """Raise `UsageError` for a number that is out of bounds."""
@@ -93,12 +110,13 @@ def declared_options(options: type) -> tuple[Declared, ...]:
     return tuple(_declared(field, hints[field.name]) for field in dataclasses.fields(options))
 
 
-def make(options: type, values: Mapping[str, Any]) -> Any:
-    """Build the options of a stage from values by field name. None stands for the default; a list becomes a tuple.
+def build_options(options: type, values: Mapping[str, Any]) -> Any:
+    """Build the options of a command from values by field name. None stands for the default; a list becomes a tuple.
 
     Raises:
-        UsageError: a number is out of bounds, or the options class refuses a value.
+        UsageError: a value is out of bounds or can't be read, or the options class refuses it.
     """
+    check_values(values)
     declared = {each.name: each for each in declared_options(options)}
     given: dict[str, Any] = {}
     for name, value in values.items():
@@ -110,13 +128,52 @@ def make(options: type, values: Mapping[str, Any]) -> Any:
     return options(**given)
 
 
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check options by name, wherever they come from: numbers are finite, texts are without NUL, outputs one line each.
+
+    Raises:
+        UsageError: names the option.
+    """
+    for name, value in values.items():
+        where = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{value} is no number to work with", where=where, fix="Give a finite number")
+        if type(value) is int and abs(value) >= 1 << 62:
+            raise UsageError("This whole number is too large", where=where, fix="Give one below 2^62")
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and "\0" in text:
+                raise UsageError("This text holds a NUL character", where=where)
+        if name == "output" and isinstance(value, str) and _CONTROL.search(value):
+            raise UsageError(
+                "The name of an output is passed on in one line, and this one holds a control character",
+                where=where,
+                fix="Choose another name",
+            )
+
+
 def _converted(declared: Declared, value: Any) -> Any:
-    if declared.kind in (int, float):
-        declared.check(value)
     if declared.option.separated:  # one option `a,b`, or a list in a recipe
         parts = [value] if isinstance(value, str) else value
-        return tuple(each.strip() for part in parts for each in part.split(",") if each.strip())
+        value = [each.strip() for part in parts for each in str(part).split(",") if each.strip()]
+        if declared.item is int:
+            value = _whole_numbers(value, declared)
+    if declared.item in (int, float):
+        for number in value if declared.kind is list else [value]:
+            declared.check(number)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _whole_numbers(texts: Sequence[str], declared: Declared) -> list[int]:
+    """Return the numbers that the texts hold.
+
+    Raises:
+        UsageError: a text is not a whole number.
+    """
+    if not all(text.isdecimal() for text in texts):
+        raise UsageError(
+            f"'{','.join(texts)}' is not a list of whole numbers", where=declared.long, fix="Example: 1,4,16"
+        )
+    return [int(text) for text in texts]
 
 
 def _declared(field: dataclasses.Field[Any], hint: Any) -> Declared:
@@ -127,5 +184,5 @@ def _declared(field: dataclasses.Field[Any], hint: Any) -> Declared:
     optional = isinstance(plain, types.UnionType)
     if optional:
         plain = next(each for each in typing.get_args(plain) if each is not type(None))
-    kind = list if typing.get_origin(plain) is tuple else plain
-    return Declared(field.name, kind, optional, field.default, option)
+    kind, item = (list, typing.get_args(plain)[0]) if typing.get_origin(plain) is tuple else (plain, plain)
+    return Declared(field.name, kind, item, optional, field.default, option)

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from dqtool.errors import UsageError
+from dqtool.stages.options.declared import GENERAL, RESOURCES, Option
 
-__all__ = ["Execution", "RunSettings", "check_values"]
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-
-
-def check_values(values: Mapping[str, Any]) -> None:
-    """Check options by name, wherever they come from: numbers are finite, texts are without NUL, outputs one line each.
-
-    Raises:
-        UsageError: names the option.
-    """
-    for name, value in values.items():
-        where = f"--{name.replace('_', '-')}"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{value} is no number to work with", where=where, fix="Give a finite number")
-        if type(value) is int and abs(value) >= 1 << 62:
-            raise UsageError("This whole number is too large", where=where, fix="Give one below 2^62")
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and "\0" in text:
-                raise UsageError("This text holds a NUL character", where=where)
-        if name == "output" and isinstance(value, str) and _CONTROL.search(value):
-            raise UsageError(
-                "The name of an output is passed on in one line, and this one holds a control character",
-                where=where,
-                fix="Choose another name",
-            )
+__all__ = ["Execution", "GeneralOptions", "RunSettings"]
 
 
 @dataclass(frozen=True)
@@ -50,15 +24,34 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class GeneralOptions:
+    """Options that every command takes."""
+
+    force: Annotated[bool, Option("Do the work again even if its output is up to date.", panel=GENERAL)] = False
+    quiet: Annotated[bool, Option("Print warnings and errors only.", panel=GENERAL)] = False
+    json: Annotated[bool, Option("Print one JSON object to standard output, for scripts.", panel=GENERAL)] = False
+    device: Annotated[
+        str,
+        Option("Device to compute on. auto takes a GPU if there is one.", "auto|cpu|cuda[:i]", panel=RESOURCES),
+    ] = "auto"
+    overwrite: Annotated[
+        bool, Option("Replace files that dqtool did not write. Inputs are never replaced.", panel=GENERAL)
+    ] = False
+    dry_run: Annotated[bool, Option("Print the plan and write nothing.", panel=GENERAL)] = False
+    debug: Annotated[bool, Option("Show tracebacks and the warnings of libraries.", panel=GENERAL)] = False
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for a text that names no device."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UsageError(
+                f"'{self.device}' is not a device", where="--device", fix="Choose auto, cpu, cuda or cuda:N"
+            )
+
+
+@dataclass(frozen=True)
+class RunSettings(GeneralOptions):
     """Options that every command takes, and the log of the stages that ran under them."""
 
-    force: bool = False
-    quiet: bool = False
-    json: bool = False
-    device: str = "auto"
-    dry_run: bool = False
-    overwrite: bool = False
     reads: tuple[str, ...] = ()
     """Files that the whole command reads beside what its options name: a recipe and its model."""
     log: list[Execution] = field(default_factory=list, compare=False)
