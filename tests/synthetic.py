@@ -12,15 +12,16 @@ from dqtool.models.families import FAMILIES
 from dqtool.models.networks.loading import load_weights
 from dqtool.models.networks.packed import packed_network
 from dqtool.models.sources.resolve import resolve_model
-from dqtool.nn.assignment import assign_bits
+from dqtool.nn.assignment import assign_bits, with_branches
 from dqtool.nn.attention import OPERANDS, has_zero_point
+from dqtool.nn.low_rank import attach_low_rank
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake, packed_state
 
 __all__ = ["synthetic_network"]
 
 
-def synthetic_network(model: str, bits: str, steps: int = 5) -> nn.Module:
-    """The packed network of `zoo:NAME` (or any model) at timesteps 0, 50, ...; half of its layers dilated."""
+def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0) -> nn.Module:
+    """Return the packed network of `zoo:NAME` (or any model) at timesteps 0, 50, ...; half of its layers are dilated."""
     generator = torch.Generator().manual_seed(0)
     source = resolve_model(model)
     family, config = FAMILIES[source.class_name], source.config
@@ -34,7 +35,7 @@ def synthetic_network(model: str, bits: str, steps: int = 5) -> nn.Module:
     for name, factors in dilation.items():
         weight = network.get_submodule(name).weight
         weight.data *= broadcast_scale(factors, weight, 1)
-    plans = assign_bits(traced.layers, QuantizationSpec.parse(bits), dilated=dilation)
+    plans = with_branches(assign_bits(traced.layers, QuantizationSpec.parse(bits), dilated=dilation), low_rank)
     insert_fake(network, plans, torch.arange(steps) * 50.0, dilation)
     tables = {}
     for plan in plans:
@@ -48,6 +49,7 @@ def synthetic_network(model: str, bits: str, steps: int = 5) -> nn.Module:
             if heads and not has_zero_point(operand, width):
                 zero_point = torch.full_like(scale, 0 if operand == "probs" else 128)
             tables[f"{plan.info.name}.{operand}" if heads else plan.info.name] = (scale, zero_point)
+    attach_low_rank(network, plans)
     initialise_weights(network)
     assign_tables(network, plans, tables)
     return packed_network(source.class_name, config, plans, packed_state(network))

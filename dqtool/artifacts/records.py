@@ -60,7 +60,10 @@ class ScalingRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """A layer in execution order; `shape` `[out, in, ...]` of its weight, `bits` of weight and input once chosen."""
+    """A layer in execution order; `shape` `[out, in, ...]` of its weight, `bits` of weight and input once chosen.
+
+    `low_rank` is the rank of the float branch beside its product, 0 for none.
+    """
 
     name: Name
     kind: Literal["conv2d", "linear", "attention"]
@@ -73,6 +76,7 @@ class LayerRecord:
     shares: Name | None = None
     bits: tuple[Bits, Bits] | None = None
     dilated: bool | None = None
+    low_rank: Annotated[int, Between(0, 1 << 16)] = 0
     runs: str | None = None
     scaling: ScalingRecord | None = None
 

@@ -144,6 +144,8 @@ def _obstacle(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> str | None:
         return None
     if plan.info.kind != "linear":
         return "convolutions are quantized"
+    if plan.low_rank:
+        return "a low-rank branch stands beside the product"
     if bits.quantizes_input and not bits.quantizes_weight:
         return "only the input is quantized"
     if bits.quantizes_input:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.tensorfile import save_tensors
-from dqtool.core.dilation import broadcast_scale
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.graph.tied_modules import restore_copies
@@ -55,10 +54,7 @@ def dense_state(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, 
         and not (name.endswith(("_scale", "_zero_point")) and name.startswith(tuple(tables)))
     }
     for name, layer in layers.items():
-        weight = layer.quantized_weight()
-        if layer.dilation is not None:
-            weight = weight / broadcast_scale(layer.dilation, weight, layer.groups)
-        state[f"{name}.weight"] = weight
+        state[f"{name}.weight"] = layer.float_weight()
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias
     return state

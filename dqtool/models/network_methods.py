@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import DIRECTORY_MANIFEST as MANIFEST
 from dqtool.artifacts import Manifest, dqtool_version, sha256_file
-from dqtool.core.dilation import broadcast_scale
 from dqtool.errors import ArtifactError
 from dqtool.graph.tied_modules import restore_copies
 from dqtool.models.families import family_of
@@ -131,10 +130,7 @@ def float_state(packed: nn.Module) -> dict[str, Tensor]:
     layers = quant_layers(packed)
     state = {k: v for k, v in packed.state_dict().items() if not is_quantized_tensor(packed, k)}
     for name, layer in layers.items():
-        weight = layer.quantized_weight()
-        if layer.dilation is not None:
-            weight = weight / broadcast_scale(layer.dilation, weight, layer.groups)
-        state[f"{name}.weight"] = weight.clone()
+        state[f"{name}.weight"] = layer.float_weight().clone()
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias
     return state

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dqtool.core.affine import SYMMETRIC_BITS
 from dqtool.core.bits import Bits, LayerBits
 from dqtool.core.quantization import NONSTANDARD, QuantizationSpec
 from dqtool.graph.roles import Roles
 from dqtool.graph.trace import LayerInfo
 
-__all__ = ["LayerPlan", "apply_preset", "assign_bits"]
+__all__ = ["LayerPlan", "apply_preset", "assign_bits", "largest_rank", "with_branches"]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A layer and its bits, `AttentionBits` for an attention product pair and `LayerBits` for any other layer."""
+    """A layer and its bits, `AttentionBits` for an attention product pair and `LayerBits` for any other layer.
+
+    `low_rank` is the rank of the float branch beside its product, 0 for none.
+    """
 
     info: LayerInfo
     bits: Bits
     dilated: bool = False
+    low_rank: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as the tables of a forecast show it."""
         info = self.info
-        return {
+        row = {
             "name": info.name,
             "kind": info.kind,
             "shape": info.shape,
             "bits": self.bits.to_json(),
             "macs": info.macs,
         }
+        return row | ({"low_rank": self.low_rank} if self.low_rank else {})
 
 
 def assign_bits(layers: Sequence[LayerInfo], spec: QuantizationSpec, dilated: Iterable[str] = ()) -> list[LayerPlan]:
@@ -52,6 +59,23 @@ def assign_bits(layers: Sequence[LayerInfo], spec: QuantizationSpec, dilated: It
         chosen.update({name: replace(bits, input=finest) for name, bits in own.items()})
     dilated = set(dilated)
     return [LayerPlan(info, chosen[info.name], info.name in dilated) for info in layers]
+
+
+def with_branches(plans: Iterable[LayerPlan], rank: int) -> list[LayerPlan]:
+    """Return the plans with a branch of this rank beside every product whose weights have fewer than 8 bits.
+
+    A grouped convolution gets none, nor does a layer whose weight has no more than `rank` rows or columns. Rank 0 gives
+    none.
+    """
+    return [replace(plan, low_rank=rank if 0 < rank < largest_rank(plan) else 0) for plan in plans]
+
+
+def largest_rank(plan: LayerPlan) -> int:
+    """Return the rank that a branch beside the layer's product must stay below; 0 for a product without a branch."""
+    bits, shape = plan.bits, plan.info.shape
+    if not isinstance(bits, LayerBits) or bits.weight >= SYMMETRIC_BITS or plan.info.groups != 1:
+        return 0
+    return min(shape[0], math.prod(shape[1:]))
 
 
 def apply_preset(spec: QuantizationSpec, layers: Iterable[LayerInfo], roles: Callable[[], Roles]) -> QuantizationSpec:

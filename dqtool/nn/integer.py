@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dqtool.core.affine import SYMMETRIC_BITS, levels, lowest_code
 from dqtool.core.packing import unpack
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
+from dqtool.nn.branch import LowRankBranch
 from dqtool.nn.layers import PackedLayer
 
 __all__ = [
@@ -130,6 +131,8 @@ class IntegerLayer:
     integers; otherwise dequantize the weight, divide the input by `divisor` and multiply in float. `weight_sum` int32
     `[C_out]` is for inputs that are not `signed`, unpadded taps included. Convolutions carry their geometry.
 
+    `low_rank` is a float branch of the layer's input that is added to its output.
+
     `source` holds the packed codes of an integer weight. `weight` is then on the `meta` device until `unpacked` creates
     it; engines that read packed codes never need it.
     """
@@ -145,6 +148,7 @@ class IntegerLayer:
     taps_dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     source: PackedCodes | None = None
+    low_rank: LowRankBranch | None = None
 
     def unpacked(self) -> IntegerLayer:
         """Return the layer with its weight in memory, unpacked from `source`."""
@@ -210,6 +214,7 @@ def integer_layer(layer: PackedLayer, keep_packed: bool = False) -> IntegerLayer
         divisor=layer.dilation,
         is_conv=layer.is_conv,
         source=source if keep_packed else None,
+        low_rank=layer.low_rank,
         **(_geometry(layer) if layer.is_conv else {}),
     )
 

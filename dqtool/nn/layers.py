@@ -7,7 +7,7 @@ once, on first use. It is the reference for integer runtimes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
+from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import pack, packed_words, unpack
 from dqtool.graph.leaves import zero_padding
 from dqtool.nn.adaptable import Adaptable
+from dqtool.nn.branch import BRANCH, LowRankBranch, branch_shapes
 from dqtool.nn.quantizers import quantize_operand
 from dqtool.nn.steps import StepIndex
 
@@ -41,13 +43,14 @@ class QuantLayer(nn.Module):
     """Base class of both forms: geometry of the product, and the input's quantizer.
 
     Tensors: `input_scale`, `input_zero_point` `[T]` (absent when the input stays float), `dilation` `[C_in]` (absent
-    when 1), `bias` `[C_out]` or None.
+    when 1), `bias` `[C_out]` or None. `low_rank` is a float branch beside the product, or None.
     """
 
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     dilation: Tensor | None
     bias: Tensor | None
+    low_rank: LowRankBranch | None
 
     def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
         super().__init__()
@@ -67,6 +70,12 @@ class QuantLayer(nn.Module):
         else:
             raise TypeError(f"{type(like).__name__} is neither Conv2d nor Linear")
         self.low = lowest_code(bits.weight, symmetric=True)
+        self.low_rank = None
+
+    @property
+    def geometry(self) -> tuple[Any, ...] | None:
+        """Return (stride, padding, dilation of the taps) of a convolution, None for a linear layer."""
+        return (self.stride, self.padding, self.dilation_taps) if self.is_conv else None
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """Return the fake-quantized `x / dilation`, `[N, C, H, W]` or `[N, ..., C]` like `x`, the input of `multiply`."""
@@ -86,6 +95,13 @@ class QuantLayer(nn.Module):
         """Return the dequantized weight, `[C_out, C_in/groups, kh, kw]` or `[C_out, C_in]`."""
         raise NotImplementedError
 
+    def float_weight(self) -> Tensor:
+        """Return the float layer's weight with the quantized values: the dilation undone, the branch added."""
+        weight = self.quantized_weight()
+        if self.dilation is not None:
+            weight = weight / broadcast_scale(self.dilation, weight, self.groups)
+        return weight if self.low_rank is None else weight + self.low_rank.weight()
+
     def multiply(self, x: Tensor) -> Tensor:
         """Return the product without bias; `x` comes from `quantize_input` of this layer or of one that shares its input."""
         weight, bias = self.quantized_weight(), self.output_bias()
@@ -102,7 +118,11 @@ class QuantLayer(nn.Module):
 
         Extra arguments (diffusers' old `scale`) are ignored.
         """
-        return self.multiply(self.quantize_input(x.float())).to(x.dtype)
+        return self.add_branch(self.multiply(self.quantize_input(x.float())), x).to(x.dtype)
+
+    def add_branch(self, product: Tensor, x: Tensor) -> Tensor:
+        """Return the product plus the low-rank branch of the layer's own input `x`, if there is a branch."""
+        return product if self.low_rank is None else product + self.low_rank(x)
 
     def extra_repr(self) -> str:
         """Return the text that `print(model)` shows."""
@@ -221,6 +241,8 @@ class FakeQuantLayer(QuantLayer):
             state["dilation"] = self.dilation
         if self.bias is not None:
             state["bias"] = self.bias.detach()
+        if self.low_rank is not None:
+            state |= {f"{BRANCH}.{key}": value for key, value in self.low_rank.state_dict().items()}
         return state
 
 
@@ -241,8 +263,12 @@ class PackedLayer(Adaptable, QuantLayer):
         for name in ("bias", "dilation", "input_scale", "input_zero_point"):
             self.register_buffer(name, None)
         device: torch.device = like.weight.device  # type: ignore[assignment]
-        for name, (shape, dtype) in shapes.items():
-            self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
+        empty = {k: torch.empty(shape, dtype=getattr(torch, t), device=device) for k, (shape, t) in shapes.items()}
+        down, up = empty.pop(f"{BRANCH}.down", None), empty.pop(f"{BRANCH}.up", None)
+        if down is not None and up is not None:
+            self.low_rank = LowRankBranch(down, up, self.geometry)
+        for name, buffer in empty.items():
+            self.register_buffer(name, buffer)
         self._expanded: Tensor | None = None
 
     @property
@@ -321,16 +347,21 @@ def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
         isinstance(other, QuantLayer) and other.input_scale is first.input_scale for other in layers
     ):
         quantized = first.quantize_input(x.float())
-        return [layer.multiply(quantized).to(x.dtype) for layer in layers if isinstance(layer, QuantLayer)]
+        return [
+            layer.add_branch(layer.multiply(quantized), x).to(x.dtype)
+            for layer in layers
+            if isinstance(layer, QuantLayer)
+        ]
     return [layer(x) for layer in layers]
 
 
 def packed_shapes(
-    weight_shape: tuple[int, ...], bits: LayerBits, timesteps: int, dilated: int, bias: bool
+    weight_shape: tuple[int, ...], bits: LayerBits, timesteps: int, dilated: int, bias: bool, low_rank: int = 0
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shape and dtype of every tensor of a packed layer, for `PackedLayer` and the cost model.
 
-    `dilated` is the number of in-channels with a dilation factor, 0 for none.
+    `dilated` is the number of in-channels with a dilation factor, 0 for none; `low_rank` is the rank of the layer's
+    branch, 0 for none.
     """
     out_channels, taps = weight_shape[0], torch.Size(weight_shape[1:]).numel()
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -349,4 +380,4 @@ def packed_shapes(
         shapes["dilation"] = ((dilated,), "float32")
     if bias:
         shapes["bias"] = ((out_channels,), "float32")
-    return shapes
+    return shapes | branch_shapes(weight_shape, low_rank)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.graph.attention import is_attention
+from dqtool.nn.branch import LowRankBranch
 from dqtool.nn.call_lock import give
 from dqtool.nn.layers import PackedLayer, QuantLayer
 from dqtool.nn.prediction import PredictionTables
@@ -68,7 +69,7 @@ def is_quantized_tensor(network: nn.Module, name: str) -> bool:
     """Return whether the tensor `name` belongs to quantization: such tensors keep their dtype whatever the network's is."""
     parent, _, leaf = name.rpartition(".")
     holder = network.get_submodule(parent) if parent else network
-    if isinstance(holder, QuantLayer | PredictionTables) or leaf == "timesteps":
+    if isinstance(holder, QuantLayer | LowRankBranch | PredictionTables) or leaf == "timesteps":
         return True
     return is_attention(holder) and leaf.endswith(("_scale", "_zero_point"))
 

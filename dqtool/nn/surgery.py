@@ -186,7 +186,12 @@ def _plan_shapes(plan: LayerPlan, timesteps: int) -> dict[str, tuple[tuple[int, 
     if isinstance(plan.bits, AttentionBits):
         return operands_shapes(plan.bits, timesteps, info.heads)
     return packed_shapes(
-        info.shape, plan.bits, timesteps, info.shape[1] * info.groups if plan.dilated else 0, info.bias
+        info.shape,
+        plan.bits,
+        timesteps,
+        info.shape[1] * info.groups if plan.dilated else 0,
+        info.bias,
+        plan.low_rank,
     )
 
 

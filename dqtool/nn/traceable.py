@@ -203,9 +203,14 @@ class TraceableLayer(nn.Module):
         if form.weight_scale is not None and not is_signed(form):
             correction = form.weight_sum * form.weight_scale
         self.register_buffer("correction", correction)
+        self.low_rank = form.low_rank
 
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """Return the float output of the replaced layer for a float input."""
+        product = self._product(x)
+        return product if self.low_rank is None else product + self.low_rank(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         form = self.form
         along = (-1, 1, 1) if form.is_conv else (-1,)  # out-channels, against the output
         if self.codes is None:

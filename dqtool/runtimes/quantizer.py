@@ -33,6 +33,7 @@ from dqtool.models.network_methods import MANIFEST, Origin, give_methods, to_flo
 from dqtool.models.networks.packed import plans_from
 from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
 from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.branch import BRANCH
 from dqtool.runtimes import VARIABLE, runtime_name
 
 __all__ = ["DqtoolConfig", "DqtoolQuantizer", "register", "register_in_transformers"]
@@ -242,8 +243,12 @@ class DqtoolQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the tensors as exports hold them: floats in float32, whatever the network's dtype is."""
-        return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in state_dict.items()}, {}
+        """Return the tensors as exports hold them: floats in float32, whatever the network's dtype is, and branches in float16."""
+        half = (torch.float16, torch.bfloat16)
+        return {
+            name: value.float() if value.dtype in half and f".{BRANCH}." not in name else value
+            for name, value in state_dict.items()
+        }, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         return to_float(model)

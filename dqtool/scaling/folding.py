@@ -14,7 +14,7 @@ A shift `x − z` (Outlier Suppression+) moves the same way; it ends in biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from dqtool.graph.recording import Recording
 from dqtool.graph.trace import LayerInfo
 from dqtool.models.networks.packed import layer_infos
 from dqtool.models.networks.recorded_graph import graph_of
+from dqtool.nn.branch import BRANCH
 from dqtool.scaling.groups import scaling_groups
 from dqtool.scaling.propagation import UNSCALED, NotFoldable, Propagation, ShiftPropagation, Target
 from dqtool.scaling.records import dilated_layers
@@ -97,13 +98,22 @@ def _pads(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and zero_padding(layer) != (0, 0)
 
 
-def pending_folds(manifest: Manifest) -> list[Fold]:
-    """Return the folds that `distill` will make: of factors still in a quantizer, those that cross no other quantizer."""
+def pending_folds(manifest: Manifest, branched: Collection[str] = ()) -> list[Fold]:
+    """Return the folds that `distill` will make: of factors still in a quantizer, those that cross no other quantizer.
+
+    Layers `branched` have low-rank branches, whose float16 factors a fold would round: it leaves them alone.
+    """
     dilated = dilated_layers(manifest)
     if not dilated:
         return []
     folds = find_folds(graph_of(manifest).recording, layer_infos(manifest.layers))
-    return [found for found in folds if not found.crosses and dilated.issuperset(found.layers)]
+    return [
+        found
+        for found in folds
+        if not found.crosses
+        and dilated.issuperset(found.layers)
+        and not {*found.layers, *found.names}.intersection(branched)
+    ]
 
 
 def fold_packed(manifest: Manifest, state: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -112,7 +122,9 @@ def fold_packed(manifest: Manifest, state: dict[str, Tensor]) -> dict[str, list[
     This happens after training, because the learning rates of a folded producer's rows would no longer fit them, and in
     the packed tensors, whose codes stay as they are: only `weight_scale`, biases and norms change.
     """
-    return fold_scales(state, pending_folds(manifest), crossing=False)
+    end = f".{BRANCH}.up"
+    branched = {name.removesuffix(end) for name in state if name.endswith(end)}
+    return fold_scales(state, pending_folds(manifest, branched), crossing=False)
 
 
 def fold_scales(tensors: MutableMapping[str, Tensor], folds: Iterable[Fold], crossing: bool) -> dict[str, list[str]]:

@@ -107,6 +107,8 @@ def fingerprint_parameters(options: DistillOptions) -> dict[str, Any]:
     chosen: dict[str, Any] = {} if options.blocks is None else {"blocks": options.blocks}
     if options.preset != STANDARD:
         chosen["preset"] = options.preset
+    if options.low_rank:
+        chosen["low_rank"] = options.low_rank
     if options.train_samples is not None:
         chosen["train_samples"] = options.train_samples
     if options.low_memory:  # sums in another order
@@ -159,7 +161,7 @@ def produce(
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.networks.recorded_graph import graph_of
     from dqtool.models.sampling.sampler import Sampler
-    from dqtool.nn.assignment import assign_bits
+    from dqtool.nn.assignment import assign_bits, with_branches
     from dqtool.nn.surgery import packed_state
     from dqtool.scaling.folding import fold_packed
     from dqtool.scaling.learning import learn_scaling
@@ -179,6 +181,7 @@ def produce(
     spec, choice = settle_bits(calibrated, tensors, options, spec)
     start = time.perf_counter()
     plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])
+    plans = with_branches(plans, options.low_rank)
     student = student_of(manifest, tensors, plans, options.static)
     shifts = learn_scaling(manifest, student)
     report.say(
@@ -223,7 +226,9 @@ def produce(
     learned = {name: value for name, value in state.items() if name.endswith(".dilation")}
     folded = fold_packed(manifest, state)
     layers = [
-        record | {"bits": plan.bits.to_json(), "dilated": plan.dilated and plan.info.name not in folded}
+        record
+        | {"bits": plan.bits.to_json(), "dilated": plan.dilated and plan.info.name not in folded}
+        | ({"low_rank": plan.low_rank} if plan.low_rank else {})
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
     layers = with_folds(with_learned_scales(layers, tensors, learned), folded)

@@ -129,12 +129,14 @@ def _render_artifact(note: Mapping[str, Any]) -> list[str]:
 def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
     """The table of layers, with the columns that this stage knows, and their sums."""
     has_bits = any("bits" in layer for layer in layers)
+    has_branch = any(layer.get("low_rank") for layer in layers)
     has_runs = any("runs" in layer for layer in layers)
     has_scaling = any("scaling" in layer for layer in layers)
     per_layer = _per_layer(metrics, layers)
     columns = ["layer", "kind", "weight", "MACs"]
     columns += (
         ["bits"] * has_bits
+        + ["rank"] * has_branch
         + ["runs"] * has_runs
         + ["scaling", "unsaturated", "mean 1/s", "max s", "1/s in"] * has_scaling
     )
@@ -145,6 +147,8 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
         row: list[object] = [layer["name"], layer["kind"], _shape(layer), f"{layer['macs']:,}"]
         if has_bits:
             row.append("/".join(map(str, layer["bits"])) if "bits" in layer else None)
+        if has_branch:
+            row.append(layer.get("low_rank") or None)
         if has_runs:
             row.append(layer.get("runs", "").partition(":")[0] or None)
         if has_scaling:
@@ -166,10 +170,12 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
     macs = sum(layer["macs"] for layer in layers)
     lines = [f"Layers ({len(layers)}): {parameters:,} weights, {macs:,} MACs per forward pass and sample"]
     if has_bits:
-        plain = [{"kind": layer["kind"], "macs": layer["macs"], "bits": layer.get("bits")} for layer in layers]
+        plain = [{**layer, "bits": layer.get("bits")} for layer in layers]
         lines.append(
             f"{bops(plain) / 1e9:.3f} G bit operations, {bops_ratio(plain):.1f}x fewer than float32; {_shares(weights)}"
         )
+    if has_branch:
+        lines.append(_branches(layers))
     if has_runs:
         lines += _runs(layers)
     if has_scaling:
@@ -192,6 +198,13 @@ def _runs(layers: Iterable[Layer]) -> list[str]:
     return lines + [
         f"in {reason}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for reason, names in reasons.items()
     ]
+
+
+def _branches(layers: Iterable[Layer]) -> str:
+    """Return a line with the number of low-rank branches and their bytes."""
+    found = [layer for layer in layers if layer.get("low_rank")]
+    size = sum(2 * layer["low_rank"] * (layer["shape"][0] + prod(layer["shape"][1:])) for layer in found)
+    return f"low-rank branches in 16 bits: {len(found)} layers, {size:,} bytes"
 
 
 def _whereabouts(layers: Iterable[Layer]) -> str:

@@ -29,9 +29,9 @@ def settle_bits(
     """Return the bits of every layer, measured where the options ask for it, and what the manifest says of the choice."""
     if not options.measures:
         return spec, {}
-    from dqtool.scaling.folding import pending_folds
+    from dqtool.nn.assignment import with_branches
     from dqtool.scaling.records import dilated_layers
-    from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of
+    from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of, without_folds
     from dqtool.stages.precision import choose_bits, measure, protected_bits
 
     manifest = calibrated.manifest
@@ -41,11 +41,11 @@ def settle_bits(
         return spec, {"protected": [str(kept) for kept in spec.kept]}
     steps = 1 if options.static else len(tensors["timesteps"])
     rows = prediction_rows_of(manifest) if corrects_predictions(options) else {}
-
-    divided = dilated_layers(manifest) - {name for found in pending_folds(manifest) for name in found.layers}
+    divided = dilated_layers(manifest)
 
     def size(plans: Any) -> tuple[int, int]:
         plans = [replace(plan, dilated=plan.info.name in divided) for plan in plans]
+        plans = without_folds(manifest, with_branches(plans, options.low_rank))
         work = packed_size(manifest, plans, steps, rows)
         return work["bytes"], work["bops"]
 

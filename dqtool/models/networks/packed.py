@@ -49,7 +49,9 @@ def layer_infos(records: Sequence[Mapping[str, Any]]) -> list[LayerInfo]:
 def plans_from(records: Sequence[Mapping[str, Any]]) -> list[LayerPlan]:
     """Return the layers with their bits, from a manifest's or a quantization config's records."""
     return [
-        LayerPlan(info, bits_from_json(info.kind, record["bits"]), bool(record["dilated"]))
+        LayerPlan(
+            info, bits_from_json(info.kind, record["bits"]), bool(record["dilated"]), int(record.get("low_rank", 0))
+        )
         for info, record in zip(layer_infos(records), records, strict=True)
     ]
 
@@ -62,7 +64,7 @@ def plans_of(manifest: Manifest) -> list[LayerPlan]:
 def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the part of each layer's record that a loader needs, without fields at their default."""
     defaults = {key: spec.default for key, spec in LayerInfo.__dataclass_fields__.items()}
-    keys = (*INFO_FIELDS, "bits", "dilated")
+    keys = (*INFO_FIELDS, "bits", "dilated", "low_rank")
     return [
         {key: r[key] for key in keys if key in r and (key == "macs" or r[key] != defaults.get(key))} for r in records
     ]

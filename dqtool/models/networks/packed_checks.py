@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.errors import ArtifactError, NumericError
+from dqtool.nn.assignment import largest_rank
 
 if TYPE_CHECKING:
     from dqtool.nn.assignment import LayerPlan
@@ -59,6 +60,12 @@ def check_plans(network: nn.Module, plans: Sequence[LayerPlan]) -> None:
             raise ArtifactError(
                 f"The manifest says that '{info.name}' is a {info.kind} of shape {list(info.shape)}, and it is a "
                 f"{type(module).__name__}" + (f" of {list(shape)}" if shape else ""),
+                where="manifest, key layers",
+                fix=_FIX,
+            )
+        if plan.low_rank and not plan.low_rank < largest_rank(plan):
+            raise ArtifactError(
+                f"The manifest gives '{info.name}' a low-rank branch of rank {plan.low_rank}, which this layer can't have",
                 where="manifest, key layers",
                 fix=_FIX,
             )

@@ -14,6 +14,7 @@ from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.library import pointer
+from dqtool.runtimes.cpu.torch_codes import torch_codes
 
 __all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Codes", "CurrentStep", "Product"]
 
@@ -53,11 +54,12 @@ class Codes(NamedTuple):
     """Unsigned codes `[N, H, W, C]` with the padding the layer asked for, and the result's leading shape.
 
     Linear layers: `data` is `[rows, C]`, `shape` the input's without its channels. Convolutions: `shape` is
-    `(N, H_out, W_out)`.
+    `(N, H_out, W_out)`. `branch` is the layer's low-rank branch of the same input, in the shape of the product, or None.
     """
 
     data: Tensor
     shape: tuple[int, ...]
+    branch: Tensor | None = None
 
 
 class Product(Adaptable, nn.Module):
@@ -87,6 +89,7 @@ class Product(Adaptable, nn.Module):
         )
         self.register_buffer("weight_scale", layer.weight_scale)
         self.register_buffer("bias", layer.bias)
+        self.low_rank = None if layer.low_rank is None else layer.low_rank.widened()
         self.scales = self.operand.scale.tolist()
         self.lows, self.highs = self.operand.low.tolist(), self.operand.high.tolist()
         self.offsets = self.operand.offset.tolist()
@@ -137,17 +140,47 @@ class Product(Adaptable, nn.Module):
         post: float = 1.0,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """`((product + bias) * gate + residual) * post`, float32, channels-last. `bias` `[N, C_out]` stands in for the
-        layer's own; `gate` is `[N, C_out]`, of a linear layer on `[N, S, C]`; `residual` has the result's shape."""
+        """`((product + branch + bias) * gate + residual) * post`, float32, channels-last. `bias` `[N, C_out]` stands in for
+        the layer's own; `gate` is `[N, C_out]`, of a linear layer on `[N, S, C]`; `residual` has the result's shape."""
+        branch = codes.branch
+        if branch is not None:
+            branch = branch if gate is None else branch * gate.view(len(gate), *(1,) * (branch.dim() - 2), -1)
+            residual = branch if residual is None else residual + branch
+        return self._multiply(codes, bias, residual, post, gate)
+
+    def _multiply(
+        self,
+        codes: Codes,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        post: float = 1.0,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Return what `multiply` does, without the branch."""
         raise NotImplementedError
 
+    @property
+    def is_bare(self) -> bool:
+        """Return whether the codes are all that the layer needs of its input."""
+        return self.low_rank is None
+
     def feed(self, codes: Codes, following: Product, act: int) -> Codes:
-        """Codes of `act(product)` for the linear layer `following`, of a linear layer.
+        """Codes of `act(product)` for the linear layer `following`, of a linear layer."""
+        if self.is_bare and following.is_bare:
+            return self._feed(codes, following, act)
+        between = self.multiply(codes)
+        if act == GEGLU:
+            value, gate = between.chunk(2, dim=-1)
+            return following.quantize(value * F.gelu(gate))
+        return following.quantize(between, act)
+
+    def _feed(self, codes: Codes, following: Product, act: int) -> Codes:
+        """Return what `feed` does for two layers that are bare.
 
         In pieces of rows: the floats between (84 MB in Stable Diffusion's largest block) then stay in the cache, and no
         fresh memory is touched."""
         if is_compiling():
-            between = self.multiply(Codes(codes.data, (codes.data.shape[0],)))
+            between = self._multiply(Codes(codes.data, (codes.data.shape[0],)))
             if act != GEGLU:
                 return Codes(following.quantize(between, act).data, codes.shape)
             if following.kernels is None:
@@ -160,7 +193,7 @@ class Product(Adaptable, nn.Module):
         data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
         for start in range(0, rows, piece):
             part = codes.data[start : start + piece]
-            between = self.multiply(Codes(part, (len(part),)))
+            between = self._multiply(Codes(part, (len(part),)))
             if act == GEGLU:
                 following.geglu(between, data[start : start + piece])
             else:
@@ -172,7 +205,7 @@ class Product(Adaptable, nn.Module):
         bare = copy.deepcopy(self)
         bare.scales = [1.0] * len(bare.scales)
         bare.weight_scale, bare.bias = torch.ones_like(bare.weight_scale), None
-        return bare.multiply(codes)
+        return bare._multiply(codes)
 
     def zero_point(self) -> int:
         """The code of a real zero at the current step."""
@@ -215,10 +248,22 @@ class Product(Adaptable, nn.Module):
         """Codes of `act(x)`, `[N, C, H, W]` (nearest-upsampled `up` times, `extra` zero rows below and columns to the
         right) or `[..., C]`."""
         kernels = self.kernels
-        if kernels is None:
+        if kernels is None or not self.is_bare:
             x = _ACTIVATIONS[act](x)
             x = x.repeat_interleave(up, -1).repeat_interleave(up, -2) if up > 1 else x
-            return self._torch_codes(x, extra)
+            return self._from_float(x, extra)
+        return self._quantize(x, act, up, extra)
+
+    def _from_float(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
+        """Return codes and branch of the layer's own input, which `extra` zeros pad."""
+        branch = None
+        if self.low_rank is not None:
+            branch = self.low_rank(F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x)
+        codes = self._torch_codes(x, extra) if self.kernels is None else self._quantize(x, extra=extra)
+        return codes._replace(branch=branch)
+
+    def _quantize(self, x: Tensor, act: int = NONE, up: int = 1, extra: tuple[int, int] = (0, 0)) -> Codes:
+        kernels: Any = self.kernels
         if is_compiling():
             wanted, shape, sizes = self._layout(x.shape, self.is_conv, up, extra)
             return Codes(ops.quantize(x, *self.traced_quantizer(), wanted, sizes, self.is_conv, up, act), shape)
@@ -232,12 +277,12 @@ class Product(Adaptable, nn.Module):
         """Codes of `act(norm(x) * (1 + scale) + shift)`. `x` is `[N, C, H, W]`; `scale`, `shift` are `[N, C]`. A linear
         layer reads the pixels as positions."""
         kernels = self.kernels
-        if kernels is None:
+        if kernels is None or not self.is_bare:
             y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
             if scale is not None and shift is not None:
                 y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
             y = _ACTIVATIONS[act](y)
-            return self._torch_codes(y if self.is_conv else y.flatten(2).transpose(1, 2))
+            return self._from_float(y if self.is_conv else y.flatten(2).transpose(1, 2))
         if is_compiling():
             wanted, shape, sizes = self._layout(x.shape, True, 1, (0, 0))
             of_norm = (norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift)
@@ -264,11 +309,11 @@ class Product(Adaptable, nn.Module):
     ) -> Codes:
         """Codes of `norm(x) * (1 + scale) + shift` for a linear layer; `x` is `[N, S, C]`, `scale`, `shift` `[N, C]`."""
         kernels = self.kernels
-        if kernels is None:
+        if kernels is None or not self.is_bare:
             y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
             if scale is not None and shift is not None:
                 y = y * (1 + scale[:, None]) + shift[:, None]
-            return self._torch_codes(y)
+            return self._from_float(y)
         n, s, c = x.shape
         if is_compiling():
             of_norm = (norm.weight, norm.bias, norm.eps, scale, shift)
@@ -354,46 +399,4 @@ class Product(Adaptable, nn.Module):
         return codes, (n, *self._out_size(*full)), (n, h, w, c, self.channel_bytes, top, bottom, left, right)
 
     def _torch_codes(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
-        """`quantize` in PyTorch's own operations: what is left without a C++ compiler."""
-        if is_compiling():
-            return self._traced_torch_codes(x, extra)
-        row = self.current_step.row if len(self.scales) > 1 else 0
-        zero_point = self.zero_point()
-        m = self.operand.multiplier(row)
-        if self.is_conv and m.dim():
-            m = m.view(-1, 1, 1)
-        codes = (x * m).round_().clamp_(self.lows[row], self.highs[row]).add_(zero_point).to(torch.uint8)
-        spare = self.channel_bytes - self.in_channels
-        if not self.is_conv:
-            codes = F.pad(codes, (0, spare)) if spare else codes
-            return Codes(codes.reshape(-1, self.channel_bytes), tuple(x.shape[:-1]))
-        full = (x.shape[2] + extra[0], x.shape[3] + extra[1])
-        top, bottom, left, right = self.padding_of(*full)
-        codes = F.pad(
-            codes.permute(0, 2, 3, 1), (0, 0, left, right + extra[1], top, bottom + extra[0]), value=zero_point
-        )
-        codes = F.pad(codes, (0, spare)) if spare else codes
-        return Codes(codes.contiguous(), (x.shape[0], *self._out_size(*full)))
-
-    def _traced_torch_codes(self, x: Tensor, extra: tuple[int, int]) -> Codes:
-        """`_torch_codes` of rows that are known when the graph runs."""
-        rows = self.current_step.rows if len(self.steps) > 1 else self.current_step.rows[:1] * 0
-        batch = x.shape[0]
-        rows = rows[:1] if batch % len(rows) else rows.repeat_interleave(batch // len(rows))
-        shape = (-1, *(1,) * (x.dim() - 1))
-        low, high, zero_point, scale = (t.view(shape) for t in self.steps[rows].unbind(1))
-        divisor = self.operand.divisor
-        if divisor is not None:
-            scale = scale * (divisor.view(-1, 1, 1) if self.is_conv else divisor)
-        codes = (x * scale.reciprocal()).round().maximum(low).minimum(high)
-        spare = self.channel_bytes - self.in_channels
-        if not self.is_conv:
-            data = F.pad((codes + zero_point).to(torch.uint8), (0, spare))
-            return Codes(data.reshape(-1, self.channel_bytes), tuple(x.shape[:-1]))
-        full = (x.shape[2] + extra[0], x.shape[3] + extra[1])
-        top, bottom, left, right = self.padding_of(*full)
-        codes = (
-            F.pad(codes, (left, right + extra[1], top, bottom + extra[0])) + zero_point
-        )  # centred codes pad with zero
-        data = F.pad(codes.to(torch.uint8).permute(0, 2, 3, 1), (0, spare)).contiguous()
-        return Codes(data, (batch, *self._out_size(*full)))
+        return Codes(*torch_codes(self, x, extra))

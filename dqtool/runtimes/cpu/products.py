@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from dqtool.core.allocator import FilePages
+from dqtool.nn.branch import merge_branches
 from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.codes import GEGLU, Codes, CurrentStep, Product
@@ -88,7 +89,7 @@ class NativeProduct(Product):
             odd = (out[0] % 2, out[1] % 2)
         return p, p + odd[0], q, q + odd[1]
 
-    def multiply(
+    def _multiply(
         self,
         codes: Codes,
         bias: Tensor | None = None,
@@ -143,7 +144,7 @@ class NativeProduct(Product):
         )  # fmt: skip
         return out
 
-    def feed(self, codes: Codes, following: Product, act: int) -> Codes:
+    def _feed(self, codes: Codes, following: Product, act: int) -> Codes:
         """See `Product.feed`; nothing is written between but the codes."""
         if is_compiling():
             return self._traced_feed(codes, following, act)
@@ -152,7 +153,7 @@ class NativeProduct(Product):
         if act == GEGLU and self.packed is None and half % 64 == 0:
             self.gates = half
         if bool(self.gates) != (act == GEGLU) or following.kernels is None or self.out_channels % 4:
-            return super().feed(codes, following, act)
+            return super()._feed(codes, following, act)
         _, packed, sums, scales, own = self._held or self._hold(codes)
         scale = self.scales[self.current_step.row if len(self.scales) > 1 else 0]
         rows = codes.data.shape[0]
@@ -170,7 +171,7 @@ class NativeProduct(Product):
         fresh = self.packed is None
         gates = half if fresh and act == GEGLU and half % 64 == 0 else self.gates
         if bool(gates) != (act == GEGLU) or following.kernels is None or self.out_channels % 4:
-            return super().feed(codes, following, act)
+            return super()._feed(codes, following, act)
         weight, geometry = self._traced_weight(gates)
         next_ = (*following.traced_quantizer(), following.channel_bytes)
         return Codes(ops.linear_codes(codes.data, *weight, self.steps, geometry, *next_, act), codes.shape)
@@ -249,7 +250,7 @@ class OnednnProduct(Product):
         p, q = self.padding
         return p, p, q, q
 
-    def multiply(
+    def _multiply(
         self,
         codes: Codes,
         bias: Tensor | None = None,
@@ -361,6 +362,7 @@ def merge(layers: list[IntegerLayer]) -> IntegerLayer | None:
         divisor=first.divisor,
         is_conv=False,
         source=source,
+        low_rank=merge_branches([layer.low_rank for layer in layers], [layer.weight.shape[0] for layer in layers]),
     )
 
 

@@ -126,6 +126,16 @@ class DistillOptions:
         ),
     ] = ()
     softmax_bits: Annotated[int, Option("Bits of the attention's softmax output, 2 to 8 or 16 for float.", "N")] = 8
+    low_rank: Annotated[
+        int,
+        Option(
+            "Rank of a 16-bit branch beside every product whose weights have fewer than 8 bits (SVDQuant); 0 for none. Give "
+            "16 to 32 to wide networks at 4 bits; it costs bytes and time, and narrow layers gain more from 8 bits.",
+            "N",
+            least=0,
+            most=4096,
+        ),
+    ] = 0
     static: Annotated[
         bool,
         Option(

@@ -21,9 +21,11 @@ def forecast(
     steps: int,
     dilated: bool = True,
     corrected: bool = False,
+    low_rank: int = 0,
 ) -> dict[str, Any]:
-    """Counts of the network that `distill --bits W/A` and `export` would make, with tables for `steps` steps; `corrected`: of
-    its predictions too.
+    """Return counts of the network that `distill --bits W/A` and `export` would make, with tables for `steps` steps.
+
+    `corrected` adds the tables that correct predictions, `low_rank` branches of that rank.
 
     `parameters` are those of the float network, what the class builds repeatedly counted once; `bops` and `macs` are of
     one forward pass of one sample. `bytes` is exact when every layer is `dilated`, an upper bound when some are not.
@@ -38,7 +40,7 @@ def forecast(
     from dqtool.formats.shapes import predicted_bytes
     from dqtool.graph.tied_modules import tie_modules
     from dqtool.models.families import family_of
-    from dqtool.nn.assignment import apply_preset, assign_bits
+    from dqtool.nn.assignment import apply_preset, assign_bits, with_branches
     from dqtool.nn.prediction import row_shapes
     from dqtool.nn.surgery import state_shapes
 
@@ -52,7 +54,7 @@ def forecast(
     layers = graph.trace.layers
     spec = apply_preset(spec, layers, lambda: graph.roles)
     scaled = [info.name for info in layers if info.kind != "attention"] if dilated else []
-    plans = assign_bits(layers, spec, scaled)
+    plans = with_branches(assign_bits(layers, spec, scaled), low_rank)
     shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in network.state_dict().items()}
     tables = row_shapes(family.prediction_row(config)) if corrected else None
     rows = [plan.summary() for plan in plans]

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Manifest
 
-__all__ = ["packed_size", "prediction_rows_of"]
+if TYPE_CHECKING:
+    from dqtool.nn.assignment import LayerPlan
+
+__all__ = ["packed_size", "prediction_rows_of", "without_folds"]
+
+
+def without_folds(manifest: Manifest, plans: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """Return the plans of a calibrated artifact's layers, where factors that `distill` will fold are no longer in files."""
+    from dqtool.scaling.folding import pending_folds
+
+    plans = list(plans)
+    branched = {plan.info.name for plan in plans if plan.low_rank}
+    folded = {name for found in pending_folds(manifest, branched) for name in found.layers}
+    return [replace(plan, dilated=plan.dilated and plan.info.name not in folded) for plan in plans]
 
 
 def prediction_rows_of(manifest: Manifest) -> dict[str, tuple[int, ...]]:

@@ -101,6 +101,7 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
         options.spec,
         steps,
         corrected=corrects_predictions(options),
+        low_rank=options.low_rank,
     )
 
 

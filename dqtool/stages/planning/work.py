@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from dqtool.artifacts import Manifest, read_header, read_manifest
-from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of
+from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of, without_folds
 from dqtool.stages.shared.settings import Execution
 
 Work = dict[str, Any]
@@ -40,8 +40,7 @@ def calibrate_work(execution: Execution, _: Any) -> Work:
 
 def distill_work(execution: Execution, options: Any) -> Work:
     from dqtool.models.networks.packed import layer_infos
-    from dqtool.nn.assignment import assign_bits
-    from dqtool.scaling.folding import pending_folds
+    from dqtool.nn.assignment import assign_bits, with_branches
     from dqtool.scaling.records import dilated_layers
     from dqtool.stages.distill import network_spec, scheduler_of
     from dqtool.stages.options.distill import corrects_predictions, method_and_options, with_sampler_defaults
@@ -49,9 +48,8 @@ def distill_work(execution: Execution, options: Any) -> Work:
     calibrated = read_manifest(execution.inputs[0]["name"])
     options = with_sampler_defaults(options, str(scheduler_of(calibrated).get("_class_name")))
     given = execution.parameters
-    folded = {name for found in pending_folds(calibrated) for name in found.layers}
-    dilated = dilated_layers(calibrated) - folded
-    plans = assign_bits(layer_infos(calibrated.layers), network_spec(options, calibrated), dilated)
+    plans = assign_bits(layer_infos(calibrated.layers), network_spec(options, calibrated), dilated_layers(calibrated))
+    plans = without_folds(calibrated, with_branches(plans, options.low_rank))
     steps = 1 if given["static"] else _timesteps(execution.inputs[0]["name"])
     blocks = len(calibrated.metrics["blocks"])
     method, recipe = method_and_options(options)
@@ -85,8 +83,8 @@ def export_work(execution: Execution, _: Any) -> Work:
     distilled = read_manifest(execution.inputs[0]["name"])
     if execution.parameters["format"] == "dense":
         return {"bytes": packed_size(distilled, [], 0)["bytes_float32"]}
-    keys = ("name", "shape", "bits", "macs")
-    layers = [{key: layer[key] for key in keys} for layer in distilled.layers]
+    keys = ("name", "shape", "bits", "macs", "low_rank")
+    layers = [{key: layer[key] for key in keys if key in layer} for layer in distilled.layers]
     if execution.parameters["format"] != "dq":  # other formats' files are not known to the byte beforehand
         return {"layers": layers}
     path = execution.inputs[0]["name"]

@@ -17,6 +17,7 @@ from dqtool.models.networks.loading import build_network, network_of
 from dqtool.models.networks.packed import layer_infos
 from dqtool.models.sampling.sampler import Sampler
 from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.low_rank import attach_low_rank
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake
 from dqtool.scaling.rescaling import undilated_weights
@@ -75,6 +76,7 @@ def student_of(
     timesteps = tensors["timesteps"][:1] if static else tensors["timesteps"]
     insert_fake(network, plans, timesteps, dilation).static = static
     assign_tables(network, plans, initial_tables(plans, tensors, static))
+    attach_low_rank(network, plans)
     initialise_weights(network)
     return network
 
