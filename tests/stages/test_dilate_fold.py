@@ -155,7 +155,7 @@ def test_distill_folds_what_crosses_no_quantizer(loose: Path) -> None:
 def test_folding_after_training_changes_rounding_only(
     loose: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dqtool.scaling.folding.pending_folds", lambda _manifest: [])
+    monkeypatch.setattr("dqtool.scaling.folding.pending_folds", lambda *_: [])
     options = DistillOptions(
         str(loose / "plain" / "calibrated.safetensors"), str(tmp_path / "d.safetensors"), "6/6", iters=3, refine_iters=0
     )
