@@ -103,14 +103,14 @@ def test_the_cpu_engine_adds_the_branches_that_the_simulation_adds(name: str, tm
 def test_every_layer_of_the_cpu_engine_adds_its_branch(tmp_path: Path) -> None:
     from dqtool.nn.integer import integer_layer
     from dqtool.runtimes.cpu import choose
-    from dqtool.runtimes.cpu.codes import Clock
+    from dqtool.runtimes.cpu.codes import CurrentStep
 
     path = component_directory("unet2d_condition", tmp_path / "model")
     network = synthetic_network(str(path), "4/4", steps=3, low_rank=RANK)
     seen = 0
     for layer in network.modules():
         if isinstance(layer, PackedLayer) and layer.low_rank is not None:
-            product = choose(integer_layer(layer), Clock())
+            product = choose(integer_layer(layer), CurrentStep())
             assert product is not None
             layer.steps.select(torch.zeros(1, dtype=torch.long))
             channels = layer.in_channels if layer.is_conv else layer.in_features
@@ -177,9 +177,7 @@ def test_diffusers_loads_and_saves_branches(exported: Path, tmp_path: Path, runt
     from diffusers import UNet2DModel
 
     config = dqtool.DqtoolConfig(runtime=runtime)
-    network = UNet2DModel.from_pretrained(
-        exported / "exported" / "unet", quantization_config=config, torch_dtype=dtype
-    )
+    network = UNet2DModel.from_pretrained(exported / "exported" / "unet", quantization_config=config, torch_dtype=dtype)
     packed = dqtool.load(str(exported / "exported"), "simulate")
     own = packed.state_dict()
     branches = [name for name in own if ".low_rank." in name]
