@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dqtool.models.families import family_of
 from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.cpu import convert, ops
+from dqtool.runtimes.cpu import convert
+from dqtool.runtimes.cpu.op_arguments import runs_of_rows
 from dqtool.runtimes.cpu.products import OnednnProduct
 
 
@@ -138,6 +139,6 @@ def test_without_own_kernels(made: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_run_from_sample_to_sample() -> None:
-    assert list(ops._runs(torch.tensor([2, 2, 0]), 6)) == [(0, 4, 2), (4, 6, 0)]
-    assert list(ops._runs(torch.tensor([1]), 3)) == [(0, 3, 1)]
-    assert list(ops._runs(torch.tensor([1, 2]), 3)) == [(0, 3, 1)]  # an input without a batch
+    assert list(runs_of_rows(torch.tensor([2, 2, 0]), 6)) == [(0, 4, 2), (4, 6, 0)]
+    assert list(runs_of_rows(torch.tensor([1]), 3)) == [(0, 3, 1)]
+    assert list(runs_of_rows(torch.tensor([1, 2]), 3)) == [(0, 3, 1)]  # an input without a batch

@@ -14,6 +14,7 @@ from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.library import pointer
+from dqtool.runtimes.cpu.op_arguments import Geometry
 from dqtool.runtimes.cpu.torch_codes import torch_codes
 
 __all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Codes", "CurrentStep", "Product"]
@@ -222,10 +223,10 @@ class Product(Adaptable, nn.Module):
         return torch.tensor(columns, dtype=torch.float32).T.contiguous()
 
     def geometry(self, **fields: int) -> list[int]:
-        """An `ops.Geometry` as a list, with these fields of its second half."""
+        """Return a `Geometry` as a list, with these fields of its second half."""
         (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.taps_dilation
         sizes = (self.out_channels, self.in_channels, self.channel_bytes, int(self.is_conv))
-        return list(ops.Geometry(*sizes, kh, kw, sh, sw, dh, dw, **fields))
+        return list(Geometry(*sizes, kh, kw, sh, sw, dh, dw, **fields))
 
     def traced_quantizer(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Return the arguments that the operations of `ops` take in place of `quantizer`."""

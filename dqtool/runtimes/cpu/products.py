@@ -21,6 +21,7 @@ from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.codes import GEGLU, Codes, CurrentStep, Product
 from dqtool.runtimes.cpu.layout import pack_weight, worth_winograd
 from dqtool.runtimes.cpu.library import pointer
+from dqtool.runtimes.cpu.op_arguments import INT8, KERNEL_LAYOUT, WINOGRAD_LAYOUT
 
 __all__ = ["NativeProduct", "OnednnProduct", "merge", "saturates"]
 
@@ -179,9 +180,9 @@ class NativeProduct(Product):
     def _traced_weight(self, gates: int) -> tuple[tuple[Tensor, Tensor | None, Tensor, Tensor | None], list[int]]:
         """The weight, its sums or zero points, its scales and bias, and the `Geometry` that says in which form it is."""
         source, machine = self.source, 0
-        weight, beside, form = self.weight, None, ops.INT8
+        weight, beside, form = self.weight, None, INT8
         if self.packed is not None:
-            weight, beside, form = self.packed, self.sums, ops.WINOGRAD_LAYOUT if self.winograd else ops.KERNEL_LAYOUT
+            weight, beside, form = self.packed, self.sums, WINOGRAD_LAYOUT if self.winograd else KERNEL_LAYOUT
             machine = self.machine
         elif source is not None:
             weight, beside, form = source.words, source.zero_points, source.bits
