@@ -18,10 +18,12 @@ from dqtool.graph.trace import LayerInfo
 from dqtool.nn.assignment import LayerPlan
 from dqtool.precision.sensitivity import INPUT, PRODUCTS, WEIGHT, Errors
 
-__all__ = ["Plan", "find_frontier", "kept_layers", "plan_cost", "psnr_of", "quantization_error"]
+__all__ = ["Plan", "best_within", "find_frontier", "kept_layers", "plan_cost", "psnr_of", "quantization_error"]
 
 PRICES = 60
 """Prices that are tried between the coarsest plan and the finest."""
+HALVINGS = 12
+"""Prices that are tried to reach a limit of cost, by halving the range of their logarithm."""
 
 REFERENCE = LayerBits(8, 8)
 """Bytes and bit operations are counted in units of the network's own at these bits, and weigh the same."""
@@ -46,14 +48,35 @@ def find_frontier(
     layers: Sequence[LayerInfo], errors: Errors, widths: Sequence[int], floor: Mapping[str, LayerBits] | None = None
 ) -> list[Plan]:
     """Return plans from coarse to fine, each cheaper than the next. `floor` gives each layer's least bits."""
-    total = sum(max(found.values(), default=0.0) for found in errors.values()) or 1.0
     plans: list[Plan] = []
     for k in range(PRICES):
-        price = total * 10 ** (1 - 9 * k / (PRICES - 1))
-        bits = _at_price(layers, errors, widths, price, floor or {})
-        if not plans or bits != plans[-1].bits:
-            plans.append(Plan(bits, quantization_error(layers, bits, errors), *plan_cost(layers, bits)))
+        plan = _plan_at(layers, errors, widths, 1 - 9 * k / (PRICES - 1), floor or {})
+        if not plans or plan.bits != plans[-1].bits:
+            plans.append(plan)
     return plans
+
+
+def best_within(
+    layers: Sequence[LayerInfo],
+    errors: Errors,
+    widths: Sequence[int],
+    floor: Mapping[str, LayerBits],
+    most_bytes: float,
+    most_bops: float,
+) -> Plan | None:
+    """Return the plan of least error whose weights and bit operations are within these limits; None if there is none."""
+    dear, cheap = -8.0, 1.0
+    best = None
+    for _ in range(HALVINGS):
+        middle = (dear + cheap) / 2
+        plan = _plan_at(layers, errors, widths, middle, floor)
+        if plan.weight_bytes > most_bytes or plan.bops > most_bops:
+            dear = middle
+            continue
+        cheap = middle
+        if best is None or plan.error < best.error:
+            best = plan
+    return best
 
 
 def quantization_error(layers: Sequence[LayerInfo], bits: Mapping[str, LayerBits], errors: Errors) -> float:
@@ -93,6 +116,15 @@ def bits_by_name(plans: Iterable[LayerPlan]) -> dict[str, LayerBits]:
         plan.info.name: LayerBits(plan.bits.qkv, plan.bits.qkv) if isinstance(plan.bits, AttentionBits) else plan.bits
         for plan in plans
     }
+
+
+def _plan_at(
+    layers: Sequence[LayerInfo], errors: Errors, widths: Sequence[int], power: float, floor: Mapping[str, LayerBits]
+) -> Plan:
+    """Return the plan at the price `10^power`, in units of the error of all operands at their fewest bits."""
+    total = sum(max(found.values(), default=0.0) for found in errors.values()) or 1.0
+    bits = _at_price(layers, errors, widths, total * 10**power, floor)
+    return Plan(bits, quantization_error(layers, bits, errors), *plan_cost(layers, bits))
 
 
 def _at_price(

@@ -63,7 +63,7 @@ def distill(options: DistillOptions, settings: RunSettings) -> str:
     if options.preset == PAPER:
         check_paper(calibrated)
     spec = network_spec(options, calibrated.manifest)
-    parameters = fingerprint_parameters(options) | spec.to_json() | chosen_by_errors(options)
+    parameters = fingerprint_parameters(options) | spec.to_json() | chosen_by_errors(options, calibrated.manifest)
     inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
 
     def work(key: str) -> StageOutput:

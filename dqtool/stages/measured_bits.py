@@ -4,41 +4,91 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
-from dqtool.artifacts import Artifact
+from dqtool import report
+from dqtool.artifacts import Artifact, Manifest
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.stages.options.distill import AUTO, DistillOptions, corrects_predictions
 
 __all__ = ["chosen_by_errors", "settle_bits"]
 
+PROTECTED = 30.0
+"""Percent of bytes and of bit operations that protection may add where it is the tool that decides."""
+ENOUGH = 30.0
+"""dB of predicted PSNR from which uniform bits need no protection. Below it the difference is visible at once."""
+LOOKS = 8
+"""Backward passes of the first look, which decides whether bits need protection."""
+WEIGHTS = range(10**6, 2 * 10**8)
+"""Sizes of the networks that get the first look: it costs more than it brings below, and takes minutes above."""
 
-def chosen_by_errors(options: DistillOptions) -> dict[str, Any]:
-    """Parameters of bits that depend on measured errors; none where they don't."""
-    if not options.measures:
-        return {}
-    found: dict[str, Any] = {"passes": options.passes, "precision_version": 1}
+
+def chosen_by_errors(options: DistillOptions, manifest: Manifest) -> dict[str, Any]:
+    """Return the parameters of bits that depend on measured errors; none where bits don't."""
+    found: dict[str, Any] = {"passes": options.passes, "precision_version": 2}
     if options.bits == AUTO:
         return found | {"bits": AUTO, "targets": options.targets.to_json()}
-    return found | {"protect": options.protect}
+    if options.protect:
+        return found | {"protect": options.protect}
+    if looks_first(options, manifest):
+        return found | {"protect": {"below": ENOUGH, "percent": PROTECTED, "looks": LOOKS}}
+    return {}
+
+
+def looks_first(options: DistillOptions, manifest: Manifest) -> bool:
+    """Return whether the errors of uniform bits are measured to decide about protection."""
+    return options.may_protect and weight_count(manifest) in WEIGHTS
+
+
+def weight_count(manifest: Manifest) -> int:
+    """Return the number of weights of the layers that are quantized."""
+    return sum(prod(layer["shape"]) for layer in manifest.layers if layer["kind"] != "attention")
 
 
 def settle_bits(
     calibrated: Artifact, tensors: Mapping[str, Any], options: DistillOptions, spec: QuantizationSpec
 ) -> tuple[QuantizationSpec, dict[str, Any]]:
     """Return the bits of every layer, measured where the options ask for it, and what the manifest says of the choice."""
-    if not options.measures:
+    manifest = calibrated.manifest
+    if options.bits == AUTO:
+        return _chosen(manifest, tensors, options, spec)
+    percent = options.protect
+    if looks_first(options, manifest) and _needs_protection(manifest, tensors, spec):
+        percent = PROTECTED
+    if not percent:
         return spec, {}
+    from dqtool.stages.precision import measure, protected_bits
+
+    spec, about = protected_bits(measure(manifest, tensors, options.passes), spec, percent / 100)
+    return spec, {"protected": about}
+
+
+def _needs_protection(manifest: Manifest, tensors: Mapping[str, Any], spec: QuantizationSpec) -> bool:
+    """Return whether these bits are predicted to give samples of less than `ENOUGH` dB."""
+    from dqtool.precision.frontier import psnr_of
+    from dqtool.stages.precision import measure, uniform_plan
+
+    widths = {bits for bits in (spec.bits.weight, spec.bits.input) if bits <= 8}
+    predicted = psnr_of(uniform_plan(measure(manifest, tensors, LOOKS, sorted(widths)), spec).error)
+    if predicted < ENOUGH:
+        report.say(
+            f"distill: {spec.bits} is predicted to give {predicted:.1f} dB before training: the costliest operands get more "
+            "bits (--protect 0 leaves them)"
+        )
+    return predicted < ENOUGH
+
+
+def _chosen(
+    manifest: Manifest, tensors: Mapping[str, Any], options: DistillOptions, spec: QuantizationSpec
+) -> tuple[QuantizationSpec, dict[str, Any]]:
+    """Return the bits that reach the targets of `--bits auto`."""
     from dqtool.nn.assignment import with_branches
     from dqtool.scaling.records import dilated_layers
     from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of, without_folds
-    from dqtool.stages.precision import choose_bits, measure, protected_bits
+    from dqtool.stages.precision import choose_bits, measure
 
-    manifest = calibrated.manifest
     measured = measure(manifest, tensors, options.passes)
-    if options.bits != AUTO:
-        spec = protected_bits(measured, spec, options.protect / 100)
-        return spec, {"protected": [str(kept) for kept in spec.kept]}
     steps = 1 if options.static else len(tensors["timesteps"])
     rows = prediction_rows_of(manifest) if corrects_predictions(options) else {}
     divided = dilated_layers(manifest)

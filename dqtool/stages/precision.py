@@ -21,7 +21,15 @@ from dqtool.models.networks.packed import layer_infos
 from dqtool.models.sampling.sampler import CALIBRATION, Sampler, image_seeds, initial_noise
 from dqtool.nn.assignment import LayerPlan, assign_bits
 from dqtool.nn.statistics import initial_tables
-from dqtool.precision.frontier import Plan, bits_by_name, find_frontier, kept_layers, plan_cost, psnr_of
+from dqtool.precision.frontier import (
+    Plan,
+    best_within,
+    bits_by_name,
+    find_frontier,
+    kept_layers,
+    plan_cost,
+    psnr_of,
+)
 from dqtool.precision.frontier import quantization_error as predicted_error
 from dqtool.precision.sensitivity import Errors, measure_errors
 from dqtool.precision.step_weights import step_weights
@@ -112,20 +120,29 @@ def uniform_plan(measured: Measured, spec: QuantizationSpec) -> Plan:
     return Plan(bits, predicted_error(measured.layers, bits, measured.errors), *plan_cost(measured.layers, bits))
 
 
-def protected_bits(measured: Measured, spec: QuantizationSpec, extra: float) -> QuantizationSpec:
+def protected_bits(measured: Measured, spec: QuantizationSpec, extra: float) -> tuple[QuantizationSpec, dict[str, Any]]:
     """Return `spec` with more bits for the operands that cost the samples most, for at most the share `extra` of its bytes
-    and of its bit operations on top."""
+    and of its bit operations on top, and what the manifest says of it."""
     plain = uniform_plan(measured, spec)
-    best = plain
-    for plan in find_frontier(measured.layers, measured.errors, WIDTHS, plain.bits):
-        dear = plan.weight_bytes > plain.weight_bytes * (1 + extra) or plan.bops > plain.bops * (1 + extra)
-        if not dear and plan.error < best.error:
-            best = plan
+    limits = plain.weight_bytes * (1 + extra), plain.bops * (1 + extra)
+    best = best_within(measured.layers, measured.errors, WIDTHS, plain.bits, *limits)
+    if best is None or best.error >= plain.error:
+        best = plain
     changed = {name: bits for name, bits in best.bits.items() if bits != plain.bits[name]}
+    more_bytes, more_bops = best.weight_bytes / max(plain.weight_bytes, 1) - 1, best.bops / max(plain.bops, 1) - 1
     report.say(
-        f"distill: {len(changed)} layers protected; predicted PSNR {psnr_of(plain.error):.1f} to {psnr_of(best.error):.1f} dB"
+        f"distill: {len(changed)} layers protected for {more_bytes:.1%} more bytes and {more_bops:.1%} more bit operations; "
+        f"predicted PSNR {psnr_of(plain.error):.1f} to {psnr_of(best.error):.1f} dB before training"
     )
-    return replace(spec, kept=(*spec.kept, *kept_layers(changed)))
+    spec = replace(spec, kept=(*spec.kept, *kept_layers(changed)))
+    about = {
+        "layers": len(changed),
+        "more_bytes": more_bytes,
+        "more_bops": more_bops,
+        "predicted_psnr": [min(psnr_of(plan.error), 100.0) for plan in (plain, best)],
+        "keep": [str(kept) for kept in spec.kept],
+    }
+    return spec, about
 
 
 def choose_bits(

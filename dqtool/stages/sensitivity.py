@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest
@@ -11,9 +12,12 @@ from dqtool.stages.options.sensitivity import SensitivityOptions
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
 
+if TYPE_CHECKING:
+    from dqtool.core.bits import LayerBits
+
 __all__ = ["SensitivityOptions", "sensitivity"]
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 KEPT_SHARE = 0.9
 """Share of the error that the suggested `--keep` options take away."""
@@ -54,27 +58,28 @@ def produce(calibrated: Artifact, options: SensitivityOptions) -> StageOutput:
     manifest, bits = calibrated.manifest, options.layer_bits
     widths = sorted({*WIDTHS, *(b for b in (bits.weight, bits.input) if b <= 8)})
     measured = measure(manifest, calibrated.tensors(), options.passes, widths)
+    plan = uniform_plan(measured, QuantizationSpec.parse(options.bits))
     operands: list[dict[str, Any]] = []
     for (layer, operand), errors in measured.errors.items():
-        width = bits.weight if operand == WEIGHT else bits.input
-        error = errors.get(width, 0.0)
+        own = plan.bits[layer]  # the first and the last layers have more than the others
+        width = own.weight if operand == WEIGHT else own.input
         by_width = {str(b): min(psnr_of(e), 100.0) for b, e in errors.items()}
-        operands.append({"layer": layer, "operand": operand, "error": error, "psnr": by_width})
+        error = errors.get(width, 0.0)
+        operands.append({"layer": layer, "operand": operand, "bits": width, "error": error, "psnr": by_width})
     total = sum(each["error"] for each in operands) or 1.0
     for each in operands:
         each["share"] = each["error"] / total
     operands.sort(key=lambda each: -each["error"])
-    plan = uniform_plan(measured, QuantizationSpec.parse(options.bits))
     metrics = {
         "operands": operands,
         "predicted_psnr": min(psnr_of(plan.error), 100.0),
-        "keep": keep_lines(operands, bits.weight, bits.input),
+        "keep": keep_lines(operands, plan.bits),
         "frontier": frontier_rows(measured, find_frontier(measured.layers, measured.errors, widths), {}),
     }
     return StageOutput(None, manifest.model, manifest.pipeline, [], metrics)
 
 
-def keep_lines(operands: list[dict[str, Any]], weight: int, inputs: int) -> list[str]:
+def keep_lines(operands: list[dict[str, Any]], bits: Mapping[str, LayerBits]) -> list[str]:
     """Return the `--keep` options that bring the costliest operands to 8 bits, or to float where 8 are too few already."""
     from dqtool.precision.sensitivity import WEIGHT
 
@@ -83,7 +88,7 @@ def keep_lines(operands: list[dict[str, Any]], weight: int, inputs: int) -> list
     for each in operands:
         if taken >= KEPT_SHARE:
             break
-        own = finer.setdefault(each["layer"], [weight, inputs])
+        own = finer.setdefault(each["layer"], bits[each["layer"]].to_json())
         side = 0 if each["operand"] == WEIGHT else 1
         own[side] = 8 if own[side] < 8 else 16
         taken += each["share"]
@@ -97,14 +102,13 @@ def show(metrics: dict[str, Any], options: SensitivityOptions) -> None:
     """Show the costliest operands, the frontier and the options to type."""
     from dqtool.precision.table import print_frontier
 
-    bits = options.layer_bits
     rows = []
     for each in metrics["operands"][: options.top]:
-        width = str(bits.weight if each["operand"] == "weights" else bits.input)
-        rows.append((each["layer"], each["operand"], f"{each['psnr'].get(width, 100.0):.1f}", f"{each['share']:.1%}"))
+        psnr = each["psnr"].get(str(each["bits"]), 100.0)
+        rows.append((each["layer"], each["operand"], each["bits"], f"{psnr:.1f}", f"{each['share']:.1%}"))
     report.table(
         f"{options.bits}: PSNR of samples when one operand alone is quantized",
-        ["layer", "operand", "PSNR", "share"],
+        ["layer", "operand", "bits", "PSNR", "share"],
         rows,
     )
     report.say(f"all of them at {options.bits}: predicted PSNR {metrics['predicted_psnr']:.1f} dB before training")

@@ -9,7 +9,7 @@ import pytest
 from dqtool.core.bits import LayerBits
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.graph.trace import LayerInfo
-from dqtool.precision.frontier import find_frontier, kept_layers, plan_cost, psnr_of, quantization_error
+from dqtool.precision.frontier import best_within, find_frontier, kept_layers, plan_cost, psnr_of, quantization_error
 
 LAYERS = [
     LayerInfo("a", "linear", (8, 8), 6400),
@@ -55,6 +55,20 @@ def test_a_floor_is_kept() -> None:
     floor = dict.fromkeys(("a", "b", "c.d"), LayerBits(8, 8))
     for plan in find_frontier(LAYERS, ERRORS, (4, 8), floor):
         assert all(bits.weight >= 8 and bits.input >= 8 for bits in plan.bits.values())
+
+
+def test_the_best_plan_within_limits() -> None:
+    floor = dict.fromkeys(("a", "b", "c.d"), LayerBits(4, 4))
+    size, bops = plan_cost(LAYERS, floor)
+    assert best_within(LAYERS, ERRORS, (4, 8), floor, size * 0.9, bops) is None
+    for extra in (0.0, 0.5, 1.0, 4.0):
+        found = best_within(LAYERS, ERRORS, (4, 8), floor, size * (1 + extra), bops * (1 + extra))
+        assert found is not None
+        assert found.weight_bytes <= size * (1 + extra)
+        assert found.bops <= bops * (1 + extra)
+        for plan in find_frontier(LAYERS, ERRORS, (4, 8), floor):
+            fits = plan.weight_bytes <= size * (1 + extra) and plan.bops <= bops * (1 + extra)
+            assert not (fits and plan.error < found.error)
 
 
 def test_keep_options_say_what_the_plan_says() -> None:

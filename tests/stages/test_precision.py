@@ -11,6 +11,7 @@ from conftest import Run
 from helpers import load_json, refused
 
 import dqtool
+from dqtool.stages import measured_bits
 
 UNTRAINED = ("--iters", "0", "--refine-iters", "0", "--passes", "16", "--no-correct-noise")
 
@@ -30,6 +31,8 @@ def test_the_report_and_its_table(run: Run, chain: Path) -> None:
     operands = found["metrics"]["operands"]
     assert operands[0]["layer"] in result.stderr
     assert sum(each["share"] for each in operands) == pytest.approx(1)
+    ends = {each["bits"] for each in operands if each["layer"] in ("conv_in", "conv_out")}
+    assert ends == {8}  # whatever the others have
     assert {row["bits"] for row in found["metrics"]["frontier"]} >= {"auto", "8/8", "4/4"}
     again = run("sensitivity", "--passes", "8", "--bits", "4/4", cwd=chain)
     assert "cached" in again.stderr
@@ -85,6 +88,37 @@ def test_protected_operands(run: Run, chain: Path) -> None:
     assert any(a["bits"] != b["bits"] for a, b in pairs)
     assert all(x <= y for a, b in pairs for x, y in zip(a["bits"], b["bits"], strict=True))
     assert plain["file"]["bytes"] < protected["file"]["bytes"] <= plain["file"]["bytes"] * 1.3
+
+
+def test_bits_that_lose_the_samples_are_protected_by_default(
+    run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bits_of(*options: str) -> tuple[dict, list]:
+        output = ("-o", "given.safetensors", "--force")
+        result = run("distill", "--bits", "4/4", *options, *UNTRAINED, *output, cwd=chain)
+        assert result.returncode == 0, result.stderr
+        found = manifest(chain / "given.json")
+        return found, [layer["bits"] for layer in found["layers"]]
+
+    _, plain = bits_of()  # a network too small to be measured
+    monkeypatch.setattr(measured_bits, "WEIGHTS", range(1, 10**9))
+    found, chosen = bits_of()
+    assert found["parameters"]["protect"] == {"below": 30.0, "percent": 30.0, "looks": 8}
+    about = found["metrics"]["protected"]
+    before, after = about["predicted_psnr"]
+    assert before < 30
+    assert after > before + 3
+    assert 0 < about["more_bops"] <= 0.3
+    assert about["more_bytes"] <= 0.3
+    assert chosen != plain
+    for chosen_by_the_user in (("--protect", "0"), ("--keep", "conv_in=8/8"), ("--static",)):
+        found, kept = bits_of(*chosen_by_the_user)
+        assert "protected" not in found["metrics"]
+        assert kept == plain
+    monkeypatch.setattr(measured_bits, "ENOUGH", 1.0)
+    found, kept = bits_of()
+    assert "protected" not in found["metrics"]
+    assert kept == plain
 
 
 def test_chosen_bits_run_in_every_runtime(run: Run, chain: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dqtool.core.quantization import PAPER, QuantizationSpec
+from dqtool.core.quantization import PAPER, STANDARD, QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import ARTIFACT, LARGEST_SEED, OUTPUT
@@ -66,14 +66,15 @@ class DistillOptions:
         Option("Most bit operations of a forward pass, in 10^9, that --bits auto may choose.", "F", least=0),
     ] = None
     protect: Annotated[
-        float,
+        float | None,
         Option(
-            "Extra bytes and bit operations, in percent, that may go to the operands which cost samples most. Give 10 to 50 for "
-            "models of few steps.",
+            "Extra bytes and bit operations, in percent, that may go to the operands which cost samples most. Default: 30 "
+            "where the bits are predicted to give samples of less than 30 dB before training, else 0.",
             "PERCENT",
             least=0,
+            show_default=False,
         ),
-    ] = 0.0
+    ] = None
     passes: Annotated[
         int,
         Option(
@@ -241,9 +242,11 @@ class DistillOptions:
         return given if given.to_json() else Targets(DEFAULT_PSNR)
 
     @property
-    def measures(self) -> bool:
-        """True if bits depend on measured errors."""
-        return self.bits == AUTO or self.protect > 0
+    def may_protect(self) -> bool:
+        """True if dqtool decides whether operands are protected: uniform bits, and nothing that the user chose for layers."""
+        quantizes = self.bits != AUTO and (self.spec.bits.quantizes_weight or self.spec.bits.quantizes_input)
+        plain = self.preset == STANDARD and not self.keep and not self.low_rank and not self.static
+        return quantizes and self.protect is None and plain
 
 
 DEFAULT_PSNR = 35.0
@@ -266,7 +269,7 @@ def check_targets(options: DistillOptions) -> None:
         raise UsageError("Targets are for bits that dqtool chooses", where=", ".join(given), fix="Give --bits auto")
     if options.bits == AUTO and options.protect:
         raise UsageError("--bits auto protects by itself", where="--protect", fix="Leave it out")
-    if options.measures and options.preset != "standard":
+    if (options.bits == AUTO or options.protect) and options.preset != STANDARD:
         raise UsageError(
             "Bits chosen by errors leave nothing to a preset", where="--preset", fix="Leave it out, or use --keep"
         )

@@ -28,7 +28,11 @@ PASSED_ON: tuple[tuple[type, tuple[str, ...]], ...] = (
         ("steps", "sampler", "spacing", "timesteps", "clip", "variance", "samples", "seed", "eta", "guidance", "prompts",
          "conditions", "random_conditions", "batch_size"),
     ),
-    (DistillOptions, ("bits", "keep", "low_rank", "correct_noise", "low_memory")),
+    (
+        DistillOptions,
+        ("bits", "target_psnr", "target_size", "target_bops", "protect", "keep", "low_rank", "correct_noise",
+         "low_memory"),
+    ),
 )  # fmt: skip
 """Options that `quantize` takes from the stages, with the class that declares each."""
 
