@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -98,6 +98,11 @@ bench-dit-xl2: setup
 # recipes/results/same-integers.md.
 same-integers: setup
 	$(BIN)/python recipes/same_integers.py
+
+# Compares exported pipelines with float ones under other samplers, from images and inside masks, and writes
+# recipes/results/quality-paths.md and .json. It takes the exports of `make digits-...-w4a4`, or makes fast ones.
+quality-paths: setup
+	$(BIN)/python recipes/quality_paths.py
 
 # Quantizes a consistency model from PyPI at uniform and at chosen bits, and writes recipes/results/terrain.md.
 terrain: setup
