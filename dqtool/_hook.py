@@ -40,10 +40,10 @@ def _register_adapters(config: ModuleType) -> None:
     register(config)
 
 
-def _refuse_lokr(model: ModuleType) -> None:
-    from dqtool.models.hub.adapters import refuse_lokr
+def _refuse_other_kinds(loaders: ModuleType) -> None:
+    from dqtool.models.hub.adapters import refuse_other_kinds
 
-    refuse_lokr(model)
+    refuse_other_kinds(loaders)
 
 
 TARGETS = {
@@ -51,7 +51,8 @@ TARGETS = {
     "diffusers.pipelines.pipeline_utils": _register_runs,
     "transformers.quantizers.auto": _register_in_transformers,
     "peft.tuners.lora.config": _register_adapters,
-    "peft.tuners.lokr.model": _refuse_lokr,
+    "diffusers.loaders.lora_pipeline": _refuse_other_kinds,
+    "diffusers.loaders.peft": _refuse_other_kinds,
 }
 """Modules of diffusers, transformers and peft and what is done with each once it has been imported: they hold the tables of
 quantizers, the pipelines' base class, and the settings of LoRA."""

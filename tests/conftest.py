@@ -93,3 +93,21 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save(model.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    """Return a directory with `tiny-sd`, a StableDiffusionPipeline, and `exported`, its 8/8 export without training."""
+    from tiny_text import tiny_stable_diffusion
+
+    directory = tmp_path_factory.mktemp("stable-diffusion")
+    tiny_stable_diffusion(directory / "tiny-sd")
+    for arguments in (
+        ("dilate", "tiny-sd", "--scaling", "none"),
+        ("calibrate", "--steps", "4", "--samples", "16", "--scaling", "keep"),
+        ("distill", "--bits", "8/8", "--iters", "0"),
+        ("export",),
+    ):
+        result = run(*arguments, cwd=directory)
+        assert result.returncode == 0, result.stderr
+    return directory

@@ -111,7 +111,7 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
         for name, module in engine.named_modules():
             if type(module).__name__ in fused and name in seen:
                 args, kwargs, expected = seen[name]
-                if isinstance(module, NormActProduct):
+                if isinstance(module, NormActProduct):  # the norm before it left the input as it was
                     args = seen["conv_norm_out"][0]
                 differences[name, step] = float((module(*args, **kwargs) - expected).norm() / expected.norm())
     assert len(differences) >= 8 * len(simulated.timesteps)

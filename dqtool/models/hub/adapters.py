@@ -8,16 +8,20 @@ refused: `fuse_lora`, and adapters that are no low-rank branch (DoRA).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from dqtool.errors import UsageError
+from dqtool.models.sources.adapter_kinds import MERGE_ELSEWHERE, other_kind
 from dqtool.nn.adaptable import Adaptable, float_twin
 
-__all__ = ["refuse_lokr", "register"]
+__all__ = ["refuse_other_kinds", "register"]
 
 WHERE = "LoRA on a quantized network"
 MERGE = "Merge the LoRA before quantization: `dqtool dilate MODEL --lora FILE`"
@@ -38,22 +42,53 @@ def register(config: ModuleType) -> None:
     config.LoraConfig.__post_init__ = post_init
 
 
-def refuse_lokr(model: ModuleType) -> None:
-    """Make `LoKrModel` of `peft.tuners.lokr.model` raise `UsageError` on dqtool's layers, whose weights it can't change."""
-    made = model.LoKrModel._create_and_replace
-    if getattr(made, "_dqtool", False):
+_QUANTIZED: ContextVar[bool] = ContextVar("dqtool_quantized", default=False)
+"""True while an adapter is loaded into a quantized network."""
+
+
+def refuse_other_kinds(loaders: ModuleType) -> None:
+    """Make the LoRA loaders of `diffusers.loaders.lora_pipeline` or `.peft` raise `UsageError` for a file of another kind of
+    adapter, where the network is quantized. Idempotent."""
+    fetch = loaders._fetch_state_dict
+    if getattr(fetch, "_dqtool", False):
         return
 
-    @functools.wraps(made)
-    def create(self: Any, config: Any, adapter_name: str, target: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(target, Adaptable):
+    @functools.wraps(fetch)
+    def fetched(*args: Any, **kwargs: Any) -> Any:
+        found = fetch(*args, **kwargs)
+        other = other_kind(found[0]) if _QUANTIZED.get() else None
+        if other is not None:
             raise UsageError(
-                "LoKr changes the weight, which is quantized", where=WHERE, fix="Use a LoRA of plain branches"
+                f"This is a {other[0]}: it {other[1]}, which is quantized here", where=WHERE, fix=MERGE_ELSEWHERE
             )
-        made(self, config, adapter_name, target, *args, **kwargs)
+        return found
 
-    create._dqtool = True  # type: ignore[attr-defined]
-    model.LoKrModel._create_and_replace = create
+    fetched._dqtool = True  # type: ignore[attr-defined]
+    loaders._fetch_state_dict = fetched  # type: ignore[attr-defined]
+    for cls in list(vars(loaders).values()):
+        for name in ("load_lora_weights", "load_lora_adapter"):
+            if isinstance(cls, type) and name in vars(cls) and cls.__module__ == loaders.__name__:
+                setattr(cls, name, _noting(vars(cls)[name]))
+
+
+def _noting(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _loading_into(self):
+            return load(self, *args, **kwargs)
+
+    return noted
+
+
+@contextlib.contextmanager
+def _loading_into(target: Any) -> Iterator[None]:
+    """Note whether `target` is a quantized network or a pipeline with one."""
+    parts = target.components.values() if hasattr(target, "components") else [target]
+    token = _QUANTIZED.set(_QUANTIZED.get() or any("_dqtool_steps" in getattr(part, "__dict__", {}) for part in parts))
+    try:
+        yield
+    finally:
+        _QUANTIZED.reset(token)
 
 
 def _wrap(layer: Any, adapter_name: str, **kwargs: Any) -> nn.Module:
@@ -93,7 +128,7 @@ def _quantized(kind: Any) -> type[nn.Module]:
         def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
             """Refuse variants that are no plain low-rank branch."""
             if config.use_dora:
-                raise UsageError("DoRA scales the weight, which is quantized", where=WHERE, fix=MERGE)
+                raise UsageError("DoRA scales the weight, which is quantized", where=WHERE, fix=MERGE_ELSEWHERE)
             found = super().resolve_lora_variant(config=config, **kwargs)
             if found is not None:
                 raise UsageError(

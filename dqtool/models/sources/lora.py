@@ -20,6 +20,7 @@ from dqtool.artifacts import check_finite
 from dqtool.artifacts.reading import parse_json
 from dqtool.artifacts.tensorfile import load_tensors, read_metadata
 from dqtool.errors import ArtifactError, NumericError
+from dqtool.models.sources.adapter_kinds import MERGE_ELSEWHERE, other_kind
 from dqtool.models.sources.lora_files import LoraFile
 from dqtool.models.sources.patterns import Patterns
 
@@ -158,8 +159,9 @@ def _load(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _to_peft(state: dict[str, Tensor], source: ModelSource, path: str) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the tensors under peft's names (`lora_A`, `lora_B`), and the alphas that the file holds as tensors, by module."""
-    if any("dora_scale" in name or "lora_magnitude_vector" in name for name in state):
-        raise ArtifactError("This is a DoRA, whose change is no product of two matrices", where=path, fix="Give a LoRA")
+    other = other_kind(state)
+    if other is not None:
+        raise ArtifactError(f"This is a {other[0]}: it {other[1]}", where=path, fix=MERGE_ELSEWHERE)
     alphas: dict[str, Any] = {}
     if not all(_PARTS.fullmatch(name) for name in state if not name.endswith(".alpha")):
         import diffusers.loaders.lora_pipeline as loaders

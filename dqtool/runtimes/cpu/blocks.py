@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.processors import runs_own, without_hook
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, is_bare
 from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, Product
@@ -292,23 +293,49 @@ class FusedAttention(Attention):
         return processor(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[return-value]
 
 
-class NormActProduct(nn.Module):
-    """The head of a UNet, `conv_out(act(norm(x)))`, in the place of its convolution."""
+class HeadNorm(nn.GroupNorm):
+    """The norm and the activation before `conv_out` of `network`; it leaves both to `conv_out` where that is fused."""
 
-    def __init__(self, norm: nn.GroupNorm, product: Product) -> None:
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, C, H, W]` to the same shape."""
+        if isinstance(self.__dict__["network"].conv_out, NormActProduct):
+            return input
+        return F.silu(super().forward(input.to(self.weight.dtype))).to(input.dtype)
+
+
+class NormActProduct(Adaptable, nn.Module):
+    """The head of a UNet, `conv_out(act(norm(x)))`, in the place of its convolution.
+
+    A LoRA branch around it needs the normalized input: it then is the convolution alone, and `HeadNorm` does the rest.
+    """
+
+    def __init__(self, network: nn.Module, norm: nn.GroupNorm, product: Product) -> None:
         super().__init__()
-        self.norm, self.product = norm, product
+        self.__dict__.update(network=network, norm=norm)  # both stay modules of the network alone
+        self.product, self.groups = product, product.groups  # peft reads the groups when it swaps adapters
+
+    @property
+    def qweight(self) -> Tensor:
+        """See `Adaptable.qweight`."""
+        return self.product.qweight
+
+    def geometry_of_float(self) -> dict[str, object]:
+        """See `Adaptable.geometry_of_float`."""
+        return self.product.geometry_of_float()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, C, H, W]` to `[N, C_out, H, W]`."""
-        return self.product.multiply(self.product.group_norm(x.float(), self.norm, SILU)).to(x.dtype)
+        if self.__dict__["network"].conv_out is not self:
+            return self.product(x)
+        return self.product.multiply(self.product.group_norm(x.float(), self.__dict__["norm"], SILU)).to(x.dtype)
 
 
 def _fuse_head(network: Any) -> int:
     norm, act, out = (getattr(network, name, None) for name in ("conv_norm_out", "conv_act", "conv_out"))
     if type(norm) is nn.GroupNorm and isinstance(act, nn.SiLU) and isinstance(out, Product) and out.is_conv:
-        network.conv_norm_out, network.conv_act = nn.Identity(), nn.Identity()
-        network.conv_out = NormActProduct(norm, out)
+        norm.__class__, network.conv_act = HeadNorm, nn.Identity()
+        norm.__dict__["network"] = network
+        network.conv_out = NormActProduct(network, norm, out)
         return 1
     return 0
 
