@@ -46,6 +46,21 @@ def _refuse_other_kinds(loaders: ModuleType) -> None:
     refuse_other_kinds(loaders)
 
 
+def _copy_float_weights(module: ModuleType) -> None:
+    from dqtool.models.hub.derived import copy_float_weights
+
+    copy_float_weights(module)
+
+
+DERIVED = (
+    *(
+        f"controlnets.controlnet{name}"
+        for name in ("", "_union", "_xs", "_sparsectrl", "_sd3", "_flux", "_qwenimage", "_hunyuan", "_z_image")
+    ),
+    "unets.unet_motion_model",
+)
+"""Modules below `diffusers.models` whose classes start from the weights of a denoiser."""
+
 TARGETS = {
     "diffusers.quantizers.auto": _register_quantizer,
     "diffusers.pipelines.pipeline_utils": _register_runs,
@@ -53,6 +68,7 @@ TARGETS = {
     "peft.tuners.lora.config": _register_adapters,
     "diffusers.loaders.lora_pipeline": _refuse_other_kinds,
     "diffusers.loaders.peft": _refuse_other_kinds,
+    **{f"diffusers.models.{name}": _copy_float_weights for name in DERIVED},
 }
 """Modules of diffusers, transformers and peft and what is done with each once it has been imported: they hold the tables of
 quantizers, the pipelines' base class, and the settings of LoRA."""

@@ -22,7 +22,7 @@ from dqtool.nn.call_lock import give
 from dqtool.nn.packed_form import give_counts, is_quantized_tensor, packed_form
 from dqtool.nn.surgery import quant_layers
 
-__all__ = ["MANIFEST", "Origin", "float_state", "give_methods", "origin_of", "to_float"]
+__all__ = ["MANIFEST", "Origin", "float_copy", "float_state", "give_methods", "origin_of", "to_float"]
 
 ORIGIN = "_dqtool_origin"
 OURS = ("quantization_config", "_pre_quantization_dtype")
@@ -136,11 +136,8 @@ def float_state(packed: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def to_float(network: Any) -> Any:
-    """Convert a quantized network in place into one of diffusers' float layers, with dequantized weights.
-
-    Activations are no longer quantized, and predictions no longer corrected.
-    """
+def float_copy(network: Any) -> Any:
+    """Return a new network of diffusers' float layers with the dequantized weights of `network`, in its dtype."""
     packed = packed_form(network)
     dtype = network.dtype
     config = {k: v for k, v in network.config.items() if k != "quantization_config"}
@@ -151,10 +148,18 @@ def to_float(network: Any) -> Any:
         fresh.load_state_dict(restore_copies(state, family.tied_modules(config)), assign=True)
     except RuntimeError as e:
         raise ArtifactError(f"The packed tensors don't fit the network: {e}", where="config.json") from e
-    device = next(iter(packed.buffers())).device
+    return nn.Module.to(fresh, next(iter(packed.buffers())).device, dtype).eval()
+
+
+def to_float(network: Any) -> Any:
+    """Convert a quantized network in place into one of diffusers' float layers, with dequantized weights.
+
+    Activations are no longer quantized, and predictions no longer corrected.
+    """
+    fresh = float_copy(network)
     kept = {k: v for k, v in network.__dict__.items() if k in ("_internal_dict", "training")}
     network.__dict__.clear()
-    network.__dict__.update(nn.Module.to(fresh, device, dtype).eval().__dict__ | kept)
+    network.__dict__.update(fresh.__dict__ | kept)
     network._internal_dict = type(network.config)({k: v for k, v in network.config.items() if k not in OURS})
     network.is_quantized = False
     return network

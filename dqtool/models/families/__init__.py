@@ -17,6 +17,9 @@ from dqtool.models.families.generic import PREFIX, Generic
 
 __all__ = ["FAMILIES", "Family", "family_of", "register"]
 
+HELPERS = ("ControlNet", "T2IAdapter", "Autoencoder", "VQModel")
+"""Parts of the class names of diffusers' networks that work beside a denoiser."""
+
 
 def family_of(class_name: str, where: str, config: Mapping[str, Any] | None = None) -> Family:
     """Return the adapter for the class name in an artifact, and check `config` against it where one is given.
@@ -31,6 +34,13 @@ def family_of(class_name: str, where: str, config: Mapping[str, Any] | None = No
 
 
 def _family(class_name: str, where: str) -> Family:
+    helper = next((kind for kind in HELPERS if kind in class_name), None)
+    if helper is not None:
+        raise ArtifactError(
+            f"A {class_name} is no denoiser: it makes inputs of one",
+            where=where,
+            fix="Quantize the denoiser, and give this network to the pipeline as it is: it works beside a quantized one",
+        )
     if class_name.startswith(PREFIX):
         return Generic(class_name.removeprefix(PREFIX))
     if class_name not in FAMILIES:
