@@ -53,7 +53,8 @@ def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     import openvino
 
     from dqtool.formats.openvino import OpenVINOProduct, compile_settings, saturates
-    from dqtool.nn.traceable import StepTables, TraceableLayer
+    from dqtool.nn.traceable import TraceableLayer
+    from dqtool.nn.traceable_codes import StepTables
 
     timesteps: Tensor = network.timesteps  # type: ignore[assignment]
     steps = len(timesteps)

@@ -23,7 +23,8 @@ from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import family_of
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.integer import IntegerLayer
-from dqtool.nn.traceable import ProductForm, TraceableNetwork, is_signed
+from dqtool.nn.traceable import TraceableNetwork
+from dqtool.nn.traceable_codes import ProductForm, is_signed
 
 __all__ = ["EXTRA", "GRAPH", "prepare"]
 

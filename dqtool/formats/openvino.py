@@ -24,7 +24,8 @@ from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import Family, family_of
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.integer import IntegerLayer, Operand
-from dqtool.nn.traceable import ProductForm, TraceableNetwork
+from dqtool.nn.traceable import TraceableNetwork
+from dqtool.nn.traceable_codes import ProductForm
 
 if TYPE_CHECKING:
     import openvino

@@ -11,7 +11,7 @@ from dqtool import report
 from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.core.out_of_memory import with_smaller_batches
-from dqtool.errors import NumericError, UsageError
+from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.sampling.schedules import finite_config
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dqtool.models.conditions.conditioning import Conditions
-    from dqtool.models.sampling.sampler import Sampler
     from dqtool.scaling.rescaling import Rescaled
     from dqtool.training.data import Trajectory
 
@@ -33,8 +31,6 @@ __all__ = ["CalibrateOptions", "calibrate"]
 CODE_VERSION = 2
 
 RANGE = ".channel_range"
-STATISTICS_SAMPLES = 64
-"""Samples of a step that its histograms are made of: each brings thousands of values per layer, more change nothing."""
 WORK_TOGETHER = 64 * 10**9
 """Multiply-accumulates of the samples that run together where statistics are collected: large networks gain nothing from
 more and need memory for it."""
@@ -124,6 +120,7 @@ def produce(
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.sampling.sampler import Sampler, make_sampler
     from dqtool.nn.statistics import collect
+    from dqtool.stages.calibration.trajectory import STATISTICS_SAMPLES, TrajectoryRecorder, images_of
     from dqtool.stages.shared.artifact_models import conditions_of, split_dilated, teacher_of
     from dqtool.training.data import Trajectory
 
@@ -159,9 +156,10 @@ def produce(
     shape = family.sample_shape(config)
     generator = torch.Generator().manual_seed(options.seed)
     blocks = [block["name"] for block in manifest.metrics["blocks"]]
-    quotas = quotas_by_step(network, shape, sampler, timesteps, conditions, options, blocks, generator)
+    recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator)
+    quotas = recorder.quotas(conditions, blocks)
     conditions = conditions.evenly(images_of(quotas, conditions))
-    trajectory, seen = record(network, shape, sampler, timesteps, conditions, options, quotas, generator, workspace)
+    trajectory, seen = recorder.record(conditions, quotas, workspace)
     points = Trajectory.from_tensors({**seen, "timesteps": timesteps})
 
     together = samples_together(manifest.layers, options.batch_size)
@@ -254,169 +252,6 @@ def check_variance(scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> 
                 where="--variance learned_range",
                 fix="Choose fixed_small or fixed_large, or leave it out",
             )
-
-
-def quotas_by_step(
-    network: nn.Module,
-    shape: tuple[int, ...],
-    sampler: Sampler,
-    timesteps: Tensor,
-    conditions: Conditions,
-    options: CalibrateOptions,
-    blocks: Sequence[str],
-    generator: torch.Generator,
-) -> Tensor:
-    """Return the number of points of each step to keep, `[T]`. A draw that looks at features gets those of one batch of
-    images, from the middle one of `blocks` (in execution order; the UNets' own middle where there is one)."""
-    import torch
-
-    from dqtool.core.device import to_cpu
-    from dqtool.core.draws import DrawInput, draw_method
-    from dqtool.models.sampling.sampler import CALIBRATION
-
-    draw = draw_method(options.draw)
-    given = DrawInput(len(timesteps), options.samples, generator)
-    if not draw.needs_features:
-        return draw.function(given)
-    middle = next((name for name in blocks if name.startswith("mid_block")), blocks[len(blocks) // 2])
-    latest: list[Tensor] = []
-    found: dict[int, Tensor] = {}
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
-
-    def see(_x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-        found.setdefault(row_of(timestep, timesteps), to_cpu(latest[0].detach().clone()))
-
-    images = min(options.batch_size, options.samples)
-    conditions = conditions.evenly(images)
-    handle = network.get_submodule(middle).register_forward_hook(keep)
-    try:
-        batches = sampler.batches(
-            network, shape, images, options.seed, images, conditions.given, see, CALIBRATION, conditions.null
-        )
-        for _ in batches:
-            pass
-    finally:
-        handle.remove()
-    features = torch.stack([found[row] for row in range(len(timesteps))])
-    return draw.function(DrawInput(len(timesteps), options.samples, generator, features))
-
-
-def row_of(timestep: Tensor, timesteps: Tensor) -> int:
-    """Return the row of `timestep` in the sampler's own table `timesteps` `[T]`.
-
-    Raises:
-        NumericError: the sampler asks for a timestep that its table lacks.
-    """
-    from dqtool.nn.steps import look_up
-
-    row, missed = look_up(timestep.detach().reshape(1).cpu(), timesteps)
-    if bool(missed):
-        raise NumericError(
-            f"The sampler asks for timestep {float(timestep):g}, which is not in its list",
-            where="calibrate",
-            fix="Choose another --sampler",
-        )
-    return int(row)
-
-
-def images_of(quotas: Tensor, conditions: Conditions) -> int:
-    """Return the number of images to sample. With guidance, a step of one image makes two points."""
-    return -(-int(quotas.max()) // (1 + conditions.guided))
-
-
-def record(
-    network: nn.Module,
-    shape: tuple[int, ...],
-    sampler: Sampler,
-    timesteps: Tensor,
-    conditions: Conditions,
-    options: CalibrateOptions,
-    quotas: Tensor,
-    generator: torch.Generator,
-    workspace: Workspace,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Take `quotas[t]` points of every step, at random; with guidance a point counts twice, for what the network is asked
-    without and with the condition. Returns the points that are kept, and those that statistics are made of, which are
-    the same where every step keeps as many, else up to `STATISTICS_SAMPLES` of every step.
-
-    Each holds `trajectory.x` `[N, C, H, W]` and `trajectory.rows` `[N]` (row of the step in `timesteps`), ordered by step;
-    for a conditional network one table `condition.NAME` `[K, ...]` a condition and `trajectory.subjects` `[N]`, the row
-    of each sample in them. Finished batches of images go to `workspace`.
-    """
-    import torch
-
-    from dqtool.core.device import to_cpu
-    from dqtool.models.sampling.sampler import CALIBRATION
-
-    steps, halves = len(timesteps), 1 + conditions.guided
-    images = images_of(quotas, conditions)
-    pools: list[list[Tensor]] = [[] for _ in range(steps)]
-    owners: list[list[Tensor]] = [[] for _ in range(steps)]
-    kept = Checkpoints(workspace, f"trajectory by {options.batch_size}")
-    batches = list(range(0, images, options.batch_size))
-    with report.progress("calibrate: trajectory", len(batches) * steps) as progress:
-        seen: list[tuple[int, Tensor]] = []
-
-        def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-            # [n, halves, ...]: a point's inputs beside each other.
-            seen.append((row_of(timestep, timesteps), to_cpu(torch.stack(x.chunk(halves), 1))))
-            progress.advance()
-
-        def pool(index: int, points: Iterable[tuple[int, Tensor]]) -> None:
-            for row, x in points:
-                pools[row].append(x)
-                owners[row].append(torch.arange(batches[index], batches[index] + len(x)))
-
-        for index, found in kept.found.items():
-            pool(index, [(int(name.split()[1]), x) for name, x in sorted(found.items())])
-            progress.skip(steps)
-
-        running = sampler.batches(
-            network,
-            shape,
-            images,
-            options.seed,
-            options.batch_size,
-            conditions.given,
-            see,
-            CALIBRATION,
-            conditions.null,
-            first=options.batch_size * len(kept.found),
-        )
-        for index, batch in enumerate(running, len(kept.found)):
-            pool(index, seen)
-            kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
-            seen.clear()
-            if not bool(torch.isfinite(batch).all()):
-                raise NumericError(
-                    "The full-precision model's own samples are not finite",
-                    where="calibrate",
-                    fix="Check the model's scheduler config and the sampler",
-                )
-
-    def taken(wanted: Sequence[int]) -> dict[str, Tensor]:
-        xs, rows, asked = [], [], []
-        for row, quota in enumerate(wanted):
-            pool = torch.cat(pools[row])
-            chosen = torch.randperm(len(pool), generator=generator)[: -(-quota // halves)].sort().values
-            xs.append(pool[chosen].flatten(0, 1)[:quota])
-            subjects = conditions.rows(0, images)[torch.cat(owners[row])[chosen]]
-            if conditions.guided:
-                subjects = torch.stack([torch.full_like(subjects, len(conditions) - 1), subjects], 1).flatten()
-            asked.append(subjects[:quota])
-            rows.append(torch.full((quota,), row))
-        found = {"trajectory.x": torch.cat(xs), "trajectory.rows": torch.cat(rows)}
-        if conditions.table:
-            found["trajectory.subjects"] = torch.cat(asked)
-            found |= {f"condition.{name}": values for name, values in conditions.table.items()}
-        return found
-
-    points = taken(quotas.tolist())
-    if int(quotas.max()) - int(quotas.min()) <= 1:
-        return points, points
-    return points, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
 
 
 def range_ratios(statistics: dict[str, Tensor], dilation: dict[str, Tensor]) -> dict[str, float]:

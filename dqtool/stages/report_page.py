@@ -165,7 +165,7 @@ def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]
 def _activations(group: Sequence[Result]) -> tuple[list[tuple[str, list[DilatedInput]]], list[str]]:
     """Inputs before and after dilation, of every calibrated artifact among the results, and what is missing."""
     from dqtool.page.dilated_inputs import dilated_inputs
-    from dqtool.stages.calibrate import STATISTICS_SAMPLES
+    from dqtool.stages.calibration.trajectory import STATISTICS_SAMPLES
     from dqtool.stages.shared.artifact_models import teacher_of
 
     calibrated: dict[str, tuple[str, Result]] = {}

@@ -12,14 +12,8 @@ from synthetic import synthetic_network
 from torch import nn
 
 from dqtool.models.families import FAMILIES
-from dqtool.nn.traceable import (
-    ProductForm,
-    TraceableGroupNorm,
-    TraceableLayer,
-    TraceableNetwork,
-    flat_arguments,
-    nested_arguments,
-)
+from dqtool.nn.traceable import TraceableGroupNorm, TraceableLayer, TraceableNetwork, flat_arguments, nested_arguments
+from dqtool.nn.traceable_codes import ProductForm
 
 
 class FoldingProduct(ProductForm):

@@ -1,0 +1,181 @@
+"""The full-precision model's trajectory: how many points of each step are kept, and the points themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqtool import report
+from dqtool.artifacts import Checkpoints, Workspace
+from dqtool.core.device import to_cpu
+from dqtool.core.draws import DrawInput, draw_method
+from dqtool.errors import NumericError
+from dqtool.models.conditions.conditioning import Conditions
+from dqtool.models.sampling.sampler import CALIBRATION, Sampler
+from dqtool.nn.steps import look_up
+from dqtool.stages.options.calibrate import CalibrateOptions
+
+__all__ = ["STATISTICS_SAMPLES", "TrajectoryRecorder", "images_of"]
+
+STATISTICS_SAMPLES = 64
+"""Samples of a step that its histograms are made of. Each brings thousands of values per layer, and more change nothing."""
+
+
+@dataclass(frozen=True)
+class TrajectoryRecorder:
+    """Records what `network` sees while `sampler` makes images of `shape`, at `timesteps` `[T]`."""
+
+    network: nn.Module
+    shape: tuple[int, ...]
+    sampler: Sampler
+    timesteps: Tensor
+    options: CalibrateOptions
+    generator: torch.Generator
+
+    def quotas(self, conditions: Conditions, blocks: Sequence[str]) -> Tensor:
+        """Return the number of points of each step to keep, `[T]`.
+
+        A draw that looks at features gets those of one batch of images, from the middle one of `blocks` (in execution order;
+        the UNets' own middle where there is one).
+        """
+        draw, options = draw_method(self.options.draw), self.options
+        steps = len(self.timesteps)
+        if not draw.needs_features:
+            return draw.function(DrawInput(steps, options.samples, self.generator))
+        middle = next((name for name in blocks if name.startswith("mid_block")), blocks[len(blocks) // 2])
+        latest: list[Tensor] = []
+        found: dict[int, Tensor] = {}
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
+
+        def see(_x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
+            found.setdefault(self._row_of(timestep), to_cpu(latest[0].detach().clone()))
+
+        images = min(options.batch_size, options.samples)
+        handle = self.network.get_submodule(middle).register_forward_hook(keep)
+        try:
+            for _ in self._batches(images, images, conditions.evenly(images), see):
+                pass
+        finally:
+            handle.remove()
+        features = torch.stack([found[row] for row in range(steps)])
+        return draw.function(DrawInput(steps, options.samples, self.generator, features))
+
+    def record(
+        self, conditions: Conditions, quotas: Tensor, workspace: Workspace
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sample images and return `quotas[t]` points of every step, taken at random, and the points for statistics.
+
+        With guidance a point counts twice: the network is asked without and with the condition. Points for statistics are
+        the same where every step keeps equally many, else up to `STATISTICS_SAMPLES` of every step. `conditions` are those
+        of `images_of` images.
+
+        Each holds `trajectory.x` `[N, C, H, W]` and `trajectory.rows` `[N]` (row of the step in `timesteps`), ordered by
+        step; for a conditional network also one table `condition.NAME` `[K, ...]` for each condition, and
+        `trajectory.subjects` `[N]`, the row of each sample in them. Finished batches of images go to `workspace`.
+
+        Raises:
+            NumericError: the model's own samples are not finite.
+        """
+        steps, halves = len(self.timesteps), 1 + conditions.guided
+        images, batch_size = images_of(quotas, conditions), self.options.batch_size
+        pools: list[list[Tensor]] = [[] for _ in range(steps)]
+        owners: list[list[Tensor]] = [[] for _ in range(steps)]
+        kept = Checkpoints(workspace, f"trajectory by {batch_size}")
+        batches = list(range(0, images, batch_size))
+        with report.progress("calibrate: trajectory", len(batches) * steps) as progress:
+            seen: list[tuple[int, Tensor]] = []
+
+            def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
+                # [n, halves, ...]: a point's inputs beside each other.
+                seen.append((self._row_of(timestep), to_cpu(torch.stack(x.chunk(halves), 1))))
+                progress.advance()
+
+            def pool(index: int, points: Iterable[tuple[int, Tensor]]) -> None:
+                for row, x in points:
+                    pools[row].append(x)
+                    owners[row].append(torch.arange(batches[index], batches[index] + len(x)))
+
+            for index, found in kept.found.items():
+                pool(index, [(int(name.split()[1]), x) for name, x in sorted(found.items())])
+                progress.skip(steps)
+            running = self._batches(images, batch_size, conditions, see, first=batch_size * len(kept.found))
+            for index, batch in enumerate(running, len(kept.found)):
+                pool(index, seen)
+                kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
+                seen.clear()
+                if not bool(torch.isfinite(batch).all()):
+                    raise NumericError(
+                        "The full-precision model's own samples are not finite",
+                        where="calibrate",
+                        fix="Check the model's scheduler config and the sampler",
+                    )
+
+        def taken(wanted: Sequence[int]) -> dict[str, Tensor]:
+            xs, rows, asked = [], [], []
+            for row, quota in enumerate(wanted):
+                points = torch.cat(pools[row])
+                chosen = torch.randperm(len(points), generator=self.generator)[: -(-quota // halves)].sort().values
+                xs.append(points[chosen].flatten(0, 1)[:quota])
+                subjects = conditions.rows(0, images)[torch.cat(owners[row])[chosen]]
+                if conditions.guided:
+                    subjects = torch.stack([torch.full_like(subjects, len(conditions) - 1), subjects], 1).flatten()
+                asked.append(subjects[:quota])
+                rows.append(torch.full((quota,), row))
+            found = {"trajectory.x": torch.cat(xs), "trajectory.rows": torch.cat(rows)}
+            if conditions.table:
+                found["trajectory.subjects"] = torch.cat(asked)
+                found |= {f"condition.{name}": values for name, values in conditions.table.items()}
+            return found
+
+        points = taken(quotas.tolist())
+        if int(quotas.max()) - int(quotas.min()) <= 1:
+            return points, points
+        return points, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
+
+    def _batches(
+        self,
+        images: int,
+        batch_size: int,
+        conditions: Conditions,
+        see: Callable[[Tensor, Tensor, Tensor], None],
+        first: int = 0,
+    ) -> Iterator[Tensor]:
+        """Yield sampled images batch by batch, from the image `first` on. `see` is called with what the network sees."""
+        return self.sampler.batches(
+            self.network,
+            self.shape,
+            images,
+            self.options.seed,
+            batch_size,
+            conditions.given,
+            see,
+            CALIBRATION,
+            conditions.null,
+            first=first,
+        )
+
+    def _row_of(self, timestep: Tensor) -> int:
+        """Return the row of `timestep` in the sampler's own table.
+
+        Raises:
+            NumericError: the sampler asks for a timestep that its table lacks.
+        """
+        row, missed = look_up(timestep.detach().reshape(1).cpu(), self.timesteps)
+        if bool(missed):
+            raise NumericError(
+                f"The sampler asks for timestep {float(timestep):g}, which is not in its list",
+                where="calibrate",
+                fix="Choose another --sampler",
+            )
+        return int(row)
+
+
+def images_of(quotas: Tensor, conditions: Conditions) -> int:
+    """Return the number of images to sample. With guidance, a step of one image makes two points."""
+    return -(-int(quotas.max()) // (1 + conditions.guided))
