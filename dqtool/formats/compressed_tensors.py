@@ -23,6 +23,7 @@ from dqtool.core.packing import pack
 from dqtool.errors import ArtifactError
 from dqtool.formats import Exported, require
 from dqtool.models.components.export_layout import WEIGHTS
+from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.models.networks.packed import plans_of
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.prediction import NAME as PREDICTION
@@ -44,7 +45,7 @@ def prepare(distilled: Artifact) -> Exported:
         ArtifactError: the format can't hold some layers, which are named.
         EnvironmentFault: compressed-tensors is not installed.
     """
-    manifest, tensors = distilled.manifest, distilled.tensors()
+    manifest, tensors = distilled.manifest, checked_tensors(distilled)
     plans = plans_of(manifest)
     refuse(plans, tensors, distilled.given)
     require("compressed_tensors", EXTRA)

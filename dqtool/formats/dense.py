@@ -14,6 +14,7 @@ from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.graph.tied_modules import restore_copies
 from dqtool.models.components.export_layout import WEIGHTS
 from dqtool.models.families import family_of
+from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import quant_layers
@@ -28,7 +29,9 @@ def prepare(distilled: Artifact) -> Exported:
     shapes = network_shapes(family, manifest.model["config"])
     layers = [{**layer, "bits": [32, 32]} for layer in manifest.layers]
     # diffusers' classes expect a shared module under each of its names.
-    state = restore_copies(dense_state(manifest, distilled.tensors()), family.tied_modules(manifest.model["config"]))
+    state = restore_copies(
+        dense_state(manifest, checked_tensors(distilled)), family.tied_modules(manifest.model["config"])
+    )
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, state)

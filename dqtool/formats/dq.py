@@ -11,8 +11,9 @@ from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.export_layout import WEIGHTS
 from dqtool.models.families import family_of
 from dqtool.models.hub.quantizer import quantization_config
+from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.models.networks.packed import is_static, plan_records, plans_of, prediction_rows
-from dqtool.models.networks.packed_checks import check_state, step_count
+from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.integer import runs_as
 from dqtool.nn.surgery import state_shapes
 
@@ -24,9 +25,8 @@ def prepare(distilled: Artifact) -> Exported:
 
     The manifest lists for each layer if integer runtimes compute it in int8 (`runs`).
     """
-    manifest, tensors = distilled.manifest, distilled.tensors()
+    manifest, tensors = distilled.manifest, checked_tensors(distilled)
     config, timesteps = dict(manifest.model["config"]), step_count(tensors)
-    check_state(tensors, plans_of(manifest), {})
     family = family_of(manifest.model["class"], distilled.given, config)
     float_shapes = network_shapes(family, config, manifest.layers)
     rows = prediction_rows(tensors)

@@ -21,6 +21,7 @@ from dqtool.artifacts import Artifact
 from dqtool.formats import Exported, require
 from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import family_of
+from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.integer import IntegerLayer
 from dqtool.nn.traceable import TraceableNetwork
@@ -48,7 +49,7 @@ def prepare(distilled: Artifact) -> Exported:
     manifest = distilled.manifest
     family = family_of(manifest.model["class"], distilled.given)
     config = dict(manifest.model["config"])
-    network = packed_network(manifest.model["class"], config, plans_of(manifest), distilled.tensors())
+    network = packed_network(manifest.model["class"], config, plans_of(manifest), checked_tensors(distilled))
     example = family.example(config, batch=2)
     traceable = TraceableNetwork(network.requires_grad_(False), example, IntegerProduct(), family.sample)
     layers = [{**layer, "runs": "int8" if max(layer["bits"]) <= 8 else "float"} for layer in manifest.layers]

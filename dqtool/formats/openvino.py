@@ -22,6 +22,7 @@ from dqtool.artifacts import Artifact
 from dqtool.formats import Exported, require
 from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import Family, family_of
+from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.models.networks.packed import packed_network, plans_of
 from dqtool.nn.integer import IntegerLayer, Operand
 from dqtool.nn.traceable import TraceableNetwork
@@ -62,7 +63,7 @@ def prepare(distilled: Artifact) -> Exported:
     manifest = distilled.manifest
     family = family_of(manifest.model["class"], distilled.given)
     config = dict(manifest.model["config"])
-    network = packed_network(manifest.model["class"], config, plans_of(manifest), distilled.tensors())
+    network = packed_network(manifest.model["class"], config, plans_of(manifest), checked_tensors(distilled))
     example = family.example(config)
     # The file must be exact on any CPU, those that saturate included. This slows down layers of 8 bits alone.
     model = build_ir(network, family, example, saturating=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
+from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.models.networks.loading import network_of
 from dqtool.models.networks.packed import layer_infos
 from dqtool.nn.statistics import collect
@@ -55,7 +56,7 @@ def dilated_inputs(
     Raises:
         ArtifactError: no family serves the model's class.
     """
-    manifest, tensors = calibrated.manifest, calibrated.tensors()
+    manifest, tensors = calibrated.manifest, checked_tensors(calibrated)
     ratios: Mapping[str, float] = manifest.metrics.get("activation_range_ratios", {})
     measured_names = {key.removesuffix(".histogram") for key in tensors if key.endswith(".histogram")}
     dilated = [name for name in ratios if f"{name}.dilation" in tensors and name in measured_names]

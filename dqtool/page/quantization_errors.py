@@ -14,6 +14,7 @@ from dqtool.core.bits import AttentionBits, bits_from_json
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import unpack
 from dqtool.core.quantization_error import error_parts, histogram_error
+from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.nn.attention import OPERANDS
 from dqtool.page.results import Result
 
@@ -55,7 +56,7 @@ def quantization_errors(result: Result) -> Errors:
         ArtifactError: an artifact is missing or damaged.
     """
     distilled, calibrated = result.open("distill"), result.open("calibrate")
-    packed, known = distilled.tensors(), calibrated.tensors()
+    packed, known = checked_tensors(distilled), checked_tensors(calibrated)
     producers = {name for layer in distilled.manifest.layers for name in _folded_into(layer)}
     weights: dict[str, Parts] = {}
     activations: dict[str, list[Parts]] = {}

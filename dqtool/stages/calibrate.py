@@ -116,6 +116,7 @@ def produce(
     import torch
 
     from dqtool.models.conditions.conditioning import Request
+    from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.models.networks.loading import network_of
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.sampling.sampler import Sampler, make_sampler
@@ -126,7 +127,7 @@ def produce(
 
     manifest = dilated.manifest
     family, config = network_of(manifest.model)
-    tensors = dilated.tensors()
+    tensors = checked_tensors(dilated)
     choices = schedule_of(options)
     scheduler = make_sampler((manifest.pipeline or {}).get("scheduler") or family.scheduler, options.sampler, choices)
     check_variance(scheduler.config, config)

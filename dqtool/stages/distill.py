@@ -157,6 +157,7 @@ def produce(
     from dqtool.core.allocator import return_freed_memory
     from dqtool.core.device import device_of, peak_bytes, restart_peak, to_cpu
     from dqtool.core.memory import MemoryMeter, resident
+    from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.models.networks.loading import network_of
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.networks.recorded_graph import graph_of
@@ -177,7 +178,7 @@ def produce(
         family.build(config)  # this imports all modules that the networks below need
     return_freed_memory()
     level = resident()
-    tensors = calibrated.tensors()
+    tensors = checked_tensors(calibrated)
     spec, choice = settle_bits(calibrated, tensors, options, spec)
     start = time.perf_counter()
     plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])

@@ -261,17 +261,19 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
     manifest = artifact.manifest
     if artifact.stage == "export":
         return run_exported(artifact.given, runtime, batch)
+    from dqtool.models.networks.checked_artifacts import checked_tensors
+
     if artifact.stage == "distill":
         from dqtool.models.networks.packed import is_static, packed_network, plans_of
         from dqtool.models.networks.packed_checks import step_count
 
-        state = artifact.tensors()
+        state = checked_tensors(artifact)
         static = is_static(manifest, step_count(state))
         packed = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state, static)
         return place(packed)
     from dqtool.stages.shared.artifact_models import teacher_of
 
-    return teacher_of(manifest, artifact.tensors())
+    return teacher_of(manifest, checked_tensors(artifact))
 
 
 def reference_images(

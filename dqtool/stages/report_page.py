@@ -164,6 +164,7 @@ def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]
 
 def _activations(group: Sequence[Result]) -> tuple[list[tuple[str, list[DilatedInput]]], list[str]]:
     """Inputs before and after dilation, of every calibrated artifact among the results, and what is missing."""
+    from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.page.dilated_inputs import dilated_inputs
     from dqtool.stages.calibration.trajectory import STATISTICS_SAMPLES
     from dqtool.stages.shared.artifact_models import teacher_of
@@ -180,7 +181,7 @@ def _activations(group: Sequence[Result]) -> tuple[list[tuple[str, list[DilatedI
             artifact: Artifact = result.open("calibrate")
 
             def teacher(artifact: Artifact = artifact) -> nn.Module:
-                return teacher_of(artifact.manifest, artifact.tensors())
+                return teacher_of(artifact.manifest, checked_tensors(artifact))
 
             inputs = dilated_inputs(artifact, teacher, STATISTICS_SAMPLES)
         except DqtoolError as error:

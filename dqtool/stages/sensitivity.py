@@ -51,13 +51,14 @@ def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
 def produce(calibrated: Artifact, options: SensitivityOptions) -> StageOutput:
     """Measure every operand and every plan."""
     from dqtool.core.quantization import QuantizationSpec
+    from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.precision.frontier import find_frontier, psnr_of
     from dqtool.precision.sensitivity import WEIGHT
     from dqtool.stages.precision import WIDTHS, frontier_rows, measure, uniform_plan
 
     manifest, bits = calibrated.manifest, options.layer_bits
     widths = sorted({*WIDTHS, *(b for b in (bits.weight, bits.input) if b <= 8)})
-    measured = measure(manifest, calibrated.tensors(), options.passes, widths)
+    measured = measure(manifest, checked_tensors(calibrated), options.passes, widths)
     plan = uniform_plan(measured, QuantizationSpec.parse(options.bits))
     operands: list[dict[str, Any]] = []
     for (layer, operand), errors in measured.errors.items():

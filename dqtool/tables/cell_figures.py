@@ -66,10 +66,11 @@ def _errors(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, float]
 def _weight_scale_ratio(path: Path, bits: int) -> dict[str, float]:
     from dqtool.core.affine import search_weight
     from dqtool.core.dilation import broadcast_scale
+    from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.models.networks.packed import layer_infos
 
     calibrated = open_artifact(path)
-    tensors = calibrated.tensors()
+    tensors = checked_tensors(calibrated)
     ratios = []
     for info in layer_infos(calibrated.manifest.layers):
         scale = tensors.get(f"{info.name}.dilation")

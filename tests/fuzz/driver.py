@@ -70,7 +70,7 @@ def fuzz(inputs: int, seed: int, folder: Path, until: float = float("inf"), only
     os.chdir(chain)
     kinds = [*parsers, *structures, "command line"]
     slots, counts = [only] if only else schedule(kinds), {kind: Counter[str]() for kind in kinds}
-    slowest: dict[str, float] = dict.fromkeys(kinds, 0.0)
+    slowest, spent = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0.0)
     failures: list[dict[str, Any]] = []
     watch = Watch(folder)
 
@@ -133,6 +133,7 @@ def fuzz(inputs: int, seed: int, folder: Path, until: float = float("inf"), only
                 if what:
                     failures.append({"kind": kind, "number": number, "what": what[:400]})
                 slowest[kind] = max(slowest[kind], seconds)
+                spent[kind] += seconds
                 counts[kind][outcome] += 1
                 counts[kind]["over time"] += seconds > SECONDS
                 done += 1
@@ -153,7 +154,15 @@ def fuzz(inputs: int, seed: int, folder: Path, until: float = float("inf"), only
         "outside": total["outside"],
         "files left": left[:20],
         "failures": failures[:50],
-        "kinds": {kind: {**counts[kind], "slowest ms": round(1000 * slowest[kind], 1)} for kind in kinds},
+        "cpu seconds": round(sum(spent.values()), 1),
+        "kinds": {
+            kind: {
+                **counts[kind],
+                "mean ms": round(1000 * spent[kind] / max(1, sum(counts[kind].values())), 2),
+                "slowest ms": round(1000 * slowest[kind], 1),
+            }
+            for kind in kinds
+        },
     }
 
 
@@ -174,6 +183,7 @@ def rendered(found: dict[str, Any], command: str) -> str:
         "traceback",
         "outside",
         "over time",
+        "mean ms",
         "slowest ms",
     )
     lines = [

@@ -17,12 +17,13 @@ from dqtool.models.components.export_layout import weights_files
 from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import family_of
 from dqtool.models.networks.loading import materialise
-from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
+from dqtool.models.networks.packed_checks import check_layers, check_state, step_count
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import insert_packed, refresh_steps
 
 __all__ = [
+    "empty_network",
     "exported_tensors",
     "is_static",
     "layer_infos",
@@ -107,22 +108,33 @@ def packed_network(
         NumericError: a scale or timestep is NaN or infinite.
     """
     family = family_of(class_name, "manifest, key model.class", config)
-    with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
-        network = tie_modules(family.build(config), state, family.tied_modules(config))
-    check_plans(network, plans)
-    insert_packed(network, plans, step_count(state), prediction_rows(state))
-    check_state(state, plans, network.state_dict())
+    network = empty_network(class_name, config, plans, state)
     if not _assigned(network, state):
         try:
             network.load_state_dict(dict(state), assign=True)
         except RuntimeError as e:
-            raise ArtifactError(
-                f"The packed tensors don't fit the manifest: {_misfits(network, state) or e}",
-                fix="Make the artifact again",
-            ) from e
+            raise ArtifactError(f"The packed tensors don't fit the manifest: {e}", fix="Make the artifact again") from e
     materialise(network, family, config)
     refresh_steps(network, static)
     return network.eval().requires_grad_(False)
+
+
+def empty_network(
+    class_name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan], state: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return the network that `packed_network` fills, on `meta`, after checking that the tensors of `state` fit it.
+
+    Raises the errors of `packed_network`.
+    """
+    family = family_of(class_name, "manifest, key model.class", config)
+    with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
+        network = tie_modules(family.build(config), state, family.tied_modules(config))
+    check_layers(network, [plan.info for plan in plans])
+    insert_packed(network, plans, step_count(state), prediction_rows(state))
+    check_state(state, plans, network.state_dict())
+    if problem := _misfits(network, state):
+        raise ArtifactError(f"The packed tensors don't fit the manifest: {problem}", fix="Make the artifact again")
+    return network
 
 
 def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +12,12 @@ from dqtool.errors import ArtifactError, NumericError
 from dqtool.nn.assignment import largest_rank
 
 if TYPE_CHECKING:
+    from dqtool.graph.trace import LayerInfo
     from dqtool.nn.assignment import LayerPlan
 
-__all__ = ["check_plans", "check_state", "step_count"]
+__all__ = ["FIX", "check_layers", "check_plans", "check_state", "step_count", "wrong_tensor"]
 
-_FIX = "Make the artifact again with the dqtool stage that wrote it"
+FIX = "Make the artifact again with the dqtool stage that wrote it"
 _ZERO, _SCALE, _WIDEST = "zero_point", "_scale", 8
 
 
@@ -29,46 +30,63 @@ def step_count(state: Mapping[str, Tensor]) -> int:
     """
     timesteps = state.get("timesteps")
     if timesteps is None or timesteps.dim() != 1 or not len(timesteps) or not timesteps.is_floating_point():
-        raise ArtifactError("The artifact holds no table of timesteps", where="tensor timesteps", fix=_FIX)
+        raise ArtifactError("The artifact holds no table of timesteps", where="tensor timesteps", fix=FIX)
     if not bool(torch.isfinite(timesteps).all()):
-        raise NumericError("A timestep is NaN or infinite", where="tensor timesteps", fix=_FIX)
+        raise NumericError("A timestep is NaN or infinite", where="tensor timesteps", fix=FIX)
     if len(timesteps.unique()) != len(timesteps):
-        raise ArtifactError("A timestep stands twice in the table", where="tensor timesteps", fix=_FIX)
+        raise ArtifactError("A timestep stands twice in the table", where="tensor timesteps", fix=FIX)
     return len(timesteps)
 
 
-def check_plans(network: nn.Module, plans: Sequence[LayerPlan]) -> None:
-    """Check the layers that a manifest lists against the network that its config describes.
+def check_layers(network: nn.Module, layers: Sequence[LayerInfo], blocks: Iterable[str] = ()) -> None:
+    """Check the layers and blocks that a manifest lists against the network that its config describes.
 
     Raises:
-        ArtifactError: the network lacks a layer, or has it in another shape; the message names the layer.
+        ArtifactError: the network lacks a layer or block, or has it in another shape; the message names it.
     """
     modules = dict(network.named_modules())
-    for plan in plans:
-        info, module = plan.info, modules.get(plan.info.name)
-        if module is None:
-            raise ArtifactError(
-                f"The manifest lists a layer '{info.name}', which the config's network does not have",
-                where="manifest, key layers",
-                fix=_FIX,
-            )
+    by_name = {info.name: info for info in layers}
+    for name in (*by_name, *blocks):
+        if name not in modules:
+            raise _unlike(f"The manifest lists '{name}', which the config's network does not have")
+    for info in layers:
+        module = modules[info.name]
         weight = getattr(module, "weight", None)
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         kind = {"conv2d": nn.Conv2d, "linear": nn.Linear}.get(info.kind)
         fits = hasattr(module, "to_q") if kind is None else isinstance(module, kind) and shape == tuple(info.shape)
         if not fits:
-            raise ArtifactError(
+            raise _unlike(
                 f"The manifest says that '{info.name}' is a {info.kind} of shape {list(info.shape)}, and it is a "
-                f"{type(module).__name__}" + (f" of {list(shape)}" if shape else ""),
-                where="manifest, key layers",
-                fix=_FIX,
+                f"{type(module).__name__}" + (f" of {list(shape)}" if shape else "")
             )
+        own = {"heads": getattr(module, "heads", 0)} if kind is None else {"groups": getattr(module, "groups", 1)}
+        own |= {} if kind is None else {"bias": getattr(module, "bias", None) is not None}
+        for key, value in own.items():
+            if getattr(info, key) != value:
+                raise _unlike(f"The manifest says {key} {getattr(info, key)} of '{info.name}', and it has {value}")
+        owner = None if info.shares is None else by_name[info.shares]
+        if owner is not None and (
+            owner.shares is not None or (owner.kind, owner.shape[1:]) != (info.kind, info.shape[1:])
+        ):
+            raise _unlike(
+                f"The manifest says that '{info.name}' reads the input of '{owner.name}', which reads another"
+            )
+
+
+def check_plans(network: nn.Module, plans: Sequence[LayerPlan]) -> None:
+    """Check the layers of plans, as `check_layers` does, and the ranks of their low-rank branches."""
+    check_layers(network, [plan.info for plan in plans])
+    for plan in plans:
         if plan.low_rank and not plan.low_rank < largest_rank(plan):
-            raise ArtifactError(
-                f"The manifest gives '{info.name}' a low-rank branch of rank {plan.low_rank}, which this layer can't have",
-                where="manifest, key layers",
-                fix=_FIX,
+            raise _unlike(
+                f"The manifest gives '{plan.info.name}' a low-rank branch of rank {plan.low_rank}, which this layer can't "
+                "have"
             )
+
+
+def _unlike(what: str) -> ArtifactError:
+    return ArtifactError(what, where="manifest, key layers", fix=FIX)
 
 
 def check_state(state: Mapping[str, Tensor], plans: Sequence[LayerPlan], expected: Mapping[str, Tensor]) -> None:
@@ -86,28 +104,29 @@ def check_state(state: Mapping[str, Tensor], plans: Sequence[LayerPlan], expecte
         layer, _, leaf = name.rpartition(".")
         like = expected.get(name)
         if like is not None and not like.is_floating_point() and like.dtype != tensor.dtype:
-            raise _wrong(name, f"should hold {_type(like)}, and holds {_type(tensor)}")
+            raise wrong_tensor(name, f"should hold {_type(like)}, and holds {_type(tensor)}")
         if tensor.is_complex() or (like is not None and like.is_floating_point() != tensor.is_floating_point()):
-            raise _wrong(name, f"holds {_type(tensor)}")
+            raise wrong_tensor(name, f"holds {_type(tensor)}")
         if not tensor.numel():
-            raise _wrong(name, "is empty")
+            raise wrong_tensor(name, "is empty")
         if leaf.endswith(_SCALE) and layer in bits:
             low, high = float(tensor.amin()), float(tensor.amax())
             if not (low > -torch.inf and high < torch.inf):  # a NaN fails both
-                raise NumericError(f"Tensor {name} holds NaN or infinite scales", where=f"tensor {name}", fix=_FIX)
+                raise NumericError(f"Tensor {name} holds NaN or infinite scales", where=f"tensor {name}", fix=FIX)
             if low <= 0:
-                raise _wrong(name, f"holds a scale of {low:g}, and scales are above 0")
+                raise wrong_tensor(name, f"holds a scale of {low:g}, and scales are above 0")
         elif leaf.endswith(_ZERO) and layer in bits:
             width = getattr(bits[layer], leaf.removesuffix(f"_{_ZERO}"), None)
             most = 2 ** min(width if isinstance(width, int) else _WIDEST, _WIDEST) - 1
             if int(tensor.max()) > most or int(tensor.min()) < 0:
-                raise _wrong(name, f"holds a zero point that is not within 0 to {most}")
+                raise wrong_tensor(name, f"holds a zero point that is not within 0 to {most}")
         elif leaf == "weight_shape" and layer in shapes and tuple(tensor.flatten().tolist()) != shapes[layer]:
-            raise _wrong(name, f"says {tensor.flatten().tolist()}, and the manifest {list(shapes[layer])}")
+            raise wrong_tensor(name, f"says {tensor.flatten().tolist()}, and the manifest {list(shapes[layer])}")
 
 
-def _wrong(name: str, what: str) -> ArtifactError:
-    return ArtifactError(f"Tensor {name} {what}", where=f"tensor {name}", fix=_FIX)
+def wrong_tensor(name: str, what: str) -> ArtifactError:
+    """Return the error that says what is wrong with a tensor, such as `is empty`."""
+    return ArtifactError(f"Tensor {name} {what}", where=f"tensor {name}", fix=FIX)
 
 
 def _type(tensor: Tensor) -> str:

@@ -15,6 +15,7 @@ from dqtool.models.conditions.conditioning import Conditions, Request
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.networks.loading import build_network, network_of
 from dqtool.models.networks.packed import layer_infos
+from dqtool.models.networks.packed_checks import check_layers
 from dqtool.models.sampling.sampler import Sampler
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.low_rank import attach_low_rank
@@ -58,7 +59,9 @@ def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
     state, _ = split_dilated(tensors)
     state |= undilated_weights(manifest, tensors)
     # Shared, not copied: nobody writes into the teacher, and a large network should be in memory once.
-    return place(build_network(manifest.model["class"], manifest.model["config"], state, "teacher", share=True))
+    network = build_network(manifest.model["class"], manifest.model["config"], state, "teacher", share=True)
+    check_layers(network, layer_infos(manifest.layers), [block["name"] for block in manifest.metrics["blocks"]])
+    return place(network)
 
 
 def student_of(
@@ -72,7 +75,9 @@ def student_of(
     # The layers that are quantized below copy their weights; what stays as it is may be views of the artifact's file.
     copied = {f"{info.name}.{leaf}" for info in layer_infos(manifest.layers) for leaf in ("weight", "bias")}
     state = {name: value if name in copied else value.clone() for name, value in state.items()}
-    network = place(build_network(manifest.model["class"], manifest.model["config"], state, "student", share=True))
+    network = build_network(manifest.model["class"], manifest.model["config"], state, "student", share=True)
+    check_layers(network, layer_infos(manifest.layers))
+    place(network)
     timesteps = tensors["timesteps"][:1] if static else tensors["timesteps"]
     insert_fake(network, plans, timesteps, dilation).static = static
     assign_tables(network, plans, initial_tables(plans, tensors, static))
