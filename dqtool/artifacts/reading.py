@@ -123,12 +123,18 @@ def read_text_file(path: str | os.PathLike[str], limit: int, fault: type[DqtoolE
         raise fault("This file is not UTF-8 text", where=os.fspath(path)) from error
 
 
-def parse_json(text: str | bytes, *, values: int = _VALUES, finite: bool = True) -> Any:
-    """Return the value of a JSON text with at most `values` values, 64 levels and numbers of 64 bits.
+def parse_json(text: str | bytes, *, values: int = _VALUES, finite: bool = True, digits: int = _DIGITS) -> Any:
+    """Return the value of a JSON text with at most `values` values, 64 levels and whole numbers of `digits` digits.
 
     Raises `ValueError` with the reason for anything else, and unless `finite` is off for NaN and infinities, which Python
     writes though JSON has no such numbers.
     """
+
+    def short_int(number: str) -> int:
+        if len(number) > digits:
+            raise ValueError(f"a number of {len(number):,} digits is too large")
+        return int(number)
+
     # Commas and brackets within texts are counted too, which only makes the bound a little stricter.
     if isinstance(text, bytes):
         marks = sum(map(text.count, (b",", b"[", b"{")))
@@ -138,9 +144,9 @@ def parse_json(text: str | bytes, *, values: int = _VALUES, finite: bool = True)
         raise ValueError(f"it holds {marks:,} values, and at most {values:,} are read")
     try:
         if finite:
-            value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_short_int)
+            value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=short_int)
         else:
-            value = json.loads(text, parse_int=_short_int)
+            value = json.loads(text, parse_int=short_int)
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {_DEPTH} levels") from error
     level, depth = [value], 0
@@ -166,7 +172,9 @@ def load_json(path: str | os.PathLike[str], limit: int = CONFIG_BYTES, *, finite
     return json_object(read_file(path, limit), os.fspath(path), limit=limit, finite=finite)
 
 
-def json_object(text: bytes, where: str, *, limit: int = CONFIG_BYTES, finite: bool = True) -> dict[str, Any]:
+def json_object(
+    text: bytes, where: str, *, limit: int = CONFIG_BYTES, finite: bool = True, digits: int = _DIGITS
+) -> dict[str, Any]:
     """Return the JSON object that `text`, of at most `limit` bytes, stands for; `where` names its file for messages.
 
     Raises:
@@ -175,7 +183,7 @@ def json_object(text: bytes, where: str, *, limit: int = CONFIG_BYTES, finite: b
     try:
         if len(text) > limit:
             raise ValueError(f"it has {len(text):,} bytes, and at most {limit:,} are read")
-        value = parse_json(text, finite=finite)
+        value = parse_json(text, finite=finite, digits=digits)
     except ValueError as error:
         raise ArtifactError(f"This is no valid JSON: {error}", where=where) from error
     if not isinstance(value, dict):
@@ -279,9 +287,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is too large a number")
     return value
-
-
-def _short_int(text: str) -> int:
-    if len(text) > _DIGITS:
-        raise ValueError(f"a number of {len(text):,} digits is too large")
-    return int(text)

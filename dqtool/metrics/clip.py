@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dqtool.artifacts.names import check_shards
 from dqtool.artifacts.reading import load_json
+from dqtool.artifacts.schema import Between, problem
 from dqtool.core.device import to_cpu, to_device_of
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
+from dqtool.models.sources.library_models import (
+    check_model_directory,
+    check_token_numbers,
+    library_faults,
+    load_library_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -44,16 +50,14 @@ class ClipEncoder:
         config: Any = self.model.config
         self.features: int = config.projection_dim
         self._size: int = config.vision_config.image_size
+        self._vocabulary: int = config.text_config.vocab_size
         self._context: int = config.text_config.max_position_embeddings
         self._mean, self._std = MEAN, STD
         preprocessor = root / "preprocessor_config.json"
         if preprocessor.is_file():
-            try:
-                settings = load_json(preprocessor)
-                self._mean = tuple(settings.get("image_mean", MEAN))
-                self._std = tuple(settings.get("image_std", STD))
-            except (OSError, ValueError, AttributeError, TypeError) as error:
-                raise ArtifactError("This file can't be read", where=str(preprocessor), fix=_DIRECTORY) from error
+            settings = load_json(preprocessor)
+            self._mean = _channels(settings.get("image_mean", MEAN), -1e3, str(preprocessor))
+            self._std = _channels(settings.get("image_std", STD), 1e-6, str(preprocessor))
 
     @torch.inference_mode()
     def images(self, images: Tensor) -> Tensor:
@@ -87,9 +91,11 @@ class ClipEncoder:
         """
         if self._tokenizer is None:
             self._tokenizer = _load_tokenizer(self.given)
-        tokens = self._tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
-        )
+        with library_faults("The CLIP tokenizer", self.given, _DIRECTORY):
+            tokens = self._tokenizer(
+                list(texts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
+            )
+        check_token_numbers(tokens["input_ids"], self._vocabulary, self.given)
         given = to_device_of(self.model, {name: tokens[name] for name in ("input_ids", "attention_mask")})
         text = self.model.text_model(**given)
         return to_cpu(F.normalize(self.model.text_projection(text.pooler_output), dim=-1))
@@ -98,6 +104,15 @@ class ClipEncoder:
 def clip_score(images: Tensor, texts: Tensor) -> Tensor:
     """Return 100 times the cosine of each image and its text, `[N]` float64, from embeddings `[N, D]`."""
     return 100 * F.cosine_similarity(images.double(), texts.double(), dim=-1)
+
+
+def _channels(values: Any, least: float, where: str) -> tuple[float, float, float]:
+    """Return one number for each of three channels, from a file."""
+    found = problem(values, Annotated[list[Annotated[float, Between(least, 1e3)]], Between(3, 3)])
+    if found is not None:
+        raise ArtifactError(f"The mean and deviation of a channel must be {found.what}", where=where, fix=_DIRECTORY)
+    red, green, blue = values
+    return red, green, blue
 
 
 def _load_model(root: Path) -> CLIPModel:
@@ -114,12 +129,11 @@ def _load_model(root: Path) -> CLIPModel:
         raise ArtifactError("This directory has no config.json of a model", where=str(root), fix=_DIRECTORY) from error
     if kind != "clip":
         raise ArtifactError(f"This is a model of type {kind}, not clip", where=str(root), fix=_DIRECTORY)
-    for index in sorted(root.glob("*.index.json")):  # transformers opens what it lists
-        check_shards(load_json(index), str(index))
-    try:
-        loaded: Any = CLIPModel.from_pretrained(root, local_files_only=True, output_loading_info=True)
-    except Exception as error:  # whatever transformers and safetensors raise of a damaged file
-        raise ArtifactError(f"The CLIP model can't be loaded: {error}", where=str(root), fix=_DIRECTORY) from error
+    check_model_directory(CLIPModel, root, str(root))
+    with library_faults("The CLIP model", str(root), _DIRECTORY):
+        loaded: Any = CLIPModel.from_pretrained(
+            root, local_files_only=True, output_loading_info=True, use_safetensors=True
+        )
     model, problems = loaded
     if problems["missing_keys"]:
         missing = sorted(problems["missing_keys"])[0]
@@ -131,10 +145,7 @@ def _load_tokenizer(given: str) -> Any:
     """Load the tokenizer of a directory."""
     from transformers import CLIPTokenizer
 
-    try:
-        return CLIPTokenizer.from_pretrained(given, local_files_only=True)
-    except Exception as error:  # see _load_model
-        raise ArtifactError(f"The CLIP tokenizer can't be loaded: {error}", where=given, fix=_DIRECTORY) from error
+    return load_library_tokenizer(CLIPTokenizer, Path(given), given, _DIRECTORY)
 
 
 def _array(picture: Any) -> Any:

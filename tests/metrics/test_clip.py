@@ -67,7 +67,7 @@ def test_directories_that_will_not_do(tmp_path: Path, directory: Path, monkeypat
     with pytest.raises(ArtifactError):
         ClipEncoder(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"no")
-    with pytest.raises(ArtifactError, match="can't be loaded"):
+    with pytest.raises(ArtifactError, match="no valid safetensors"):
         ClipEncoder(tmp_path / "other")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(EnvironmentFault, match=r'pip install "dqtool\[text\]"'):

@@ -9,17 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Artifact
+from dqtool.artifacts.library_files import check_library_directory
 from dqtool.artifacts.names import check_component, check_shards, path_within
 from dqtool.artifacts.reading import FILE_BYTES, json_object, read_file
 from dqtool.artifacts.tensorfile import file_tensor
 from dqtool.core.device import place, to_device_of
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.models.components.companion_files import CARD, companion_files, components_of, config_in_float32
+from dqtool.models.config_schema import check_network_config, diffusers_class
+from dqtool.models.sources.library_models import (
+    check_model_directory,
+    check_token_numbers,
+    library_faults,
+    without_pickles,
+)
 from dqtool.models.sources.resolve import ModelSource
 
 if TYPE_CHECKING:
@@ -100,6 +108,8 @@ class Companions:
                         check_shards(json_object(content, name), name)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
+            for component in components:
+                without_pickles(root / component)
             (root / "scheduler").mkdir(exist_ok=True)
             (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(self.scheduler)))
             (root / "model_index.json").write_text(json.dumps(dict(self.index)))
@@ -111,22 +121,23 @@ class Companions:
         Raises:
             ArtifactError: the component is damaged, or its class is unknown.
         """
-        import diffusers
         import torch
 
-        class_name = self.json(f"{component}/config.json").get("_class_name") or self.index[component][1]
-        cls = getattr(diffusers, class_name, None)
+        config, place_of = self.json(f"{component}/config.json"), f"{component}/config.json"
+        class_name = config.get("_class_name") or self.index[component][1]
         if class_name == "ClassEmbedder":
             from dqtool.models import latent_class
 
-            cls = latent_class.ClassEmbedder
-        if cls is None:
-            raise ArtifactError(f"diffusers has no class '{class_name}'", where=f"{component}/config.json")
+            cls: Any = latent_class.ClassEmbedder
+        else:
+            cls = diffusers_class(class_name, "ModelMixin", place_of)
+        check_network_config(cls, config, place_of)
         with self.directory(component) as root:
-            try:
-                module = cls.from_pretrained(root / component, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-            except (OSError, ValueError, RuntimeError) as e:
-                raise ArtifactError(f"The pipeline's {component} can't be loaded: {e}", where=component) from e
+            check_model_directory(cls, root / component, component)
+            with library_faults(f"The pipeline's {component}", component):
+                module = cls.from_pretrained(
+                    root / component, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True
+                )
         return module.eval().requires_grad_(False)
 
     @contextlib.contextmanager
@@ -158,13 +169,28 @@ class Companions:
                     where=f"model_index.json, key {name}",
                     fix=f"Use a pipeline whose text models are of {' or '.join(LIBRARIES)}",
                 )
+        named = self.index.get("_class_name")
+        kind = getattr(diffusers, named, None) if isinstance(named, str) else None
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+            raise ArtifactError(f"diffusers has no pipeline {named!a:.80}", where="model_index.json, key _class_name")
         with self.directory(*texts) as root:
-            try:
-                pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                    root, torch_dtype=torch.float32, **dict.fromkeys(others)
+            for name in texts:
+                library, class_name = self.index[name]
+                cls = _text_class(library, class_name, name)
+                if hasattr(cls, "from_config") or hasattr(cls, "config_class"):
+                    check_model_directory(cls, root / name, name)
+                else:
+                    check_library_directory(root / name, name)
+            with library_faults("The pipeline's text models", "text_encoder"):
+                pipeline = kind.from_pretrained(
+                    root,
+                    torch_dtype=torch.float32,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    **dict.fromkeys(others),
                 )
-            except (OSError, ValueError, RuntimeError, AttributeError, ImportError) as e:
-                raise ArtifactError(f"The pipeline's text models can't be loaded: {e}", where="text_encoder") from e
+                check_vocabularies(pipeline, texts)
             yield place(pipeline)
 
     def decoder(self) -> Callable[[Tensor], Tensor] | None:
@@ -184,6 +210,34 @@ class Companions:
             return torch.cat(images).clamp(-1, 1)
 
         return decode
+
+
+def check_vocabularies(pipeline: Any, names: Sequence[str]) -> None:
+    """Check that each text encoder of a loaded pipeline has a row for every token of its tokenizer."""
+    for name in names:
+        tokenizer = getattr(pipeline, name, None) if name.startswith("tokenizer") else None
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
+        size = getattr(getattr(encoder, "config", None), "vocab_size", None)
+        if tokenizer is not None and size is not None:
+            check_token_numbers(list(tokenizer.get_vocab().values()), size, name)
+
+
+def _text_class(library: str, name: object, component: str) -> Any:
+    """Return the class of a text model or tokenizer that `model_index.json` names.
+
+    Raises:
+        ArtifactError: the library has no model or tokenizer of this name.
+    """
+    import diffusers
+    import transformers
+
+    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], str(name), None)
+    kinds = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase, diffusers.ModelMixin)
+    if not (isinstance(cls, type) and issubclass(cls, kinds)):
+        raise ArtifactError(
+            f"{library} has no text model or tokenizer {name!a:.80}", where=f"model_index.json, key {component}"
+        )
+    return cls
 
 
 def attachments_of(source: ModelSource) -> dict[str, Tensor]:

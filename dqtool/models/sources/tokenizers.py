@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.models.sources.hub_cache import cached_file
+from dqtool.models.sources.library_models import load_library_tokenizer
 
 if TYPE_CHECKING:
     from dqtool.models.sources.original.text_encoders import TextEncoder
@@ -59,10 +60,7 @@ def load_tokenizer(text: TextEncoder, place: Path) -> Any:
     except ImportError as e:
         raise EnvironmentFault("Tokenizers need the package transformers", fix='pip install "dqtool[text]"') from e
     cls: Any = getattr(transformers, "T5TokenizerFast" if text.kind == "t5" else "CLIPTokenizer")
-    try:
-        tokenizer = cls.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        raise ArtifactError(f"This tokenizer can't be read: {e}", where=str(place)) from e
+    tokenizer = load_library_tokenizer(cls, place, str(place))
     if text.pads is not None and text.pads in tokenizer.get_vocab():
         tokenizer.pad_token = text.pads
     return tokenizer
