@@ -101,8 +101,17 @@ class ModelRecord:
     source_component: str | None = None
     source_loras: list[str] = field(default_factory=list)
     source_sha256: Annotated[str, Between(64, 64)] | None = None
-    source_told: dict[str, Any] = field(default_factory=dict)
+    source_told: dict[str, str] = field(default_factory=dict)
     parameters: Count = 0
+
+
+@dataclass(frozen=True)
+class ConditionsRecord:
+    """Origin of the conditions of a calibration that are not the model's own."""
+
+    origin: Annotated[Literal["file", "pipeline", "random"], "from"]
+    path: Name | None = None
+    sha256: Annotated[str, Between(64, 64)] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class SamplingRecord:
     sampler: str | None = None
     guidance: Finite | None = None
     embedded_guidance: Finite | None = None
+    conditions: ConditionsRecord | None = None
 
 
 @dataclass(frozen=True)

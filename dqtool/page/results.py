@@ -18,6 +18,7 @@ from typing import Any
 from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, Manifest, manifest_path, open_artifact, sha256_file
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.manifest import canonical_json
+from dqtool.artifacts.named import may_read
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.reading import MANIFEST_BYTES, check_regular, parse_json, read_file
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
@@ -244,7 +245,7 @@ def _join_chain(result: Result, found: _Found) -> None:
     """Find the chain of a result: follow the inputs' sha256 from the measured artifact back to `dilate`."""
     entry: Mapping[str, Any] | None = result.manifest.inputs[0] if result.manifest.inputs else None
     while entry is not None and entry["stage"] in _PARTICIPLES:
-        known = found.artifacts.get(entry["sha256"]) or _where_it_was(entry)
+        known = found.artifacts.get(entry["sha256"]) or _where_it_was(entry, result.path)
         if known is None:
             return
         result.chain[entry["stage"]], result.manifests[entry["stage"]] = known
@@ -252,9 +253,12 @@ def _join_chain(result: Result, found: _Found) -> None:
         entry = inputs[0] if inputs else None
 
 
-def _where_it_was(entry: Mapping[str, Any]) -> tuple[Path, Manifest] | None:
-    """Return the artifact at the path that the stage after it recorded; None if another one is there now."""
+def _where_it_was(entry: Mapping[str, Any], beside: Path) -> tuple[Path, Manifest] | None:
+    """Return the artifact at the path that the stage after it recorded; None if another one is there now, or it lies
+    neither beside the result nor where the user had dqtool write."""
     path = Path(entry["name"])
+    if not may_read(path, [beside]):
+        return None
     note = manifest_path(path)
     try:
         manifest = Manifest.from_json(read_file(note, MANIFEST_BYTES), str(note))
@@ -267,7 +271,8 @@ def _join_picture(result: Result, found: _Found) -> None:
     """Find the sample grid: the file with the recorded sha256, else a picture with the result's name."""
     recorded = result.metrics.get("grid")
     if isinstance(recorded, dict) and "sha256" in recorded:
-        near = [*_beside(result, recorded.get("file")), Path(str(result.manifest.parameters.get("grid")))]
+        given = str(result.manifest.parameters.get("grid"))
+        near = [*_beside(result, recorded.get("file")), *([Path(given)] if may_read(given, [result.path]) else [])]
         for path in [*near, *found.pictures]:
             if path.is_file() and sha256_file(path) == recorded["sha256"]:
                 result.picture = path

@@ -177,7 +177,7 @@ def produce(
     if makes_latents(artifact):
         check_needs_no_pixels(metrics, options)
     meter = ready([name for name in metrics if name in METRICS and METRICS[name].start is not None], files)
-    source = ConditionSource.of(options, sampling_of(manifest))
+    source = ConditionSource.of(options, sampling_of(manifest), artifact.given)
     maker = maker_of_artifact(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts, source
     )

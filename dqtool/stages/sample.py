@@ -58,7 +58,7 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         options.steps,
         guidance=options.guidance,
         prompts=prompts,
-        source=ConditionSource.of(options, sampling_of(artifact.manifest)),
+        source=ConditionSource.of(options, sampling_of(artifact.manifest), artifact.given),
     )
     network = run_exported(options.directory, options.runtime, options.batch_size)
     if reference is not None:

@@ -32,6 +32,15 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_
 RECIPE = b"model: tiny\nstages:\n  dilate: {scaling: wd}\n  calibrate:\n    steps: 4\n    samples: 100\n"
 OPTIONS = {"dilate": {"scaling": str}, "calibrate": {"steps": int, "samples": int, "eta": float, "metrics": list}}
 INDEX = {"metadata": {"total_size": 8}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}
+TEXT_MODEL = {
+    **{"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32"},
+    **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 54},
+}
+TOKENIZER = {
+    "version": "1.0",
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "'s|[a-z]+|[0-9]"}, "behavior": "Isolated"},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+}
 PIPELINE = {
     "_class_name": "DDIMPipeline",
     "_diffusers_version": "0.30",
@@ -113,6 +122,8 @@ def files() -> dict[str, bytes]:
         "LoRA": packed_file(lora, {"lora_adapter_metadata": settings}),
         "conditions.safetensors": packed_file({"class_labels": ("I64", [3], bytes(24))}),
         "conditions.npz": npz.getvalue(),
+        "config of a text model": json.dumps(TEXT_MODEL).encode(),
+        "tokenizer": json.dumps(TOKENIZER).encode(),
         "index of shards": json.dumps(INDEX).encode(),
         "index of a pipeline": json.dumps(PIPELINE).encode(),
         **pictures,

@@ -19,7 +19,8 @@ from corpus import INDEX, NETWORK, ODD, OPTIONS, PIPELINE, RECIPE, SCHEDULER, be
 from safetensors.torch import load_file
 
 from dqtool import __main__ as command_line
-from dqtool.artifacts import Manifest, read_header
+from dqtool.artifacts import Manifest, open_artifact, read_header
+from dqtool.artifacts.library_files import check_library_directory
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.npz import npz_arrays, npz_names
@@ -34,6 +35,7 @@ from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.conditioning import Request
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.families import FAMILIES
+from dqtool.models.networks.checked_artifacts import check_tensors
 from dqtool.models.networks.packed import packed_network, plans_from
 from dqtool.models.sampling.sampler import Sampler, make_sampler
 from dqtool.models.sources.lora import fuse_loras
@@ -56,7 +58,14 @@ TYPES = ("F32", "F16", "BF16", "F64", "I8", "U8", "I64", "BOOL", "F4", "C64", "X
 def by_bytes(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     """Return the place of each kind of file, and its reader."""
     kinds, shards, pipeline = ("PNG", "JPEG", "TIFF", "WEBP", "BMP"), folder / "shards", folder / "pipeline"
-    for directory in (*(folder / kind for kind in kinds), shards, pipeline / "unet", pipeline / "scheduler"):
+    libraries = [folder / name for name in ("text model", "tokenizer")]
+    for directory in (
+        *(folder / kind for kind in kinds),
+        shards,
+        pipeline / "unet",
+        pipeline / "scheduler",
+        *libraries,
+    ):
         directory.mkdir(parents=True)
     for name in INDEX["weight_map"].values():
         (shards / name).write_bytes(packed_file({"a": ("F32", [1], bytes(4))}))
@@ -96,6 +105,9 @@ def by_bytes(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         config = {**NETWORK, "num_class_embeds": 4, "class_embed_type": None}
         return ConditionSource(str(path)).conditions(FAMILIES["UNet2DModel"], config, Request(2), None)
 
+    def library(path: Path) -> object:
+        return check_library_directory(path.parent, "here")
+
     def picture(path: Path) -> object:
         return list(ImageFolder(path.parent).read(1))
 
@@ -120,6 +132,8 @@ def by_bytes(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
             "shards/model.safetensors.index.json", lambda path: find_weights(path.parent, "shards")
         ),
         "index of a pipeline": file("pipeline/model_index.json", lambda path: resolve_model(str(path.parent))),
+        "config of a text model": file("text model/config.json", library),
+        "tokenizer": file("tokenizer/tokenizer.json", library),
         **{f"image {kind}": file(f"{kind}/a.{kind.lower()}", picture) for kind in kinds},
     }
 
@@ -134,6 +148,8 @@ def by_structure(folder: Path, chain: Path) -> dict[str, Callable[[random.Random
     export = json.loads((chain / "exported" / "unet" / "config.json").read_text())
     layers = export.pop("quantization_config")["layers"]
     packed = load_file(chain / "exported" / "unet" / "diffusion_pytorch_model.safetensors")
+    calibrated = open_artifact(chain / "calibrated.safetensors")
+    known = calibrated.tensors()
 
     def signed(draw: random.Random) -> object:
         content = twisted({k: v for k, v in genuine.items() if k != "checksum"}, draw)
@@ -196,6 +212,14 @@ def by_structure(folder: Path, chain: Path) -> dict[str, Callable[[random.Random
             state["odd"] = torch.zeros(1)
         return packed_network(export["_class_name"], export, plans_from(layers), state)
 
+    def statistics(draw: random.Random) -> object:
+        state = dict(known)
+        for key in draw.sample(sorted(state), draw.choice((1, 1, 2))):
+            state[key] = _twisted_tensor(state[key], draw)
+            if state[key] is None:
+                del state[key]
+        return check_tensors(calibrated.manifest, state, "here")
+
     def overrides(draw: random.Random) -> object:
         words = [
             "dilate.scaling",
@@ -231,6 +255,7 @@ def by_structure(folder: Path, chain: Path) -> dict[str, Callable[[random.Random
         "name to path": name,
         "LoRA by structure": lora,
         "packed tensors": tensors,
+        "calibrated tensors": statistics,
         "recipe with --set": overrides,
         "shards by structure": index,
         "pipeline by structure": components,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import check_finite, sha256_file
+from dqtool.artifacts.named import may_read
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.reading import FILE_BYTES, read_file
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
@@ -52,12 +53,15 @@ class ConditionSource:
     random: bool = False
 
     @classmethod
-    def of(cls, options: Any, sampling: Mapping[str, Any] | None = None) -> ConditionSource:
+    def of(cls, options: Any, sampling: Mapping[str, Any] | None = None, beside: str = "") -> ConditionSource:
         """Return the source that the stage's options name, else the one recorded in a manifest's `sampling`.
+
+        A recorded path is read if it lies in the directory of the artifact `beside` or the user named it before on this
+        machine (`dqtool.artifacts.named`).
 
         Raises:
             UsageError: the options name two sources.
-            EnvironmentFault: the recorded file or pipeline no longer exists.
+            EnvironmentFault: the recorded file or pipeline does not exist, or lies where the user never named it.
             ArtifactError: the recorded file or pipeline has other contents.
         """
         found = cls(options.conditions, options.pipeline, options.random_conditions)
@@ -68,25 +72,25 @@ class ConditionSource:
                 fix="Leave one of the two out",
             )
         recorded = (sampling or {}).get("conditions")
-        return cls._recorded(recorded) if found == cls() and recorded is not None else found
+        return cls._recorded(recorded, beside) if found == cls() and recorded is not None else found
 
     @classmethod
-    def _recorded(cls, record: Mapping[str, Any]) -> ConditionSource:
-        kind = record["from"]
+    def _recorded(cls, record: Mapping[str, Any], beside: str) -> ConditionSource:
+        kind, path = record["from"], str(record.get("path"))
         if kind == "random":
             return cls(random=True)
-        found = cls(**{kind: record["path"]})
         option = "--conditions" if kind == "file" else "--pipeline"
-        if kind == "file" and not Path(record["path"]).is_file():
+        if not may_read(path, [beside] if beside else []) or (kind == "file" and not Path(path).is_file()):
             raise EnvironmentFault(
-                f"The conditions that this model was calibrated with are not at {record['path']}",
+                f"The conditions that this model was calibrated with are not at {path!a:.200}, or you never named that place",
                 where=option,
                 fix=f"Name them with {option}",
             )
-        if found.record()["sha256"] != record["sha256"]:
+        found = cls(**{kind: path})
+        if found.record()["sha256"] != record.get("sha256"):
             raise ArtifactError(
                 "These are not the conditions that this model was calibrated with",
-                where=record["path"],
+                where=path,
                 fix=f"Name those, or others, with {option}",
             )
         return found

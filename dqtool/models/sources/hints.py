@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.sources.reading import read_json
 
-__all__ = ["PREDICTION_TYPES", "ModelHints", "is_flow", "scheduler_config", "with_prediction_type"]
+__all__ = [
+    "HINTS",
+    "PREDICTION_TYPES",
+    "ModelHints",
+    "is_flow",
+    "is_scheduler_name",
+    "scheduler_config",
+    "with_prediction_type",
+]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 """Prediction types of networks, in diffusers' terms."""
@@ -50,6 +58,15 @@ class ModelHints:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
+HINTS = frozenset(field.name for field in fields(ModelHints))
+"""Names of the hints."""
+
+
+def is_scheduler_name(given: str) -> bool:
+    """Return whether `--scheduler` names a class of diffusers and no path."""
+    return re.fullmatch(r"[A-Z]\w*Scheduler", given) is not None
+
+
 def scheduler_config(given: str) -> dict[str, Any]:
     """Return the scheduler config that `given` names.
 
@@ -61,7 +78,7 @@ def scheduler_config(given: str) -> dict[str, Any]:
         ArtifactError: the file is no scheduler config.
     """
     path = Path(given)
-    if not path.exists() and re.fullmatch(r"[A-Z]\w*Scheduler", given):
+    if not path.exists() and is_scheduler_name(given):
         return {"_class_name": given}
     if not path.exists():
         raise EnvironmentFault("There is no such file or directory", where=f"--scheduler {given}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.components.companion_files import components_of
 from dqtool.models.sampling.schedules import choose_schedule
-from dqtool.models.sources.hints import ModelHints
+from dqtool.models.sources.hints import HINTS, ModelHints, is_scheduler_name
 from dqtool.models.sources.hub_cache import hub_snapshot, is_hub_id
 from dqtool.models.sources.lora_files import lora_file
 from dqtool.models.sources.model_source import NETWORKS, ModelSource, config_in, network_config
@@ -21,7 +22,7 @@ from dqtool.models.sources.reading import read_json
 from dqtool.models.sources.single_files import single_file
 from dqtool.models.sources.weight_files import find_weights
 
-__all__ = ["NETWORKS", "ZOO", "ModelSource", "resolve_model", "resolve_recorded"]
+__all__ = ["NETWORKS", "ZOO", "ModelSource", "recorded_parts", "resolve_model", "resolve_recorded"]
 
 ZOO = Path(__file__).parents[2] / "zoo" / "weights"
 """Directory of the embedded models, each a diffusers pipeline directory with float16 weights."""
@@ -88,8 +89,18 @@ def resolve_recorded(model: Mapping[str, Any], given: str | None = None) -> Mode
         model.get("source_config"),
         model.get("source_component"),
         model.get("source_loras", ()),
-        ModelHints(**model.get("source_told", {})),
+        ModelHints(**{key: value for key, value in model.get("source_told", {}).items() if key in HINTS}),
     )
+
+
+def recorded_parts(model: Mapping[str, Any]) -> list[str]:
+    """Return the paths of a manifest's `model` beside the model itself: config, LoRAs, and what `ModelHints` names."""
+    told = model.get("source_told", {})
+    hints = [told[key] for key in ("scheduler", "tokenizer", "pipeline") if told.get(key) is not None]
+    config = model.get("source_config")
+    given = model.get("source_loras", ())
+    loras = [text if os.path.lexists(text) else text.rpartition(":")[0] or text for text in given]
+    return [*([] if config is None else [config]), *loras, *(each for each in hints if not is_scheduler_name(each))]
 
 
 def _embedded(given: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, manifest_path, open_artifact
+from dqtool.artifacts.named import may_read
 from dqtool.errors import ArtifactError, DqtoolError
-from dqtool.models.sources.resolve import ModelSource, resolve_recorded
+from dqtool.models.sources.resolve import ModelSource, recorded_parts, resolve_recorded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,11 +40,14 @@ Reference = ModelSource | ExportedReference
 
 
 def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
-    """Return the full-precision model or the exported directory to compare with. None if `given` is None and the model is no
-    longer at its recorded place.
+    """Return the full-precision model or the exported directory to compare with.
+
+    Without `given` it is the recorded model, if that lies beside the artifact or the user named it before on this machine
+    (`dqtool.artifacts.named`); else None. An artifact from elsewhere chooses no path that is read.
 
     Raises:
-        ArtifactError: the artifact was not made from this model.
+        ArtifactError: the artifact was not made from this model, or records a part of it (a LoRA, a config) in a place that
+            the user never named.
     """
     recorded = artifact.manifest.model
     if given is not None and not given.startswith("zoo:") and Path(given).is_dir() and manifest_path(given).is_file():
@@ -53,6 +58,21 @@ def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
             )
         return ExportedReference(exported)
     named = given or recorded["source"]
+    beside = [artifact.given] if given is None else [artifact.given, given, os.path.join(given, "x")]
+    parts = recorded_parts(recorded) if given is not None else [named, *recorded_parts(recorded)]
+    strange = next((part for part in parts if not may_read(part, beside)), None)
+    if strange is not None and given is not None:
+        raise ArtifactError(
+            f"The artifact names {strange!a:.200} as a part of its model, which was not named on this machine",
+            where=artifact.given,
+            fix="Copy that file beside the artifact, or run `dqtool dilate` with it here",
+        )
+    if strange is not None:
+        report.warn(
+            f"the artifact names {strange!a:.200} as its reference, which was not named on this machine: figures against it "
+            "are left out (name it with --reference)"
+        )
+        return None
     try:
         source = resolve_recorded(recorded, given)
         digest = source.sha256()

@@ -31,6 +31,7 @@ from dqtool.artifacts import (
     open_artifact,
     remove_pieces,
 )
+from dqtool.artifacts.named import remember_named
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.stages.registry import default_output
 from dqtool.stages.shared.settings import Execution, RunSettings
@@ -163,9 +164,11 @@ def run_unless_cached(
     def is_cached() -> bool:
         return not settings.force and is_current(output, key) and all(os.path.exists(path) for path, _ in also)
 
+    named = [output, *(path for path, _ in also), *(str(entry["name"]) for entry in inputs), *reads, *common.reads]
     if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
         if not settings.dry_run:
             clear_leftovers(output)
+            remember_named(named)
             report.say(f"{stage}: cached {output}")
         return note(cached=True)
     names = [str(entry["name"]) for entry in inputs]
@@ -199,6 +202,7 @@ def run_unless_cached(
         else:
             commit_report(output, manifest, overwrite=settings.overwrite)
         remove_pieces(output)
+    remember_named(named)
     report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
     return note(cached=False)
 
