@@ -86,7 +86,7 @@ class ConditionSource:
                 where=option,
                 fix=f"Name them with {option}",
             )
-        found = cls(**{kind: path})
+        found = cls(file=path) if kind == "file" else cls(pipeline=path)
         if found.record()["sha256"] != record.get("sha256"):
             raise ArtifactError(
                 "These are not the conditions that this model was calibrated with",

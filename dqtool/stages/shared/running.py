@@ -164,7 +164,7 @@ def run_unless_cached(
     def is_cached() -> bool:
         return not settings.force and is_current(output, key) and all(os.path.exists(path) for path, _ in also)
 
-    named = [output, *(path for path, _ in also), *(str(entry["name"]) for entry in inputs), *reads, *common.reads]
+    named = [output, *(path for path, _ in also), *(str(entry["name"]) for entry in inputs), *reads, *settings.reads]
     if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
         if not settings.dry_run:
             clear_leftovers(output)
