@@ -233,7 +233,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
     def _graph(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], folder: Path) -> Any:
         """The graph at these shapes; without them it is kept in `folder`."""
         if self.artifact.manifest.parameters["format"] == "openvino":
-            model = self._core.read_model(self._exported_ir())
+            model = self._exported_graph()
         else:
             path = folder / IR
             if not path.exists():
@@ -289,14 +289,32 @@ class OpenVINONetwork(Fixed, ModelMixin):
         save_ir(model, folder / IR)
 
     def _exported_ir(self) -> Path:
-        return self.artifact.path / component_prefix(self.artifact.manifest.pipeline) / IR
+        prefix = component_prefix(self.artifact.manifest.pipeline)
+        return path_within(self.artifact.path, f"{prefix}{IR}", self.artifact.given)
+
+    def _exported_graph(self) -> Any:
+        """Return the graph of an export in the format `openvino`, whose files must be ordinary ones."""
+        path = self._exported_ir()
+        with open_regular(path, TEXT_BYTES), open_regular(path.with_suffix(".bin")):
+            pass
+        try:
+            return self._core.read_model(path)
+        except RuntimeError as error:
+            text = " ".join(str(error).split())[:200]
+            raise ArtifactError(f"OpenVINO can't read this graph: {text}", where=str(path)) from error
 
     def _timesteps(self) -> Tensor:
         manifest = self.artifact.manifest
         if manifest.parameters["format"] == "dq":
             return exported_tensors(self.artifact)["timesteps"]
-        text = self._core.read_model(self._exported_ir()).get_rt_info(TIMESTEPS).astype(str)
-        return torch.tensor([float(t) for t in text.split()])
+        graph = self._exported_graph()
+        try:
+            text = str(graph.get_rt_info(TIMESTEPS).astype(str))
+            table = torch.tensor([float(t) for t in text.split()])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ArtifactError("The graph holds no table of timesteps", where=str(self._exported_ir())) from error
+        step_count({"timesteps": table})
+        return table
 
     @cached_property
     def _output_class(self) -> Any:

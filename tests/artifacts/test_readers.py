@@ -14,7 +14,8 @@ NAMES = frozenset(
 )
 """Functions that read a file, under whatever module they are called."""
 METHODS = frozenset({"read_text", "read_bytes", "from_pretrained", "from_single_file", "read_model", "ZipFile", "mmap"})
-METHODS |= {"literal_eval", "eval", "exec", "read_array", "import_module"}
+METHODS |= {"read_array"}
+CODE = frozenset({"eval", "exec", "compile", "__import__"})
 LIBRARIES = {
     **{"json": {"load", "loads"}, "torch": {"load"}, "np": {"load"}, "numpy": {"load"}, "onnx": {"load"}},
     **{"yaml": {"load", "safe_load", "load_all", "full_load", "unsafe_load", "safe_load_all"}, "tarfile": {"open"}},
@@ -27,7 +28,6 @@ _PROC = "reads /proc, which the kernel writes"
 _WRITES = "opens to write only"
 _PACKAGED = "reads files of the package"
 _CHECKED = "library call on a directory that `check_model_directory` or `check_library_directory` passed"
-_NAMED = "imports modules of the package by its own table of names"
 
 ALLOWED = {
     "__main__": "opens the null device",
@@ -40,27 +40,22 @@ ALLOWED = {
     "artifacts.tensorfile": "loads safetensors after `read_header`; maps a file to pack it",
     "artifacts.torch_archive": "reads members of an archive that `check_archive` passed, with its own unpickler",
     "artifacts.torch_files": "unpickles after counting the instructions, tensors only",
-    "bench.contenders": _NAMED,
     "bench.float_contenders": _OWN,
     "bench.machine": _PROC,
     "bench.openvino_contenders": _OWN,
     "bench.probe": _PROC + "; the parent's request on standard input",
-    "cli": _NAMED,
     "core.allocator": _PROC,
     "core.memory": _PROC,
-    "formats": _NAMED,
     "formats.onnx": _OWN,
     "metrics.batches": "reads images and members of archives through `open_regular`, in listed formats, up to a size",
     "metrics.clip": _CHECKED,
     "metrics.digits": _PACKAGED,
     "metrics.measuring": "opens extractors by dqtool's own table of names",
-    "metrics.registry": _NAMED,
     "models.components.companions": _CHECKED,
     "models.networks.recorded_graph": _OWN,
     "models.sources.library_models": _CHECKED,
     "models.sources.original.checkpoint": "unpickles tensors only, after `check_torch_file`",
     "page.quantization_errors": "opens artifacts by `open_artifact`",
-    "runtimes": _NAMED,
     "runtimes.choice": _PROC,
     "runtimes.cpu.library": _PACKAGED + " and /proc",
     "runtimes.openvino": "reads a graph that `open_regular` passed, and dqtool's own compiled ones",
@@ -80,14 +75,13 @@ def readers(tree: ast.AST) -> set[str]:
         if not isinstance(node, ast.Call):
             continue
         called = node.func
-        if isinstance(called, ast.Name) and called.id in NAMES | METHODS:
+        if isinstance(called, ast.Name) and called.id in NAMES | CODE:
             found.add(called.id)
         elif isinstance(called, ast.Attribute):
             owner = called.value
             module = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
             known = called.attr in NAMES | METHODS or called.attr in LIBRARIES.get(module, ())
-            # `module.eval()` sets a network's mode.
-            if known and not (called.attr == "eval" and not node.args):
+            if known:
                 found.add(f"{module}.{called.attr}")
     return found
 
