@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from full_size import RESULTS, stage, written_model
+from full_size import FORMAT, RESULTS, stage, written_model
 
 IMPORTS = """
 import sys
@@ -155,10 +155,16 @@ def render(name: str, row: dict) -> str:
 
 def main() -> None:
     """Measure, write the results and print them. Exit with an error if a limit is exceeded."""
+    from dqtool.artifacts.files import write_text
+    from dqtool.artifacts.outputs import check_results
+
     name = sys.argv[1] if len(sys.argv) > 1 else "sd14"
+    path = RESULTS / f"dilate-{name}.json"
+    table = path.with_suffix(".md")
+    check_results(path, [table])
     row = measure(name, int(sys.argv[2]) if len(sys.argv) > 2 else 3)
-    (RESULTS / f"dilate-{name}.json").write_text(json.dumps(row, indent=1) + "\n")
-    (RESULTS / f"dilate-{name}.md").write_text(render(name, row))
+    write_text(path, json.dumps({"format": FORMAT, **row}, indent=1) + "\n")
+    write_text(table, render(name, row))
     print(render(name, row))
     if not row["met"]:
         raise SystemExit("a bar is not met")

@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+FORMAT = "dqtool-result/1"
+"""Mark of the results that these scripts write, by which they know them again."""
 BITS = "6/6"
 # The block to distill: the first residual or transformer block of each kind of network.
 BLOCK = {"DiTTransformer2DModel": r"transformer_blocks\.0"}
@@ -144,6 +146,9 @@ def render(rows: dict[str, dict]) -> str:
 
 def main() -> None:
     """Measure the named models, or all; return the exit code."""
+    from dqtool.artifacts.files import write_text
+    from dqtool.artifacts.outputs import check_results
+    from dqtool.artifacts.reading import load_json
     from dqtool.models.architectures import ARCHITECTURES, architecture
 
     if sys.argv[1:2] == ["--write"]:
@@ -152,12 +157,14 @@ def main() -> None:
     for name in names:
         architecture(name)
     path = RESULTS / "full-size.json"
-    rows = json.loads(path.read_text()) if path.exists() else {}
+    table = path.with_suffix(".md")
+    check_results(path, [table])
+    rows = load_json(path) if path.exists() else {}
     for name in names:
         rows[name] = measure(name)
         rows = {known: rows[known] for known in ARCHITECTURES if known in rows}
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-        (RESULTS / "full-size.md").write_text(render(rows))
+        write_text(path, json.dumps({"format": FORMAT, **rows}, indent=1) + "\n")
+        write_text(table, render(rows))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,15 @@ from pathlib import Path
 
 import torch
 
+from dqtool.artifacts.files import write_text
+from dqtool.artifacts.outputs import check_writable
 from dqtool.bench.integers import ENGINES
 from dqtool.bench.machine import describe_machine
 from dqtool.runtimes import RUNTIMES, load
 
 BITS = ("4/4", "6/6", "8/8")
+MARK = "<!-- page made by dqtool same-integers -->"
+"""Comment by which the script knows its own page again."""
 
 
 def main() -> int:
@@ -30,7 +34,9 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="zoo:digits-ddpm")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("-o", "--output", default=str(Path(__file__).parent / "results" / "same-integers.md"))
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that this script did not write")
     options = parser.parse_args()
+    check_writable(options.output, "page", inputs=[options.model], overwrite=options.overwrite)
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory(prefix="dqtool-integers-") as work:
         run(work, "dilate", options.model)
@@ -55,8 +61,10 @@ def main() -> int:
         "| bits | runtime | layers | accumulators compared | different from int64 |",
         "| --- | --- | --- | --- | --- |",
         *("| " + " | ".join(map(str, row)) + " |" for row in rows),
+        "",
+        MARK,
     ]
-    Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(Path(options.output), "\n".join(lines) + "\n")
     print("\n".join(lines))
     return 1 if wrong else 0
 

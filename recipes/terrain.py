@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=list(UNIFORM))
     parser.add_argument("--iters", type=int, default=0, help="training iterations per block")
     given = parser.parse_args()
+    check()
     work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     model = work / "model"
@@ -104,10 +105,19 @@ def figures_of_maps(path: Path) -> dict[str, Any]:
     return {"height": [float(maps.min()), float(maps.max())], "slope": float(slope), "spectrum": bands}
 
 
+def check() -> None:
+    """Refuse, before any work, to replace results that are not this script's."""
+    from dqtool.artifacts.outputs import check_results
+
+    check_results(RESULTS / "terrain.json", [RESULTS / "terrain.md"])
+
+
 def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
     """Write the rows as JSON and as a table."""
     size = f"{given.maps} maps, {given.samples} calibration samples, {given.passes} passes, {given.iters} iterations"
-    (RESULTS / "terrain.json").write_text(json.dumps({"size": size, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "terrain.json").write_text(
+        json.dumps({"format": "dqtool-result/1", "size": size, "rows": rows}, indent=1) + "\n"
+    )
     lines = [
         "# Terrain: a consistency model that others trained",
         "",

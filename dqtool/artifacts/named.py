@@ -13,12 +13,15 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from dqtool.artifacts.cache import cache_directory
+from dqtool.errors import DqtoolError
+
 __all__ = ["may_read", "remember_named"]
 
 
 def remember_named(paths: Iterable[str | os.PathLike[str]]) -> None:
     """Note paths, Hub ids and the like that the user named. Without a place to write nothing is kept."""
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
+    with contextlib.suppress(OSError, ValueError, DqtoolError):
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
@@ -37,12 +40,12 @@ def may_read(path: str | os.PathLike[str], beside: Iterable[str | os.PathLike[st
         if any(real.is_relative_to(os.path.realpath(os.path.dirname(os.path.abspath(each)))) for each in beside):
             return os.path.lexists(path)
         return (_folder() / _key(path)).exists()
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ValueError, DqtoolError):
         return False
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("DQTOOL_CACHE") or Path.home() / ".cache" / "dqtool") / "named"
+    return cache_directory("named")
 
 
 def _key(path: str | os.PathLike[str]) -> str:

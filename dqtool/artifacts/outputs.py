@@ -13,7 +13,7 @@ from dqtool.artifacts.reading import MANIFEST_BYTES, check_archive, open_regular
 from dqtool.artifacts.store import DIRECTORY_MANIFEST, manifest_path, read_manifest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 
-__all__ = ["GENERATOR", "Kind", "check_outputs", "check_outside", "check_writable"]
+__all__ = ["GENERATOR", "Kind", "check_outputs", "check_outside", "check_results", "check_writable"]
 
 Kind = Literal["artifact", "directory", "report", "picture", "images", "page"]
 """A safetensors file with its manifest, a directory, a JSON report, a PNG, an npz file, an HTML or Markdown page."""
@@ -80,6 +80,28 @@ def check_writable(
             _check_file(target, given, kind, overwrite=overwrite)
     except OSError as error:
         raise os_fault(error, path) from error
+
+
+def check_results(
+    report: str | os.PathLike[str],
+    beside: Sequence[str | os.PathLike[str]] = (),
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> None:
+    """Raise what `check_writable` raises for a JSON report, and for the texts and figures of it beside it.
+
+    A text or figure that exists is dqtool's if its report is there: nothing in it says so.
+    """
+    check_writable(report, "report", inputs=inputs)
+    sources = list(inputs)
+    for path in beside:
+        target = target_of(path)
+        check_outside(target, sources, os.fspath(path))
+        if target.exists() and (target.is_dir() or _json_kind(Path(report)) != "report"):
+            raise EnvironmentFault(
+                f"This file exists, and its report {Path(report).name} is not beside it, so it is not replaced",
+                where=os.fspath(path),
+                fix="Move it away, or choose another place",
+            )
 
 
 def check_outside(path: Path, inputs: Iterable[str | os.PathLike[str]], given: str) -> None:

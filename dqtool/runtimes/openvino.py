@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.artifacts import Artifact, cache_directory, dqtool_version, keep_in_cache
-from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.artifacts.names import path_within
+from dqtool.artifacts.reading import TEXT_BYTES, open_regular
+from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.formats import require
 from dqtool.formats.openvino import (
     EXTRA,
@@ -40,6 +42,7 @@ from dqtool.formats.openvino import (
 from dqtool.models.components.export_layout import component_prefix
 from dqtool.models.families import family_of
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
+from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.call_lock import CallLock
 from dqtool.nn.steps import StepIndex, nearest_rows
 from dqtool.nn.traceable import flat_arguments, nested_arguments

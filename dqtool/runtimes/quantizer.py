@@ -31,7 +31,7 @@ from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageErr
 from dqtool.models.hub.quantizer import FORMAT, METHOD, quantization_config
 from dqtool.models.network_methods import MANIFEST, Origin, give_methods, to_float
 from dqtool.models.networks.packed import plans_from
-from dqtool.models.networks.packed_checks import check_layers, check_state, step_count
+from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.branch import BRANCH
 from dqtool.runtimes import VARIABLE, runtime_name
@@ -287,7 +287,7 @@ def checked_plans(records: Any, network: nn.Module) -> list[LayerPlan]:
             f"This export describes its layers wrongly: {error}", where="config.json", fix="Export the network again"
         ) from error
     plans = plans_from(records)
-    check_layers(network, [plan.info for plan in plans])
+    check_plans(network, plans)
     return plans
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from dqtool import report
 from dqtool.artifacts.files import write_text
+from dqtool.artifacts.outputs import check_results
+from dqtool.artifacts.reading import TEXT_BYTES, read_text_file
 from dqtool.errors import DqtoolError, UsageError
 from dqtool.stages.registry import option_types
 from dqtool.stages.shared.settings import RunSettings
@@ -21,7 +23,7 @@ from dqtool.tables.cells import CellStore
 from dqtool.tables.forecast import forecast
 from dqtool.tables.naming import variant_of
 from dqtool.tables.planning import Cell, Target, plan_table
-from dqtool.tables.rendering import curve_figure, render_markdown, summarise
+from dqtool.tables.rendering import curve_figure, render_markdown, summarise, table_name
 from dqtool.tables.running import Runner, log
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Options, Table, load_table
@@ -85,6 +87,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(tables, wanted, store)
         return 0
+    if args.results.is_dir():  # before the hours of work, not after them
+        for table, _, variant in plans:
+            path = args.results / f"{table_name(table, variant)}.md"
+            check_results(path.with_suffix(".json"), [path, path.with_suffix(".svg")])
     if not args.render:
         report.set_quiet(not args.verbose)
         runner = Runner(args.work, store, RunSettings(quiet=not args.verbose))
@@ -119,9 +125,10 @@ def _write(
         if not summary["cells"]["finished"]:
             continue
         path = args.results / f"{summary['name']}.md"
+        figure = curve_figure(summary)
+        check_results(path.with_suffix(".json"), [path, *([] if figure is None else [path.with_suffix(".svg")])])
         _write_if_changed(path.with_suffix(".json"), json.dumps(summary, indent=1, sort_keys=True) + "\n")
         _write_if_changed(path, render_markdown(summary))
-        figure = curve_figure(summary)
         if figure is not None:
             _write_if_changed(path.with_suffix(".svg"), figure)
         written.append(path)
@@ -129,7 +136,7 @@ def _write(
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+    if not path.is_file() or read_text_file(path, TEXT_BYTES) != text:
         write_text(path, text)
 
 

@@ -16,7 +16,7 @@ from dqtool.tables.planning import Cell, Target
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import Group, Row, Table
 
-__all__ = ["curve_figure", "render_markdown", "summarise"]
+__all__ = ["curve_figure", "render_markdown", "summarise", "table_name"]
 
 
 def summarise(
@@ -43,7 +43,7 @@ def summarise(
     done = sum(record is not None for record in records.values())
     return ({"variant": variant} if variant else {}) | {
         "format": FORMAT,
-        "name": f"{table.name}-{variant}" if variant else table.name,
+        "name": table_name(table, variant),
         "title": table.title,
         "source": table.source,
         "about": table.about,
@@ -60,6 +60,11 @@ def summarise(
         "versions": _versions(records.values()),
         "dqtool": dqtool_version(),
     }
+
+
+def table_name(table: Table, variant: str) -> str:
+    """Return the name of a table's files, with the suffix of a changed table."""
+    return f"{table.name}-{variant}" if variant else table.name
 
 
 def _column(key: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dqtool.artifacts import Manifest, check_outputs, check_writable, commit, commit_directory, commit_report
 from dqtool.artifacts.files import target_of
-from dqtool.artifacts.outputs import Kind
+from dqtool.artifacts.outputs import Kind, check_results
 from dqtool.cli import app
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.metrics.batches import write_npz
@@ -237,3 +237,46 @@ def test_a_lora_is_read_without_its_weight(tmp_path: Path):
 def test_the_format_of_reports_is_told(tmp_path: Path):
     write("report", tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text())["format"].startswith("dqtool/")
+
+
+class TestResults:
+    """A JSON report with texts and figures beside it, as `python -m dqtool.tables` and the scripts of recipes write."""
+
+    def test_its_own_are_replaced(self, tmp_path: Path) -> None:
+        report, text = tmp_path / "a.json", tmp_path / "a.md"
+        check_results(report, [text])
+        report.write_text('{"format": "dqtool-table/1"}')
+        text.write_text("a table")
+        check_results(report, [text, tmp_path / "a.svg"])
+
+    @pytest.mark.parametrize("content", ['{"years": "of work"}', "years of work", '{"format": "dqtool/1", "file": {}}'])
+    def test_other_files_are_not(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(EnvironmentFault):
+            check_results(tmp_path / "a.json", [])
+
+    def test_a_text_without_its_report_is_not(self, tmp_path: Path) -> None:
+        (tmp_path / "a.md").write_text("years of work")
+        with pytest.raises(EnvironmentFault, match="not beside it"):
+            check_results(tmp_path / "a.json", [tmp_path / "a.md"])
+        assert (tmp_path / "a.md").read_text() == "years of work"
+
+    def test_a_link_or_a_device_is_not(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text('{"format": "dqtool-table/1"}')
+        (tmp_path / "a.md").symlink_to(tmp_path / "years")
+        with pytest.raises(EnvironmentFault, match="link"):
+            check_results(tmp_path / "a.json", [tmp_path / "a.md"])
+
+
+UNCHECKED = {"index_results": "rewrites the index and the tables of the repository's own README"}
+
+
+def test_scripts_that_write_results_check_them_first() -> None:
+    import ast
+
+    recipes = Path(__file__).parents[2] / "recipes"
+    for path in sorted(recipes.glob("*.py")):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        named = {call.id if isinstance(call, ast.Name) else getattr(call, "attr", "") for call in calls}
+        if "write_text" in named and path.stem not in UNCHECKED:
+            assert named & {"check_results", "check_writable"}, path.name

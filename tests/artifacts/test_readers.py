@@ -63,6 +63,7 @@ ALLOWED = {
     "stages.report_page": "opens artifacts by `open_artifact`",
     "tables.cells": "opens lock files, whose content is not read",
     "tables.planning": _OWN,
+    "zoo.train_latent": _PACKAGED,
     "training.tensor_store": _OWN,
     "zoo.measure": _PACKAGED,
 }

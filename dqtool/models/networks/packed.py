@@ -17,7 +17,7 @@ from dqtool.models.components.export_layout import weights_files
 from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import family_of
 from dqtool.models.networks.loading import materialise
-from dqtool.models.networks.packed_checks import check_layers, check_state, step_count
+from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import insert_packed, refresh_steps
@@ -129,7 +129,7 @@ def empty_network(
     family = family_of(class_name, "manifest, key model.class", config)
     with torch.device("meta"), bounded_parameters(4 * len(state) + 500):
         network = tie_modules(family.build(config), state, family.tied_modules(config))
-    check_layers(network, [plan.info for plan in plans])
+    check_plans(network, plans)
     insert_packed(network, plans, step_count(state), prediction_rows(state))
     check_state(state, plans, network.state_dict())
     if problem := _misfits(network, state):
