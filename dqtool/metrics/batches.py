@@ -35,6 +35,8 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read whatever an image's name is: others, such as EPS, would run programs."""
 PIXELS = 40_000_000
 """Most pixels of an image: 160 MB while it is decoded."""
+PIXELS_OF_ANY, PIXELS_PER_BYTE = 4_000_000, 1_000
+"""Pixels that a file of any size may have, and more by its bytes: deflate, which PNG uses, shrinks a plain area to 1/1000."""
 IMAGES = "arr_0"
 
 
@@ -91,9 +93,10 @@ class ImageFolder:
 
         try:
             with open_regular(path) as stream, Image.open(stream, formats=FORMATS) as image:
-                if math.prod(image.size) > PIXELS:
+                most = min(PIXELS, PIXELS_OF_ANY + PIXELS_PER_BYTE * os.fstat(stream.fileno()).st_size)
+                if math.prod(image.size) > most:
                     raise ArtifactError(
-                        f"This image has {math.prod(image.size):,} pixels, and at most {PIXELS:,} are read",
+                        f"This image has {math.prod(image.size):,} pixels, and at most {most:,} are read from such a file",
                         where=str(path),
                         fix="Scale it down, or remove it",
                     )

@@ -95,7 +95,7 @@ def lora_delta(down: Tensor, up: Tensor, shape: torch.Size, where: str) -> Tenso
     Raises:
         ArtifactError: the two matrices don't fit the shape.
     """
-    if up.dim() < 2 or down.dim() < 2 or 0 in down.shape or len(shape) < 2:
+    if up.dim() < 2 or down.dim() < 2 or 0 in (*up.shape, *down.shape) or len(shape) < 2:
         raise ArtifactError(
             f"The LoRA's factors {list(up.shape)} and {list(down.shape)} are no two matrices of a rank above 0",
             where=where,
