@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import math
 import os
 import zipfile
@@ -19,6 +20,8 @@ from dqtool.errors import ArtifactError
 
 __all__ = ["LARGEST", "NPZ", "array_header", "npz_arrays", "npz_names", "opened_npz"]
 
+_LONGEST_HEADER = 10_000
+"""Most bytes of the text that says an array's shape and type."""
 LARGEST = 64 << 20
 """Most bytes of an array that is read whole (the covariance of 2,048 features takes 32 MiB), and of one image."""
 _DAMAGE = (
@@ -44,7 +47,7 @@ def npz_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def npz_arrays(path: str | os.PathLike[str], names: Sequence[str], limit: int = LARGEST) -> dict[str, np.ndarray]:
-    """Return these arrays whole, of which none may have more than `limit` bytes; never unpickles.
+    """Return these arrays whole, which together have at most `limit` bytes; never unpickles.
 
     Raises:
         EnvironmentFault: the file can't be read.
@@ -56,15 +59,17 @@ def npz_arrays(path: str | os.PathLike[str], names: Sequence[str], limit: int = 
             raise ArtifactError(
                 f"This file has no {name}, only {', '.join(found) or 'nothing'}", where=os.fspath(path), fix=NPZ
             )
-    arrays = {}
+    arrays, total = {}, 0
     with opened_npz(path) as archive:
         for name in names:
             with archive.open(f"{name}.npy") as stream:
                 shape, _, dtype = array_header(stream)
-            size = math.prod(shape) * dtype.itemsize
-            if size > limit:
+            total += math.prod(shape) * dtype.itemsize
+            if total > limit:
                 raise ArtifactError(
-                    f"{name} has {size:,} bytes, and at most {limit:,} are read", where=os.fspath(path), fix=NPZ
+                    f"The arrays up to {name!a:.80} have {total:,} bytes, and at most {limit:,} are read",
+                    where=os.fspath(path),
+                    fix=NPZ,
                 )
             with archive.open(f"{name}.npy") as stream:
                 arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
@@ -84,7 +89,10 @@ def array_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return shape, Fortran order and type of the array that a member holds; raises what `opened_npz` turns into a fault."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(stream)
+    length = stream.read(2 if version == (1, 0) else 4)
+    if int.from_bytes(length, "little") > _LONGEST_HEADER:  # numpy inflates it before it looks
+        raise ValueError("a header that no array has")
+    shape, is_fortran, dtype = read(io.BytesIO(length + stream.read(int.from_bytes(length, "little"))))
     if not all(type(side) is int and 0 <= side < 1 << 48 for side in shape) or len(shape) > 8:
         raise ValueError("a shape that no array has")
     return shape, is_fortran, dtype

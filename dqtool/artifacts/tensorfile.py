@@ -79,8 +79,10 @@ def _header(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], An
             text = stream.read(length)
     except OSError as error:
         raise os_fault(error, path) from error
+    if (count := text.count(b'"data_offsets"')) > _MAX_TENSORS:
+        raise _foreign(where, f"it lists {count:,} tensors, and at most {_MAX_TENSORS:,} are read")
     try:
-        header = parse_json(text, values=16 * _MAX_TENSORS)
+        header = parse_json(text, values=12 * _MAX_TENSORS)
     except ValueError as error:
         raise _foreign(where, f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):

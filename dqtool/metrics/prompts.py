@@ -18,6 +18,8 @@ __all__ = ["COLUMNS", "read_prompts"]
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 """Accepted headings of the column with the prompts, in any case."""
 
+MOST_PROMPTS = 1_000_000
+"""Most lines of a file of prompts; COCO has 414,113 captions."""
 _ANNOTATIONS = 4_000_000
 """Most values of a JSON file of prompts; COCO's largest caption file has two million."""
 
@@ -36,6 +38,10 @@ def read_prompts(path: str | os.PathLike[str], count: int | None = None, seed: i
     given = os.fspath(path)
     suffix = Path(path).suffix.lower()
     text = read_text_file(path, TEXT_BYTES)
+    if text.count("\n") > MOST_PROMPTS:
+        raise ArtifactError(
+            f"This file has over {MOST_PROMPTS:,} lines, and at most so many prompts are read", where=given
+        )
     if suffix in (".csv", ".tsv"):
         prompts = _table(text, given, "\t" if suffix == ".tsv" else ",")
     elif suffix == ".json":

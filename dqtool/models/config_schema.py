@@ -30,7 +30,7 @@ LARGEST_SAMPLE = 8192
 """Longest side of a sample."""
 STEPS = 100_000
 """Largest number of training steps of a schedule; published ones have 1,000."""
-PARAMETERS = 6_000
+PARAMETERS = 4_000
 """Largest number of parameter tensors of a network without a file; Stable Diffusion XL has 1,680."""
 
 _POSITIVE = re.compile(r"(.*_)?(channels|size|heads|groups|head_dim)")

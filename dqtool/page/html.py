@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from dqtool.artifacts.outputs import GENERATOR
-from dqtool.page.document import Block, Cell, Charts, Note, Page, Paragraph, Pictures, Section, Table
+from dqtool.page.document import Block, Cell, Charts, Note, Page, Paragraph, Pictures, Section, Table, without_controls
 from dqtool.page.style import STYLE
 
 __all__ = ["render_html"]
@@ -20,7 +20,7 @@ def render_html(page: Page) -> str:
     """Return the page as HTML. Equal pages give equal text."""
     nav = _contents(page)
     body = "".join(_section(section, page) for section in page.sections)
-    return (
+    return without_controls(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

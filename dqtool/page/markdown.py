@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from html import escape
 
-from dqtool.page.document import Block, Cell, Charts, Note, Page, Paragraph, Pictures, Table
+from dqtool.page.document import Block, Cell, Charts, Note, Page, Paragraph, Pictures, Table, without_controls
 from dqtool.page.style import CHART_STYLE
 
 __all__ = ["render_markdown"]
@@ -18,7 +18,7 @@ def render_markdown(page: Page) -> str:
         lines += ["", f"{'#' * section.level} {_plain(section.title)}"]
         for block in section.blocks:
             lines += ["", *_block(block)]
-    return "\n".join(lines) + "\n"
+    return without_controls("\n".join(lines) + "\n")
 
 
 def _block(block: Block) -> list[str]:
@@ -52,7 +52,7 @@ def _cell(cell: Cell) -> str:
 
 def _data_uri(svg: str) -> str:
     """Return the chart as a data URI that includes its style sheet."""
-    styled = svg.replace(">", f"><style>{CHART_STYLE}</style>", 1)
+    styled = without_controls(svg).replace(">", f"><style>{CHART_STYLE}</style>", 1)
     return "data:image/svg+xml;base64," + base64.b64encode(styled.encode()).decode("ascii")
 
 
