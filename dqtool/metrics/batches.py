@@ -23,7 +23,7 @@ from torch import Tensor
 from dqtool.artifacts.files import target_of, whole_file
 from dqtool.artifacts.npz import LARGEST, NPZ, array_header, npz_names, opened_npz
 from dqtool.artifacts.reading import open_regular
-from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +87,7 @@ class ImageFolder:
             yield torch.stack(batch)
 
     def _open(self, path: Path) -> np.ndarray:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         from dqtool.metrics.resize import center_crop
 
@@ -101,7 +101,9 @@ class ImageFolder:
                         fix="Scale it down, or remove it",
                     )
                 rgb = _in_8_bits(image, path).convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (MemoryError, DqtoolError):
+            raise
+        except Exception as error:  # Pillow's parsers trust what a file says of its own parts
             raise ArtifactError("This image can't be read", where=str(path), fix="Repair or remove it") from error
         return np.array(rgb if self.size is None else center_crop(rgb, self.size), dtype=np.uint8)
 
