@@ -14,6 +14,7 @@ from dqtool.models.hub.quantizer import quantization_config
 from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.models.networks.packed import is_static, plan_records, plans_of, prediction_rows
 from dqtool.models.networks.packed_checks import step_count
+from dqtool.models.sampling.fitted import FITTED
 from dqtool.nn.integer import runs_as
 from dqtool.nn.surgery import state_shapes
 
@@ -32,7 +33,7 @@ def prepare(distilled: Artifact) -> Exported:
     rows = prediction_rows(tensors)
     predicted = predicted_bytes(state_shapes(float_shapes, plans_of(manifest), timesteps, rows))
     config["quantization_config"] = quantization_config(
-        plan_records(manifest.layers), timesteps, rows, is_static(manifest, timesteps)
+        plan_records(manifest.layers), timesteps, rows, is_static(manifest, timesteps), manifest.metrics.get(FITTED)
     )
 
     def write(directory: Path) -> None:

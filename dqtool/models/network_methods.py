@@ -18,6 +18,7 @@ from dqtool.graph.tied_modules import restore_copies
 from dqtool.models.families import family_of
 from dqtool.models.hub.quantizer import quantization_config
 from dqtool.models.networks.packed import is_static, plan_records, prediction_rows
+from dqtool.models.sampling.fitted import FITTED
 from dqtool.nn.call_lock import give
 from dqtool.nn.packed_form import give_counts, is_quantized_tensor, packed_form
 from dqtool.nn.surgery import quant_layers
@@ -42,7 +43,8 @@ def origin_of(manifest: Manifest, packed: nn.Module) -> Origin:
     state = packed.state_dict()
     count = len(state["timesteps"])
     records, rows = plan_records(manifest.layers), prediction_rows(state)
-    return Origin(quantization_config(records, count, rows, is_static(manifest, count)), manifest)
+    fitted = manifest.metrics.get(FITTED)
+    return Origin(quantization_config(records, count, rows, is_static(manifest, count), fitted), manifest)
 
 
 def give_methods(network: nn.Module, origin: Origin) -> nn.Module:

@@ -3,6 +3,10 @@
 After training by squared error, predictions are slightly too small at each step, biased, and lose fine detail most; a
 sampler accumulates these errors. The tables undo them inside the network. They extend the slope (Eq. 10) and the bias of
 PTQD (arXiv 2305.10657) to the prediction's fine detail and to the network's input.
+
+For each step the tables hold four numbers that all channels share (`scale`, `detail`, `input`, `input_detail`) and one
+`bias` for each channel. Files store each number once for each channel. The numbers belong to the sampler, spacing, steps
+and guidance that they were fitted with; `set_correcting` switches them off for another one.
 """
 
 from __future__ import annotations
@@ -26,13 +30,19 @@ __all__ = [
     "attach_prediction",
     "correct_hook",
     "corrected",
+    "has_prediction",
+    "is_correcting",
     "prediction_shapes",
     "row_shapes",
     "same_channels",
+    "set_correcting",
 ]
 
 NAME = "prediction"
 """Attribute of the root module that holds the tables."""
+
+SWITCH = "_dqtool_correcting"
+"""Entry of the root's `__dict__` that is False while the tables are switched off. Files do not hold it."""
 
 ALWAYS = ("scale", "bias")
 OF_IMAGES = (*ALWAYS, "detail", "input", "input_detail")
@@ -98,11 +108,28 @@ def attach_prediction(model: nn.Module, tables: Mapping[str, Tensor]) -> None:
     setattr(model, NAME, PredictionTables({name: table.to(device) for name, table in tables.items()}))
 
 
+def has_prediction(network: nn.Module) -> bool:
+    """Return whether a network has correction tables, switched on or off."""
+    return isinstance(getattr(network, NAME, None), PredictionTables)
+
+
+def is_correcting(network: nn.Module) -> bool:
+    """Return whether a network uses its correction tables."""
+    return bool(network.__dict__.get(SWITCH, True))
+
+
+def set_correcting(network: nn.Module, on: bool) -> None:
+    """Switch the correction tables of a loaded network on or off. Nothing changes for a network without tables."""
+    network.__dict__[SWITCH] = on
+
+
 def correct_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Correct the first output of the root, in a tuple or a diffusers output. A forward hook (`with_kwargs=True`).
 
     The tables and the step are looked up on the module, not captured, so that a deep copy of the network keeps its own.
     """
+    if not is_correcting(module):
+        return output
     tables, steps = getattr(module, NAME), module.__dict__["_dqtool_steps"]
     sample = next((kwargs[name] for name in SAMPLE_NAMES if name in kwargs), None)
     sample = args[0] if sample is None else sample  # by position it comes first

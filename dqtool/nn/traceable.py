@@ -17,7 +17,7 @@ from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.prediction import NAME as PREDICTION
-from dqtool.nn.prediction import PredictionTables, correct_hook, corrected
+from dqtool.nn.prediction import PredictionTables, correct_hook, corrected, is_correcting
 from dqtool.nn.steps import step_hook
 from dqtool.nn.traceable_codes import OperandCodes, ProductForm, StepTables, is_signed, largest_code, multiply
 
@@ -206,11 +206,13 @@ class TraceableNetwork(nn.Module):
     def _take_prediction(self, packed: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]] | None:
         """Remove the prediction correction's hook and return slot and row shape of each of its tables, by name.
 
-        Returns None for a network that does not correct its predictions.
+        Returns None for a network that does not correct its predictions, or whose correction is switched off.
         """
         for key, hook in list(packed._forward_hooks.items()):
             if hook is correct_hook:
                 del packed._forward_hooks[key], packed._forward_hooks_with_kwargs[key]
+                if not is_correcting(packed):
+                    return None
                 tables: PredictionTables = getattr(packed, PREDICTION)
                 return {name: (self.tables.add(t), tuple(t.shape[1:])) for name, t in tables.tables().items()}
         return None

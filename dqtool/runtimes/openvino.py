@@ -44,6 +44,7 @@ from dqtool.models.families import family_of
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.call_lock import CallLock
+from dqtool.nn.prediction import is_correcting, set_correcting
 from dqtool.nn.steps import StepIndex, nearest_rows
 from dqtool.nn.traceable import flat_arguments, nested_arguments
 from dqtool.runtimes.openvino_fixed import Fixed
@@ -195,7 +196,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
 
     def _run(self, tensors: Mapping[str, Tensor]) -> list[np.ndarray]:
         feed = {name: _array(tensor) for name, tensor in tensors.items()}
-        key = tuple((name, array.shape) for name, array in feed.items())
+        key = (is_correcting(self), *((name, array.shape) for name, array in feed.items()))
         if key not in self._requests:
             while len(self._requests) >= KEPT:
                 self._requests.popitem(last=False)
@@ -210,7 +211,8 @@ class OpenVINONetwork(Fixed, ModelMixin):
         settings = compile_settings(self.precision, torch.get_num_threads())
         shapes = {name: list(array.shape) for name, array in feed.items()}
         identity = hashlib.sha256(repr((sorted(shapes.items()), sorted(settings.items()))).encode()).hexdigest()[:24]
-        folder = self._cache / hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:8]  # a graph has its inputs
+        graph = hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:8]  # a graph has its inputs
+        folder = self._cache / (graph if is_correcting(self) else f"{graph}-uncorrected")
         blob = folder / f"{identity}.blob"
         compiled = self._import(blob, settings)
         if compiled is None:
@@ -276,6 +278,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
         manifest = self.artifact.manifest
         state = exported_tensors(self.artifact)
         network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
+        set_correcting(network, is_correcting(self))
         try:
             return build_ir(network, self.family, nested_arguments(tensors), saturates())
         except RuntimeError as e:

@@ -62,6 +62,7 @@ class DqtoolConfig(QuantizationConfigMixin):
         layers: list[dict[str, Any]] | None = None,
         prediction: Mapping[str, Any] | list[int] | None = None,
         static: bool = True,
+        corrected_for: Mapping[str, Any] | None = None,
         modules_to_not_convert: list[str] | None = None,
     ) -> None:
         runtime = runtime and runtime_name(runtime)
@@ -81,6 +82,7 @@ class DqtoolConfig(QuantizationConfigMixin):
             prediction = dict.fromkeys(("scale", "bias"), prediction)
         self.prediction = prediction
         self.static = timesteps == 1 and static
+        self.corrected_for = corrected_for
         self.modules_to_not_convert = modules_to_not_convert
 
     @classmethod
@@ -92,7 +94,7 @@ class DqtoolConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that an export's `config.json` holds."""
-        return quantization_config(self.layers, self.timesteps, self.prediction, self.static)
+        return quantization_config(self.layers, self.timesteps, self.prediction, self.static, self.corrected_for)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields: none has a default."""

@@ -161,6 +161,7 @@ def produce(
     from dqtool.models.networks.loading import network_of
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.networks.recorded_graph import graph_of
+    from dqtool.models.sampling.fitted import FITTED, fitted_with
     from dqtool.models.sampling.sampler import Sampler
     from dqtool.nn.assignment import assign_bits, with_branches
     from dqtool.nn.surgery import packed_state
@@ -218,8 +219,10 @@ def produce(
         if corrects_predictions(options):
             if task.low_memory:  # it dropped the float network
                 task = replace(task, teacher=teacher_of(manifest, tensors))
+            used = time.process_time()
             with report.progress("distill: predictions", len(task.trajectory.timesteps), "step") as progress:
                 trained |= correct_predictions(task, config, CORRECT_IMAGES, progress)
+            trained |= {FITTED: fitted_with(sampling), "correction_cpu_seconds": time.process_time() - used}
     if trained:
         seconds, processor = workspace.spent()
         trained |= {"training_seconds": seconds, "training_cpu_seconds": processor, **workspace.peaks()}

@@ -16,12 +16,14 @@ from dqtool.metrics.prompts import read_prompts
 from dqtool.models.components.companions import companions_of_artifact
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.runtimes.names import runtime_name
+from dqtool.stages.evaluation.correction import settle_correction
 from dqtool.stages.evaluation.engines import asked_runtime, run_exported
 from dqtool.stages.evaluation.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.evaluation.image_metrics import choose, files_of, ready, save_samples, scores
 from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.evaluation.reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
+from dqtool.stages.options.shared import AUTO
 from dqtool.stages.shared.paths import model_places, read_paths
 from dqtool.stages.shared.running import (
     RunSettings,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalOptions", "evaluate"]
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 
 
 def evaluate(options: EvalOptions, settings: RunSettings) -> str:
@@ -119,6 +121,10 @@ def fingerprint_parameters(
         parameters["correct_noise"] = True
         if options.batch_size < FIT_IMAGES:  # these were fitted on one batch at first
             parameters["fit_images"] = FIT_IMAGES
+    if options.correction != AUTO:
+        parameters["correction"] = options.correction
+    if options.floor:
+        parameters["floor"] = True
     return parameters | ConditionSource.of(options).parameters()
 
 
@@ -169,6 +175,7 @@ def produce(
     workspace: Workspace | None = None,
 ) -> StageOutput:
     """Sample from both networks with the same seeds and compute every figure. Finished images go to `workspace`."""
+    from dqtool.metrics.digits import distance
     from dqtool.nn.surgery import steps_of
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact, makes_latents
 
@@ -182,10 +189,11 @@ def produce(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts, source
     )
     network = network_of_artifact(artifact, options.runtime, options.batch_size)
+    correction = settle_correction(network, artifact, maker, options.correction, "eval")
     float_network = None
     if reference is not None:
         float_network = reference_network(reference, manifest.model)
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {} if correction is None else {"correction": correction}
     if isinstance(reference, ExportedReference):
         figures["reference_is"] = f"{reference.given} in the simulate runtime"
     expected = None
@@ -196,13 +204,16 @@ def produce(
             expected = reference_images(float_network, reference, maker, options, kept)
         sampled = maker
         if options.correct_noise and float_network is not None:
-            correction = fitted(network, float_network, maker, options.seed, options.batch_size)
-            figures["noise_correction"] = {"images": FIT_IMAGES, "steps": correction.to_json()}
-            sampled = with_correction(maker, correction)
+            of_noise = fitted(network, float_network, maker, options.seed, options.batch_size)
+            figures["noise_correction"] = {"images": FIT_IMAGES, "steps": of_noise.to_json()}
+            sampled = with_correction(maker, of_noise)
         images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples", kept)
         if artifact.stage == "export":
             figures["runtime"] = str(network.runtime)
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
+        if options.floor and "digits" in metrics and expected is not None:
+            others = reference_images(float_network, reference, maker, replace(options, seed=options.seed + 1), kept)
+            figures["reference"]["fd.digits_from_reference"] = distance(others, expected)
         if meter is not None:
             rows = maker.conditions.rows(0, len(images)).tolist()
             texts = [maker.conditions.names[row] for row in rows] if maker.conditions.names else None

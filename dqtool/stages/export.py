@@ -13,6 +13,7 @@ from dqtool.artifacts.names import path_within
 from dqtool.formats import FORMATS, prepare
 from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.companion_files import check_companion
+from dqtool.models.sampling.fitted import FITTED
 from dqtool.stages.options.export import ExportOptions
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
@@ -59,8 +60,10 @@ def produce(distilled: Artifact, format_name: str) -> StageOutput:
     }
     if exported.predicted is None:
         del metrics["bytes_predicted"]
-    keys = ("refine_loss", "activation_range_ratio", "unsaturated_share")
+    keys = ("refine_loss", "activation_range_ratio", "unsaturated_share", FITTED)
     metrics |= {key: manifest.metrics[key] for key in keys if key in manifest.metrics} | exported.notes
+    if format_name == "dense":
+        metrics.pop(FITTED, None)  # this format holds no correction
 
     embedded = str(manifest.model["source"]).startswith("zoo:")
 

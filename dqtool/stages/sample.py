@@ -8,6 +8,7 @@ from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
+from dqtool.stages.evaluation.correction import settle_correction
 from dqtool.stages.evaluation.engines import run_exported
 from dqtool.stages.evaluation.noise import fitted, needs_reference, with_correction
 from dqtool.stages.evaluation.reference import find_reference, reference_network
@@ -61,6 +62,7 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         source=ConditionSource.of(options, sampling_of(artifact.manifest), artifact.given),
     )
     network = run_exported(options.directory, options.runtime, options.batch_size)
+    settle_correction(network, artifact, maker, options.correction, "sample")
     if reference is not None:
         exact = reference_network(reference, artifact.manifest.model)
         correction = fitted(network, exact, maker, options.seed, options.batch_size)

@@ -29,7 +29,10 @@ from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Options, Table, load_table
 from dqtool.yamltree import compose, convert, nearest
 
-__all__ = ["main"]
+__all__ = ["WORKERS", "main"]
+
+WORKERS = 2
+"""Workers of one thread each that `make bench-all` starts."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,6 +176,8 @@ def _print_plan(tables: Sequence[Table], plans: Sequence[Sequence[Cell]], store:
     everything = forecast([cell for cells in plans for cell in cells], store)
     rows.append(_plan_row("all (shared cells once)", everything))
     print("\n".join(report.table_lines(["table", "cells", "finished", "can't run", "core hours left", "in all"], rows)))
+    left, whole = (everything[each] / 3600 / WORKERS for each in ("seconds", "whole_seconds"))
+    print(f"`make bench-all` on {WORKERS} cores: {left:.1f} hours left, {whole:.1f} in all")
     for text in sorted({cell.problem for cells in plans for cell in cells if cell.problem}):
         print(f"can't run: {text}")
 

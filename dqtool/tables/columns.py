@@ -26,6 +26,7 @@ class Column:
         of_reference: like `value`, for the full-precision model.
         relative: called as `relative(metrics, baseline_metrics)` in place of `value`, for a figure that compares a cell with
             the table's baseline row.
+        above: `relative` compares with the row above instead.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Column:
     decimals: int = 2
     of_reference: Callable[[Metrics], float | None] = lambda _metrics: None
     relative: Callable[[Metrics, Metrics], float | None] | None = None
+    above: bool = False
 
 
 def _at(stage: str, *keys: str, scale: float = 1.0) -> Callable[[Metrics], float | None]:
@@ -82,6 +84,19 @@ def _excess(metrics: Metrics, baseline: Metrics) -> float | None:
     return 100 * (mine - full) / (base - full)
 
 
+def _gain(metrics: Metrics, above: Metrics) -> float | None:
+    """Return the PSNR that a cell adds to that of the row above, in dB."""
+    mine, base = (_at("eval", "psnr", "mean")(each) for each in (metrics, above))
+    return None if mine is None or base is None else mine - base
+
+
+def _processor_seconds(metrics: Metrics) -> float | None:
+    """Return the processor seconds of training, without the fit of a correction that is switched off in the cell."""
+    whole, fit = _at("distill", "training_cpu_seconds")(metrics), _at("distill", "correction_cpu_seconds")(metrics)
+    off = (metrics.get("eval") or {}).get("correction") == "off"
+    return whole if whole is None or fit is None or not off else whole - fit
+
+
 def _sum_seconds(metrics: Metrics) -> float | None:
     parts = [_at(stage, "seconds")(metrics) for stage in ("dilate", "calibrate", "distill")]
     return None if parts[-1] is None else sum(part or 0.0 for part in parts)
@@ -106,6 +121,7 @@ def _curve_end(index: int) -> Callable[[Metrics], float | None]:
 COLUMNS: dict[str, Column] = {
     **{figure.column_name: _of_figure(figure) for figure in FIGURES.values()},
     "excess": Column("excess left, %", lambda _metrics: None, -1, 1, relative=_excess),
+    "psnr_gain": Column("PSNR over the row above, dB", lambda _metrics: None, 0, 2, relative=_gain, above=True),
     "size": Column(
         "size, MB",
         _at("eval", "cost", "bytes", scale=1e-6),
@@ -117,7 +133,7 @@ COLUMNS: dict[str, Column] = {
     "bops_ratio": Column("fewer BOPs", _at("eval", "cost", "bops_ratio"), 1, 1),
     "train_seconds": Column("training, s", _at("distill", "training_seconds"), -1, 0),
     "quantize_seconds": Column("dilate to distill, s", _sum_seconds, -1, 0),
-    "train_cpu": Column("processor, s", _at("distill", "training_cpu_seconds"), -1, 0),
+    "train_cpu": Column("processor, s", _processor_seconds, -1, 0),
     "train_memory": Column("training memory, MB", _training_memory, -1, 0),
     "train_allocated": Column("without mapped files, MB", _at("distill", "peak_anonymous_bytes", scale=1e-6), -1, 0),
     "unsaturated": Column("scaled in-channels, %", _scaling("unsaturated_share", scale=100), 0, 1),

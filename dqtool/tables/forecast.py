@@ -10,11 +10,18 @@ from dqtool.tables.planning import Cell, Step
 
 __all__ = ["forecast"]
 
-PRIOR = {"dilate": 2.0, "calibrate": 90 / 5120, "distill": 0.75, "eval": 240 / (4096 * 20)}
+PRIOR = {
+    "dilate": 2.0,
+    "calibrate": 90 / 5120,
+    "distill": 0.75,
+    "export": 1.0,
+    "eval by cpu": 80 / (4096 * 20),
+    "eval by simulate": 240 / (4096 * 20),
+}
 """Seconds for each unit of work on `zoo:digits-ddpm` with one core, used until a cell was measured.
 
-The unit is an artifact in dilate, a trajectory point in calibrate, an iteration (of a block and of the pass over all blocks)
-in distill, and a sampling step of an image in eval."""
+The unit is an artifact in dilate and export, a trajectory point in calibrate, an iteration (of a block and of the pass over
+all blocks) in distill, and a sampling step of an image in eval."""
 
 
 def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
@@ -48,9 +55,16 @@ def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
 
 def _seconds(step: Step, sampling_steps: int, rates: Mapping[tuple[str, ...], float]) -> float:
     """Return the expected seconds of a stage, by the rate of the most similar finished stages."""
-    kind = (step.stage, step.model, str(step.parameters.get("method")))
+    kind = _kind(step.stage, step.model, step.parameters)
     known = (rates[kind[:length]] for length in (3, 2, 1) if kind[:length] in rates)
-    return next(known, PRIOR[step.stage]) * _work(step.stage, step.parameters, sampling_steps)
+    return next(known, PRIOR.get(kind[0], PRIOR["eval by simulate"])) * _work(step.stage, step.parameters, sampling_steps)
+
+
+def _kind(stage: str, model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kind of a stage, from its widest part to its narrowest. Runtimes sample at different speeds."""
+    if stage == "eval":
+        return f"eval by {parameters.get('runtime')}", model, ""
+    return stage, model, str(parameters.get("method"))
 
 
 def _sampling_steps(parameters: Iterable[Mapping[str, Any]]) -> int:
@@ -66,7 +80,7 @@ def _work(stage: str, parameters: Mapping[str, Any], sampling_steps: int) -> flo
 
 
 def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
-    """Return mean seconds for each unit of work, by (stage, model, method), by (stage, model), and by (stage,)."""
+    """Return mean seconds for each unit of work, by each start of a kind (`_kind`)."""
     sums: dict[tuple[str, ...], tuple[float, float]] = {}
     for record in records:
         if record["environment"]["device"] != "cpu":
@@ -77,7 +91,7 @@ def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]
             if seconds is None:
                 continue
             work = _work(stage, entry["parameters"], steps)
-            whole = (stage, record["model"], str(entry["parameters"].get("method")))
+            whole = _kind(stage, record["model"], entry["parameters"])
             for kind in (whole, whole[:2], whole[:1]):
                 before = sums.get(kind, (0.0, 0.0))
                 sums[kind] = (before[0] + seconds, before[1] + work)

@@ -28,6 +28,8 @@ __all__ = ["Cell", "Step", "Target", "model_digest", "plan_table"]
 
 METRICS = ("digits", "similarity", "cost")
 """Metrics of cells on embedded models."""
+ENGINE, SIMULATE = "cpu", "simulate"
+"""Runtimes of cells: of the embedded models, and of published ones, which a GPU samples."""
 ITERATIONS = ("iters", "refine_iters")
 SOURCE_OPTIONS = ("config", "components", "lora", "prediction_type", "scheduler", "tokenizer", "pipeline", "variant")
 """Options of `dilate` that identify the model."""
@@ -46,6 +48,7 @@ class Step:
         key: hash that names the artifact.
         model: model that the chain starts from.
         source: key of the step whose output the stage reads; None for the first one, which reads the model.
+        before: stage of that step.
     """
 
     stage: str
@@ -54,6 +57,7 @@ class Step:
     key: str
     model: str
     source: str | None = None
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,9 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     layers.append(target.overrides)
     schedule = SCHEDULES[target.schedule or table.schedule]
     metrics = list(METRICS if target.model is None else PUBLISHED_METRICS)
-    # Cells of one table may come from several machines: all run in the reference arithmetic.
-    base: Options = {"eval": {"metrics": metrics, "runtime": "simulate"}}
+    # All cells of a table run in one arithmetic: embedded models on integers, which the processor samples much faster.
+    runtime = ENGINE if target.model is None else SIMULATE
+    base: Options = {"eval": {"metrics": metrics, "runtime": runtime, "floor": "digits" in metrics}}
     if target.model is None or target.schedule is not None:
         base = _merged([base, {stage: dict(values) for stage, values in schedule.options.items()}])
     merged = _merged([base, *layers])
@@ -216,20 +221,23 @@ def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step
         options["calibrate"].setdefault("bits", options["distill"].get("bits", "4/4"))
     dilate = options.get("dilate", {})
     digest = model_digest(model, dilate)
+    if "eval" in stages and options["eval"].get("runtime") != SIMULATE:
+        stages = [*stages[:-1], "export", "eval"]  # engines run exports; exporting changes no figure
     step = _step("dilate", dilate, model, [digest])
     yield step
     for stage in stages[1:]:
         extra = [digest] if stage == "eval" else []  # eval compares with the model itself
-        step = _step(stage, options[stage], model, [step.key, *extra], source=step.key)
+        step = _step(stage, options.get(stage, {}), model, [step.key, *extra], step)
         yield step
 
 
-def _step(stage: str, values: Mapping[str, Any], model: str, inputs: list[str], source: str | None = None) -> Step:
+def _step(stage: str, values: Mapping[str, Any], model: str, inputs: list[str], source: Step | None = None) -> Step:
     options = make_options(stage, {**values, "model": model} if stage == "dilate" else values)
     parameters = _parameters(stage, options)
     version = import_module(f"dqtool.stages.{stage}").CODE_VERSION
     key = fingerprint(stage, version, parameters, inputs)
-    return Step(stage, dict(values), parameters, key, model, source)
+    before = (None, None) if source is None else (source.key, source.stage)
+    return Step(stage, dict(values), parameters, key, model, *before)
 
 
 def _recipe(method: str | None, preset: str | None = None) -> dict[str, Any]:
@@ -244,6 +252,8 @@ def _parameters(stage: str, options: Any) -> dict[str, Any]:
 
     Versions of figures that were added later are left out: a cell without them counts as finished (`--refresh` runs it again).
     """
+    if stage == "export":
+        return {"format": options.format}
     of_stage = import_module(f"dqtool.stages.{stage}").fingerprint_parameters
     if stage != "eval":
         return of_stage(options)

@@ -13,8 +13,9 @@ from dqtool.page.style import CHART_STYLE
 from dqtool.tables.cells import CellStore
 from dqtool.tables.columns import COLUMNS, Column
 from dqtool.tables.planning import Cell, Target
+from dqtool.tables.provenance import iterations, provenance
 from dqtool.tables.schedules import SCHEDULES
-from dqtool.tables.spec import Group, Row, Table
+from dqtool.tables.spec import CORRECTED, Group, Row, Table
 
 __all__ = ["curve_figure", "render_markdown", "summarise", "table_name"]
 
@@ -87,18 +88,24 @@ def _row(
 ) -> dict[str, Any]:
     mine = [cell for cell in cells if cell.row == row.name]
     finished = [(cell, record) for cell in mine if (record := records.get(cell.key)) is not None]
-    base = {
-        cell.seed: record["metrics"]
-        for cell in cells
-        if cell.row == table.baseline and (record := records.get(cell.key)) is not None and "metrics" in record
-    }
+
+    def metrics_of(name: str | None) -> dict[int, Any]:
+        """Return the metrics of the row of this name by seed."""
+        return {
+            cell.seed: record["metrics"]
+            for cell in cells
+            if cell.row == name and (record := records.get(cell.key)) is not None and "metrics" in record
+        }
+
+    base, above = metrics_of(table.baseline), metrics_of(_above(table, row))
     values = {}
     for key in columns:
         column = COLUMNS[key]
+        other = above if column.above else base
         found = {
             cell.seed: value
             for cell, record in finished
-            if (value := _value(column, record, base.get(cell.seed))) is not None
+            if (value := _value(column, record, other.get(cell.seed))) is not None
         }
         if found:
             values[key] = _spread(list(found.values()))
@@ -119,7 +126,16 @@ def _row(
         "keys": [cell.key for cell, _ in finished],
         "paper_only": row.paper_only,
         "curves": [curve for curve in curves if curve],
+        "iterations": iterations(mine[0]) if mine else "",
+        "made_by": [{"seed": cell.seed, "key": cell.key, **provenance(cell)} for cell, _ in finished],
     }
+
+
+def _above(table: Table, row: Row) -> str | None:
+    """Return the name of the row above; None for the first row of the uncorrected or of the corrected ones."""
+    names = [each.name for each in table.rows if each.name.endswith(CORRECTED) == row.name.endswith(CORRECTED)]
+    at = names.index(row.name)
+    return names[at - 1] if at else None
 
 
 def _reference(columns: Sequence[str], finished: Sequence[Any], group: Group) -> dict[str, Any] | None:
@@ -215,6 +231,9 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         lines += ["", summary["about"]]
     head = ["", "row"] if grouped else ["row"]
     head += [column["label"] + ARROWS[column["better"]] for column in summary["columns"]]
+    trains = any(row.get("iterations") for row in summary["rows"])
+    if trains:
+        head.append("iterations (of its paper)")
     if summary["paper_columns"]:
         head.append(f"paper: {summary['paper_columns']}")
     lines += ["", _line(head), _line(["---"] * len(head))]
@@ -231,6 +250,8 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
             elif value is not None and is_best(summary, row, column):
                 shown = f"**{shown}**"
             cells.append(shown)
+        if trains:
+            cells.append(row.get("iterations") or "–")
         if summary["paper_columns"]:
             cells.append(row["paper"])
         lines.append(_line(cells))
@@ -252,6 +273,13 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
             "",
             f"Excess left: the fd.digits that a row adds to full precision's, in percent of what {summary['baseline']} adds; "
             f"empty if {summary['baseline']} adds nothing.",
+        ]
+    if any(column["key"] == "fd.digits_from_reference" for column in summary["columns"]):
+        lines += [
+            "",
+            "Full precision's own distance to full precision is the floor: the distance of two sets of its images with "
+            "different noise. Images of equal noise come in pairs, and a distance below the floor says how well pairs "
+            "match; PSNR is the paired measure.",
         ]
     if len(summary["seeds"]) > 1:
         lines += [

@@ -17,7 +17,7 @@ from dqtool.stages.shared.settings import RunSettings
 from dqtool.tables.cell_figures import FIGURES_VERSION, cell_figures
 from dqtool.tables.cells import CellStore, claim
 from dqtool.tables.planning import Cell, Step
-from dqtool.tables.spec import STAGES
+from dqtool.tables.provenance import provenance
 
 __all__ = ["Runner"]
 
@@ -82,6 +82,7 @@ class Runner:
             "environment": environment(str(resolve_device(self.settings.device)), torch.get_num_threads()),
             "dqtool": dqtool_version(),
             "measures": FIGURES_VERSION,
+            **provenance(cell),
         }
         try:
             for step, entry in zip(cell.steps, record["stages"], strict=True):
@@ -122,8 +123,7 @@ class Runner:
         if step.source is None:
             values["model"] = step.model
         else:
-            before = STAGES[STAGES.index(step.stage) - 1]
-            values["artifact"] = str(self._at(before, step.source))
+            values["artifact"] = str(self._at(str(step.before), step.source))
         if step.stage == "eval":
             values["reference"] = step.model
         with claim(path.with_name(f".{path.name}.claim"), wait=True):
@@ -139,4 +139,5 @@ class Runner:
         return self._at(step.stage, step.key)
 
     def _at(self, stage: str, key: str) -> Path:
-        return self.work / f"{stage}-{key[:20]}{'.json' if stage == 'eval' else '.safetensors'}"
+        suffix = {"eval": ".json", "export": ""}.get(stage, ".safetensors")
+        return self.work / f"{stage}-{key[:20]}{suffix}"

@@ -17,7 +17,7 @@ from dqtool.yamltree import compose, convert, entries, items, listed, nearest, r
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-__all__ = ["STAGES", "Group", "Options", "Published", "Row", "Table", "load_table"]
+__all__ = ["CORRECTED", "STAGES", "Group", "Options", "Published", "Row", "Table", "load_table"]
 
 STAGES = tuple(name for name in chained_stages() if name != "export")
 """Stages of a cell, in order. Cells measure the distilled artifact, because exporting it changes no figure."""
@@ -227,25 +227,31 @@ CORRECTED = ", corrected"
 def _with_corrections(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """Return all rows without the correction of predictions, then all rows with it, named NAME, corrected.
 
-    Static quantizers have no steps to correct and are in the first part alone, and so are rows of the paper's numbers.
+    Both rows of a pair have one training: the tables are fitted after it, and the first row is evaluated with them
+    switched off. Static quantizers have no steps to correct and are in the first part alone, and so are rows of the
+    paper's numbers.
     """
-    plain = [row if row.paper_only else replace(row, options=_correcting(row.options, False)) for row in rows]
+    plain = [row if row.paper_only else replace(row, options=_uncorrected(row.options)) for row in rows]
     able = [row for row in rows if not row.paper_only and not row.options.get("distill", {}).get("static")]
-    corrected = [
-        replace(row, name=row.name + CORRECTED, options=_correcting(row.options, True), paper={}) for row in able
-    ]
+    corrected = [replace(row, name=row.name + CORRECTED, options=_corrected(row.options), paper={}) for row in able]
     return (*plain, *corrected)
 
 
-def _correcting(options: Options, correct: bool) -> Options:
-    """Return options with the correction on or off. The preset `paper` has none: with it, its other parts are spelled out."""
+def _uncorrected(options: Options) -> Options:
+    """Return options of a row that is evaluated with its correction off. The preset `paper` fits none."""
+    distill = options.get("distill", {})
+    if distill.get("preset") == "paper" or distill.get("static"):
+        return options
+    return {**_corrected(options), "eval": {**options.get("eval", {}), "correction": "off"}}
+
+
+def _corrected(options: Options) -> Options:
+    """Return options with the correction on. With the preset `paper`, which has none, its other parts are spelled out."""
     distill = dict(options.get("distill", {}))
     if distill.get("preset") == "paper":
-        if not correct:
-            return options
         del distill["preset"]
         distill |= {"method": "bkd", "refine_iters": 0}
-    return {**options, "distill": distill | {"correct_noise": correct}}
+    return {**options, "distill": distill | {"correct_noise": True}}
 
 
 def _flag(found: Entries, key: str, given: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 __all__ = ["EXTRAPOLATING", "FINE", "BkdOptions", "OnPolicyOptions", "PerStepOptions", "Rates", "RoundingOptions"]
 
@@ -23,6 +23,10 @@ class Rates:
     weight_scale: float = 5e-4
     table_scale: float = 3e-3
     zero_point: float = 5e-3
+
+    def times(self, factor: float) -> Rates:
+        """Return all rates multiplied by `factor`."""
+        return Rates(*(factor * getattr(self, each.name) for each in fields(self)))
 
 
 FINE = Rates(weight=0.004, bias=1e-3, weight_scale=1e-4, table_scale=1e-3, zero_point=1e-3)

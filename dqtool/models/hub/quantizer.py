@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dqtool.models.sampling.fitted import FITTED
+
 __all__ = ["FORMAT", "METHOD", "quantization_config"]
 
 METHOD = "dqtool"
@@ -16,13 +18,18 @@ def quantization_config(
     timesteps: int,
     prediction: Mapping[str, Sequence[int]] | None = None,
     static: bool = True,
+    corrected_for: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of an exported `config.json`.
 
     It holds the layers with their bits, in execution order, and the row shape of each prediction-correction table, by
-    name, where there are some. `static` says whether the only row of one-row tables serves all timesteps.
+    name, where there are some. `corrected_for` is the sampling that these were fitted with
+    (`models.sampling.fitted`). `static` says whether the only row of one-row tables serves all timesteps.
     """
     known = {"quant_method": METHOD, "format": FORMAT, "timesteps": timesteps, "layers": records}
     if timesteps == 1:
         known["static"] = static
-    return known if prediction is None else {**known, "prediction": {k: list(row) for k, row in prediction.items()}}
+    if prediction is not None:
+        known["prediction"] = {k: list(row) for k, row in prediction.items()}
+        known |= {FITTED: dict(corrected_for)} if corrected_for else {}
+    return known

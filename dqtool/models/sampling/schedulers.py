@@ -30,6 +30,7 @@ SAMPLERS = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "lcm": "LCMScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
 """Diffusers scheduler classes by their name on the command line."""
 

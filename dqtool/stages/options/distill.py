@@ -110,6 +110,15 @@ class DistillOptions:
             least=0,
         ),
     ] = None
+    rate: Annotated[
+        float,
+        Option(
+            "Factor on the learning rates of bkd, bkd-blockwise, on-policy and lsq. Lower it when the loss jumps, raise it "
+            "for few iterations.",
+            "F",
+            least=0,
+        ),
+    ] = 1.0
     method: Annotated[
         str,
         Option(
@@ -280,6 +289,7 @@ def _check_paper(options: DistillOptions) -> None:
     contradictions = {
         "--method": options.method != "bkd",
         "--refine-iters": bool(options.refine_iters),
+        "--rate": options.rate != 1,
         "--correct-noise": bool(options.correct_noise),
         "--static": options.static,
     }
@@ -317,12 +327,19 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
         UsageError: there is no such method, or it does not take an option that was given.
     """
     from dqtool.training.methods import method_of, method_options
+    from dqtool.training.options import Rates
 
     method = method_of(options.method)
     given = {"iters": options.iters, "refine_iters": options.refine_iters, "batch_size": options.batch_size}
     if options.preset == PAPER:
         given["refine_iters"] = 0
-    return method, method_options(method, given)
+    found = method_options(method, given)
+    if options.rate == 1:
+        return method, found
+    rates = {each.name: value for each in fields(found) if isinstance(value := getattr(found, each.name), Rates)}
+    if not rates:
+        raise UsageError(f"--method {method.name} has no use for this option", where="--rate", fix="Leave it out")
+    return method, replace(found, **{name: value.times(options.rate) for name, value in rates.items()})
 
 
 def corrects_predictions(options: DistillOptions) -> bool:

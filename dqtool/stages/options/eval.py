@@ -8,9 +8,11 @@ from typing import Annotated
 from dqtool.errors import UsageError
 from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import (
+    AUTO,
     BATCH_HELP,
     CONDITIONS,
     CORRECT_NOISE,
+    CORRECTION,
     GUIDANCE,
     IMAGE_SIZE,
     INCEPTION_WEIGHTS,
@@ -19,6 +21,7 @@ from dqtool.stages.options.shared import (
     PIPELINE,
     PROMPTS,
     RANDOM_CONDITIONS,
+    check_correction,
 )
 
 __all__ = ["DEFAULT_METRICS", "NETWORK_METRICS", "EvalOptions"]
@@ -119,12 +122,21 @@ class EvalOptions:
         Option("File to keep the samples in, in the format of the ADM evaluation suite.", "FILE.npz", panel=INPUT),
     ] = None
     correct_noise: Annotated[bool, CORRECT_NOISE] = False
+    correction: Annotated[str, CORRECTION] = AUTO
+    floor: Annotated[
+        bool,
+        Option(
+            "Measure fd.digits between two sets of full-precision images of different noise, too: the distance of equal "
+            "models at this number of images. Give it to judge small distances."
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for an unknown metric or sampler."""
+        """Raise `UsageError` for an unknown metric, sampler or value of `--correction`."""
         from dqtool.models.sampling.schedulers import check_sampler
 
         check_sampler(self.sampler)
+        check_correction(self.correction)
         if self.metrics is None:
             return
         from dqtool.metrics import METRICS

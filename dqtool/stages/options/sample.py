@@ -7,14 +7,17 @@ from typing import Annotated
 
 from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import (
+    AUTO,
     BATCH_HELP,
     CONDITIONS,
     CORRECT_NOISE,
+    CORRECTION,
     GUIDANCE,
     LARGEST_SEED,
     PIPELINE,
     PROMPTS,
     RANDOM_CONDITIONS,
+    check_correction,
 )
 
 __all__ = ["SampleOptions"]
@@ -45,6 +48,7 @@ class SampleOptions:
         ),
     ] = "auto"
     correct_noise: Annotated[bool, CORRECT_NOISE] = False
+    correction: Annotated[str, CORRECTION] = AUTO
     reference: Annotated[
         str | None,
         Option(
@@ -53,3 +57,7 @@ class SampleOptions:
             panel=INPUT,
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for an unknown value of `--correction`."""
+        check_correction(self.correction)

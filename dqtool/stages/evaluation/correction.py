@@ -1,0 +1,79 @@
+"""`--correction` of `eval` and `sample`: whether the network's own tables correct its predictions in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dqtool import report
+from dqtool.artifacts import Artifact, Manifest
+from dqtool.errors import UsageError
+from dqtool.models.sampling.fitted import FITTED, differences, fitted_with, sentence
+from dqtool.stages.options.shared import AUTO, OFF, ON
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dqtool.stages.evaluation.images import ImageMaker
+
+__all__ = ["fitted_of", "settle_correction", "used_by_maker"]
+
+
+def settle_correction(network: nn.Module, artifact: Artifact, maker: ImageMaker, asked: str, stage: str) -> str | None:
+    """Switch the tables of `network` on or off for the sampling of `maker`, and return "on" or "off".
+
+    `auto` switches them off, with one message, where the sampling differs from the one that they were fitted with. Return
+    None for a network without tables.
+
+    Raises:
+        UsageError: the tables are part of an exported graph and can't be switched off.
+    """
+    from dqtool.nn.prediction import has_prediction, set_correcting
+
+    manifest = artifact.manifest
+    fitted = fitted_of(manifest, has_prediction(network))
+    if fitted is None:
+        return None
+    different = differences(fitted, used_by_maker(maker, fitted))
+    on = asked == ON or (asked == AUTO and not different)
+    if not on and manifest.parameters.get("format") == "openvino":
+        if asked == OFF:
+            raise UsageError(
+                "The correction of predictions is part of this graph",
+                where="--correction off",
+                fix="Export with --format dq, which every runtime reads",
+            )
+        report.warn(f"{stage}: predictions are corrected for {sentence(fitted)}, which this graph can't leave out")
+        return ON
+    set_correcting(network, on)
+    if asked == AUTO and different:
+        report.warn(
+            f"{stage}: the correction of predictions is off. It was fitted with {sentence(fitted)}; here are {different}. "
+            "--correction on keeps it"
+        )
+    return ON if on else OFF
+
+
+def fitted_of(manifest: Manifest, has_tables: bool) -> Mapping[str, Any] | None:
+    """Return the sampling that an artifact's tables were fitted with: its record, or the calibration's where an earlier
+    version wrote none. Return None without tables."""
+    found = manifest.metrics.get(FITTED)
+    if isinstance(found, Mapping):
+        return found
+    sampling = (manifest.pipeline or {}).get("sampling")
+    return fitted_with(sampling) if has_tables and sampling else None
+
+
+def used_by_maker(maker: ImageMaker, fitted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a maker's sampling. Listed timesteps are the calibration's own or have its spacing."""
+    sampler, embedded = maker.sampler, maker.conditions.embedded
+    return fitted_with(
+        {
+            "scheduler": dict(sampler.scheduler.config) | {"_class_name": type(sampler.scheduler).__name__},
+            "steps": sampler.steps,
+            "eta": sampler.eta,
+            "guidance": sampler.guidance if embedded is None else embedded,
+            "timesteps": sampler.listed,
+            "spacing": fitted.get("spacing"),
+        }
+    )
