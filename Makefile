@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths table-correction terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -72,6 +72,11 @@ zoo: setup
 tables = OMP_NUM_THREADS=1 $(BIN)/python -m dqtool.tables $(1) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 $(TABLES): setup
 	$(call tables,recipes/tables/$@.yaml)
+
+# Measures the correction of predictions with samplers that it was not fitted with, and writes
+# recipes/results/table-correction.md. It needs the exports of `make digits-ddpm-w4a4 digits-sd-w4a4`.
+table-correction: digits-ddpm-w4a4 digits-sd-w4a4
+	$(BIN)/python recipes/correction.py $(foreach name,ddpm sd,digits-$(name)=results/digits-$(name)-w4a4/exported)
 
 # Writes every comparison, by two workers of one thread each. After an interruption it continues with unfinished cells.
 bench-all: setup

@@ -12,6 +12,7 @@ from dqtool.artifacts.manifest import FORMAT, STAGES, Manifest, dqtool_version, 
 from dqtool.artifacts.outputs import Kind, check_outputs, check_outside, check_writable
 from dqtool.artifacts.store import (
     ATTACHMENT,
+    CARD,
     DIRECTORY_MANIFEST,
     Artifact,
     fingerprint,
@@ -25,6 +26,7 @@ from dqtool.artifacts.workspace import Workspace
 
 __all__ = [
     "ATTACHMENT",
+    "CARD",
     "DIRECTORY_MANIFEST",
     "FORMAT",
     "STAGES",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTACHMENT",
+    "CARD",
     "DIRECTORY_MANIFEST",
     "Artifact",
     "fingerprint",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 DIRECTORY_MANIFEST = "dqtool.json"
+CARD = "README.md"
+"""Model card of an exported directory. Its owner may edit it: it is not verified."""
 ATTACHMENT = "file."
 """Before the name of a tensor that is a file (a pipeline's other components), uint8."""
 
@@ -202,6 +205,8 @@ def open_artifact(path: str | os.PathLike[str], stages: Collection[str] | None =
     if manifest.file is not None:
         _verify(Path(path), given, manifest.file)
     for name, entry in (manifest.files or {}).items():
+        if name == CARD:
+            continue
         _verify(path_within(path, name, given, links=Path(path)), os.path.join(given, name), entry)
     return Artifact(Path(path), given, manifest)
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dqtool.errors import UsageError
 
-__all__ = ["FLOAT_BITS", "AttentionBits", "Bits", "LayerBits", "bits_from_json", "check_width", "parse_bits"]
+__all__ = [
+    "FLOAT_BITS",
+    "AttentionBits",
+    "Bits",
+    "LayerBits",
+    "bits_from_json",
+    "bits_label",
+    "check_width",
+    "parse_bits",
+]
 
 FLOAT_BITS = 16
 """Least width that means float."""
@@ -111,3 +121,13 @@ def parse_bits(text: str, where: str = "--bits") -> LayerBits:
 def _cost(bits: int) -> int:
     """Return the width that an operand counts as in bit operations; float operands count as float32."""
     return 32 if bits >= FLOAT_BITS else bits
+
+
+def bits_label(layers: Iterable[Mapping[str, Any]]) -> str:
+    """Return the bits of most multiply-accumulates of a model, such as `4/4`; `float` before distillation."""
+    weight: dict[str, int] = {}
+    for layer in layers:
+        if "bits" in layer and layer["kind"] != "attention" and min(layer["bits"]) < FLOAT_BITS:
+            key = "/".join(map(str, layer["bits"]))
+            weight[key] = weight.get(key, 0) + layer["macs"]
+    return max(weight, key=lambda key: weight[key]) if weight else "float"

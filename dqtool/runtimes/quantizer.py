@@ -28,12 +28,15 @@ from dqtool.artifacts import Manifest, read_manifest
 from dqtool.artifacts.records import LayerRecord
 from dqtool.artifacts.schema import record
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
+from dqtool.models.hub.corrections import ASKED
 from dqtool.models.hub.quantizer import FORMAT, METHOD, quantization_config
 from dqtool.models.network_methods import MANIFEST, Origin, give_methods, to_float
 from dqtool.models.networks.packed import plans_from
 from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
+from dqtool.models.sampling.fitted import check_correction
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.branch import BRANCH
+from dqtool.nn.prediction import set_correcting
 from dqtool.runtimes import VARIABLE, runtime_name
 
 __all__ = ["DqtoolConfig", "DqtoolQuantizer", "register", "register_in_transformers"]
@@ -49,7 +52,8 @@ class _Method(StrEnum):
 class DqtoolConfig(QuantizationConfigMixin):
     """The `quantization_config` of an exported directory, and what a user asks of its loading.
 
-    `runtime` is `auto` (the fastest that this machine has), `cpu` or `simulate`. A config made with it alone goes to
+    `runtime` is `auto` (the fastest that this machine has), `cpu` or `simulate`. `correction` is `auto` (predictions are
+    corrected unless the scheduler is one that this harms), `on` or `off`. A config made with these alone goes to
     `from_pretrained(..., quantization_config=...)` of a network, or as `quant_mapping` of a `PipelineQuantizationConfig`.
     The other fields come from the export.
     """
@@ -64,6 +68,7 @@ class DqtoolConfig(QuantizationConfigMixin):
         static: bool = True,
         corrected_for: Mapping[str, Any] | None = None,
         modules_to_not_convert: list[str] | None = None,
+        correction: str | None = None,
     ) -> None:
         runtime = runtime and runtime_name(runtime)
         if runtime not in (None, "auto", INTEGER, "simulate"):
@@ -83,6 +88,9 @@ class DqtoolConfig(QuantizationConfigMixin):
         self.prediction = prediction
         self.static = timesteps == 1 and static
         self.corrected_for = corrected_for
+        if correction is not None:
+            check_correction(correction, "DqtoolConfig, correction")
+        self.correction = correction
         self.modules_to_not_convert = modules_to_not_convert
 
     @classmethod
@@ -240,6 +248,8 @@ class DqtoolQuantizer(DiffusersQuantizer):
             cpu.convert(model)
             model.__dict__["_dqtool_dtype"] = self.dtype or torch.float32
         model.__dict__["runtime"] = self.runtime
+        model.__dict__[ASKED] = self.quantization_config.correction or "auto"
+        set_correcting(model, self.quantization_config.correction != "off")
         return give_methods(model, Origin(self.quantization_config.to_dict(), self.manifest))
 
     def get_state_dict_and_metadata(
@@ -348,7 +358,8 @@ def _merged(merge: Any, quantizers: Any, stored: Any, given: Any) -> Any:
         return merge(quantizers, stored, given)
     found = merge(quantizers, stored, None)
     if isinstance(found, DqtoolConfig):
-        found.runtime, found.modules_to_not_convert = given.runtime, given.modules_to_not_convert
+        found.runtime, found.correction = given.runtime, given.correction
+        found.modules_to_not_convert = given.modules_to_not_convert
     return found
 
 

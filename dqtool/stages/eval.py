@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Checkpoints, Kind, Workspace, read_manifest, sha256_file
+from dqtool.core.bits import bits_label
 from dqtool.errors import UsageError
 from dqtool.metrics import FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.components.companions import companions_of_artifact
 from dqtool.models.conditions.external import ConditionSource
+from dqtool.models.sampling.fitted import AUTO
 from dqtool.runtimes.names import runtime_name
 from dqtool.stages.evaluation.correction import settle_correction
 from dqtool.stages.evaluation.engines import asked_runtime, run_exported
@@ -23,7 +25,6 @@ from dqtool.stages.evaluation.image_metrics import choose, files_of, ready, save
 from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.evaluation.reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
-from dqtool.stages.options.shared import AUTO
 from dqtool.stages.shared.paths import model_places, read_paths
 from dqtool.stages.shared.running import (
     RunSettings,
@@ -211,7 +212,7 @@ def produce(
         if artifact.stage == "export":
             figures["runtime"] = str(network.runtime)
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
-        if options.floor and "digits" in metrics and expected is not None:
+        if options.floor and "digits" in metrics and float_network is not None and reference is not None:
             others = reference_images(float_network, reference, maker, replace(options, seed=options.seed + 1), kept)
             figures["reference"]["fd.digits_from_reference"] = distance(others, expected)
         if meter is not None:
@@ -315,16 +316,6 @@ def reference_images(
     return cached_images(
         key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, "eval: reference", kept)
     )
-
-
-def bits_label(layers: list[dict[str, Any]]) -> str:
-    """Return the bits of most multiply-accumulates of a model, such as `4/4`; `float` before distillation."""
-    weight: dict[str, int] = {}
-    for layer in layers:
-        if "bits" in layer and layer["kind"] != "attention" and min(layer["bits"]) < 16:
-            key = "/".join(map(str, layer["bits"]))
-            weight[key] = weight.get(key, 0) + layer["macs"]
-    return max(weight, key=lambda key: weight[key]) if weight else "float"
 
 
 def print_figures(artifact: Artifact, figures: dict[str, Any]) -> None:

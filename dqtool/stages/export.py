@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact
+from dqtool.artifacts import CARD, Artifact
 from dqtool.artifacts.names import path_within
+from dqtool.core.bits import bits_label
 from dqtool.formats import FORMATS, prepare
+from dqtool.formats.card import model_card
 from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.companion_files import check_companion
 from dqtool.models.sampling.fitted import FITTED
@@ -20,7 +22,7 @@ from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifac
 
 __all__ = ["FORMATS", "ExportOptions", "export"]
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 def export(options: ExportOptions, settings: RunSettings) -> str:
@@ -75,6 +77,9 @@ def produce(distilled: Artifact, format_name: str) -> StageOutput:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as stream:  # never over a file of the network or another attachment
                 stream.write((in_float32(name, data) if embedded else data).numpy().data)
+        if not (directory / CARD).exists():  # a companion may have brought its own
+            card = model_card(manifest, format_name, bits_label(exported.layers), format_name != "dense")
+            (directory / CARD).write_text(card, encoding="utf-8")
         metrics["bytes"] = size
         predicted = exported.predicted
         report.say(

@@ -10,6 +10,7 @@ from typing import Any
 from dqtool.artifacts import manifest_path, open_artifact
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json, parse_json, read_file
 from dqtool.core.cost import bops, bops_ratio
+from dqtool.models.sampling.fitted import FITTED, sentence
 from dqtool.models.sources.resolve import ModelSource, resolve_model
 from dqtool.report import format_seconds, table_lines
 
@@ -112,6 +113,7 @@ def _render_artifact(note: Mapping[str, Any]) -> list[str]:
             "inputs": "; ".join(_input(entry) for entry in note["inputs"]) or "-",
             "network": f"{note['model'].get('class', '?')}  (from {note['model'].get('source', '?')})",
             "sampling": _sampling(note.get("pipeline") or {}),
+            **_correction(note["metrics"]),
             "bytes": f"{note['bytes']:,}" + (f" in {note['tensors']} tensors" if "tensors" in note else ""),
             "sha256": note["sha256"],
             "fingerprint": note["fingerprint"],
@@ -285,6 +287,12 @@ def _sampling(pipeline: Mapping[str, Any]) -> str:
         said += f", embedded guidance {sampling['embedded_guidance']:g}"
     origin = sampling.get("conditions")
     return said if origin is None else f"{said}, {_origin(origin)}"
+
+
+def _correction(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the line on the sampling that the correction of predictions was fitted with; nothing without one."""
+    fitted = metrics.get(FITTED)
+    return {"predictions": f"corrected for {sentence(fitted)}"} if isinstance(fitted, Mapping) else {}
 
 
 def _origin(conditions: Mapping[str, Any]) -> str:

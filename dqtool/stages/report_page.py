@@ -71,8 +71,8 @@ def render_plan(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _find(options: ReportOptions, settings: RunSettings) -> tuple[list[Result], list[Bench], list[dict[str, Any]]]:
+    from dqtool.core.bits import bits_label
     from dqtool.page.results import find_results, find_tables
-    from dqtool.stages.eval import bits_label
 
     places: Sequence[str] = options.places or [input_artifact(None, ["eval"], "eval").given]
     results, benches = find_results(places)

@@ -47,8 +47,8 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
     if settings.dry_run:
         return options.output
     set_up_torch(settings.device)
+    from dqtool.core.bits import bits_label
     from dqtool.metrics.grid import save_grid
-    from dqtool.stages.eval import bits_label
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact
 
     prompts = None if options.prompts is None else read_prompts(options.prompts)

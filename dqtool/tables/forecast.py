@@ -57,7 +57,9 @@ def _seconds(step: Step, sampling_steps: int, rates: Mapping[tuple[str, ...], fl
     """Return the expected seconds of a stage, by the rate of the most similar finished stages."""
     kind = _kind(step.stage, step.model, step.parameters)
     known = (rates[kind[:length]] for length in (3, 2, 1) if kind[:length] in rates)
-    return next(known, PRIOR.get(kind[0], PRIOR["eval by simulate"])) * _work(step.stage, step.parameters, sampling_steps)
+    return next(known, PRIOR.get(kind[0], PRIOR["eval by simulate"])) * _work(
+        step.stage, step.parameters, sampling_steps
+    )
 
 
 def _kind(stage: str, model: str, parameters: Mapping[str, Any]) -> tuple[str, ...]:

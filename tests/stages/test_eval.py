@@ -12,12 +12,13 @@ import torch
 from helpers import tiny_pipeline
 
 from dqtool.artifacts import open_artifact
+from dqtool.core.bits import bits_label
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.metrics.grid import save_grid, to_uint8
 from dqtool.models.sampling.image_cache import cached_images
 from dqtool.runtimes import pick
 from dqtool.stages.dilate import DilateOptions, dilate
-from dqtool.stages.eval import EvalOptions, bits_label, evaluate
+from dqtool.stages.eval import EvalOptions, evaluate
 from dqtool.stages.options.sample import SampleOptions
 from dqtool.stages.shared.settings import RunSettings
 

@@ -1,4 +1,5 @@
-"""Pipeline calls as runs: one warning per call reports the timesteps that were not calibrated."""
+"""Pipeline calls as runs: one warning per call reports the timesteps that were not calibrated, and corrections of
+predictions that were fitted for another sampling are switched off (`corrections`)."""
 
 from __future__ import annotations
 
@@ -41,9 +42,11 @@ def _wrap(cls: Any) -> None:
 def _as_run(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def run(*args: Any, **kwargs: Any) -> Any:
+        from dqtool.models.hub.corrections import corrected_as_fitted
         from dqtool.nn.steps import step_run
 
-        with step_run():
+        pipeline = args[0] if args else None
+        with step_run(), corrected_as_fitted(pipeline, call, args[1:], kwargs):
             return call(*args, **kwargs)
 
     run._dqtool = True  # type: ignore[attr-defined]

@@ -9,13 +9,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["FITTED", "differences", "differs_by", "fitted_with", "sentence", "used_by"]
+from dqtool.errors import UsageError
+
+__all__ = [
+    "AUTO",
+    "CORRECTIONS",
+    "FITTED",
+    "OFF",
+    "ON",
+    "check_correction",
+    "differs_by",
+    "fitted_with",
+    "misfit",
+    "sentence",
+    "used_by",
+]
 
 FITTED = "corrected_for"
 """Key of the record in metrics of artifacts and in the `quantization_config` of exports."""
 
+AUTO, ON, OFF = CORRECTIONS = ("auto", "on", "off")
+"""Choices of a user: a correction where it fits, always, or never."""
+
+HELPS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler")
+"""Schedulers among which a correction helps, or costs nothing, when it was fitted with another one of them, with other
+steps or with another spacing (`recipes/results/table-correction.md`)."""
+
+HARMLESS = ("scheduler", "spacing", "steps", "guidance")
+"""Keys of the record that may differ among these schedulers."""
+
 _LISTED = "listed"
 _WORDS = {"scheduler": "", "spacing": "spacing ", "steps": " steps", "eta": "eta ", "guidance": "guidance "}
+
+
+def check_correction(value: str, where: str = "--correction") -> None:
+    """Raise `UsageError` for a value that is not one of `CORRECTIONS`."""
+    if value not in CORRECTIONS:
+        raise UsageError(f"unknown correction '{value}'", where=where, fix=f"Choose from {', '.join(CORRECTIONS)}")
 
 
 def fitted_with(sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,9 +84,15 @@ def differs_by(fitted: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def differences(fitted: Mapping[str, Any], used: Mapping[str, Any]) -> str:
-    """Return the differences in words, such as `PNDMScheduler in place of DDIMScheduler`; "" without any."""
-    return ", ".join(f"{_word(key, used[key])} in place of {_word(key, fitted[key])}" for key in differs_by(fitted, used))
+def misfit(fitted: Mapping[str, Any], used: Mapping[str, Any]) -> str:
+    """Return why a correction is not for the sampling in use, such as `PNDMScheduler in place of DDIMScheduler`.
+
+    Return "" where it is: the sampling is that of the fit, or differs in what was measured to do no harm (`HELPS`).
+    """
+    different = differs_by(fitted, used)
+    if {fitted["scheduler"], used.get("scheduler")} <= {*HELPS, None}:
+        different = [key for key in different if key not in HARMLESS]
+    return ", ".join(f"{_word(key, used[key])} in place of {_word(key, fitted[key])}" for key in different)
 
 
 def sentence(fitted: Mapping[str, Any]) -> str:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.errors import UsageError
-from dqtool.models.sampling.fitted import FITTED, differences, fitted_with, sentence
-from dqtool.stages.options.shared import AUTO, OFF, ON
+from dqtool.models.sampling.fitted import AUTO, FITTED, OFF, ON, fitted_with, misfit, sentence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +21,8 @@ __all__ = ["fitted_of", "settle_correction", "used_by_maker"]
 def settle_correction(network: nn.Module, artifact: Artifact, maker: ImageMaker, asked: str, stage: str) -> str | None:
     """Switch the tables of `network` on or off for the sampling of `maker`, and return "on" or "off".
 
-    `auto` switches them off, with one message, where the sampling differs from the one that they were fitted with. Return
-    None for a network without tables.
+    `auto` switches them off, with one message, for a sampling that they are not for (`misfit`). Return None for a network
+    without tables.
 
     Raises:
         UsageError: the tables are part of an exported graph and can't be switched off.
@@ -34,7 +33,7 @@ def settle_correction(network: nn.Module, artifact: Artifact, maker: ImageMaker,
     fitted = fitted_of(manifest, has_prediction(network))
     if fitted is None:
         return None
-    different = differences(fitted, used_by_maker(maker, fitted))
+    different = misfit(fitted, used_by_maker(maker, fitted))
     on = asked == ON or (asked == AUTO and not different)
     if not on and manifest.parameters.get("format") == "openvino":
         if asked == OFF:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from dqtool.errors import UsageError
+from dqtool.models.sampling.fitted import AUTO, check_correction
 from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import (
-    AUTO,
     BATCH_HELP,
     CONDITIONS,
     CORRECT_NOISE,
@@ -21,7 +21,6 @@ from dqtool.stages.options.shared import (
     PIPELINE,
     PROMPTS,
     RANDOM_CONDITIONS,
-    check_correction,
 )
 
 __all__ = ["DEFAULT_METRICS", "NETWORK_METRICS", "EvalOptions"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from dqtool.models.sampling.fitted import AUTO, check_correction
 from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import (
-    AUTO,
     BATCH_HELP,
     CONDITIONS,
     CORRECT_NOISE,
@@ -17,7 +17,6 @@ from dqtool.stages.options.shared import (
     PIPELINE,
     PROMPTS,
     RANDOM_CONDITIONS,
-    check_correction,
 )
 
 __all__ = ["SampleOptions"]

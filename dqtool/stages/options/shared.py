@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from dqtool.errors import UsageError
 from dqtool.stages.options.declared import INPUT, Option
 
 __all__ = [
     "ARTIFACT",
-    "AUTO",
     "BATCH_HELP",
     "CONDITIONS",
     "CORRECTION",
-    "CORRECTIONS",
     "CORRECT_NOISE",
     "GUIDANCE",
     "IMAGE_SIZE",
     "INCEPTION_WEIGHTS",
     "LARGEST_SEED",
-    "OFF",
-    "ON",
     "OUTPUT",
     "OUTPUT_DIRECTORY",
     "PIPELINE",
     "PROMPTS",
     "RANDOM_CONDITIONS",
-    "check_correction",
 ]
 
 LARGEST_SEED = 2**32 - 1
@@ -63,22 +57,12 @@ CORRECT_NOISE = Option(
     "Remove the quantization error from the predicted noise, as measured in a first pass (PTQD). Needs the "
     "full-precision model."
 )
-AUTO, ON, OFF = CORRECTIONS = ("auto", "on", "off")
-"""Values of `--correction`."""
 CORRECTION = Option(
-    "Correction of predictions by the tables that distill fitted: auto (where sampler, spacing, steps and guidance are "
-    "those of the fit), on or off. Give off to see what it gains.",
+    "Correction of predictions by the tables that distill fitted: auto (not for samplers that it harms, such as plms in "
+    "place of ddim), on or off. Give off to see what it gains.",
     "NAME",
 )
 OUTPUT = Option("File to write. Its manifest is written next to it.", "FILE", short="-o", panel=INPUT)
 OUTPUT_DIRECTORY = Option("Directory to write.", "DIR", short="-o", panel=INPUT)
 BATCH_HELP = "Images sampled together. Lower it when memory runs out."
 """Help of the option `--batch-size`, which each stage declares with its own default."""
-
-
-def check_correction(value: str) -> None:
-    """Raise `UsageError` for an unknown value of `--correction`."""
-    if value not in CORRECTIONS:
-        raise UsageError(
-            f"unknown correction '{value}'", where="--correction", fix=f"Choose from {', '.join(CORRECTIONS)}"
-        )
