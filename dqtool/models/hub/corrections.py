@@ -60,7 +60,7 @@ def _networks(pipeline: Any) -> list[tuple[Any, Mapping[str, Any]]]:
     """Return the networks of a pipeline that have a correction, each with the sampling of its fit."""
     found = []
     for component in vars(pipeline).values():
-        network = getattr(component, "_orig_mod", component)  # what `torch.compile` wraps
+        network = getattr(component, "_orig_mod", component)  # the network that `torch.compile` wraps
         if hasattr(network, "_forward_hooks") and (fitted := fitted_of_network(network)) is not None:
             found.append((network, fitted))
     return found
