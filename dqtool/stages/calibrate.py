@@ -32,8 +32,7 @@ CODE_VERSION = 2
 
 RANGE = ".channel_range"
 WORK_TOGETHER = 64 * 10**9
-"""Multiply-accumulates of the samples that run together where statistics are collected: large networks gain nothing from
-more and need memory for it."""
+"""Multiply-accumulates of the samples that run together: large networks gain nothing from more and need memory for it."""
 SCALING_VERSIONS = {AUTO: 2}
 """Methods whose results have changed: artifacts of an older version are made again."""
 SCALING_STEPS, SCALING_POINTS = 8, 2
@@ -160,10 +159,10 @@ def produce(
     recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator)
     quotas = recorder.quotas(conditions, blocks)
     conditions = conditions.evenly(images_of(quotas, conditions))
-    trajectory, seen = recorder.record(conditions, quotas, workspace)
-    points = Trajectory.from_tensors({**seen, "timesteps": timesteps})
-
     together = samples_together(manifest.layers, options.batch_size)
+    few = replace(recorder, options=replace(options, batch_size=min(options.batch_size, together)))
+    trajectory, seen = few.record(conditions, quotas, workspace)
+    points = Trajectory.from_tensors({**seen, "timesteps": timesteps})
 
     def per_step(what: str, runs: int = 1) -> Iterator[Callable[[], None]]:
         """Yield a function for each step that runs the network over the step's samples; it is called `runs` times."""
@@ -238,7 +237,7 @@ def rescaled_by(
 
 
 def samples_together(layers: Sequence[Mapping[str, Any]], batch_size: int) -> int:
-    """Return how many samples run together where statistics are collected."""
+    """Return how many samples run together: all where the network is small, few where it is large."""
     work = sum(int(layer["macs"]) for layer in layers) or 1
     return max(1, min(4 * batch_size, WORK_TOGETHER // work))
 

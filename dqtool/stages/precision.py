@@ -31,6 +31,7 @@ from dqtool.precision.frontier import (
     psnr_of,
 )
 from dqtool.precision.frontier import quantization_error as predicted_error
+from dqtool.precision.kept_errors import kept_errors
 from dqtool.precision.sensitivity import Errors, measure_errors
 from dqtool.precision.step_weights import step_weights
 from dqtool.precision.table import print_frontier
@@ -73,20 +74,40 @@ class Measured:
 
 
 def measure(manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widths: Sequence[int] = WIDTHS) -> Measured:
-    """Measure the error of every operand of a calibrated artifact by `passes` backward passes."""
+    """Return the error of every operand of a calibrated artifact, by `passes` backward passes; measured once and kept."""
     family, config = network_of(manifest.model)
     layers = layer_infos(manifest.layers)
     widths = sorted({*widths, 8})
+    assert manifest.pipeline is not None
+    sampling = manifest.pipeline["sampling"]
+    sampler = Sampler.calibrated(family, config, sampling, sampling.get("guidance", 1.0))
+    trajectory = Trajectory.from_tensors(tensors)
+
+    def measured() -> Errors:
+        return _measured_errors(manifest, tensors, sampler, trajectory, passes, widths)
+
+    file = manifest.file or {}
+    about = {"artifact": file.get("sha256"), "passes": passes, "widths": widths}
+    errors = kept_errors(about, measured) if "sha256" in file else measured()
+    return Measured(manifest, tensors, layers, errors, sampler, trajectory)
+
+
+def _measured_errors(
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    sampler: Sampler,
+    trajectory: Trajectory,
+    passes: int,
+    widths: Sequence[int],
+) -> Errors:
+    """Return the error of every operand, measured by `passes` backward passes."""
+    family, layers = sampler.family, layer_infos(manifest.layers)
     tables, plans = {}, []
     for bits in widths:
         spec = QuantizationSpec(LayerBits(bits, bits), kept=(KeptLayers(".*", LayerBits(bits, bits)),))
         plans = assign_bits(layers, spec, split_dilated(tensors)[1])
         tables[bits] = initial_tables(plans, tensors)
     network = student_of(manifest, tensors, plans)
-    assert manifest.pipeline is not None
-    sampling = manifest.pipeline["sampling"]
-    sampler = Sampler.calibrated(family, config, sampling, sampling.get("guidance", 1.0))
-    trajectory = Trajectory.from_tensors(tensors)
     weights = step_weights(sampler, trajectory)
     weights *= len(weights) ** 0.5  # the passes average over steps, and the steps' errors add up
     order = points_of_passes(trajectory, passes)
@@ -102,8 +123,7 @@ def measure(manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widt
                 yield float(weights[trajectory.rows[index]]), run
                 progress.advance()
 
-    errors = measure_errors(network, plans, tables, widths, runs())
-    return Measured(manifest, tensors, layers, errors, sampler, trajectory)
+    return measure_errors(network, plans, tables, widths, runs())
 
 
 def points_of_passes(trajectory: Trajectory, passes: int) -> list[int]:

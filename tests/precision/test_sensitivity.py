@@ -14,6 +14,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.quantization import KeptLayers, QuantizationSpec
 from dqtool.models.networks.loading import network_of
 from dqtool.precision.step_weights import step_weights
+from dqtool.stages import precision
 from dqtool.stages.precision import Measured, measure
 from dqtool.stages.shared.artifact_models import student_of
 
@@ -83,3 +84,25 @@ def test_a_guided_sampler_weighs_both_predictions(measured: Measured) -> None:
     guided = dataclasses.replace(measured.sampler, guidance=3.0)
     ratio = step_weights(guided, measured.trajectory) / step_weights(measured.sampler, measured.trajectory)
     assert torch.allclose(ratio, torch.full_like(ratio, 13**0.5))
+
+
+def test_errors_are_measured_once(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second choice of bits for the same artifact reads the errors back; a damaged cache is measured again."""
+    monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path))
+    artifact = open_artifact(str(made / "calibrated.safetensors"), ["calibrate"])
+    calls = []
+    real = precision.measure_errors
+    monkeypatch.setattr(precision, "measure_errors", lambda *given: (calls.append(1), real(*given))[1])
+
+    def errors(passes: int) -> object:
+        return measure(artifact.manifest, artifact.tensors(), passes, (4, 8)).errors
+
+    first = errors(1)
+    assert errors(1) == first
+    assert len(calls) == 1
+    errors(2)
+    assert len(calls) == 2
+    for kept in (tmp_path / "errors").iterdir():
+        kept.write_text('{"errors": [[1, 2]]}')
+    assert errors(1) == first
+    assert len(calls) == 3

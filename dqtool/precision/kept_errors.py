@@ -1,0 +1,60 @@
+"""Cache of measured errors: every choice of bits for one calibrated artifact needs the same measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dqtool import report
+from dqtool.artifacts import cache_directory, dqtool_version, keep_in_cache
+from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
+from dqtool.core.device import chosen_device
+from dqtool.errors import DqtoolError, EnvironmentFault
+from dqtool.precision.sensitivity import Errors
+
+__all__ = ["kept_errors"]
+
+VERSION = 1
+"""Version of the measurement. Another one makes errors be measured again."""
+
+
+def kept_errors(about: Mapping[str, Any], make: Callable[[], Errors]) -> Errors:
+    """Return the errors of `make()`, from the cache where it holds some of the same `about` and of the same versions.
+
+    A cache that can't be read or written changes nothing but the time.
+    """
+    versions = {
+        "version": VERSION,
+        "dqtool": dqtool_version(),
+        "torch": torch.__version__,
+        "device": str(chosen_device()),
+    }
+    identity = json.dumps({**about, **versions}, sort_keys=True)
+    name = f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    try:
+        path = cache_directory("errors") / name
+    except EnvironmentFault:
+        return make()
+    if path.is_file():
+        try:
+            found = _from_json(load_json(path, MANIFEST_BYTES)["errors"])
+            report.say("sensitivity: errors from the cache")
+            return found
+        except (DqtoolError, OSError, ValueError, KeyError, TypeError):
+            report.warn(f"the cached errors {path} can't be read and are measured again")
+    errors = make()
+    rows = [[layer, operand, by_bits] for (layer, operand), by_bits in errors.items()]
+    keep_in_cache(path, lambda new: new.write_text(json.dumps({"errors": rows}), encoding="utf-8"))
+    return errors
+
+
+def _from_json(rows: Any) -> Errors:
+    """Return errors from their JSON form; raises `ValueError` or `TypeError` for another one."""
+    return {
+        (str(layer), str(operand)): {int(bits): float(error) for bits, error in dict(by_bits).items()}
+        for layer, operand, by_bits in rows
+    }
