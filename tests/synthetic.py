@@ -8,6 +8,7 @@ from torch import nn
 from dqtool.core.bits import FLOAT_BITS
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.quantization import QuantizationSpec
+from dqtool.core.rotation import fitting_sizes, rotate_weight
 from dqtool.models.families import FAMILIES
 from dqtool.models.networks.loading import load_weights
 from dqtool.models.networks.packed import packed_network
@@ -20,8 +21,11 @@ from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake, pa
 __all__ = ["synthetic_network"]
 
 
-def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0) -> nn.Module:
-    """Return the packed network of `zoo:NAME` (or any model) at timesteps 0, 50, ...; half of its layers are dilated."""
+def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0, rotated: bool = False) -> nn.Module:
+    """Return the packed network of `zoo:NAME` (or any model) at timesteps 0, 50, ...; half of its layers are dilated.
+
+    `rotated` rotates every input that a group fits.
+    """
     generator = torch.Generator().manual_seed(0)
     source = resolve_model(model)
     family, config = FAMILIES[source.class_name], source.config
@@ -29,6 +33,10 @@ def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0) 
     network.load_state_dict(load_weights(source))
     traced = family.graph(network, config).trace
     layers = {info.name: info for info in traced.layers if info.kind != "attention"}
+    for name, info in layers.items() if rotated else ():
+        info.rotation = next(fitting_sizes(info.shape[1], info.groups), 0)
+        weight = network.get_submodule(name).weight
+        weight.data = rotate_weight(weight.data, info.rotation)
     owners = [name for name, info in layers.items() if info.shares is None][::2]
     dilation = {name: 1 + torch.rand(layers[name].shape[1], generator=generator) for name in owners}
     dilation |= {name: dilation[info.shares] for name, info in layers.items() if info.shares in dilation}

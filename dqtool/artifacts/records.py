@@ -62,7 +62,8 @@ class ScalingRecord:
 class LayerRecord:
     """A layer in execution order; `shape` `[out, in, ...]` of its weight, `bits` of weight and input once chosen.
 
-    `low_rank` is the rank of the float branch beside its product, 0 for none.
+    `low_rank` is the rank of the float branch beside its product, `rotation` the group size of its input's rotation; 0 for
+    none.
     """
 
     name: Name
@@ -74,6 +75,7 @@ class LayerRecord:
     heads: Annotated[int, Between(0, 1 << 17)] = 0
     bias: bool = False
     shares: Name | None = None
+    rotation: Literal[0, 16, 32, 64] = 0
     bits: tuple[Bits, Bits] | None = None
     dilated: bool | None = None
     low_rank: Annotated[int, Between(0, 1 << 16)] = 0

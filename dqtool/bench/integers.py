@@ -37,7 +37,7 @@ def count_cpu(network: nn.Module) -> Iterator[tuple[str, int, int]]:
         for step in range(form.input.steps):
             current_step.row = step
             x = _input(form, step)
-            expected = accumulate(form.input.codes(x, step, channel_dim=1 if form.is_conv else -1), form)
+            expected = accumulate(form.codes(x, step), form)
             got = product.accumulators(product.quantize(x)).to(torch.int64)
             compared += expected.numel()
             different += int((got != expected).sum())
@@ -85,10 +85,7 @@ def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     for index, (name, layer, x) in enumerate(zip(names, traceable, inputs, strict=True)):
         form = layer.form
         assert form.input is not None
-        dim = 1 if form.is_conv else -1
-        expected = torch.cat(
-            [accumulate(form.input.codes(x[t : t + 1], t, channel_dim=dim), form) for t in range(steps)]
-        )
+        expected = torch.cat([accumulate(form.codes(x[t : t + 1], t), form) for t in range(steps)])
         if not form.input.signed:  # the engine multiplies stored codes
             zero = form.input.zero_point.expand(steps).view(-1, *(1,) * (expected.dim() - 1)).long()
             expected = expected + zero * form.weight_sum.view(

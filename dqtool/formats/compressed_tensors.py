@@ -20,6 +20,7 @@ from dqtool.core.affine import SYMMETRIC_BITS
 from dqtool.core.bits import AttentionBits, LayerBits
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import pack
+from dqtool.core.rotation import rotate_weight
 from dqtool.errors import ArtifactError
 from dqtool.formats import Exported, require
 from dqtool.models.components.export_layout import WEIGHTS
@@ -145,6 +146,8 @@ def _obstacle(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> str | None:
         return None
     if plan.info.kind != "linear":
         return "convolutions are quantized"
+    if plan.info.rotation:
+        return "the input is rotated"
     if plan.low_rank:
         return "a low-rank branch stands beside the product"
     if bits.quantizes_input and not bits.quantizes_weight:
@@ -165,6 +168,7 @@ def _convert(state: dict[str, Tensor], plan: LayerPlan) -> None:
         if dilation is not None:
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight / broadcast_scale(dilation, weight, plan.info.groups)
+        state[f"{name}.weight"] = rotate_weight(state[f"{name}.weight"], plan.info.rotation)
         return
     # The library keeps codes minus 2^(b-1) and adds that again when it packs, so that its packed words equal ours.
     state[f"{name}.weight_scale"] = state[f"{name}.weight_scale"].view(-1, 1).clone()

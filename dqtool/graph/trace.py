@@ -23,6 +23,7 @@ class LayerInfo:
 
     `macs` are multiply-accumulates for one sample; `role` is "input" (first consumer of the sample), "output" (producer
     of the network's output) or None; `shares` names the layer whose quantized input this one reuses (q of q, k, v).
+    `rotation` is the group size of the Hadamard rotation that calibration gave the layer's input, 0 for none.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerInfo:
     heads: int = 0
     bias: bool = False
     shares: str | None = None
+    rotation: int = 0
 
 
 @dataclass

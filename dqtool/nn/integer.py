@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, levels, lowest_code
 from dqtool.core.packing import unpack
+from dqtool.core.rotation import rotate
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.branch import LowRankBranch
 from dqtool.nn.layers import PackedLayer
@@ -131,7 +132,8 @@ class IntegerLayer:
     integers; otherwise dequantize the weight, divide the input by `divisor` and multiply in float. `weight_sum` int32
     `[C_out]` is for inputs that are not `signed`, unpadded taps included. Convolutions carry their geometry.
 
-    `low_rank` is a float branch of the layer's input that is added to its output.
+    `low_rank` is a float branch of the layer's own input that is added to its output. `rotation` is the group size of the
+    rotation between that input and `input`, 0 for none.
 
     `source` holds the packed codes of an integer weight. `weight` is then on the `meta` device until `unpacked` creates
     it; engines that read packed codes never need it.
@@ -149,6 +151,13 @@ class IntegerLayer:
     groups: int = 1
     source: PackedCodes | None = None
     low_rank: LowRankBranch | None = None
+    rotation: int = 0
+
+    def codes(self, x: Tensor, step: int) -> Tensor:
+        """Return the centred codes of the layer's own input `x` `[N, C, H, W]` or `[..., C]` at `step`, int32."""
+        assert self.input is not None
+        dim = 1 if self.is_conv else -1
+        return self.input.codes(rotate(x, self.rotation, dim), step, dim)
 
     def unpacked(self) -> IntegerLayer:
         """Return the layer with its weight in memory, unpacked from `source`."""
@@ -215,6 +224,7 @@ def integer_layer(layer: PackedLayer, keep_packed: bool = False) -> IntegerLayer
         is_conv=layer.is_conv,
         source=source if keep_packed else None,
         low_rank=layer.low_rank,
+        rotation=layer.rotation,
         **(_geometry(layer) if layer.is_conv else {}),
     )
 

@@ -17,6 +17,7 @@ from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import pack, packed_words, unpack
+from dqtool.core.rotation import rotate, rotate_weight
 from dqtool.graph.leaves import zero_padding
 from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.branch import BRANCH, LowRankBranch, branch_shapes
@@ -43,7 +44,8 @@ class QuantLayer(nn.Module):
     """Base class of both forms: geometry of the product, and the input's quantizer.
 
     Tensors: `input_scale`, `input_zero_point` `[T]` (absent when the input stays float), `dilation` `[C_in]` (absent
-    when 1), `bias` `[C_out]` or None. `low_rank` is a float branch beside the product, or None.
+    when 1), `bias` `[C_out]` or None. `low_rank` is a float branch beside the product, or None. `rotation` is the group size
+    of the input's rotation, which comes before its division; 0 for none.
     """
 
     input_scale: Tensor | None
@@ -51,10 +53,12 @@ class QuantLayer(nn.Module):
     dilation: Tensor | None
     bias: Tensor | None
     low_rank: LowRankBranch | None
+    rotation: int
 
     def __init__(self, like: nn.Module, bits: LayerBits, steps: StepIndex) -> None:
         super().__init__()
         self.bits, self.steps = bits, steps
+        self.rotation = 0
         self.is_conv = isinstance(like, nn.Conv2d)
         if isinstance(like, nn.Conv2d):
             padding = zero_padding(like)
@@ -78,14 +82,30 @@ class QuantLayer(nn.Module):
         return (self.stride, self.padding, self.dilation_taps) if self.is_conv else None
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """Return the fake-quantized `x / dilation`, `[N, C, H, W]` or `[N, ..., C]` like `x`, the input of `multiply`."""
-        divisor = self.input_divisor()
-        divisor = divisor.view(-1, 1, 1) if divisor is not None and self.is_conv else divisor
+        """Return the fake-quantized `x / dilation`, `[N, C, H, W]` or `[N, ..., C]` like `x`, the input of `multiply`.
+
+        `x` is rotated first if the layer has a rotation.
+        """
         if self.input_scale is None or self.input_zero_point is None:
-            return x if divisor is None else x * divisor.reciprocal()
+            return self.transform_input(x)
+        x, divisor = self.rotate_input(x), self._input_divisor()
         return quantize_operand(
             x, self.input_scale, self.input_zero_point, self.steps.rows_for(x), self.bits.input, 0, divisor
         )
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """Return the rotated and divided input, which `quantize_input` rounds."""
+        x, divisor = self.rotate_input(x), self._input_divisor()
+        return x if divisor is None else x * divisor.reciprocal()
+
+    def rotate_input(self, x: Tensor) -> Tensor:
+        """Return the input with its channels rotated, if the layer has a rotation."""
+        return rotate(x, self.rotation, 1 if self.is_conv else -1)
+
+    def _input_divisor(self) -> Tensor | None:
+        """Return `input_divisor` in a shape that divides the input."""
+        divisor = self.input_divisor()
+        return divisor.view(-1, 1, 1) if divisor is not None and self.is_conv else divisor
 
     def input_divisor(self) -> Tensor | None:
         """Return the divisor of the input's channels, `[C_in]`; None for a layer without one."""
@@ -96,10 +116,11 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
     def float_weight(self) -> Tensor:
-        """Return the float layer's weight with the quantized values: the dilation undone, the branch added."""
+        """Return the float layer's weight with the quantized values: dilation and rotation undone, the branch added."""
         weight = self.quantized_weight()
         if self.dilation is not None:
             weight = weight / broadcast_scale(self.dilation, weight, self.groups)
+        weight = rotate_weight(weight, self.rotation)
         return weight if self.low_rank is None else weight + self.low_rank.weight()
 
     def multiply(self, x: Tensor) -> Tensor:

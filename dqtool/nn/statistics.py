@@ -1,6 +1,6 @@
 """Activation statistics of calibration: one histogram per quantizer and step, which serves every bit-width.
 
-A quantizer belongs to a layer's input (divided by its dilation) or to an attention operand.
+A quantizer belongs to a layer's input (rotated and divided by its dilation, where it has them) or to an attention operand.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import search_histogram
 from dqtool.core.bits import AttentionBits
+from dqtool.core.rotation import rotate
 from dqtool.graph.attention import attention_layout
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.assignment import LayerPlan
@@ -165,11 +166,13 @@ def collect(
                 name: str = info.name,
                 channel_dim: int = channel_dim,
                 divisor: Tensor | None = divisor,
+                rotation: int = info.rotation,
             ) -> None:
                 x = args[0]
                 divisor = None if divisor is None else divisor.to(x.device)
                 if not recorder.counting:
                     recorder.see_channels(name, x, channel_dim)
+                x = rotate(x, rotation, channel_dim)
                 recorder.see(name, (x if divisor is None else x / divisor).reshape(1, -1))
 
             handles.append(module.register_forward_pre_hook(hook))

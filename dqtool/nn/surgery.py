@@ -45,6 +45,7 @@ def insert_fake(
             attach_operands(module, plan.bits, steps)
             continue
         layer = fake_layer(module, plan.bits, steps)
+        layer.rotation = plan.info.rotation
         if plan.info.name in dilation:
             layer.dilation = dilation[plan.info.name].detach().to(layer.weight.device, copy=True)
         _replace(model, plan.info.name, layer)
@@ -72,7 +73,9 @@ def insert_packed(
             for name, (shape, dtype) in shapes.items():
                 module.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
             continue
-        _replace(model, plan.info.name, packed_layer(module, plan.bits, steps, shapes))
+        layer = packed_layer(module, plan.bits, steps, shapes)
+        layer.rotation = plan.info.rotation
+        _replace(model, plan.info.name, layer)
     if prediction is not None:
         attach_prediction(model, {k: torch.empty(timesteps, *row, device=device) for k, row in prediction.items()})
     return steps

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from dqtool.core.rotation import rotate
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
@@ -58,6 +59,7 @@ class TraceableLayer(nn.Module):
         form = self.form
         along = (-1, 1, 1) if form.is_conv else (-1,)  # out-channels, against the output
         if self.codes is None:
+            x = rotate(x, form.rotation, 1 if form.is_conv else -1)
             x = x if self.divisor is None else x * self.divisor.reciprocal().view(along)
             weight = self.weight
             if self.weight_scale is not None:
@@ -79,6 +81,9 @@ class TraceableLayer(nn.Module):
         """Return the input's codes for the product; padded for a convolution on unsigned codes."""
         assert self.codes is not None
         form, width = self.form, 1 if self.divisor is None else self.divisor.numel()
+        if form.rotation:  # once for all layers that read the input
+            size, dim, given = form.rotation, 1 if form.is_conv else -1, x
+            x = self.codes.tables.made((id(x), "rotated", size, dim), x, lambda: rotate(given, size, dim))
         if not form.is_conv:
             return self.codes(x, (-1, *(1,) * (x.dim() - 2), width))
         padded = not is_signed(form) and self.weight_scale is not None

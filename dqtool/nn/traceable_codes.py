@@ -7,6 +7,7 @@ multiplied with its scale. Compilers recognise both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ class StepTables(nn.Module):
             multipliers = torch.ones(1) / (row[:, self.owners] * self.divisors)
             self._now_divided = list(multipliers.split([divisor.numel() for _, divisor in self._divided], 1))
 
+    def made(self, key: tuple[Any, ...], x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Return what `make` makes of `x`, once in each call; `key` holds the identity of `x`, which is kept alive."""
+        if key not in self._made:
+            self._made[key] = (x, make())
+        return self._made[key][1]
+
     def leave(self) -> None:
         """Release the rows and codes of this call."""
         self._now, self._now_divided, self._made = [], [], {}
@@ -147,9 +154,7 @@ class OperandCodes:
         unsigned codes can't be padded with zero afterwards.
         """
         key = (id(x), self.multiplier, self.divided, self.low, self.high, self.signed, self.product is None, pad)
-        if key not in self.tables._made:
-            self.tables._made[key] = (x, self._codes(F.pad(x, pad) if any(pad) else x, shape))
-        return self.tables._made[key][1]
+        return self.tables.made(key, x, lambda: self._codes(F.pad(x, pad) if any(pad) else x, shape))
 
     def _codes(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         source = self.tables._now_divided if self.divided else self.tables._now

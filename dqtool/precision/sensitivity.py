@@ -144,11 +144,8 @@ def _watch(x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
 
 
 def _watch_input(layer: FakeQuantLayer, see: Callable[[Tensor, Tensor], None], x: Tensor) -> Tensor:
-    """Divide the input by the layer's dilation, in float, as `QuantLayer.quantize_input` does."""
-    divisor = layer.input_divisor()
-    if divisor is not None:
-        x = x * (divisor.view(-1, 1, 1) if layer.is_conv else divisor).reciprocal()
-    return _watch(x, see)
+    """Return the layer's input as its quantizer reads it, in float; `see` will be shown its gradient."""
+    return _watch(layer.transform_input(x), see)
 
 
 def _watch_product(see: Callable[..., None], _attn: nn.Module, name: str, x: Tensor) -> Tensor:

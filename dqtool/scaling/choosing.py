@@ -108,7 +108,7 @@ def choose_by_activations(
     return {
         owner: result
         for owner, result in found.items()
-        if method.learning_rate or result.shift is not None or bool((result.scale != 1).any())
+        if method.learning_rate or result.rotation or result.shift is not None or bool((result.scale != 1).any())
     }
 
 

@@ -55,7 +55,7 @@ def dilate_network(
     tensors = DeferredTensors(dict(state))
     records = []
     for info in layers:
-        record = asdict(info)
+        record = {key: value for key, value in asdict(info).items() if key != "rotation"}
         if info.name in scales:
             name, scale = f"{info.name}.weight", scales[info.name]
             # Computed when it is written, so that the whole network need not fit into memory twice.

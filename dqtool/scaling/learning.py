@@ -69,7 +69,9 @@ def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
     rates: dict[str, float] = {}
     shifted: set[str] = set()
     groups = scaling_groups(layer_infos(manifest.layers))
-    for owner in groups:
+    for owner, members in groups.items():
+        if members[0].rotation:
+            continue
         scaling = scaling_of(manifest, owner)
         method = METHODS.get(scaling.get("asked", scaling.get("method", "")))
         if method is not None and method.learning_rate and "folded_into" not in scaling:

@@ -76,7 +76,11 @@ def scaling_of(manifest: Manifest, name: str) -> dict[str, Any]:
 
 def dilated_layers(manifest: Manifest) -> set[str]:
     """Return the names of the layers that divide their input, in a dilated or calibrated artifact."""
-    return {layer["name"] for layer in manifest.layers if "scaling" in layer and "folded_into" not in layer["scaling"]}
+    return {
+        layer["name"]
+        for layer in manifest.layers
+        if "scaling" in layer and "folded_into" not in layer["scaling"] and not layer.get("rotation")
+    }
 
 
 def with_learned_scales(

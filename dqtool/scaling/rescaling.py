@@ -12,6 +12,7 @@ from dqtool.artifacts import Manifest
 from dqtool.core.bits import LayerBits
 from dqtool.core.device import to_cpu, to_device_of
 from dqtool.core.dilation import CAP, broadcast_scale
+from dqtool.core.rotation import rotate_weight
 from dqtool.models.networks.loading import network_of
 from dqtool.models.networks.packed import layer_infos
 from dqtool.models.networks.recorded_graph import graph_of
@@ -81,7 +82,8 @@ def rescale_network(
         manifest.parameters.get("cap", CAP),
         manifest.parameters.get("threshold", 1.0),
     )
-    scales = layer_scales(layers, chosen)
+    scales = layer_scales(layers, {owner: result for owner, result in chosen.items() if not result.rotation})
+    rotations: dict[str, int] = {}
     changed, moved = dict(tensors), {}
     records = {record["name"]: record for record in manifest.layers}
     for info in layers:
@@ -96,6 +98,11 @@ def rescale_network(
                 del changed[f"{name}.dilation"]
         elif result is present.get(owner):
             record["scaling"] = records[name]["scaling"]
+        elif result.rotation:
+            record |= {"rotation": result.rotation, "scaling": scaling_record(method, result)}
+            rotations[name] = result.rotation
+            changed[f"{name}.weight"] = rotate_weight(_weight(network, name), result.rotation)
+            changed.pop(f"{name}.dilation", None)
         else:
             record["scaling"] = scaling_record(method, result)
             if before is None or not before.equal(scales[name]):
@@ -113,15 +120,25 @@ def rescale_network(
     family, config = network_of(manifest.model)
     found = list(records.values())
     metrics = scaling_metrics(scales)
-    error = check_equivalence(network, lambda: to_device_of(network, changed), scales, family, config, "calibrate")
+    error = check_equivalence(
+        network, lambda: to_device_of(network, changed), scales, family, config, "calibrate", rotations
+    )
     report_scaling(found, metrics, error)
     return Rescaled(changed, found, {**metrics, "equivalence_error": error}, moved)
 
 
 def undilated_weights(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of dilated layers divided by their factors, by tensor name: the original ones to one ulp."""
-    groups = {info.name: info.groups for info in layer_infos(manifest.layers)}
-    found = {}
+    """Return the weights of dilated layers divided by their factors, and of rotated layers rotated back, by tensor name.
+
+    They are the original ones to one ulp.
+    """
+    infos = layer_infos(manifest.layers)
+    groups = {info.name: info.groups for info in infos}
+    found = {
+        f"{info.name}.weight": rotate_weight(tensors[f"{info.name}.weight"], info.rotation)
+        for info in infos
+        if info.rotation
+    }
     for key, scale in tensors.items():
         layer, _, leaf = key.rpartition(".")
         if leaf == "dilation":

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.device import to_device_of
+from dqtool.core.rotation import rotate
 from dqtool.errors import NumericError
 from dqtool.models.families import Family
 
-__all__ = ["TOLERANCE", "check_equivalence", "divided_inputs", "replaced_parameters"]
+__all__ = ["TOLERANCE", "check_equivalence", "divided_inputs", "replaced_parameters", "rotated_inputs"]
 
 TOLERANCE = 1e-5
 """Largest allowed |scaled - original| relative to the output's largest magnitude: float32 round-off."""
@@ -27,11 +28,12 @@ def check_equivalence(
     family: Family,
     config: dict[str, Any],
     given: str,
+    rotations: Mapping[str, int] | None = None,
 ) -> float:
     """Return max |y' - y| / max |y| on a random input at a random step; `network`, the original, is left as it was.
 
-    y' is the output with the tensors that `scaled()` returns, on inputs divided by `scales`; `scaled` is called after y
-    is computed. `given` names the network in an error.
+    y' is the output with the tensors that `scaled()` returns, on inputs divided by `scales` and rotated by `rotations`;
+    `scaled` is called after y is computed. `given` names the network in an error.
 
     Raises:
         NumericError: the difference is more than round-off.
@@ -43,7 +45,11 @@ def check_equivalence(
     try:
         with torch.no_grad():
             original = network(**arguments, return_dict=False)[0]
-            with divided_inputs(network, to_device_of(network, scales)), replaced_parameters(network, scaled()):
+            with (
+                divided_inputs(network, to_device_of(network, scales)),
+                rotated_inputs(network, rotations or {}),
+                replaced_parameters(network, scaled()),
+            ):
                 changed = network(**arguments, return_dict=False)[0]
     finally:
         torch.backends.mkldnn.enabled = onednn
@@ -69,6 +75,24 @@ def divided_inputs(network: nn.Module, scales: Mapping[str, Tensor]) -> Iterator
             return (args[0] * factor, *args[1:])
 
         handles.append(layer.register_forward_pre_hook(divide))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def rotated_inputs(network: nn.Module, rotations: Mapping[str, int]) -> Iterator[None]:
+    """Rotate the inputs of the layers named in `rotations`, in groups of that many channels, while the context is active."""
+    handles = []
+    for name, size in rotations.items():
+        layer = network.get_submodule(name)
+
+        def turn(layer: Any, args: tuple[Any, ...], size: int = size) -> tuple[Any, ...]:
+            return (rotate(args[0], size, 1 if isinstance(layer, nn.Conv2d) else -1), *args[1:])
+
+        handles.append(layer.register_forward_pre_hook(turn))
     try:
         yield
     finally:

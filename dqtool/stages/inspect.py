@@ -160,7 +160,9 @@ def _layer_lines(layers: list[Layer], metrics: Mapping[str, Any]) -> list[str]:
                     f"{scaling['unsaturated_share']:.1%}",
                     f"{scaling['mean_inverse']:.3f}",
                     f"{scaling['max']:.2f}",
-                    ", ".join(scaling.get("folded_into", ["quantizer"])),
+                    f"groups of {layer['rotation']} rotated"
+                    if layer.get("rotation")
+                    else ", ".join(scaling.get("folded_into", ["quantizer"])),
                 ]
                 if scaling
                 else [None] * 5
@@ -210,10 +212,14 @@ def _branches(layers: Iterable[Layer]) -> str:
 
 
 def _whereabouts(layers: Iterable[Layer]) -> str:
-    """Return a line with the number of layers whose factors are folded into producers or applied by input quantizers."""
-    scaled = [layer["scaling"] for layer in layers if "scaling" in layer]
-    folded = sum("folded_into" in scaling for scaling in scaled)
-    return f"1/s: folded into producers for {folded} layers, part of the input's quantizer for {len(scaled) - folded}"
+    """Return a line with the number of layers whose factors are folded into producers or applied by input quantizers, and of
+    those whose inputs are rotated."""
+    scaled = [layer for layer in layers if "scaling" in layer]
+    rotated = sum(bool(layer.get("rotation")) for layer in scaled)
+    folded = sum("folded_into" in layer["scaling"] for layer in scaled)
+    own = len(scaled) - folded - rotated
+    line = f"1/s: folded into producers for {folded} layers, part of the input's quantizer for {own}"
+    return line + (f"; inputs of {rotated} layers are rotated" if rotated else "")
 
 
 def _shares(weights: Iterable[Layer]) -> str:

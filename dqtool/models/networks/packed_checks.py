@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dqtool.core.rotation import fitting_sizes
 from dqtool.errors import ArtifactError, NumericError
 from dqtool.nn.assignment import largest_rank
 
@@ -71,6 +72,10 @@ def check_layers(network: nn.Module, layers: Sequence[LayerInfo], blocks: Iterab
         ):
             raise _unlike(
                 f"The manifest says that '{info.name}' reads the input of '{owner.name}', which reads another"
+            )
+        if info.rotation and (kind is None or info.rotation not in fitting_sizes(info.shape[1], info.groups)):
+            raise _unlike(
+                f"The manifest rotates the input of '{info.name}' in groups of {info.rotation} channels, which does not fit"
             )
 
 

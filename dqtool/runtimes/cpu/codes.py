@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from dqtool.core.rotation import factor, rotate
 from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu import library, ops
@@ -90,6 +91,7 @@ class Product(Adaptable, nn.Module):
         )
         self.register_buffer("weight_scale", layer.weight_scale)
         self.register_buffer("bias", layer.bias)
+        self.rotation = layer.rotation
         self.low_rank = None if layer.low_rank is None else layer.low_rank.widened()
         self.scales = self.operand.scale.tolist()
         self.lows, self.highs = self.operand.low.tolist(), self.operand.high.tolist()
@@ -163,7 +165,7 @@ class Product(Adaptable, nn.Module):
     @property
     def is_bare(self) -> bool:
         """Return whether the codes are all that the layer needs of its input."""
-        return self.low_rank is None
+        return self.low_rank is None and not self.rotation
 
     def feed(self, codes: Codes, following: Product, act: int) -> Codes:
         """Codes of `act(product)` for the linear layer `following`, of a linear layer."""
@@ -260,8 +262,20 @@ class Product(Adaptable, nn.Module):
         branch = None
         if self.low_rank is not None:
             branch = self.low_rank(F.pad(x, (0, extra[1], 0, extra[0])) if any(extra) else x)
+        x = self._rotate(x) if self.rotation else x
         codes = self._torch_codes(x, extra) if self.kernels is None else self._quantize(x, extra=extra)
         return codes._replace(branch=branch)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Return the input with its channels rotated."""
+        if self.kernels is None or is_compiling():
+            return rotate(x, self.rotation, 1 if self.is_conv else -1)
+        kernels: Any = self.kernels
+        x = x.contiguous(memory_format=torch.channels_last if self.is_conv else torch.contiguous_format)
+        out = torch.empty_like(x)
+        count = x.numel() // self.rotation
+        kernels.dq_rotate(x.data_ptr(), out.data_ptr(), count, self.rotation, factor(self.rotation))
+        return out
 
     def _quantize(self, x: Tensor, act: int = NONE, up: int = 1, extra: tuple[int, int] = (0, 0)) -> Codes:
         kernels: Any = self.kernels

@@ -34,7 +34,7 @@ __all__ = [
     "strides",
 ]
 
-SOURCES = ("kernels.cpp", "tiles.cpp", "amx.cpp", "products.cpp", "attention.cpp", "winograd.cpp")
+SOURCES = ("kernels.cpp", "tiles.cpp", "amx.cpp", "products.cpp", "attention.cpp", "winograd.cpp", "rotation.cpp")
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -58,6 +58,7 @@ _SIGNATURES = {
     "dq_group_norm_quantize": [_P, _P, *[_L] * 10, _F, _P, _P, _P, _P, _I, *_QUANTIZER],
     "dq_layer_norm_quantize": [_P, _P, *[_L] * 4, _F, _P, _P, _P, _P, *_QUANTIZER],
     "dq_geglu_quantize": [_P, _P, *[_L] * 3, *_QUANTIZER],
+    "dq_rotate": [_P, _P, _L, _L, _F],
     "dq_on_tiles": [_L],
 }
 _WEIGHT = [_P, _P, _L, _I, _P]  # int8 codes, or packed words, bytes of a row, bits, zero points

@@ -339,7 +339,7 @@ def merge(layers: list[IntegerLayer]) -> IntegerLayer | None:
     assert first.input is not None
     for other in layers[1:]:
         a, b = first.input, other.input
-        if other.weight.shape[1] != first.weight.shape[1]:
+        if other.weight.shape[1] != first.weight.shape[1] or other.rotation != first.rotation:
             return None
         if b is None or (a.bits, a.lowest) != (b.bits, b.lowest) or (a.divisor is None) != (b.divisor is None):
             return None
@@ -363,6 +363,7 @@ def merge(layers: list[IntegerLayer]) -> IntegerLayer | None:
         divisor=first.divisor,
         is_conv=False,
         source=source,
+        rotation=first.rotation,
         low_rank=merge_branches([layer.low_rank for layer in layers], [layer.weight.shape[0] for layer in layers]),
     )
 

@@ -1,13 +1,13 @@
 """The scaling methods (Table 14 and App. H of arXiv 2409.14307), one file each.
 
-All of them divide the input's channels by `s` and multiply the weight's by it, `(W · s)(x / s) = W x` (Eq. 5); they
-differ in what they look at. To add a method: write `methods/NAME.py` with a `METHOD`, and add it to the list below.
+Most divide the input's channels by `s` and multiply the weight's by it, `(W · s)(x / s) = W x` (Eq. 5), and differ in what
+they look at. `rotation` rotates both instead. To add a method: write `methods/NAME.py` with a `METHOD`, and add it to the list below.
 """
 
 from __future__ import annotations
 
 from dqtool.errors import UsageError
-from dqtool.scaling.methods import auto, awq, dgq, none, omniquant, osplus, smoothquant, wd
+from dqtool.scaling.methods import auto, awq, dgq, none, omniquant, osplus, rotation, smoothquant, wd
 from dqtool.scaling.methods.base import Samples, ScalingInput, ScalingMethod, ScalingResult, scale_weight
 from dqtool.scaling.methods.output_error import OutputError
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, ScalingMethod] = {
-    module.METHOD.name: module.METHOD for module in (wd, none, smoothquant, awq, dgq, osplus, omniquant, auto)
+    module.METHOD.name: module.METHOD for module in (wd, none, smoothquant, awq, dgq, osplus, omniquant, rotation, auto)
 }
 """Every method by its name on the command line."""
 
@@ -43,8 +43,8 @@ def scaling_method(name: str) -> ScalingMethod:
 
 def check_weight_method(name: str) -> None:
     """Raise `UsageError` unless `name` is a method that needs weights alone, so that `dilate` can run it."""
-    offered = ", ".join(method.name for method in METHODS.values() if not method.needs_statistics)
-    if name in METHODS and METHODS[name].needs_statistics:
+    offered = ", ".join(method.name for method in METHODS.values() if not method.needs_activations)
+    if name in METHODS and METHODS[name].needs_activations:
         raise UsageError(
             f"The scaling {name} looks at activations, which dilate does not see",
             where=f"--scaling {name}",
@@ -56,8 +56,8 @@ def check_weight_method(name: str) -> None:
 
 def check_activation_method(name: str) -> None:
     """Raise `UsageError` unless `name` is a method for `calibrate`: one that needs activations, or `none`."""
-    offered = ", ".join(["keep", *(m.name for m in METHODS.values() if m.needs_statistics or m.name == "none")])
-    if name in METHODS and not (METHODS[name].needs_statistics or name == "none"):
+    offered = ", ".join(["keep", *(m.name for m in METHODS.values() if m.needs_activations or m.name == "none")])
+    if name in METHODS and not (METHODS[name].needs_activations or name == "none"):
         raise UsageError(
             f"The scaling {name} needs weights alone, so dilate applies it",
             where=f"--scaling {name}",

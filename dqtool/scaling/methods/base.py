@@ -79,12 +79,14 @@ class ScalingInput:
 class ScalingResult:
     """Factors of one input; `shift` is subtracted from the input before it is divided by `scale`.
 
-    `method` names the method whose formula gave `scale`, where that isn't the method that was asked (`auto`).
+    `method` names the method whose formula gave `scale`, where that isn't the method that was asked (`auto`). `rotation` is the
+    group size of a rotation of the input's channels, 0 for none; then `scale` is 1.
     """
 
     scale: Tensor  # [C_in] float32, > 0
     shift: Tensor | None = None  # [C_in] float32
     method: str | None = None
+    rotation: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class ScalingMethod:
     Attributes:
         name: value of `--scaling`.
         function: the method itself.
-        needs_statistics: it reads the input's range, so `calibrate` offers it; else `dilate` does.
+        needs_statistics: it reads the input's range.
         needs_samples: it reads calibration inputs themselves.
         keeps_range: no out-channel's range changes, so the scaled weight is clipped to it (Eq. 19).
         shifts: it may also shift the input.
@@ -110,6 +112,11 @@ class ScalingMethod:
     shifts: bool = False
     learning_rate: float = 0.0
     learns_shift: bool = False
+
+    @property
+    def needs_activations(self) -> bool:
+        """Return whether the method belongs to `calibrate`, which sees activations."""
+        return self.needs_statistics or self.needs_samples
 
     def __call__(self, inputs: ScalingInput) -> ScalingResult:
         """Return the factors for these weights.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code, search_histogram, search_weight
+from dqtool.core.rotation import rotate, rotate_weight
 from dqtool.scaling.methods.base import ScalingInput, ScalingResult, scale_weight
 
 __all__ = ["OutputError"]
@@ -36,14 +37,17 @@ class OutputError:
         divisor = self._broadcast(result.scale)
         shift = None if result.shift is None else self._broadcast(result.shift)
         weights = [
-            _quantized_weight(scale_weight(w, result.scale, self.inputs.groups), bits.weight) for w in self.weights
+            _quantized_weight(
+                scale_weight(rotate_weight(w, result.rotation), result.scale, self.inputs.groups), bits.weight
+            )
+            for w in self.weights
         ]
         squares = [0.0] * len(weights)
         unshifted = self._reference_outputs()
         inputs = [x.float() if shift is None else x.float() - shift for x in samples.steps]
         expected = unshifted if shift is None else self._outputs(inputs)
         for wanted, quantized in zip(
-            expected, _quantized_inputs([x / divisor for x in inputs], bits.input), strict=True
+            expected, _quantized_inputs([self._rotated(x, result) / divisor for x in inputs], bits.input), strict=True
         ):
             for i, (operation, y, scaled) in enumerate(zip(samples.operations, wanted, weights, strict=True)):
                 squares[i] += float((operation(quantized, scaled) - y).square().sum())
@@ -63,6 +67,9 @@ class OutputError:
             [operation(x, weight) for operation, weight in zip(self.samples.operations, self.weights, strict=True)]
             for x in inputs
         ]
+
+    def _rotated(self, x: Tensor, result: ScalingResult) -> Tensor:
+        return rotate(x, result.rotation, self.samples.channel_dim)
 
     def _broadcast(self, channels: Tensor) -> Tensor:
         dim = self.samples.channel_dim
