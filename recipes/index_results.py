@@ -1,10 +1,12 @@
 """Write `recipes/results/README.md`, the index of all committed results, and the tables of README.md that quote them.
 
     python recipes/index_results.py           write both
-    python recipes/index_results.py --check   fail if a file differs from the results, or README has a number they lack
+    python recipes/index_results.py --check   print what is wrong: files that differ from the results, numbers in a README
+                                              that no result holds, and results whose command does not make them
 
 Every figure comes from a result file. README.md marks the tables that this script writes with `<!-- results: NAME -->` and
-`<!-- end -->`.
+`<!-- end -->`. A result is made by its command if the command is a target of the Makefile, a recipe or a script of this
+repository, and if the result records another command, that one names the file of the same target.
 """
 
 from __future__ import annotations
@@ -38,6 +40,14 @@ COMMANDS = {
 }
 """Commands of results that do not record their own."""
 
+EARLIER_NOISE = {
+    "digits-ddpm": (1.86, 2.07, 2.21, 1.79),
+    "digits-dit": (2.67,),
+    "digits-ldm": (1.78,),
+    "digits-sd": (1.95,),
+}
+"""Distances of full precision (or of a report's reference) with the noise of version 0.1, which tells reports of it."""
+
 NUMBER = re.compile(r"(?<![\w./-])\d+(?:,\d{3})*\.\d+(?!\.?\d)|\b\d+(?:,\d{3})*(?= (?:dB|MB|MiB|GB|GiB|%|ms)\b)")
 """Numbers of README that state a measurement: with a decimal point, or in front of a unit."""
 
@@ -64,6 +74,69 @@ def command_of(path: Path) -> str:
     if not (ROOT / "recipes" / f"{recipe.removesuffix('-ptq')}.yaml").is_file():
         raise SystemExit(f"{path}: no command is known that makes this result. Add it to COMMANDS in {__file__}.")
     return f"`make {recipe}`"
+
+
+def noise_of(name: str, result: Mapping[str, Any]) -> str:
+    """Return the version whose noise a report or comparison was made with: `0.1` or `0.2`.
+
+    Tables of 0.2 record how each cell was made. Reports tell by the distance of full precision, which has another value
+    with other noise.
+    """
+    if str(result.get("format", "")).startswith("dqtool-table"):
+        return "0.2" if any(row.get("made_by") for row in result["rows"]) else "0.1"
+    full = result["metrics"].get("reference", {}).get("fd.digits")
+    model = next((model for model in MODELS if name.startswith(model)), "")
+    return "0.1" if full is None or round(full, 2) in EARLIER_NOISE.get(model, ()) else "0.2"
+
+
+def as_specified(path: Path, result: Mapping[str, Any]) -> bool:
+    """Return whether a comparison has the rows, groups and columns that its YAML file specifies now."""
+    from dqtool.tables.spec import load_table
+
+    table = load_table(ROOT / "recipes" / "tables" / f"{path.stem}.yaml")
+    rows = {row["name"] for row in result["rows"]} - {"full precision"}
+    columns = tuple(column["key"] for column in result["columns"])
+    return rows == {row.name for row in table.rows} and columns == table.columns
+
+
+def targets() -> set[str]:
+    """Return the targets of the Makefile, with those that it makes of recipes and tables."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = set(re.findall(r"^([a-z][\w-]*):", text, re.MULTILINE))
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    return found | recipes | {f"{name}-ptq" for name in recipes} | tables()
+
+
+def tables() -> set[str]:
+    """Return the names of the comparisons that have a YAML file."""
+    return {path.stem for path in (ROOT / "recipes" / "tables").glob("*.yaml")}
+
+
+def wrong_command(path: Path, command: str) -> str | None:
+    """Return what is wrong with the command that the index names for the result at `path`; None for nothing."""
+    words = command.strip("`").replace("`", "").split()
+    result = load(path) if path.suffix == ".json" else {}
+    if words[0] == "make":
+        target = words[1].rstrip(",")
+        if target not in targets():
+            return f"{target} is no target of the Makefile"
+        recorded = str(result.get("command", ""))
+        if "dqtool.tables" in recorded and f"{target}.yaml" not in recorded:
+            return f"the result records `{recorded}`, and the index says `make {target}`"
+        name = path.stem.replace("-ptq-w", "-w") + ("-ptq" if "-ptq-w" in path.stem else "")
+        return (
+            None
+            if name.startswith((target, target.removesuffix("-ptq"))) or target in KNOWN_TARGETS
+            else (f"`make {target}` does not write it")
+        )
+    script = next((word for word in words if word.endswith(".py")), None)
+    if script is not None and not (ROOT / script).is_file():
+        return f"there is no {script}"
+    return None if words[0] in ("dqtool", "python") else f"`{command}` is no command of this repository"
+
+
+KNOWN_TARGETS = {"dilate-cost", "full-size", "same-integers", "fuzz", "soak", "terrain", "table-correction"}
+"""Targets whose results have other names than a recipe or a table."""
 
 
 def reports() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -93,11 +166,12 @@ def quality_index() -> list[str]:
                 f"{metrics['psnr']['mean']:.1f} dB",
                 f"{cost['size_ratio']:.1f}x" if cost else "",
                 f"{cost['bops_ratio']:.1f}x" if cost else "",
+                noise_of(name, report),
                 command_of(RESULTS / f"{name}.json"),
             ]
         )
     head = ["report", "images", "fd.digits", "full precision", "ratio", "to full precision", "PSNR", "smaller"]
-    return table([*head, "fewer BOPs", "command"], rows)
+    return table([*head, "fewer BOPs", "noise of", "command"], rows)
 
 
 def comparison_index() -> list[str]:
@@ -107,10 +181,12 @@ def comparison_index() -> list[str]:
         result = load(path)
         if str(result.get("format", "")).startswith("dqtool-table"):
             seeds = ", ".join(map(str, result["seeds"]))
-            rows.append(
-                [f"[{path.stem}]({path.stem}.md)", result["title"], str(result["source"]), seeds, f"`make {path.stem}`"]
-            )
-    return table(["result", "compares", "paper", "seeds", "command"], rows)
+            noise = noise_of(path.stem, result)
+            made = noise if as_specified(path, result) else f"{noise}, an earlier form of the table"
+            cells = f"{result['cells']['finished']} of {result['cells']['all']}"
+            link, command = f"[{path.stem}]({path.stem}.md)", f"`make {path.stem}`"
+            rows.append([link, result["title"], str(result["source"]), seeds, cells, made, command])
+    return table(["result", "compares", "paper", "seeds", "cells", "made with", "command"], rows)
 
 
 def contender_of(measured: Mapping[str, Any]) -> str:
@@ -172,10 +248,16 @@ def index() -> str:
             "Same noise for both networks. *fd.digits* is the Fréchet distance to the training digits on the features of a",
             "small digit classifier; it depends on the number of images. *To full precision* is the same distance to the images",
             "that the full-precision model makes of the same noise. Paired images keep it below the distance between two sets",
-            "of full-precision images with different seeds.",
+            "of full-precision images with different seeds. *Noise of* is the version whose noise a report was made with:",
+            "distances with different noise don't compare, since full precision itself has another one.",
         ],
         quality_index(),
-        ["## Comparisons"],
+        [
+            "## Comparisons",
+            "",
+            "*Made with* 0.1: code and noise of version 0.1. An earlier form of a table has other rows or columns than its",
+            "target makes now.",
+        ],
         comparison_index(),
         ["## Speed of a step", "", "Ratios to the faster memory format of eager float32, measured in the same run."],
         speed_index(),
@@ -253,10 +335,23 @@ def problems() -> list[str]:
     if with_tables(readme) != readme:
         found.append("the tables of README.md are out of date")
     texts: Mapping[Path, str] = {path: path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("*.md"))}
-    found += [
-        f"README.md says {number}, which is in no result" for number in unsupported(readme, "\n".join(texts.values()))
-    ]
+    held = "\n".join(texts.values())
+    for path in (README, ROOT / "recipes" / "README.md"):
+        told = unsupported(path.read_text(encoding="utf-8"), held)
+        found += [f"{path.relative_to(ROOT)} says {number}, which is in no result" for number in told]
+    for path in results():
+        is_table = path.suffix == ".json" and str(load(path).get("format", "")).startswith("dqtool-table")
+        wrong = wrong_command(path, f"make {path.stem}" if is_table else command_of(path))
+        found += [f"{path.relative_to(ROOT)}: {wrong}"] if wrong else []
     return found
+
+
+def results() -> list[Path]:
+    """Return the file of each committed result: its JSON, else its Markdown or picture."""
+    found: dict[str, Path] = {}
+    for suffix in (".png", ".svg", ".md", ".json"):
+        found |= {path.stem: path for path in RESULTS.glob(f"*{suffix}") if path != INDEX}
+    return [found[name] for name in sorted(found)]
 
 
 def main() -> int:

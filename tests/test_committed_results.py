@@ -23,3 +23,22 @@ def test_readme_stays_a_front_page() -> None:
 def test_a_number_without_a_result_is_found() -> None:
     assert index_results.unsupported("at 4/4 it has 47.3 dB and is 2.5x faster, see 1.2.3", "47.1") == ["2.5", "47.3"]
     assert index_results.unsupported("`9.9` in code, [a link](v9.9), 33.1 dB", "33.1") == []
+
+
+def test_a_result_that_its_command_does_not_make_is_found() -> None:
+    table, report = index_results.RESULTS / "bits.json", index_results.RESULTS / "digits-dit-ptq-w4a4.json"
+    assert index_results.wrong_command(table, "make bits") is None
+    assert "bits.yaml" in str(index_results.wrong_command(table, "make ablation"))
+    assert "no target" in str(index_results.wrong_command(table, "make bitz"))
+    assert index_results.wrong_command(report, "make digits-dit-w4a4-ptq") is None
+    assert "does not write it" in str(index_results.wrong_command(report, "make digits-dit-w6a6"))
+    assert "there is no" in str(index_results.wrong_command(report, "python recipes/nothing.py"))
+
+
+def test_the_index_says_which_noise_a_result_was_made_with() -> None:
+    old = {"metrics": {"reference": {"fd.digits": 1.862}}}
+    new = {"metrics": {"reference": {"fd.digits": 2.58}}}
+    assert [index_results.noise_of("digits-ddpm-w4a4", each) for each in (old, new)] == ["0.1", "0.2"]
+    rows = {"format": "dqtool-table/1", "rows": [{"name": "PTQ", "made_by": [{"seed": 0}]}]}
+    assert index_results.noise_of("ablation", rows) == "0.2"
+    assert index_results.noise_of("ablation", rows | {"rows": [{"name": "PTQ"}]}) == "0.1"
