@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths table-correction terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths table-correction lsq-points terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -65,7 +65,7 @@ zoo: setup
 	$(BIN)/python -m dqtool.zoo.train_latent dit --iters 6000
 	for name in ddpm ldm sd dit; do $(BIN)/python -m dqtool.zoo.measure digits-$$name || exit; done
 
-# Writes a comparison of the paper to recipes/results/NAME.md and .json. `make bench-plan` prints the time each takes.
+# Writes a comparison of the paper to recipes/results/NAME.md and .json. `make bench-plan` prints the time each takes, and the sum.
 # Comparisons run on the embedded models, or on a published one with MODEL=path/to/checkpoint. ARGS="--set
 # eval.ref-stats=FILE ..." adds arguments. Results of another model or options have names of their own
 # (NAME-published-..., NAME-set-...).
@@ -78,7 +78,14 @@ $(TABLES): setup
 table-correction: digits-ddpm-w4a4 digits-sd-w4a4
 	$(BIN)/python recipes/correction.py $(foreach name,ddpm sd,digits-$(name)=results/digits-$(name)-w4a4/exported)
 
-# Writes every comparison, by two workers of one thread each. After an interruption it continues with unfinished cells.
+# Measures the error of end-to-end training on recorded, fresh and its own points, and writes recipes/results/lsq-points.md.
+lsq-points: setup
+	$(BIN)/dqtool dilate zoo:digits-ddpm --scaling none -o results/lsq-points/dilated.safetensors
+	$(BIN)/dqtool calibrate results/lsq-points/dilated.safetensors --scaling keep --samples 1280 -o results/lsq-points/calibrated.safetensors
+	$(BIN)/python recipes/lsq_points.py results/lsq-points/calibrated.safetensors
+
+# Writes every comparison, by two workers of one thread each, in at most twelve hours of two cores (`make bench-plan`). After an
+# interruption it continues with unfinished cells.
 bench-all: setup
 	$(call tables,recipes/tables/*.yaml) & other=$$!; $(call tables,recipes/tables/*.yaml); mine=$$?; wait $$other && exit $$mine
 

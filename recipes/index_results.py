@@ -135,7 +135,16 @@ def wrong_command(path: Path, command: str) -> str | None:
     return None if words[0] in ("dqtool", "python") else f"`{command}` is no command of this repository"
 
 
-KNOWN_TARGETS = {"dilate-cost", "full-size", "same-integers", "fuzz", "soak", "terrain", "table-correction"}
+KNOWN_TARGETS = {
+    "dilate-cost",
+    "full-size",
+    "same-integers",
+    "fuzz",
+    "soak",
+    "terrain",
+    "table-correction",
+    "lsq-points",
+}
 """Targets whose results have other names than a recipe or a table."""
 
 

@@ -35,9 +35,9 @@ network = dqtool.load("DIRECTORY")
 ```
 """
 _FITTED = """
-At each step the network corrects its predictions by a few numbers, which were fitted with {fitted}. A pipeline with a
-scheduler that this would harm (PNDM, LMS) runs without the correction and warns. `dqtool sample` and `dqtool eval` do the
-same; `--correction on` or `DqtoolConfig(correction="on")` keeps it.
+At each step the network corrects its predictions by a few numbers, which were fitted with {fitted}.
+A pipeline with a scheduler that this harms (PNDM) or that was not measured runs without the correction and warns. `dqtool
+sample` and `dqtool eval` do the same; `--correction on` or `DqtoolConfig(correction="on")` keeps it.
 """
 
 

@@ -213,7 +213,8 @@ def produce(
             figures["runtime"] = str(network.runtime)
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
         if options.floor and "digits" in metrics and float_network is not None and reference is not None:
-            others = reference_images(float_network, reference, maker, replace(options, seed=options.seed + 1), kept)
+            other = replace(options, seed=options.seed + 1)
+            others = reference_images(float_network, reference, maker, other, kept, "eval: floor")
             figures["reference"]["fd.digits_from_reference"] = distance(others, expected)
         if meter is not None:
             rows = maker.conditions.rows(0, len(images)).tolist()
@@ -294,8 +295,12 @@ def reference_images(
     maker: ImageMaker,
     options: EvalOptions,
     kept: Callable[[str], Checkpoints] | None = None,
+    what: str = "eval: reference",
 ) -> Tensor:
-    """Return the full-precision model's images, from the cache when the same ones were made before."""
+    """Return the full-precision model's images, from the cache when the same ones were made before.
+
+    `what` names these images in progress lines and among the pieces of an interrupted run.
+    """
     from dqtool.models.sampling.image_cache import cached_images
     from dqtool.models.sampling.sampler import IMAGES
 
@@ -314,7 +319,7 @@ def reference_images(
     if conditions.table:
         key |= {"guidance": conditions.guidance, "names": conditions.names, "digest": conditions.digest()}
     return cached_images(
-        key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, "eval: reference", kept)
+        key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, what, kept)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,10 @@ def test_digits_are_compared_with_the_references_own(made: Path, tmp_path: Path)
     assert found["metrics"]["fd.digits_from_reference"] == pytest.approx(0, abs=1e-6)
     assert found["metrics"]["fd.digits"] == pytest.approx(found["metrics"]["reference"]["fd.digits"])
     assert "fd.digits_from_reference" not in found["metrics"]["reference"]
+    evaluate(replace(options, floor=True), QUIET)
+    with_floor = json.loads((tmp_path / "e.json").read_text())["metrics"]
+    assert with_floor["fd.digits"] == found["metrics"]["fd.digits"]
+    assert with_floor["reference"]["fd.digits_from_reference"] > 1e-3, "two sets of equal models with different noise"
     assert found["parameters"]["figures_added"] == {"digits": 1}, "older reports are made again"
 
 
