@@ -53,7 +53,7 @@ class Subject:
 
         from dqtool.models.families import family_of
 
-        family = family_of(self.class_name, self.directory)
+        family = family_of(self.class_name, self.directory, self.config)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *family.sample_shape(self.config), generator=generator)
         conditions = family.conditions(self.config, batch, generator)

@@ -53,7 +53,7 @@ def prepare(distilled: Artifact) -> Exported:
     example = family.example(config, batch=2)
     traceable = TraceableNetwork(network.requires_grad_(False), example, IntegerProduct(), family.sample)
     layers = [{**layer, "runs": "int8" if max(layer["bits"]) <= 8 else "float"} for layer in manifest.layers]
-    tensors = traced_arguments(example)
+    tensors = traced_arguments(example, family.timestep)
 
     def write(directory: Path) -> None:
         import onnx
@@ -66,7 +66,7 @@ def prepare(distilled: Artifact) -> Exported:
                 input_names=list(tensors),
                 output_names=["out_sample"],
                 dynamic_axes={n: dynamic_axes(tensor, family.traced_size) for n, tensor in tensors.items()}
-                | {"timestep": {0: "steps"}},
+                | {family.timestep: {0: "steps"}},
                 opset_version=OPSET,
                 dynamo=False,
             )

@@ -67,7 +67,7 @@ def prepare(distilled: Artifact) -> Exported:
     example = family.example(config)
     # The file must be exact on any CPU, those that saturate included. This slows down layers of 8 bits alone.
     model = build_ir(network, family, example, saturating=True)
-    integers = integer_layers(_compile(model, example))
+    integers = integer_layers(_compile(model, traced_arguments(example, family.timestep)))
     shrink_weights(model)
     layers = [{**layer, "runs": "int8" if layer["name"] in integers else "float"} for layer in manifest.layers]
 
@@ -134,7 +134,7 @@ def build_ir(packed: nn.Module, family: Family, example: Mapping[str, Any], satu
     traceable = TraceableNetwork(
         packed.eval().requires_grad_(False), example, OpenVINOProduct(saturating), family.sample
     )
-    tensors = traced_arguments(example)
+    tensors = traced_arguments(example, family.timestep)
     with quiet_tracing():
         model = to_openvino(traceable, tuple(tensors.values()))
     shapes = {}
@@ -223,10 +223,10 @@ def compile_settings(precision: str = "f32", threads: int | None = None) -> dict
     return settings if threads is None else {**settings, "INFERENCE_NUM_THREADS": threads}
 
 
-def _compile(model: openvino.Model, example: Mapping[str, Any]) -> openvino.CompiledModel:
+def _compile(model: openvino.Model, tensors: Mapping[str, Tensor]) -> openvino.CompiledModel:
     import openvino
 
-    static, tensors = model.clone(), traced_arguments(example)
+    static = model.clone()
     static.reshape({port: list(tensors[port.any_name].shape) for port in static.inputs})
     return openvino.Core().compile_model(static, "CPU", compile_settings())
 

@@ -22,10 +22,10 @@ _FREE = {
 }
 
 
-def traced_arguments(example: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the flat inputs of the graph: the tensors of `example`, with `timestep` as float32 `[1]`."""
+def traced_arguments(example: Mapping[str, Any], time: str = "timestep") -> dict[str, Tensor]:
+    """Return the flat inputs of the graph: the tensors of `example`, with the argument `time` as float32 `[1]`."""
     tensors = flat_arguments(example)
-    return {**tensors, "timestep": tensors["timestep"].reshape(-1)[:1].to(torch.float32)}
+    return {**tensors, time: tensors[time].reshape(-1)[:1].to(torch.float32)}
 
 
 def dynamic_axes(tensor: Tensor, traced_size: bool = False) -> dict[int, str]:

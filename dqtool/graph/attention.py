@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-__all__ = ["attention_layout", "is_attention"]
+__all__ = ["OWN", "PRODUCTS", "attention_layout", "is_attention", "own_processor"]
+
+OWN = "_dqtool_processor"
+"""Key of a module's `__dict__` that holds its processor of dqtool."""
+
+PRODUCTS = "products"
+"""Layout of a module whose calls of `scaled_dot_product_attention` are quantized whatever surrounds them."""
 
 LAYOUTS = {
     "AttnProcessor": "single",
@@ -17,17 +25,28 @@ or the two streams of Flux with rotary embeddings."""
 
 
 def attention_layout(module: nn.Module) -> str | None:
-    """Return the computation an attention module performs ("single", "joint" or "flux"), read from its processor.
+    """Return the computation that an attention module performs ("single", "joint", "flux" or `PRODUCTS`).
 
-    A processor that replaced diffusers' own states it as its attribute `layout`. None marks an unknown processor, whose
-    products stay float.
+    It is read from the module's processor; a processor of dqtool states it as its attribute `layout`. None marks an unknown
+    processor.
     """
+    own = module.__dict__.get(OWN)
+    if own is not None and own.layout == PRODUCTS:
+        return PRODUCTS
     processor = getattr(module, "processor", None)
     stated = getattr(processor, "layout", None)
     return stated if stated in LAYOUTS.values() else LAYOUTS.get(type(processor).__name__)
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Say whether `module` is a diffusers attention module with a known layout."""
+    """Say whether `module` is an attention module of diffusers with a known layout, or one whose products are quantized."""
+    layout = attention_layout(module)
+    if layout == PRODUCTS:
+        return True
     named = all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "heads", "set_processor"))
-    return named and attention_layout(module) is not None
+    return named and layout is not None
+
+
+def own_processor(module: nn.Module) -> Any:
+    """Return the processor of dqtool in a module, or the module's processor where it has none."""
+    return module.__dict__.get(OWN, getattr(module, "processor", None))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["is_quantizable", "zero_padding"]
+from torch import Tensor, nn
+
+__all__ = ["input_of", "is_quantizable", "zero_padding"]
 
 
 def is_quantizable(module: nn.Module) -> bool:
     """Say whether `module` is a leaf that dqtool quantizes."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and zero_padding(module) is not None)
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the input of a call of a leaf; some networks pass it by its name, `layer(input=x)`."""
+    found: Tensor = args[0] if args else kwargs["input"]
+    return found
 
 
 def zero_padding(layer: nn.Conv2d) -> tuple[int, int] | None:

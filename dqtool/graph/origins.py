@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ NONE: Origins = frozenset()
 
 
 def follow_origins(
-    recording: Recording, starts: Mapping[str, Tensor], origin: Callable[[Op], str | None], nearest: bool
+    recording: Recording, starts: Mapping[str, Sequence[Tensor]], origin: Callable[[Op], str | None], nearest: bool
 ) -> dict[Op, Origins]:
     """Return the origins of each operation's arguments, for every operation that has some.
 
@@ -23,7 +23,7 @@ def follow_origins(
     or None for outputs that are none. With `nearest` a tensor has only its nearest origins; without, all origins that it
     was computed from.
     """
-    known: dict[int, Origins] = {id(tensor): frozenset((name,)) for name, tensor in starts.items()}
+    known: dict[int, Origins] = {id(t): frozenset((name,)) for name, tensors in starts.items() for t in tensors}
     written: dict[int, Origins] = {}
 
     def origins_of(tensor: Tensor) -> Origins:

@@ -1,4 +1,4 @@
-"""Record one forward pass of a network on shapes alone: its aten operations, and the tensors between them.
+"""Record one forward pass of a network, on shapes alone where it can: its aten operations, and the tensors between them.
 
 A quantizable leaf appears as one operation (`Op.layer` names it), everything else as PyTorch decomposes it. Calls of
 attention modules and of larger blocks leave marks among the operations.
@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dqtool.graph.attention import is_attention
 from dqtool.graph.leaves import is_quantizable
+from dqtool.graph.products import Calls, ProductWatch
 
-__all__ = ["ENTER", "LEAVE", "Op", "Recording", "record", "tensors_in"]
+__all__ = ["ENTER", "LEAVE", "PRODUCTS", "Op", "Recording", "record", "tensors_in"]
 
-ENTER, LEAVE = "enter", "leave"
-"""Names of the marks around the call of a watched module."""
+ENTER, LEAVE, PRODUCTS = "enter", "leave", "products"
+"""Names of the marks around the call of a watched module, and at a call of attention products."""
 
 
 @dataclass(eq=False)
@@ -31,7 +32,7 @@ class Op:
     """One operation as it ran.
 
     `name` is `aten.NAME.OVERLOAD`, "layer" (see `layer`), "output" (the network's result) or a mark, `ENTER` or `LEAVE`,
-    of a call of `module`. `args` are positional and keyword arguments.
+    of a call of `module`, or `PRODUCTS`, of its attention products. `args` are positional and keyword arguments.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Recording:
     """Storages that some operation changed in place."""
     tied: set[int] = field(default_factory=set)
     """Parameters that several modules hold."""
+    products: Calls = field(default_factory=Calls)
+    """Calls of attention products."""
 
     def add(self, op: Op) -> None:
         """Append an operation. It keeps its tensors alive, so that their identities stay unique."""
@@ -151,13 +154,22 @@ def record(
     """Run `model(**inputs)` on the `meta` device and return what ran.
 
     Only the shapes of `inputs` matter; the model's weights are neither read nor copied. `find_blocks` names the blocks
-    of the model.
+    of the model. A forward that looks at values (lengths of texts, positions) runs on the CPU instead, with random weights.
     """
-    ghost = ghost_of(model)
+    try:
+        return _record(ghost_of(model, "meta"), inputs, find_blocks)
+    except (NotImplementedError, RuntimeError):
+        return _record(ghost_of(model, "cpu"), inputs, find_blocks)
+
+
+def _record(
+    ghost: nn.Module, inputs: Mapping[str, Any], find_blocks: Callable[[nn.Module], Collection[str]] | None
+) -> Recording:
+    device = next(ghost.parameters()).device
     holders = Counter(id(p) for module in ghost.modules() for p in module.parameters(recurse=False))
     recording = Recording(
         ghost,
-        tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, dict(inputs)),
+        tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, dict(inputs)),
         frozenset() if find_blocks is None else frozenset(find_blocks(ghost)),
         parameters={id(p): name for name, p in ghost.named_parameters()},
         tied={p for p, count in holders.items() if count > 1},
@@ -168,18 +180,28 @@ def record(
             recorder.watch_layer(name, module)
         elif is_attention(module) or name in recording.blocks:
             recorder.watch_module(name, module)
-    with recorder:
+    watch = ProductWatch(ghost, lambda name, operands: recording.add(Op(PRODUCTS, operands, [], module=name)))
+    recording.products = watch.calls
+    with watch, recorder:
         output = ghost(**recording.inputs)
-    results = output if isinstance(output, tuple | Tensor) else tuple(output.values())
+    results = output if isinstance(output, tuple | list | Tensor) else tuple(output.values())
     recording.add(Op("output", (results,), []))
     return recording
 
 
-def ghost_of(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode on the `meta` device, made without copying the weights."""
+def ghost_of(model: nn.Module, device: str) -> nn.Module:
+    """Return a copy in eval mode, made without copying the weights: on `meta` without values, elsewhere with random ones."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        values = torch.empty_like(p, device=device)
+        if device != "meta" and values.is_floating_point():
+            values.normal_(std=0.02, generator=torch.Generator(device).manual_seed(len(memo)))
+        memo[id(p)] = nn.Parameter(values, requires_grad=False)
     for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
-    return copy.deepcopy(model, memo).eval()
+        memo[id(b)] = torch.empty_like(b, device=device) if b.is_meta or device == "meta" else b.to(device)
+    ghost = copy.deepcopy(model, memo).eval()
+    for module in ghost.modules():
+        for name, value in vars(module).items():  # some networks keep position tables as plain attributes
+            if name not in ("_parameters", "_buffers", "_modules") and tensors_in(value):
+                vars(module)[name] = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, value)
+    return ghost

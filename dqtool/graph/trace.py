@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from dqtool.graph.attention import attention_layout, is_attention
 from dqtool.graph.leaves import is_quantizable
 from dqtool.graph.origins import follow_origins
-from dqtool.graph.recording import LEAVE, Op, Recording
+from dqtool.graph.products import Calls
+from dqtool.graph.recording import LEAVE, PRODUCTS, Op, Recording, tensors_in
 
 __all__ = ["BlockInfo", "LayerInfo", "Trace", "block_names", "kept_float", "trace_of"]
 
@@ -92,12 +93,27 @@ def block_names(model: nn.Module, block_classes: Collection[str]) -> set[str]:
     return names
 
 
-def kept_float(model: nn.Module, layers: Iterable[LayerInfo]) -> dict[str, str]:
+def quantizable_products(recording: Recording) -> set[str]:
+    """Return the modules whose attention products are quantized although diffusers' processors don't tell their layout.
+
+    A module with parts that are attention modules of a known layout is none of them.
+    """
+    known = [name for name, module in recording.network.named_modules() if is_attention(module)]
+    return {
+        name
+        for name in recording.products.own
+        if recording.products.single(name) and not any(f"{name}.".startswith(f"{each}.") for each in known)
+    }
+
+
+def kept_float(model: nn.Module, layers: Iterable[LayerInfo], products: Calls | None = None) -> dict[str, str]:
     """Return the reason why each multiplying part of `model` that stays float does so, by name.
 
-    Such parts are Conv2d and Linear layers that the forward pass does not run, convolutions with non-zero padding, and
-    attention products of an unknown processor.
+    Such parts are Conv2d and Linear layers that the forward pass does not run, convolutions with non-zero padding or of
+    another rank, and attention products that are no `scaled_dot_product_attention` of a module's own. `products` are the
+    calls of the recording.
     """
+    calls = products or Calls()
     seen = {info.name for info in layers}
     found = {}
     for name, module in model.named_modules():
@@ -105,18 +121,29 @@ def kept_float(model: nn.Module, layers: Iterable[LayerInfo]) -> dict[str, str]:
             found[name] = "never runs in a forward pass"
         elif isinstance(module, nn.Conv2d) and not is_quantizable(module):
             found[name] = f"its padding has no integer form ({module.padding}, {module.padding_mode})"
-        elif all(hasattr(module, part) for part in ("to_q", "to_k", "to_v", "processor")) and not is_attention(module):
-            found[name] = f"the two products of {type(module.processor).__name__} are not known"
+        elif isinstance(module, nn.Conv1d | nn.Conv3d):
+            found[name] = f"a {type(module).__name__} is not quantized"
+        elif name in seen or is_attention(module):
+            continue
+        elif calls.own[name]:
+            found[name] = f"its products can't be told apart: {calls.own[name]} calls in {calls.runs[name]} runs"
+        elif all(hasattr(module, part) for part in ("to_q", "to_k", "to_v")) and (calls.runs[name] or products is None):
+            processor = type(getattr(module, "processor", module)).__name__
+            found[name] = f"the products of {processor} are no scaled dot-product attention"
     return found
 
 
 def _find_layers(recording: Recording) -> dict[str, LayerInfo]:
     """Layers and attention products in the order in which they first end; MACs add up over their calls."""
     found: dict[str, LayerInfo] = {}
+    products = quantizable_products(recording)
     for op in recording.ops:
         info = None
         if op.layer is not None:
             info = _layer_info(op.layer, recording.network.get_submodule(op.layer), op.outputs[0])
+        elif op.name == PRODUCTS:
+            if op.module is not None and op.module in products:
+                info = _products_info(op.module, *op.args)
         elif op.module is not None and op.name == LEAVE:
             module = recording.network.get_submodule(op.module)
             if is_attention(module):
@@ -128,13 +155,19 @@ def _find_layers(recording: Recording) -> dict[str, LayerInfo]:
 
 def _mark_ends(recording: Recording, layers: dict[str, LayerInfo], sample: str) -> None:
     """Set the role of the first layers that read the sample and of the last layers before the output."""
-    read = follow_origins(recording, {"": recording.inputs[sample]}, lambda op: op.layer, nearest=True)
+    starts = {"": tensors_in(recording.inputs[sample])}
+    read = follow_origins(recording, starts, _multiplies, nearest=True)
     for name, calls in recording.calls.items():
         if "" in read.get(calls[-1], ()):
             layers[name].role = "input"
     for name in read.get(recording.ops[-1], ()):
-        if name and layers[name].role is None:
+        if name in layers and layers[name].role is None:
             layers[name].role = "output"
+
+
+def _multiplies(op: Op) -> str | None:
+    """Return the layer that an operation is; a convolution that stays float ends the sample's way as a layer does."""
+    return "(float)" if op.name.startswith("aten.convolution") else op.layer
 
 
 def _find_blocks(recording: Recording) -> tuple[list[BlockInfo], set[str]]:
@@ -170,6 +203,13 @@ def _attention_info(name: str, module: nn.Module, queries: int, keys: int) -> La
     heads: int = module.heads  # type: ignore[assignment]
     inner: int = module.to_q.out_features  # type: ignore[union-attr,assignment]
     return LayerInfo(name, "attention", (queries, keys, inner), 2 * queries * keys * inner, heads=heads)
+
+
+def _products_info(name: str, query: Tensor, key: Tensor, value: Tensor) -> LayerInfo:
+    heads, queries, width = query.shape[1:]
+    keys = key.shape[2]
+    macs = len(query) * heads * queries * keys * (width + value.shape[3])  # frames of a video may be in the batch
+    return LayerInfo(name, "attention", (queries, keys, heads * width), macs, heads=heads)
 
 
 def _sequence_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

@@ -181,6 +181,8 @@ def _sizes(value: Any, key: str, default: Any) -> Problem | None:
     if isinstance(value, list | tuple):
         if len(value) > 10_000:
             return Problem(key, "a list of 10,000 items or less")
+        if key.endswith("heads"):  # a block without attention has 0
+            value = [item for item in value if item != 0]
         return next((found for item in value if (found := _sizes(item, key, default)) is not None), None)
     if isinstance(value, bool) or not isinstance(value, int):
         return None
@@ -208,7 +210,11 @@ def _kinds(cls: type) -> dict[str, tuple[Any, Any]]:
 
 
 def _lenient(kind: Any) -> Any:
-    """Return an annotation as diffusers uses it: `Tuple[int]` has any length, an int is a float, 0 and 1 are flags."""
+    """Return an annotation as diffusers uses it.
+
+    `Tuple[int]` has any length, and an entry for each block, or each layer of a block, which may be null. An int is a float,
+    and 0 and 1 are flags.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Union or type(kind).__name__ == "UnionType":
         kinds = [_lenient(each) for each in arguments]
@@ -219,7 +225,10 @@ def _lenient(kind: Any) -> Any:
         return kind
     if kind in (tuple, list) or origin in (tuple, list):
         inner = [_lenient(each) for each in arguments if each is not ...]
-        return list[Any] if not inner or None in inner else list[Union[tuple(inner)]]  # type: ignore[misc]  # noqa: UP007
+        if not inner or None in inner:
+            return list[Any]
+        entry = Union[(*inner, type(None))]
+        return list[Union[entry, list[entry]]]  # type: ignore[valid-type]  # noqa: UP007
     if isinstance(kind, type) and kind.__module__.split(".")[0] in ("numpy", "torch"):
         return type(None)  # no JSON value has this type
     return None

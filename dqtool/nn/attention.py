@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import SYMMETRIC_BITS, lowest_code
 from dqtool.core.bits import FLOAT_BITS, AttentionBits
-from dqtool.graph.attention import attention_layout
+from dqtool.graph.attention import PRODUCTS, attention_layout
 from dqtool.nn.joint_attention import flux_attention, joint_attention
 from dqtool.nn.layers import multiply_shared
 from dqtool.nn.processors import keep_quantized, set_own
@@ -69,13 +69,28 @@ class QuantAttnProcessor:
         """Return `softmax·v`, `[N, H, S, D]`."""
         return self.quantize(attn, "probs", probs) @ self.quantize(attn, "v", value)
 
-    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Compute both products and the softmax between them: `[N, H, S, D]` operands to `[N, S, H * D]` of the same dtype."""
-        scale = getattr(attn, "scale", None)
+    def attend(
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Compute both products and the softmax between them: `[N, H, S, D]` operands to `[N, S, H * D]` of the same dtype.
+
+        `scale` multiplies the scores; None takes the module's, or `D ** -0.5`.
+        """
+        scale = self.scale_of(attn) if scale is None else scale
         scores = self.scores(attn, query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if mask is not None:
             scores = scores + mask
         return self.weigh(attn, scores.softmax(-1), value).transpose(1, 2).flatten(2).to(query.dtype)
+
+    def scale_of(self, attn: Any) -> float | None:
+        """Return the factor of the scores that a module states; None for `D ** -0.5`."""
+        return None if self.layout == PRODUCTS else getattr(attn, "scale", None)
 
     def __call__(
         self,
@@ -146,13 +161,15 @@ def operands_shapes(bits: AttentionBits, timesteps: int, heads: int) -> dict[str
 
 
 def attach_operands(attn: nn.Module, bits: AttentionBits, steps: StepIndex) -> None:
-    """Install the quantizing processor in a diffusers attention module; the caller sets its tables afterwards.
+    """Install the quantizing processor in an attention module; the caller sets its tables afterwards.
 
     `processors.py` handles later calls that set another processor. A pipeline's `enable_attention_slicing` and
     `disable_attention_slicing` leave the processor in place.
     """
-    layout = attention_layout(attn) or "single"
+    layout = attention_layout(attn) or PRODUCTS
     set_own(attn, QuantAttnProcessor(bits, steps, layout))
+    if layout == PRODUCTS:
+        return
     attn.register_forward_pre_hook(keep_quantized)
     attn.__dict__["set_attention_slice"] = _keep_processor
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dqtool.core.affine import SYMMETRIC_BITS, levels, lowest_code
 from dqtool.core.packing import unpack
 from dqtool.core.rotation import rotate
+from dqtool.graph.attention import own_processor
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.branch import LowRankBranch
 from dqtool.nn.layers import PackedLayer
@@ -231,8 +232,8 @@ def integer_layer(layer: PackedLayer, keep_packed: bool = False) -> IntegerLayer
 
 def integer_attention(attn: nn.Module) -> IntegerAttention:
     """Return the operands of a diffusers attention module that carries `QuantAttnProcessor`'s tables."""
-    processor: QuantAttnProcessor = attn.processor  # type: ignore[assignment]
-    operands = {}
+    processor: QuantAttnProcessor = own_processor(attn)
+    operands: dict[str, Operand] = {}
     for name in OPERANDS:
         scale: Tensor | None = getattr(attn, f"{name}_scale", None)
         if scale is None:
@@ -243,7 +244,7 @@ def integer_attention(attn: nn.Module) -> IntegerAttention:
             zero_point = torch.full_like(scale, 0 if name == "probs" else 2 ** (bits - 1))
         lowest = lowest_code(bits, symmetric=name != "probs")
         operands[name] = Operand(bits, scale.to(torch.float32), zero_point.to(torch.int32), lowest)
-    return IntegerAttention(operands, int(attn.heads))  # type: ignore[arg-type]
+    return IntegerAttention(operands, next((operand.scale.shape[1] for operand in operands.values()), 0))
 
 
 def runs_as(kind: str, weight_bits: int, input_bits: int) -> str:

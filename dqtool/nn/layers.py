@@ -134,12 +134,12 @@ class QuantLayer(nn.Module):
         """Return the bias that is added to the product, `[C_out]`."""
         return self.bias
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        """Quantize the input, multiply and add the bias in float32; the result has the dtype of `x`.
+    def forward(self, input: Tensor, *_: object) -> Tensor:
+        """Quantize the input, multiply and add the bias in float32; the result has the dtype of `input`.
 
         Extra arguments (diffusers' old `scale`) are ignored.
         """
-        return self.add_branch(self.multiply(self.quantize_input(x.float())), x).to(x.dtype)
+        return self.add_branch(self.multiply(self.quantize_input(input.float())), input).to(input.dtype)
 
     def add_branch(self, product: Tensor, x: Tensor) -> Tensor:
         """Return the product plus the low-rank branch of the layer's own input `x`, if there is a branch."""
@@ -291,6 +291,13 @@ class PackedLayer(Adaptable, QuantLayer):
         for name, buffer in empty.items():
             self.register_buffer(name, buffer)
         self._expanded: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Return `qweight` as the `weight` of a quantized layer: some networks read its dtype or device."""
+        if name == "weight" and "weight_scale" in self.__dict__.get("_buffers", ()):
+            return self.weight_scale
+        found: Tensor = super().__getattr__(name)
+        return found
 
     @property
     def qweight(self) -> Tensor:

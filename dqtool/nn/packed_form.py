@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.graph.attention import is_attention
+from dqtool.graph.attention import OWN, is_attention
 from dqtool.nn.branch import LowRankBranch
 from dqtool.nn.call_lock import give
 from dqtool.nn.layers import PackedLayer, QuantLayer
 from dqtool.nn.prediction import PredictionTables
-from dqtool.nn.processors import OWN, set_own
+from dqtool.nn.processors import set_own
 
 __all__ = [
     "PACKED_FORM",

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ __all__ = [
     "corrected",
     "has_prediction",
     "is_correcting",
+    "prediction_of",
     "prediction_shapes",
     "row_shapes",
     "same_channels",
@@ -124,7 +126,7 @@ def set_correcting(network: nn.Module, on: bool) -> None:
 
 
 def correct_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Correct the first output of the root, in a tuple or a diffusers output. A forward hook (`with_kwargs=True`).
+    """Correct the root's output, or the first one in a tuple or a diffusers output. A forward hook (`with_kwargs=True`).
 
     The tables and the step are looked up on the module, not captured, so that a deep copy of the network keeps its own.
     """
@@ -133,11 +135,28 @@ def correct_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     tables, steps = getattr(module, NAME), module.__dict__["_dqtool_steps"]
     sample = next((kwargs[name] for name in SAMPLE_NAMES if name in kwargs), None)
     sample = args[0] if sample is None else sample  # by position it comes first
+    if isinstance(output, Tensor):
+        return tables(output, sample, steps.rows_for(output))
+    first = 0 if isinstance(output, tuple) else next(iter(output))
+    prediction = output[first]
+    if isinstance(prediction, Tensor):
+        changed = tables(prediction, sample, steps.rows_for(prediction))
+    else:  # one tensor for each sample
+        together, inputs = torch.stack(prediction), sample if isinstance(sample, Tensor) else torch.stack(sample)
+        changed = list(tables(together, inputs, steps.rows_for(together)).unbind())
     if isinstance(output, tuple):
-        return (tables(output[0], sample, steps.rows_for(output[0])), *output[1:])
-    first = next(iter(output))
-    output[first] = tables(output[first], sample, steps.rows_for(output[first]))
+        return (changed, *output[1:])
+    output[first] = changed
     return output
+
+
+def prediction_of(output: Any) -> Tensor:
+    """Return the prediction in what a network returns with `return_dict=False`.
+
+    Most classes return a tuple, some the tensor itself. A list of samples is stacked.
+    """
+    found = output if isinstance(output, Tensor) else output[0]
+    return torch.stack(list(found)) if isinstance(found, list | tuple) else found
 
 
 def prediction_shapes(timesteps: int, rows: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], str]]:

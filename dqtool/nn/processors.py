@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from dqtool.errors import DqtoolWarning
+from dqtool.graph.attention import OWN, PRODUCTS
+from dqtool.nn.products import intercept_products, release_products
 
-__all__ = ["OWN", "keep_quantized", "runs_own", "set_own", "without_hook"]
-
-OWN = "_dqtool_processor"
-"""Key of an attention module's `__dict__` that holds its quantizing processor."""
+__all__ = ["keep_quantized", "lend_processor", "runs_own", "set_own", "without_hook"]
 
 REPEATS = {
     "single": ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"),
@@ -33,8 +33,26 @@ _warned: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def set_own(attn: Any, processor: Any) -> None:
     """Install the quantizing processor of an attention module."""
-    attn.set_processor(processor)
     attn.__dict__[OWN] = processor
+    if processor.layout == PRODUCTS:
+        intercept_products(attn)
+    else:
+        attn.set_processor(processor)
+
+
+def lend_processor(attn: Any, processor: Any) -> Callable[[], None]:
+    """Install a processor in a module of a float network for a while; return the function that removes it."""
+    before = getattr(attn, "processor", None)
+    set_own(attn, processor)
+
+    def give_back() -> None:
+        attn.__dict__.pop(OWN)
+        if processor.layout == PRODUCTS:
+            release_products(attn)
+        else:
+            attn.set_processor(before)
+
+    return give_back
 
 
 def without_hook(attn: Any) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from dqtool.core.affine import search_histogram
 from dqtool.core.bits import AttentionBits
 from dqtool.core.rotation import rotate
-from dqtool.graph.attention import attention_layout
+from dqtool.graph.attention import PRODUCTS, attention_layout
+from dqtool.graph.leaves import input_of
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
+from dqtool.nn.processors import lend_processor
 from dqtool.nn.steps import StepIndex
 
 __all__ = ["BINS", "channel_ranges", "collect", "initial_tables"]
@@ -102,12 +104,13 @@ def channel_ranges(
             def hook(
                 _module: nn.Module,
                 args: tuple[Tensor, ...],
+                kwargs: dict[str, Tensor],
                 name: str = info.name,
                 channel_dim: int = 1 if info.kind == "conv2d" else -1,
             ) -> None:
-                recorder.see_channels(name, args[0], channel_dim)
+                recorder.see_channels(name, input_of(args, kwargs), channel_dim)
 
-            handles.append(model.get_submodule(info.name).register_forward_pre_hook(hook))
+            handles.append(model.get_submodule(info.name).register_forward_pre_hook(hook, with_kwargs=True))
     found: list[Mapping[str, Tensor]] = []
     try:
         for index, run in enumerate(steps):
@@ -147,13 +150,13 @@ def collect(
     that an earlier run stored for the first steps, and stores those of this run.
     """
     recorder = _Recorder()
-    handles, processors = [], {}
+    handles = []
+    restore: list[Callable[[], None]] = []
     for info in layers:
         module = model.get_submodule(info.name)
         if info.kind == "attention":
-            processors[info.name] = module.processor
-            layout = attention_layout(module) or "single"
-            module.set_processor(_ObservingProcessor(info.name, recorder, layout))  # type: ignore[operator]
+            layout = attention_layout(module) or PRODUCTS
+            restore.append(lend_processor(module, _ObservingProcessor(info.name, recorder, layout)))
         elif info.shares is None:
             channel_dim = 1 if info.kind == "conv2d" else -1
             divisor = dilation.get(info.name)
@@ -163,19 +166,20 @@ def collect(
             def hook(
                 _module: nn.Module,
                 args: tuple[Tensor, ...],
+                kwargs: dict[str, Tensor],
                 name: str = info.name,
                 channel_dim: int = channel_dim,
                 divisor: Tensor | None = divisor,
                 rotation: int = info.rotation,
             ) -> None:
-                x = args[0]
+                x = input_of(args, kwargs)
                 divisor = None if divisor is None else divisor.to(x.device)
                 if not recorder.counting:
                     recorder.see_channels(name, x, channel_dim)
                 x = rotate(x, rotation, channel_dim)
                 recorder.see(name, (x if divisor is None else x / divisor).reshape(1, -1))
 
-            handles.append(module.register_forward_pre_hook(hook))
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     rows: list[Mapping[str, Tensor]] = []
     try:
         for index, run in enumerate(steps):
@@ -195,8 +199,8 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-        for name, processor in processors.items():
-            model.get_submodule(name).set_processor(processor)  # type: ignore[operator]
+        for give_back in restore:
+            give_back()
     attention = {f"{info.name}.{operand}" for info in layers if info.kind == "attention" for operand in OPERANDS}
     result: dict[str, Tensor] = {}
     for full in rows[0] if rows else {}:

@@ -22,7 +22,19 @@ from torch import Tensor, nn
 
 from dqtool.errors import DqtoolWarning, NumericError
 
-__all__ = ["StepIndex", "StepRun", "look_up", "nearest_rows", "step_hook", "step_run"]
+__all__ = [
+    "TIMESTEP_NAMES",
+    "StepIndex",
+    "StepRun",
+    "look_up",
+    "nearest_rows",
+    "step_hook",
+    "step_run",
+    "time_argument",
+]
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "timestep_ratio")
+"""Argument names under which networks take the time."""
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -272,15 +284,17 @@ def step_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     The index is looked up on the module, not captured, so that a deep copy of the network keeps its own.
     """
-    timestep = kwargs["timestep"] if "timestep" in kwargs else args[_position(type(module).forward)]
+    name, position = time_argument(type(module).forward)
+    timestep = kwargs[name] if name in kwargs else args[position]
     module.__dict__["_dqtool_steps"].set(timestep)
 
 
 @functools.cache
-def _position(forward: Callable[..., Any]) -> int:
-    """Return the position of `timestep` among the arguments of a network's forward."""
+def time_argument(forward: Callable[..., Any]) -> tuple[str, int]:
+    """Return name and position, `self` not counted, of the time among the arguments of a network's forward."""
     names = list(inspect.signature(forward).parameters)
-    return names.index("timestep") - 1 if "timestep" in names else 1
+    found = next((name for name in TIMESTEP_NAMES if name in names), None)
+    return ("timestep", 1) if found is None else (found, names.index(found) - 1)
 
 
 def _is_expanded(timestep: Tensor) -> bool:

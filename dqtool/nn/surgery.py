@@ -15,6 +15,7 @@ from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_state, operands_shapes
 from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
 from dqtool.nn.prediction import attach_prediction, prediction_shapes
+from dqtool.nn.stand_ins import give_stand_ins
 from dqtool.nn.steps import StepIndex, step_hook
 
 __all__ = [
@@ -78,6 +79,7 @@ def insert_packed(
         _replace(model, plan.info.name, layer)
     if prediction is not None:
         attach_prediction(model, {k: torch.empty(timesteps, *row, device=device) for k, row in prediction.items()})
+    give_stand_ins(model)
     return steps
 
 

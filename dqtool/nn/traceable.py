@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from dqtool.core.rotation import rotate
+from dqtool.graph.attention import own_processor
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import integer_attention, integer_layer
 from dqtool.nn.layers import PackedLayer
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.prediction import PredictionTables, correct_hook, corrected, is_correcting
-from dqtool.nn.steps import step_hook
+from dqtool.nn.processors import set_own
+from dqtool.nn.steps import step_hook, time_argument
 from dqtool.nn.traceable_codes import OperandCodes, ProductForm, StepTables, is_signed, largest_code, multiply
 
-__all__ = ["TraceableLayer", "TraceableNetwork", "flat_arguments", "nested_arguments"]
+__all__ = ["TraceableLayer", "TraceableNetwork", "flat_arguments", "flat_leaves", "nested_arguments"]
 
 
 class TraceableLayer(nn.Module):
@@ -50,10 +52,10 @@ class TraceableLayer(nn.Module):
         self.register_buffer("correction", correction)
         self.low_rank = form.low_rank
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
+    def forward(self, input: Tensor, *_: object) -> Tensor:
         """Return the float output of the replaced layer for a float input."""
-        product = self._product(x)
-        return product if self.low_rank is None else product + self.low_rank(x)
+        product = self._product(input)
+        return product if self.low_rank is None else product + self.low_rank(input)
 
     def _product(self, x: Tensor) -> Tensor:
         form = self.form
@@ -97,7 +99,7 @@ class TraceableAttention(QuantAttnProcessor):
     """
 
     def __init__(self, attn: nn.Module, tables: StepTables, product: ProductForm) -> None:
-        processor: QuantAttnProcessor = attn.processor  # type: ignore[assignment]
+        processor: QuantAttnProcessor = own_processor(attn)
         super().__init__(processor.bits, processor.steps, processor.layout)
         form = integer_attention(attn)
         self.product = product
@@ -163,8 +165,8 @@ class TraceableGroupNorm(nn.Module):
 class TraceableNetwork(nn.Module):
     """A packed network in plain operations, called with flat tensors. Rewrites `packed` in place.
 
-    `names` lists the arguments in order, named as by `flat_arguments`. `timestep` is `[1]`, or `[N]` for mixed steps.
-    A call returns a tuple of the network's outputs.
+    `names` lists the arguments in order, named as by `flat_arguments`; what is no tensor in `example` is part of the graph.
+    The time is `[1]`, or `[N]` for mixed steps. A call returns a tuple of the network's outputs, the first as one tensor.
     """
 
     def __init__(
@@ -173,6 +175,8 @@ class TraceableNetwork(nn.Module):
         super().__init__()
         product = product or ProductForm()
         self.names = list(flat_arguments(example))
+        self.constants = {name: leaf for name, leaf in flat_leaves(example).items() if not isinstance(leaf, Tensor)}
+        self.time = time_argument(type(packed).forward)[0]
         self.sample = sample
         self.tables = StepTables(packed.timesteps)  # type: ignore[arg-type]
         for key, hook in list(packed._forward_pre_hooks.items()):
@@ -181,9 +185,9 @@ class TraceableNetwork(nn.Module):
         self.prediction = self._take_prediction(packed)
         made: dict[nn.Module, nn.Module] = {}
         for name, module in list(packed.named_modules(remove_duplicate=False)):
-            if isinstance(getattr(module, "processor", None), QuantAttnProcessor) and module not in made:
+            if isinstance(own_processor(module), QuantAttnProcessor) and module not in made:
                 made[module] = module
-                module.set_processor(TraceableAttention(module, self.tables, product))
+                set_own(module, TraceableAttention(module, self.tables, product))
             elif isinstance(module, PackedLayer) and module not in made:
                 made[module] = TraceableLayer(module, self.tables, product)
             elif isinstance(module, nn.GroupNorm) and product.folds_norms and module not in made:
@@ -196,15 +200,16 @@ class TraceableNetwork(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the network's outputs for `tensors`, given in the order of `names`."""
-        arguments = nested_arguments(dict(zip(self.names, tensors, strict=True)))
-        self.tables.enter(arguments["timestep"])
-        batch = arguments[self.sample].shape[0]
-        arguments["timestep"] = arguments["timestep"].expand(batch)
+        arguments = nested_arguments(self.constants | dict(zip(self.names, tensors, strict=True)))
+        self.tables.enter(arguments[self.time])
+        sample = arguments[self.sample]
+        sample = sample if isinstance(sample, Tensor) else torch.stack(sample)
+        arguments[self.time] = arguments[self.time].expand(sample.shape[0])
         try:
-            outputs: tuple[Tensor, ...] = self.network(**arguments, return_dict=False)
-            if self.prediction is None:
-                return outputs
-            return (self._corrected(outputs[0], arguments[self.sample]), *outputs[1:])
+            outputs = self.network(**arguments, return_dict=False)
+            first, *more = (outputs,) if isinstance(outputs, Tensor) else outputs
+            first = first if isinstance(first, Tensor) else torch.stack(first)
+            return (first if self.prediction is None else self._corrected(first, sample), *more)
         finally:
             self.tables.leave()
 
@@ -231,16 +236,21 @@ class TraceableNetwork(nn.Module):
 def flat_arguments(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors among a network's keyword arguments by name, in order: `a.b` is entry b of a dict, `a.0` the first
     entry of a list or tuple."""
-    leaves, _ = tree_flatten_with_path(dict(arguments))
+    return {name: leaf for name, leaf in flat_leaves(arguments).items() if isinstance(leaf, Tensor)}
+
+
+def flat_leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything among a network's keyword arguments as `flat_arguments` does; an empty list or dict is a leaf."""
+    leaves, _ = tree_flatten_with_path(
+        dict(arguments), is_leaf=lambda value: isinstance(value, list | dict) and not value
+    )
     return {
-        ".".join(str(getattr(key, "key", getattr(key, "idx", None))) for key in path): leaf
-        for path, leaf in leaves
-        if isinstance(leaf, Tensor)
+        ".".join(str(getattr(key, "key", getattr(key, "idx", None))) for key in path): leaf for path, leaf in leaves
     }
 
 
-def nested_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the inverse of `flat_arguments`. Tuples come back as lists."""
+def nested_arguments(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inverse of `flat_leaves`. Tuples come back as lists."""
     arguments: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *outer, leaf = name.split(".")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code, search_weight
 from dqtool.core.bits import AttentionBits
 from dqtool.core.quantization import SOFTMAX_BITS
+from dqtool.graph.attention import own_processor
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.layers import FakeQuantLayer
@@ -124,7 +125,7 @@ def _tap(
     for plan in plans:
         module = network.get_submodule(plan.info.name)
         if isinstance(plan.bits, AttentionBits):
-            processor = module.processor
+            processor = own_processor(module)
             assert isinstance(processor, QuantAttnProcessor)
             see = partial(_see_product, plan.info.name, tables, widths, steps, found)
             processor.quantize = partial(_watch_product, see)  # type: ignore[method-assign]

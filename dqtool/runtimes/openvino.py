@@ -41,12 +41,13 @@ from dqtool.formats.openvino import (
 )
 from dqtool.models.components.export_layout import component_prefix
 from dqtool.models.families import family_of
+from dqtool.models.families.examples import ARGUMENTS
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.call_lock import CallLock
 from dqtool.nn.prediction import is_correcting, set_correcting
 from dqtool.nn.steps import StepIndex, nearest_rows
-from dqtool.nn.traceable import flat_arguments, nested_arguments
+from dqtool.nn.traceable import flat_leaves, nested_arguments
 from dqtool.runtimes.openvino_fixed import Fixed
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
@@ -112,7 +113,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
         model = artifact.manifest.model
         self.artifact, self.precision = artifact, precision
         self._dtype = torch.float32
-        self.family = family_of(model["class"], artifact.given)
+        self.family = family_of(model["class"], artifact.given, model["config"])
         self.config = FrozenDict(model["config"])
         if self.config.get("addition_embed_type") == "text_time":
             width = self.config["projection_class_embeddings_input_dim"]
@@ -175,11 +176,15 @@ class OpenVINONetwork(Fixed, ModelMixin):
         as_dict = given.pop("return_dict", True)
         for name in ATTENTION_ARGUMENTS & given.keys():  # `scale` is that of LoRA, which a graph has none of
             given[name] = {key: value for key, value in given[name].items() if key != "scale"}
-        _only_tensors({k: v for k, v in given.items() if v is not self._signature.parameters[k].default})
-        given["timestep"] = self._timestep(given["timestep"])
-        tensors = flat_arguments(given)
-        dtype = tensors[self.family.sample].dtype
-        outputs = [torch.from_numpy(array).to(dtype) for array in self._run(tensors)]
+        given = {k: v for k, v in given.items() if v is not self._signature.parameters[k].default}
+        structure = self.config.get(ARGUMENTS, {})  # an example of these arguments was given: a graph has their values
+        _only_tensors({k: v for k, v in given.items() if k not in (self.family.timestep, *structure)})
+        given[self.family.timestep] = self._timestep(given[self.family.timestep])
+        leaves = flat_leaves(given)
+        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+        constants = {name: leaf for name, leaf in leaves.items() if name not in tensors}
+        dtype = next(t.dtype for name, t in tensors.items() if name.split(".")[0] == self.family.sample)
+        outputs = [torch.from_numpy(array).to(dtype) for array in self._run(tensors, constants)]
         if as_dict and self._output_class is not None:
             return self._output_class(*outputs)
         return tuple(outputs)
@@ -194,30 +199,34 @@ class OpenVINONetwork(Fixed, ModelMixin):
         # A half type may round a timestep past the middle between two rows.
         return torch.where(nearest_rows(exact, table) == rows, exact, table[rows])
 
-    def _run(self, tensors: Mapping[str, Tensor]) -> list[np.ndarray]:
+    def _run(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]) -> list[np.ndarray]:
         feed = {name: _array(tensor) for name, tensor in tensors.items()}
-        key = (is_correcting(self), *((name, array.shape) for name, array in feed.items()))
+        known = repr(sorted(constants.items()))
+        key = (is_correcting(self), known, *((name, array.shape) for name, array in feed.items()))
         if key not in self._requests:
             while len(self._requests) >= KEPT:
                 self._requests.popitem(last=False)
-            self._requests[key] = self._compile(tensors, feed)
+            self._requests[key] = self._compile(tensors, constants, feed)
         self._requests.move_to_end(key)
         request, names = self._requests[key]
         results = request.infer({name: feed[name] for name in names}, share_inputs=True)
         return [results[port].copy() for port in results]
 
-    def _compile(self, tensors: Mapping[str, Tensor], feed: Mapping[str, np.ndarray]) -> tuple[Any, list[str]]:
+    def _compile(
+        self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any], feed: Mapping[str, np.ndarray]
+    ) -> tuple[Any, list[str]]:
         """A request of the graph at these shapes: compiled before and kept, or compiled now."""
         settings = compile_settings(self.precision, torch.get_num_threads())
         shapes = {name: list(array.shape) for name, array in feed.items()}
         identity = hashlib.sha256(repr((sorted(shapes.items()), sorted(settings.items()))).encode()).hexdigest()[:24]
-        graph = hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest()[:8]  # a graph has its inputs
+        inputs = repr(sorted(shapes)) + (repr(sorted(constants.items())) if constants else "")
+        graph = hashlib.sha256(inputs.encode()).hexdigest()[:8]  # a graph has its inputs
         folder = self._cache / (graph if is_correcting(self) else f"{graph}-uncorrected")
         blob = folder / f"{identity}.blob"
         compiled = self._import(blob, settings)
         if compiled is None:
             report.say(f"openvino: compiling for {', '.join(f'{k} {v}' for k, v in shapes.items())}")
-            compiled = self._core.compile_model(self._graph(tensors, shapes, folder), "CPU", settings)
+            compiled = self._core.compile_model(self._graph(tensors, constants, shapes, folder), "CPU", settings)
             keep(blob, lambda path: path.write_bytes(compiled.export_model().getbuffer()))
         return compiled.create_infer_request(), [input_name(port, feed) for port in compiled.inputs]
 
@@ -235,15 +244,19 @@ class OpenVINONetwork(Fixed, ModelMixin):
             report.warn(f"the compiled graph {blob} can't be used and is made again")
             return None
 
-    def _graph(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]], folder: Path) -> Any:
+    def _graph(
+        self, tensors: Mapping[str, Tensor], constants: Mapping[str, Any], shapes: Mapping[str, list[int]], folder: Path
+    ) -> Any:
         """The graph at these shapes; without them it is kept in `folder`."""
+        traced = nested_arguments({**constants, **tensors})
         if self.artifact.manifest.parameters["format"] == "openvino":
+            self._check_constants(constants)
             model = self._exported_graph()
         else:
             path = folder / IR
             if not path.exists():
-                keep(folder, lambda partial: self._write_ir(partial, tensors), directory=True)
-            model = self._core.read_model(path) if path.exists() else self._build(tensors)
+                keep(folder, lambda partial: self._write_ir(partial, traced), directory=True)
+            model = self._core.read_model(path) if path.exists() else self._build(traced)
         known = {input_name(port, shapes): port for port in model.inputs}
         unknown = sorted(set(shapes) - set(known))
         if unknown:
@@ -262,7 +275,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
                     where=self.artifact.given,
                     fix="Use an export of format dq, from which a graph is made for any shape the network takes",
                 ) from e
-            model = self._build(tensors)  # the network has constants that depend on the shape: trace it again
+            model = self._build(traced)  # the network has constants that depend on the shape: trace it again
             model.reshape({port: shapes[input_name(port, shapes)] for port in model.inputs})
         return model
 
@@ -274,23 +287,35 @@ class OpenVINONetwork(Fixed, ModelMixin):
                 if known.is_static and known.get_length() != wanted:
                     raise RuntimeError(f"traced at {port.get_partial_shape()}")
 
-    def _build(self, tensors: Mapping[str, Tensor]) -> Any:
+    def _check_constants(self, constants: Mapping[str, Any]) -> None:
+        """Raise `UsageError` where an exported graph was made with other values of what is no tensor."""
+        example = flat_leaves(self.family.example(self.config))
+        own = {name: leaf for name, leaf in example.items() if not isinstance(leaf, Tensor)}
+        other = sorted(name for name in own.keys() | constants.keys() if own.get(name) != constants.get(name))
+        if other:
+            raise UsageError(
+                f"The exported graph was made with {other[0]} = {own.get(other[0])}, and not {constants.get(other[0])}",
+                where=self.artifact.given,
+                fix="Use an export of format dq, from which a graph is made for any value",
+            )
+
+    def _build(self, arguments: Mapping[str, Any]) -> Any:
         manifest = self.artifact.manifest
         state = exported_tensors(self.artifact)
         network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
         set_correcting(network, is_correcting(self))
         try:
-            return build_ir(network, self.family, nested_arguments(tensors), saturates())
+            return build_ir(network, self.family, arguments, saturates())
         except RuntimeError as e:
             raise UsageError(
-                f"The network can't be traced with the arguments {', '.join(tensors)}: {str(e).strip().splitlines()[-1]:.200}",
+                f"The network can't be traced with the arguments {', '.join(arguments)}: {str(e).strip().splitlines()[-1]:.200}",
                 where="openvino runtime",
                 fix="Leave out what the network was not made for, or use another runtime",
             ) from e
 
-    def _write_ir(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _write_ir(self, folder: Path, arguments: Mapping[str, Any]) -> None:
         folder.mkdir()
-        model = self._build(tensors)
+        model = self._build(arguments)
         shrink_weights(model)
         save_ir(model, folder / IR)
 
@@ -338,7 +363,7 @@ def _only_tensors(arguments: Mapping[str, Any]) -> None:
             value = dict(enumerate(value))
         if isinstance(value, Mapping):
             _only_tensors({f"{name}.{key}": each for key, each in value.items() if each is not None})
-        elif name != "timestep" and not isinstance(value, Tensor):
+        elif not isinstance(value, Tensor):
             raise UsageError(
                 f"The argument '{name}' is {value!r:.60}, and the compiled graph takes tensors alone",
                 where="openvino runtime",

@@ -16,6 +16,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.device import to_cpu, to_device_of
 from dqtool.core.dilation import CAP
 from dqtool.core.quantization import QuantizationSpec
+from dqtool.graph.leaves import input_of
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.assignment import assign_bits
 from dqtool.scaling.groups import Groups, scaling_groups
@@ -131,19 +132,21 @@ def _with_samples(
     found: dict[str, ScalingResult] = {}
     with report.progress("calibrate: scaling by output error", len(groups)) as progress:
 
-        def see(layer: nn.Module, args: tuple[Tensor, ...], owner: str) -> None:
+        def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], owner: str) -> None:
             if owner in found:
                 return  # the layer runs several times: its first input stands for all
-            if len(args[0]) % sum(counts):
+            x = input_of(args, kwargs)
+            if len(x) % sum(counts):
                 return  # its input isn't one of the samples (a class embedder of one row, say)
             operations = [_operation(network.get_submodule(member.name)) for member in groups[owner]]
-            parts = list(args[0].split([n * (len(args[0]) // sum(counts)) for n in counts]))
+            parts = list(x.split([n * (len(x) // sum(counts)) for n in counts]))
             channel_dim = 1 if isinstance(layer, nn.Conv2d) else -1
             found[owner] = choose(owner, Samples(parts, operations, planned[owner], channel_dim))
             progress.advance()
 
         handles = [
-            network.get_submodule(owner).register_forward_pre_hook(partial(see, owner=owner)) for owner in groups
+            network.get_submodule(owner).register_forward_pre_hook(partial(see, owner=owner), with_kwargs=True)
+            for owner in groups
         ]
         try:
             with torch.no_grad():

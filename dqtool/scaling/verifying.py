@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from dqtool.core.device import to_device_of
 from dqtool.core.rotation import rotate
 from dqtool.errors import NumericError
+from dqtool.graph.leaves import input_of
 from dqtool.models.families import Family
+from dqtool.nn.prediction import prediction_of
 
 __all__ = ["TOLERANCE", "check_equivalence", "divided_inputs", "replaced_parameters", "rotated_inputs"]
 
@@ -44,13 +46,13 @@ def check_equivalence(
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with torch.no_grad():
-            original = network(**arguments, return_dict=False)[0]
+            original = prediction_of(network(**arguments, return_dict=False))
             with (
                 divided_inputs(network, to_device_of(network, scales)),
                 rotated_inputs(network, rotations or {}),
                 replaced_parameters(network, scaled()),
             ):
-                changed = network(**arguments, return_dict=False)[0]
+                changed = prediction_of(network(**arguments, return_dict=False))
     finally:
         torch.backends.mkldnn.enabled = onednn
     error = float((changed - original).abs().max() / original.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
@@ -71,10 +73,13 @@ def divided_inputs(network: nn.Module, scales: Mapping[str, Tensor]) -> Iterator
         layer = network.get_submodule(name)
         factor = scale.reciprocal().view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else scale.reciprocal()
 
-        def divide(_layer: nn.Module, args: tuple[Any, ...], factor: Tensor = factor) -> tuple[Any, ...]:
-            return (args[0] * factor, *args[1:])
+        def divide(
+            _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], factor: Tensor = factor
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            others = {name: value for name, value in kwargs.items() if name != "input"}
+            return (input_of(args, kwargs) * factor, *args[1:]), others
 
-        handles.append(layer.register_forward_pre_hook(divide))
+        handles.append(layer.register_forward_pre_hook(divide, with_kwargs=True))
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Written, check_writable, sha256_file
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
+from dqtool.models.sources.example_files import example_files
 from dqtool.models.sources.resolve import ModelSource
 from dqtool.stages.options.dilate import DilateOptions
 from dqtool.stages.shared.paths import model_places, read_paths
@@ -61,7 +62,7 @@ def fingerprint_parameters(options: DilateOptions) -> dict[str, Any]:
     if options.family is not None:
         parameters["family"] = options.family
     if options.example is not None:
-        parameters["example"] = sha256_file(options.example)
+        parameters["example"] = [sha256_file(path) for path in example_files(options.example)]
     if options.family == "generic":  # the first version passed the scheduler's own timestep
         parameters["time_scale"] = options.time_scale
     return parameters
@@ -89,7 +90,7 @@ def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
     network = build_network(class_name, config, state, source.given, share=True)
     graph = recorded_network(network, family, config)
     traced = graph.trace
-    float_parts = kept_float(network, traced.layers)
+    float_parts = kept_float(network, traced.layers, graph.recording.products)
     if float_parts:
         name, reason = next(iter(float_parts.items()))
         report.warn(f"{len(float_parts)} layers or products stay float, first {name}: {reason}")
@@ -152,7 +153,8 @@ def recorded_network(network: nn.Module, family: Family, config: dict[str, Any])
         raise ArtifactError(
             f"{family.class_name} does not run on {', '.join(family.example(config))} alone: {e}",
             where="--family generic",
-            fix="Give an --example FILE.safetensors with one tensor [1, ...] for each further argument",
+            fix="Give an --example FILE.safetensors with one tensor [1, ...] for each further argument, and what is no tensor "
+            "in FILE.json beside it",
         ) from e
 
 
@@ -164,14 +166,14 @@ def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[st
     """
     from dqtool.models.components.companions import companions_of_source
     from dqtool.models.families import FAMILIES, family_of
-    from dqtool.models.families.generic import EXAMPLE, PREFIX, example_shapes
+    from dqtool.models.families.generic import PREFIX, Generic
     from dqtool.models.sampling.network_time import TIME, network_time
 
     class_name, config = source.class_name, dict(source.config)
     if options.family == "generic":
         class_name = PREFIX + class_name
         if options.example is not None:
-            config[EXAMPLE] = example_shapes(options.example)
+            config |= Generic(source.class_name).record_example(options.example)
         config[TIME] = network_time(source.class_name, config, source.scheduler, options.time_scale).record()
     elif options.time_scale is not None:
         raise UsageError("Known families know what time they pass", where="--time-scale", fix="Leave it out")

@@ -15,6 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from dqtool.graph.attention import own_processor
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.options import Rates
@@ -249,5 +250,5 @@ def _zero_limits(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
         for operand in OPERANDS:
             zero_point = getattr(layer, f"{operand}_zero_point", None)
             if isinstance(zero_point, nn.Parameter):
-                limits[zero_point] = 2 ** layer.processor.bits.of(operand) - 1  # type: ignore
+                limits[zero_point] = 2 ** own_processor(layer).bits.of(operand) - 1
     return list(limits.items())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.core.affine import levels
+from dqtool.graph.attention import own_processor
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.data import DistillationTask
 
@@ -45,7 +46,7 @@ def scaled_gradients(task: DistillationTask) -> Iterator[None]:
                 scale = getattr(module, f"{name}_scale", None)
                 if isinstance(scale, nn.Parameter):
                     count = values[name] // info.heads if name in values else queries * keys
-                    bits = module.processor.bits.of(name)  # type: ignore[union-attr,operator]
+                    bits = own_processor(module).bits.of(name)
                     counts[scale] = gradient_scale(count, bits)
 
     def times(factor: float) -> object:

@@ -27,13 +27,13 @@ def family_of(class_name: str, where: str, config: Mapping[str, Any] | None = No
     Raises:
         ArtifactError: the class has no adapter, or the config is invalid for it.
     """
-    family = _family(class_name, where)
+    family = _family(class_name, where, config)
     if config is not None:
         family.check(config)
     return family
 
 
-def _family(class_name: str, where: str) -> Family:
+def _family(class_name: str, where: str, config: Mapping[str, Any] | None) -> Family:
     helper = next((kind for kind in HELPERS if kind in class_name), None)
     if helper is not None:
         raise ArtifactError(
@@ -42,7 +42,7 @@ def _family(class_name: str, where: str) -> Family:
             fix="Quantize the denoiser, and give this network to the pipeline as it is: it works beside a quantized one",
         )
     if class_name.startswith(PREFIX):
-        return Generic(class_name.removeprefix(PREFIX))
+        return Generic(class_name.removeprefix(PREFIX), config)
     if class_name not in FAMILIES:
         raise ArtifactError(
             f"dqtool has no adapter for networks of class '{class_name}'",

@@ -38,6 +38,7 @@ class Family(ABC):
 
     Attributes:
         sample: argument of the network's forward that holds `x`.
+        timestep: argument of the forward that holds the time.
         timestep_divisor: the network receives the scheduler's timestep divided by this number.
         guidance: default weight of classifier-free guidance of the family's pipelines (1: none).
         traced_size: a trace holds only for its own height and width, as where positions become constants.
@@ -48,6 +49,7 @@ class Family(ABC):
     class_name: str
     block_classes: ClassVar[tuple[str, ...]]
     sample: str = "sample"
+    timestep: str = "timestep"
     timestep_divisor: float = 1.0
     guidance: float = 1.0
     traced_size: bool = False
@@ -180,7 +182,7 @@ class Family(ABC):
 
     def graph(self, network: nn.Module, config: Mapping[str, Any]) -> NetworkGraph:
         """Return the graph of a network of this family, which may be on `meta`; it is recorded on first use."""
-        return NetworkGraph(network, self.example(config), self.sample, block_classes=self.block_classes)
+        return NetworkGraph(network, self.example(config), self.sample, self.timestep, self.block_classes)
 
     def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the cheapest config that runs every layer on every channel, for comparisons of weights."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import check_finite
 from dqtool.errors import ArtifactError
+from dqtool.graph.recording import tensors_in
 from dqtool.graph.tied_modules import drop_copies, tie_modules
 from dqtool.models.config_schema import bounded_parameters
 from dqtool.models.families import Family, family_of
@@ -104,10 +105,15 @@ def network_of(manifest_model: Mapping[str, Any]) -> tuple[Family, dict[str, Any
 
 
 def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
-    """Compute the buffers outside the state dict (position tables) that were built on the `meta` device, in place."""
+    """Compute the tensors outside the state dict (position tables) that were built on the `meta` device, in place.
+
+    They are buffers, or plain attributes of modules.
+    """
     ghosts = {name: b.numel() for name, b in network.named_buffers() if b.is_meta}
-    if not ghosts:
+    plain = dict(_plain_ghosts(network))
+    if not ghosts and not plain:
         return
+    ghosts |= {".".join(place): sum(t.numel() for t in tensors_in(value)) for place, value in plain.items()}
     if sum(ghosts.values()) > MOST_POSITIONS:
         raise ArtifactError(
             f"The config describes position tables of {sum(ghosts.values()):,} values, and dqtool makes {MOST_POSITIONS:,}",
@@ -116,7 +122,22 @@ def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        real = dict(family.build(config).named_buffers())
+        real = family.build(config)
+    for module, name in plain:
+        setattr(network.get_submodule(module), name, getattr(real.get_submodule(module), name))
+        ghosts.pop(f"{module}.{name}")
+    buffers = dict(real.named_buffers())
     for name in ghosts:
         parent, _, leaf = name.rpartition(".")
-        network.get_submodule(parent).register_buffer(leaf, real[name], persistent=False)
+        network.get_submodule(parent).register_buffer(leaf, buffers[name], persistent=False)
+
+
+_MODULE_STATE = ("_parameters", "_buffers", "_modules", "_dqtool_stand_in")
+
+
+def _plain_ghosts(network: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
+    """Yield (module, attribute) and value of each attribute that holds tensors on `meta`, buffers and parameters excepted."""
+    for name, module in network.named_modules():
+        for key, value in vars(module).items():
+            if key not in _MODULE_STATE and any(t.is_meta for t in tensors_in(value)):
+                yield (name, key), value

@@ -55,7 +55,11 @@ def check_layers(network: nn.Module, layers: Sequence[LayerInfo], blocks: Iterab
         weight = getattr(module, "weight", None)
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         kind = {"conv2d": nn.Conv2d, "linear": nn.Linear}.get(info.kind)
-        fits = hasattr(module, "to_q") if kind is None else isinstance(module, kind) and shape == tuple(info.shape)
+        fits = (
+            not isinstance(module, nn.Conv2d | nn.Linear)
+            if kind is None
+            else isinstance(module, kind) and shape == tuple(info.shape)
+        )
         if not fits:
             raise _unlike(
                 f"The manifest says that '{info.name}' is a {info.kind} of shape {list(info.shape)}, and it is a "

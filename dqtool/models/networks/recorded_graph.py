@@ -11,6 +11,7 @@ from dqtool.artifacts import Manifest
 from dqtool.graph.network import NetworkGraph
 from dqtool.graph.tied_modules import tie_modules
 from dqtool.models.families import family_of
+from dqtool.models.networks.loading import materialise
 
 __all__ = ["graph_of"]
 
@@ -28,7 +29,9 @@ def graph_of(manifest: Manifest) -> NetworkGraph:
 @lru_cache(maxsize=2)
 def _graph(class_name: str, config_text: str, layers: tuple[str, ...]) -> NetworkGraph:
     config = json.loads(config_text)
-    family = family_of(class_name, "manifest, key model.class")
+    family = family_of(class_name, "manifest, key model.class", config)
     with torch.device("meta"):
         network = tie_modules(family.build(config), [f"{name}.weight" for name in layers], family.tied_modules(config))
+    if family.name == "generic":  # its forward may look at positions
+        materialise(network, family, config)
     return family.graph(network, config)

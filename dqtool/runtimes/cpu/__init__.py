@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.allocator import FilePages, keep_freed_memory
 from dqtool.errors import EnvironmentFault
-from dqtool.graph.attention import is_attention
+from dqtool.graph.attention import is_attention, own_processor
 from dqtool.models.components.export_layout import weights_files
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.models.networks.packed_checks import step_count
@@ -104,7 +105,7 @@ def convert(network: nn.Module) -> nn.Module:
     kinds: dict[str, str] = {}
     merged: set[str] = set()
     for name, module in list(network.named_modules()):
-        if is_attention(module) and isinstance(module.processor, QuantAttnProcessor):
+        if is_attention(module) and isinstance(own_processor(module), QuantAttnProcessor):
             kinds[name] = _convert_attention(name, module, current_step, kinds, merged)
     for name, module in list(network.named_modules()):
         if isinstance(module, PackedLayer) and name not in merged:
@@ -153,11 +154,12 @@ def _convert_attention(name: str, attn: Any, current_step: CurrentStep, kinds: d
     operands = integer_attention(attn)
     native = library.has_products() and operands.is_integer
     native = native and all(operands.operands[n].signed for n in "qkv") and operands.operands["probs"].bits <= 8
-    scale = getattr(attn, "scale", None)
-    if scale is None and getattr(attn, "head_dim", None) is not None:
+    own = own_processor(attn)
+    scale = own.scale_of(attn)
+    if scale is None and isinstance(getattr(attn, "head_dim", None), int):
         scale = attn.head_dim**-0.5
-    set_own(attn, IntegerAttnProcessor(attn.processor, operands if native else None, current_step, scale))
-    if attn.processor.layout == "single":
+    set_own(attn, IntegerAttnProcessor(own, operands if native else None, current_step, scale))
+    if own.layout == "single":
         for target, sources in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
             layers = [getattr(attn, source) for source in sources]
             if not all(isinstance(layer, PackedLayer) for layer in layers):
@@ -184,6 +186,7 @@ def integer_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a converted network: its class's, in float32, at one step at a time."""
     original = type(network)
     given = args[0] if args else kwargs[list(inspect.signature(original.forward).parameters)[1]]
+    given = given if isinstance(given, Tensor) else torch.stack(list(given))  # some networks take a list of samples
     if is_compiling():
         return _traced(original, network, given, tree_map(_float32, args), tree_map(_float32, kwargs))
     asked, network.__dict__["_dqtool_dtype"] = _dtype(network), torch.float32
@@ -274,12 +277,15 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
             chosen = (rows == row).nonzero().flatten()
 
             def pick(value: Any, chosen: Tensor = chosen) -> Any:
+                if _is_batch(value, batch):
+                    return [value[index] for index in chosen.tolist()]
                 mixed = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
                 return value[chosen] if mixed else value
 
             current_step.row, current_step.rows = int(row), torch.tensor([row])
             steps.select(current_step.rows)  # for what stayed float
-            outputs.append((chosen, original.forward(network, *tree_map(pick, args), **tree_map(pick, kwargs))))
+            mine = tree_map(pick, (args, kwargs), is_leaf=partial(_is_batch, batch=batch))
+            outputs.append((chosen, original.forward(network, *mine[0], **mine[1])))
     finally:
         steps.select(asked)
     order = torch.cat([chosen for chosen, _ in outputs]).argsort()
@@ -292,8 +298,19 @@ def _joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
     if isinstance(first, Tensor):
         return join(outputs)
     if isinstance(first, tuple) and not hasattr(first, "to_tuple"):
-        return tuple(join(list(parts)) for parts in zip(*outputs, strict=True))
-    return type(first)(**{key: join([out[key] for out in outputs]) for key in first})
+        return tuple(_joined(list(parts), join) for parts in zip(*outputs, strict=True))
+    if isinstance(first, list):  # one tensor for each sample
+        return list(join([torch.stack(samples) for samples in outputs]).unbind())
+    return type(first)(**{key: _joined([out[key] for out in outputs], join) for key in first})
+
+
+def _is_batch(value: Any, batch: int) -> bool:
+    """Return whether a list holds one item for each sample of a batch: sizes, or the samples themselves."""
+    return (
+        isinstance(value, list)
+        and len(value) == batch
+        and not (value and isinstance(value[0], Tensor) and len(value[0]) == batch)
+    )
 
 
 def _nan_samples(arguments: Any, batch: int) -> Tensor:

@@ -35,9 +35,9 @@ class SharedInput(Adaptable, nn.Module):
         """See `Adaptable.geometry_of_float`."""
         return {"in_features": self.in_features, "out_features": self.out_features}
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
+    def forward(self, input: Tensor, *_: object) -> Tensor:
         """`[..., C]` to `[..., out_features]`."""
-        return self._merged[0](x)[..., self.start : self.start + self.out_features]
+        return self._merged[0](input)[..., self.start : self.start + self.out_features]
 
 
 def is_bare(attn: Any) -> bool:
@@ -72,19 +72,30 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         if products is not None and scale is not None:
             self._steps = (scale, *self._all_steps(scale))
 
-    def attend(self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
         """See `QuantAttnProcessor.attend`."""
         n, h, sq, d = query.shape
         sk = key.shape[2]
+        scale = self.scale_of(attn) if scale is None else scale
+        if value.shape[3] != d:  # the kernels have one width
+            return super().attend(attn, query, key, value, mask, scale)
         if is_compiling():
             if self.products is None or not self.compiled:
-                return super().attend(attn, query, key, value, mask)
+                return super().attend(attn, query, key, value, mask, scale)
             operands = (query.float(), key.float(), value.float(), None if mask is None else mask.float())
-            return ops.attention(*operands, *self._every_step(attn, d), self.current_step.rows).to(query.dtype)
+            return ops.attention(*operands, *self._every_step(d, scale), self.current_step.rows).to(query.dtype)
         kernels = library.get()
         if self.products is None or kernels is None:
-            return super().attend(attn, query, key, value, mask)
-        tables, scores, result = self._tables(attn, d)
+            return super().attend(attn, query, key, value, mask, scale)
+        tables, scores, result = self._tables(d, scale)
         q, k, v = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (query, key, value))
         strides = [library.strides(t) for t in (q, k, v)]
         steps: tuple[int, ...] = (0, 0, 0)
@@ -166,15 +177,14 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         mixed = out(mixed) if gate is None else out(mixed) * gate.unsqueeze(1)
         return (mixed if residual is None else mixed + residual) * post
 
-    def _tables(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _tables(self, d: int, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """(m, low, high) `[4, 3, H]` of the operands, scale of the scores `[H]`, scale of the result `[H]`."""
-        tables, scores, results = self._every_step(attn, d)
+        tables, scores, results = self._every_step(d, scale)
         row = self.current_step.row if len(tables) > 1 else 0
         return tables[row], scores[row], results[row]
 
-    def _every_step(self, attn: Any, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _every_step(self, d: int, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tables of `_all_steps`, made once for each scale."""
-        scale = getattr(attn, "scale", None)
         scale = d**-0.5 if scale is None else scale
         if self._steps is None or self._steps[0] != scale:
             made = (scale, *self._all_steps(scale))

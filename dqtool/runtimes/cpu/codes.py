@@ -364,9 +364,9 @@ class Product(Adaptable, nn.Module):
             x.data_ptr(), into.data_ptr(), len(x), self.in_channels, self.channel_bytes, *self.quantizer()
         )
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        """Compute the output of the replaced layer in float32, and return it in the dtype of `x`."""
-        return self.multiply(self.quantize(x.float())).to(x.dtype)
+    def forward(self, input: Tensor, *_: object) -> Tensor:
+        """Compute the output of the replaced layer in float32, and return it in the dtype of `input`."""
+        return self.multiply(self.quantize(input.float())).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

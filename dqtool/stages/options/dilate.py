@@ -93,7 +93,8 @@ class DilateOptions:
     example: Annotated[
         str | None,
         Option(
-            "Example inputs for --family generic: a .safetensors file with a tensor for each further argument.",
+            "Example inputs for --family generic: a .safetensors file with a tensor for each further argument, and beside it a "
+            ".json file for arguments of another kind.",
             "FILE",
             panel=INPUT,
         ),

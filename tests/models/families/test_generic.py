@@ -79,7 +79,13 @@ def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     assert manifest.model["family"] == "generic"
     blocks = [block["name"] for block in manifest.metrics["blocks"]]
     assert all(any(f"{r['name']}.".startswith(f"{block}.") for block in blocks) for r in manifest.layers)
-    assert any("AuraFlowAttnProcessor" in reason for reason in manifest.metrics["kept_float"].values())
+    products = [record for record in manifest.layers if record["kind"] == "attention"]
+    assert [record["name"] for record in products] == [
+        "joint_transformer_blocks.0.attn",
+        "single_transformer_blocks.0.attn",
+    ]
+    assert products[0]["shape"] == [16 + 8 + 5, 16 + 8 + 5, 16]  # image, register and text tokens
+    assert "kept_float" not in manifest.metrics
     calibrate(CalibrateOptions(at["d"], at["c"], steps=2, samples=6, random_conditions=True), QUIET)
     distill(DistillOptions(at["c"], at["q"], bits="8/8", iters=1, refine_iters=1), QUIET)
     export(ExportOptions(at["q"], str(tmp_path / "exported")), QUIET)

@@ -1,0 +1,251 @@
+"""Run every stage on a tiny network of each denoiser class, and write recipes/results/classes.md and .json.
+
+    python tests/classes/class_table.py [CLASS ...] [-o recipes/results/classes]
+
+Without names all classes run. A class that runs again replaces its row. The exit code is 1 if a row got worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from denoisers import DENOISERS, build_denoiser, example_tensors
+from dqtool.stages.shared.common import Common
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import dqtool
+from dqtool.artifacts import open_artifact
+from dqtool.errors import DqtoolError
+from dqtool.models.families import FAMILIES, family_of
+from dqtool.nn.prediction import prediction_of
+from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.dilate import DilateOptions, dilate
+from dqtool.stages.distill import DistillOptions, distill
+from dqtool.stages.export import ExportOptions, export
+from dqtool.training.data import Trajectory
+
+__all__ = ["STAGES", "measure", "write_table"]
+
+QUIET = Common(quiet=True)
+STAGES = ("dilate", "calibrate", "distill", "export", "simulate", "cpu", "openvino", "from_pretrained")
+BITS = {"8/8": ("cpu", "openvino"), "4/8": ("cpu",)}
+"""Bits of the two exports, with the engines that each runs on."""
+HINTS = {"_sample_size": 8, "_context_tokens": 6}
+"""Config entries for what the adapters' classes leave open."""
+CLOSE = 0.02
+"""Largest relative difference of two engines: a code that rounding moves to its neighbour changes more than rounding."""
+
+
+def measure(name: str, directory: Path, bits: Mapping[str, Sequence[str]] = BITS) -> dict[str, Any]:
+    """Return the row of one class: each stage's "yes" or the message of its error, errors of the output, attentions."""
+    row: dict[str, Any] = {"class": name, "family": "generic" if name not in FAMILIES else FAMILIES[name].name}
+    row |= {"stages": {}, "errors": {}, "attention": [0, 0], "notes": []}
+    stages = row["stages"]
+
+    def attempt(stage: str, work: Callable[[], Any]) -> Any:
+        """Run one stage; what a failed stage leaves out fails the stages that need it."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = work()
+        except Exception as e:
+            if os.environ.get("DEBUG"):
+                traceback.print_exc()
+            first = next(iter(str(e).strip().splitlines()), "")
+            stages.setdefault(stage, f"{type(e).__name__}: {first:.120}")
+            return None
+        stages.setdefault(stage, "yes")
+        return result
+
+    network = build_denoiser(name)
+    options = dilate_options(name, network, directory)
+    at = {letter: str(directory / f"{letter}.safetensors") for letter in "dc"}
+    if attempt("dilate", lambda: dilate(options, QUIET)) is None:
+        return row
+    request = CalibrateOptions(at["d"], at["c"], steps=2, samples=6, batch_size=3, random_conditions=True)
+    if attempt("calibrate", lambda: calibrate(request, QUIET)) is None:
+        return row
+    for each, engines in bits.items():
+        quantized, exported = str(directory / f"q{each[0]}.safetensors"), str(directory / f"export{each[0]}")
+        plan = DistillOptions(at["c"], quantized, bits=each, iters=0, refine_iters=0)
+        if attempt("distill", lambda plan=plan: distill(plan, QUIET)) is None:
+            return row
+        if attempt("export", lambda q=quantized, x=exported: export(ExportOptions(q, x), QUIET)) is None:
+            return row
+        try:
+            call = Call(at["c"])
+            expected = call(network)
+        except DqtoolError as e:
+            row["notes"].append(str(e)[:200])
+            return row
+        simulated = attempt("simulate", lambda call=call, x=exported: call(dqtool.load(x, "simulate")))
+        if simulated is not None:
+            row["errors"][each] = round(difference(simulated, expected), 4)
+        for engine in engines:
+            attempt(engine, lambda e=engine, c=call, x=exported, s=simulated: same(c(dqtool.load(x, e)), s))
+        attempt("from_pretrained", lambda call=call, x=exported, s=simulated: same(call(hub_network(name, x)), s, 1e-6))
+    manifest = open_artifact(str(directory / "export8") if "8/8" in bits else exported).manifest
+    kept = [why for why in open_artifact(at["d"]).manifest.metrics.get("kept_float", {}).values() if "products" in why]
+    integers = sum(layer["kind"] == "attention" and max(layer["bits"]) <= 8 for layer in manifest.layers)
+    row["attention"] = [integers, integers + len(kept)]
+    row["layers"] = sum(layer["kind"] != "attention" for layer in manifest.layers)
+    row["notes"] += sorted(set(kept))
+    return row
+
+
+def dilate_options(name: str, network: Any, directory: Path) -> DilateOptions:
+    """Write the model, its example and its scheduler; return the options of `dilate`."""
+    import diffusers
+
+    denoiser, model = DENOISERS[name], directory / "model"
+    network.save_pretrained(model)
+    given: dict[str, Any] = {}
+    if name in FAMILIES:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | HINTS))
+    else:
+        given["family"] = "generic"
+        tensors = example_tensors(name)
+        save_file({key: value.contiguous() for key, value in tensors.items()}, directory / "example.safetensors")
+        if denoiser.structure:
+            (directory / "example.json").write_text(json.dumps(denoiser.structure))
+        if tensors or denoiser.structure:
+            given["example"] = str(directory / "example.safetensors")
+        given["time_scale"] = denoiser.time_scale
+    scheduler = getattr(diffusers, denoiser.scheduler)()
+    scheduler.save_pretrained(directory / "scheduler")
+    return DilateOptions(str(model), str(directory / "d.safetensors"), scheduler=str(directory / "scheduler"), **given)
+
+
+class Call:
+    """The same two calibration samples of every step, for any network of one class."""
+
+    def __init__(self, calibrated: str) -> None:
+        artifact = open_artifact(calibrated)
+        self.config = dict(artifact.manifest.model["config"])
+        self.family = family_of(artifact.manifest.model["class"], calibrated, self.config)
+        self.points = Trajectory.from_tensors(artifact.tensors())
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> Tensor:
+        """Return the predictions, `[T, 2, ...]`."""
+        outputs = []
+        for step, timestep in enumerate(self.points.timesteps):
+            chosen = (self.points.rows == step).nonzero()[:2, 0]
+            arguments = self.family.arguments(self.points.x[chosen], timestep, self.points.conditions_of(chosen))
+            outputs.append(prediction_of(network(**arguments, return_dict=False)))
+        return torch.stack(outputs)
+
+
+def hub_network(name: str, exported: str) -> nn.Module:
+    """Return the network as diffusers loads it."""
+    import diffusers
+
+    config = dqtool.DqtoolConfig(runtime="simulate")
+    return getattr(diffusers, name).from_pretrained(exported, quantization_config=config)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return the relative error of an output."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def same(found: Tensor, expected: Tensor | None, tolerance: float = CLOSE) -> bool:
+    """Raise `ValueError` where an engine computes something else than the reference."""
+    if expected is None:
+        raise ValueError("there is no reference")
+    error = difference(found, expected)
+    if not error <= tolerance:
+        raise ValueError(f"its output differs from simulate's by {error:.2g}")
+    return True
+
+
+def worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return what a new row lost against an old one."""
+    lost = [
+        f"{new['class']}: {stage}: {new['stages'].get(stage, 'not reached')}"
+        for stage, found in old["stages"].items()
+        if found == "yes" and new["stages"].get(stage) != "yes"
+    ]
+    if new["attention"][0] < old["attention"][0]:
+        lost.append(f"{new['class']}: {new['attention'][0]} attentions in integers, {old['attention'][0]} before")
+    for bits, error in old["errors"].items():
+        if new["errors"].get(bits, 1e9) > 1.5 * error + 0.005:
+            lost.append(f"{new['class']}: the error at {bits} is {new['errors'].get(bits)}, {error} before")
+    return lost
+
+
+def write_table(rows: list[Mapping[str, Any]], path: Path) -> None:
+    """Write the rows to PATH.json and, as a table, to PATH.md."""
+    path.with_suffix(".json").write_text(json.dumps({"command": "make classes", "rows": rows}, indent=1) + "\n")
+    counts = {stage: sum(row["stages"].get(stage) == "yes" for row in rows) for stage in STAGES}
+    whole = sum(row["attention"][1] > 0 and row["attention"][0] == row["attention"][1] for row in rows)
+    lines = [
+        "# Denoisers of diffusers, tiny, with random weights",
+        "",
+        f"`make classes`: {len(rows)} classes through every stage and engine. Classes without an adapter run with "
+        "`--family generic` and an `--example`. The error is that of the output, relative to the float network, for "
+        "two calibration samples of every step, without training. An engine passes if its output is "
+        f"within {CLOSE:.0%} of `simulate`'s. Random weights show that a class runs, not how good its images are.",
+        "",
+        f"| class | {' | '.join(STAGES)} | error at 8/8 | error at 4/8 | attention in integers | notes |",
+        f"| {' | '.join(['---'] * (len(STAGES) + 5))} |",
+    ]
+    for row in rows:
+        marks = [{"yes": "yes", None: "-"}.get(row["stages"].get(stage), "no") for stage in STAGES]
+        reasons = [f"{stage}: {found}" for stage, found in row["stages"].items() if found != "yes"]
+        done, there = row["attention"]
+        errors = [f"{row['errors'][bits]:.4f}" if bits in row["errors"] else "-" for bits in BITS]
+        cells = [
+            row["class"],
+            *marks,
+            *errors,
+            f"{done} of {there}" if there else "none",
+            "; ".join([*reasons, *row["notes"]]),
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    totals = [str(counts[stage]) for stage in STAGES]
+    lines.append(f"| of {len(rows)} | {' | '.join(totals)} | | | {whole} classes wholly | |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Run the named classes and write the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("classes", nargs="*", help="classes to run; all where none is named")
+    parser.add_argument(
+        "-o", "--output", default=str(Path(__file__).parents[2] / "recipes" / "results" / "classes"), metavar="PATH"
+    )
+    options = parser.parse_args()
+    path = Path(options.output)
+    stored = json.loads(path.with_suffix(".json").read_text())["rows"] if path.with_suffix(".json").exists() else []
+    rows = {row["class"]: row for row in stored}
+    lost: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="dqtool-classes-") as area:
+        os.environ.setdefault("DQTOOL_CACHE", str(Path(area) / "cache"))
+        for name in options.classes or DENOISERS:
+            row = measure(name, Path(area) / name)
+            failed = {stage: found for stage, found in row["stages"].items() if found != "yes"}
+            print(name, row["errors"], row["attention"], failed or "all stages", flush=True)
+            lost += worse(rows.get(name, row), row)
+            rows[name] = row
+            write_table([rows[each] for each in DENOISERS if each in rows], path)
+    print("\n".join(lost))
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
