@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -15,15 +16,15 @@ NONE: Origins = frozenset()
 
 
 def follow_origins(
-    recording: Recording, starts: Mapping[str, Sequence[Tensor]], origin: Callable[[Op], str | None], nearest: bool
+    recording: Recording, starts: Mapping[str, Any], origin: Callable[[Op], str | None], nearest: bool
 ) -> dict[Op, Origins]:
     """Return the origins of each operation's arguments, for every operation that has some.
 
-    `starts` are the initial origins, by name. `origin` returns the name that the outputs of an operation get as an origin,
+    `starts` are the initial origins, by name: tensors, alone or nested in lists. `origin` returns the name that the outputs of an operation get as an origin,
     or None for outputs that are none. With `nearest` a tensor has only its nearest origins; without, all origins that it
     was computed from.
     """
-    known: dict[int, Origins] = {id(t): frozenset((name,)) for name, tensors in starts.items() for t in tensors}
+    known: dict[int, Origins] = {id(t): frozenset((name,)) for name, value in starts.items() for t in tensors_in(value)}
     written: dict[int, Origins] = {}
 
     def origins_of(tensor: Tensor) -> Origins:

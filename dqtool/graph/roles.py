@@ -32,7 +32,7 @@ class Roles:
 
 def roles_of(recording: Recording, sample: str = "sample", timestep: str = "timestep") -> Roles:
     """Read the roles of all layers off a recording; `sample` and `timestep` name the inputs that are followed."""
-    starts = {"/sample": tensors_in(recording.inputs[sample]), "/timestep": tensors_in(recording.inputs[timestep])}
+    starts = {"/sample": recording.inputs[sample], "/timestep": recording.inputs[timestep]}
     read = follow_origins(recording, starts, lambda op: op.layer, nearest=False)
     temporal: dict[str, frozenset[str]] = {}
     for op, origins in read.items():

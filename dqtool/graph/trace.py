@@ -13,7 +13,7 @@ from dqtool.graph.attention import attention_layout, is_attention
 from dqtool.graph.leaves import is_quantizable
 from dqtool.graph.origins import follow_origins
 from dqtool.graph.products import Calls
-from dqtool.graph.recording import LEAVE, PRODUCTS, Op, Recording, tensors_in
+from dqtool.graph.recording import LEAVE, PRODUCTS, Op, Recording
 
 __all__ = ["BlockInfo", "LayerInfo", "Trace", "block_names", "kept_float", "trace_of"]
 
@@ -155,7 +155,7 @@ def _find_layers(recording: Recording) -> dict[str, LayerInfo]:
 
 def _mark_ends(recording: Recording, layers: dict[str, LayerInfo], sample: str) -> None:
     """Set the role of the first layers that read the sample and of the last layers before the output."""
-    starts = {"": tensors_in(recording.inputs[sample])}
+    starts = {"": recording.inputs[sample]}
     read = follow_origins(recording, starts, _multiplies, nearest=True)
     for name, calls in recording.calls.items():
         if "" in read.get(calls[-1], ()):

@@ -41,15 +41,17 @@ __all__ = ["STAGES", "measure", "write_table"]
 
 QUIET = Common(quiet=True)
 STAGES = ("dilate", "calibrate", "distill", "export", "simulate", "cpu", "openvino", "from_pretrained")
-BITS = {"8/8": ("cpu", "openvino"), "4/8": ("cpu",)}
-"""Bits of the two exports, with the engines that each runs on."""
+BITS = ("8/8", "4/8")
+"""Bits of the two exports; the first runs on every engine."""
 HINTS = {"_sample_size": 8, "_context_tokens": 6}
 """Config entries for what the adapters' classes leave open."""
 CLOSE = 0.02
 """Largest relative difference of two engines: a code that rounding moves to its neighbour changes more than rounding."""
 
 
-def measure(name: str, directory: Path, bits: Mapping[str, Sequence[str]] = BITS) -> dict[str, Any]:
+def measure(
+    name: str, directory: Path, bits: Sequence[str] = BITS, engines: Sequence[str] = ("cpu", "openvino")
+) -> dict[str, Any]:
     """Return the row of one class: each stage's "yes" or the message of its error, errors of the output, attentions."""
     row: dict[str, Any] = {"class": name, "family": "generic" if name not in FAMILIES else FAMILIES[name].name}
     row |= {"stages": {}, "errors": {}, "attention": [0, 0], "notes": []}
@@ -78,7 +80,7 @@ def measure(name: str, directory: Path, bits: Mapping[str, Sequence[str]] = BITS
     request = CalibrateOptions(at["d"], at["c"], steps=2, samples=6, batch_size=3, random_conditions=True)
     if attempt("calibrate", lambda: calibrate(request, QUIET)) is None:
         return row
-    for each, engines in bits.items():
+    for each in bits:
         quantized, exported = str(directory / f"q{each[0]}.safetensors"), str(directory / f"export{each[0]}")
         plan = DistillOptions(at["c"], quantized, bits=each, iters=0, refine_iters=0)
         if attempt("distill", lambda plan=plan: distill(plan, QUIET)) is None:
@@ -94,10 +96,12 @@ def measure(name: str, directory: Path, bits: Mapping[str, Sequence[str]] = BITS
         simulated = attempt("simulate", lambda call=call, x=exported: call(dqtool.load(x, "simulate")))
         if simulated is not None:
             row["errors"][each] = round(difference(simulated, expected), 4)
+        if each != bits[0]:
+            continue
         for engine in engines:
             attempt(engine, lambda e=engine, c=call, x=exported, s=simulated: same(c(dqtool.load(x, e)), s))
         attempt("from_pretrained", lambda call=call, x=exported, s=simulated: same(call(hub_network(name, x)), s, 1e-6))
-    manifest = open_artifact(str(directory / "export8") if "8/8" in bits else exported).manifest
+    manifest = open_artifact(exported).manifest
     kept = [why for why in open_artifact(at["d"]).manifest.metrics.get("kept_float", {}).values() if "products" in why]
     integers = sum(layer["kind"] == "attention" and max(layer["bits"]) <= 8 for layer in manifest.layers)
     row["attention"] = [integers, integers + len(kept)]
@@ -229,6 +233,7 @@ def main() -> int:
     parser.add_argument(
         "-o", "--output", default=str(Path(__file__).parents[2] / "recipes" / "results" / "classes"), metavar="PATH"
     )
+    parser.add_argument("--engines", default="cpu,openvino", help="engines to compare with simulate")
     options = parser.parse_args()
     path = Path(options.output)
     stored = json.loads(path.with_suffix(".json").read_text())["rows"] if path.with_suffix(".json").exists() else []
@@ -237,7 +242,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dqtool-classes-") as area:
         os.environ.setdefault("DQTOOL_CACHE", str(Path(area) / "cache"))
         for name in options.classes or DENOISERS:
-            row = measure(name, Path(area) / name)
+            row = measure(name, Path(area) / name, engines=options.engines.split(","))
             failed = {stage: found for stage, found in row["stages"].items() if found != "yes"}
             print(name, row["errors"], row["attention"], failed or "all stages", flush=True)
             lost += worse(rows.get(name, row), row)
