@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from denoisers import DENOISERS, build_denoiser, example_tensors
-from dqtool.stages.shared.common import Common
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,11 +34,12 @@ from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
 from dqtool.stages.export import ExportOptions, export
+from dqtool.stages.shared.settings import RunSettings
 from dqtool.training.data import Trajectory
 
 __all__ = ["STAGES", "measure", "write_table"]
 
-QUIET = Common(quiet=True)
+QUIET = RunSettings(quiet=True)
 STAGES = ("dilate", "calibrate", "distill", "export", "simulate", "cpu", "openvino", "from_pretrained")
 BITS = ("8/8", "4/8")
 """Bits of the two exports; the first runs on every engine."""
@@ -82,7 +82,7 @@ def measure(
         return row
     for each in bits:
         quantized, exported = str(directory / f"q{each[0]}.safetensors"), str(directory / f"export{each[0]}")
-        plan = DistillOptions(at["c"], quantized, bits=each, iters=0, refine_iters=0)
+        plan = DistillOptions(at["c"], quantized, bits=each, iters=0, refine_iters=0, protect=0.0)
         if attempt("distill", lambda plan=plan: distill(plan, QUIET)) is None:
             return row
         if attempt("export", lambda q=quantized, x=exported: export(ExportOptions(q, x), QUIET)) is None:
