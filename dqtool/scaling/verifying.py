@@ -94,10 +94,13 @@ def rotated_inputs(network: nn.Module, rotations: Mapping[str, int]) -> Iterator
     for name, size in rotations.items():
         layer = network.get_submodule(name)
 
-        def turn(layer: Any, args: tuple[Any, ...], size: int = size) -> tuple[Any, ...]:
-            return (rotate(args[0], size, 1 if isinstance(layer, nn.Conv2d) else -1), *args[1:])
+        def turn(
+            layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], size: int = size
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            others = {name: value for name, value in kwargs.items() if name != "input"}
+            return (rotate(input_of(args, kwargs), size, 1 if isinstance(layer, nn.Conv2d) else -1), *args[1:]), others
 
-        handles.append(layer.register_forward_pre_hook(turn))
+        handles.append(layer.register_forward_pre_hook(turn, with_kwargs=True))
     try:
         yield
     finally:
