@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dqtool.core.bits import FLOAT_BITS, AttentionBits, LayerBits
 from dqtool.core.quantization import SOFTMAX_BITS, KeptLayers
@@ -195,22 +194,3 @@ def _bops(info: LayerInfo, own: LayerBits) -> int:
     if info.kind != "attention":
         return own.operations(info.macs)
     return AttentionBits(own.input, FLOAT_BITS if own.input >= FLOAT_BITS else SOFTMAX_BITS).operations(info.macs)
-
-
-def as_rows(plans: Iterable[Plan]) -> list[dict[str, Any]]:
-    """Return plans without their layers' bits, as reports hold them."""
-    return [
-        {
-            "psnr": psnr_of(plan.error),
-            "weight_bytes": round(plan.weight_bytes),
-            "bops": plan.bops,
-            "mean_bits": _mean_bits(plan),
-        }
-        for plan in plans
-    ]
-
-
-def _mean_bits(plan: Plan) -> str:
-    count = max(1, len(plan.bits))
-    weight, inputs = (sum(getattr(b, side) for b in plan.bits.values()) / count for side in ("weight", "input"))
-    return f"{weight:.1f}/{inputs:.1f}"

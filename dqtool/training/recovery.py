@@ -70,7 +70,6 @@ class Recovery:
         rate: factor of the learning rates.
         strict: a divergence raises an error.
         warnings: receives a sentence when the state before training is kept.
-        gave_up: the state before training was kept.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class Recovery:
         self.optimizer, self.states, self.where, self.power = optimizer, states, where, power
         self.strict, self.warnings = strict, warnings
         self.rate = 1.0
-        self.gave_up = False
         self._retries = 0
         self._first: float | None = None
         self._recent: list[float] = []
@@ -122,7 +120,6 @@ class Recovery:
             )
             return True
         self.optimizer.restart(self.states.initial())
-        self.gave_up = True
         self.warnings.append(f"training of {self.where} diverged {self._retries} times; it stays as calibrated")
         report.warn(self.warnings[-1])
         return False
