@@ -25,7 +25,7 @@ class BenchOptions:
         str | None,
         Option(
             "Exported directory to time. Default: the path that a pipe brings, else exported/.",
-            "[DIR]",
+            "DIR",
             positional=True,
         ),
     ] = None

@@ -45,23 +45,30 @@ class CalibrateOptions:
     sampler: Annotated[
         str | None,
         Option(
-            "Sampler of the quantized model: {dqtool.models.sampling.schedulers:SAMPLERS}. Default: the pipeline's own.",
+            "Sampler of the quantized model: {dqtool.models.sampling.schedulers:SAMPLERS}. Give the one you will sample with. "
+            "Default: the pipeline's own.",
             "NAME",
         ),
     ] = None
     spacing: Annotated[
         str | None,
         Option(
-            "Spacing of the timesteps: {dqtool.models.sampling.schedulers:SPACINGS}. Default: the pipeline's own.",
+            "Spacing of the timesteps: {dqtool.models.sampling.schedulers:SPACINGS}. Give the one you will sample with. "
+            "Default: the pipeline's own.",
             "NAME",
         ),
     ] = None
     timesteps: Annotated[
         str | None,
-        Option("Timesteps to sample at, in place of a spacing, from the most noise on.", "T,T,..."),
+        Option(
+            "Timesteps to sample at, from the noisiest on, such as 999,749,499,249. Give them in place of a spacing, for a model "
+            "that was trained at certain timesteps.",
+            "T,T,...",
+        ),
     ] = None
     clip: Annotated[
-        bool | None, Option("Clip predicted images to [-1, 1], or not. Default: the pipeline's own setting.")
+        bool | None,
+        Option("Clip predicted images to [-1, 1], or leave them as predicted. Default: the pipeline's own setting."),
     ] = None
     variance: Annotated[
         str | None,
@@ -71,22 +78,25 @@ class CalibrateOptions:
         ),
     ] = None
     samples: Annotated[
-        int, Option("Pairs (x_t, t) to keep for training. More take longer and more disk.", "N", least=1)
+        int,
+        Option(
+            "Samples (x_t, t) to keep for training. More train better, and take longer and more disk.", "N", least=1
+        ),
     ] = 5120
     draw: Annotated[
         str,
         Option(
-            "Distribution of the pairs over the steps: stratified (equally many of each), uniform (Q-Diffusion), normal "
-            "(PTQ4DM) or density (EDA-DM).",
+            "Distribution of the samples over the steps: stratified (equally many of each), uniform (Q-Diffusion), normal "
+            "(PTQ4DM) or density (EDA-DM). Change it to compare with these methods.",
             "NAME",
         ),
     ] = STRATIFIED
     scaling: Annotated[
         str,
         Option(
-            "Change of dilate's factors by activations. auto replaces each layer's factors where others give less output "
-            "error, and distill learns them further; keep leaves them. Or take one method for all layers: none, "
-            "smoothquant, awq, dgq, osplus or omniquant.",
+            "Scaling of the layers by their activations. auto replaces dilate's factors in each layer where others give less "
+            "output error, and distill trains them further. keep leaves dilate's factors, as in the paper. none, smoothquant, "
+            "awq, dgq, osplus and omniquant replace them in all layers.",
             "NAME",
         ),
     ] = AUTO
@@ -97,9 +107,12 @@ class CalibrateOptions:
             "W/A",
         ),
     ] = "4/4"
-    seed: Annotated[int, Option("Seed of the images that are sampled.", "N", least=0, most=LARGEST_SEED)] = 0
+    seed: Annotated[
+        int,
+        Option("Seed of the sampled images. Change it to see how much results vary.", "N", least=0, most=LARGEST_SEED),
+    ] = 0
     eta: Annotated[
-        float, Option("Noise that the ddim sampler adds at each step. 0 is deterministic.", "F", least=0)
+        float, Option("Noise that the ddim sampler adds at each step: 0 for none, 1 for as much as ddpm.", "F", least=0)
     ] = 0.0
     guidance: Annotated[float | None, GUIDANCE] = None
     prompts: Annotated[str | None, PROMPTS] = None

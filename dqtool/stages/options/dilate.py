@@ -66,11 +66,20 @@ class DilateOptions:
         ),
     ] = None
     tokenizer: Annotated[
-        str | None, Option("Tokenizer for a single file that holds its text encoders.", "DIR", panel=INPUT)
+        str | None,
+        Option(
+            "Tokenizer for a single file that holds its text encoders. Give it when dqtool finds none.",
+            "DIR",
+            panel=INPUT,
+        ),
     ] = None
     pipeline: Annotated[
         str | None,
-        Option("Pipeline of the same kind that provides the parts which the model lacks.", "DIR", panel=INPUT),
+        Option(
+            "Pipeline of the same kind that provides the parts which the model lacks, such as its text encoders.",
+            "DIR",
+            panel=INPUT,
+        ),
     ] = None
     scaling: Annotated[
         str,
@@ -84,11 +93,11 @@ class DilateOptions:
         64.0
     )
     threshold: Annotated[
-        float, Option("Smallest factor that wd applies. Channels with a smaller one are left alone.", "F", least=1)
+        float, Option("Smallest factor that wd applies. Raise it to leave more channels as they are.", "F", least=1)
     ] = 1.0
     family: Annotated[
         str | None,
-        Option("Adapter to use. Give `generic` for a network of a class that has none.", "NAME", panel=INPUT),
+        Option("Adapter to use. Give `generic` for a network whose class dqtool does not know.", "NAME", panel=INPUT),
     ] = None
     example: Annotated[
         str | None,
@@ -111,7 +120,7 @@ class DilateOptions:
     components: Annotated[
         str | None,
         Option(
-            "Network of the pipeline to quantize, one at a time. Default: the denoiser.",
+            "Network of the pipeline to quantize. Give it for pipelines that hold several, one run for each. Default: the denoiser.",
             "NAME",
             panel=INPUT,
         ),

@@ -56,14 +56,18 @@ class DistillOptions:
     ] = "4/4"
     target_psnr: Annotated[
         float | None,
-        Option("Least PSNR of samples, in dB and before training, that --bits auto reaches.", "F", least=0),
+        Option(
+            "PSNR of samples that --bits auto must reach, in dB and before training. Higher takes more bits.",
+            "F",
+            least=0,
+        ),
     ] = None
     target_size: Annotated[
-        float | None, Option("Largest size of the file that --bits auto may choose.", "MB", least=0)
+        float | None, Option("Size of the file that --bits auto must not exceed, in MB.", "MB", least=0)
     ] = None
     target_bops: Annotated[
         float | None,
-        Option("Most bit operations of a forward pass, in 10^9, that --bits auto may choose.", "F", least=0),
+        Option("Bit operations of a forward pass that --bits auto must not exceed, in 10^9.", "F", least=0),
     ] = None
     protect: Annotated[
         float | None,
@@ -86,7 +90,7 @@ class DistillOptions:
     steps: Annotated[
         int | None,
         Option(
-            "Sampling steps that the input must have been calibrated for. Give it as a check.",
+            "Sampling steps that the input must be calibrated for. Give it as a check.",
             "N",
             least=1,
             panel=INPUT,
@@ -126,7 +130,9 @@ class DistillOptions:
             "NAME",
         ),
     ] = "bkd"
-    seed: Annotated[int, Option("Seed of the training.", "N", least=0, most=LARGEST_SEED)] = 0
+    seed: Annotated[
+        int, Option("Seed of the training. Change it to see how much results vary.", "N", least=0, most=LARGEST_SEED)
+    ] = 0
     keep: Annotated[
         tuple[str, ...],
         Option(
@@ -135,7 +141,10 @@ class DistillOptions:
             "REGEX=W/A",
         ),
     ] = ()
-    softmax_bits: Annotated[int, Option("Bits of the attention's softmax output, 2 to 8 or 16 for float.", "N")] = 8
+    softmax_bits: Annotated[
+        int,
+        Option("Bits of the attention's softmax output, 2 to 8, or 16 for float. Change it to compare methods.", "N"),
+    ] = 8
     low_rank: Annotated[
         int,
         Option(
@@ -149,7 +158,8 @@ class DistillOptions:
     static: Annotated[
         bool,
         Option(
-            "Use one activation range for all steps, in place of one for each. It costs quality; `export --format compressed-tensors` needs it for quantized inputs."
+            "Use one activation range for all steps, in place of one for each. It costs quality. `export --format "
+            "compressed-tensors` needs it for quantized inputs."
         ),
     ] = False
     batch_size: Annotated[
@@ -164,7 +174,10 @@ class DistillOptions:
     ] = None
     blocks: Annotated[
         str | None,
-        Option("Blocks to train, by name. The others stay as initialised. Use it to try something quickly.", "REGEX"),
+        Option(
+            "Blocks to train, by name. The others stay as initialised. Give one block to try something quickly.",
+            "REGEX",
+        ),
     ] = None
     preset: Annotated[
         str,
@@ -178,7 +191,7 @@ class DistillOptions:
     train_samples: Annotated[
         int | None,
         Option(
-            "Calibration pairs to train on. Default: all. Fewer take less memory and time.",
+            "Calibration samples to train on. Fewer take less memory and time. Default: all.",
             "N",
             least=1,
             panel=RESOURCES,

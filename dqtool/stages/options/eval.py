@@ -43,7 +43,7 @@ class EvalOptions:
         str | None,
         Option(
             "Artifact or exported directory to measure. Default: the path that a pipe brings, else exported/.",
-            "[ARTIFACT_OR_DIR]",
+            "ARTIFACT_OR_DIR",
             positional=True,
         ),
     ] = None

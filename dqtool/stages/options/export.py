@@ -21,9 +21,9 @@ class ExportOptions:
     format: Annotated[
         str,
         Option(
-            "Format of the network: {dqtool.formats:FORMATS}. dq holds packed bits and runs in every runtime of dqtool. "
-            "dense holds float weights with quantized values, which plain diffusers reads. openvino runs in dqtool's "
-            "openvino runtime. onnx and compressed-tensors are for other programs.",
+            "Format of the network: {dqtool.formats:FORMATS}. dq holds packed bits, for diffusers and every runtime of "
+            "dqtool. dense holds float weights with quantized values; choose it for diffusers without dqtool. openvino holds "
+            "an int8 graph for dqtool's openvino runtime. Choose onnx or compressed-tensors for other programs.",
             "NAME",
             panel=INPUT,
         ),

@@ -24,7 +24,7 @@ class ReportOptions:
 
     places: Annotated[
         tuple[str, ...],
-        Option("Directories with eval results, or their JSON files. Default: eval.json.", "[DIR]...", positional=True),
+        Option("Directories with eval results, or their JSON files. Default: eval.json.", "DIR", positional=True),
     ] = ()
     output: Annotated[
         str | None,
@@ -32,7 +32,11 @@ class ReportOptions:
     ] = None
     format: Annotated[
         str | None,
-        Option("Format of the page. Default: the one of the file's name, else html.", "html|md", panel=INPUT),
+        Option(
+            "Format of the page. Give md to read it in a repository. Default: that of the file's name, else html.",
+            "html|md",
+            panel=INPUT,
+        ),
     ] = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ class RunOptions:
     overrides: Annotated[
         tuple[str, ...],
         Option(
-            "Option to set or override in the recipe. May be repeated.",
+            "Option of a stage to set or replace, such as distill.iters=0. May be repeated.",
             "STAGE.OPTION=VALUE",
             flag="--set",
             panel=INPUT,

@@ -23,7 +23,7 @@ class SensitivityOptions:
     passes: Annotated[
         int, Option("Backward passes to average. More give steadier figures and take longer.", "N", least=1)
     ] = 32
-    top: Annotated[int, Option("Operands to show. The report holds all.", "N", least=1)] = 20
+    top: Annotated[int, Option("Operands to print, costliest first. The report holds all.", "N", least=1)] = 20
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for bits that don't exist."""

@@ -28,7 +28,8 @@ ARTIFACT = Option(
     positional=True,
 )
 GUIDANCE = Option(
-    "Weight of classifier-free guidance. Default: the value of the calibration, else that of the model's card.",
+    "Weight of classifier-free guidance; higher follows prompts and classes more closely. Default: the value of the "
+    "calibration, else that of the model's card.",
     "F",
     least=0,
 )
