@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths table-correction lsq-points terrain soak $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths table-correction lsq-points terrain soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -48,6 +48,12 @@ report-check: setup
 INPUTS ?= 100000
 fuzz: setup
 	$(BIN)/python tests/fuzz/driver.py --inputs $(INPUTS) -o recipes/results/fuzz
+
+# Fuzzes one reader by coverage, with atheris: make fuzz-guided READER="safetensors" ARGS=-runs=100000
+READER ?= safetensors
+fuzz-guided: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python tests/fuzz/guided.py "$(READER)" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -124,6 +130,12 @@ terrain: setup
 # Kills and disturbs all stages at random times, and writes recipes/results/soak.md (an hour or more).
 soak: setup
 	$(BIN)/python tests/soak/kills.py --kills 2000 --models tiny,digits-ddpm -o recipes/results/soak
+
+# Kills calibrate, distill and eval at the size of Stable Diffusion v1.4, with random weights and one block, and writes
+# recipes/results/soak-large.md (16 GB of disk and memory; an hour on two cores). ARCH=dit-xl2 takes another network.
+ARCH ?= sd14
+soak-large: setup
+	$(BIN)/python tests/soak/large.py --arch $(ARCH) -o recipes/results/soak-large
 
 # Runs every published architecture at full size with random weights, and writes recipes/results/full-size.md (24 GiB).
 full-size: setup

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dqtool.artifacts.cache import cache_directory, keep_in_cache
-from dqtool.artifacts.checkpoints import Checkpoints
+from dqtool.artifacts.checkpoints import CallCheckpoints, Checkpoints
 from dqtool.artifacts.committing import Written, commit, commit_directory, commit_report
 from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import sha256_file
@@ -31,6 +31,7 @@ __all__ = [
     "FORMAT",
     "STAGES",
     "Artifact",
+    "CallCheckpoints",
     "Checkpoints",
     "DeferredTensors",
     "Kind",

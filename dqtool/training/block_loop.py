@@ -28,6 +28,10 @@ from dqtool.training.replay import BlockInputs, Replay
 __all__ = ["Learner", "block_state", "make_trainable", "mean_square", "own_layers", "restore_block", "train_blocks"]
 
 
+AT_HAND = "block at hand"
+"""Key of the state of a block between two iterations."""
+
+
 class Learner:
     """Training of one block. This base class trains every parameter that requires gradients; methods override its
     hooks.
@@ -144,7 +148,7 @@ def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, 
             return_freed_memory()  # memory that was split up for a whole replay does not suit the sizes of one batch
             begin = time.perf_counter()
             known = len(task.warnings)
-            history = train_block(task, block, given, target, make, generator, progress, info.name)
+            history = train_block(task, block, given, target, make, generator, progress, info.name, salt)
             training_seconds += time.perf_counter() - begin
             losses[info.name] = first_and_last(history, 20)
             relative.append(relative_losses(history, target))
@@ -176,23 +180,36 @@ def train_block(
     generator: torch.Generator,
     progress: Reporter,
     name: str,
+    salt: str = "",
 ) -> list[float]:
     """Minimise Eq. 27 for one block and return the finite losses of its iterations.
 
-    A block that diverges returns to its best state, see `recovery.py`.
+    A block that diverges returns to its best state, see `recovery.py`. Large blocks take hours: the state of the block at
+    hand is saved every `task.checkpoint_seconds`, and an interrupted run goes on from it to the same bits.
     """
     learner = make(block)
     learner.observe_targets(tensors_of(target))
+    states = BlockStates(learner.optimizer)
     recovery = Recovery(
         learner.optimizer,
-        BlockStates(learner.optimizer),
+        states,
         f"block '{name}'",
         mean_square(tensors_of(target)),
         strict=task.strict,
         warnings=task.warnings,
     )
     history: list[float] = []
-    for step in range(learner.iters):
+    key = f"{salt}{AT_HAND}"
+    kept = task.store.load(key)
+    if kept is not None and decode_lines(kept["name"]) == [name]:
+        generator.set_state(kept["generator"])
+        history = kept["history"].tolist()
+        learner.optimizer.load(kept)
+        states.load(kept)
+        recovery.load(kept)
+        progress.skip(len(history), name)
+    saved, cost = time.perf_counter(), 0.0
+    for step in range(len(history), learner.iters):
         chosen = learner.draw_samples(step, generator)
         task.select_rows(chosen)
         args, kwargs = given.batch(chosen)
@@ -205,6 +222,16 @@ def train_block(
             progress.skip(learner.iters - step - 1, name)
             break
         progress.advance(1, name)
+        begin = time.perf_counter()
+        if begin - saved >= max(task.checkpoint_seconds, 10 * cost) and learner.optimizer.is_finite():
+            state = {
+                "name": encode_lines([name]),
+                "generator": generator.get_state(),
+                "history": torch.tensor(history, dtype=torch.float64),
+            }
+            task.store.save(key, {**learner.optimizer.state(), **states.state(), **recovery.state(), **state})
+            saved = time.perf_counter()
+            cost = saved - begin
     learner.finish()
     block.requires_grad_(False)
     return [loss for loss in history if math.isfinite(loss)]

@@ -8,8 +8,9 @@ be lost, so a divergence affects its own block only, and the artifact reports it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from dqtool import report
@@ -60,6 +61,17 @@ class BlockStates(States):
         if loss < self.lowest and self.optimizer.is_finite():
             self.found, self.lowest = self.optimizer.values(), loss
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the best values and their loss, enough to resume; the initial ones are those of the calibrated block."""
+        best = {f"best.{i}": values for i, values in enumerate(self.found)}
+        return {**best, "lowest": torch.tensor(self.lowest, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        device = self.found[0].device if self.found else None
+        self.found = [state[f"best.{i}"].to(device) for i in range(len(self.found))]
+        self.lowest = float(state["lowest"])
+
 
 class Recovery:
     """Monitors the losses of one training run.
@@ -102,6 +114,17 @@ class Recovery:
             self.states.record(mean)
             return True
         return self._back(step)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the rate, the retries and the losses that the next decision looks at, enough to resume."""
+        first = math.nan if self._first is None else self._first
+        return {"recovery": torch.tensor([self.rate, self._retries, first, *self._recent], dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        rate, retries, first, *recent = state["recovery"].tolist()
+        self.rate, self._retries, self._recent = rate, int(retries), recent
+        self._first = None if math.isnan(first) else first
 
     def _back(self, step: int) -> bool:
         """Restore an earlier state after a divergence; return False if it is the one before training."""

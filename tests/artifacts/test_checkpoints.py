@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from dqtool.artifacts import Checkpoints, Workspace
+from dqtool.artifacts import CallCheckpoints, Checkpoints, Workspace, checkpoints
 
 
 def test_iterations_of_an_earlier_run_are_found_up_to_the_first_gap(tmp_path: Path) -> None:
@@ -29,3 +30,42 @@ def test_it_saves_when_it_is_time(tmp_path: Path) -> None:
     loop.add(1, {"a": torch.ones(1)})
     assert workspace.keys() == ["rows 0"]
     assert list(Checkpoints(workspace, "rows").found) == [0, 1]
+
+
+def test_calls_of_an_unfinished_iteration_are_answered_from_the_file(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "x", "key")
+    made: list[int] = []
+
+    def call(value: int) -> torch.Tensor:
+        made.append(value)
+        return torch.full((2,), value)
+
+    calls = CallCheckpoints(workspace, "loop", every=0.0)
+    for iteration in (0, 8):
+        calls.begin(iteration)
+        for value in range(3):
+            calls.output(lambda value=10 * iteration + value: call(value))
+    again = CallCheckpoints(Workspace(tmp_path / "x", "key"), "loop", every=0.0)
+    made.clear()
+    again.begin(8)
+    found = [int(again.output(lambda value=value: call(value))[0]) for value in range(5)]
+    assert found == [80, 81, 82, 3, 4]
+    assert made == [3, 4]
+    again.begin(16)
+    assert int(again.output(lambda: call(7))[0]) == 7
+    assert Checkpoints(workspace, "loop").found == {}
+
+
+def test_too_many_bytes_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "CALL_BYTES", 20)
+    workspace = Workspace(tmp_path / "x", "key")
+    calls = CallCheckpoints(workspace, "loop", every=0.0)
+    calls.begin(0)
+    assert [float(calls.output(lambda value=value: torch.full((2,), value))[0]) for value in (1.0, 2.0, 3.0)] == [
+        1,
+        2,
+        3,
+    ]
+    again = CallCheckpoints(workspace, "loop")
+    again.begin(0)
+    assert [float(again.output(lambda: torch.zeros(2))[0]) for _ in range(3)] == [1, 2, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -210,6 +211,47 @@ class TestSurroundings:
 
     def test_debug_shows_where_a_fault_came_from(self, run: Run, made: Path):
         assert "Traceback" in run("dilate", "gone", "--debug", cwd=made).stderr
+
+
+class TestOnceTracebacks:
+    """Command lines that ended in a traceback."""
+
+    @pytest.mark.parametrize("switch", ["--clip", "--no-clip"])
+    def test_clip_is_a_switch_in_calibrate_and_a_directory_in_eval(self, run: Run, chain: Path, switch: str):
+        result = run(
+            "calibrate", "dilated.safetensors", "--steps", "4", "--samples", "8", switch, "--dry-run", cwd=chain
+        )
+        assert result.returncode == 0, result.stderr
+        assert "clip" in refused(run, chain, 2, "eval", "exported", "--clip", "gone", "--force")
+
+    @pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "pipe"])
+    @pytest.mark.parametrize("command", [("report",), ("inspect",), ("stats",), ("run",), ("dilate",), ("calibrate",)])
+    def test_devices_and_pipes_are_no_results(self, run: Run, made: Path, tmp_path: Path, place: str, command):
+        if place == "pipe":
+            os.mkfifo(tmp_path / "pipe")
+        result = run(
+            *command, place, "--dry-run" if command[0] not in ("report", "inspect", "stats") else "--json", cwd=tmp_path
+        )
+        assert result.returncode in (2, 3, 4), result.stderr
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.splitlines()[-1]) < 700
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("zoo", "get", "x" * 5_000, "-o", "new"),
+            ("dilate", "zoo:" + "x" * 5_000),
+            ("dilate", "x" * 5_000),
+            ("dilate", "a/" * 3_000 + "a"),
+            ("eval", "exported", "--reference", "zoo:" + "x" * 5_000, "--force"),
+            ("inspect", "x" * 5_000),
+            ("run", "x" * 5_000 + ".yaml"),
+            ("report", "x" * 5_000),
+        ],
+        ids=lambda value: f"{value[0]} {len(value[-1])}",
+    )
+    def test_very_long_words(self, run: Run, made: Path, arguments: tuple[str, ...]):
+        refused(run, made, 4, *arguments)
 
 
 def raising(error: Exception):

@@ -22,3 +22,15 @@ def test_killed_commands_leave_nothing_wrong(tmp_path: Path) -> None:
     assert counts["signals"] > 0
     assert counts["reads"] > 0
     assert counts["faults"] == 0
+
+
+def test_killed_stages_go_on_within_a_batch_and_a_block(tmp_path: Path) -> None:
+    command = [sys.executable, str(DRIVER.with_name("large.py")), "--arch", "tiny", "--kills", "3", "--at-once"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = subprocess.run(
+        [*command, "-o", str(tmp_path / "large")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    rows = json.loads((tmp_path / "large.json").read_text())["stages"]
+    assert list(rows) == ["calibrate", "distill", "eval"]
+    assert sum(row["kills"] for row in rows.values()) > 0

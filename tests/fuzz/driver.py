@@ -5,6 +5,9 @@
 writes FILE.json and FILE.md. An input is a genuine file changed at random, a value of the right form with wrong parts, or
 a command line. Whatever a reader raises must be a `DqtoolError` (code 2 to 5), within a second of CPU time; nothing may be written
 outside the driver's own folder, by a reader nowhere, and no process or connection started.
+
+The generator is our own and not hypothesis: an input costs a tenth of a millisecond in place of some, any one is made again
+from its number, and nothing needs to be shrunk. Coverage guides `guided.py`, by atheris, one reader at a time.
 """
 
 from __future__ import annotations

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dqtool.artifacts import Manifest
-from dqtool.page.document import Charts, Paragraph, Table
+from dqtool.page.document import Cell, Charts, Note, Page, Paragraph, Section, Table
 from dqtool.page.figures import extractors, quality_key
+from dqtool.page.html import render_html
+from dqtool.page.markdown import render_markdown
 from dqtool.page.results import Result, chain_key
 from dqtool.page.sections import quality_section, results_section
 from dqtool.page.tables import result_table
@@ -152,3 +155,14 @@ def test_guidance_that_was_calibrated_is_the_one_that_is_asked_for() -> None:
         assert result.manifest.pipeline is not None
         result.manifest.pipeline["sampling"]["guidance"] = 1.5
     assert chain_key(calibrated) == chain_key(asked) != chain_key(other)
+
+
+@pytest.mark.parametrize("render", [render_html, render_markdown])
+def test_texts_of_files_bring_neither_control_characters_nor_markup(render: Callable[[Page], str]) -> None:
+    text = "\x1b[2J\x07\u202e<script>alert(1)</script>[a](javascript:b)|"
+    table = Table("caption " + text, ["a " + text], [[Cell(text, detail=text)]])
+    made = render(Page(text, text, [Section(text, blocks=[Paragraph(text), Note(text), table])]))
+    assert all(letter.isprintable() or letter == "\n" for letter in made)
+    assert "<script" not in made.replace("\\<", "")
+    if render is render_markdown:
+        assert "](javascript" not in made.replace("\\]", "")

@@ -7,7 +7,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,17 @@ __all__ = [
 
 CALIBRATION, IMAGES = "calibration", "images"
 """Uses of noise. `image_seeds` separates them, so that evaluated images never share noise with calibration samples."""
+
+
+class Calls(Protocol):
+    """Store for the network's outputs in an unfinished batch, such as `dqtool.artifacts.CallCheckpoints`."""
+
+    def begin(self, iteration: int) -> None:
+        """Begin the batch that starts with image `iteration`."""
+
+    def output(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the output of the batch's next call."""
+
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Function that is called with (model input, timestep, prediction) at every step."""
@@ -141,6 +153,7 @@ class Sampler:
         seeds: list[int] | None = None,
         observer: Observer | None = None,
         null: Mapping[str, Tensor] | None = None,
+        calls: Calls | None = None,
     ) -> Tensor:
         """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device.
 
@@ -149,7 +162,7 @@ class Sampler:
         then with it.
 
         `seeds` gives each sample its own noise source in stochastic samplers, so that a sample does not depend on its
-        batch. `observer` is called at every step.
+        batch. `observer` is called at every step. `calls` answers for the network what it answered in an interrupted run.
         """
         scheduler = self._fresh()
         guided = self.guidance > 1 and null is not None
@@ -171,7 +184,8 @@ class Sampler:
             if guided:
                 x_in = torch.cat([x_in, x_in])
             given = self._given(timestep)
-            prediction = self.family.predict(model, x_in, given, conditions)
+            predict = partial(self.family.predict, model, x_in, given, conditions)
+            prediction = predict() if calls is None else to_device_of(model, calls.output(predict))
             if observer is not None:
                 observer(x_in, given, prediction)
             if guided:
@@ -231,16 +245,19 @@ class Sampler:
         use: str = IMAGES,
         null: Mapping[str, Tensor] | None = None,
         first: int = 0,
+        calls: Calls | None = None,
     ) -> Iterator[Tensor]:
         """Yield samples `[n, *shape]` in batches, from image `first` up to image `samples`.
 
-        Image i depends on `seed`, i and `use` alone.
+        Image i depends on `seed`, i and `use` alone. `calls` keeps the network's outputs in the batch at hand.
         """
         for start in range(first, samples, batch_size):
             stop = min(start + batch_size, samples)
             noise = initial_noise(shape, range(start, stop), seed, use)
             given = {} if conditions is None else conditions(start, stop)
-            yield self.run(model, noise, given, image_seeds(range(start, stop), seed, use), observer, null)
+            if calls is not None:
+                calls.begin(start)
+            yield self.run(model, noise, given, image_seeds(range(start, stop), seed, use), observer, null, calls)
 
     def _fresh(self) -> Any:
         """Return a scheduler in its initial state, since multistep schedulers keep a history."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.artifacts import Checkpoints, Workspace
+from dqtool.artifacts import CallCheckpoints, Checkpoints, Workspace
 from dqtool.core.device import to_cpu
 from dqtool.core.draws import DrawInput, draw_method
 from dqtool.errors import NumericError
@@ -104,7 +104,9 @@ class TrajectoryRecorder:
             for index, found in kept.found.items():
                 pool(index, [(int(name.split()[1]), x) for name, x in sorted(found.items())])
                 progress.skip(steps)
-            running = self._batches(images, batch_size, conditions, see, first=batch_size * len(kept.found))
+            calls = CallCheckpoints(workspace, kept.name)
+            first = batch_size * len(kept.found)
+            running = self._batches(images, batch_size, conditions, see, first, calls)
             for index, batch in enumerate(running, len(kept.found)):
                 pool(index, seen)
                 kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
@@ -145,6 +147,7 @@ class TrajectoryRecorder:
         conditions: Conditions,
         see: Callable[[Tensor, Tensor, Tensor], None],
         first: int = 0,
+        calls: CallCheckpoints | None = None,
     ) -> Iterator[Tensor]:
         """Yield sampled images batch by batch, from the image `first` on. `see` is called with what the network sees."""
         return self.sampler.batches(
@@ -157,7 +160,8 @@ class TrajectoryRecorder:
             see,
             CALIBRATION,
             conditions.null,
-            first=first,
+            first,
+            calls,
         )
 
     def _row_of(self, timestep: Tensor) -> int:

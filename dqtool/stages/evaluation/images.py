@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.artifacts import Artifact, Checkpoints
+from dqtool.artifacts import Artifact, CallCheckpoints, Checkpoints
 from dqtool.core.device import to_cpu
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.models.components.companions import Companions, companions_of_artifact, companions_of_source
@@ -88,6 +88,7 @@ class ImageMaker:
                 self.conditions.given,
                 null=self.conditions.null,
                 first=done,
+                calls=None if kept is None else CallCheckpoints(kept.workspace, kept.name),
             )
             for index, x in enumerate(running, len(found)):
                 batch = to_cpu(x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x))
