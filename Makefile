@@ -127,9 +127,9 @@ terrain: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[terrain]"
 	$(BIN)/python recipes/terrain.py $(ARGS)
 
-# Kills and disturbs all stages at random times, and writes recipes/results/soak.md (an hour or more).
+# Kills and disturbs all stages at random times, and writes recipes/results/soak.md (an hour or more). Goes on from the counts there: remove them to begin anew.
 soak: setup
-	$(BIN)/python tests/soak/kills.py --kills 2000 --models tiny,digits-ddpm -o recipes/results/soak
+	$(BIN)/python tests/soak/kills.py --kills 2000 --models tiny,digits-ddpm --resume -o recipes/results/soak
 
 # Kills calibrate, distill and eval at the size of Stable Diffusion v1.4, with random weights and one block, and writes
 # recipes/results/soak-large.md (16 GB of disk and memory; an hour on two cores). ARCH=dit-xl2 takes another network.

@@ -7,10 +7,12 @@ episode picks a model, a stage and a disturbance, kills attempts at random insta
 
 - an output whose manifest is valid has exactly the bits of an undisturbed run, at every instant (a reader looks all the time);
 - nothing is left beside the output once a run has finished;
-- finished pieces never get fewer from one attempt to the next, so that a kill costs the unit at hand at most;
+- finished pieces never get fewer from one attempt to the next, unless the attempt wrote the output: a kill costs the unit at
+  hand at most;
 - exit codes are those promised: 143 after SIGTERM, 130 after SIGINT, 4 where the surroundings are in the way.
 
-Writes NAME.json and NAME.md with the counts, and exits with 1 where a check failed.
+Writes NAME.json and NAME.md with the counts, and exits with 1 where a check failed. With `--resume` the counts of an earlier
+run are carried on, with other random numbers, until there are `--kills` in all.
 """
 
 from __future__ import annotations
@@ -64,6 +66,11 @@ class Counts:
 
     numbers: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def signals(self) -> int:
+        """Number of signals sent."""
+        return sum(value for name, value in self.numbers.items() if name.startswith("signals: "))
 
     def check(self, right: bool, what: str) -> None:
         """Record a fault unless `right`."""
@@ -201,6 +208,15 @@ def pieces(output: Path) -> int:
         return 0
 
 
+def identity(output: Path) -> tuple[int, int] | None:
+    """Return what changes when an output is replaced; None without one."""
+    try:
+        about = output.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
 def leftovers(directory: Path) -> list[str]:
     """Return names that a finished run must not leave."""
     return [path.name for path in directory.rglob(".*")]
@@ -226,10 +242,10 @@ def read_forever(path: Path, golden: Sequence[str], tally: Path) -> None:
 class Soak:
     """All episodes of one run."""
 
-    def __init__(self, work: Path, models: Sequence[str], seed: int) -> None:
+    def __init__(self, work: Path, models: Sequence[str], seed: int, counts: Counts) -> None:
         self.work = work
         self.random = random.Random(seed)
-        self.counts = Counts()
+        self.counts = counts
         self.stages: list[Stage] = []
         self.inputs: dict[str, Path] = {}
         for model in models:
@@ -304,7 +320,7 @@ class Soak:
         """Kill attempts at random instants, up to eight in a row."""
         output = home / stage.output
         for _ in range(self.random.randint(1, 8)):
-            kept = pieces(output)
+            kept, before = pieces(output), identity(output)
             child = start((*stage.arguments, *options), home)
             code = wait(child, self._moment(stage))
             if code is not None:
@@ -326,7 +342,8 @@ class Soak:
                 self.counts.check(time.monotonic() - sent < 5, f"{stage.name}: took more than 5 s to end")
             if code != 0:
                 after = pieces(output)
-                self.counts.check(after >= kept, f"{stage.model} {stage.name}: {kept} pieces became {after}")
+                written = identity(output) != before
+                self.counts.check(after >= kept or written, f"{stage.model} {stage.name}: {kept} pieces became {after}")
             found = digest(output)
             self.counts.check(found in (None, stage.golden), f"{stage.name}: {found} after a kill")
 
@@ -409,15 +426,28 @@ class Soak:
         return " ".join(log.read_text(errors="replace").split())[-300:] if log.exists() else ""
 
 
-def write_report(path: Path, counts: Counts, command: str, seconds: float) -> None:
+def write_report(path: Path, counts: Counts, seconds: float, runs: int) -> None:
     """Write the counts as NAME.json and NAME.md."""
-    kills = sum(value for name, value in counts.numbers.items() if name.startswith("signals: "))
-    numbers = {"signals": kills, **dict(sorted(counts.numbers.items())), "faults": len(counts.faults)}
-    about = {"command": command, "seconds": round(seconds), "counts": numbers, "faults": counts.faults[:50]}
+    command = f"python {' '.join(sys.argv)}"
+    numbers = {"signals": counts.signals, **dict(sorted(counts.numbers.items())), "faults": len(counts.faults)}
+    about = {
+        "command": command,
+        "runs": runs,
+        "seconds": round(seconds),
+        "counts": numbers,
+        "faults": counts.faults[:50],
+    }
     path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
-    rows = [f"| {name} | {value:,} |" for name, value in numbers.items()]
+    rows = [f"| {name} | {round(value):,} |" for name, value in numbers.items()]
     text = ["# Kills and other disturbances", "", f"`{command}`, {round(seconds)} s.", "", "| what | count |"]
     path.with_suffix(".md").write_text("\n".join([*text, "| --- | --- |", *rows]) + "\n")
+
+
+def earlier_counts(path: Path) -> tuple[Counts, float, int]:
+    """Return the counts, seconds and number of runs of the report NAME.json."""
+    about = json.loads(path.with_suffix(".json").read_text())
+    numbers = Counter({k: v for k, v in about["counts"].items() if k not in ("signals", "faults")})
+    return Counts(numbers, about["faults"]), about["seconds"], about.get("runs", 1)
 
 
 def main() -> int:
@@ -427,29 +457,32 @@ def main() -> int:
     parser.add_argument("--models", default="tiny,digits-ddpm")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    counts, seconds, runs = Counts(), 0.0, 0
+    if options.resume and options.output and options.output.with_suffix(".json").exists():
+        counts, seconds, runs = earlier_counts(options.output)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DQTOOL_CACHE"] = str(Path(folder) / "cache")
         os.environ["TMPDIR"] = folder
         preload()
-        soak = Soak(Path(folder), options.models.split(","), options.seed)
+        soak = Soak(Path(folder), options.models.split(","), options.seed + runs, counts)
         print(", ".join(f"{s.model} {s.name} {s.seconds:.1f} s" for s in soak.stages), flush=True)
-        number = kills = 0
+        number = 0
         end = time.monotonic() + 60 * options.minutes
-        while kills < options.kills and time.monotonic() < end:
+        while counts.signals < options.kills and time.monotonic() < end:
             soak.episode(number)
             number += 1
-            kills = sum(value for name, value in soak.counts.numbers.items() if name.startswith("signals: "))
+            if number % 10 == 0 and options.output:
+                write_report(options.output, counts, seconds + time.monotonic() - begin, runs + 1)
             if number % 50 == 0:
-                print(f"{number} episodes, {kills} signals, {len(soak.counts.faults)} faults", flush=True)
-                if options.output:
-                    write_report(options.output, soak.counts, f"python {' '.join(sys.argv)}", time.monotonic() - begin)
+                print(f"{number} episodes, {counts.signals} signals, {len(counts.faults)} faults", flush=True)
     if options.output:
-        write_report(options.output, soak.counts, f"python {' '.join(sys.argv)}", time.monotonic() - begin)
-    print(f"{kills} signals, {soak.counts.numbers['reads']} reads, {len(soak.counts.faults)} faults", flush=True)
-    return 1 if soak.counts.faults else 0
+        write_report(options.output, counts, seconds + time.monotonic() - begin, runs + 1)
+    print(f"{counts.signals} signals, {counts.numbers['reads']} reads, {len(counts.faults)} faults", flush=True)
+    return 1 if counts.faults else 0
 
 
 if __name__ == "__main__":
