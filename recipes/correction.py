@@ -43,7 +43,7 @@ def measured(name: str, directory: str, images: int, runtime: str) -> Iterator[d
     fitted = fitted_of(artifact.manifest, True)
     assert fitted is not None
     network = dqtool.load(directory, runtime)
-    exact = reference_network(find_reference(None, artifact), artifact.manifest.model)
+    exact = reference_network(find_reference(None, artifact), artifact.manifest.network)
     conditional = fitted["guidance"] > 1
     for sampler, steps, guidance in (*((*each, None) for each in SAMPLERS), *(GUIDED if conditional else ())):
         maker = maker_of_artifact(artifact, images, 0, steps, sampler, guidance)

@@ -103,14 +103,14 @@ def measure(name: str) -> dict:
         }  # fmt: skip
         stages = {key: stage(*arguments, cwd=work) for key, arguments in commands.items()}
         manifest = read_manifest(str(work / "exported"))
-        parameters = read_manifest(str(work / "dilated.safetensors")).model["parameters"]
+        parameters = read_manifest(str(work / "dilated.safetensors")).network.parameters
     return {
         "parameters": parameters,
         "published": arch.parameters,
-        "bytes": manifest.metrics["bytes"],
-        "bytes_float32": manifest.metrics["bytes_float32"],
-        "bops": manifest.metrics["bops"],
-        "bops_float32": manifest.metrics["bops_float32"],
+        "bytes": manifest.metrics.as_read["bytes"],
+        "bytes_float32": manifest.metrics.as_read["bytes_float32"],
+        "bops": manifest.metrics.as_read["bops"],
+        "bops_float32": manifest.metrics.as_read["bops_float32"],
         "stages": {key: {"seconds": round(s, 1), "peak_gb": round(gb, 2)} for key, (s, gb) in stages.items()},
         "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
     }

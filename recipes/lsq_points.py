@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
                 "command": "make lsq-points",
                 "iters": args.iters,
                 "images": args.images,
-                "points": sum(calibrated.manifest.metrics["samples_per_step"]),
+                "points": sum(calibrated.manifest.metrics.samples_per_step or []),
                 "rows": rows,
                 "environment": environment("cpu", 1),
             }

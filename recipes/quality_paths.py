@@ -193,8 +193,9 @@ def compare(name: str, model: Path, exported: Path, command: str, images: int) -
     from diffusers import DiffusionPipeline
 
     manifest = read_manifest(exported)
-    sampling = (manifest.pipeline or {})["sampling"]
-    calibrated = (int(sampling["steps"]), float(sampling.get("guidance", 1.0)))
+    sampling = manifest.sampling
+    assert sampling is not None
+    calibrated = (sampling.steps, 1.0 if sampling.guidance is None else sampling.guidance)
     whole = DiffusionPipeline.from_pretrained(str(model), dtype=torch.float32)
     started = time.monotonic()
     wanted = pictures(whole, images, calibrated, None)
@@ -205,7 +206,7 @@ def compare(name: str, model: Path, exported: Path, command: str, images: int) -
     return {
         "model": name,
         "export": command,
-        "bits": sorted({"/".join(map(str, layer["bits"])) for layer in manifest.layers}),
+        "bits": sorted({"/".join(map(str, layer.bits or ())) for layer in manifest.layers}),
         "runtime": network_of(quantized).runtime,
         "steps": calibrated[0],
         "guidance": calibrated[1],

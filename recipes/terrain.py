@@ -72,14 +72,14 @@ def quantize(given: argparse.Namespace, work: Path, calibrated: Path, name: str,
     metrics = ["--metrics", "similarity,cost", "--samples", given.maps, "--save-samples", maps]
     dqtool("eval", distilled, *metrics, "-o", report, "--grid", work / f"{name}.png")
     found = json.loads(report.read_text())["metrics"]
-    manifest = json.loads(distilled.with_suffix(".json").read_text())
+    from dqtool.artifacts import read_manifest
     from dqtool.core.cost import bops
 
     return {
         "grid": f"{name}.png",
         "psnr": found["psnr"]["mean"],
         "megabytes": distilled.stat().st_size / 1e6,
-        "bops": bops(manifest["layers"]),
+        "bops": bops(read_manifest(distilled).layers),
         **figures_of_maps(maps),
         "command": " ".join(map(str, ["dqtool distill", *options, *passes])),
     }

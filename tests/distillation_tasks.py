@@ -68,7 +68,7 @@ def make_task(made: Path) -> MakeTask:
     def make(artifact: Path | None = None, **options: Any) -> DistillationTask:
         calibrated = open_artifact(artifact or made / "calibrated.safetensors")
         manifest, tensors = calibrated.manifest, calibrated.tensors()
-        family, _ = network_of(manifest.model)
+        family, _ = network_of(manifest.network)
         chosen = DistillOptions(**options)
         student = student_of(
             manifest,
@@ -76,14 +76,14 @@ def make_task(made: Path) -> MakeTask:
             assign_bits(layer_infos(manifest.layers), network_spec(chosen, manifest), split_dilated(tensors)[1]),
             chosen.static,
         )
-        sampling = manifest.pipeline["sampling"]
+        sampling = manifest.sampling
         return DistillationTask(
             family,
             teacher_of(manifest, tensors),
             student,
             trace_of(manifest),
             Trajectory(tensors["trajectory.x"], tensors["trajectory.rows"], tensors["timesteps"]),
-            Sampler(family, make_sampler(sampling["scheduler"]), sampling["steps"], sampling["eta"]),
+            Sampler(family, make_sampler(sampling.scheduler), sampling.steps, sampling.eta),
             0,
             Memory(),
             graph_of(manifest),

@@ -112,12 +112,12 @@ def test_a_metric(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_export_format(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch, module: Callable[..., str]) -> None:
     def prepare(distilled: Any) -> Exported:
-        names = "\n".join(layer["name"] for layer in distilled.manifest.layers)
+        names = "\n".join(layer.name for layer in distilled.manifest.layers)
 
         def write(directory: Path) -> None:
             (directory / "layers.txt").write_text(names)
 
-        config: Mapping[str, Any] = distilled.manifest.model["config"]
+        config: Mapping[str, Any] = distilled.manifest.network.config
         return Exported(dict(config), distilled.manifest.layers, write, len(names), {"bytes": len(names)})
 
     monkeypatch.setitem(FORMATS, "toy", module("toy_format", prepare=prepare))

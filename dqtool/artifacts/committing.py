@@ -8,11 +8,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool.artifacts.files import fsync_path, os_fault, sha256_file, staging, swap_in, target_of, write_text
+from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.manifest import Manifest
 from dqtool.artifacts.outputs import check_writable
+from dqtool.artifacts.records import FileRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.artifacts.store import DIRECTORY_MANIFEST, Artifact, manifest_path
 from dqtool.artifacts.tensorfile import library_faults, load_tensors, save_tensors
 
@@ -29,7 +32,7 @@ def commit(
     path: str | os.PathLike[str],
     tensors: Mapping[str, torch.Tensor],
     manifest: Manifest,
-    proof: Callable[[Written], Mapping[str, Any]] | None = None,
+    proof: Callable[[Written], JsonObject] | None = None,
     *,
     overwrite: bool = False,
 ) -> Artifact:
@@ -53,8 +56,8 @@ def commit(
                 written.set_result(data)
                 data.chmod(note.stat().st_mode)  # safetensors makes its files private
                 fsync_path(data)
-                manifest.metrics.update(found.result())
-            manifest.file = {"name": target.name, "bytes": data.stat().st_size, "sha256": digest or sha256_file(data)}
+                add_metrics(manifest, found.result())
+            manifest.file = FileRecord(data.stat().st_size, digest or sha256_file(data), target.name)
             manifest.files = None
             _write(note, manifest.to_json())
             swap_in(area, [(data, target), (note, manifest_path(target))])
@@ -64,9 +67,15 @@ def commit(
 
 
 def commit_directory(
-    path: str | os.PathLike[str], build: Callable[[Path], object], manifest: Manifest, *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    build: Callable[[Path], object],
+    manifest: Manifest,
+    *,
+    overwrite: bool = False,
 ) -> Artifact:
     """Let `build` fill a new directory, then put it at `path` with its manifest; `manifest.files` is filled in.
+
+    `build` may return further metrics.
 
     A directory that dqtool made before is replaced as a whole. Raises `EnvironmentFault`, with nothing touched, when
     the directory at `path` holds anything else; else as `commit`.
@@ -78,7 +87,9 @@ def commit_directory(
             new = area / "new"
             new.mkdir()
             with library_faults(path):
-                build(new)
+                found = build(new)
+            if isinstance(found, Mapping):
+                add_metrics(manifest, found)
             note = new / DIRECTORY_MANIFEST
             note.touch()
             manifest.file, manifest.files = None, {}
@@ -87,7 +98,7 @@ def commit_directory(
                     entry.chmod(note.stat().st_mode)
                     fsync_path(entry)
                     name = entry.relative_to(new).as_posix()
-                    manifest.files[name] = {"bytes": entry.stat().st_size, "sha256": sha256_file(entry)}
+                    manifest.files[name] = FileRecord(entry.stat().st_size, sha256_file(entry))
             _write(note, manifest.to_json())
             fsync_path(new)
             swap_in(area, [(new, target)])
@@ -96,9 +107,7 @@ def commit_directory(
     return Artifact(target, os.fspath(path), manifest)
 
 
-def commit_report(
-    path: str | os.PathLike[str], report: Manifest | Mapping[str, Any], *, overwrite: bool = False
-) -> None:
+def commit_report(path: str | os.PathLike[str], report: Manifest | JsonObject, *, overwrite: bool = False) -> None:
     """Write a report, one JSON file, atomically. A manifest (stage eval) makes it an artifact that can be cached."""
     check_writable(path, "report", overwrite=overwrite)
     if isinstance(report, Manifest):
@@ -109,13 +118,18 @@ def commit_report(
     write_text(target_of(path), text)
 
 
+def add_metrics(manifest: Manifest, found: JsonObject) -> None:
+    """Add metrics that are known once the data is written."""
+    manifest.metrics = unchecked({**manifest.metrics.to_json(), **found}, type(manifest.metrics))
+
+
 @contextlib.contextmanager
 def _meanwhile(
-    proof: Callable[[Written], Mapping[str, Any]] | None,
-) -> Iterator[tuple[Future[Path], Future[Mapping[str, Any]]]]:
+    proof: Callable[[Written], JsonObject] | None,
+) -> Iterator[tuple[Future[Path], Future[JsonObject]]]:
     """Run the proof in a thread: the future of the written file, to be set within the block, and that of its result."""
     written: Future[Path] = Future()
-    found: Future[Mapping[str, Any]] = Future()
+    found: Future[JsonObject] = Future()
     if proof is None:
         found.set_result({})
         yield written, found

@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-__all__ = ["DTYPES", "METADATA", "TORCH_DTYPES", "file_header"]
+__all__ = ["DTYPES", "METADATA", "TORCH_DTYPES", "TensorEntry", "file_header"]
+
+
+class TensorEntry(TypedDict):
+    """A tensor in the header of a safetensors file: dtype by its name there, shape, and the place of its bytes."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: NotRequired[list[int]]
+
 
 METADATA = {"format": "pt"}
 """One key only: the library writes several in no fixed order."""

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.reading import parse_json
+from dqtool.artifacts.records import (
+    EnvironmentRecord,
+    EvalRecord,
+    FileRecord,
+    InputRecord,
+    LayerRecord,
+    MetricsRecord,
+    ModelRecord,
+    ParametersRecord,
+    PipelineRecord,
+    SamplingRecord,
+    records_of,
+)
+from dqtool.artifacts.schema import json_of, unchecked
 from dqtool.errors import ArtifactError, NumericError
 
 __all__ = [
@@ -61,26 +77,54 @@ class Manifest:
 
     stage: str
     fingerprint: str  # digest of stage, code version, parameters and inputs: see dqtool.artifacts.fingerprint
-    inputs: list[dict[str, Any]] = field(default_factory=list)  # {name, sha256, stage}; stage None for a raw model
-    model: dict[str, Any] = field(default_factory=dict)  # class, config, family, source, ...
-    pipeline: dict[str, Any] | None = None  # scheduler config, conditioning; None for a bare component
-    parameters: dict[str, Any] = field(default_factory=dict)  # every one, resolved
-    layers: list[dict[str, Any]] = field(default_factory=list)  # name, kind, shape, bits, scaling, ...
-    metrics: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
+    inputs: list[InputRecord] = field(default_factory=list)
+    model: ModelRecord | None = None  # None for a report on something else
+    pipeline: PipelineRecord | None = None  # None for a bare component
+    parameters: ParametersRecord = field(default_factory=ParametersRecord)  # every one, resolved
+    layers: list[LayerRecord] = field(default_factory=list)
+    metrics: MetricsRecord = field(default_factory=MetricsRecord)
+    environment: EnvironmentRecord = field(default_factory=EnvironmentRecord)
     seconds: float = 0.0  # wall-clock time the stage took
     version: str = field(default_factory=dqtool_version)
     format: str = FORMAT
-    file: dict[str, Any] | None = None
-    files: dict[str, dict[str, Any]] | None = None
+    file: FileRecord | None = None
+    files: dict[str, FileRecord] | None = None
+
+    @property
+    def network(self) -> ModelRecord:
+        """Record of the network.
+
+        Raises:
+            ArtifactError: the manifest describes no network.
+        """
+        if self.model is None:
+            raise ArtifactError("The manifest describes no network", where="manifest, key model", fix=_REMAKE)
+        return self.model
+
+    @property
+    def sampling(self) -> SamplingRecord | None:
+        """Sampler, steps, guidance and conditions of the calibration; None before it."""
+        return None if self.pipeline is None else self.pipeline.sampling
+
+    @property
+    def evaluation(self) -> EvalRecord:
+        """Metrics of an eval report.
+
+        Raises:
+            ArtifactError: the manifest is of another stage.
+        """
+        if not isinstance(self.metrics, EvalRecord):
+            raise ArtifactError(f"This is the manifest of `{self.stage}`'s output, not an eval result")
+        return self.metrics
 
     def to_json(self) -> str:
         """The manifest as text: sorted keys, indent 1, trailing newline.
 
         Raises `NumericError` that names the key when a value is NaN or infinite, which JSON can't hold.
         """
-        payload = {key: getattr(self, key) for key in _TYPES}
-        payload |= {key: getattr(self, key) for key in ("file", "files") if getattr(self, key) is not None}
+        payload = {key: json_of(getattr(self, key)) for key in _TYPES}
+        payload["model"] = payload["model"] or {}
+        payload |= {key: json_of(getattr(self, key)) for key in ("file", "files") if getattr(self, key) is not None}
         _refuse_non_finite(payload, "")
         # Through JSON once, so that the checksum sees what a reader will see (lists for tuples, text keys).
         payload = json.loads(json.dumps(payload))
@@ -108,16 +152,19 @@ class Manifest:
             raise ArtifactError(
                 "The manifest was changed after dqtool wrote it", where=f"{where}, key checksum", fix=_REMAKE
             )
-        return cls(**payload)
+        records = records_of(payload, payload["stage"], where)
+        own = {item.name: getattr(records, item.name) for item in dataclasses.fields(records)}
+        return cls(**{**payload, **own})
 
 
-def environment(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
-    """Versions of what computed an artifact, the platform, and the device and thread count the caller used."""
+def environment(device: str = "cpu", threads: int | None = None) -> EnvironmentRecord:
+    """Return the versions of packages, the platform, and the device and thread count of the caller."""
     import platform
 
     versions = {"python": platform.python_version(), "dqtool": dqtool_version()}
     versions |= installed_versions(("torch", "diffusers"))
-    return {"versions": versions, "platform": platform.platform(), "device": device, "threads": threads}
+    found = {"versions": versions, "platform": platform.platform(), "device": device, "threads": threads}
+    return unchecked(found, EnvironmentRecord)
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
@@ -149,7 +196,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _WORDS = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "an object", type(None): "null"}
 
 
-def _checksum(payload: dict[str, Any]) -> str:
+def _checksum(payload: JsonObject) -> str:
     return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
 
 
@@ -167,7 +214,7 @@ def _check_format(value: object, where: str) -> None:
         )
 
 
-def _problems(payload: dict[str, Any]) -> list[tuple[str, str]]:
+def _problems(payload: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(key, what is wrong with it) for all that is wrong, in the order in which it is worth telling."""
     found = [(key, "the key is missing") for key in (*_TYPES, "checksum") if key not in payload]
     known = {*_TYPES, "checksum", "file", "files"}

@@ -1,69 +1,91 @@
-"""Contents of a manifest as typed records: model, pipeline, sampling, layers, inputs, metrics, environment.
+"""Contents of a manifest as typed records: model, pipeline, sampling, layers, inputs, metrics, parameters, environment.
 
 A manifest's checksum shows that nobody edited it, but an attacker can compute one. `records_of` checks every value that a
-stage relies on before any use, and an error names the key.
+stage relies on before any use, and an error names the key. Keys that no record names are kept (`Record.as_read`) and
+written again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from dqtool.artifacts.manifest import REPORTS
-from dqtool.artifacts.schema import Between, Count, Name, Problem, Size, Step, record
+from dqtool.artifacts.jsonvalues import ForeignConfig, JsonObject
+from dqtool.artifacts.schema import Between, Count, Name, OneOf, Problem, Record, Size, Step, record
 from dqtool.errors import ArtifactError
 
-if TYPE_CHECKING:
-    from dqtool.artifacts.manifest import Manifest
-
 __all__ = [
+    "METRICS",
     "BlockRecord",
+    "ConditionsRecord",
+    "CostRecord",
     "EnvironmentRecord",
+    "EvalRecord",
+    "FileRecord",
     "InputRecord",
     "LayerRecord",
     "MetricsRecord",
     "ModelRecord",
+    "OperandRecord",
+    "ParametersRecord",
     "PipelineRecord",
+    "PlanRecord",
     "Records",
     "SamplingRecord",
     "ScalingRecord",
+    "SensitivityRecord",
     "records_of",
+    "refuse",
 ]
 
-Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
-Entry = tuple[str | None, str | None] | str | float | bool | list[Any] | dict[str, Any] | None
+Bits = Annotated[int, OneOf((2, 3, 4, 5, 6, 7, 8, 16, 32))]
 Finite = Annotated[float, Between(-1e30, 1e30)]
+Sha256 = Annotated[str, Between(64, 64)]
 _MOST = 100_000
 
 
 @dataclass(frozen=True)
-class InputRecord:
+class FileRecord(Record):
+    """A file of an artifact. `name` is that of the only file; in a directory the path is the key."""
+
+    bytes: Count
+    sha256: Sha256
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class InputRecord(Record):
     """An input of the stage: its name as given, digest, and the stage that made it (None: a model)."""
 
+    written: ClassVar[frozenset[str]] = frozenset({"stage"})
+
     name: str
-    sha256: Annotated[str, Between(64, 64)]
+    sha256: Sha256
     stage: str | None = None
 
 
 @dataclass(frozen=True)
-class ScalingRecord:
-    """Scaling of a layer's channels: the method, and a summary of its factors."""
+class ScalingRecord(Record):
+    """Scaling of a layer's channels: the method (and the one that chose it), and a summary of its factors."""
 
     method: str | None = None
     max: Finite | None = None
     mean: Finite | None = None
     mean_inverse: Finite | None = None
     unsaturated_share: Finite | None = None
+    asked: str | None = None
+    learned: bool = False
     folded_into: list[str] | None = None
     shifted_in: list[str] | None = None
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerRecord(Record):
     """A layer in execution order; `shape` `[out, in, ...]` of its weight, `bits` of weight and input once chosen.
 
     `low_rank` is the rank of the float branch beside its product, `rotation` the group size of its input's rotation; 0 for
-    none.
+    none. `runs` is "int8", or the reason why integer runtimes compute the layer in float.
     """
 
     name: Name
@@ -75,7 +97,7 @@ class LayerRecord:
     heads: Annotated[int, Between(0, 1 << 17)] = 0
     bias: bool = False
     shares: Name | None = None
-    rotation: Literal[0, 16, 32, 64] = 0
+    rotation: Annotated[int, OneOf((0, 16, 32, 64))] = 0
     bits: tuple[Bits, Bits] | None = None
     dilated: bool | None = None
     low_rank: Annotated[int, Between(0, 1 << 16)] = 0
@@ -84,7 +106,7 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
-class BlockRecord:
+class BlockRecord(Record):
     """A unit of training, and the blocks whose outputs it reads."""
 
     name: Name
@@ -92,51 +114,99 @@ class BlockRecord:
 
 
 @dataclass(frozen=True)
-class ModelRecord:
+class ModelRecord(Record):
     """The network: its diffusers class and config, and where it came from."""
 
     class_name: Annotated[Name, "class"]
-    config: dict[str, Any]
+    config: ForeignConfig
     family: str
     source: str
     source_config: str | None = None
     source_component: str | None = None
     source_loras: list[str] = field(default_factory=list)
-    source_sha256: Annotated[str, Between(64, 64)] | None = None
+    source_sha256: Sha256 | None = None
     source_told: dict[str, str] = field(default_factory=dict)
     parameters: Count = 0
 
 
 @dataclass(frozen=True)
-class ConditionsRecord:
+class ConditionsRecord(Record):
     """Origin of the conditions of a calibration that are not the model's own."""
 
     origin: Annotated[Literal["file", "pipeline", "random"], "from"]
-    path: Name | None = None
-    sha256: Annotated[str, Between(64, 64)] | None = None
+    path: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
-class SamplingRecord:
-    """Sampling of the model in calibration."""
+class SamplingRecord(Record):
+    """Sampling of the model in calibration. `timesteps` are listed where the scheduler doesn't choose them itself."""
 
-    scheduler: dict[str, Any]
+    written: ClassVar[frozenset[str]] = frozenset({"sampler"})
+
+    scheduler: ForeignConfig
     steps: Step
     eta: Annotated[float, Between(0, 1e6)]
     sampler: str | None = None
     guidance: Finite | None = None
     embedded_guidance: Finite | None = None
+    timesteps: list[Finite] | None = None
+    spacing: str | None = None
     conditions: ConditionsRecord | None = None
 
 
 @dataclass(frozen=True)
-class PipelineRecord:
+class PipelineRecord(Record):
     """The pipeline around the network. An original checkpoint has its noise schedule only."""
 
     component: Name | None = None
-    model_index: dict[str, Entry] | None = None
-    scheduler: dict[str, Any] | None = None
+    model_index: ForeignConfig | None = None
+    scheduler: ForeignConfig | None = None
     sampling: SamplingRecord | None = None
+
+
+@dataclass(frozen=True)
+class RecipeRecord(Record):
+    """Options of a training method. Each method has more of its own."""
+
+    iters: int | None = None
+    refine_iters: int | None = None
+
+
+@dataclass(frozen=True)
+class SavedRecord(Record):
+    """A file beside a report, or one that it was made with: its name, and digest."""
+
+    file: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ParametersRecord(Record):
+    """Parameters of a stage that others read; each stage records more (`as_read`). 0.1 recorded `scaling` as an object."""
+
+    format: str | None = None
+    method: str | None = None
+    preset: str | None = None
+    scaling: str | dict[str, Any] | None = None
+    cap: Finite | None = None
+    threshold: Finite | None = None
+    seed: int | None = None
+    steps: int | None = None
+    samples: int | None = None
+    passes: int | None = None
+    sampler: str | None = None
+    guidance: Finite | None = None
+    runtime: str | None = None
+    static: bool = False
+    train_samples: int | None = None
+    image_size: int | None = None
+    correct_noise: bool = False
+    grid: str | None = None
+    prompts: list[str] | str | None = None
+    files: dict[str, SavedRecord] = field(default_factory=dict)
+    keep: list[str] = field(default_factory=list)
+    recipe: RecipeRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +220,7 @@ class LaterRecord:
 
 
 @dataclass(frozen=True)
-class MetricsRecord:
+class MetricsRecord(Record):
     """The metrics that a later stage reads; others are finite numbers and texts."""
 
     blocks: Annotated[list[BlockRecord], Between(1, _MOST)] | None = None
@@ -162,7 +232,90 @@ class MetricsRecord:
 
 
 @dataclass(frozen=True)
-class EnvironmentRecord:
+class CostRecord(Record):
+    """Size of the weights' file and bit operations of a step, beside those of float32."""
+
+    bytes: Count
+    bytes_float32: Count
+    size_ratio: Finite
+    bops: Count
+    bops_float32: Count
+    bops_ratio: Finite
+
+
+@dataclass(frozen=True)
+class ExtractorRecord(Record):
+    """A network whose features a figure is computed on."""
+
+    name: str | None = None
+    sha256: str | None = None
+    features: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalRecord(MetricsRecord):
+    """Metrics of an eval report. Its figures have keys of their own (`dqtool.metrics.FIGURES`): see `as_read`.
+
+    Attributes:
+        reference: figures of the full-precision model.
+        reference_is: description of a reference other than that model.
+        layer_errors: relative squared error of each layer's output.
+        missed_timesteps: timesteps that the step tables are not for.
+    """
+
+    samples: Count | None = None
+    runtime: str | None = None
+    reference: dict[str, Any] = field(default_factory=dict)
+    reference_is: str | None = None
+    cost: CostRecord | None = None
+    layer_errors: dict[str, Finite] = field(default_factory=dict)
+    missed_timesteps: list[Finite] | None = None
+    grid: SavedRecord | None = None
+    extractor: ExtractorRecord | None = None
+    extractors: dict[str, ExtractorRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OperandRecord(Record):
+    """Error of the samples when one operand of one layer alone is quantized, and its share of all such errors."""
+
+    layer: Name
+    operand: str
+    bits: int
+    error: Finite
+    psnr: dict[str, Finite]
+    share: Finite
+
+
+@dataclass(frozen=True)
+class PlanRecord(Record):
+    """A choice of bits on the frontier of quality against size and bit operations."""
+
+    bits: str
+    psnr: Finite
+    weight_bytes: Count
+    bops: Count
+    measured_psnr: Finite | None = None
+
+
+@dataclass(frozen=True)
+class SensitivityRecord(MetricsRecord):
+    """Metrics of a sensitivity report; `keep` lists the options to type."""
+
+    written: ClassVar[frozenset[str]] = frozenset({"operands", "keep", "frontier"})
+
+    operands: list[OperandRecord] = field(default_factory=list)
+    predicted_psnr: Finite | None = None
+    keep: list[str] = field(default_factory=list)
+    frontier: list[PlanRecord] = field(default_factory=list)
+
+
+METRICS: dict[str, type[MetricsRecord]] = {"eval": EvalRecord, "sensitivity": SensitivityRecord}
+"""Records of the metrics of stages whose metrics are a report."""
+
+
+@dataclass(frozen=True)
+class EnvironmentRecord(Record):
     """Environment that computed an artifact: versions of packages, platform, device, threads."""
 
     versions: dict[str, str] = field(default_factory=dict)
@@ -181,40 +334,38 @@ class Records:
     inputs: list[InputRecord]
     metrics: MetricsRecord
     environment: EnvironmentRecord
-    parameters: dict[str, Any]
+    parameters: ParametersRecord
+    file: FileRecord | None = None
+    files: dict[str, FileRecord] | None = None
 
 
-def records_of(manifest: Manifest, where: str, *, whole: bool = False) -> Records:
-    """Return a manifest's records; `where` is its path, for messages. With `whole` it must hold all that the stage after
-    its own needs.
+def records_of(payload: JsonObject, stage: str, where: str) -> Records:
+    """Return the records of a manifest's object; `where` is its path, for messages.
 
     Raises:
         ArtifactError: names the key of the first value that is not what it must be.
     """
-    payload = {
-        "model": manifest.model or None,
-        "pipeline": manifest.pipeline,
-        "layers": manifest.layers,
-        "inputs": manifest.inputs,
-        "metrics": manifest.metrics,
-        "environment": manifest.environment,
-        "parameters": manifest.parameters,
-    }
+    payload = {**payload, "model": payload["model"] or None}
+    kind = METRICS.get(stage, MetricsRecord)
     try:
-        if manifest.stage in REPORTS and not whole:
-            payload["layers"] = []  # no stage reads the layers of a report
-        found = record(payload, Records)
-        problem = _crossed(found) or (_missing(found, manifest.stage) if whole else None)
-        if problem is not None:
-            raise ValueError(problem)
+        metrics = record(payload["metrics"], kind, "metrics")
+        found = record({**payload, "metrics": {}}, Records)
+        found = dataclasses.replace(found, metrics=metrics)
+        refuse(_crossed(found), where)
     except ValueError as error:
-        problem = error.args[0]
+        refuse(error.args[0], where)
+        raise
+    return found
+
+
+def refuse(problem: Problem | None, where: str) -> None:
+    """Raise `ArtifactError` for a problem of the manifest at `where`."""
+    if problem is not None:
         raise ArtifactError(
             f"The manifest is malformed: {problem.key} must be {problem.what}",
             where=f"{where}, key {problem.key}",
             fix="Make the artifact again, or restore the manifest that was written with it",
-        ) from error
-    return found
+        )
 
 
 def _crossed(found: Records) -> Problem | None:
@@ -240,41 +391,3 @@ def _crossed(found: Records) -> Problem | None:
     if found.metrics.output_reads is not None and not blocks.issuperset(found.metrics.output_reads):
         return Problem("metrics.output_reads", "names of blocks")
     return None
-
-
-def _missing(found: Records, stage: str) -> Problem | None:
-    """Return what the stage after `stage` needs and the manifest lacks."""
-    there = "there: the key is missing"
-    if stage in REPORTS:
-        return None
-    if found.model is None:
-        return Problem("model", there)
-    if stage in ("dilate", "calibrate") and (found.metrics.blocks is None or found.metrics.output_reads is None):
-        return Problem("metrics.blocks" if found.metrics.blocks is None else "metrics.output_reads", there)
-    if stage in ("calibrate", "distill", "export") and (found.pipeline is None or found.pipeline.sampling is None):
-        return Problem("pipeline.sampling", there)
-    if stage == "calibrate" and found.metrics.samples_per_step is None:
-        return Problem("metrics.samples_per_step", there)
-    if stage in ("distill", "export"):
-        for number, layer in enumerate(found.layers):
-            if layer.bits is None or layer.dilated is None:
-                return Problem(f"layers[{number}].{'bits' if layer.bits is None else 'dilated'}", there)
-    if stage == "export" and not isinstance(found.parameters.get("format"), str):
-        return Problem("parameters.format", "a text")
-    pipeline = found.pipeline
-    if pipeline is not None and pipeline.component is not None:
-        entry = (pipeline.model_index or {}).get(pipeline.component)
-        if not _is_entry(entry):
-            return Problem(f"pipeline.model_index.{pipeline.component}", "a list of library and class")
-        if pipeline.scheduler is None:
-            return Problem("pipeline.scheduler", "an object")
-    if pipeline is not None and pipeline.model_index is not None and pipeline.component is None:
-        return Problem("pipeline.component", "a text")
-    for name, entry in ((pipeline.model_index if pipeline else None) or {}).items():
-        if isinstance(entry, list | tuple) and not _is_entry(entry):
-            return Problem(f"pipeline.model_index.{name}", "a list of library and class")
-    return None
-
-
-def _is_entry(entry: object) -> bool:
-    return isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(e, str | None) for e in entry)

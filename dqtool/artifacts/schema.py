@@ -1,21 +1,37 @@
 """Checking plain JSON values against types: those of a record's fields, or of a function's parameters. Imports no torch.
 
 `problem` understands `None`, `bool`, `int`, `float`, `str`, `Any`, unions, `Literal`, lists and tuples, dicts, frozen
-dataclasses (records) and `Annotated[kind, Between(...)]`. Numbers are always finite. `record` makes a record of an object.
+dataclasses (records) and `Annotated[kind, Between(...)]` or `OneOf`. Numbers are always finite. `record` makes a record of an object.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
-__all__ = ["Between", "Count", "Name", "Problem", "Size", "Step", "problem", "record"]
+from dqtool.artifacts.jsonvalues import Json, JsonObject
+
+__all__ = [
+    "Between",
+    "Count",
+    "Name",
+    "OneOf",
+    "Problem",
+    "Record",
+    "Size",
+    "Step",
+    "json_of",
+    "problem",
+    "record",
+    "unchecked",
+    "without",
+]
 
 R = TypeVar("R")
 
@@ -26,6 +42,36 @@ class Problem:
 
     key: str
     what: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of records whose objects are written again: keys that no field names are kept.
+
+    Attributes:
+        as_read: the object that the record was made of; empty for one that was made in code.
+    """
+
+    written: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are written though they have their default's value."""
+
+    as_read: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the object that stands for the record: what was read, with every field's value.
+
+        A field at its default is left out, unless it was read or is one of `written`.
+        """
+        found: dict[str, Json] = dict(self.as_read)
+        kind: Any = type(self)
+        for name, own in _fields(kind).items():
+            value = getattr(self, name)
+            if own.needed or own.key in found or name in self.written or value != own.default:
+                found[own.key] = json_of(value)
+        return found
+
+
+S = TypeVar("S", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -42,6 +88,13 @@ class Between:
         if self.least == -math.inf:
             return f"of {self.most:g} or less{unit}"
         return f"from {self.least:g} to {self.most:g}{unit}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The values that a number or text may have."""
+
+    values: tuple[Any, ...]
 
 
 Count = Annotated[int, Between(0, 1 << 53)]
@@ -92,20 +145,51 @@ def record(value: Any, kind: type[R], key: str = "") -> R:
     return _built(value, kind)
 
 
+def unchecked(value: JsonObject, kind: type[R]) -> R:
+    """Return the record that an object of JSON stands for, as dqtool itself made it."""
+    made: R = _built(value, kind)
+    return made
+
+
+def without(record: S, name: str) -> S:
+    """Return the record with the field `name` at its default and its key left out."""
+    kind: Any = type(record)
+    own = _fields(kind)[name]
+    kept = {key: value for key, value in record.as_read.items() if key != own.key}
+    return dataclasses.replace(record, as_read=kept, **{name: own.default})
+
+
+def json_of(value: Any) -> Any:
+    """Return the JSON value of a record, of a dataclass, or of containers of them."""
+    if isinstance(value, Record):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {own.name: json_of(getattr(value, own.name)) for own in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: json_of(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_of(item) for item in value]
+    return value
+
+
 def _built(value: Any, kind: Any) -> Any:
     """Return the value with records in the place of their objects, and tuples in that of lists where the type says so."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _built(value, arguments[0])
     if origin in (Union, types.UnionType):
-        fitting = next((each for each in arguments if problem(value, each) is None), Any)
-        return _built(value, fitting)
+        fitting = next((each for each in arguments if problem(value, each) is None), None)
+        if fitting is None and isinstance(value, Mapping):  # an object that was not checked
+            fitting = next((each for each in arguments if dataclasses.is_dataclass(each)), Any)
+        return _built(value, Any if fitting is None else fitting)
     container = origin or kind
     if isinstance(container, type) and dataclasses.is_dataclass(container):
-        types_of = _fields(container)
-        return container(
-            **{name: _built(value[key], inner) for name, (inner, _, key) in types_of.items() if key in value}
-        )
+        if isinstance(value, container):
+            return value
+        given = {name: _built(value[own.key], own.kind) for name, own in _fields(container).items() if own.key in value}
+        if issubclass(container, Record):
+            given["as_read"] = value
+        return container(**given)
     if container in (dict, Mapping) and len(arguments) == 2:
         return {name: _built(item, arguments[1]) for name, item in value.items()}
     if container is list and arguments:
@@ -116,19 +200,29 @@ def _built(value: Any, kind: Any) -> Any:
     return value
 
 
-@cache
-def _fields(kind: type) -> dict[str, tuple[Any, bool, str]]:
-    """Return a record's fields: type, whether it must be there, and its key, which `Annotated[kind, "key"]` may give."""
+@dataclass(frozen=True)
+class _Field:
+    """A field of a record: its type, whether it must be there, its key, and its default."""
+
+    kind: Any
+    needed: bool
+    key: str
+    default: Any
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, _Field]:
+    """Return a record's fields by name. `Annotated[kind, "key"]` gives a field another key."""
     hints = typing.get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
-    return {
-        field.name: (
-            hints[field.name],
-            field.default is missing and field.default_factory is missing,
-            _alias(hints[field.name]) or field.name,
-        )
-        for field in dataclasses.fields(kind)
-    }
+    found = {}
+    for own in dataclasses.fields(kind):
+        if own.name == "as_read":
+            continue
+        default = own.default_factory() if own.default_factory is not missing else own.default
+        hint = hints[own.name]
+        found[own.name] = _Field(hint, default is missing, _alias(hint) or own.name, default)
+    return found
 
 
 def _alias(kind: Any) -> str | None:
@@ -140,12 +234,12 @@ def _alias(kind: Any) -> str | None:
 def _of_record(value: Any, kind: type, key: str) -> Problem | None:
     if not isinstance(value, Mapping):
         return Problem(key, "an object")
-    for inner, needed, name in _fields(kind).values():
-        if name not in value:
-            if needed:
-                return Problem(_under(key, name), "there: the key is missing")
+    for own in _fields(kind).values():
+        if own.key not in value:
+            if own.needed:
+                return Problem(_under(key, own.key), "there: the key is missing")
             continue
-        found = problem(value[name], inner, _under(key, name))
+        found = problem(value[own.key], own.kind, _under(key, own.key))
         if found is not None:
             return found
     return None
@@ -184,6 +278,8 @@ def _of_list(value: Any, kind: Any, arguments: Sequence[Any], key: str) -> Probl
 
 
 def _bounded(value: Any, bounds: Any, key: str) -> Problem | None:
+    if isinstance(bounds, OneOf):
+        return None if value in bounds.values else Problem(key, f"one of {', '.join(map(str, bounds.values))}")
     if not isinstance(bounds, Between):
         return None
     size, unit = value, ""

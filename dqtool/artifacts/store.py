@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.completeness import check_complete
 from dqtool.artifacts.files import os_fault, sha256_file
+from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.manifest import Manifest, canonical_json
 from dqtool.artifacts.names import check_name, path_within
 from dqtool.artifacts.reading import FILE_BYTES, MANIFEST_BYTES, read_file
-from dqtool.artifacts.records import records_of
+from dqtool.artifacts.records import FileRecord
+from dqtool.artifacts.schema import json_of
 from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
 from dqtool.artifacts.verified import has_digest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
@@ -60,7 +63,7 @@ def manifest_path(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def fingerprint(stage: str, code_version: int, parameters: Mapping[str, Any], inputs: Sequence[str]) -> str:
+def fingerprint(stage: str, code_version: int, parameters: JsonObject, inputs: Sequence[str]) -> str:
     """Hex digest of all that decides an artifact: two runs with the same one would write the same bytes.
 
     `code_version` is the stage's own, raised whenever its output changes; `inputs` are the sha256 of its inputs, in
@@ -91,9 +94,9 @@ class Artifact:
     def sha256(self) -> str:
         """Hex digest of the data: of the file, of a directory's list of file digests, of a report's JSON."""
         if self.manifest.file is not None:
-            return str(self.manifest.file["sha256"])
+            return self.manifest.file.sha256
         if self.manifest.files is not None:
-            return hashlib.sha256(canonical_json(self.manifest.files).encode()).hexdigest()
+            return hashlib.sha256(canonical_json(json_of(self.manifest.files)).encode()).hexdigest()
         return sha256_file(self.path)
 
     def tensor_names(self, file: str | None = None) -> list[str]:
@@ -172,7 +175,6 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             fix="Give the output of a dqtool stage; a model enters the chain through `dqtool dilate MODEL`",
         )
     manifest = Manifest.from_json(text, str(note))
-    records_of(manifest, str(note))
     is_report = manifest.file is None and manifest.files is None
     if Path(path) == note and not is_report:
         raise ArtifactError(
@@ -201,7 +203,7 @@ def open_artifact(path: str | os.PathLike[str], stages: Collection[str] | None =
             fix=f"Make it with {_either([_COMMANDS[stage] for stage in wanted])}",
         )
     if stages is not None:
-        records_of(manifest, str(manifest_path(path)), whole=True)
+        check_complete(manifest, str(manifest_path(path)))
     if manifest.file is not None:
         _verify(Path(path), given, manifest.file)
     for name, entry in (manifest.files or {}).items():
@@ -220,7 +222,7 @@ def is_current(path: str | os.PathLike[str], fingerprint: str) -> bool:
         return False
 
 
-def _verify(path: Path, given: str, entry: Mapping[str, Any]) -> None:
+def _verify(path: Path, given: str, entry: FileRecord) -> None:
     fix = "Make it again with the dqtool stage that wrote it, or restore the file"
     try:
         size = path.stat().st_size
@@ -228,12 +230,12 @@ def _verify(path: Path, given: str, entry: Mapping[str, Any]) -> None:
         raise ArtifactError("A file that the manifest lists is missing", where=given, fix=fix) from error
     except OSError as error:
         raise os_fault(error, given) from error
-    if size != entry["bytes"]:
-        state = "truncated" if size < entry["bytes"] else "changed"
+    if size != entry.bytes:
+        state = "truncated" if size < entry.bytes else "changed"
         raise ArtifactError(
-            f"The file is {state}: it has {size} bytes and its manifest says {entry['bytes']}", where=given, fix=fix
+            f"The file is {state}: it has {size} bytes and its manifest says {entry.bytes}", where=given, fix=fix
         )
-    if not has_digest(path, entry["sha256"]):
+    if not has_digest(path, entry.sha256):
         raise ArtifactError(
             "The file was changed after dqtool wrote it: its sha256 is not the manifest's", where=given, fix=fix
         )

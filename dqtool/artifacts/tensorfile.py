@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.hashed_file import HashedFile
-from dqtool.artifacts.header import METADATA, TORCH_DTYPES, file_header
+from dqtool.artifacts.header import METADATA, TORCH_DTYPES, TensorEntry, file_header
 from dqtool.artifacts.reading import open_regular, parse_json
 from dqtool.errors import ArtifactError, NumericError
 
@@ -44,7 +44,7 @@ _BITS = {
 _LOADED = frozenset(TORCH_DTYPES.values()) | {"C64"}
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     """Name -> {dtype, shape, data_offsets} of every tensor in a safetensors file, without torch.
 
     The offsets (bytes, from the end of the header) are checked to tile the file exactly.
@@ -63,7 +63,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
-def _header(path: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], Any]:
+def _header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], Any]:
     where = os.fspath(path)
     try:
         with open_regular(path) as stream:
@@ -229,7 +229,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
             )
 
 
-def _spans(header: dict[str, Any], where: str) -> list[tuple[str, int, int]]:
+def _spans(header: Mapping[str, TensorEntry], where: str) -> list[tuple[str, int, int]]:
     spans = []
     for name, entry in header.items():
         try:

@@ -7,12 +7,14 @@ Weight grids span minimum to maximum, and activation tables come from one random
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Manifest, cache_directory, commit_directory, environment, fingerprint, is_current, lock
+from dqtool.artifacts.jsonvalues import JsonObject
+from dqtool.artifacts.records import ModelRecord, ParametersRecord, PipelineRecord, SamplingRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.architectures import Architecture, architecture
 
@@ -41,7 +43,7 @@ def random_export(arch: str, spec: QuantizationSpec, force: bool = False) -> str
     """
     wanted = architecture(arch)
     bits = str(spec.bits)
-    parameters = {"arch": arch, "bits": bits, "config": wanted.network_config(), "format": "dq"}
+    parameters: JsonObject = {"arch": arch, "bits": bits, "config": wanted.network_config(), "format": "dq"}
     key = fingerprint("export", CODE_VERSION, parameters, [])
     folder = cache_directory("bench")
     path = folder / f"{arch}-w{bits.replace('/', 'a')}"
@@ -54,12 +56,12 @@ def random_export(arch: str, spec: QuantizationSpec, force: bool = False) -> str
     return str(path)
 
 
-def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: dict[str, Any], key: str) -> None:
+def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: JsonObject, key: str) -> None:
     from dqtool.artifacts.tensorfile import save_tensors
     from dqtool.models.components.export_layout import WEIGHTS
     from dqtool.models.families import family_of
     from dqtool.models.hub.quantizer import quantization_config
-    from dqtool.models.networks.packed import plan_records
+    from dqtool.models.networks.packed import plan_records, planned_record
     from dqtool.nn.assignment import assign_bits
     from dqtool.nn.surgery import packed_state
 
@@ -74,10 +76,10 @@ def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: 
         state = packed_state(network)
         progress.advance(note="packing")
         del network
-        records = [asdict(plan.info) | {"bits": plan.bits.to_json(), "dilated": plan.dilated} for plan in plans]
+        records = [planned_record(plan) for plan in plans]
         config = wanted.network_config()
         ours = quantization_config(plan_records(records), len(state["timesteps"]), static=False)
-        packed = config | {"quantization_config": ours}
+        packed = {**config, "quantization_config": ours}
 
         def build(directory: Path) -> None:
             import json
@@ -88,17 +90,9 @@ def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: 
         manifest = Manifest(
             stage="export",
             fingerprint=key,
-            model={
-                "class": wanted.class_name,
-                "config": config,
-                "family": family.name,
-                "source": wanted.name,
-                "parameters": count,
-            },
-            pipeline={
-                "sampling": {"sampler": None, "scheduler": wanted.scheduler, "steps": wanted.steps, "eta": wanted.eta}
-            },
-            parameters=parameters,
+            model=ModelRecord(wanted.class_name, config, family.name, wanted.name, parameters=count),
+            pipeline=PipelineRecord(sampling=SamplingRecord(wanted.scheduler, wanted.steps, wanted.eta)),
+            parameters=unchecked(parameters, ParametersRecord),
             layers=records,
             environment=environment(),
         )

@@ -66,7 +66,7 @@ def _exported_state(subject: Subject) -> dict:
 
     artifact = open_artifact(subject.directory, ["export"])
     manifest, file = artifact.manifest, weights_file(artifact.manifest.pipeline)
-    kind = manifest.parameters["format"]
+    kind = manifest.parameters.format
     if kind == "dense":
         return artifact.tensors(file=file)
     if kind != "dq":

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
+
 __all__ = ["Arguments", "Subject"]
 
 Arguments = dict[str, Any]
@@ -32,7 +34,7 @@ class Subject:
 
     directory: str
     class_name: str
-    config: dict[str, Any]
+    config: ForeignConfig
     timesteps: list[float]
     workspace: str
     threads: int

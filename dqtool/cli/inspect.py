@@ -17,4 +17,4 @@ def inspect(options: InspectOptions, settings: RunSettings) -> None:
     from dqtool.stages.inspect import describe, render
 
     description = describe(options.anything)
-    print_report(description, render(description), settings)
+    print_report(description.to_json(), render(description), settings)

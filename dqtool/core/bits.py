@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from dqtool.artifacts.records import LayerRecord
 from dqtool.errors import UsageError
 
 __all__ = [
@@ -47,9 +47,14 @@ class LayerBits:
         """Return the bit operations of `macs` multiply-accumulates, `macs · b_w · b_a`."""
         return macs * _cost(self.weight) * _cost(self.input)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Return (weight, input), the form that manifests hold."""
+        return self.weight, self.input
+
     def to_json(self) -> list[int]:
-        """Return [weight, input], the form that manifests hold."""
-        return [self.weight, self.input]
+        """Return the widths as JSON."""
+        return list(self.widths)
 
     def __str__(self) -> str:
         return f"{self.weight}/{self.input}"
@@ -74,9 +79,14 @@ class AttentionBits:
         qkv = _cost(self.qkv)
         return macs // 2 * qkv * (qkv + _cost(self.softmax))
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Return (softmax, qkv), the form that manifests hold."""
+        return self.softmax, self.qkv
+
     def to_json(self) -> list[int]:
-        """Return [softmax, qkv], the form that manifests hold."""
-        return [self.softmax, self.qkv]
+        """Return the widths as JSON."""
+        return list(self.widths)
 
     def __str__(self) -> str:
         return f"{self.softmax}/{self.qkv}"
@@ -123,11 +133,11 @@ def _cost(bits: int) -> int:
     return 32 if bits >= FLOAT_BITS else bits
 
 
-def bits_label(layers: Iterable[Mapping[str, Any]]) -> str:
+def bits_label(layers: Iterable[LayerRecord]) -> str:
     """Return the bits of most multiply-accumulates of a model, such as `4/4`; `float` before distillation."""
     weight: dict[str, int] = {}
     for layer in layers:
-        if "bits" in layer and layer["kind"] != "attention" and min(layer["bits"]) < FLOAT_BITS:
-            key = "/".join(map(str, layer["bits"]))
-            weight[key] = weight.get(key, 0) + layer["macs"]
+        if layer.bits is not None and layer.kind != "attention" and min(layer.bits) < FLOAT_BITS:
+            key = "/".join(map(str, layer.bits))
+            weight[key] = weight.get(key, 0) + layer.macs
     return max(weight, key=lambda key: weight[key]) if weight else "float"

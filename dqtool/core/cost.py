@@ -4,45 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
 
 from dqtool.artifacts.header import file_header
+from dqtool.artifacts.records import LayerRecord
 from dqtool.core.bits import FLOAT_BITS, bits_from_json
 
-__all__ = ["bops", "bops_ratio", "file_bytes", "size_ratio"]
+__all__ = ["bops", "bops_ratio", "file_bytes", "float_bops", "size_ratio"]
+
+FLOAT32 = (32, 32)
 
 BRANCH_COST = 16 * 32
 """Bit operations of a multiply-accumulate in a low-rank branch: 16-bit weights, float32 inputs."""
 
 
-def bops(layers: Iterable[Mapping[str, Any]]) -> int:
-    """Return the bit operations of layers `{"kind": str, "macs": int, "bits": [...]}`, the form that manifests hold.
+def bops(layers: Iterable[LayerRecord]) -> int:
+    """Return the bit operations of layers with the bits that manifests record; layers without bits run in float32.
 
-    `bits` are those of `Bits.to_json`. None and widths of 16 or more mean float32 operands, which count as 32 bits. A
-    layer of kind "attention" stands for two products with half of its MACs each. MACs are those of one forward pass at
-    the batch size for which they were counted.
-
-    A layer with a `low_rank` branch has its `shape` too: the branch multiplies 16-bit weights with 32-bit inputs.
+    Widths of 16 or more mean float32 operands, which count as 32 bits. A layer of kind "attention" stands for two
+    products with half of its MACs each. MACs are those of one forward pass at the batch size for which they were counted.
+    A `low_rank` branch multiplies 16-bit weights with 32-bit inputs.
     """
     total = 0
     for layer in layers:
-        widths = [32 if width is None else width for width in layer["bits"] or (None, None)]
-        total += bits_from_json(layer.get("kind", "linear"), widths).operations(layer["macs"])
-        if layer.get("low_rank") and widths[0] < FLOAT_BITS:
+        widths = layer.bits or FLOAT32
+        total += bits_from_json(layer.kind, widths).operations(layer.macs)
+        if layer.low_rank and widths[0] < FLOAT_BITS:
             total += BRANCH_COST * _branch_macs(layer)
     return total
 
 
-def _branch_macs(layer: Mapping[str, Any]) -> int:
+def _branch_macs(layer: LayerRecord) -> int:
     """Return the multiply-accumulates of a layer's low-rank branch: `r (C_in · taps + C_out)` at each output position."""
-    rows, columns = layer["shape"][0], prod(layer["shape"][1:])
-    return int(layer["macs"] // (rows * columns) * layer["low_rank"] * (rows + columns))
+    rows, columns = layer.shape[0], prod(layer.shape[1:])
+    return layer.macs // (rows * columns) * layer.low_rank * (rows + columns)
 
 
-def bops_ratio(layers: Sequence[Mapping[str, Any]]) -> float:
+def float_bops(layers: Iterable[LayerRecord]) -> int:
+    """Return the bit operations of the same layers in float32."""
+    return sum(bits_from_json(layer.kind, FLOAT32).operations(layer.macs) for layer in layers)
+
+
+def bops_ratio(layers: Sequence[LayerRecord]) -> float:
     """Return the bit operations in float32 divided by those of these layers; 1 for a model without layers."""
     quantized = bops(layers)
-    return sum(layer["macs"] for layer in layers) * 32**2 / quantized if quantized else 1.0
+    return sum(layer.macs for layer in layers) * 32**2 / quantized if quantized else 1.0
 
 
 def file_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> int:

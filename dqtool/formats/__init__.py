@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json
+from dqtool.artifacts.records import LayerRecord
 from dqtool.errors import EnvironmentFault
 
 if TYPE_CHECKING:
@@ -41,11 +43,11 @@ class Exported:
         notes: entries to add to the manifest's metrics.
     """
 
-    config: dict[str, Any]
-    layers: list[dict[str, Any]]
+    config: ForeignConfig
+    layers: list[LayerRecord]
     write: Callable[[Path], object]
     predicted: int | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Json] = field(default_factory=dict)
 
 
 def prepare(name: str, distilled: Artifact) -> Exported:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from dqtool.artifacts import Manifest
 from dqtool.models.sampling.fitted import FITTED, fitted_with, sentence
@@ -43,13 +42,15 @@ sample` and `dqtool eval` do the same; `--correction on` or `DqtoolConfig(correc
 
 def model_card(manifest: Manifest, format_name: str, bits: str, corrected: bool) -> str:
     """Return the text of `README.md`. `manifest` is that of the distilled artifact, `bits` its label."""
-    text = _HEAD.format(title=f"{manifest.model['class']} at {bits}", format=format_name)
+    text = _HEAD.format(title=f"{manifest.network.class_name} at {bits}", format=format_name)
     if format_name == "dq":
-        text += _LOAD if "model_index" in (manifest.pipeline or {}) else _LOAD_COMPONENT
-    sampling: Mapping[str, Any] | None = (manifest.pipeline or {}).get("sampling")
-    if sampling:
+        text += (
+            _LOAD if manifest.pipeline is not None and manifest.pipeline.model_index is not None else _LOAD_COMPONENT
+        )
+    sampling = manifest.sampling
+    if sampling is not None:
         text += f"\nIts quantizers were calibrated with {sentence(fitted_with(sampling))}.\n"
-    fitted = manifest.metrics.get(FITTED)
+    fitted = manifest.metrics.as_read.get(FITTED)
     if corrected and isinstance(fitted, Mapping):
         text += _FITTED.format(fitted=sentence(fitted))
     return text

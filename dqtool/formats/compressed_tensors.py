@@ -54,7 +54,7 @@ def prepare(distilled: Artifact) -> Exported:
     for plan in plans:
         if plan.info.kind != "attention":
             _convert(state, plan)
-    config = {**manifest.model["config"], "quantization_config": quantization_config(plans)}
+    config = {**manifest.network.config, "quantization_config": quantization_config(plans)}
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, state)

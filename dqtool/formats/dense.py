@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -25,18 +26,18 @@ __all__ = ["dense_state", "prepare"]
 def prepare(distilled: Artifact) -> Exported:
     """Prepare dequantized weights. The manifest lists all layers as 32/32, because nothing runs at low bits."""
     manifest = distilled.manifest
-    family = family_of(manifest.model["class"], distilled.given)
-    shapes = network_shapes(family, manifest.model["config"])
-    layers = [{**layer, "bits": [32, 32]} for layer in manifest.layers]
+    family = family_of(manifest.network.class_name, distilled.given)
+    shapes = network_shapes(family, manifest.network.config)
+    layers = [replace(layer, bits=(32, 32)) for layer in manifest.layers]
     # diffusers' classes expect a shared module under each of its names.
     state = restore_copies(
-        dense_state(manifest, checked_tensors(distilled)), family.tied_modules(manifest.model["config"])
+        dense_state(manifest, checked_tensors(distilled)), family.tied_modules(manifest.network.config)
     )
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, state)
 
-    return Exported(dict(manifest.model["config"]), layers, write, predicted_bytes(shapes))
+    return Exported(dict(manifest.network.config), layers, write, predicted_bytes(shapes))
 
 
 def dense_state(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,7 +45,7 @@ def dense_state(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, 
 
     Weights keep their quantized values; activations are no longer quantized.
     """
-    network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), tensors)
+    network = packed_network(manifest.network.class_name, manifest.network.config, plans_of(manifest), tensors)
     layers = quant_layers(network)
     owned = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
     tables = {f"{plan.info.name}." for plan in plans_of(manifest) if plan.info.kind == "attention"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dqtool.artifacts import Artifact
 from dqtool.artifacts.tensorfile import save_tensors
+from dqtool.core.cost import FLOAT32
 from dqtool.formats import Exported
 from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.components.export_layout import WEIGHTS
@@ -27,18 +29,22 @@ def prepare(distilled: Artifact) -> Exported:
     The manifest lists for each layer if integer runtimes compute it in int8 (`runs`).
     """
     manifest, tensors = distilled.manifest, checked_tensors(distilled)
-    config, timesteps = dict(manifest.model["config"]), step_count(tensors)
-    family = family_of(manifest.model["class"], distilled.given, config)
+    config, timesteps = dict(manifest.network.config), step_count(tensors)
+    family = family_of(manifest.network.class_name, distilled.given, config)
     float_shapes = network_shapes(family, config, manifest.layers)
     rows = prediction_rows(tensors)
     predicted = predicted_bytes(state_shapes(float_shapes, plans_of(manifest), timesteps, rows))
     config["quantization_config"] = quantization_config(
-        plan_records(manifest.layers), timesteps, rows, is_static(manifest, timesteps), manifest.metrics.get(FITTED)
+        plan_records(manifest.layers),
+        timesteps,
+        rows,
+        is_static(manifest, timesteps),
+        manifest.metrics.as_read.get(FITTED),
     )
 
     def write(directory: Path) -> None:
         save_tensors(directory / WEIGHTS, tensors)
 
     # `runs` is int8, or the reason why integer runtimes compute the layer in float.
-    layers = [{**each, "runs": runs_as(each["kind"], *each["bits"][:2])} for each in manifest.layers]
+    layers = [replace(each, runs=runs_as(each.kind, *(each.bits or FLOAT32))) for each in manifest.layers]
     return Exported(config, layers, write, predicted)

@@ -9,6 +9,7 @@ products overflow 16 bits unless the session sets `session.x64quantprecision = 1
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.artifacts import Artifact
+from dqtool.core.cost import FLOAT32
 from dqtool.formats import Exported, require
 from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import family_of
@@ -47,12 +49,12 @@ def prepare(distilled: Artifact) -> Exported:
     """
     require("onnx", EXTRA)
     manifest = distilled.manifest
-    family = family_of(manifest.model["class"], distilled.given)
-    config = dict(manifest.model["config"])
-    network = packed_network(manifest.model["class"], config, plans_of(manifest), checked_tensors(distilled))
+    family = family_of(manifest.network.class_name, distilled.given)
+    config = dict(manifest.network.config)
+    network = packed_network(manifest.network.class_name, config, plans_of(manifest), checked_tensors(distilled))
     example = family.example(config, batch=2)
     traceable = TraceableNetwork(network.requires_grad_(False), example, IntegerProduct(), family.sample)
-    layers = [{**layer, "runs": "int8" if max(layer["bits"]) <= 8 else "float"} for layer in manifest.layers]
+    layers = [replace(layer, runs="int8" if max(layer.bits or FLOAT32) <= 8 else "float") for layer in manifest.layers]
     tensors = traced_arguments(example, family.timestep)
 
     def write(directory: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +62,15 @@ def prepare(distilled: Artifact) -> Exported:
     """
     require("openvino", EXTRA)
     manifest = distilled.manifest
-    family = family_of(manifest.model["class"], distilled.given)
-    config = dict(manifest.model["config"])
-    network = packed_network(manifest.model["class"], config, plans_of(manifest), checked_tensors(distilled))
+    family = family_of(manifest.network.class_name, distilled.given)
+    config = dict(manifest.network.config)
+    network = packed_network(manifest.network.class_name, config, plans_of(manifest), checked_tensors(distilled))
     example = family.example(config)
     # The file must be exact on any CPU, those that saturate included. This slows down layers of 8 bits alone.
     model = build_ir(network, family, example, saturating=True)
     integers = integer_layers(_compile(model, traced_arguments(example, family.timestep)))
     shrink_weights(model)
-    layers = [{**layer, "runs": "int8" if layer["name"] in integers else "float"} for layer in manifest.layers]
+    layers = [replace(layer, runs="int8" if layer.name in integers else "float") for layer in manifest.layers]
 
     def write(directory: Path) -> None:
         save_ir(model, directory / IR)

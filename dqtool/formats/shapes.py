@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
+from dqtool.artifacts.records import LayerRecord
 from dqtool.core.cost import file_bytes
 
 if TYPE_CHECKING:
@@ -16,9 +18,7 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]
 """(shape, dtype) of tensors by name."""
 
 
-def network_shapes(
-    family: Family, config: Mapping[str, Any], layers: Iterable[Mapping[str, Any]] | None = None
-) -> Shapes:
+def network_shapes(family: Family, config: ForeignConfig, layers: Iterable[LayerRecord] | None = None) -> Shapes:
     """Return shape and dtype of every tensor of the float32 network.
 
     With the `layers` of a manifest, a module that the model's files hold once counts once, even if the network's class
@@ -31,7 +31,7 @@ def network_shapes(
     with torch.device("meta"):
         network = family.build(config)
     if layers is not None:
-        tie_modules(network, [f"{layer['name']}.weight" for layer in layers], family.tied_modules(config))
+        tie_modules(network, [f"{layer.name}.weight" for layer in layers], family.tied_modules(config))
     return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in network.state_dict().items()}
 
 

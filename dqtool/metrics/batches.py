@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dqtool.artifacts.files import target_of, whole_file
+from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.npz import LARGEST, NPZ, array_header, npz_names, opened_npz
 from dqtool.artifacts.reading import open_regular
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
@@ -184,7 +185,7 @@ def write_npz(
     path: str | os.PathLike[str],
     images: tuple[int, Iterable[Tensor]] | None,
     arrays: Mapping[str, np.ndarray],
-    about: Mapping[str, Any],
+    about: JsonObject,
 ) -> None:
     """Write an npz file in the suite's layout, completely or not at all.
 

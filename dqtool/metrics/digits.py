@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool import report
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
+from dqtool.metrics.figures import value_of
 from dqtool.metrics.frechet import frechet_distance, minimum_samples, statistics
 from dqtool.metrics.inception_score import inception_score
 
@@ -94,7 +95,7 @@ def load() -> DigitClassifier:
     return model.eval().requires_grad_(False)
 
 
-def describe() -> dict[str, Any]:
+def describe() -> dict[str, Json]:
     """Return the extractor's entry in reports: `{"name", "sha256", "features"}`, with the hash of the weights file."""
     return {
         "name": "digits-classifier",
@@ -141,19 +142,19 @@ def classify(images: Tensor, *, batch_size: int = 512) -> tuple[Tensor, Tensor]:
     return labels, confidence
 
 
-def evaluate_digits(images: Tensor, *, arrays: bool = False, splits: int = 10) -> dict[str, Any]:
+def evaluate_digits(images: Tensor, *, splits: int = 10) -> dict[str, Json]:
     """Return all digit scores of `images` `[N, 1, 16, 16]` in [-1, 1].
 
     `fd.digits` is the Fréchet distance to the real training digits. `is.digits` and `is.digits.std` are the Inception
     score over `splits`. `confident_share` is the share of images classified with a probability above 0.9. `extractor`
-    is described by `describe`. With `arrays` the result also holds `labels` and `confidence`, tensors `[N]`.
+    is described by `describe`.
     """
     model = load()
     hidden, logits = features(images)
     mean, cov = statistics(hidden)
     score, deviation = inception_score(logits, splits)
-    confidence, labels = logits.softmax(dim=1).max(dim=1)
-    result: dict[str, Any] = {
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    return {
         "fd.digits": frechet_distance(mean, cov, model.reference_mean, model.reference_cov),
         "is.digits": score,
         "is.digits.std": deviation,
@@ -161,12 +162,9 @@ def evaluate_digits(images: Tensor, *, arrays: bool = False, splits: int = 10) -
         "samples": len(images),
         "extractor": describe(),
     }
-    if arrays:
-        result |= {"labels": labels, "confidence": confidence}
-    return result
 
 
-def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None) -> dict[str, Any]:
+def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None) -> dict[str, Json]:
     """Return the digit figures of `images` `[N, 1, 16, 16]` and, given `expected` images, their figures and
     comparisons.
 
@@ -177,17 +175,19 @@ def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None
         report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
     figures = _with_asked(images, asked)
     if expected is not None:
-        figures["reference"] = _with_asked(expected, asked)
+        figures["reference"] = reference = _with_asked(expected, asked)
         figures["fd.digits_from_reference"] = distance(images, expected)
-        figures["fd.digits_ratio"] = figures["fd.digits"] / figures["reference"]["fd.digits"]
+        own, full = value_of(figures, "fd.digits"), value_of(reference, "fd.digits")
+        if own is not None and full:
+            figures["fd.digits_ratio"] = own / full
         same = classify(images)[0] == classify(expected)[0]
         figures["same_digit_share"] = float(same.float().mean())
     return figures
 
 
-def _with_asked(images: Tensor, asked: Tensor | None) -> dict[str, Any]:
+def _with_asked(images: Tensor, asked: Tensor | None) -> dict[str, Json]:
     """Return the digit figures of `images`, and the share that shows the digit asked for."""
-    figures: dict[str, Any] = evaluate_digits(images)
+    figures = evaluate_digits(images)
     if asked is not None:
         figures["asked_digit_share"] = float((classify(images)[0] == asked).float().mean())
     return figures

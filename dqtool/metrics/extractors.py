@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.device import place, to_cpu, to_device_of
 from dqtool.metrics.clip import ClipEncoder
 from dqtool.metrics.inception_weights import load_inception, weights_digest
@@ -27,9 +27,13 @@ class InceptionExtractor:
         self.model = load_inception(path)
         self.weights_sha256 = weights_digest(self.model)
         self.model = place(self.model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-        self._about = {"name": "inception-2015-12-05", "file": os.path.basename(path), "sha256": path_digest(path)}
+        self._about: dict[str, Json] = {
+            "name": "inception-2015-12-05",
+            "file": os.path.basename(path),
+            "sha256": path_digest(path),
+        }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         return self._about
 
     @torch.no_grad()
@@ -45,9 +49,13 @@ class ClipExtractor:
     def __init__(self, path: str) -> None:
         self.encoder = ClipEncoder(path)
         place(self.encoder.model)
-        self._about = {"name": "clip", "file": os.path.basename(os.path.normpath(path)), "sha256": path_digest(path)}
+        self._about: dict[str, Json] = {
+            "name": "clip",
+            "file": os.path.basename(os.path.normpath(path)),
+            "sha256": path_digest(path),
+        }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         return self._about
 
     @torch.no_grad()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from dqtool.artifacts.jsonvalues import JsonObject
 
 __all__ = ["Figure", "value_of"]
 
@@ -46,7 +47,7 @@ class Figure:
         return shown if deviation is None else f"{shown} ± {deviation * self.scale:.{self.decimals}f}"
 
 
-def value_of(figures: Mapping[str, Any], key: str) -> float | None:
+def value_of(figures: JsonObject, key: str) -> float | None:
     """Return a figure of a report: the number, or the `mean` of a figure with several statistics; None if it is
     missing."""
     value = figures.get(key)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.metrics.reference import Reference
 from dqtool.metrics.registry import EXTRACTORS, METRICS, Accumulator, Extractor, Files, check_needs
 
@@ -54,7 +55,7 @@ class Meter:
         what: str = "eval: metrics",
         *,
         of_reference: bool = False,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Json]:
         """Return the figures of a set of images, and in `extractors` the network and file that each figure is based on.
 
         With `of_reference` the images are those of the reference model, and image sets measured later are compared with
@@ -73,7 +74,7 @@ class Meter:
                             accumulator.update(features)
                 count += len(images)
                 progress.advance(len(images))
-        figures: dict[str, Any] = {}
+        figures: dict[str, Json] = {}
         for name, accumulator in running.items():
             figures |= accumulator.finish()
             least = METRICS[name].minimum_samples

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.artifacts.npz import npz_arrays, npz_names
 from dqtool.artifacts.reading import parse_json
 from dqtool.errors import ArtifactError
@@ -57,7 +58,7 @@ class Reference:
             report.warn(f"{self.given} was made with other Inception weights than --inception-weights")
 
     @cached_property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Json]:
         """Note that `dqtool stats` stored in the file; empty for files from other tools."""
         if "dqtool" not in self._names:
             return {}
@@ -128,7 +129,7 @@ class Reference:
 
 
 def save_statistics(
-    source: ImageSource, path: str | os.PathLike[str], extract: Extract, keep: int, about: Mapping[str, Any]
+    source: ImageSource, path: str | os.PathLike[str], extract: Extract, keep: int, about: JsonObject
 ) -> None:
     """Write reference statistics of all images of `source`, and `keep` evenly spread images as `arr_0`.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dqtool.artifacts.files import digest_of_files, sha256_file
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.errors import EnvironmentFault
 from dqtool.metrics.figures import Figure
 
@@ -66,7 +67,7 @@ class Files:
 class Extractor(Protocol):
     """Network that reads images."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Json]:
         """Return the network's entry in reports: `name`, `file` and `sha256`."""
 
     def __call__(self, images: Tensor, texts: list[str] | None) -> Mapping[str, Tensor]:
@@ -126,7 +127,7 @@ class Metric:
     figures: tuple[Figure, ...]
     extractor: str | None = None
     start: Callable[[Measurement], Accumulator] | None = None
-    compare: Callable[[Tensor, Tensor | None, Tensor | None], dict[str, Any]] | None = None
+    compare: Callable[[Tensor, Tensor | None, Tensor | None], dict[str, Json]] | None = None
     needs: tuple[str, ...] = ()
     least_samples: int = 0
     minimum_samples: int = 0

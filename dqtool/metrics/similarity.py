@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.detail import detail
 from dqtool.errors import UsageError
 
@@ -99,7 +98,7 @@ def detail_ratio(a: Tensor, b: Tensor) -> float:
     return power(a) / of_reference if of_reference > 0 else 1.0
 
 
-def compare_images(images: Tensor, expected: Tensor | None, _asked: Tensor | None) -> dict[str, Any]:
+def compare_images(images: Tensor, expected: Tensor | None, _asked: Tensor | None) -> dict[str, Json]:
     """Return PSNR, SSIM (mean and median) and the detail ratio of `images` `[N, C, H, W]` in [-1, 1] against
     `expected`.
 
@@ -110,7 +109,7 @@ def compare_images(images: Tensor, expected: Tensor | None, _asked: Tensor | Non
         return {}
     if images.dim() > 4:
         images, expected = images.flatten(1, -3), expected.flatten(1, -3)
-    figures: dict[str, Any] = {}
+    figures: dict[str, Json] = {}
     for name, measure in (("psnr", psnr), ("ssim", ssim)):
         if name == "ssim" and images.dim() < 4:
             return figures

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import UsageError
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture"]
@@ -22,14 +22,14 @@ class Architecture:
     name: str
     title: str
     class_name: str
-    config: dict[str, Any] = field(repr=False)
+    config: ForeignConfig = field(repr=False)
     parameters: int
     steps: int
     batch: int = 1
     context: tuple[int, int] | None = None
     guidance: float | None = None
     eta: float = 0.0
-    scheduler: dict[str, Any] = field(default_factory=dict, repr=False)
+    scheduler: ForeignConfig = field(default_factory=dict, repr=False)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -37,7 +37,7 @@ class Architecture:
         size = self.config["sample_size"]
         return self.config["in_channels"], size, size
 
-    def network_config(self) -> dict[str, Any]:
+    def network_config(self) -> ForeignConfig:
         """Return the config as a `config.json` holds it, class name included."""
         return {"_class_name": self.class_name, **self.config}
 
@@ -55,7 +55,7 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _betas(schedule: str, start: float, end: float) -> dict[str, Any]:
+def _betas(schedule: str, start: float, end: float) -> ForeignConfig:
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": 1000,

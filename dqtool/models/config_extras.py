@@ -15,9 +15,9 @@ can guide it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _KNOWN = ("attention_heads", "time_freq_shift", "attention_order", "label_values
 _NO_CLASS = 1000
 
 
-def apply_config_extras(network: nn.Module, config: Mapping[str, Any]) -> nn.Module:
+def apply_config_extras(network: nn.Module, config: ForeignConfig) -> nn.Module:
     """Apply the config's `original` entry to a network that diffusers built from the rest; return the network.
 
     Raises:

@@ -13,10 +13,11 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Union
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.schema import Between, Problem, problem
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 
@@ -54,7 +55,7 @@ _NAMED = ("beta_schedule", "prediction_type")
 """Parameters whose values a scheduler's source lists."""
 
 
-def check_network_config(cls: type, config: Mapping[str, Any], where: str) -> None:
+def check_network_config(cls: type, config: ForeignConfig, where: str) -> None:
     """Check a network's config against the parameters of its diffusers class.
 
     Raises:
@@ -70,7 +71,7 @@ def check_network_config(cls: type, config: Mapping[str, Any], where: str) -> No
             raise _fault(found, where)
 
 
-def check_scheduler_config(cls: type, config: Mapping[str, Any], where: str) -> None:
+def check_scheduler_config(cls: type, config: ForeignConfig, where: str) -> None:
     """Check a scheduler's config against the parameters of its diffusers class.
 
     Raises:
@@ -157,7 +158,7 @@ def bounded_parameters(most: int = PARAMETERS) -> Iterator[None]:
         handle.remove()
 
 
-def _check(cls: type, config: Mapping[str, Any], where: str) -> None:
+def _check(cls: type, config: ForeignConfig, where: str) -> None:
     for key, (kind, default) in _kinds(cls).items():
         value = config.get(key)
         # Published configs set unused keys to null, whatever the annotation says.

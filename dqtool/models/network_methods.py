@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ from torch import Tensor, nn
 
 from dqtool.artifacts import DIRECTORY_MANIFEST as MANIFEST
 from dqtool.artifacts import Manifest, dqtool_version, sha256_file
+from dqtool.artifacts.jsonvalues import JsonObject
+from dqtool.artifacts.records import FileRecord, LayerRecord, ModelRecord, ParametersRecord, PipelineRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.errors import ArtifactError
 from dqtool.graph.tied_modules import restore_copies
 from dqtool.models.families import family_of
@@ -34,8 +36,15 @@ OURS = ("quantization_config", "_pre_quantization_dtype")
 class Origin:
     """Export that a network was loaded from: its `quantization_config`, and its manifest where there is one."""
 
-    quantization: Mapping[str, Any]
+    quantization: JsonObject
     manifest: Manifest | None
+
+    @property
+    def layers(self) -> list[JsonObject]:
+        """Layers of the network, as its `quantization_config` lists them."""
+        layers = self.quantization["layers"]
+        assert isinstance(layers, list)
+        return layers
 
 
 def origin_of(manifest: Manifest, packed: nn.Module) -> Origin:
@@ -43,7 +52,7 @@ def origin_of(manifest: Manifest, packed: nn.Module) -> Origin:
     state = packed.state_dict()
     count = len(state["timesteps"])
     records, rows = plan_records(manifest.layers), prediction_rows(state)
-    fitted = manifest.metrics.get(FITTED)
+    fitted = manifest.metrics.as_read.get(FITTED)
     return Origin(quantization_config(records, count, rows, is_static(manifest, count), fitted), manifest)
 
 
@@ -105,16 +114,23 @@ def _write_manifest(network: Any, origin: Origin, target: Path, written: list[st
         made = Manifest(
             stage="export",
             fingerprint="0" * 64,
-            model={"class": type(network).__name__, "config": config, "family": family.name, "source": str(target)},
-            parameters={"format": "dq"},
-            layers=[dict(layer) for layer in origin.quantization["layers"]],
+            model=ModelRecord(type(network).__name__, config, family.name, str(target)),
+            parameters=ParametersRecord(format="dq"),
+            layers=[unchecked(layer, LayerRecord) for layer in origin.layers],
         )
-    pipeline = {k: v for k, v in (made.pipeline or {}).items() if k not in ("component", "model_index")}
-    files = {name: {"bytes": (target / name).stat().st_size, "sha256": sha256_file(target / name)} for name in written}
-    note = replace(made, pipeline=pipeline or None, files=files, version=dqtool_version())
+    pipeline = made.pipeline and _of_component(made.pipeline)
+    files = {name: FileRecord((target / name).stat().st_size, sha256_file(target / name)) for name in written}
+    kept = pipeline if pipeline is not None and pipeline.to_json() else None
+    note = replace(made, pipeline=kept, files=files, version=dqtool_version())
     partial = target / f".{MANIFEST}.tmp"
     partial.write_text(note.to_json(), encoding="utf-8")
     os.replace(partial, target / MANIFEST)
+
+
+def _of_component(pipeline: PipelineRecord) -> PipelineRecord:
+    """Return a pipeline's record for its network alone."""
+    kept = {key: value for key, value in pipeline.as_read.items() if key not in ("component", "model_index")}
+    return replace(pipeline, component=None, model_index=None, as_read=kept)
 
 
 def _push(network: Any, target: Path, kwargs: dict[str, Any]) -> None:

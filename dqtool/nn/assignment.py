@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dqtool.core.affine import SYMMETRIC_BITS
 from dqtool.core.bits import Bits, LayerBits
@@ -27,18 +26,6 @@ class LayerPlan:
     bits: Bits
     dilated: bool = False
     low_rank: int = 0
-
-    def summary(self) -> dict[str, Any]:
-        """Return the plan as the tables of a forecast show it."""
-        info = self.info
-        row = {
-            "name": info.name,
-            "kind": info.kind,
-            "shape": info.shape,
-            "bits": self.bits.to_json(),
-            "macs": info.macs,
-        }
-        return row | ({"low_rank": self.low_rank} if self.low_rank else {})
 
 
 def assign_bits(layers: Sequence[LayerInfo], spec: QuantizationSpec, dilated: Iterable[str] = ()) -> list[LayerPlan]:

@@ -57,14 +57,14 @@ def dilated_inputs(
         ArtifactError: no family serves the model's class.
     """
     manifest, tensors = calibrated.manifest, checked_tensors(calibrated)
-    ratios: Mapping[str, float] = manifest.metrics.get("activation_range_ratios", {})
+    ratios = manifest.metrics.activation_range_ratios or {}
     measured_names = {key.removesuffix(".histogram") for key in tensors if key.endswith(".histogram")}
     dilated = [name for name in ratios if f"{name}.dilation" in tensors and name in measured_names]
     chosen = sorted(dilated, key=lambda name: ratios[name])[:most]
     if not chosen:
         return []
     timesteps, rows = tensors["timesteps"], tensors["trajectory.rows"]
-    macs = sum(int(layer["macs"]) for layer in manifest.layers) or 1
+    macs = sum(layer.macs for layer in manifest.layers) or 1
     affordable = BUDGET // (2 * macs)  # `collect` runs every sample twice
     chosen_rows = _evenly(len(timesteps), max(FEWEST_STEPS, min(len(timesteps), affordable)))
     samples = max(1, min(per_step, affordable // len(chosen_rows)))
@@ -98,7 +98,7 @@ def _steps(
     manifest: Manifest, network: nn.Module, tensors: Mapping[str, Tensor], rows: Sequence[int], samples: int
 ) -> Iterator[Callable[[], None]]:
     """Yield a function for each step that runs `network` on the first samples of the step, as `calibrate` chooses them."""
-    family, _ = network_of(manifest.model)
+    family, _ = network_of(manifest.network)
     points = Trajectory.from_tensors(tensors)
     with report.progress("report: activations before dilation", len(rows)) as progress:
         for row in rows:

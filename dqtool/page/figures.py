@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dqtool.artifacts.jsonvalues import JsonObject
+from dqtool.artifacts.records import EvalRecord, ExtractorRecord, RecipeRecord
 from dqtool.metrics import FIGURES, Figure, value_of
 from dqtool.page.results import Bench, Result
 from dqtool.runtimes import RUNTIMES, runtime_name
@@ -39,7 +41,7 @@ def figure(key: str) -> Figure:
     return Figure(key, key, -1 if stem in ("fd", "fid", "sfid") else 1 if stem in ("is", "psnr", "ssim", "clip") else 0)
 
 
-def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+def figures_of(metrics: JsonObject) -> dict[str, float]:
     """Return by key the figures that are numbers or have a mean. Those of the registry come first, in its order."""
     found: dict[str, float] = {}
     for key in metrics:
@@ -52,55 +54,50 @@ def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def quality_key(results: Sequence[Result]) -> str | None:
     """Return the figure that plots of quality show: a Fréchet distance, else the first figure with a direction."""
-    keys = list(dict.fromkeys(key for result in results for key in figures_of(result.metrics)))
+    keys = list(dict.fromkeys(key for result in results for key in figures_of(result.figures)))
     preferred = [key for key in keys if key == "fid" or (key.startswith("fd.") and not key.endswith(FROM_REFERENCE))]
     return next(iter([*sorted(preferred, reverse=True), *[key for key in keys if figure(key).better]]), None)
 
 
-def extractors(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (figure, description) for figures whose features a network extracted.
-
-    The description, recorded by eval, has the network's `name`, `sha256` and, for some, number of `features`.
-    """
-    digits = metrics.get("extractor")
-    if isinstance(digits, Mapping):
-        for key in figures_of(metrics):
+def extractors(metrics: EvalRecord) -> Iterator[tuple[str, ExtractorRecord]]:
+    """Yield (figure, description) for figures whose features a network extracted."""
+    if metrics.extractor is not None:
+        for key in figures_of(metrics.as_read):
             if key.removesuffix(FROM_REFERENCE).endswith(".digits"):
-                yield key, digits
-    several = metrics.get("extractors")
-    for key, each in several.items() if isinstance(several, Mapping) else ():
-        if isinstance(each, Mapping) and not key.endswith(".std"):
+                yield key, metrics.extractor
+    for key, each in metrics.extractors.items():
+        if not key.endswith(".std"):
             yield key, each
 
 
 def method_of(result: Result) -> tuple[str, str]:
     """Return (scaling and training method, like `wd + bkd`; details of the training)."""
     layers = result.manifest.layers
-    scaling = sorted({(layer.get("scaling") or {}).get("method", "") for layer in layers} - {""})
+    scaling = sorted({layer.scaling.method for layer in layers if layer.scaling is not None and layer.scaling.method})
     parts = [" / ".join(scaling) or "no scaling"]
     known = result.manifests.get("distill")
     if known is None:
-        quantized = any("bits" in layer for layer in layers)
+        quantized = any(layer.bits is not None for layer in layers)
         return parts[0], "training not recorded here" if quantized else "not quantized"
     given = known.parameters
-    recipe = given.get("recipe") or {}
-    iters, refine = recipe.get("iters"), recipe.get("refine_iters")
-    name = str(given.get("method", "?"))
+    recipe = given.recipe or RecipeRecord()
+    iters, refine = recipe.iters, recipe.refine_iters
+    name = given.method or "?"
     trained = bool(iters or refine) or iters is None
     parts.append(name if trained else "ptq")
     details = []
     if iters:
-        details.append(f"{iters} iterations" + ("" if "network_loss" in known.metrics else " a block"))
+        details.append(f"{iters} iterations" + ("" if "network_loss" in known.metrics.as_read else " a block"))
     if refine:
         details.append(f"{refine} over all")
-    if given.get("train_samples"):
-        details.append(f"{given['train_samples']} samples")
-    if given.get("static"):
+    if given.train_samples:
+        details.append(f"{given.train_samples} samples")
+    if given.static:
         details.append("static ranges")
-    if given.get("preset"):
-        details.append(f"{given['preset']} preset")
-    elif given.get("keep"):
-        details.append("keep " + ", ".join(given["keep"]))
+    if given.preset:
+        details.append(f"{given.preset} preset")
+    elif given.keep:
+        details.append("keep " + ", ".join(given.keep))
     return " + ".join(parts), "; ".join(details)
 
 
@@ -127,14 +124,14 @@ class Cost:
             return seconds_of(result)
         if self.key == "step":
             return _milliseconds(result, benches, baseline=False)
-        value = result.metrics.get("cost", {}).get(self.key)
+        value = _cost(result, self.key)
         return None if value is None else value * self.scale
 
     def of_reference(self, result: Result, benches: Sequence[Bench]) -> float | None:
         """Return the cost of the full-precision model; None if it is unknown or there is no such cost."""
         if self.key == "step":
             return _milliseconds(result, benches, baseline=True)
-        value = result.metrics.get("cost", {}).get(f"{self.key}_float32")
+        value = _cost(result, f"{self.key}_float32")
         return None if value is None else value * self.scale
 
 
@@ -144,6 +141,10 @@ COSTS = (
     Cost("time to quantize, s", "seconds", 1.0, "the artifacts of the chain were not found beside the results"),
     Cost("time of a step, ms", "step", 1.0, "no report of `dqtool bench -o FILE.json` on these exports was found"),
 )
+
+
+def _cost(result: Result, key: str) -> float | None:
+    return None if result.metrics.cost is None else value_of(result.metrics.cost.to_json(), key)
 
 
 def _milliseconds(result: Result, benches: Sequence[Bench], baseline: bool) -> float | None:

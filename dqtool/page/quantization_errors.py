@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dqtool.artifacts.records import LayerRecord
 from dqtool.core.affine import lowest_code
 from dqtool.core.bits import AttentionBits, bits_from_json
+from dqtool.core.cost import FLOAT32
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.packing import unpack
 from dqtool.core.quantization_error import error_parts, histogram_error
@@ -62,7 +63,7 @@ def quantization_errors(result: Result) -> Errors:
     activations: dict[str, list[Parts]] = {}
     steps = len(known["timesteps"])
     for layer in distilled.manifest.layers:
-        name, widths = layer["name"], bits_from_json(layer["kind"], layer["bits"])
+        name, widths = layer.name, bits_from_json(layer.kind, layer.bits or FLOAT32)
         if isinstance(widths, AttentionBits):
             for operand in OPERANDS:
                 bits = widths.of(operand)
@@ -74,13 +75,13 @@ def quantization_errors(result: Result) -> Errors:
                 if parts is not None:
                     activations[f"{name}.{operand}"] = parts
             continue
-        if (layer.get("scaling") or {}).get("learned") and _folded_into(layer):
+        if layer.scaling is not None and layer.scaling.learned and _folded_into(layer):
             continue
         moved = _factor_change(packed, known, name)
         if f"{name}.weight_packed" in packed:
             reference = known[f"{name}.weight"]
             if moved is not None:
-                reference = reference * broadcast_scale(moved, reference, int(layer["groups"]))
+                reference = reference * broadcast_scale(moved, reference, layer.groups)
             weights[name] = _weight_error(packed, reference, name, widths.weight, name in producers)
         mean = 1.0 if moved is None else float(moved.log().mean().exp())
         parts = _activation_errors(packed, known, name, f"{name}.input", widths.input, 0, 0, steps, 1 / mean)
@@ -146,6 +147,5 @@ def _factor_change(packed: Mapping[str, Tensor], known: Mapping[str, Tensor], na
     return after / before
 
 
-def _folded_into(layer: Mapping[str, Any]) -> Sequence[str]:
-    folded = (layer.get("scaling") or {}).get("folded_into") or ()
-    return [folded] if isinstance(folded, str) else list(folded)
+def _folded_into(layer: LayerRecord) -> Sequence[str]:
+    return (layer.scaling.folded_into if layer.scaling is not None else None) or ()

@@ -10,17 +10,19 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, Manifest, manifest_path, open_artifact, sha256_file
 from dqtool.artifacts.files import os_fault
+from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.artifacts.named import may_read
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.reading import MANIFEST_BYTES, check_regular, parse_json, read_file
+from dqtool.artifacts.records import EvalRecord, InputRecord
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 from dqtool.page.comparison import FORMAT as TABLE_FORMAT
 from dqtool.page.comparison import REFERENCE
@@ -46,19 +48,29 @@ class Result:
     bits: str = ""  # the column `bits` of the table, such as `4/4`
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> EvalRecord:
         """Figures that `dqtool eval` recorded."""
-        return self.manifest.metrics
+        return self.manifest.evaluation
+
+    @property
+    def source_sha256(self) -> str | None:
+        """Digest of the full-precision model."""
+        return None if self.manifest.model is None else self.manifest.model.source_sha256
+
+    @property
+    def figures(self) -> JsonObject:
+        """Metrics by key, the figures among them."""
+        return self.metrics.as_read
 
     @property
     def measured_sha256(self) -> str:
         """Digest (sha256) of the measured artifact."""
-        return str(self.manifest.inputs[0]["sha256"]) if self.manifest.inputs else ""
+        return self.manifest.inputs[0].sha256 if self.manifest.inputs else ""
 
     @property
     def quantized_reference(self) -> str | None:
         """Description, by eval, of a reference other than the full-precision model; None if there is no other."""
-        return self.metrics.get("reference_is")
+        return self.metrics.reference_is
 
     def open(self, stage: str) -> Artifact:
         """Open the artifact of a stage, and verify its data.
@@ -243,20 +255,20 @@ def _file_artifact(note: Path, manifest: Manifest, found: _Found) -> None:
 
 def _join_chain(result: Result, found: _Found) -> None:
     """Find the chain of a result: follow the inputs' sha256 from the measured artifact back to `dilate`."""
-    entry: Mapping[str, Any] | None = result.manifest.inputs[0] if result.manifest.inputs else None
-    while entry is not None and entry["stage"] in _PARTICIPLES:
-        known = found.artifacts.get(entry["sha256"]) or _where_it_was(entry, result.path)
+    entry = result.manifest.inputs[0] if result.manifest.inputs else None
+    while entry is not None and entry.stage in _PARTICIPLES:
+        known = found.artifacts.get(entry.sha256) or _where_it_was(entry, result.path)
         if known is None:
             return
-        result.chain[entry["stage"]], result.manifests[entry["stage"]] = known
+        result.chain[entry.stage], result.manifests[entry.stage] = known
         inputs = known[1].inputs
         entry = inputs[0] if inputs else None
 
 
-def _where_it_was(entry: Mapping[str, Any], beside: Path) -> tuple[Path, Manifest] | None:
+def _where_it_was(entry: InputRecord, beside: Path) -> tuple[Path, Manifest] | None:
     """Return the artifact at the path that the stage after it recorded; None if another one is there now, or it lies
     neither beside the result nor where the user had dqtool write."""
-    path = Path(entry["name"])
+    path = Path(entry.name)
     if not may_read(path, [beside]):
         return None
     note = manifest_path(path)
@@ -264,23 +276,23 @@ def _where_it_was(entry: Mapping[str, Any], beside: Path) -> tuple[Path, Manifes
         manifest = Manifest.from_json(read_file(note, MANIFEST_BYTES), str(note))
     except (OSError, DqtoolError):
         return None
-    return (path, manifest) if Artifact(path, str(path), manifest).sha256 == entry["sha256"] else None
+    return (path, manifest) if Artifact(path, str(path), manifest).sha256 == entry.sha256 else None
 
 
 def _join_picture(result: Result, found: _Found) -> None:
     """Find the sample grid: the file with the recorded sha256, else a picture with the result's name."""
-    recorded = result.metrics.get("grid")
-    if isinstance(recorded, dict) and "sha256" in recorded:
-        given = str(result.manifest.parameters.get("grid"))
-        near = [*_beside(result, recorded.get("file")), *([Path(given)] if may_read(given, [result.path]) else [])]
+    recorded = result.metrics.grid
+    if recorded is not None and recorded.sha256 is not None:
+        given = str(result.manifest.parameters.grid)
+        near = [*_beside(result, recorded.file), *([Path(given)] if may_read(given, [result.path]) else [])]
         for path in [*near, *found.pictures]:
-            if path.is_file() and sha256_file(path) == recorded["sha256"]:
+            if path.is_file() and sha256_file(path) == recorded.sha256:
                 result.picture = path
                 return
     namesake = next(iter(_beside(result, f"{result.path.stem}.png")), None)
     if namesake is not None and namesake.is_file():
         result.picture = namesake
-        if recorded:
+        if recorded is not None:
             result.picture_note = f"{namesake.name} is next to the report, but differs from the file that eval wrote."
 
 
@@ -315,7 +327,7 @@ def chain_key(result: Result) -> str:
     """
     model = result.manifest.model
     identity = {name: value for name, (value, _) in _conditions(result).items()}
-    return canonical_json({"model": model.get("source_sha256") or model.get("source")} | identity)
+    return canonical_json({"model": result.source_sha256 or (model and model.source)} | identity)
 
 
 def differences(result: Result, others: Sequence[Result]) -> list[str]:
@@ -328,15 +340,18 @@ def differences(result: Result, others: Sequence[Result]) -> list[str]:
 def _conditions(result: Result) -> dict[str, tuple[Any, str]]:
     """Return by name the conditions that figures depend on besides network and seed: (value, value in words)."""
     given, metrics = result.manifest.parameters, result.metrics
-    sampling = (result.manifest.pipeline or {}).get("sampling") or {}
-    images, steps, eta = metrics.get("samples"), given.get("steps") or sampling.get("steps"), sampling.get("eta")
-    scheduler, sampler = sampling.get("scheduler", {}).get("_class_name"), given.get("sampler")
-    guidance = sampling.get("guidance") if given.get("guidance") is None else max(float(given["guidance"]), 1.0)
-    prompts, side, corrected = given.get("prompts"), given.get("image_size"), bool(given.get("correct_noise"))
+    sampling = result.manifest.sampling
+    images, eta = metrics.samples, None if sampling is None else sampling.eta
+    steps = given.steps or (None if sampling is None else sampling.steps)
+    scheduler = None if sampling is None else sampling.scheduler.get("_class_name")
+    guidance = None if sampling is None else sampling.guidance
+    if given.guidance is not None:
+        guidance = max(float(given.guidance), 1.0)
+    sampler, prompts, side, corrected = given.sampler, given.prompts, given.image_size, given.correct_noise
     digest = None if prompts is None else hashlib.sha256(canonical_json(prompts).encode()).hexdigest()
-    statistics = given.get("files", {}).get("ref_stats", {})
-    judged = statistics.get("sha256")
-    reference = None if result.quantized_reference is None else result.manifest.inputs[1]["sha256"]
+    statistics = given.files.get("ref_stats")
+    judged = None if statistics is None else statistics.sha256
+    reference = None if result.quantized_reference is None else result.manifest.inputs[1].sha256
     return {
         "images": (images, "no images" if images is None else f"{images} images"),
         "sampler": ([scheduler, sampler], sampler or scheduler or "the pipeline's own sampler"),
@@ -346,7 +361,10 @@ def _conditions(result: Result) -> dict[str, tuple[Any, str]]:
         "prompts": (digest, _or("the model's own prompts", digest, f"{len(prompts or ())} prompts")),
         "image_size": (side, "whole images" if side is None else f"centres of {side} pixels"),
         "correct_noise": (corrected, f"with{'' if corrected else 'out'} PTQD's correction"),
-        "ref_stats": (judged, _or("no reference statistics", judged, f"reference statistics {statistics.get('file')}")),
+        "ref_stats": (
+            judged,
+            _or("no reference statistics", judged, f"reference statistics {statistics and statistics.file}"),
+        ),
         "reference": (reference, _or(f"against {REFERENCE}", reference, f"against {result.quantized_reference}")),
     }
 

@@ -33,13 +33,12 @@ def results_section(results: Sequence[Result], others: Sequence[Result] = ()) ->
 
     The heading names what differs from `others`, results of the same model that have sections of their own.
     """
-    model, parameters = results[0].manifest.model, results[0].manifest.parameters
-    source = str(model.get("source", "?")).rstrip("/")
-    sampling = (results[0].manifest.pipeline or {}).get("sampling") or {}
-    parts = [f"{model.get('class', '?')} with {model.get('parameters', 0) / 1e6:.2f} M parameters"]
-    if sampling:
-        steps = parameters.get("steps") or sampling.get("steps")
-        parts.append(f"{sampling['scheduler']['_class_name']}, {steps} steps, eta {sampling.get('eta', 0):g}")
+    model, sampling = results[0].manifest.network, results[0].manifest.sampling
+    source = model.source.rstrip("/")
+    parts = [f"{model.class_name} with {model.parameters / 1e6:.2f} M parameters"]
+    if sampling is not None:
+        steps = results[0].manifest.parameters.steps or sampling.steps
+        parts.append(f"{sampling.scheduler['_class_name']}, {steps} steps, eta {sampling.eta:g}")
     title = ", ".join([source.removeprefix("zoo:").rsplit("/", 1)[-1], *differences(results[0], others)])
     section = Section(title, [Paragraph("; ".join(parts) + ".")], 2, "Models")
     section.blocks.append(result_table(results))
@@ -60,7 +59,7 @@ def quality_section(results: Sequence[Result], benches: Sequence[Bench]) -> Sect
     quantized = results[0].quantized_reference
     reference = REFERENCE if quantized is None else "reference"
     measures = [_relative(results, key, reference)]
-    if key != "psnr" and any("psnr" in figures_of(r.metrics) for r in results):
+    if key != "psnr" and any("psnr" in figures_of(r.figures) for r in results):
         measures.append(_absolute(results, "psnr"))
     charts, missing = [], []
     for cost in COSTS:
@@ -99,7 +98,7 @@ def _relative(results: Sequence[Result], key: str, reference: str) -> Measure:
 
     Ratios keep one bad result from pressing the others together.
     """
-    found = [(figures_of(r.metrics).get(key), figures_of(r.metrics.get("reference", {})).get(key)) for r in results]
+    found = [(figures_of(r.figures).get(key), figures_of(r.metrics.reference).get(key)) for r in results]
     if any(value is not None and not full for value, full in found):
         return _absolute(results, key)
     ratios = [value / full if value is not None and full else None for value, full in found]
@@ -107,7 +106,7 @@ def _relative(results: Sequence[Result], key: str, reference: str) -> Measure:
 
 
 def _absolute(results: Sequence[Result], key: str) -> Measure:
-    values = [figures_of(result.metrics).get(key) for result in results]
+    values = [figures_of(result.figures).get(key) for result in results]
     return figure(key).heading, [None if v is None else v * figure(key).scale for v in values], None
 
 
@@ -120,7 +119,7 @@ def samples_section(results: Sequence[Result]) -> Section:
         if uri is None:
             absent.append(result.name if result.picture is None else f"{result.name} (its picture is too large)")
             continue
-        seed = result.manifest.parameters.get("seed")
+        seed = result.manifest.parameters.seed
         pictures.append(Picture(f"{number} {result.name}: the same noise (seed {seed}) in the same place", uri))
         notes += [result.picture_note] if result.picture_note else []
     if pictures:
@@ -139,7 +138,7 @@ def error_sections(
     drawn = numbered[:SERIES]
     layers = Section("Error by layer")
     charts = []
-    recorded = [(n, r, r.metrics.get("layer_errors") or {}) for n, r in drawn]
+    recorded = [(n, r, r.metrics.layer_errors) for n, r in drawn]
     charts += _layer_chart(
         "Output of a layer",
         "|y' − y|² / |y|²",
@@ -288,12 +287,12 @@ def _warnings(results: Sequence[Result]) -> list[Block]:
     notes: list[Block] = []
     few = []
     for number, result in enumerate(results, start=1):
-        images = result.metrics.get("samples")
+        images = result.metrics.samples
         for key, each in extractors(result.metrics):
-            features = _DIMENSIONS.get(key, each.get("features") if key.startswith("fd.") else None)
-            if features is not None and isinstance(images, int) and images < minimum_samples(features):
+            features = _DIMENSIONS.get(key, each.features if key.startswith("fd.") else None)
+            if features is not None and images is not None and images < minimum_samples(features):
                 few.append((str(number), minimum_samples(features)))
-        missed = result.metrics.get("missed_timesteps")
+        missed = result.metrics.missed_timesteps
         if missed:
             notes.append(Note(f"{number}: {len(missed)} sampled timesteps are not among the calibrated ones."))
     if few:
@@ -318,7 +317,7 @@ def _left_out(results: Sequence[Result], missing: Mapping[str, str]) -> list[Blo
         Omission(f"errors of weights and activations of {', '.join(names)}: {reason}")
         for reason, names in reasons.items()
     ]
-    without = [r.name for r in results if not r.metrics.get("layer_errors")]
+    without = [r.name for r in results if not r.metrics.layer_errors]
     if without:
         blocks.append(Omission(f"errors of layers' outputs of {', '.join(without)}: eval did not record them"))
     return blocks

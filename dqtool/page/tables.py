@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dqtool.artifacts.jsonvalues import JsonObject
+from dqtool.artifacts.records import CostRecord, ScalingRecord
+from dqtool.metrics import value_of
 from dqtool.page.comparison import REFERENCE
 from dqtool.page.document import Cell, Table
 from dqtool.page.figures import RATIO, extractors, figure, figures_of, method_of, seconds_of
@@ -21,18 +24,24 @@ NOTHING = Cell("–")
 
 def result_table(results: Sequence[Result]) -> Table:
     """Return the results of one model, the reference first: method, bits, figures, size, bit operations, time to quantize."""
-    keys = list(dict.fromkeys(key for result in results for key in figures_of(result.metrics)))
+    keys = list(dict.fromkeys(key for result in results for key in figures_of(result.figures)))
     best = {key: _best(key, results) for key in keys}
     columns = ["#", "result", "bits", "method", "images", *(figure(key).heading for key in keys)]
     columns += ["size, MB ↓", "bit operations, G ↓", "quantized in"]
     rows = [_reference_row(result, keys) for result in _with_own_reference(results)]
     for number, result in enumerate(results, start=1):
-        values = figures_of(result.metrics)
+        values = figures_of(result.figures)
         method, detail = method_of(result)
         seconds = seconds_of(result)
-        row = [Cell(str(number)), Cell(result.name), Cell(result.bits), Cell(method, detail), _images(result.metrics)]
-        row += [_figure_cell(result.metrics, key, best[key] is result) if key in values else NOTHING for key in keys]
-        row += _costs(result.metrics.get("cost"))
+        row = [
+            Cell(str(number)),
+            Cell(result.name),
+            Cell(result.bits),
+            Cell(method, detail),
+            _images(result.metrics.samples),
+        ]
+        row += [_figure_cell(result.figures, key, best[key] is result) if key in values else NOTHING for key in keys]
+        row += _costs(result.metrics.cost)
         rows.append([*row, NOTHING if seconds is None else Cell(format_seconds(seconds))])
     quantized = results[0].quantized_reference
     compared = "× and ÷ compare" if quantized is None else f"× compares with {quantized}, ÷"
@@ -47,8 +56,8 @@ def extractor_text(results: Sequence[Result]) -> str | None:
     named: dict[str, dict[str, None]] = {}
     for result in results:
         for key, each in extractors(result.metrics):
-            features = f"{each['features']} features, " if "features" in each else ""
-            network = f"{each.get('name', '?')} ({features}sha256 {str(each.get('sha256', '?'))[:12]}…)"
+            features = "" if each.features is None else f"{each.features} features, "
+            network = f"{each.name or '?'} ({features}sha256 {(each.sha256 or '?')[:12]}…)"
             named.setdefault(network, {})[figure(key).label] = None
     parts = [f"{', '.join(labels)}: {network}" for network, labels in named.items()]
     return f"Features of {'; '.join(parts)}." if parts else None
@@ -82,20 +91,20 @@ def error_table(results: Sequence[Result], errors: Mapping[str, Errors]) -> Tabl
 
 def layer_table(result: Result, errors: Errors | None) -> Table:
     """Return every layer of one result, with its bits and errors."""
-    recorded: Mapping[str, float] = result.metrics.get("layer_errors", {})
+    recorded = result.metrics.layer_errors
     rows = []
     for layer in result.manifest.layers:
-        name = layer["name"]
+        name = layer.name
         weights = None if errors is None else errors.weights.get(name)
         inputs = None if errors is None else errors.activations.get(name)
-        scaling = layer.get("scaling") or {}
+        scaling = layer.scaling or ScalingRecord()
         rows.append(
             [
                 Cell(name),
-                Cell("/".join(map(str, layer["bits"])) if "bits" in layer else "float"),
-                Cell(f"{layer['macs'] / 1e6:.2f}"),
-                Cell(f"{100 * scaling['unsaturated_share']:.0f}") if "unsaturated_share" in scaling else NOTHING,
-                Cell(f"{scaling['max']:.2f}") if "max" in scaling else NOTHING,
+                Cell("float" if layer.bits is None else "/".join(map(str, layer.bits))),
+                Cell(f"{layer.macs / 1e6:.2f}"),
+                NOTHING if scaling.unsaturated_share is None else Cell(f"{100 * scaling.unsaturated_share:.0f}"),
+                NOTHING if scaling.max is None else Cell(f"{scaling.max:.2f}"),
                 Cell(compact(recorded[name])) if name in recorded else NOTHING,
                 Cell(compact(weights.total)) if weights else NOTHING,
                 Cell(compact(sum(p.total for p in inputs) / len(inputs))) if inputs else NOTHING,
@@ -140,29 +149,29 @@ def making_tables(results: Sequence[Result]) -> list[Table]:
     rows, parameters = [], []
     for result in results:
         manifest, given = result.manifest, result.manifest.parameters
-        stage = (manifest.inputs[0]["stage"] if manifest.inputs else None) or "model"
-        versions = manifest.environment.get("versions", {})
-        sampling = (manifest.pipeline or {}).get("sampling") or {}
+        stage = (manifest.inputs[0].stage if manifest.inputs else None) or "model"
+        versions, sampling = manifest.environment.versions, manifest.sampling
+        scheduler = "?" if sampling is None else sampling.scheduler.get("_class_name", "?")
+        steps = given.steps or ("?" if sampling is None else sampling.steps)
+        runtime = result.metrics.runtime or given.runtime or "–"
         times = [f"{s} {format_seconds(m.seconds)}" for s, m in reversed(result.manifests.items()) if s != "export"]
         rows.append(
             [
                 Cell(result.name),
                 Cell(f"{stage} {result.measured_sha256[:12]}…"),
-                Cell(str(manifest.model.get("source", "?"))),
-                Cell(
-                    f"{sampling.get('scheduler', {}).get('_class_name', '?')}, {given.get('steps') or sampling.get('steps', '?')} steps"
-                ),
-                Cell(str(given.get("seed", "–"))),
-                Cell(runtime_name(str(manifest.metrics.get("runtime") or given.get("runtime", "–")))),
-                Cell(
-                    f"{manifest.environment.get('device', '?')}, {manifest.environment.get('threads') or '?'} threads"
-                ),
+                Cell("?" if manifest.model is None else manifest.model.source),
+                Cell(f"{scheduler}, {steps} steps"),
+                Cell("–" if given.seed is None else str(given.seed)),
+                Cell(runtime_name(runtime)),
+                Cell(f"{manifest.environment.device or '?'}, {manifest.environment.threads or '?'} threads"),
                 Cell(", ".join([*times, f"eval {format_seconds(manifest.seconds)}"])),
                 Cell(" ".join(f"{name} {version}" for name, version in sorted(versions.items()))),
             ]
         )
         stages = [*reversed(result.manifests.items()), ("eval", manifest)]
-        parameters += [[Cell(result.name), Cell(stage), Cell(_flat(known.parameters))] for stage, known in stages]
+        parameters += [
+            [Cell(result.name), Cell(stage), Cell(_flat(known.parameters.as_read))] for stage, known in stages
+        ]
     columns = ["result", "measured", "model", "sampler", "seed", "runtime", "device", "time", "versions"]
     return [
         Table("Measured artifacts, and the software that measured them", columns, rows),
@@ -174,41 +183,40 @@ def _with_own_reference(results: Sequence[Result]) -> list[Result]:
     """Return one result for each different reference. Its figures depend on the number of images and their seed."""
     found: dict[tuple[Any, Any], Result] = {}
     for result in results:
-        if "reference" in result.metrics or "cost" in result.metrics:
-            reference = result.metrics.get("reference", {})
-            found.setdefault((reference.get("samples"), result.manifest.parameters.get("seed")), result)
+        if result.metrics.reference or result.metrics.cost is not None:
+            images = result.metrics.reference.get("samples")
+            found.setdefault((images, result.manifest.parameters.seed), result)
     several = [result for (images, _), result in found.items() if images is not None]
     return several or [result for result in found.values() if result.quantized_reference is None][:1]
 
 
 def _reference_row(result: Result, keys: Sequence[str]) -> list[Cell]:
-    reference, cost = result.metrics.get("reference", {}), result.metrics.get("cost", {})
+    reference, cost = result.metrics.reference, result.metrics.cost
     values = figures_of(reference)
     quantized = result.quantized_reference
     named = [Cell(REFERENCE), Cell("32/32")] if quantized is None else [Cell(quantized), NOTHING]
-    row = [Cell(""), *named, NOTHING, _images(reference)]
+    row = [Cell(""), *named, NOTHING, _images(reference.get("samples"))]
     row += [_figure_cell(reference, key, False) if key in values else NOTHING for key in keys]
-    size, operations = (cost.get(f"{each}_float32") if quantized is None else None for each in ("bytes", "bops"))
-    row += [NOTHING if size is None else Cell(f"{size / 1e6:.2f}")]
-    row += [NOTHING if operations is None else Cell(f"{operations / 1e9:.2f}")]
-    return [*row, NOTHING]
+    if cost is None or quantized is not None:
+        return [*row, NOTHING, NOTHING, NOTHING]
+    return [*row, Cell(f"{cost.bytes_float32 / 1e6:.2f}"), Cell(f"{cost.bops_float32 / 1e9:.2f}"), NOTHING]
 
 
-def _costs(cost: Mapping[str, Any] | None) -> list[Cell]:
+def _costs(cost: CostRecord | None) -> list[Cell]:
     if cost is None:
         return [NOTHING, NOTHING]
     return [
-        Cell(f"{cost['bytes'] / 1e6:.2f}", f"÷{cost['size_ratio']:.1f}"),
-        Cell(f"{cost['bops'] / 1e9:.2f}", f"÷{cost['bops_ratio']:.1f}"),
+        Cell(f"{cost.bytes / 1e6:.2f}", f"÷{cost.size_ratio:.1f}"),
+        Cell(f"{cost.bops / 1e9:.2f}", f"÷{cost.bops_ratio:.1f}"),
     ]
 
 
-def _images(metrics: Mapping[str, Any]) -> Cell:
-    return Cell(str(metrics["samples"])) if "samples" in metrics else NOTHING
+def _images(count: int | None) -> Cell:
+    return NOTHING if count is None else Cell(str(count))
 
 
-def _figure_cell(metrics: Mapping[str, Any], key: str, best: bool) -> Cell:
-    deviation, ratio = metrics.get(f"{key}.std"), metrics.get(key + RATIO)
+def _figure_cell(metrics: JsonObject, key: str, best: bool) -> Cell:
+    deviation, ratio = value_of(metrics, f"{key}.std"), metrics.get(key + RATIO)
     detail = f"×{ratio:.2f}" if isinstance(ratio, float) else ""
     return Cell(figure(key).text(figures_of(metrics)[key], deviation), detail, best)
 
@@ -216,10 +224,10 @@ def _figure_cell(metrics: Mapping[str, Any], key: str, best: bool) -> Cell:
 def _best(key: str, results: Sequence[Result]) -> Result | None:
     """Return the best of at least two results; None if the figure has no better direction."""
     better = figure(key).better
-    having = [result for result in results if key in figures_of(result.metrics)]
+    having = [result for result in results if key in figures_of(result.figures)]
     if not better or len(having) < 2:
         return None
-    return max(having, key=lambda result: better * figures_of(result.metrics)[key])
+    return max(having, key=lambda result: better * figures_of(result.figures)[key])
 
 
 def _error_cells(parts: Sequence[Parts]) -> list[Cell]:
@@ -231,7 +239,7 @@ def _error_cells(parts: Sequence[Parts]) -> list[Cell]:
     return [Cell(compact(total)), Cell(f"{100 * share:.1f}")]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> str:
+def _flat(values: JsonObject, prefix: str = "") -> str:
     """Return nested parameters as `a=1 b.c=2`."""
     parts = []
     for key, value in values.items():

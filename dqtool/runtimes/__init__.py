@@ -143,7 +143,7 @@ def integer_report(network: nn.Module) -> dict[str, str]:
 
 
 def _check_format(artifact: Artifact, runtime: str) -> None:
-    exported_as = artifact.manifest.parameters["format"]
+    exported_as = artifact.manifest.parameters.format or ""
     readers = READERS.get(exported_as)
     if readers is not None and (not readers or runtime not in ("auto", *readers)):
         raise ArtifactError(
@@ -183,7 +183,7 @@ def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
 
 
 def _load_fastest(artifact: Artifact, batch: int | None) -> nn.Module:
-    readers = READERS.get(artifact.manifest.parameters["format"])
+    readers = READERS.get(artifact.manifest.parameters.format or "")
     if readers is not None:
         return _load(_ready(RUNTIMES[readers[0]]), artifact)
     names, why = order(artifact, batch)

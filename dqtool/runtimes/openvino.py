@@ -91,7 +91,7 @@ def integer_report(network: nn.Module) -> dict[str, str]:
         return {}
     compiled = next(reversed(network._requests.values()))[0].get_compiled_model()
     integers = integer_layers(compiled)
-    names = [layer["name"] for layer in network.artifact.manifest.layers]
+    names = [layer.name for layer in network.artifact.manifest.layers]
     return {name: "int8" if name in integers else "float" for name in names}
 
 
@@ -110,11 +110,11 @@ class OpenVINONetwork(Fixed, ModelMixin):
         import openvino
         from diffusers.configuration_utils import FrozenDict
 
-        model = artifact.manifest.model
+        model = artifact.manifest.network
         self.artifact, self.precision = artifact, precision
         self._dtype = torch.float32
-        self.family = family_of(model["class"], artifact.given, model["config"])
-        self.config = FrozenDict(model["config"])
+        self.family = family_of(model.class_name, artifact.given, model.config)
+        self.config = FrozenDict(model.config)
         if self.config.get("addition_embed_type") == "text_time":
             width = self.config["projection_class_embeddings_input_dim"]
             self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
@@ -249,7 +249,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
     ) -> Any:
         """The graph at these shapes; without them it is kept in `folder`."""
         traced = nested_arguments({**constants, **tensors})
-        if self.artifact.manifest.parameters["format"] == "openvino":
+        if self.artifact.manifest.parameters.format == "openvino":
             self._check_constants(constants)
             model = self._exported_graph()
         else:
@@ -269,7 +269,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
             self._check_size(known, shapes)
             model.reshape({port: shapes[name] for name, port in known.items()})
         except RuntimeError as e:
-            if self.artifact.manifest.parameters["format"] == "openvino":
+            if self.artifact.manifest.parameters.format == "openvino":
                 raise UsageError(
                     f"The exported graph can't take inputs of the shapes {shapes}",
                     where=self.artifact.given,
@@ -302,7 +302,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
     def _build(self, arguments: Mapping[str, Any]) -> Any:
         manifest = self.artifact.manifest
         state = exported_tensors(self.artifact)
-        network = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state)
+        network = packed_network(manifest.network.class_name, manifest.network.config, plans_of(manifest), state)
         set_correcting(network, is_correcting(self))
         try:
             return build_ir(network, self.family, arguments, saturates())
@@ -336,7 +336,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
 
     def _timesteps(self) -> Tensor:
         manifest = self.artifact.manifest
-        if manifest.parameters["format"] == "dq":
+        if manifest.parameters.format == "dq":
             return exported_tensors(self.artifact)["timesteps"]
         graph = self._exported_graph()
         try:

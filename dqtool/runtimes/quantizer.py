@@ -12,7 +12,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.artifacts import Manifest, read_manifest
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.artifacts.records import LayerRecord
 from dqtool.artifacts.schema import record
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
@@ -63,8 +64,8 @@ class DqtoolConfig(QuantizationConfigMixin):
         runtime: str | None = None,
         format: str = FORMAT,
         timesteps: int = 0,
-        layers: list[dict[str, Any]] | None = None,
-        prediction: Mapping[str, Any] | list[int] | None = None,
+        layers: Sequence[JsonObject] | None = None,
+        prediction: Mapping[str, Sequence[int]] | list[int] | None = None,
         static: bool = True,
         corrected_for: Mapping[str, Any] | None = None,
         modules_to_not_convert: list[str] | None = None,
@@ -100,12 +101,12 @@ class DqtoolConfig(QuantizationConfigMixin):
         config = cls(**{k: v for k, v in (config_dict | kwargs).items() if k in fields})
         return (config, {}) if return_unused_kwargs else config
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that an export's `config.json` holds."""
+    def to_dict(self) -> dict[str, Json]:
+        """Return the fields that an export's `config.json` holds."""
         return quantization_config(self.layers, self.timesteps, self.prediction, self.static, self.corrected_for)
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """All fields: none has a default."""
+    def to_diff_dict(self) -> dict[str, Json]:
+        """Return all fields: none has a default."""
         return self.to_dict()
 
 
@@ -287,10 +288,11 @@ def checked_plans(records: Any, network: nn.Module) -> list[LayerPlan]:
     Raises:
         ArtifactError: a record has a wrong type or size, or its layer is not the network's.
     """
+    layers = []
     try:
         for number, each in enumerate(records):
-            record(each, LayerRecord, f"quantization_config.layers[{number}]")
-            if each.get("bits") is None or each.get("dilated") is None:
+            layers.append(record(each, LayerRecord, f"quantization_config.layers[{number}]"))
+            if layers[-1].bits is None or layers[-1].dilated is None:
                 raise ValueError(
                     f"quantization_config.layers[{number}] has no bits or does not say whether it is dilated"
                 )
@@ -298,7 +300,7 @@ def checked_plans(records: Any, network: nn.Module) -> list[LayerPlan]:
         raise ArtifactError(
             f"This export describes its layers wrongly: {error}", where="config.json", fix="Export the network again"
         ) from error
-    plans = plans_from(records)
+    plans = plans_from(layers)
     check_plans(network, plans)
     return plans
 

@@ -20,12 +20,12 @@ def load(artifact: Artifact) -> nn.Module:
     """Load the network of an exported directory; a dense export gives the plain float network."""
     manifest = artifact.manifest
     state = exported_tensors(artifact)
-    if manifest.parameters["format"] == "dense":
-        return build_network(manifest.model["class"], manifest.model["config"], state, artifact.given)
+    if manifest.parameters.format == "dense":
+        return build_network(manifest.network.class_name, manifest.network.config, state, artifact.given)
     return one_call_at_a_time(
         packed_network(
-            manifest.model["class"],
-            manifest.model["config"],
+            manifest.network.class_name,
+            manifest.network.config,
             plans_of(manifest),
             state,
             is_static(manifest, step_count(state)),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from dqtool.artifacts import DeferredTensors
+from dqtool.artifacts.records import LayerRecord
 from dqtool.core.threads import operation_threads
 from dqtool.graph.trace import LayerInfo
+from dqtool.models.networks.packed import layer_record
 from dqtool.scaling.choosing import choose_by_weights
 from dqtool.scaling.folding import Fold, fold_scales
 from dqtool.scaling.methods import ScalingMethod
@@ -33,8 +34,8 @@ class Dilated:
 
     tensors: DeferredTensors
     scales: dict[str, Tensor]
-    records: list[dict[str, Any]]
-    metrics: dict[str, Any]
+    records: list[LayerRecord]
+    metrics: dict[str, float]
 
 
 def dilate_network(
@@ -55,14 +56,14 @@ def dilate_network(
     tensors = DeferredTensors(dict(state))
     records = []
     for info in layers:
-        record = {key: value for key, value in asdict(info).items() if key != "rotation"}
+        record = layer_record(info)
         if info.name in scales:
             name, scale = f"{info.name}.weight", scales[info.name]
             # Computed when it is written, so that the whole network need not fit into memory twice.
             rows = partial(_scaled_rows, method, state[name], scale, info.groups)
             tensors.defer(name, state[name], rows, rows if info.groups == 1 else None)
             tensors[f"{info.name}.dilation"] = scale
-            record["scaling"] = scaling_record(method, chosen[info.shares or info.name])
+            record = replace(record, scaling=scaling_record(method, chosen[info.shares or info.name]))
         records.append(record)
     folded = fold_scales(tensors, folds, crossing=True)
     scales = {name: scale for name, scale in scales.items() if name not in folded}

@@ -73,10 +73,10 @@ def learn_scaling(manifest: Manifest, student: nn.Module) -> dict[str, Fold]:
         if members[0].rotation:
             continue
         scaling = scaling_of(manifest, owner)
-        method = METHODS.get(scaling.get("asked", scaling.get("method", "")))
-        if method is not None and method.learning_rate and "folded_into" not in scaling:
+        method = METHODS.get(scaling.asked or scaling.method or "")
+        if method is not None and method.learning_rate and scaling.folded_into is None:
             rates[owner] = method.learning_rate
-            if method.learns_shift and "shifted_in" in scaling:
+            if method.learns_shift and scaling.shifted_in is not None:
                 shifted.add(owner)
     shifts: dict[str, Fold] = {}
     if shifted:

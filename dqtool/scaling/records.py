@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dqtool import report
 from dqtool.artifacts import Manifest
+from dqtool.artifacts.records import LayerRecord, ScalingRecord
 from dqtool.graph.trace import LayerInfo
 from dqtool.scaling.groups import scaling_groups
 from dqtool.scaling.methods import METHODS, ScalingMethod, ScalingResult
@@ -19,10 +20,10 @@ __all__ = [
     "layer_scales",
     "method_used",
     "report_scaling",
-    "scale_figures",
     "scaling_metrics",
     "scaling_of",
     "scaling_record",
+    "with_figures",
     "with_folds",
     "with_learned_scales",
 ]
@@ -43,20 +44,22 @@ def method_used(asked: ScalingMethod, result: ScalingResult) -> ScalingMethod:
     return asked if result.method is None else METHODS[result.method]
 
 
-def scaling_record(asked: ScalingMethod, result: ScalingResult) -> dict[str, Any]:
+def scaling_record(asked: ScalingMethod, result: ScalingResult) -> ScalingRecord:
     """Return a layer's `scaling` entry in the manifest."""
     used = method_used(asked, result)
-    return {"method": used.name, **scale_figures(result.scale), **({} if used is asked else {"asked": asked.name})}
+    made = ScalingRecord(used.name, asked=None if used is asked else asked.name)
+    return with_figures(made, result.scale)
 
 
-def scale_figures(scale: Tensor) -> dict[str, float]:
-    """Return the share of a layer's factors `[C_in]` above 1, their mean, maximum and mean inverse."""
-    return {
-        "unsaturated_share": float((scale > 1).float().mean()),
-        "mean": float(scale.mean()),
-        "max": float(scale.max()),
-        "mean_inverse": float((1 / scale).mean()),
-    }
+def with_figures(record: ScalingRecord, scale: Tensor) -> ScalingRecord:
+    """Return the record with the share of a layer's factors `[C_in]` above 1, their mean, maximum and mean inverse."""
+    return replace(
+        record,
+        unsaturated_share=float((scale > 1).float().mean()),
+        mean=float(scale.mean()),
+        max=float(scale.max()),
+        mean_inverse=float((1 / scale).mean()),
+    )
 
 
 def scaling_metrics(scales: Mapping[str, Tensor]) -> dict[str, float]:
@@ -69,58 +72,59 @@ def scaling_metrics(scales: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
-def scaling_of(manifest: Manifest, name: str) -> dict[str, Any]:
-    """Return a layer's `scaling` entry; empty for a layer that is not scaled."""
-    return next(layer.get("scaling", {}) for layer in manifest.layers if layer["name"] == name)
+def scaling_of(manifest: Manifest, name: str) -> ScalingRecord:
+    """Return a layer's `scaling` entry; an empty one for a layer that is not scaled."""
+    return next(layer.scaling or ScalingRecord() for layer in manifest.layers if layer.name == name)
 
 
 def dilated_layers(manifest: Manifest) -> set[str]:
     """Return the names of the layers that divide their input, in a dilated or calibrated artifact."""
     return {
-        layer["name"]
+        layer.name
         for layer in manifest.layers
-        if "scaling" in layer and "folded_into" not in layer["scaling"] and not layer.get("rotation")
+        if layer.scaling is not None and layer.scaling.folded_into is None and not layer.rotation
     }
 
 
 def with_learned_scales(
-    records: Sequence[dict[str, Any]], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> list[dict[str, Any]]:
+    records: Sequence[LayerRecord], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> list[LayerRecord]:
     """Return the layers' records with the figures of factors that training moved.
 
     `before` and `after` hold `X.dilation` before and after training.
     """
     updated = []
     for record in records:
-        name = f"{record['name']}.dilation"
+        name = f"{record.name}.dilation"
         if name in before and name in after and not torch.equal(before[name], after[name]):
-            record = record | {"scaling": record["scaling"] | scale_figures(after[name]) | {"learned": True}}
+            scaling = replace(record.scaling or ScalingRecord(), learned=True)
+            record = replace(record, scaling=with_figures(scaling, after[name]))
         updated.append(record)
     return updated
 
 
-def with_folds(records: Sequence[dict[str, Any]], folded: Mapping[str, list[str]]) -> list[dict[str, Any]]:
+def with_folds(records: Sequence[LayerRecord], folded: Mapping[str, list[str]]) -> list[LayerRecord]:
     """Return the layers' records with the producers that their factors were folded into, by layer."""
     return [
-        record | {"scaling": record["scaling"] | {"folded_into": folded[record["name"]]}}
-        if record["name"] in folded
+        replace(record, scaling=replace(record.scaling or ScalingRecord(), folded_into=folded[record.name]))
+        if record.name in folded
         else record
         for record in records
     ]
 
 
-def report_scaling(records: Sequence[dict[str, Any]], metrics: Mapping[str, Any], error: float) -> None:
+def report_scaling(records: Sequence[LayerRecord], metrics: Mapping[str, float], error: float) -> None:
     """Show the factors on the terminal: a row for each scaled layer, and a summary."""
     rows = [
         (
-            record["name"],
-            "x".join(map(str, record["shape"])),
-            f"{record['scaling']['unsaturated_share']:.1%}",
-            f"{record['scaling']['mean_inverse']:.3f}",
-            f"{record['scaling']['max']:.2f}",
+            record.name,
+            "x".join(map(str, record.shape)),
+            f"{record.scaling.unsaturated_share:.1%}",
+            f"{record.scaling.mean_inverse:.3f}",
+            f"{record.scaling.max:.2f}",
         )
         for record in records
-        if "scaling" in record
+        if record.scaling is not None
     ]
     report.table("Weight dilation", ["layer", "weight", "unsaturated", "mean 1/s", "max s"], rows)
     report.say(

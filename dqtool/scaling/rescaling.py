@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from dqtool.artifacts import Manifest
+from dqtool.artifacts.records import LayerRecord, ScalingRecord
+from dqtool.artifacts.schema import without
 from dqtool.core.bits import LayerBits
 from dqtool.core.device import to_cpu, to_device_of
 from dqtool.core.dilation import CAP, broadcast_scale
@@ -45,8 +46,8 @@ class Rescaled:
     """
 
     tensors: dict[str, Tensor]
-    records: list[dict[str, Any]]
-    metrics: dict[str, Any]
+    records: list[LayerRecord]
+    metrics: dict[str, float]
     shifts: dict[str, Tensor]
 
 
@@ -66,7 +67,7 @@ def rescale_network(
     Raises:
         NumericError: the output with the new factors differs from the original's by more than round-off.
     """
-    layers = [info for info in layer_infos(manifest.layers) if "folded_into" not in scaling_of(manifest, info.name)]
+    layers = [info for info in layer_infos(manifest.layers) if scaling_of(manifest, info.name).folded_into is None]
     shifts: dict[str, Fold] = {}
     if method.shifts:
         shifts = find_shifts(graph_of(manifest).recording, layers)
@@ -79,32 +80,33 @@ def rescale_network(
         bits,
         shifts.keys(),
         present,
-        manifest.parameters.get("cap", CAP),
-        manifest.parameters.get("threshold", 1.0),
+        CAP if manifest.parameters.cap is None else manifest.parameters.cap,
+        1.0 if manifest.parameters.threshold is None else manifest.parameters.threshold,
     )
     scales = layer_scales(layers, {owner: result for owner, result in chosen.items() if not result.rotation})
     rotations: dict[str, int] = {}
     changed, moved = dict(tensors), {}
-    records = {record["name"]: record for record in manifest.layers}
+    records = {record.name: record for record in manifest.layers}
     for info in layers:
         name, owner = info.name, info.shares or info.name
         if info.kind == "attention":
             continue
-        record = {key: value for key, value in records[name].items() if key != "scaling"}
+        scaling: ScalingRecord | None = None
+        rotation = records[name].rotation
         before, result = tensors.get(f"{name}.dilation"), chosen.get(owner)
         if result is None:
             if before is not None:
                 changed[f"{name}.weight"] = _weight(network, name)
                 del changed[f"{name}.dilation"]
         elif result is present.get(owner):
-            record["scaling"] = records[name]["scaling"]
+            scaling = records[name].scaling
         elif result.rotation:
-            record |= {"rotation": result.rotation, "scaling": scaling_record(method, result)}
+            scaling, rotation = scaling_record(method, result), result.rotation
             rotations[name] = result.rotation
             changed[f"{name}.weight"] = rotate_weight(_weight(network, name), result.rotation)
             changed.pop(f"{name}.dilation", None)
         else:
-            record["scaling"] = scaling_record(method, result)
+            scaling = scaling_record(method, result)
             if before is None or not before.equal(scales[name]):
                 used = method_used(method, result)
                 changed[f"{name}.weight"] = used.apply(_weight(network, name), scales[name], info.groups)
@@ -112,12 +114,16 @@ def rescale_network(
             if result.shift is not None:
                 add_shift_to_bias(changed, info, _weight(network, name), result.shift)
                 moved[name] = result.shift
-                record["scaling"]["shifted_in"] = shifts[owner].names
-        records[name] = record
+                scaling = replace(scaling, shifted_in=shifts[owner].names)
+        records[name] = (
+            without(records[name], "scaling")
+            if scaling is None
+            else replace(records[name], scaling=scaling, rotation=rotation)
+        )
     for owner, result in chosen.items():
         if result.shift is not None:
             subtract_shift(changed, shifts[owner], result.shift)
-    family, config = network_of(manifest.model)
+    family, config = network_of(manifest.network)
     found = list(records.values())
     metrics = scaling_metrics(scales)
     error = check_equivalence(
@@ -150,7 +156,7 @@ def undilated_weights(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict
 def _present_factors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, ScalingResult]:
     """Return the factors that groups have in the artifact, by owner, under the method that gave them."""
     return {
-        owner: ScalingResult(tensors[f"{owner}.dilation"], method=scaling_of(manifest, owner)["method"])
+        owner: ScalingResult(tensors[f"{owner}.dilation"], method=scaling_of(manifest, owner).method)
         for owner in scaling_groups(layer_infos(manifest.layers))
         if f"{owner}.dilation" in tensors
     }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.core.device import to_device_of
 from dqtool.core.rotation import rotate
 from dqtool.errors import NumericError
@@ -28,7 +29,7 @@ def check_equivalence(
     scaled: Callable[[], Mapping[str, Tensor]],
     scales: Mapping[str, Tensor],
     family: Family,
-    config: dict[str, Any],
+    config: ForeignConfig,
     given: str,
     rotations: Mapping[str, int] | None = None,
 ) -> float:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
+from dqtool.artifacts.records import LayerRecord
 from dqtool.errors import ArtifactError, NumericError, UsageError
 from dqtool.stages.options.bench import BenchOptions
 from dqtool.stages.shared.paths import read_paths
@@ -53,7 +54,7 @@ def bench(options: BenchOptions, settings: RunSettings) -> dict[str, Any]:
         plan = {"contenders": names, "batches": list(batches), "seconds": options.seconds, "arch": options.arch}
         return {"plan": plan, "directory": options.artifact}
     artifact = _subject_artifact(options, settings)
-    names = [*_runtimes(options.runtime, artifact.manifest.parameters["format"]), *expand(options.against)]
+    names = [*_runtimes(options.runtime, artifact.manifest.parameters.format or ""), *expand(options.against)]
     import torch
 
     if options.threads is not None:
@@ -69,7 +70,7 @@ def bench(options: BenchOptions, settings: RunSettings) -> dict[str, Any]:
     medians = {batch: {name: timing.median for name, timing in found.items()} for batch, found in speed.items()}
     if remember(artifact, medians):
         report.say("bench: --runtime auto will take what was fastest here for this network")
-    result = {
+    result: dict[str, Any] = {
         "format": "dqtool-bench/1",
         "command": _command(options),
         "model": _model(artifact, options),
@@ -170,12 +171,12 @@ def _subject(artifact: Artifact, options: BenchOptions, workspace: str, threads:
 
     manifest = artifact.manifest
     timesteps = [0.0]
-    if manifest.parameters["format"] == "dq":
+    if manifest.parameters.format == "dq":
         timesteps = artifact.tensors(file=weights_file(manifest.pipeline))["timesteps"].tolist()
     return Subject(
         str(artifact.path),
-        manifest.model["class"],
-        dict(manifest.model["config"]),
+        manifest.network.class_name,
+        dict(manifest.network.config),
         timesteps,
         workspace,
         threads,
@@ -266,10 +267,10 @@ def _model(artifact: Artifact, options: BenchOptions) -> dict[str, Any]:
 
     manifest = artifact.manifest
     prefix = component_prefix(manifest.pipeline)
-    sizes = [entry["bytes"] for name, entry in (manifest.files or {}).items() if name.startswith(prefix)]
+    sizes = [entry.bytes for name, entry in (manifest.files or {}).items() if name.startswith(prefix)]
     return {
-        "class": manifest.model["class"],
-        "parameters": manifest.model.get("parameters", 0),
+        "class": manifest.network.class_name,
+        "parameters": manifest.network.parameters,
         "bits": _bits(manifest.layers),
         "file_bytes": sum(sizes),
         "arch": options.arch,
@@ -295,12 +296,12 @@ def _command(options: BenchOptions) -> str:
     return shlex.join(words if options.memory else [*words, "--no-memory"])
 
 
-def _bits(layers: Sequence[Mapping[str, Any]]) -> str:
+def _bits(layers: Sequence[LayerRecord]) -> str:
     """The bits of most layers, as `W/A`."""
     counts: dict[str, int] = {}
     for layer in layers:
-        if layer["kind"] != "attention":
-            bits = "/".join(map(str, layer["bits"]))
+        if layer.kind != "attention" and layer.bits is not None:
+            bits = "/".join(map(str, layer.bits))
             counts[bits] = counts.get(bits, 0) + 1
     return max(counts, key=lambda bits: counts[bits], default="no quantized layers")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.manifest import canonical_json
+from dqtool.artifacts.records import InputRecord, LayerRecord, PipelineRecord, SamplingRecord
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -58,7 +60,7 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     parameters = fingerprint_parameters(options, prompts)
-    inputs = [{"name": dilated.given, "sha256": dilated.sha256, "stage": dilated.stage}]
+    inputs = [InputRecord(dilated.given, dilated.sha256, dilated.stage)]
 
     def work(key: str) -> StageOutput:
         workspace = Workspace(options.output, key, forced=settings.force)
@@ -74,11 +76,11 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
     return options.output
 
 
-def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Any]:
+def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Json]:
     """Return all parameters that decide the result; `prompts` are those of the options' file (None: it is read)."""
     if prompts is None and options.prompts is not None:
         prompts = read_prompts(options.prompts)
-    parameters: dict[str, Any] = {
+    parameters: dict[str, Json] = {
         "steps": options.steps,
         "sampler": options.sampler,
         "samples": options.samples,
@@ -125,37 +127,34 @@ def produce(
     from dqtool.training.data import Trajectory
 
     manifest = dilated.manifest
-    family, config = network_of(manifest.model)
+    family, config = network_of(manifest.network)
     tensors = checked_tensors(dilated)
     choices = schedule_of(options)
-    scheduler = make_sampler((manifest.pipeline or {}).get("scheduler") or family.scheduler, options.sampler, choices)
+    pipeline = manifest.pipeline or PipelineRecord()
+    scheduler = make_sampler(pipeline.scheduler or family.scheduler, options.sampler, choices)
     check_variance(scheduler.config, config)
     images = -(-options.samples // options.steps)
     source = ConditionSource.of(options)
     conditions = conditions_of(dilated, Request(images, options.seed, options.guidance, prompts), source)
     network = teacher_of(manifest, tensors)
     listed = choices.listed(scheduler, options.steps)
-    pipeline = dict(manifest.pipeline or {})
-    sampling: dict[str, Any] = {
-        "sampler": options.sampler,
-        "scheduler": finite_config(scheduler.config) | {"_class_name": type(scheduler).__name__},
-        "steps": options.steps,
-        "eta": options.eta,
-    }
-    pipeline["sampling"] = sampling
-    if listed is not None:
-        sampling |= {"timesteps": list(listed)} | ({} if options.spacing is None else {"spacing": options.spacing})
-    if conditions.table:  # none (1) as well: what was calibrated is not what the model's card says
-        sampling["guidance"] = conditions.guidance
-        if conditions.embedded is not None:
-            sampling["embedded_guidance"] = conditions.embedded
-        if (origin := source.record()) and (conditions.random or not source.random):
-            sampling["conditions"] = origin
+    asked = bool(conditions.table)  # guidance 1 counts too: the model's card may say another
+    sampling = SamplingRecord(
+        {**finite_config(scheduler.config), "_class_name": type(scheduler).__name__},
+        options.steps,
+        options.eta,
+        options.sampler,
+        guidance=conditions.guidance if asked else None,
+        embedded_guidance=conditions.embedded if asked else None,
+        timesteps=None if listed is None else list(listed),
+        spacing=None if listed is None else options.spacing,
+        conditions=source.record() if asked and (conditions.random or not source.random) else None,
+    )
     sampler = Sampler.calibrated(family, config, sampling, conditions.guidance)
     timesteps = sampler.timesteps()
     shape = family.sample_shape(config)
     generator = torch.Generator().manual_seed(options.seed)
-    blocks = [block["name"] for block in manifest.metrics["blocks"]]
+    blocks = [block.name for block in manifest.metrics.blocks or ()]
     recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator)
     quotas = recorder.quotas(conditions, blocks)
     conditions = conditions.evenly(images_of(quotas, conditions))
@@ -180,7 +179,7 @@ def produce(
                 if progress.done == before:  # an earlier run had recorded it
                     progress.skip(runs * len(mine[step]))
 
-    everything, records, metrics = dict(tensors), manifest.layers, dict(manifest.metrics)
+    everything, records, metrics = dict(tensors), manifest.layers, manifest.metrics.to_json()
     shifts: dict[str, torch.Tensor] = {}
     if options.scaling != KEEP:
         rescaled = rescaled_by(options, manifest, tensors, network, points, per_step, workspace)
@@ -195,14 +194,16 @@ def produce(
     ratios = range_ratios(statistics, dilation)
     for name in shifts.keys() & {name.removesuffix(RANGE) for name in statistics}:
         statistics[name + RANGE] += shifts[name]  # the ranges of the inputs as the model makes them
+    ratio = sum(ratios.values()) / len(ratios) if ratios else 1.0
     metrics |= {
-        "activation_range_ratio": sum(ratios.values()) / len(ratios) if ratios else 1.0,
+        "activation_range_ratio": ratio,
         "activation_range_ratios": ratios,
         "samples_per_step": quotas.tolist(),
     }
-    report.say(f"activation range after dilation: {metrics['activation_range_ratio']:.3f} of that before (layer mean)")
+    report.say(f"activation range after dilation: {ratio:.3f} of that before (layer mean)")
     everything |= trajectory | statistics | {"timesteps": timesteps}
-    return StageOutput(everything, manifest.model, pipeline, records, metrics, attachments=dilated.attachments())
+    pipeline = replace(pipeline, sampling=sampling)
+    return StageOutput(everything, manifest.network, pipeline, records, metrics, attachments=dilated.attachments())
 
 
 def rescaled_by(
@@ -222,7 +223,7 @@ def rescaled_by(
     from dqtool.scaling.methods import scaling_method
     from dqtool.scaling.rescaling import rescale_network
 
-    family, _ = network_of(manifest.model)
+    family, _ = network_of(manifest.network)
     method = scaling_method(options.scaling)
     ranges: dict[str, Tensor] = {}
     if method.needs_statistics:
@@ -236,13 +237,13 @@ def rescaled_by(
     return rescale_network(manifest, tensors, network, method, options.layer_bits, activations)
 
 
-def samples_together(layers: Sequence[Mapping[str, Any]], batch_size: int) -> int:
+def samples_together(layers: Sequence[LayerRecord], batch_size: int) -> int:
     """Return how many samples run together: all where the network is small, few where it is large."""
-    work = sum(int(layer["macs"]) for layer in layers) or 1
+    work = sum(layer.macs for layer in layers) or 1
     return max(1, min(4 * batch_size, WORK_TOGETHER // work))
 
 
-def check_variance(scheduler: Mapping[str, Any], network: Mapping[str, Any]) -> None:
+def check_variance(scheduler: ForeignConfig, network: ForeignConfig) -> None:
     """Raise `UsageError` for a scheduler that takes a learned variance from a network that predicts none."""
     if str(scheduler.get("variance_type")).startswith("learned"):
         channels = network.get("in_channels"), network.get("out_channels")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import Written, check_writable, sha256_file
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json
+from dqtool.artifacts.records import InputRecord, ModelRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.errors import ArtifactError, DqtoolError, UsageError
 from dqtool.models.sources.example_files import example_files
 from dqtool.models.sources.resolve import ModelSource
@@ -37,7 +40,7 @@ def dilate(options: DilateOptions, settings: RunSettings) -> str:
         report.warn(source.lacks)
     reads = [*read_paths(options), *model_places(source)]
     check_writable(options.output, inputs=[*reads, *settings.reads], overwrite=settings.overwrite)
-    inputs: list[dict[str, Any]] = [{"name": source.given, "sha256": source.sha256(), "stage": None}]
+    inputs = [InputRecord(source.given, source.sha256())]
     parameters = fingerprint_parameters(options)
     run_unless_cached(
         "dilate",
@@ -52,9 +55,9 @@ def dilate(options: DilateOptions, settings: RunSettings) -> str:
     return options.output
 
 
-def fingerprint_parameters(options: DilateOptions) -> dict[str, Any]:
+def fingerprint_parameters(options: DilateOptions) -> dict[str, Json]:
     """Return all parameters that decide the result; the model that they apply to is an input."""
-    parameters: dict[str, Any] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
+    parameters: dict[str, Json] = {"scaling": options.scaling, "cap": options.cap, "fold": options.fold}
     if options.threshold != 1:
         parameters["threshold"] = options.threshold
     if options.lora:
@@ -97,19 +100,22 @@ def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
     method = scaling_method(options.scaling)
     folds = find_folds(graph.recording, traced.layers) if options.fold else []
     dilated = dilate_network(network, state, traced.layers, method, options.cap, options.threshold, folds)
-    model = {
-        "class": class_name,
-        "config": config,
-        "family": family.name,
-        "source": source.given,
-        "source_config": options.config,
-        "source_component": options.components,
-        "source_loras": list(options.lora),
-        "source_told": options.hints().record(),
-        "source_sha256": source.sha256(),
-        "parameters": sum(t.numel() for t in state.values()),
-    }
-    metrics: dict[str, Any] = {
+    model = unchecked(
+        {
+            "class": class_name,
+            "config": config,
+            "family": family.name,
+            "source": source.given,
+            "source_config": options.config,
+            "source_component": options.components,
+            "source_loras": list(options.lora),
+            "source_told": options.hints().record(),
+            "source_sha256": source.sha256(),
+            "parameters": sum(t.numel() for t in state.values()),
+        },
+        ModelRecord,
+    )
+    metrics: dict[str, Json] = {
         **dilated.metrics,
         "blocks": [{"name": block.name, "reads": sorted(block.reads)} for block in traced.blocks],
         "output_reads": sorted(traced.output_reads),
@@ -126,14 +132,14 @@ def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
 
         with operation_threads(max(1, threads - 1), then=threads):
             error = check_equivalence(network, waited, dilated.scales, family, config, source.given)
-        report_scaling(dilated.records, metrics, error)
+        report_scaling(dilated.records, dilated.metrics, error)
         return {"equivalence_error": error}
 
     pipeline, attachments = source.pipeline_record(), attachments_of(source)
     return StageOutput(dilated.tensors, model, pipeline, dilated.records, metrics, attachments=attachments, proof=proof)
 
 
-def recorded_network(network: nn.Module, family: Family, config: dict[str, Any]) -> NetworkGraph:
+def recorded_network(network: nn.Module, family: Family, config: ForeignConfig) -> NetworkGraph:
     """Return the network's graph, recorded.
 
     Raises:
@@ -158,7 +164,7 @@ def recorded_network(network: nn.Module, family: Family, config: dict[str, Any])
         ) from e
 
 
-def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[str, Any]]:
+def described(source: ModelSource, options: DilateOptions) -> tuple[str, ForeignConfig]:
     """Class and config of the network as artifacts record them: what its pipeline or an example says is in the config.
 
     Raises:
@@ -189,4 +195,4 @@ def described(source: ModelSource, options: DilateOptions) -> tuple[str, dict[st
         )
     family = family_of(class_name, str(source.config_path), config)
     companions = companions_of_source(source)
-    return class_name, config if companions is None else config | family.input_properties(companions)
+    return class_name, config if companions is None else {**config, **family.input_properties(companions)}

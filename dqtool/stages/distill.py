@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json
+from dqtool.artifacts.records import InputRecord
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.core.quantization import NONSTANDARD, PAPER, STANDARD, QuantizationSpec
 from dqtool.errors import ArtifactError, UsageError
@@ -64,7 +65,7 @@ def distill(options: DistillOptions, settings: RunSettings) -> str:
         check_paper(calibrated)
     spec = network_spec(options, calibrated.manifest)
     parameters = fingerprint_parameters(options) | spec.to_json() | chosen_by_errors(options, calibrated.manifest)
-    inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
+    inputs = [InputRecord(calibrated.given, calibrated.sha256, calibrated.stage)]
 
     def work(key: str) -> StageOutput:
         workspace = Workspace(options.output, key, forced=settings.force)
@@ -85,8 +86,8 @@ def distill(options: DistillOptions, settings: RunSettings) -> str:
 def check_paper(calibrated: Artifact) -> None:
     """Raise `ArtifactError` unless the input holds Weight Dilation's own factors, chosen from the weights alone."""
     manifest = calibrated.manifest
-    methods = {layer["scaling"]["method"] for layer in manifest.layers if layer.get("scaling")}
-    scaling = manifest.parameters.get("scaling", "keep")  # the manifest leaves keep out
+    methods = {layer.scaling.method for layer in manifest.layers if layer.scaling is not None}
+    scaling = manifest.parameters.scaling or "keep"  # the manifest leaves keep out
     if scaling == "keep" and methods <= {"wd"} and methods:
         return
     found = f"calibrated with --scaling {scaling}" if scaling != "keep" else "not dilated by Weight Dilation"
@@ -97,14 +98,14 @@ def check_paper(calibrated: Artifact) -> None:
     )
 
 
-def scheduler_of(calibrated: Manifest) -> Mapping[str, Any]:
-    """Config of the scheduler that a model was calibrated with."""
-    return ((calibrated.pipeline or {}).get("sampling") or {}).get("scheduler") or {}
+def scheduler_of(calibrated: Manifest) -> ForeignConfig:
+    """Return the config of the scheduler that a model was calibrated with."""
+    return {} if calibrated.sampling is None else calibrated.sampling.scheduler
 
 
-def fingerprint_parameters(options: DistillOptions) -> dict[str, Any]:
+def fingerprint_parameters(options: DistillOptions) -> dict[str, Json]:
     """Return all parameters that decide the result, with defaults filled in."""
-    chosen: dict[str, Any] = {} if options.blocks is None else {"blocks": options.blocks}
+    chosen: dict[str, Json] = {} if options.blocks is None else {"blocks": options.blocks}
     if options.preset != STANDARD:
         chosen["preset"] = options.preset
     if options.low_rank:
@@ -138,7 +139,7 @@ def network_batch_of(options: DistillOptions, together: int) -> int | None:
 
 def check_samples(wanted: int | None, manifest: Manifest) -> None:
     """Refuse a number of training samples that leaves out steps, or that there are not."""
-    counts = manifest.metrics["samples_per_step"]
+    counts = manifest.metrics.samples_per_step or []
     if wanted is not None and not len(counts) <= wanted <= sum(counts):
         raise UsageError(
             f"{wanted} samples to train on can't be drawn: there are {sum(counts)}, of {len(counts)} steps",
@@ -174,7 +175,7 @@ def produce(
 
     method, recipe = method_and_options(options)
     manifest = calibrated.manifest
-    family, config = network_of(manifest.model)
+    family, config = network_of(manifest.network)
     with torch.device("meta"):
         family.build(config)  # this imports all modules that the networks below need
     return_freed_memory()
@@ -189,8 +190,8 @@ def produce(
     report.say(
         f"distill: quantizers of {len(plans)} layers set in {report.format_seconds(time.perf_counter() - start)}"
     )
-    assert manifest.pipeline is not None
-    sampling = manifest.pipeline["sampling"]
+    sampling = manifest.sampling
+    assert sampling is not None
     trace = trace_of(manifest)
     task = DistillationTask(
         family=family,
@@ -198,7 +199,7 @@ def produce(
         student=student,
         trace=trace,
         trajectory=training_points(Trajectory.from_tensors(tensors), options),
-        sampler=Sampler.calibrated(family, config, sampling, sampling.get("guidance", 1.0)),
+        sampler=Sampler.calibrated(family, config, sampling, 1.0 if sampling.guidance is None else sampling.guidance),
         seed=options.seed,
         store=workspace,
         graph=graph_of(manifest),
@@ -230,18 +231,21 @@ def produce(
     learned = {name: value for name, value in state.items() if name.endswith(".dilation")}
     folded = fold_packed(manifest, state)
     layers = [
-        record
-        | {"bits": plan.bits.to_json(), "dilated": plan.dilated and plan.info.name not in folded}
-        | ({"low_rank": plan.low_rank} if plan.low_rank else {})
+        replace(
+            record,
+            bits=plan.bits.widths,
+            dilated=plan.dilated and plan.info.name not in folded,
+            low_rank=plan.low_rank,
+        )
         for record, plan in zip(manifest.layers, plans, strict=True)
     ]
     layers = with_folds(with_learned_scales(layers, tensors, learned), folded)
     if task.warnings:
         trained |= {"warnings": task.warnings}
-    metrics = {**manifest.metrics, **trained, **choice}
+    metrics = {**manifest.metrics.to_json(), **trained, **choice}
     return StageOutput(
         state,
-        manifest.model,
+        manifest.network,
         manifest.pipeline,
         layers,
         metrics,

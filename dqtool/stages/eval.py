@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Checkpoints, Kind, Workspace, read_manifest, sha256_file
+from dqtool.artifacts.jsonvalues import Json
+from dqtool.artifacts.records import EvalRecord, InputRecord
 from dqtool.core.bits import bits_label
 from dqtool.errors import UsageError
 from dqtool.metrics import FIGURES, METRICS, value_of
@@ -32,7 +34,6 @@ from dqtool.stages.shared.running import (
     check_steps,
     input_artifact,
     run_unless_cached,
-    sampling_of,
 )
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def evaluate(options: EvalOptions, settings: RunSettings) -> str:
     parameters = fingerprint_parameters(options, metrics, prompts)
     if options.correct_noise:
         needs_reference(reference, artifact)
-    inputs: list[dict[str, Any]] = [{"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}]
+    inputs = [InputRecord(artifact.given, artifact.sha256, artifact.stage)]
     if reference is not None:
-        inputs.append({"name": reference.given, "sha256": reference.sha256(), "stage": None})
+        inputs.append(InputRecord(reference.given, reference.sha256()))
     also: list[tuple[str, Kind]] = [(options.grid, "picture")] if options.grid else []
     also += [(options.save_samples, "images")] if options.save_samples else []
     run_unless_cached(
@@ -83,18 +84,18 @@ def evaluate(options: EvalOptions, settings: RunSettings) -> str:
         reads=[*read_paths(options), *model_places(reference)],
     )
     if not settings.dry_run:
-        print_figures(artifact, read_manifest(options.output).metrics)
+        print_figures(artifact, read_manifest(options.output).evaluation)
     return options.output
 
 
 def fingerprint_parameters(
     options: EvalOptions, metrics: Sequence[str], prompts: Sequence[str] | None = None
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Return all parameters that decide the figures; `prompts` are those of the options' file (None: it is read)."""
     files = files_of(options)
     if prompts is None and options.prompts is not None:
         prompts = read_prompts(options.prompts)
-    parameters: dict[str, Any] = {
+    parameters: dict[str, Json] = {
         "metrics": list(metrics),
         "samples": options.samples,
         "seed": options.seed,
@@ -157,13 +158,13 @@ def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, .
     return options.metrics
 
 
-def image_shape(artifact: Artifact) -> tuple[Any, ...]:
+def image_shape(artifact: Artifact) -> tuple[int, ...]:
     """Return the shape `(C, H, W)` of the images that an artifact's model makes, from its configs and without torch."""
-    config = artifact.manifest.model["config"]
+    config = artifact.manifest.network.config
     size = config.get("sample_size")
     height, width = size if isinstance(size, list) else (size, size)
     companions = companions_of_artifact(artifact)
-    shape = (config.get("in_channels"), height, width)
+    shape: tuple[Any, ...] = (config.get("in_channels"), height, width)
     return shape if companions is None or size is None else companions.image_shape(shape)
 
 
@@ -185,7 +186,7 @@ def produce(
     if makes_latents(artifact):
         check_needs_no_pixels(metrics, options)
     meter = ready([name for name in metrics if name in METRICS and METRICS[name].start is not None], files)
-    source = ConditionSource.of(options, sampling_of(manifest), artifact.given)
+    source = ConditionSource.of(options, manifest.sampling, artifact.given)
     maker = maker_of_artifact(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts, source
     )
@@ -193,8 +194,9 @@ def produce(
     correction = settle_correction(network, artifact, maker, options.correction, "eval")
     float_network = None
     if reference is not None:
-        float_network = reference_network(reference, manifest.model)
-    figures: dict[str, Any] = {} if correction is None else {"correction": correction}
+        float_network = reference_network(reference, manifest.network)
+    figures: dict[str, Json] = {} if correction is None else {"correction": correction}
+    of_reference: dict[str, Json] = {}
     if isinstance(reference, ExportedReference):
         figures["reference_is"] = f"{reference.given} in the simulate runtime"
     expected = None
@@ -212,22 +214,26 @@ def produce(
         if artifact.stage == "export":
             figures["runtime"] = str(network.runtime)
         figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
+        if isinstance(known := figures.get("reference"), dict):
+            of_reference = known
         if options.floor and "digits" in metrics and float_network is not None and reference is not None:
+            assert expected is not None
             other = replace(options, seed=options.seed + 1)
             others = reference_images(float_network, reference, maker, other, kept, "eval: floor")
-            figures["reference"]["fd.digits_from_reference"] = distance(others, expected)
+            of_reference["fd.digits_from_reference"] = distance(others, expected)
         if meter is not None:
             rows = maker.conditions.rows(0, len(images)).tolist()
             texts = [maker.conditions.names[row] for row in rows] if maker.conditions.names else None
             size = options.image_size
             if expected is not None:
                 told = "eval: metrics of the reference"
-                of_reference = scores(meter, expected, texts, size, told, of_reference=True)
-                figures["reference"] = figures.get("reference", {}) | of_reference
+                of_reference |= scores(meter, expected, texts, size, told, of_reference=True)
+            if of_reference:
+                figures["reference"] = of_reference
             figures |= scores(meter, images, texts, size, "eval: metrics")
             figures["files"] = files.describe()
         if options.save_samples is not None:
-            about = {"source": artifact.given, "seed": options.seed, "images": len(images)}
+            about: dict[str, Json] = {"source": artifact.given, "seed": options.seed, "images": len(images)}
             save_samples(options.save_samples, images, options.image_size, about)
             figures["samples_file"] = {
                 "file": os.path.basename(options.save_samples),
@@ -247,12 +253,12 @@ def produce(
             save_grid(first_channels(panels) if maker.latents else panels, options.grid)
             figures["grid"] = {"file": os.path.basename(options.grid), "sha256": sha256_file(options.grid)}
     if "cost" in metrics:
-        figures["cost"] = cost_figures(artifact)
+        figures["cost"] = cost_figures(artifact).to_json()
     if "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
         if options.runtime != "simulate":  # engines fuse layers, and leave their outputs nowhere to compare
             network = network_of_artifact(artifact, "simulate")
         figures["layer_errors"] = layer_errors(float_network, network, maker, options.seed)
-    return StageOutput(None, manifest.model, manifest.pipeline, manifest.layers, figures)
+    return StageOutput(None, manifest.network, manifest.pipeline, manifest.layers, figures)
 
 
 def check_needs_no_pixels(metrics: Sequence[str], options: EvalOptions) -> None:
@@ -282,7 +288,7 @@ def network_of_artifact(artifact: Artifact, runtime: str, batch: int | None = No
 
         state = checked_tensors(artifact)
         static = is_static(manifest, step_count(state))
-        packed = packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), state, static)
+        packed = packed_network(manifest.network.class_name, manifest.network.config, plans_of(manifest), state, static)
         return place(packed)
     from dqtool.stages.shared.artifact_models import teacher_of
 
@@ -323,24 +329,25 @@ def reference_images(
     )
 
 
-def print_figures(artifact: Artifact, figures: dict[str, Any]) -> None:
+def print_figures(artifact: Artifact, figures: EvalRecord) -> None:
     """Print the figures of an evaluated artifact as a table on standard error."""
     rows: list[tuple[str, ...]] = []
-    reference = figures.get("reference", {})
     for key, figure in FIGURES.items():
-        value, full = value_of(figures, key), value_of(reference, key)
+        value, full = value_of(figures.as_read, key), value_of(figures.reference, key)
         if value is not None and not key.endswith((".std", "_ratio")):
             rows.append((figure.label, figure.text(value), "" if full is None else figure.text(full)))
-    if "cost" in figures:
-        cost = figures["cost"]
-        rows.append(("bytes", f"{cost['bytes']:,}", f"{cost['bytes_float32']:,}"))
-        rows.append(("bit operations (G)", f"{cost['bops'] / 1e9:.2f}", f"{cost['bops_float32'] / 1e9:.2f}"))
+    cost = figures.cost
+    if cost is not None:
+        rows.append(("bytes", f"{cost.bytes:,}", f"{cost.bytes_float32:,}"))
+        rows.append(("bit operations (G)", f"{cost.bops / 1e9:.2f}", f"{cost.bops_float32 / 1e9:.2f}"))
     label = bits_label(artifact.manifest.layers)
-    count = f", {figures['samples']} images" if "samples" in figures else ""
-    count += f" by {figures['runtime']}" if "runtime" in figures else ""
+    count = "" if figures.samples is None else f", {figures.samples} images"
+    count += "" if figures.runtime is None else f" by {figures.runtime}"
     report.table(
-        f"{artifact.given}{count}", ["", label, "reference" if "reference_is" in figures else "full precision"], rows
+        f"{artifact.given}{count}",
+        ["", label, "reference" if figures.reference_is is not None else "full precision"],
+        rows,
     )
-    worst = sorted(figures.get("layer_errors", {}).items(), key=lambda item: -item[1])[:8]
+    worst = sorted(figures.layer_errors.items(), key=lambda item: -item[1])[:8]
     if worst:
         report.table("Layers with the largest error", ["layer", "|y'-y|²/|y|²"], [(n, f"{e:.4f}") for n, e in worst])

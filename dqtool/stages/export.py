@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dqtool import report
 from dqtool.artifacts import CARD, Artifact
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json, JsonObject
 from dqtool.artifacts.names import path_within
+from dqtool.artifacts.records import InputRecord, PipelineRecord
 from dqtool.core.bits import bits_label
 from dqtool.formats import FORMATS, prepare
 from dqtool.formats.card import model_card
@@ -28,7 +29,7 @@ CODE_VERSION = 3
 def export(options: ExportOptions, settings: RunSettings) -> str:
     """Write the exported directory; returns its path as given."""
     distilled = input_artifact(options.artifact, ["distill"], "distill")
-    inputs = [{"name": distilled.given, "sha256": distilled.sha256, "stage": distilled.stage}]
+    inputs = [InputRecord(distilled.given, distilled.sha256, distilled.stage)]
     run_unless_cached(
         "export",
         CODE_VERSION,
@@ -45,16 +46,16 @@ def export(options: ExportOptions, settings: RunSettings) -> str:
 
 def produce(distilled: Artifact, format_name: str) -> StageOutput:
     """Collect what the directory holds and predict its size."""
-    from dqtool.core.cost import bops
+    from dqtool.core.cost import bops, float_bops
     from dqtool.models.components.companions import in_float32
     from dqtool.models.families import family_of
 
     exported = prepare(format_name, distilled)
     manifest = distilled.manifest
-    family = family_of(manifest.model["class"], distilled.given)
-    float_bytes = predicted_bytes(network_shapes(family, manifest.model["config"], manifest.layers))
-    quantized, full = bops(exported.layers), bops([{**layer, "bits": [32, 32]} for layer in manifest.layers])
-    metrics: dict[str, Any] = {
+    family = family_of(manifest.network.class_name, distilled.given)
+    float_bytes = predicted_bytes(network_shapes(family, manifest.network.config, manifest.layers))
+    quantized, full = bops(exported.layers), float_bops(manifest.layers)
+    metrics: dict[str, Json] = {
         "bytes_predicted": exported.predicted,
         "bytes_float32": float_bytes,
         "bops": quantized,
@@ -63,13 +64,13 @@ def produce(distilled: Artifact, format_name: str) -> StageOutput:
     if exported.predicted is None:
         del metrics["bytes_predicted"]
     keys = ("refine_loss", "activation_range_ratio", "unsaturated_share", FITTED)
-    metrics |= {key: manifest.metrics[key] for key in keys if key in manifest.metrics} | exported.notes
+    metrics |= {key: value for key, value in manifest.metrics.to_json().items() if key in keys} | exported.notes
     if format_name == "dense":
         metrics.pop(FITTED, None)  # this format holds no correction
 
-    embedded = str(manifest.model["source"]).startswith("zoo:")
+    embedded = manifest.network.source.startswith("zoo:")
 
-    def build(directory: Path) -> None:
+    def build(directory: Path) -> JsonObject:
         size = write_directory(directory, manifest.pipeline, exported.config, exported.write)
         for name, data in distilled.attachments().items():
             check_companion(name, manifest.pipeline, distilled.given)
@@ -80,21 +81,21 @@ def produce(distilled: Artifact, format_name: str) -> StageOutput:
         if not (directory / CARD).exists():  # a companion may have brought its own
             card = model_card(manifest, format_name, bits_label(exported.layers), format_name != "dense")
             (directory / CARD).write_text(card, encoding="utf-8")
-        metrics["bytes"] = size
         predicted = exported.predicted
         report.say(
             f"export: {size:,} bytes, {float_bytes / size:.2f}x smaller than float32; "
             + (f"predicted {predicted:,} ({predicted / size - 1:+.2%}); " if predicted is not None else "")
             + f"{full / quantized:.1f}x fewer BOPs"
         )
+        return {"bytes": size}
 
-    return StageOutput(None, manifest.model, manifest.pipeline, exported.layers, metrics, build)
+    return StageOutput(None, manifest.network, manifest.pipeline, exported.layers, metrics, build)
 
 
 def write_directory(
     directory: Path,
-    pipeline: Mapping[str, Any] | None,
-    config: Mapping[str, Any],
+    pipeline: PipelineRecord | None,
+    config: ForeignConfig,
     write: Callable[[Path], object],
 ) -> int:
     """A diffusers pipeline (or bare component) directory; returns the bytes that `write` put there for the network."""
@@ -105,12 +106,12 @@ def write_directory(
     write(component)
     size = sum(path.stat().st_size for path in component.rglob("*") if path.is_file())
     _write_json(component / "config.json", config)
-    if pipeline is not None and "model_index" in pipeline:
-        _write_json(directory / "model_index.json", pipeline["model_index"])
+    if pipeline is not None and pipeline.model_index is not None:
+        _write_json(directory / "model_index.json", pipeline.model_index)
         (directory / "scheduler").mkdir()
-        _write_json(directory / "scheduler" / "scheduler_config.json", pipeline["scheduler"])
+        _write_json(directory / "scheduler" / "scheduler_config.json", pipeline.scheduler or {})
     return size
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_json(path: Path, value: ForeignConfig) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

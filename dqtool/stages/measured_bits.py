@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.stages.options.distill import AUTO, DistillOptions, corrects_predictions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["chosen_by_errors", "settle_bits"]
 
@@ -24,9 +28,9 @@ WEIGHTS = range(10**6, 2 * 10**8)
 """Sizes of the networks that get the first look: it costs more than it brings below, and takes minutes above."""
 
 
-def chosen_by_errors(options: DistillOptions, manifest: Manifest) -> dict[str, Any]:
+def chosen_by_errors(options: DistillOptions, manifest: Manifest) -> dict[str, Json]:
     """Return the parameters of bits that depend on measured errors; none where bits don't."""
-    found: dict[str, Any] = {"passes": options.passes, "precision_version": 2}
+    found: dict[str, Json] = {"passes": options.passes, "precision_version": 2}
     if options.bits == AUTO:
         return found | {"bits": AUTO, "targets": options.targets.to_json()}
     if options.protect:
@@ -43,12 +47,12 @@ def looks_first(options: DistillOptions, manifest: Manifest) -> bool:
 
 def weight_count(manifest: Manifest) -> int:
     """Return the number of weights of the layers that are quantized."""
-    return sum(prod(layer["shape"]) for layer in manifest.layers if layer["kind"] != "attention")
+    return sum(prod(layer.shape) for layer in manifest.layers if layer.kind != "attention")
 
 
 def settle_bits(
-    calibrated: Artifact, tensors: Mapping[str, Any], options: DistillOptions, spec: QuantizationSpec
-) -> tuple[QuantizationSpec, dict[str, Any]]:
+    calibrated: Artifact, tensors: Mapping[str, Tensor], options: DistillOptions, spec: QuantizationSpec
+) -> tuple[QuantizationSpec, dict[str, Json]]:
     """Return the bits of every layer, measured where the options ask for it, and what the manifest says of the choice."""
     manifest = calibrated.manifest
     if options.bits == AUTO:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dqtool import report
 from dqtool.artifacts import Manifest
+from dqtool.artifacts.jsonvalues import Json
+from dqtool.artifacts.records import PlanRecord
 from dqtool.core.bits import LayerBits
 from dqtool.core.quantization import KeptLayers, QuantizationSpec
 from dqtool.errors import UsageError
@@ -75,20 +76,21 @@ class Measured:
 
 def measure(manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widths: Sequence[int] = WIDTHS) -> Measured:
     """Return the error of every operand of a calibrated artifact, by `passes` backward passes; measured once and kept."""
-    family, config = network_of(manifest.model)
+    family, config = network_of(manifest.network)
     layers = layer_infos(manifest.layers)
     widths = sorted({*widths, 8})
-    assert manifest.pipeline is not None
-    sampling = manifest.pipeline["sampling"]
-    sampler = Sampler.calibrated(family, config, sampling, sampling.get("guidance", 1.0))
+    sampling = manifest.sampling
+    assert sampling is not None
+    sampler = Sampler.calibrated(family, config, sampling, 1.0 if sampling.guidance is None else sampling.guidance)
     trajectory = Trajectory.from_tensors(tensors)
 
     def measured() -> Errors:
         return _measured_errors(manifest, tensors, sampler, trajectory, passes, widths)
 
-    file = manifest.file or {}
-    about = {"artifact": file.get("sha256"), "passes": passes, "widths": widths}
-    errors = kept_errors(about, measured) if "sha256" in file else measured()
+    if manifest.file is None:
+        errors = measured()
+    else:
+        errors = kept_errors({"artifact": manifest.file.sha256, "passes": passes, "widths": widths}, measured)
     return Measured(manifest, tensors, layers, errors, sampler, trajectory)
 
 
@@ -140,7 +142,9 @@ def uniform_plan(measured: Measured, spec: QuantizationSpec) -> Plan:
     return Plan(bits, predicted_error(measured.layers, bits, measured.errors), *plan_cost(measured.layers, bits))
 
 
-def protected_bits(measured: Measured, spec: QuantizationSpec, extra: float) -> tuple[QuantizationSpec, dict[str, Any]]:
+def protected_bits(
+    measured: Measured, spec: QuantizationSpec, extra: float
+) -> tuple[QuantizationSpec, dict[str, Json]]:
     """Return `spec` with more bits for the operands that cost the samples most, for at most the share `extra` of its bytes
     and of its bit operations on top, and what the manifest says of it."""
     plain = uniform_plan(measured, spec)
@@ -155,7 +159,7 @@ def protected_bits(measured: Measured, spec: QuantizationSpec, extra: float) -> 
         f"predicted PSNR {psnr_of(plain.error):.1f} to {psnr_of(best.error):.1f} dB before training"
     )
     spec = replace(spec, kept=(*spec.kept, *kept_layers(changed)))
-    about = {
+    about: dict[str, Json] = {
         "layers": len(changed),
         "more_bytes": more_bytes,
         "more_bops": more_bops,
@@ -170,7 +174,7 @@ def choose_bits(
     targets: Targets,
     own: Sequence[KeptLayers],
     size: Callable[[Sequence[LayerPlan]], tuple[int, int]],
-) -> tuple[QuantizationSpec, dict[str, Any]]:
+) -> tuple[QuantizationSpec, dict[str, Json]]:
     """Return the cheapest plan that reaches the PSNR asked for, or the best within the size and bit operations asked for,
     and what the manifest says of it. `own` are the user's `--keep` options; `size` counts a plan's bytes and bit operations.
 
@@ -207,12 +211,12 @@ def choose_bits(
         f"distill: bits chosen for {len(measured.layers)} layers: PSNR {found[chosen]:.1f} dB before training (predicted "
         f"{psnr_of(plan.error):.1f}), {used / 1e6:.2f} MB, {operations / 1e9:.4g} giga bit operations"
     )
-    about = {
+    about: dict[str, Json] = {
         "psnr": found[chosen],
         "predicted_psnr": min(psnr_of(plan.error), 100.0),
         "bytes": used,
         "bops": operations,
-        "frontier": rows,
+        "frontier": [row.to_json() for row in rows],
     }
     return specs[chosen], about
 
@@ -300,17 +304,13 @@ class _Checks:
         return found
 
 
-def frontier_rows(measured: Measured, frontier: Sequence[Plan], found: Mapping[int, float]) -> list[dict[str, Any]]:
+def frontier_rows(measured: Measured, frontier: Sequence[Plan], found: Mapping[int, float]) -> list[PlanRecord]:
     """Return the frontier's rows, thinned out, among them those that were measured, and the uniform settings."""
     picked = sorted({*found, *range(0, len(frontier), 4), len(frontier) - 1})
-    rows = [
-        {"bits": "auto", **_row(frontier[i]), **({"measured_psnr": found[i]} if i in found else {})} for i in picked
-    ]
-    for text in UNIFORM:
-        plan = uniform_plan(measured, QuantizationSpec.parse(text))
-        rows.append({"bits": text, **_row(plan)})
-    return sorted(rows, key=lambda row: row["psnr"])
+    rows = [_row("auto", frontier[i], found.get(i)) for i in picked]
+    rows += [_row(text, uniform_plan(measured, QuantizationSpec.parse(text))) for text in UNIFORM]
+    return sorted(rows, key=lambda row: row.psnr)
 
 
-def _row(plan: Plan) -> dict[str, Any]:
-    return {"psnr": min(psnr_of(plan.error), 100.0), "weight_bytes": round(plan.weight_bytes), "bops": plan.bops}
+def _row(bits: str, plan: Plan, measured_psnr: float | None = None) -> PlanRecord:
+    return PlanRecord(bits, min(psnr_of(plan.error), 100.0), round(plan.weight_bytes), plan.bops, measured_psnr)

@@ -160,12 +160,12 @@ def _show(planned: Mapping[str, Any]) -> None:
 
 def _summary(options: Any, settings: RunSettings, evaluated: str) -> dict[str, Any]:
     """Return sizes in bytes, milliseconds of a step, PSNR in dB and the picture's path."""
-    figures = read_manifest(evaluated).metrics
+    figures = read_manifest(evaluated).evaluation
     found: dict[str, Any] = {"path": options.output, "work_directory": work_directory(options.output)}
-    if "cost" in figures:
-        found |= {"bytes": figures["cost"]["bytes"], "bytes_float32": figures["cost"]["bytes_float32"]}
-    if value_of(figures, "psnr") is not None:
-        found["psnr"] = value_of(figures, "psnr")
+    if figures.cost is not None:
+        found |= {"bytes": figures.cost.bytes, "bytes_float32": figures.cost.bytes_float32}
+    if (quality := value_of(figures.as_read, "psnr")) is not None:
+        found["psnr"] = quality
     found |= _speed(options.output, settings)
     found["picture"] = os.path.join(work_directory(options.output), "samples.png")
     found["seconds"] = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import check_writable, dqtool_version
 from dqtool.artifacts.files import target_of, write_text
+from dqtool.artifacts.records import InputRecord
 from dqtool.errors import DqtoolError
 from dqtool.stages.options.report import ReportOptions
 from dqtool.stages.shared.running import input_artifact, set_up_torch
@@ -83,7 +84,7 @@ def _find(options: ReportOptions, settings: RunSettings) -> tuple[list[Result], 
     check_writable(options.path, "page", inputs=reads, overwrite=settings.overwrite)
     for result in results:
         result.bits = bits_label(result.manifest.layers)
-    inputs = [{"name": str(r.path), "sha256": r.measured_sha256, "stage": "eval"} for r in results]
+    inputs = [InputRecord(str(r.path), r.measured_sha256, "eval") for r in results]
     settings.log.append(Execution("report", options.path, asdict(options), inputs, cached=False))
     return results, benches, find_tables(places)
 
@@ -98,10 +99,10 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
     for result in results:
         groups.setdefault(chain_key(result), []).append(result)
     sections: list[Section] = []
-    models = [group[0].manifest.model.get("source_sha256") for group in groups.values()]
+    models = [group[0].source_sha256 for group in groups.values()]
     for group, model in zip(groups.values(), models, strict=True):
         heads = [each[0] for each in groups.values() if each is not group]
-        others = [head for head in heads if head.manifest.model.get("source_sha256") == model]
+        others = [head for head in heads if head.source_sha256 == model]
         sections += _group_sections(group, benches, others)
     sections += [comparison_section(table) for table in tables]
     if benches:

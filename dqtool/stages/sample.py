@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from dqtool.artifacts import check_writable, open_artifact
+from dqtool.artifacts.records import InputRecord
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
@@ -14,7 +15,7 @@ from dqtool.stages.evaluation.noise import fitted, needs_reference, with_correct
 from dqtool.stages.evaluation.reference import find_reference, reference_network
 from dqtool.stages.options.sample import SampleOptions
 from dqtool.stages.shared.paths import model_places, read_paths
-from dqtool.stages.shared.running import check_steps, sampling_of, set_up_torch
+from dqtool.stages.shared.running import check_steps, set_up_torch
 from dqtool.stages.shared.settings import Execution, RunSettings
 
 __all__ = ["SampleOptions", "sample"]
@@ -42,7 +43,7 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         inputs=[*read_paths(options), *model_places(reference)],
         overwrite=settings.overwrite,
     )
-    source = {"name": artifact.given, "sha256": artifact.sha256, "stage": artifact.stage}
+    source = InputRecord(artifact.given, artifact.sha256, artifact.stage)
     settings.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
     if settings.dry_run:
         return options.output
@@ -59,12 +60,12 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         options.steps,
         guidance=options.guidance,
         prompts=prompts,
-        source=ConditionSource.of(options, sampling_of(artifact.manifest), artifact.given),
+        source=ConditionSource.of(options, artifact.manifest.sampling, artifact.given),
     )
     network = run_exported(options.directory, options.runtime, options.batch_size)
     settle_correction(network, artifact, maker, options.correction, "sample")
     if reference is not None:
-        exact = reference_network(reference, artifact.manifest.model)
+        exact = reference_network(reference, artifact.manifest.network)
         correction = fitted(network, exact, maker, options.seed, options.batch_size)
         maker = with_correction(maker, correction)
     images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest
+from dqtool.artifacts.jsonvalues import Json
+from dqtool.artifacts.records import InputRecord, OperandRecord, SensitivityRecord
 from dqtool.stages.options.sensitivity import SensitivityOptions
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
@@ -30,8 +33,8 @@ def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
         ArtifactError: the input is not calibrated.
     """
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
-    parameters = {"bits": options.bits, "passes": options.passes}
-    inputs = [{"name": calibrated.given, "sha256": calibrated.sha256, "stage": calibrated.stage}]
+    parameters: dict[str, Json] = {"bits": options.bits, "passes": options.passes}
+    inputs = [InputRecord(calibrated.given, calibrated.sha256, calibrated.stage)]
     run_unless_cached(
         "sensitivity",
         CODE_VERSION,
@@ -44,7 +47,9 @@ def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
         reads=read_paths(options),
     )
     if not settings.dry_run:
-        show(read_manifest(options.output).metrics, options)
+        found = read_manifest(options.output).metrics
+        assert isinstance(found, SensitivityRecord)
+        show(found, options)
     return options.output
 
 
@@ -60,27 +65,26 @@ def produce(calibrated: Artifact, options: SensitivityOptions) -> StageOutput:
     widths = sorted({*WIDTHS, *(b for b in (bits.weight, bits.input) if b <= 8)})
     measured = measure(manifest, checked_tensors(calibrated), options.passes, widths)
     plan = uniform_plan(measured, QuantizationSpec.parse(options.bits))
-    operands: list[dict[str, Any]] = []
+    operands: list[OperandRecord] = []
     for (layer, operand), errors in measured.errors.items():
         own = plan.bits[layer]  # the first and the last layers have more than the others
         width = own.weight if operand == WEIGHT else own.input
         by_width = {str(b): min(psnr_of(e), 100.0) for b, e in errors.items()}
         error = errors.get(width, 0.0)
-        operands.append({"layer": layer, "operand": operand, "bits": width, "error": error, "psnr": by_width})
-    total = sum(each["error"] for each in operands) or 1.0
-    for each in operands:
-        each["share"] = each["error"] / total
-    operands.sort(key=lambda each: -each["error"])
-    metrics = {
-        "operands": operands,
-        "predicted_psnr": min(psnr_of(plan.error), 100.0),
-        "keep": keep_lines(operands, plan.bits),
-        "frontier": frontier_rows(measured, find_frontier(measured.layers, measured.errors, widths), {}),
-    }
-    return StageOutput(None, manifest.model, manifest.pipeline, [], metrics)
+        operands.append(OperandRecord(layer, operand, width, error, by_width, share=0.0))
+    total = sum(each.error for each in operands) or 1.0
+    operands = [replace(each, share=each.error / total) for each in operands]
+    operands.sort(key=lambda each: -each.error)
+    metrics = SensitivityRecord(
+        operands=operands,
+        predicted_psnr=min(psnr_of(plan.error), 100.0),
+        keep=keep_lines(operands, plan.bits),
+        frontier=frontier_rows(measured, find_frontier(measured.layers, measured.errors, widths), {}),
+    )
+    return StageOutput(None, manifest.network, manifest.pipeline, [], metrics.to_json())
 
 
-def keep_lines(operands: list[dict[str, Any]], bits: Mapping[str, LayerBits]) -> list[str]:
+def keep_lines(operands: Sequence[OperandRecord], bits: Mapping[str, LayerBits]) -> list[str]:
     """Return the `--keep` options that bring the costliest operands to 8 bits, or to float where 8 are too few already."""
     from dqtool.precision.sensitivity import WEIGHT
 
@@ -89,31 +93,31 @@ def keep_lines(operands: list[dict[str, Any]], bits: Mapping[str, LayerBits]) ->
     for each in operands:
         if taken >= KEPT_SHARE:
             break
-        own = finer.setdefault(each["layer"], bits[each["layer"]].to_json())
-        side = 0 if each["operand"] == WEIGHT else 1
+        own = finer.setdefault(each.layer, bits[each.layer].to_json())
+        side = 0 if each.operand == WEIGHT else 1
         own[side] = 8 if own[side] < 8 else 16
-        taken += each["share"]
+        taken += each.share
     groups: dict[str, list[str]] = {}
     for name, (w, a) in finer.items():
         groups.setdefault(f"{w}/{a}", []).append(re.escape(name))
     return [f"{'|'.join(names)}={widths}" for widths, names in groups.items()]
 
 
-def show(metrics: dict[str, Any], options: SensitivityOptions) -> None:
+def show(metrics: SensitivityRecord, options: SensitivityOptions) -> None:
     """Show the costliest operands, the frontier and the options to type."""
     from dqtool.precision.table import print_frontier
 
     rows = []
-    for each in metrics["operands"][: options.top]:
-        psnr = each["psnr"].get(str(each["bits"]), 100.0)
-        rows.append((each["layer"], each["operand"], each["bits"], f"{psnr:.1f}", f"{each['share']:.1%}"))
+    for each in metrics.operands[: options.top]:
+        width = each.bits
+        rows.append((each.layer, each.operand, width, f"{each.psnr.get(str(width), 100.0):.1f}", f"{each.share:.1%}"))
     report.table(
         f"{options.bits}: PSNR of samples when one operand alone is quantized",
         ["layer", "operand", "bits", "PSNR", "share"],
         rows,
     )
-    report.say(f"all of them at {options.bits}: predicted PSNR {metrics['predicted_psnr']:.1f} dB before training")
-    print_frontier(metrics["frontier"])
-    for line in metrics["keep"]:
+    report.say(f"all of them at {options.bits}: predicted PSNR {metrics.predicted_psnr:.1f} dB before training")
+    print_frontier(metrics.frontier)
+    for line in metrics.keep:
         report.say(f"to type: --keep '{line}'")
     report.say("or let `dqtool distill --bits auto --target-psnr F` choose")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import check_writable, clear_leftovers, lock, sha256_file
 from dqtool.artifacts.files import digest_of_files
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.artifacts.reading import parse_json
+from dqtool.artifacts.records import InputRecord
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 from dqtool.stages.options.stats import StatsOptions
 from dqtool.stages.shared.paths import read_paths
@@ -37,12 +39,16 @@ def stats(options: StatsOptions, settings: RunSettings) -> str:
         )
     source = image_source(options)
     check_writable(options.output, "images", inputs=read_paths(options), overwrite=settings.overwrite)
-    parameters = {"image_size": options.image_size, "keep_images": options.keep_images}
-    inputs: list[dict[str, Any]] = [
-        {"name": options.directory, "sha256": images_digest(options.directory, source), "stage": None},
-        {"name": options.inception_weights, "sha256": sha256_file(options.inception_weights), "stage": None},
+    parameters: dict[str, Json] = {"image_size": options.image_size, "keep_images": options.keep_images}
+    inputs = [
+        InputRecord(options.directory, images_digest(options.directory, source)),
+        InputRecord(options.inception_weights, sha256_file(options.inception_weights)),
     ]
-    about = {**parameters, "images_sha256": inputs[0]["sha256"], "weights_file_sha256": inputs[1]["sha256"]}
+    about: dict[str, Json] = {
+        **parameters,
+        "images_sha256": inputs[0].sha256,
+        "weights_file_sha256": inputs[1].sha256,
+    }
     cached = not settings.force and is_current(options.output, about)
     settings.log.append(Execution("stats", options.output, parameters, inputs, cached))
     if settings.dry_run:
@@ -88,7 +94,7 @@ def images_digest(given: str, source: ImageFolder | NpzImages) -> str:
     return digest_of_files((os.path.relpath(path, given), path) for path in source.paths)
 
 
-def is_current(output: str, about: dict[str, Any]) -> bool:
+def is_current(output: str, about: JsonObject) -> bool:
     """Return whether the existing file was made from the same images with the same options."""
     from dqtool.artifacts.npz import npz_arrays
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dqtool.artifacts import open_artifact, read_manifest
+from dqtool.artifacts.jsonvalues import Json
 
 __all__ = ["FIGURES_VERSION", "cell_figures"]
 
@@ -16,31 +16,30 @@ SHORT_LIST = 256
 """Most values of a list that a cell keeps."""
 
 
-def cell_figures(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, Any]:
+def cell_figures(artifacts: Mapping[str, Path], wanted_bits: str) -> dict[str, dict[str, Json]]:
     """Return the figures of a chain of artifacts by stage, and its `errors`.
 
     `wanted_bits` are the bits at which weights are compared if the chain is not quantized.
     """
-    found: dict[str, Any] = {stage: _recorded(path) for stage, path in artifacts.items()}
+    found = {stage: _recorded(path) for stage, path in artifacts.items()}
     if "calibrate" in artifacts:
-        found["errors"] = _errors(artifacts, wanted_bits)
-        layers = (found.get("eval") or {}).get("layer_errors")
+        errors = _errors(artifacts, wanted_bits)
+        layers = read_manifest(artifacts["eval"]).evaluation.layer_errors if "eval" in artifacts else {}
         if layers:
-            found["errors"]["output"] = sum(value**0.5 for value in layers.values()) / len(layers)
-    for stage in found.values():
-        stage.pop("layer_errors", None)
+            errors["output"] = sum(value**0.5 for value in layers.values()) / len(layers)
+        found["errors"] = {**errors}
     return found
 
 
-_NOT_KEPT = ("blocks", "output_reads", "activation_range_ratios", "kept_float", "samples_per_step")
+_NOT_KEPT = ("blocks", "layer_errors", "output_reads", "activation_range_ratios", "kept_float", "samples_per_step")
 
 
-def _recorded(path: Path) -> dict[str, Any]:
+def _recorded(path: Path) -> dict[str, Json]:
     """Return the metrics of a manifest, without those of single layers, and the seconds of its stage."""
     manifest = read_manifest(path)
     kept = {
         key: value
-        for key, value in manifest.metrics.items()
+        for key, value in manifest.metrics.to_json().items()
         if key not in _NOT_KEPT and not (isinstance(value, list) and len(value) > SHORT_LIST)
     }
     return {"seconds": manifest.seconds} | kept

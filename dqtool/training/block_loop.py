@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.allocator import return_freed_memory
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
@@ -99,7 +100,7 @@ def make_trainable(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
                     table.requires_grad_(True)
 
 
-def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, salt: str = "") -> dict[str, Any]:
+def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, salt: str = "") -> dict[str, Json]:
     """Train the blocks of `task.student` in place, or those that `task.only` names.
 
     `progress` counts finished iterations. Finished blocks are saved in the store under their name, prefixed with

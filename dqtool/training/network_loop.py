@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.nn.surgery import steps_of
 from dqtool.training.curve import curve, first_and_last
 from dqtool.training.data import DistillationTask, Reporter
@@ -62,7 +62,7 @@ def train_network(
     batch_size: int,
     progress: Reporter,
     key: str = "network",
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Train the parameters of `task.student` that require gradients, in place, with a cosine schedule.
 
     The state is saved in the store under `key` from time to time. A run that finds it there continues from it and ends

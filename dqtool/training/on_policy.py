@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,20 +32,27 @@ from dqtool.training.recompute import recomputed_blocks
 from dqtool.training.recovery import Recovery, StoredStates
 from dqtool.training.tensor_store import TensorStore
 
-__all__ = ["centre_weights", "refine", "student_trajectory"]
+__all__ = ["Refinement", "centre_weights", "refine", "student_trajectory"]
 
 ITERATIONS_A_TRIM = 10
 """Iterations between two returns of freed memory to the system in low-memory mode. A return costs up to a tenth of an
 iteration."""
 
 
-def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Refinement:
+    """Losses of a training on the network's own trajectory, and its seconds, those of sampling among them."""
+
+    losses: list[float]
+    seconds: float
+    sampling_seconds: float
+
+
+def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter) -> Refinement:
     """Train all blocks (or those that `task.only` names) together on the student's own trajectory.
 
     The state is saved in the store from time to time, and every new trajectory at once; a later run continues from
     them.
-
-    Returns `losses` of all iterations, `seconds`, and `sampling_seconds`, the part spent on sampling.
 
     Raises:
         NumericError: training diverged and `task.strict` is set.
@@ -118,11 +124,8 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
     optimizer.release()
     task.student.requires_grad_(False)
     steps.select(torch.zeros(1, dtype=torch.long))
-    return {
-        "losses": [loss for loss in losses if math.isfinite(loss)],
-        "seconds": time.perf_counter() - start,
-        "sampling_seconds": sampling_seconds,
-    }
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return Refinement(finite, time.perf_counter() - start, sampling_seconds)
 
 
 def _error(task: DistillationTask, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.core.detail import detail
 from dqtool.models.families import Family
 from dqtool.models.sampling.noise_correction import LEAST_FACTOR, StepNoise, fit_noise
@@ -117,8 +118,8 @@ def least_kept(powers: Tensor, products: Tensor) -> float:
 
 
 def correct_predictions(
-    task: DistillationTask, config: Mapping[str, Any], images: int, progress: Reporter
-) -> dict[str, Any]:
+    task: DistillationTask, config: ForeignConfig, images: int, progress: Reporter
+) -> dict[str, Json]:
     """Fit the prediction tables of the student on `images` images and attach them to it.
 
     With guidance half as many images are sampled, since each step evaluates the network twice. `config` is the model's.
@@ -154,11 +155,13 @@ def correct_predictions(
     rows = {name: torch.stack([step.rows[name].cpu() for step in found]) for name in names}  # type: ignore[attr-defined]
     tables = {name: family.per_channel(row, float(name == "scale"), config) for name, row in rows.items()}
     attach_prediction(task.student, tables)
-    metrics = {
+    metrics: dict[str, Json] = {
         "prediction_slope": sum(step.slope for step in found) / len(found),
         "prediction_bias": float(torch.stack([step.bias for step in found]).square().mean().sqrt()),
     }
-    return metrics | ({"prediction_detail": float(rows["detail"].mean())} if "detail" in rows else {})
+    if "detail" in rows:
+        metrics["prediction_detail"] = float(rows["detail"].mean())
+    return metrics
 
 
 def in_parts(family: Family, size: int) -> Family:

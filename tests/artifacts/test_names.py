@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from dqtool.artifacts import Manifest, commit, fingerprint, open_artifact
 from dqtool.artifacts.names import check_component, check_name, check_shards, path_within
+from dqtool.artifacts.records import FileRecord, PipelineRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.errors import ArtifactError, DqtoolError
 from dqtool.models.components.companion_files import companion_files
 from dqtool.models.components.companions import companions_of_artifact, companions_of_source
@@ -77,14 +79,14 @@ class TestNames:
             assert listing(tmp_path) == before, reader.__name__
 
 
-@pytest.mark.parametrize("name", [*HOSTILE_COMPONENTS, None, 3, ["a"]], ids=lambda name: ascii(name)[:30])
+@pytest.mark.parametrize("name", [*HOSTILE_COMPONENTS, 3, ["a"]], ids=lambda name: ascii(name)[:30])
 def test_a_component_is_one_plain_word(name: Any, tmp_path: Path):
     with pytest.raises(ArtifactError):
         check_component(name, "model_index.json")
     with pytest.raises(ArtifactError):
-        component_prefix({"component": name})
+        component_prefix(PipelineRecord(name))
     with pytest.raises(ArtifactError):
-        write_directory(tmp_path, {"component": name}, {}, lambda _: None)
+        write_directory(tmp_path, PipelineRecord(name), {}, lambda _: None)
     assert not list(tmp_path.iterdir())
     if isinstance(name, str):
         with pytest.raises(ArtifactError):
@@ -123,7 +125,13 @@ def attached(root: Path, name: str, component: str = "unet", index: dict[str, An
     path = root / "a.safetensors"
     tensors = {"w": torch.zeros(1), f"file.{name}": torch.zeros(3, dtype=torch.uint8)}
     known = {"model_index": index or {"vae": ["diffusers", "AutoencoderKL"]}, "component": component, "scheduler": {}}
-    commit(path, tensors, Manifest(stage="distill", fingerprint=fingerprint("distill", 1, {}, []), pipeline=known))
+    commit(
+        path,
+        tensors,
+        Manifest(
+            stage="distill", fingerprint=fingerprint("distill", 1, {}, []), pipeline=unchecked(known, PipelineRecord)
+        ),
+    )
     return path
 
 
@@ -172,7 +180,7 @@ def a_shard_of_a_companion(model: Path, root: Path, name: str) -> None:
 
 
 def a_file_of_an_exported_directory(_model: Path, root: Path, name: str) -> None:
-    entry = {"bytes": 0, "sha256": "0" * 64}
+    entry = FileRecord(0, "0" * 64)
     note = Manifest(stage="export", fingerprint=fingerprint("export", 1, {}, []), files={name: entry})
     (root / "dqtool.json").write_text(note.to_json())
     open_artifact(root)
@@ -329,6 +337,6 @@ def test_a_header_may_not_lie_about_attachments(tmp_path: Path):
     save_file({"w": torch.zeros(1), "file.../../x": torch.zeros(3, dtype=torch.uint8)}, path)
     from dqtool.artifacts.store import Artifact
 
-    note = Manifest(stage="distill", fingerprint="0" * 64, file={"name": "a", "bytes": 1, "sha256": "0" * 64})
+    note = Manifest(stage="distill", fingerprint="0" * 64, file=FileRecord(1, "0" * 64, "a"))
     with pytest.raises(ArtifactError):
         Artifact(path, str(path), note).attachment_names()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from helpers import resigned
 
 from dqtool.artifacts import Manifest, open_artifact, read_manifest
+from dqtool.artifacts.completeness import check_complete
 from dqtool.artifacts.manifest import canonical_json
-from dqtool.artifacts.records import LayerRecord, records_of
+from dqtool.artifacts.records import ModelRecord, SamplingRecord, ScalingRecord
+from dqtool.artifacts.schema import record, without
 from dqtool.errors import ArtifactError
 
 FILES = {
@@ -32,11 +35,11 @@ def note_of(chain: Path, stage: str) -> Path:
 @pytest.mark.parametrize("stage", FILES)
 def test_what_stages_write_passes(made: Path, stage: str):
     artifact = open_artifact(made / FILES[stage], [stage])
-    records = records_of(artifact.manifest, "here", whole=True)
-    assert records.model is not None
-    assert records.model.class_name == "UNet2DModel"
-    assert isinstance(records.layers[0], LayerRecord)
-    assert [layer.name for layer in records.layers] == [layer["name"] for layer in artifact.manifest.layers]
+    check_complete(artifact.manifest, "here")
+    assert artifact.manifest.network.class_name == "UNet2DModel"
+    written = json.loads(note_of(made, stage).read_text())
+    assert [layer.name for layer in artifact.manifest.layers] == [layer["name"] for layer in written["layers"]]
+    assert json.loads(artifact.manifest.to_json()) == written
 
 
 EDITS = [
@@ -117,9 +120,29 @@ def test_manifests_changed_at_random_are_read_or_refused(made: Path, stage: str)
         content["checksum"] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
         try:
             manifest = Manifest.from_json(json.dumps(content), "here")
-            records_of(manifest, "here", whole=True)
+            check_complete(manifest, "here")
         except ArtifactError as error:
             refused += 1
             assert len(str(error)) <= 500
     assert refused > 50
     assert read_manifest(made / FILES[stage]).stage == stage
+
+
+def test_what_was_read_is_written_again_with_what_was_changed() -> None:
+    read = record({"method": "wd", "max": 2, "later": [1, {"a": None}], "asked": None}, ScalingRecord)
+    assert read.to_json() == {"method": "wd", "max": 2, "later": [1, {"a": None}], "asked": None}
+    changed = dataclasses.replace(read, max=3.0, learned=True)
+    assert changed.to_json() == {**read.to_json(), "max": 3.0, "learned": True}
+    assert dataclasses.replace(changed, learned=False).to_json() == {**read.to_json(), "max": 3.0}
+    assert without(read, "max").to_json() == {"method": "wd", "later": [1, {"a": None}], "asked": None}
+    assert read == ScalingRecord("wd", 2)
+
+
+def test_a_record_made_in_code_leaves_out_what_says_nothing() -> None:
+    assert ModelRecord("A", {"x": 1}, "a", "here").to_json() == {
+        "class": "A",
+        "config": {"x": 1},
+        "family": "a",
+        "source": "here",
+    }
+    assert SamplingRecord({}, 4, 0.0).to_json() == {"scheduler": {}, "steps": 4, "eta": 0.0, "sampler": None}

@@ -26,6 +26,7 @@ from dqtool.artifacts import (
     open_artifact,
     read_manifest,
 )
+from dqtool.artifacts.schema import unchecked
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 
 PRINT = fingerprint("dilate", 1, {"scaling": "wd"}, ["0" * 64])
@@ -39,7 +40,8 @@ def manifest(stage: str = "dilate", **changes: Any) -> Manifest:
         "metrics": {"blocks": [{"name": "a", "reads": []}], "output_reads": ["a"]},
         "parameters": {"format": "dq"},
     }
-    return Manifest(stage=stage, fingerprint=changes.pop("fingerprint", PRINT), **(needed | changes))
+    made = {"stage": stage, "fingerprint": PRINT, **needed, **changes}
+    return unchecked(made, Manifest)
 
 
 def write_directory(path: Path) -> None:
@@ -91,7 +93,7 @@ class TestOpen:
         assert found.tensor_names() == ["a.dilation", "a.weight"]
         assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in found.tensors().items())
         assert found.manifest.file is not None
-        assert found.manifest.file["bytes"] == artifact.stat().st_size and found.sha256 == found.manifest.file["sha256"]
+        assert found.manifest.file.bytes == artifact.stat().st_size and found.sha256 == found.manifest.file.sha256
 
     def test_a_renamed_pair_is_the_same_artifact(self, artifact: Path):
         artifact.rename(artifact.with_name("b.safetensors"))
@@ -181,7 +183,7 @@ class TestOpen:
     def test_a_report_is_its_own_manifest(self, tmp_path: Path):
         path = tmp_path / "report.json"
         commit_report(path, manifest("eval", metrics={"fd.digits": 3.5}))
-        assert open_artifact(path, {"eval"}).manifest.metrics == {"fd.digits": 3.5}
+        assert open_artifact(path, {"eval"}).manifest.metrics.as_read == {"fd.digits": 3.5}
         assert is_current(path, PRINT)
         with pytest.raises(ArtifactError, match="holds no tensors"):
             open_artifact(path).tensors()
@@ -283,7 +285,7 @@ class TestCommit:
                     break
                 interrupted += 1
                 if path.exists():
-                    version = open_artifact(path).manifest.metrics["version"]
+                    version = open_artifact(path).manifest.metrics.as_read["version"]
                     # A fault after the last move finds a finished commit.
                     assert version == 2 or (exists and version == 1)
                     assert version == 1 or when == "after" or function == "fsync"
@@ -296,7 +298,7 @@ class TestCommit:
             return {"sum": float(written()["a"].sum())}
 
         note = commit(artifact, {"a": torch.ones(3)}, manifest(metrics={"other": 1}), proof).manifest
-        assert note.metrics == read_manifest(artifact).metrics == {"other": 1, "sum": 3.0}
+        assert note.metrics.as_read == read_manifest(artifact).metrics.as_read == {"other": 1, "sum": 3.0}
 
     def test_a_proof_that_fails_leaves_what_stood_there(self, artifact: Path):
         def proof(written: Written) -> dict[str, Any]:

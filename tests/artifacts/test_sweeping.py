@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from dqtool.artifacts import Manifest, check_writable, commit, commit_directory, lock, open_artifact
+from dqtool.artifacts.records import MetricsRecord
+from dqtool.artifacts.schema import unchecked
 
 PRINT = "0" * 64
 
@@ -41,11 +43,11 @@ def killed_after(moves: int, work: Callable[[], None]) -> None:
 
 
 def version(path: Path) -> int:
-    return int(open_artifact(path).manifest.metrics["version"])
+    return int(open_artifact(path).manifest.metrics.as_read["version"])
 
 
 def write(path: Path, number: int) -> None:
-    note = Manifest(stage="export", fingerprint=PRINT, metrics={"version": number})
+    note = Manifest(stage="export", fingerprint=PRINT, metrics=unchecked({"version": number}, MetricsRecord))
     if path.suffix:
         commit(path, {"version": torch.tensor(number)}, note)
     else:

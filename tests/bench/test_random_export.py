@@ -38,10 +38,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Architecture:
 def test_the_export_runs_and_is_cached(tiny: Architecture, bits: str):
     path = random_export("tiny", QuantizationSpec.parse(bits))
     artifact = open_artifact(path, ["export"])
-    layers = {layer["name"]: layer for layer in artifact.manifest.layers}
-    assert layers["conv_in"]["bits"] == [8, 8]
-    assert layers["mid_block.resnets.0.conv1"]["bits"] == [int(b) for b in bits.split("/")]
-    assert any(layer["dilated"] for layer in layers.values())
+    layers = {layer.name: layer for layer in artifact.manifest.layers}
+    assert layers["conv_in"].bits == (8, 8)
+    assert layers["mid_block.resnets.0.conv1"].bits == tuple(int(b) for b in bits.split("/"))
+    assert any(layer.dilated for layer in layers.values())
     network = dqtool.load(path, runtime="simulate")
     assert len(network.timesteps) == tiny.steps
     with torch.no_grad():

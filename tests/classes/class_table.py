@@ -102,10 +102,14 @@ def measure(
             attempt(engine, lambda e=engine, c=call, x=exported, s=simulated: same(c(dqtool.load(x, e)), s))
         attempt("from_pretrained", lambda call=call, x=exported, s=simulated: same(call(hub_network(name, x)), s, 1e-6))
     manifest = open_artifact(exported).manifest
-    kept = [why for why in open_artifact(at["d"]).manifest.metrics.get("kept_float", {}).values() if "products" in why]
-    integers = sum(layer["kind"] == "attention" and max(layer["bits"]) <= 8 for layer in manifest.layers)
+    kept = [
+        why
+        for why in open_artifact(at["d"]).manifest.metrics.as_read.get("kept_float", {}).values()
+        if "products" in why
+    ]
+    integers = sum(layer.kind == "attention" and max(layer.bits) <= 8 for layer in manifest.layers)
     row["attention"] = [integers, integers + len(kept)]
-    row["layers"] = sum(layer["kind"] != "attention" for layer in manifest.layers)
+    row["layers"] = sum(layer.kind != "attention" for layer in manifest.layers)
     row["notes"] += sorted(set(kept))
     return row
 
@@ -139,8 +143,8 @@ class Call:
 
     def __init__(self, calibrated: str) -> None:
         artifact = open_artifact(calibrated)
-        self.config = dict(artifact.manifest.model["config"])
-        self.family = family_of(artifact.manifest.model["class"], calibrated, self.config)
+        self.config = dict(artifact.manifest.network.config)
+        self.family = family_of(artifact.manifest.network.class_name, calibrated, self.config)
         self.points = Trajectory.from_tensors(artifact.tensors())
 
     @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from dqtool.artifacts.header import DTYPES, TORCH_DTYPES
-from dqtool.core.cost import bops, bops_ratio, file_bytes, size_ratio
+from dqtool.artifacts.records import LayerRecord
+from dqtool.core.cost import bops, bops_ratio, file_bytes, float_bops, size_ratio
 
 
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -63,19 +64,24 @@ def test_unknown_types_are_refused() -> None:
         file_bytes({"a": ("torch.complex64", (1,))})
 
 
+def layer(macs: int, bits: tuple[int, int] | None = None) -> LayerRecord:
+    return LayerRecord("layer", "linear", (1, 1), macs, bits=bits)
+
+
 def test_bops_and_ratios() -> None:
     layers = [
-        {"macs": 10, "bits": [4, 4]},
-        {"macs": 5, "bits": [8, 8]},
-        {"macs": 2, "bits": [4, None]},
-        {"macs": 1, "bits": [16, 16]},
-        {"macs": 1, "bits": None},
-        {"kind": "attention", "macs": 20, "bits": [8, 4]},
+        layer(10, (4, 4)),
+        layer(5, (8, 8)),
+        layer(2, (4, 16)),
+        layer(1, (16, 16)),
+        layer(1),
+        LayerRecord("attention", "attention", (1, 1), 20, bits=(8, 4)),
     ]
     expected = 160 + 320 + 256 + 1024 + 1024 + (10 * 4 * 4 + 10 * 8 * 4)
     assert bops(layers) == expected
+    assert float_bops(layers) == 39 * 1024
     assert bops_ratio(layers) == 39 * 1024 / expected
-    assert bops_ratio([{"macs": 7, "bits": [6, 6]}]) == pytest.approx(28.44, abs=0.01)
+    assert bops_ratio([layer(7, (6, 6))]) == pytest.approx(28.44, abs=0.01)
     assert bops_ratio([]) == 1
     assert size_ratio(800, 100) == 8
 

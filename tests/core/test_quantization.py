@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from dqtool.artifacts.records import LayerRecord
 from dqtool.core.bits import AttentionBits, LayerBits, bits_from_json, parse_bits
-from dqtool.core.cost import bops
+from dqtool.core.cost import bops, float_bops
 from dqtool.core.quantization import KeptLayers, QuantizationSpec
 from dqtool.errors import UsageError
 
@@ -73,5 +76,6 @@ def test_bit_operations_of_the_two_attention_products() -> None:
     bits = AttentionBits(qkv=4, softmax=8)
     assert [bits.of(operand) for operand in ("q", "k", "v", "probs")] == [4, 4, 4, 8]
     assert bits.operations(10) == 5 * 4 * 4 + 5 * 8 * 4
-    assert bops([{"kind": "attention", "macs": 10, "bits": bits.to_json()}]) == bits.operations(10)
-    assert bops([{"kind": "attention", "macs": 10, "bits": None}]) == 10 * 32 * 32
+    layer = LayerRecord("a", "attention", (1, 1), 10, bits=bits.widths)
+    assert bops([layer]) == bits.operations(10)
+    assert bops([replace(layer, bits=None)]) == float_bops([layer]) == 10 * 32 * 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ class TestAttachments:
         path = chain / "distilled.safetensors"
         note = open_artifact(path).manifest
         assert note.pipeline is not None
-        note.pipeline["component"] = name
+        note.pipeline = replace(note.pipeline, component=name)
         tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
         path.unlink()
         manifest_path(path).unlink()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dqtool.artifacts import Manifest
+from dqtool.artifacts.schema import unchecked
 
 __all__ = ["NETWORK", "ODD", "OPTIONS", "SCHEDULER", "bent", "files", "manifest", "packed_file", "twisted", "unpack"]
 
@@ -51,17 +52,17 @@ PIPELINE = {
 def manifest() -> dict[str, Any]:
     """Return a genuine manifest of a small distilled artifact."""
     layer = {"name": "a", "kind": "linear", "shape": [2, 3], "macs": 6, "bits": [4, 4], "dilated": False}
-    made = Manifest(
-        stage="distill",
-        fingerprint="0" * 64,
-        inputs=[{"name": "b", "sha256": "0" * 64, "stage": "calibrate"}],
-        model={"class": "UNet2DModel", "config": NETWORK, "family": "unet2d", "source": "tiny"},
-        pipeline={"scheduler": SCHEDULER, "sampling": {"scheduler": SCHEDULER, "steps": 4, "eta": 0.0}},
-        layers=[layer],
-        metrics={"blocks": [{"name": "a", "reads": []}], "output_reads": ["a"]},
-        file={"name": "c.safetensors", "bytes": 8, "sha256": "0" * 64},
-    )
-    return json.loads(made.to_json())
+    made = {
+        "stage": "distill",
+        "fingerprint": "0" * 64,
+        "inputs": [{"name": "b", "sha256": "0" * 64, "stage": "calibrate"}],
+        "model": {"class": "UNet2DModel", "config": NETWORK, "family": "unet2d", "source": "tiny"},
+        "pipeline": {"scheduler": SCHEDULER, "sampling": {"scheduler": SCHEDULER, "steps": 4, "eta": 0.0}},
+        "layers": [layer],
+        "metrics": {"blocks": [{"name": "a", "reads": []}], "output_reads": ["a"]},
+        "file": {"name": "c.safetensors", "bytes": 8, "sha256": "0" * 64},
+    }
+    return json.loads(unchecked(made, Manifest).to_json())
 
 
 def packed_file(tensors: dict[str, tuple[str, list[int], bytes]], metadata: dict[str, str] | None = None) -> bytes:

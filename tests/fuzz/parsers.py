@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 
 from dqtool import __main__ as command_line
 from dqtool.artifacts import Manifest, open_artifact, read_header
+from dqtool.artifacts.completeness import check_complete
 from dqtool.artifacts.library_files import check_library_directory
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.npz import npz_arrays, npz_names
 from dqtool.artifacts.reading import load_json
-from dqtool.artifacts.records import records_of
+from dqtool.artifacts.records import LayerRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.artifacts.torch_files import weights_content
 from dqtool.errors import ArtifactError
 from dqtool.metrics.aesthetic import load_aesthetic_head
@@ -139,7 +141,9 @@ def by_bytes(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
 
 
 def _records(data: bytes) -> object:
-    return records_of(Manifest.from_json(data, "here"), "here", whole=True)
+    found = Manifest.from_json(data, "here")
+    check_complete(found, "here")
+    return found
 
 
 def by_structure(folder: Path, chain: Path) -> dict[str, Callable[[random.Random], object]]:
@@ -210,7 +214,9 @@ def by_structure(folder: Path, chain: Path) -> dict[str, Callable[[random.Random
                 del state[key]
         if draw.random() < 0.05:
             state["odd"] = torch.zeros(1)
-        return packed_network(export["_class_name"], export, plans_from(layers), state)
+        return packed_network(
+            export["_class_name"], export, plans_from([unchecked(layer, LayerRecord) for layer in layers]), state
+        )
 
     def statistics(draw: random.Random) -> object:
         state = dict(known)

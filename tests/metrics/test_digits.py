@@ -26,12 +26,13 @@ def test_held_out_digits_are_read(real: dict[str, tuple[torch.Tensor, torch.Tens
 
 def test_scores_of_real_digits(real: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     # Golden numbers of `python -m dqtool.zoo.train_classifier`; other CPUs round differently.
-    result = digits.evaluate_digits(real["held_out"][0], arrays=True)
+    result = digits.evaluate_digits(real["held_out"][0])
+    labels, confidence = digits.classify(real["held_out"][0])
     assert result["fd.digits"] == pytest.approx(2.84, abs=0.03)
     assert result["is.digits"] == pytest.approx(8.81, abs=0.03)
     assert result["confident_share"] == pytest.approx(0.982, abs=0.005)
     assert result["samples"] == 450
-    assert result["labels"].shape == result["confidence"].shape == (450,)
+    assert labels.shape == confidence.shape == (450,)
 
 
 def test_the_reference_is_that_of_the_training_digits(real: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,13 +108,14 @@ def test_a_manifest_whose_layers_or_blocks_the_network_lacks(
     path = chain / f"{file}.safetensors"
     note = open_artifact(path).manifest
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    layers = [layer for layer in note.layers if (layer["kind"] == "attention") == (key == "heads")]
+    number = next(i for i, layer in enumerate(note.layers) if (layer.kind == "attention") == (key == "heads"))
     if key == "blocks":
         if file == "distilled":
             pytest.skip("no stage reads the blocks of a distilled artifact")
-        note.metrics["blocks"][0]["name"] = value
+        blocks = [replace(note.metrics.blocks[0], name=value), *note.metrics.blocks[1:]]
+        note.metrics = replace(note.metrics, blocks=blocks)
     else:
-        layers[0][key] = value
+        note.layers[number] = replace(note.layers[number], **{key: value})
     path.unlink()
     manifest_path(path).unlink()
     commit(path, tensors, note)

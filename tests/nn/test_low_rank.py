@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.records import LayerRecord
 from dqtool.core.affine import fake_quantize, search_weight
 from dqtool.core.bits import LayerBits
 from dqtool.core.cost import bops
@@ -127,7 +130,7 @@ def test_branches_stand_beside_low_bit_products_that_are_wide_enough() -> None:
 
 def test_bit_operations_count_the_branch() -> None:
     positions, rows, columns = 10, 32, 16 * 9
-    layer = {"kind": "conv2d", "shape": (32, 16, 3, 3), "macs": positions * rows * columns, "bits": [4, 4]}
+    layer = LayerRecord("a", "conv2d", (32, 16, 3, 3), positions * rows * columns, bits=(4, 4))
     branch = positions * 8 * (rows + columns) * 16 * 32
-    assert bops([{**layer, "low_rank": 8}]) == bops([layer]) + branch
-    assert bops([{**layer, "low_rank": 8, "bits": [32, 32]}]) == bops([{**layer, "bits": [32, 32]}])
+    assert bops([replace(layer, low_rank=8)]) == bops([layer]) + branch
+    assert bops([replace(layer, low_rank=8, bits=(32, 32))]) == bops([replace(layer, bits=(32, 32))])

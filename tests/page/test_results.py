@@ -22,7 +22,7 @@ def test_a_result_finds_its_chain_by_content_wherever_it_lies(made: Path, tmp_pa
     assert (result.name, benches) == (tmp_path.name, [])
     assert result.chain["export"] == tmp_path / "deep" / "w4"
     assert sorted(result.chain) == ["calibrate", "distill", "export"]
-    assert result.open("distill").sha256 == result.manifests["export"].inputs[0]["sha256"]
+    assert result.open("distill").sha256 == result.manifests["export"].inputs[0].sha256
     with pytest.raises(ArtifactError, match="dilated artifact"):
         result.open("dilate")
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dqtool.artifacts import Manifest
+from dqtool.artifacts.records import EvalRecord, InputRecord, ModelRecord, ParametersRecord, PipelineRecord
+from dqtool.artifacts.schema import unchecked, without
 from dqtool.page.document import Cell, Charts, Note, Page, Paragraph, Section, Table
 from dqtool.page.figures import extractors, quality_key
 from dqtool.page.html import render_html
@@ -41,27 +44,28 @@ def made(name: str, reference: str | None = None, digest: str = "e", **parameter
         {"name": "reference", "sha256": digest * 64, "stage": None},
     ]
     sampling = {"scheduler": {"_class_name": "DDIMScheduler"}, "steps": 20, "eta": 0.0}
+    model = {"class": "UNet2DModel", "config": {}, "family": "unet2d", "source": "zoo:digits-ddpm"}
     manifest = Manifest(
         "eval",
         "f" * 64,
-        inputs=inputs,
-        model={"source": "zoo:digits-ddpm", "source_sha256": "b" * 64},
-        pipeline={"sampling": sampling},
-        parameters={"samples": 2048, "seed": 0} | parameters,
-        metrics=metrics,
+        inputs=[unchecked(entry, InputRecord) for entry in inputs],
+        model=unchecked(model | {"source_sha256": "b" * 64}, ModelRecord),
+        pipeline=unchecked({"sampling": sampling}, PipelineRecord),
+        parameters=unchecked({"samples": 2048, "seed": 0} | parameters, ParametersRecord),
+        metrics=unchecked(metrics, EvalRecord),
     )
     return Result(name, Path(f"{name}.json"), manifest)
 
 
 def test_a_distance_to_the_reference_is_shown_and_not_plotted() -> None:
     result = made("exported")
-    result.manifest.metrics["fd.digits_from_reference"] = 0.1234
-    result.manifest.metrics["extractor"] = {"name": "digits-classifier", "sha256": "c" * 64}
+    more = {"fd.digits_from_reference": 0.1234, "extractor": {"name": "digits-classifier", "sha256": "c" * 64}}
+    result.manifest.metrics = unchecked({**result.figures, **more}, EvalRecord)
     table = result_table([result])
     column = list(table.columns).index("fd.digits to full precision ↓")
     assert "0.123" in [row[column].text for row in table.rows]
     assert quality_key([result]) == "fd.digits"
-    assert dict(extractors(result.manifest.metrics))["fd.digits_from_reference"]["name"] == "digits-classifier"
+    assert dict(extractors(result.metrics))["fd.digits_from_reference"].name == "digits-classifier"
 
 
 def test_a_quantized_reference_is_not_called_full_precision() -> None:
@@ -80,7 +84,7 @@ def test_a_quantized_reference_is_not_called_full_precision() -> None:
 
 def test_a_quantized_reference_without_figures_has_no_row() -> None:
     result = made("cpu", "exported in the simulate runtime")
-    del result.metrics["reference"]
+    result.manifest.metrics = without(result.metrics, "reference")
     assert [row[1].text for row in result_table([result]).rows] == ["cpu"]
 
 
@@ -152,8 +156,8 @@ def test_headings_tell_equal_names_apart_by_their_contents() -> None:
 def test_guidance_that_was_calibrated_is_the_one_that_is_asked_for() -> None:
     calibrated, asked, other = made("calibrated"), made("asked", guidance=1.5), made("other", guidance=3.0)
     for result in (calibrated, asked, other):
-        assert result.manifest.pipeline is not None
-        result.manifest.pipeline["sampling"]["guidance"] = 1.5
+        sampling = replace(result.manifest.pipeline.sampling, guidance=1.5)
+        result.manifest.pipeline = replace(result.manifest.pipeline, sampling=sampling)
     assert chain_key(calibrated) == chain_key(asked) != chain_key(other)
 
 

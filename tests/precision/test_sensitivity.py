@@ -27,7 +27,7 @@ def measured(made: Path) -> Measured:
 
 def direct_error(measured: Measured, layer: str, bits: LayerBits) -> float:
     """Mean over trajectory points of the squared error of predictions, weighted as errors reach the sample."""
-    family, _ = network_of(measured.manifest.model)
+    family, _ = network_of(measured.manifest.network)
     trajectory = measured.trajectory
     float_bits = KeptLayers(".*", LayerBits(16, 16))
     predictions = []

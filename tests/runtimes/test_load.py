@@ -101,6 +101,6 @@ def test_the_manifest_tells_what_runs_in_integers() -> None:
 
 def test_reports_of_loaded_networks(made: Path) -> None:
     network = dqtool.load(str(made / "exported"), "cpu")
-    names = {layer["name"] for layer in open_artifact(made / "exported").manifest.layers}
+    names = {layer.name for layer in open_artifact(made / "exported").manifest.layers}
     assert set(runtimes.integer_report(network)) == names
     assert runtimes.integer_report(dqtool.load(str(made / "exported"), "simulate")) == {}

@@ -218,6 +218,8 @@ def test_a_lora_adds_to_the_branch(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_a_layer_can_t_have_is_refused(exported: Path, tmp_path: Path) -> None:
+    from dqtool.artifacts.records import LayerRecord
+    from dqtool.artifacts.schema import unchecked
     from dqtool.errors import ArtifactError
     from dqtool.models.networks.packed import packed_network, plans_from
 
@@ -227,7 +229,12 @@ def test_a_rank_that_a_layer_can_t_have_is_refused(exported: Path, tmp_path: Pat
             layer["low_rank"] = 1 << 15
     state = dqtool.load(str(exported / "exported"), "simulate").state_dict()
     with pytest.raises(ArtifactError, match="rank 32768"):
-        packed_network("UNet2DModel", note["model"]["config"], plans_from(note["layers"]), state)
+        packed_network(
+            "UNet2DModel",
+            note["model"]["config"],
+            plans_from([unchecked(layer, LayerRecord) for layer in note["layers"]]),
+            state,
+        )
 
 
 def test_graphs_of_a_converted_network_hold_the_branches(tmp_path: Path) -> None:

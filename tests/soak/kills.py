@@ -162,21 +162,24 @@ def digest(path: Path) -> str | None:
             report = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
         except (OSError, DqtoolError):
             return None
-        return hashlib.sha256(json.dumps(strip(report.metrics), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(strip(report.metrics.to_json()), sort_keys=True).encode()).hexdigest()
     try:
         artifact = open_artifact(str(path))
         manifest = artifact.manifest
         if path.is_dir():
             found = {n: hashlib.sha256((path / n).read_bytes()).hexdigest() for n in sorted(manifest.files or {})}
-            recorded = {name: entry["sha256"] for name, entry in (manifest.files or {}).items()}
+            recorded = {name: entry.sha256 for name, entry in (manifest.files or {}).items()}
         else:
             found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
-            recorded = {path.name: (manifest.file or {})["sha256"]}
+            assert manifest.file is not None
+            recorded = {path.name: manifest.file.sha256}
     except (DqtoolError, OSError):
         return None
     if found != recorded and digest_again(path, found):
         return "half"
-    return hashlib.sha256(json.dumps([recorded, strip(manifest.metrics)], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([recorded, strip(manifest.metrics.to_json())], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def digest_again(path: Path, found: dict[str, str]) -> bool:

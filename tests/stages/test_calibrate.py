@@ -93,7 +93,7 @@ def test_a_draw_decides_about_training_points_and_statistics_cover_every_step(
     tensors = artifact.tensors()
     counts = torch.bincount(tensors["trajectory.rows"], minlength=40)
     assert counts.sum() == len(tensors["trajectory.x"]) == 80
-    assert counts.tolist() == artifact.manifest.metrics["samples_per_step"]
+    assert counts.tolist() == artifact.manifest.metrics.as_read["samples_per_step"]
     assert counts.max() - counts.min() > 1
     histogram = tensors["conv_in.histogram"]
     assert histogram.shape[0] == 40
@@ -101,4 +101,4 @@ def test_a_draw_decides_about_training_points_and_statistics_cover_every_step(
 
 
 def test_a_stratified_draw_is_no_parameter(made: Path) -> None:
-    assert "draw" not in open_artifact(made / "calibrated.safetensors").manifest.parameters
+    assert "draw" not in open_artifact(made / "calibrated.safetensors").manifest.parameters.as_read

@@ -53,7 +53,7 @@ def calibrated(root: Path, dilated: str, scaling: str, **options: object) -> Art
 
 
 def scalings(artifact: Artifact) -> dict[str, dict]:
-    return {layer["name"]: layer["scaling"] for layer in artifact.manifest.layers if "scaling" in layer}
+    return {layer.name: layer.scaling.to_json() for layer in artifact.manifest.layers if layer.scaling is not None}
 
 
 def original(root: Path) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def original(root: Path) -> dict[str, torch.Tensor]:
 
 def test_dilate_dilates_by_default(root: Path) -> None:
     artifact = open_artifact(root / "wd.safetensors")
-    assert artifact.manifest.parameters["scaling"] == "wd"
+    assert artifact.manifest.parameters.as_read["scaling"] == "wd"
     assert {each["method"] for each in scalings(artifact).values()} == {"wd"}
     assert any(not torch.equal(artifact.tensors()[name], value) for name, value in original(root).items())
 
@@ -71,7 +71,7 @@ def test_keep_leaves_dilates_tensors(root: Path) -> None:
     before, after = open_artifact(root / "wd.safetensors"), calibrated(root, "wd", "keep")
     assert scalings(after) == scalings(before)
     assert all(torch.equal(after.tensors()[name], value) for name, value in before.tensors().items())
-    assert "scaling" not in after.manifest.parameters
+    assert "scaling" not in after.manifest.parameters.as_read
 
 
 def test_none_takes_dilates_factors_out(root: Path) -> None:
@@ -79,7 +79,7 @@ def test_none_takes_dilates_factors_out(root: Path) -> None:
     tensors = artifact.tensors()
     assert not scalings(artifact)
     assert not any(name.endswith(".dilation") for name in tensors)
-    assert artifact.manifest.metrics["unsaturated_share"] == 0
+    assert artifact.manifest.metrics.as_read["unsaturated_share"] == 0
     for name, value in original(root).items():
         torch.testing.assert_close(tensors[name], value, rtol=3e-7, atol=0)
 
@@ -87,8 +87,8 @@ def test_none_takes_dilates_factors_out(root: Path) -> None:
 def test_auto_is_the_default_and_records_the_method_of_each_layer(root: Path) -> None:
     assert CalibrateOptions().scaling == "auto"
     artifact = calibrated(root, "wd", "auto")
-    parameters = artifact.manifest.parameters
-    assert artifact.manifest.metrics["equivalence_error"] <= TOLERANCE
+    parameters = artifact.manifest.parameters.as_read
+    assert artifact.manifest.metrics.as_read["equivalence_error"] <= TOLERANCE
     assert (parameters["scaling"], parameters["bits"]) == ("auto", "4/4")
     assert parameters["scaling_version"] == SCALING_VERSIONS["auto"]  # hence in keys of what it makes
     found = scalings(artifact)
@@ -123,7 +123,7 @@ def test_auto_keeps_the_tensors_of_layers_whose_dilation_is_best(root: Path) -> 
 def test_every_scaling_is_equivalent_before_quantization(root: Path, method: str) -> None:
     for dilated in ("wd", "folded"):
         artifact = calibrated(root, dilated, method)
-        assert artifact.manifest.metrics["equivalence_error"] <= TOLERANCE
+        assert artifact.manifest.metrics.as_read["equivalence_error"] <= TOLERANCE
         assert method in {each.get("asked", each["method"]) for each in scalings(artifact).values()}
 
 

@@ -36,12 +36,12 @@ def test_a_whole_chain_runs_on_another_device(tmp_path: Path, where: str) -> Non
     model = dit_pipeline(tmp_path / "model")
     there, here = (chain(model, tmp_path / place, place) for place in (where, "cpu"))
     for name in ("calibrated.safetensors", "distilled.safetensors"):
-        assert there[name].manifest.environment["device"] == f"{where}:0"
-        assert here[name].manifest.environment["device"] == "cpu"
-    assert there["eval.json"].manifest.environment["device"] == f"{where}:0"
+        assert there[name].manifest.environment.device == f"{where}:0"
+        assert here[name].manifest.environment.device == "cpu"
+    assert there["eval.json"].manifest.environment.device == f"{where}:0"
     assert (tmp_path / where / "samples.png").stat().st_size > 100
     if where == "cuda":
-        assert there["distilled.safetensors"].manifest.metrics["peak_device_bytes"] > 0
+        assert there["distilled.safetensors"].manifest.metrics.as_read["peak_device_bytes"] > 0
     x, same = (run["calibrated.safetensors"].tensors()["trajectory.x"] for run in (there, here))
     torch.testing.assert_close(x, same, rtol=1e-4, atol=1e-5)
     trained, expected = (run["distilled.safetensors"].tensors() for run in (there, here))
@@ -49,7 +49,7 @@ def test_a_whole_chain_runs_on_another_device(tmp_path: Path, where: str) -> Non
     for name, tensor in trained.items():
         if name.endswith("_scale"):  # rounding may differ; a training that did not happen would differ more
             torch.testing.assert_close(tensor, expected[name], rtol=0.02, atol=1e-6, msg=name)
-    assert there["eval.json"].manifest.metrics["psnr"]["mean"] > 20
+    assert there["eval.json"].manifest.metrics.as_read["psnr"]["mean"] > 20
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -26,12 +26,12 @@ def widened(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def test_output_is_unchanged_and_the_manifest_reports_it(widened: Artifact) -> None:
     manifest = widened.manifest
-    assert manifest.metrics["equivalence_error"] <= TOLERANCE
-    assert 0 < manifest.metrics["unsaturated_share"] < 1
-    assert 0 < manifest.metrics["mean_inverse"] < 1
-    scaled = [layer for layer in manifest.layers if "scaling" in layer]
+    assert manifest.metrics.as_read["equivalence_error"] <= TOLERANCE
+    assert 0 < manifest.metrics.as_read["unsaturated_share"] < 1
+    assert 0 < manifest.metrics.as_read["mean_inverse"] < 1
+    scaled = [layer for layer in manifest.layers if layer.scaling is not None]
     assert scaled
-    assert all(layer["scaling"]["max"] >= 1 for layer in scaled)
+    assert all(layer.scaling.max >= 1 for layer in scaled)
 
 
 def test_every_out_channel_keeps_its_range(made: Path, widened: Artifact) -> None:
@@ -83,4 +83,4 @@ def test_component_directories_and_bare_files_are_models_too(made: Path, tmp_pat
         artifact = open_artifact(output)
         assert artifact.sha256 == expected.sha256
         assert artifact.manifest.pipeline is None
-        assert artifact.manifest.model["config"]["sample_size"] == NETWORK["sample_size"]
+        assert artifact.manifest.network.config["sample_size"] == NETWORK["sample_size"]

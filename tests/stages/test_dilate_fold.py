@@ -68,9 +68,7 @@ def opened(path: Path) -> Artifact:
 def homes(artifact: Artifact) -> dict[str, list[str]]:
     """Scaled layers, and what their factors were folded into (empty: nothing)."""
     return {
-        layer["name"]: layer["scaling"].get("folded_into", [])
-        for layer in artifact.manifest.layers
-        if "scaling" in layer
+        layer.name: layer.scaling.folded_into or [] for layer in artifact.manifest.layers if layer.scaling is not None
     }
 
 
@@ -98,8 +96,8 @@ def test_folding_moves_what_it_can_and_says_where(loose: Path) -> None:
             assert into == []
         assert (f"{name}.dilation" in tensors) == (not into)
     assert sum(map(bool, where.values())) >= 8
-    assert artifact.manifest.parameters["fold"] is True
-    assert artifact.manifest.metrics["equivalence_error"] <= TOLERANCE
+    assert artifact.manifest.parameters.as_read["fold"] is True
+    assert artifact.manifest.metrics.as_read["equivalence_error"] <= TOLERANCE
 
 
 def test_a_fully_foldable_model_becomes_a_plain_checkpoint(tmp_path: Path) -> None:
@@ -145,11 +143,11 @@ def test_distill_folds_what_crosses_no_quantizer(loose: Path) -> None:
     tensors, where = distilled.tensors(), homes(distilled)
     assert any(where.values())
     for layer in distilled.manifest.layers:
-        name = layer["name"]
+        name = layer.name
         if name in where:
             folded = ".to_q" in name or ".to_k" in name or ".to_v" in name
             assert bool(where[name]) == folded, name
-            assert (f"{name}.dilation" in tensors) == layer["dilated"] == (not folded)
+            assert (f"{name}.dilation" in tensors) == layer.dilated == (not folded)
 
 
 def test_folding_after_training_changes_rounding_only(
@@ -198,9 +196,9 @@ def test_the_dry_run_foresees_the_folds(loose: Path, run: Run, tmp_path: Path) -
     calibrated = str(loose / "plain" / "calibrated.safetensors")
     result = run("distill", calibrated, "--bits", "6/6", "--iters", "3", "--dry-run", "--json", cwd=tmp_path)
     foreseen = load_json(result.stdout)["work"]["bytes"]
-    assert foreseen == opened(loose / "plain" / "exported").manifest.metrics["bytes"]
+    assert foreseen == opened(loose / "plain" / "exported").manifest.metrics.as_read["bytes"]
 
 
 def network_of(artifact: Artifact) -> nn.Module:
     manifest = artifact.manifest
-    return packed_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), artifact.tensors())
+    return packed_network(manifest.network.class_name, manifest.network.config, plans_of(manifest), artifact.tensors())

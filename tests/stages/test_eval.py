@@ -13,6 +13,7 @@ import torch
 from helpers import tiny_pipeline
 
 from dqtool.artifacts import open_artifact
+from dqtool.artifacts.records import LayerRecord
 from dqtool.core.bits import bits_label
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.metrics.grid import save_grid, to_uint8
@@ -48,7 +49,7 @@ def test_distilled_and_exported_give_the_same_figures(made: Path, tmp_path: Path
     assert one["psnr"] == other["psnr"]
     assert one["layer_errors"] == other["layer_errors"]
     assert set(one["layer_errors"]) == {
-        layer["name"] for layer in open_artifact(made / "exported").manifest.layers if layer["kind"] != "attention"
+        layer.name for layer in open_artifact(made / "exported").manifest.layers if layer.kind != "attention"
     }
     assert one["cost"]["bops_ratio"] > 20
 
@@ -156,16 +157,16 @@ def test_a_grid_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fails)
-    with pytest.raises(EnvironmentFault, match="No space"):
+    with pytest.raises(EnvironmentFault, match="disk is full"):
         save_grid([("a", torch.zeros(1, 1, 4, 4))], str(tmp_path / "g.png"))
     assert os.listdir(tmp_path) == []
 
 
 def test_label_is_the_width_of_most_of_the_work() -> None:
     layers = [
-        {"kind": "conv2d", "macs": 10, "bits": [4, 4]},
-        {"kind": "linear", "macs": 1, "bits": [8, 8]},
-        {"kind": "attention", "macs": 99, "bits": [8, 4]},
+        LayerRecord("a", "conv2d", (1, 1, 1, 1), 10, bits=(4, 4)),
+        LayerRecord("b", "linear", (1, 1), 1, bits=(8, 8)),
+        LayerRecord("c", "attention", (1, 1), 99, bits=(8, 4)),
     ]
     assert bits_label(layers) == "4/4"
-    assert bits_label([{"kind": "conv2d", "macs": 1}]) == "float"
+    assert bits_label([replace(layers[0], bits=None)]) == "float"

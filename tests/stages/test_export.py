@@ -13,6 +13,7 @@ from dqtool.core.cost import bops_ratio
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.formats.shapes import network_shapes, predicted_bytes
 from dqtool.models.families import FAMILIES
+from dqtool.models.networks.packed import planned_record
 from dqtool.nn.assignment import assign_bits
 from dqtool.nn.surgery import quant_layers, state_shapes
 from dqtool.stages.distill import DistillOptions, distill
@@ -43,7 +44,7 @@ def test_the_cost_model_predicts_the_file_to_the_byte(made: Path, tmp_path: Path
         RunSettings(quiet=True),
     )
     output = export(ExportOptions(distilled, str(tmp_path / "out")), RunSettings(quiet=True))
-    metrics = open_artifact(output).manifest.metrics
+    metrics = open_artifact(output).manifest.metrics.as_read
     assert metrics["bytes"] == metrics["bytes_predicted"]
     assert metrics["bytes"] == (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
 
@@ -60,7 +61,7 @@ def test_cifar10_architecture_is_an_eighth_at_four_bits() -> None:
     full, packed = predicted_bytes(shapes), predicted_bytes(state_shapes(shapes, plans, 100))
     assert full / packed >= 7.5
     six = assign_bits(traced.layers, QuantizationSpec.parse("6/6"))
-    records = [plan.summary() for plan in six]
+    records = list(map(planned_record, six))
     assert 26 < bops_ratio(records) < 28.5
 
 
@@ -93,9 +94,9 @@ def test_ends_run_at_eight_bits_and_keep_overrides(made: Path, tmp_path: Path) -
         ),
         RunSettings(quiet=True),
     )
-    bits = {layer["name"]: layer["bits"] for layer in open_artifact(output).manifest.layers}
-    assert bits["conv_in"] == [8, 8]
-    assert bits["conv_out"] == [6, 6]
-    assert bits["time_embedding.linear_1"] == [16, 16]
-    assert bits["mid_block.resnets.0.conv1"] == [4, 4]
-    assert bits["mid_block.attentions.0"] == [8, 4]  # softmax output, q·k·v
+    bits = {layer.name: layer.bits for layer in open_artifact(output).manifest.layers}
+    assert bits["conv_in"] == (8, 8)
+    assert bits["conv_out"] == (6, 6)
+    assert bits["time_embedding.linear_1"] == (16, 16)
+    assert bits["mid_block.resnets.0.conv1"] == (4, 4)
+    assert bits["mid_block.attentions.0"] == (8, 4)  # softmax output, q·k·v

@@ -130,11 +130,11 @@ def test_a_damaged_artifact_is_left_out_with_its_fault(chain: Path):
 def test_errors_of_ptq_are_those_of_its_grids(plain: Result):
     errors = quantization_errors(plain)
     assert len(errors.timesteps) == 4
-    layers = {layer["name"]: layer for layer in plain.manifest.layers if layer["kind"] != "attention"}
+    layers = {layer.name: layer for layer in plain.manifest.layers if layer.kind != "attention"}
     assert errors.weights.keys() == layers.keys()
     for parts in errors.weights.values():  # without training, the error of the grid is that of the artifact
         assert parts.total == pytest.approx(parts.clipping + parts.rounding, rel=0.02, abs=1e-9)
-    ends = {name for name, layer in layers.items() if layer["bits"] == [8, 8]}
+    ends = {name for name, layer in layers.items() if layer.bits == (8, 8)}
     assert max(errors.weights[name].total for name in ends) < min(
         parts.total for name, parts in errors.weights.items() if name not in ends
     )
@@ -156,7 +156,7 @@ def test_the_error_of_an_activation_is_that_of_the_values_behind_its_histogram(p
 def test_before_dilation_the_range_is_what_calibration_said(plain: Result):
     artifact = plain.open("calibrate")
     inputs = dilated_inputs(artifact, lambda: teacher_of(artifact.manifest, artifact.tensors()), 64)
-    ratios = artifact.manifest.metrics["activation_range_ratios"]
+    ratios = artifact.manifest.metrics.as_read["activation_range_ratios"]
     assert [each.name for each in inputs] == sorted(ratios, key=ratios.get)[: len(inputs)]
     for each in inputs:
         widths = [

@@ -56,8 +56,8 @@ def chain(root: Path, model: Path, options: dict[str, Any], scheduler: dict[str,
     export(ExportOptions(at["distilled"], at["exported"]), QUIET)
     sample(SampleOptions(at["exported"], 1, str(root / "s.png")), QUIET)
     evaluate(EvalOptions(at["exported"], at["report.json"], samples=2, metrics=("similarity",)), QUIET)
-    sampling = open_artifact(at["exported"]).manifest.pipeline["sampling"]
-    return sampling | {"figures": open_artifact(at["report.json"]).manifest.metrics}
+    sampling = open_artifact(at["exported"]).manifest.sampling.as_read
+    return sampling | {"figures": open_artifact(at["report.json"]).manifest.metrics.as_read}
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)

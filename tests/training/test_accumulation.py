@@ -80,7 +80,7 @@ class Unconditional:
 def test_the_pass_over_all_blocks_in_parts_is_the_same_pass(task: DistillationTask, silent: Any) -> None:
     options = BkdOptions(refine_iters=4, refine_images=4, refine_refresh=4, batch_size=8).second_pass()
     whole, parts = copy.deepcopy(task), replace(copy.deepcopy(task), network_batch=2)
-    expected, got = refine(whole, options, silent)["losses"], refine(parts, options, silent)["losses"]
+    expected, got = refine(whole, options, silent).losses, refine(parts, options, silent).losses
     assert got[0] == pytest.approx(expected[0], rel=1e-4)
     # Weights start at the centres of their codes, where a scale's gradient is 0 and float rounding decides its sign.
     assert got == pytest.approx(expected, rel=0.25)

@@ -58,7 +58,7 @@ def test_refine_trains_all_blocks_together(task: DistillationTask, silent: Any) 
     before = task.student.conv_out.weight.detach().clone()
     metrics = refine(task, SECOND, silent)
     assert not torch.equal(before, task.student.conv_out.weight)
-    assert len(metrics["losses"]) == SECOND.iters
+    assert len(metrics.losses) == SECOND.iters
 
 
 @pytest.mark.parametrize("stop", [2, 4])  # before and after the trajectory is drawn again
@@ -72,7 +72,7 @@ def test_an_interrupted_pass_over_all_blocks_ends_with_the_same_bits(
         refine(half, SECOND, type(silent)(stop))
     task.store = half.store
     metrics = refine(task, SECOND, silent)
-    assert metrics["losses"] == expected["losses"]
+    assert metrics.losses == expected.losses
     wanted, got = packed_state(whole.student), packed_state(task.student)
     for name in wanted:
         assert torch.equal(wanted[name], got[name]), name

@@ -165,10 +165,10 @@ def test_samplers_that_extrapolate_have_other_defaults(made: Path, tmp_path: Pat
     distill(given, dry)
     foreseen = plan_stage(dry.log[-1], given)["work"]
     found = open_artifact(distill(given, RunSettings(quiet=True)))
-    assert found.manifest.parameters["recipe"]["refine_iters"] == 0
+    assert found.manifest.parameters.as_read["recipe"]["refine_iters"] == 0
     assert not any(name.startswith("prediction.") for name in found.tensors())
     directory = export(ExportOptions(given.output, str(tmp_path / "exported")), RunSettings(quiet=True))
-    assert foreseen["bytes"] == open_artifact(directory).manifest.metrics["bytes"]
+    assert foreseen["bytes"] == open_artifact(directory).manifest.metrics.as_read["bytes"]
     asked = replace(given, refine_iters=1, correct_noise=True)
     assert with_sampler_defaults(asked, "PNDMScheduler") == asked
     lsq = replace(given, method="lsq")
@@ -188,7 +188,7 @@ def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) 
         path = str(tmp_path / f"{low}.safetensors")
         options = DistillOptions(str(made / "calibrated.safetensors"), path, low_memory=low, **given)
         found[low] = open_artifact(distill(options, RunSettings(quiet=True)))
-        assert found[low].manifest.parameters["correct_images"] == CORRECT_IMAGES
+        assert found[low].manifest.parameters.as_read["correct_images"] == CORRECT_IMAGES
     scales = [found[low].tensors()["prediction.scale"] for low in (False, True)]
     assert torch.allclose(*scales, atol=0.02)
     assert float((scales[0] - 1).abs().max()) > 1e-3
@@ -214,7 +214,7 @@ def test_exports_hold_the_tables_and_every_runtime_reads_them(
         ExportOptions(distill(given, RunSettings(quiet=True)), str(tmp_path / "exported")), RunSettings(quiet=True)
     )
     exported = open_artifact(directory)
-    metrics = exported.manifest.metrics
+    metrics = exported.manifest.metrics.as_read
     assert metrics["bytes"] == metrics["bytes_predicted"] == foreseen
     state = open_artifact(given.output).tensors()
     x, timestep = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), state["timesteps"][1]

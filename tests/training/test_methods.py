@@ -166,8 +166,8 @@ def test_the_stage_trains_packs_and_says_what_it_cost(chain: Path, name: str, mo
     )
     gc.collect()  # garbage of other tests, freed after the level is read, would hide the new tensor
     artifact = open_artifact(distill(given, RunSettings(quiet=True)))
-    metrics = artifact.manifest.metrics
-    assert artifact.manifest.parameters["train_samples"] == 8
+    metrics = artifact.manifest.metrics.as_read
+    assert artifact.manifest.parameters.as_read["train_samples"] == 8
     assert metrics["training_seconds"] > 0
     assert metrics["training_cpu_seconds"] > 0
     if sys.platform == "linux":
@@ -180,7 +180,7 @@ def test_a_nonstandard_preset_keeps_what_rivals_keep(chain: Path) -> None:
         str(chain / "calibrated.safetensors"), str(chain / "m.safetensors"), method="ptq", preset="nonstandard"
     )
     layers = {
-        layer["name"]: layer["bits"] for layer in open_artifact(distill(given, RunSettings(quiet=True))).manifest.layers
+        layer.name: layer.bits for layer in open_artifact(distill(given, RunSettings(quiet=True))).manifest.layers
     }
     floats = {name for name, bits in layers.items() if bits == [16, 16]}
     assert "up_blocks.0.upsamplers.0.conv" in floats

@@ -92,7 +92,7 @@ def test_passes_over_the_network_keep_the_calibrated_one(
     found = refine(task, OnPolicyOptions(iters=30, batch_size=4, images=2, refresh=30), silent)
     assert equal(block_state(task.student), before)
     assert task.warnings == ["training of all blocks diverged 4 times; it stays as calibrated"]
-    assert all(math.isfinite(loss) for loss in found["losses"])
+    assert all(math.isfinite(loss) for loss in found.losses)
     task.warnings.clear()
     LSQ.train(task, LSQ.options(iters=30, batch_size=4), silent.bars)
     assert task.warnings == ["training of the network diverged 4 times; it stays as calibrated"]

@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dqtool.artifacts import sha256_file
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.names import check_component, path_within
 from dqtool.artifacts.reading import json_object
+from dqtool.artifacts.records import PipelineRecord
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.reading import read_json
 from dqtool.models.sources.weight_files import plain_weight_name
@@ -35,7 +36,7 @@ _SHARD = re.compile(r"-\d+-of-\d+")
 OTHER_WEIGHTS = (".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".ckpt", ".pt", ".pth", ".xml")
 
 
-def components_of(index: Mapping[str, Any], where: str) -> list[str]:
+def components_of(index: ForeignConfig, where: str) -> list[str]:
     """Return the names of a pipeline's components, in the order of its `model_index.json`.
 
     Raises:
@@ -45,7 +46,7 @@ def components_of(index: Mapping[str, Any], where: str) -> list[str]:
 
 
 def companion_files(
-    pipeline: Path, index: Mapping[str, Any], component: str, variant: str | None = None
+    pipeline: Path, index: ForeignConfig, component: str, variant: str | None = None
 ) -> dict[str, Path]:
     """Return {relative name: path} of the card and of every file of the companions, the scheduler's excepted.
 
@@ -102,16 +103,16 @@ def _inside(pipeline: Path, component: str, where: str) -> list[Path]:
     return found
 
 
-def check_companion(name: str, pipeline: Mapping[str, Any] | None, where: str) -> None:
+def check_companion(name: str, pipeline: PipelineRecord | None, where: str) -> None:
     """Check that the relative path of an artifact's file is the card or lies in a companion's directory.
 
     Raises:
         ArtifactError: the path lies in the network's directory, or in none of the pipeline's components.
     """
-    known = pipeline or {}
-    components = components_of(known.get("model_index", {}), f"{where}, key pipeline.model_index")
+    known = pipeline or PipelineRecord()
+    components = components_of(known.model_index or {}, f"{where}, key pipeline.model_index")
     folder, _, rest = name.partition("/")
-    if name != CARD and (not rest or folder not in components or folder in (known.get("component"), "scheduler")):
+    if name != CARD and (not rest or folder not in components or folder in (known.component, "scheduler")):
         raise ArtifactError(
             "A file of this artifact belongs to none of its pipeline's other components",
             where=f"{where}, {name!a}",
@@ -119,7 +120,7 @@ def check_companion(name: str, pipeline: Mapping[str, Any] | None, where: str) -
         )
 
 
-def companion_digest(pipeline: Path, index: Mapping[str, Any], component: str, variant: str | None = None) -> str:
+def companion_digest(pipeline: Path, index: ForeignConfig, component: str, variant: str | None = None) -> str:
     """Return a hex digest over the companion files; "" for a pipeline without any."""
     files = companion_files(pipeline, index, component, variant)
     if not files:

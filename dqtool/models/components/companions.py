@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Artifact
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.library_files import check_library_directory
 from dqtool.artifacts.names import check_component, check_shards, path_within
 from dqtool.artifacts.reading import FILE_BYTES, json_object, read_file
@@ -45,10 +46,15 @@ LIBRARIES = ("diffusers", "transformers")
 class Companions:
     """Companion files of a pipeline. `names` lists them by relative path; `read(name)` returns the bytes of one."""
 
-    def __init__(self, pipeline: Mapping[str, Any], names: list[str], read: Callable[[str], bytes]) -> None:
-        self.index: Mapping[str, Any] = pipeline["model_index"]
-        self.component: str = pipeline["component"]
-        self.scheduler: Mapping[str, Any] = pipeline["scheduler"]
+    def __init__(
+        self,
+        index: ForeignConfig,
+        component: str,
+        scheduler: ForeignConfig | None,
+        names: list[str],
+        read: Callable[[str], bytes],
+    ) -> None:
+        self.index, self.component, self.scheduler = index, component, scheduler or {}
         self.names, self._read = names, read
         for name in (self.component, *components_of(self.index, "model_index.json")):
             check_component(name, "model_index.json")
@@ -57,7 +63,7 @@ class Companions:
         """Return whether the pipeline has files of this component."""
         return any(name.startswith(component + "/") for name in self.names)
 
-    def json(self, name: str) -> dict[str, Any]:
+    def json(self, name: str) -> ForeignConfig:
         """Return the object in a JSON file; `{}` where the file is missing.
 
         Raises:
@@ -75,7 +81,7 @@ class Companions:
         return [name for name in self.index if name.startswith("text_encoder") and not self.has(name)]
 
     @property
-    def card(self) -> dict[str, Any]:
+    def card(self) -> ForeignConfig:
         """Return the card, the pipeline's sampling defaults: guidance, prompts."""
         return {k: v for k, v in self.json(CARD).items() if k in ("guidance", "prompts")}
 
@@ -254,16 +260,23 @@ def companions_of_source(source: ModelSource) -> Companions | None:
         return None
     index = source.model_index or {}
     files = companion_files(source.pipeline, index, source.component, source.variant)
-    pipeline = {"model_index": index, "component": source.component, "scheduler": source.scheduler}
-    return Companions(pipeline, sorted(files), lambda name: read_file(files[name], FILE_BYTES))
+    return Companions(
+        index, source.component, source.scheduler, sorted(files), lambda name: read_file(files[name], FILE_BYTES)
+    )
 
 
 def companions_of_artifact(artifact: Artifact) -> Companions | None:
     """Return the companions in an artifact or an exported directory; None for a bare component."""
     pipeline = artifact.manifest.pipeline
-    if pipeline is None or "model_index" not in pipeline:
+    if pipeline is None or pipeline.model_index is None or pipeline.component is None:
         return None
-    return Companions(pipeline, artifact.attachment_names(), artifact.attachment)
+    return Companions(
+        pipeline.model_index,
+        pipeline.component,
+        pipeline.scheduler,
+        artifact.attachment_names(),
+        artifact.attachment,
+    )
 
 
 def in_float32(name: str, data: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.core.device import to_cpu
 from dqtool.errors import UsageError
 from dqtool.models.conditions.prompts import PROMPTS
@@ -70,7 +71,7 @@ class Request:
     seed: int = 0
     guidance: float | None = None
     prompts: Sequence[str] | None = None
-    card: Mapping[str, Any] = field(default_factory=dict)
+    card: ForeignConfig = field(default_factory=dict)
     random: bool = False
 
     def weight(self, default: float) -> float:
@@ -143,8 +144,8 @@ class Conditions:
 
 
 def random_conditions(
-    draw: Callable[[Mapping[str, Any], int, torch.Generator], dict[str, Tensor]],
-    config: Mapping[str, Any],
+    draw: Callable[[ForeignConfig, int, torch.Generator], dict[str, Tensor]],
+    config: ForeignConfig,
     request: Request,
 ) -> Conditions:
     """Return a table of random conditions, or an empty one for networks that need none.

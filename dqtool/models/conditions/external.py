@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import check_finite, sha256_file
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.named import may_read
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.reading import FILE_BYTES, read_file
+from dqtool.artifacts.records import ConditionsRecord, SamplingRecord
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.components.companion_files import companion_files, listed_digest
 from dqtool.models.components.companions import TEXTS, Companions
@@ -53,7 +55,7 @@ class ConditionSource:
     random: bool = False
 
     @classmethod
-    def of(cls, options: Any, sampling: Mapping[str, Any] | None = None, beside: str = "") -> ConditionSource:
+    def of(cls, options: Any, sampling: SamplingRecord | None = None, beside: str = "") -> ConditionSource:
         """Return the source that the stage's options name, else the one recorded in a manifest's `sampling`.
 
         A recorded path is read if it lies in the directory of the artifact `beside` or the user named it before on this
@@ -71,23 +73,24 @@ class ConditionSource:
                 where="--conditions, --pipeline",
                 fix="Leave one of the two out",
             )
-        recorded = (sampling or {}).get("conditions")
+        recorded = None if sampling is None else sampling.conditions
         return cls._recorded(recorded, beside) if found == cls() and recorded is not None else found
 
     @classmethod
-    def _recorded(cls, record: Mapping[str, Any], beside: str) -> ConditionSource:
-        kind, path = record["from"], str(record.get("path"))
-        if kind == "random":
+    def _recorded(cls, recorded: ConditionsRecord, beside: str) -> ConditionSource:
+        path, is_file = str(recorded.path), recorded.origin == "file"
+        if recorded.origin == "random":
             return cls(random=True)
-        option = "--conditions" if kind == "file" else "--pipeline"
-        if not may_read(path, [beside] if beside else []) or (kind == "file" and not Path(path).is_file()):
+        option = "--conditions" if is_file else "--pipeline"
+        if not may_read(path, [beside] if beside else []) or (is_file and not Path(path).is_file()):
             raise EnvironmentFault(
                 f"The conditions that this model was calibrated with are not at {path!a:.200}, or you never named that place",
                 where=option,
                 fix=f"Name them with {option}",
             )
-        found = cls(file=path) if kind == "file" else cls(pipeline=path)
-        if found.record()["sha256"] != record.get("sha256"):
+        found = cls(file=path) if is_file else cls(pipeline=path)
+        now = found.record()
+        if now is None or now.sha256 != recorded.sha256:
             raise ArtifactError(
                 "These are not the conditions that this model was calibrated with",
                 where=path,
@@ -95,21 +98,21 @@ class ConditionSource:
             )
         return found
 
-    def record(self) -> dict[str, Any]:
-        """Return the manifest's entry: `from` ("file", "pipeline" or "random"), path and digest; empty for the model's own."""
+    def record(self) -> ConditionsRecord | None:
+        """Return the manifest's entry: origin, path and digest; None for the model's own components."""
         if self.file is not None:
-            return {"from": "file", "path": self.file, "sha256": sha256_file(self.file)}
+            return ConditionsRecord("file", self.file, sha256_file(self.file))
         if self.pipeline is not None:
-            return {"from": "pipeline", "path": self.pipeline, "sha256": self._pipeline_digest()}
-        return {"from": "random"} if self.random else {}
+            return ConditionsRecord("pipeline", self.pipeline, self._pipeline_digest())
+        return ConditionsRecord("random") if self.random else None
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Json]:
         """Return the part of a fingerprint: the record without its path."""
-        found = {key: value for key, value in self.record().items() if key != "path"}
-        return {"conditions": found} if found else {}
+        found = self.record()
+        return {} if found is None else {"conditions": replace(found, path=None).to_json()}
 
     def conditions(
-        self, family: Family, config: Mapping[str, Any], request: Request, companions: Companions | None
+        self, family: Family, config: ForeignConfig, request: Request, companions: Companions | None
     ) -> Conditions:
         """Return the conditions of a network with this config; `companions` are the model's own.
 
@@ -135,8 +138,7 @@ class ConditionSource:
         assert self.pipeline is not None
         index, files = _pipeline_files(self.pipeline)
         component = next((name for name in NETWORKS if name in index), NETWORKS[0])
-        described = {"model_index": index, "component": component, "scheduler": {}}
-        return Companions(described, sorted(files), lambda name: read_file(files[name], FILE_BYTES))
+        return Companions(index, component, None, sorted(files), lambda name: read_file(files[name], FILE_BYTES))
 
     def _pipeline_digest(self) -> str:
         assert self.pipeline is not None
@@ -144,7 +146,7 @@ class ConditionSource:
         return listed_digest({name: path for name, path in files.items() if name.startswith(TEXTS)})
 
 
-def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
+def _pipeline_files(given: str) -> tuple[ForeignConfig, dict[str, Path]]:
     """Return a pipeline's `model_index.json` and its companion files by relative path; the denoiser may be missing.
 
     Raises:
@@ -172,7 +174,7 @@ def _pipeline_files(given: str) -> tuple[dict[str, Any], dict[str, Path]]:
     return index, files
 
 
-def _of_file(path: str, family: Family, config: Mapping[str, Any], request: Request) -> Conditions:
+def _of_file(path: str, family: Family, config: ForeignConfig, request: Request) -> Conditions:
     import torch
 
     from dqtool.models.conditions.conditioning import IMAGE_CONDITION, Conditions, with_embedded
@@ -237,7 +239,7 @@ def _read(path: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _completed(given: dict[str, Tensor], family: Family, config: Mapping[str, Any], path: str) -> dict[str, Tensor]:
+def _completed(given: dict[str, Tensor], family: Family, config: ForeignConfig, path: str) -> dict[str, Tensor]:
     """Return the checked conditions, with derived ones added."""
     where = f"--conditions {path}"
     table = _check(given, family, config, where)
@@ -252,7 +254,7 @@ def _completed(given: dict[str, Tensor], family: Family, config: Mapping[str, An
     return {name: value.contiguous() for name, value in (derived | table).items()}
 
 
-def _check(given: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+def _check(given: Mapping[str, Tensor], family: Family, config: ForeignConfig, where: str) -> dict[str, Tensor]:
     """Return `given` in the network's dtypes; raise `UsageError` where names, ranks or widths don't fit its conditions."""
     import torch
 

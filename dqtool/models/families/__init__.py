@@ -7,9 +7,7 @@ artifact: the diffusers class, or `generic:` and the class for a network without
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.families import dit, flux, pixart, sd3, unet2d, unet2d_condition  # noqa: F401
 from dqtool.models.families.base import FAMILIES, Family, register
@@ -21,7 +19,7 @@ HELPERS = ("ControlNet", "T2IAdapter", "Autoencoder", "VQModel")
 """Parts of the class names of diffusers' networks that work beside a denoiser."""
 
 
-def family_of(class_name: str, where: str, config: Mapping[str, Any] | None = None) -> Family:
+def family_of(class_name: str, where: str, config: ForeignConfig | None = None) -> Family:
     """Return the adapter for the class name in an artifact, and check `config` against it where one is given.
 
     Raises:
@@ -33,7 +31,7 @@ def family_of(class_name: str, where: str, config: Mapping[str, Any] | None = No
     return family
 
 
-def _family(class_name: str, where: str, config: Mapping[str, Any] | None) -> Family:
+def _family(class_name: str, where: str, config: ForeignConfig | None) -> Family:
     helper = next((kind for kind in HELPERS if kind in class_name), None)
     if helper is not None:
         raise ArtifactError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.core.device import to_device_of
 from dqtool.errors import ArtifactError
 from dqtool.graph.network import NetworkGraph
@@ -53,9 +54,9 @@ class Family(ABC):
     timestep_divisor: float = 1.0
     guidance: float = 1.0
     traced_size: bool = False
-    scheduler: Mapping[str, Any] | None = None
+    scheduler: ClassVar[ForeignConfig | None] = None
 
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
+    def build(self, config: ForeignConfig) -> nn.Module:
         """Return the network with random weights, from a diffusers config.
 
         Raises:
@@ -65,7 +66,7 @@ class Family(ABC):
         with bounded_parameters(), built(self.class_name, CONFIG):
             return apply_config_extras(cls.from_config(dict(config)), config)
 
-    def check(self, config: Mapping[str, Any]) -> Any:
+    def check(self, config: ForeignConfig) -> Any:
         """Check a config and return the diffusers class of the network.
 
         Raises:
@@ -84,20 +85,20 @@ class Family(ABC):
         return cls
 
     @abstractmethod
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return the shape of one sample, `(C, H, W)`."""
 
-    def tokens(self, config: Mapping[str, Any]) -> int:
+    def tokens(self, config: ForeignConfig) -> int:
         """Return the number of image tokens of one sample, by which some flow schedules are shifted."""
         patch = int(config.get("patch_size") or 1)
         _, height, width = self.sample_shape(config)
         return (height // patch) * (width // patch)
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random conditions for `batch` samples; empty for an unconditional network."""
         return {}
 
-    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return the conditions under which images are sampled. The default is random ones, for lack of text or labels.
 
         Raises:
@@ -110,31 +111,31 @@ class Family(ABC):
         found = random_conditions(self.conditions, config, replace(request, guidance=None))
         return with_embedded(found, request.weight(self.default_guidance(config)), embed)
 
-    def time(self, config: Mapping[str, Any]) -> NetworkTime:
+    def time(self, config: ForeignConfig) -> NetworkTime:
         """Return the conversion of the scheduler's timestep to the value that the network receives."""
         return NetworkTime(self.timestep_divisor, linear_sigmas=self.timestep_divisor != 1)
 
-    def default_guidance(self, config: Mapping[str, Any]) -> float:
+    def default_guidance(self, config: ForeignConfig) -> float:
         """Return the guidance to use where the user and the model's card name none."""
         return self.guidance
 
-    def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def complete(self, config: ForeignConfig, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the conditions that follow from config and shapes (sizes, masks), for `given` ones `[K, ...]` each."""
         return {}
 
-    def condition_channels(self, config: Mapping[str, Any]) -> int:
+    def condition_channels(self, config: ForeignConfig) -> int:
         """Return the number of the input's channels that hold `IMAGE_CONDITION` instead of the noisy image."""
         return 0
 
-    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+    def embeds_guidance(self, config: ForeignConfig) -> bool:
         """Return whether the network takes guidance as an input, so that its pipeline calls it once per step."""
         return False
 
-    def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
+    def embed_guidance(self, config: ForeignConfig, guidance: float, rows: int) -> dict[str, Tensor]:
         """Return the condition that holds the guidance of such a network, `[rows, ...]`."""
         return {}
 
-    def embedder(self, config: Mapping[str, Any]) -> Callable[[float, int], dict[str, Tensor]] | None:
+    def embedder(self, config: ForeignConfig) -> Callable[[float, int], dict[str, Tensor]] | None:
         """Return `embed_guidance` as a function of guidance and rows; None for networks without a guidance input."""
         return partial(self.embed_guidance, config) if self.embeds_guidance(config) else None
 
@@ -149,14 +150,14 @@ class Family(ABC):
         """
         return model(**to_device_of(model, self.arguments(x, timestep, conditions)), return_dict=False)[0]
 
-    def example(self, config: Mapping[str, Any], batch: int = 1, seed: int = 0) -> dict[str, Any]:
+    def example(self, config: ForeignConfig, batch: int = 1, seed: int = 0) -> dict[str, Any]:
         """Return the arguments of one forward on random input, for tracing and comparing networks."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, *self.sample_shape(config), generator=generator)
         timestep = self.time(config).given(torch.randint(0, 1000, (batch,), generator=generator))
         return self.arguments(x, timestep, self.conditions(config, batch, generator))
 
-    def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def prediction_row(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return the shape that holds one number per output channel and broadcasts against one output sample.
 
         Samples of fewer than three dimensions (tokens, whose number may change) have one number for all.
@@ -169,7 +170,7 @@ class Family(ABC):
         learns_variance = config.get("out_channels") == 2 * config.get("in_channels", sample[0])
         return (sample[0] * (1 + learns_variance), *(1,) * (len(sample) - 1))
 
-    def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:
+    def per_channel(self, values: Tensor, fill: float, config: ForeignConfig) -> Tensor:
         """Return `values` `[T, C]`, one per channel of a sample, as `[T, *prediction_row]`.
 
         Output channels beyond those of a sample (a learned variance) get the value `fill`.
@@ -180,19 +181,19 @@ class Family(ABC):
         beyond = values.new_full((len(values), row[0] - values.shape[1]), fill)
         return torch.cat([values, beyond], 1).view(-1, *row)
 
-    def graph(self, network: nn.Module, config: Mapping[str, Any]) -> NetworkGraph:
+    def graph(self, network: nn.Module, config: ForeignConfig) -> NetworkGraph:
         """Return the graph of a network of this family, which may be on `meta`; it is recorded on first use."""
         return NetworkGraph(network, self.example(config), self.sample, self.timestep, self.block_classes)
 
-    def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    def proof_config(self, config: ForeignConfig) -> ForeignConfig:
         """Return the cheapest config that runs every layer on every channel, for comparisons of weights."""
         return config
 
-    def input_properties(self, companions: Companions) -> dict[str, Any]:
+    def input_properties(self, companions: Companions) -> ForeignConfig:
         """Return config entries for properties of the inputs that only the surrounding pipeline defines."""
         return {}
 
-    def tied_modules(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    def tied_modules(self, config: ForeignConfig) -> Sequence[tuple[str, str]]:
         """Return pairs (copy, original) of names of modules that the class builds several times though the model has one."""
         return ()
 
@@ -214,7 +215,7 @@ def image_side(latent: tuple[int, ...], companions: Companions | None) -> list[i
     return list(companions.image_shape(latent)[1:])
 
 
-def square_sample(config: Mapping[str, Any]) -> tuple[int, int, int]:
+def square_sample(config: ForeignConfig) -> tuple[int, int, int]:
     """Return `(C, H, W)` from the config's `in_channels` and `sample_size`.
 
     Raises:
@@ -231,7 +232,7 @@ def square_sample(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return int(config["in_channels"]), height, width
 
 
-def small_sample(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def small_sample(config: ForeignConfig) -> ForeignConfig:
     """Return a UNet's config with large samples reduced to the smallest size that all its resolutions need.
 
     Convolutions and attention use the same weights at every size.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.models.conditions.conditioning import Conditions, Request, class_labels
 from dqtool.models.families.base import Family, register, square_sample, timestep_vector
 
@@ -28,15 +29,15 @@ class DiT(Family):
     traced_size = True
     guidance = 4.0
 
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample(config)
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random class labels."""
         return {"class_labels": torch.randint(0, _classes(config), (batch,), generator=generator)}
 
-    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return all classes in turn."""
         return class_labels(request, _classes(config), self.guidance)
 
@@ -44,11 +45,11 @@ class DiT(Family):
         """Return the arguments of the forward, with the timestep as `[N]`."""
         return {"hidden_states": x, "timestep": timestep_vector(timestep, x), **conditions}
 
-    def tied_modules(self, config: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    def tied_modules(self, config: ForeignConfig) -> Sequence[tuple[str, str]]:
         """Return the embedders of time and class: DiT has one, diffusers' class builds one in each block."""
         first = "transformer_blocks.0.norm1.emb"
         return [(f"transformer_blocks.{i}.norm1.emb", first) for i in range(1, int(config.get("num_layers", 28)))]
 
 
-def _classes(config: Mapping[str, Any]) -> int:
+def _classes(config: ForeignConfig) -> int:
     return int(config.get("num_embeds_ada_norm") or 1000)

@@ -68,7 +68,7 @@ def read_example(path: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
             read_header(file)
             tensors = load_tensors(file)
             continue
-        structure = read_json(file)
+        structure = dict(read_json(file))
         for argument, value in structure.items():
             if argument not in parameters:
                 raise ArtifactError(f"The network takes no argument '{argument}'", where=str(file))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.models.conditions.conditioning import CONTEXT_TOKENS, SAMPLE_SIZE, Conditions, Request, text_conditions
 from dqtool.models.families.base import Family, register, timestep_vector
 
@@ -31,31 +32,31 @@ class Flux(Family):
     sample = "hidden_states"
     timestep_divisor = 1000.0
     embedded_guidance = 3.5
-    scheduler: Mapping[str, Any] | None = {
+    scheduler: ClassVar[ForeignConfig | None] = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "shift": 3.0,
         "use_dynamic_shifting": True,
     }
 
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return `(C, H, W)`; the config has no size, so the default is 128x128 latents (1024 pixels)."""
         size = config.get(SAMPLE_SIZE, 128)
         return int(config.get("in_channels", 64)) // PATCH**2, size, size
 
-    def tokens(self, config: Mapping[str, Any]) -> int:
+    def tokens(self, config: ForeignConfig) -> int:
         """Return the number of packed squares."""
         _, height, width = self.sample_shape(config)
         return (height // PATCH) * (width // PATCH)
 
-    def prediction_row(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def prediction_row(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return the shape of one number per channel of a packed square."""
         return 1, self.sample_shape(config)[0] * PATCH**2
 
-    def per_channel(self, values: Tensor, fill: float, config: Mapping[str, Any]) -> Tensor:
+    def per_channel(self, values: Tensor, fill: float, config: ForeignConfig) -> Tensor:
         """Repeat each channel's number for all places of a square."""
         return values.repeat_interleave(PATCH**2, 1)[:, None]
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random text `[N, S, D]`, pooled text, and the guidance of distilled models."""
         tokens, width = config.get(CONTEXT_TOKENS, 512), config.get("joint_attention_dim", 4096)
         given = {
@@ -66,19 +67,19 @@ class Flux(Family):
             given |= self.embed_guidance(config, self.default_guidance(config), batch)
         return given
 
-    def default_guidance(self, config: Mapping[str, Any]) -> float:
+    def default_guidance(self, config: ForeignConfig) -> float:
         """Return 3.5 for models that take guidance as an input; FLUX.1-schnell has none."""
         return self.embedded_guidance if self.embeds_guidance(config) else 1.0
 
-    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+    def embeds_guidance(self, config: ForeignConfig) -> bool:
         """Return whether the network takes guidance as an input, as FLUX.1-dev does."""
         return bool(config.get("guidance_embeds"))
 
-    def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
+    def embed_guidance(self, config: ForeignConfig, guidance: float, rows: int) -> dict[str, Tensor]:
         """Return `guidance` `[rows]`."""
         return {"guidance": torch.full((rows,), guidance)}
 
-    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return prompts encoded by the pipeline's CLIP and T5, with the guidance input of a distilled model."""
         if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.core.device import to_device_of
 from dqtool.errors import ArtifactError
 from dqtool.models.config_schema import diffusers_class
@@ -58,16 +59,16 @@ class Generic(Family):
             and name not in ("self", self.sample, self.timestep)
         ]
 
-    def record_example(self, path: str) -> dict[str, Any]:
+    def record_example(self, path: str) -> ForeignConfig:
         """Return the config entries of the example in `path`, see `read_example`."""
         return read_example(path, self.parameters)
 
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return the shape of the example's sample, else `(C, H, W)` from `in_channels` and `sample_size`."""
         example = config.get(EXAMPLE, {})
         return tuple(example[self.sample]["shape"]) if self.sample in example else square_sample(config)
 
-    def tokens(self, config: Mapping[str, Any]) -> int:
+    def tokens(self, config: ForeignConfig) -> int:
         """Return the number of tokens of a sample: patches of its last two dimensions in each frame.
 
         A sequence `(tokens, width)` has the size of its first dimension, and a vector one token.
@@ -80,11 +81,11 @@ class Generic(Family):
         frames = 1 if len(shape) == 3 else prod(shape[:-2]) // int(config.get("in_channels") or 1)
         return max(1, frames) * (shape[-2] // sides[0]) * (shape[-1] // sides[-1])
 
-    def time(self, config: Mapping[str, Any]) -> NetworkTime:
+    def time(self, config: ForeignConfig) -> NetworkTime:
         """Return the conversion that `dilate` recorded; without a record the network receives the scheduler's timestep."""
         return NetworkTime(**config.get(TIME, {}))
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random tensors shaped like the example's; masks, sizes and positions have the example's values.
 
         Raises:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.models.conditions.conditioning import CONTEXT_TOKENS, Conditions, Request, text_conditions
 from dqtool.models.families.base import Family, image_side, register, square_sample, timestep_vector
 
@@ -30,11 +31,11 @@ class PixArt(Family):
     traced_size = True
     guidance = 4.5
 
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample({"sample_size": 128, "in_channels": 4, **config})
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return a random caption `[N, S, D]` of full length, and sizes where the config requires them."""
         width = config.get("caption_channels") or config.get("cross_attention_dim", 1152)
         tokens = config.get(CONTEXT_TOKENS, 120)
@@ -44,13 +45,13 @@ class PixArt(Family):
         }
         return given | _sizes(config, batch, 8 * self.sample_shape(config)[1])
 
-    def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def complete(self, config: ForeignConfig, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mask of full-length captions, and sizes where the config requires them."""
         text = given["encoder_hidden_states"]
         mask = {"encoder_attention_mask": torch.ones(text.shape[:2])}
         return mask | _sizes(config, len(text), 8 * self.sample_shape(config)[1])
 
-    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return prompts encoded by the pipeline's T5."""
         if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)
@@ -80,7 +81,7 @@ class PixArt(Family):
         }
 
 
-def _sizes(config: Mapping[str, Any], batch: int, side: int) -> dict[str, Tensor]:
+def _sizes(config: ForeignConfig, batch: int, side: int) -> dict[str, Tensor]:
     """Return `resolution` `[N, 2]` and `aspect_ratio` `[N, 1]` of a square image; empty for networks that take no sizes."""
     size = config.get("sample_size", 128)
     asked = config.get("use_additional_conditions")

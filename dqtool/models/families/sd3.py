@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.models.conditions.conditioning import CONTEXT_TOKENS, Conditions, Request, text_conditions
 from dqtool.models.families.base import Family, register, square_sample, timestep_vector
 
@@ -27,13 +28,13 @@ class SD3(Family):
     sample = "hidden_states"
     traced_size = True
     guidance = 7.0
-    scheduler: Mapping[str, Any] | None = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    scheduler: ClassVar[ForeignConfig | None] = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample({"sample_size": 128, "in_channels": 16, **config})
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random text `[N, S, D]` (77 tokens of CLIP and 256 of T5) and pooled text."""
         tokens, width = config.get(CONTEXT_TOKENS, 333), config.get("joint_attention_dim", 4096)
         return {
@@ -41,7 +42,7 @@ class SD3(Family):
             "pooled_projections": torch.randn(batch, config.get("pooled_projection_dim", 2048), generator=generator),
         }
 
-    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return prompts encoded by the pipeline's text models; T5 is optional."""
         if companions is None or not companions.encodes_text:
             return super().ask(config, request, companions)
@@ -67,7 +68,7 @@ class _Widths:
 
     dtype = torch.float32
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: ForeignConfig) -> None:
         from diffusers.configuration_utils import FrozenDict
 
         self.config = FrozenDict({"joint_attention_dim": 4096, **config})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import UsageError
 from dqtool.models.conditions.conditioning import Conditions, Request, class_labels
 from dqtool.models.families.base import Family, register, small_sample, square_sample
@@ -27,20 +27,20 @@ class UNet2D(Family):
     class_name = "UNet2DModel"
     block_classes = ("ResnetBlock2D", "Attention")
 
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample(config)
 
-    def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    def proof_config(self, config: ForeignConfig) -> ForeignConfig:
         """Return the config with small samples."""
         return small_sample(config)
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random class labels for class-conditional networks."""
         classes = config.get("num_class_embeds")
         return {"class_labels": torch.randint(0, classes, (batch,), generator=generator)} if classes else {}
 
-    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return all classes in turn, without guidance, since the network has no label for "no class".
 
         Raises:

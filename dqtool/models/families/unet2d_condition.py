@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.conditions.conditioning import (
     CONTEXT_TOKENS,
@@ -50,15 +51,15 @@ class UNet2DCondition(Family):
     class_guidance = 3.0
     sdxl_guidance = 5.0
 
-    def sample_shape(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
         """Return `(C, H, W)` from `in_channels` and `sample_size`."""
         return square_sample(config)
 
-    def proof_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    def proof_config(self, config: ForeignConfig) -> ForeignConfig:
         """Return the config with small samples."""
         return small_sample(config)
 
-    def conditions(self, config: Mapping[str, Any], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return a random context `[N, S, D]` and the other conditions that the config requires.
 
         Raises:
@@ -87,25 +88,25 @@ class UNet2DCondition(Family):
             )
         return given
 
-    def condition_channels(self, config: Mapping[str, Any]) -> int:
+    def condition_channels(self, config: ForeignConfig) -> int:
         """Return 5 of 9 channels for inpainting (mask and masked image), 4 of 8 for editing (the image), else 0."""
         return max(int(config["in_channels"]) - int(config.get("out_channels", config["in_channels"])), 0)
 
-    def complete(self, config: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def complete(self, config: ForeignConfig, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the size conditions of uncropped images."""
         if config.get("addition_embed_type") == "text_time":
             return {"time_ids": self._time_ids(config, None).expand(len(next(iter(given.values()))), -1)}
         return {}
 
-    def default_guidance(self, config: Mapping[str, Any]) -> float:
+    def default_guidance(self, config: ForeignConfig) -> float:
         """Return 7.5, or 5 for SDXL."""
         return self.sdxl_guidance if config.get("addition_embed_type") == "text_time" else self.guidance
 
-    def embeds_guidance(self, config: Mapping[str, Any]) -> bool:
+    def embeds_guidance(self, config: ForeignConfig) -> bool:
         """Return whether guidance is added to the time embedding, as in latent consistency models."""
         return bool(config.get("time_cond_proj_dim"))
 
-    def embed_guidance(self, config: Mapping[str, Any], guidance: float, rows: int) -> dict[str, Tensor]:
+    def embed_guidance(self, config: ForeignConfig, guidance: float, rows: int) -> dict[str, Tensor]:
         """Return `timestep_cond` `[rows, time_cond_proj_dim]`."""
         return {"timestep_cond": guidance_embedding(guidance, config["time_cond_proj_dim"]).expand(rows, -1)}
 
@@ -117,7 +118,7 @@ class UNet2DCondition(Family):
             return {"sample": x, "timestep": timestep, **plain, "added_cond_kwargs": added}
         return {"sample": x, "timestep": timestep, **plain}
 
-    def input_properties(self, companions: Companions) -> dict[str, Any]:
+    def input_properties(self, companions: Companions) -> ForeignConfig:
         """Return the length of a context: one token for a class, the tokenizer's length for a text."""
         if companions.has("class_embedder"):
             return {CONTEXT_TOKENS: 1}
@@ -127,7 +128,7 @@ class UNet2DCondition(Family):
         length = companions.json(f"{tokenizer}/tokenizer_config.json").get("model_max_length", 77)
         return {CONTEXT_TOKENS: length} if 0 < length < 10_000 else {}
 
-    def ask(self, config: Mapping[str, Any], request: Request, companions: Companions | None) -> Conditions:
+    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return contexts of the classes, or of the prompts, made by the pipeline's own models."""
         if companions is not None and companions.has("class_embedder"):
             return class_contexts(request, companions, self.class_guidance)
@@ -153,7 +154,7 @@ class UNet2DCondition(Family):
         found = text_conditions(request, companions, default, encode, self.embedder(config))
         return self._with_images(found, config, request)
 
-    def _with_images(self, found: Conditions, config: Mapping[str, Any], request: Request) -> Conditions:
+    def _with_images(self, found: Conditions, config: ForeignConfig, request: Request) -> Conditions:
         """Return the conditions of prompts, with random image conditions for a network that takes some.
 
         Raises:
@@ -170,7 +171,7 @@ class UNet2DCondition(Family):
         report.warn("image conditions (mask, image) are drawn at random: quality with real ones may be lower")
         return replace(found, table={**found.table, IMAGE_CONDITION: drawn}, random=True)
 
-    def _time_ids(self, config: Mapping[str, Any], companions: Companions | None, score: float = AESTHETIC) -> Tensor:
+    def _time_ids(self, config: ForeignConfig, companions: Companions | None, score: float = AESTHETIC) -> Tensor:
         """Return `[1, 6]` for an uncropped image of the size that is generated; `[1, 5]` with a score for a refiner."""
         size = image_side(self.sample_shape(config), companions)
         last = [score] if _count_time_ids(config) == REFINER_TIME_IDS else size
@@ -189,17 +190,17 @@ def guidance_embedding(guidance: float, width: int) -> Tensor:
     return F.pad(embedded, (0, width % 2))
 
 
-def _embedded_width(config: Mapping[str, Any]) -> int:
+def _embedded_width(config: ForeignConfig) -> int:
     return int(config["projection_class_embeddings_input_dim"])
 
 
-def _count_time_ids(config: Mapping[str, Any]) -> int:
+def _count_time_ids(config: ForeignConfig) -> int:
     """Return the number of size conditions: 6, or 5 for a refiner, whose context and pooled text have equal widths."""
     rest = _embedded_width(config) - REFINER_TIME_IDS * int(config["addition_time_embed_dim"])
     return REFINER_TIME_IDS if rest == config.get("cross_attention_dim") else TIME_IDS
 
 
-def _refuse_unknown(config: Mapping[str, Any]) -> None:
+def _refuse_unknown(config: ForeignConfig) -> None:
     for key, known in (
         ("addition_embed_type", (None, "text_time")),
         ("class_embed_type", (None,)),

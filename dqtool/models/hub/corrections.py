@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.errors import DqtoolWarning
 from dqtool.models.sampling.fitted import FITTED, fitted_with, misfit, sentence, used_by
 
@@ -44,19 +45,18 @@ def corrected_as_fitted(
             set_correcting(network, on)
 
 
-def fitted_of_network(network: Any) -> Mapping[str, Any] | None:
+def fitted_of_network(network: Any) -> JsonObject | None:
     """Return the sampling that a loaded network's correction was fitted with; None for a network without one."""
     origin = network.__dict__.get("_dqtool_origin")
     manifest = getattr(origin, "manifest", None) or getattr(network.__dict__.get("artifact"), "manifest", None)
     quantization = getattr(origin, "quantization", None) or {}
-    found = quantization.get(FITTED) or (manifest.metrics.get(FITTED) if manifest is not None else None)
+    found = quantization.get(FITTED) or (manifest.metrics.as_read.get(FITTED) if manifest is not None else None)
     if found is None and "prediction" in quantization and manifest is not None:
-        sampling = (manifest.pipeline or {}).get("sampling")
-        return fitted_with(sampling) if sampling else None
+        return fitted_with(manifest.sampling) if manifest.sampling is not None else None
     return found if isinstance(found, Mapping) else None
 
 
-def _networks(pipeline: Any) -> list[tuple[Any, Mapping[str, Any]]]:
+def _networks(pipeline: Any) -> list[tuple[Any, JsonObject]]:
     """Return the networks of a pipeline that have a correction, each with the sampling of its fit."""
     found = []
     for component in vars(pipeline).values():
@@ -66,11 +66,11 @@ def _networks(pipeline: Any) -> list[tuple[Any, Mapping[str, Any]]]:
     return found
 
 
-def _switch_off(network: Any, fitted: Mapping[str, Any], text: str) -> None:
+def _switch_off(network: Any, fitted: JsonObject, text: str) -> None:
     from dqtool.nn.prediction import set_correcting
 
     artifact = network.__dict__.get("artifact")
-    fixed = artifact is not None and artifact.manifest.parameters.get("format") == "openvino"
+    fixed = artifact is not None and artifact.manifest.parameters.format == "openvino"
     state = "can't be switched off in this graph" if fixed else "is off"
     if not fixed:
         set_correcting(network, False)
@@ -82,7 +82,7 @@ def _switch_off(network: Any, fitted: Mapping[str, Any], text: str) -> None:
     )
 
 
-def _used(pipeline: Any, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _used(pipeline: Any, call: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> dict[str, Json]:
     """Return the record of the sampling of this call; what its arguments don't tell is None."""
     try:
         bound = inspect.signature(call).bind(pipeline, *args, **kwargs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.models.sampling.fitted import FITTED
 
 __all__ = ["FORMAT", "METHOD", "quantization_config"]
@@ -14,19 +14,24 @@ FORMAT = "dqtool/1"
 
 
 def quantization_config(
-    records: list[dict[str, Any]],
+    records: Sequence[JsonObject],
     timesteps: int,
     prediction: Mapping[str, Sequence[int]] | None = None,
     static: bool = True,
-    corrected_for: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    corrected_for: JsonObject | None = None,
+) -> dict[str, Json]:
     """Return the `quantization_config` of an exported `config.json`.
 
     It holds the layers with their bits, in execution order, and the row shape of each prediction-correction table, by
     name, where there are some. `corrected_for` is the sampling that these were fitted with
     (`models.sampling.fitted`). `static` says whether the only row of one-row tables serves all timesteps.
     """
-    known = {"quant_method": METHOD, "format": FORMAT, "timesteps": timesteps, "layers": records}
+    known: dict[str, Json] = {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "timesteps": timesteps,
+        "layers": list(records),
+    }
     if timesteps == 1:
         known["static"] = static
     if prediction is not None:

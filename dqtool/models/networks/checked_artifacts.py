@@ -41,13 +41,13 @@ def check_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], where: str)
     """
     check_finite(tensors, where)
     if manifest.stage == "distill":
-        empty_network(manifest.model["class"], manifest.model["config"], plans_of(manifest), tensors)
+        empty_network(manifest.network.class_name, manifest.network.config, plans_of(manifest), tensors)
         return
     infos = layer_infos(manifest.layers)
     _check_dilation(infos, tensors)
     if manifest.stage == "calibrate":
         steps = step_count(tensors)
-        counts = manifest.metrics["samples_per_step"]
+        counts = manifest.metrics.samples_per_step or []
         if len(counts) != steps:
             raise wrong_tensor("timesteps", f"has {steps} steps, and the manifest counts samples of {len(counts)}")
         for info in infos:
@@ -106,7 +106,7 @@ def _check_range(name: str, span: Tensor, shape: tuple[int, ...], dim: int) -> N
 
 def _check_trajectory(manifest: Manifest, tensors: Mapping[str, Tensor], steps: int) -> None:
     """Check points `[N, ...]` of the network's sample shape, with rows of the step table and of the condition tables."""
-    family, config = network_of(manifest.model)
+    family, config = network_of(manifest.network)
     points = _present(tensors, "trajectory.x")
     expected = tuple(family.sample_shape(config))
     if points.dim() != 1 + len(expected) or not len(points):

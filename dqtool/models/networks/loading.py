@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import check_finite
+from dqtool.artifacts.jsonvalues import ForeignConfig
+from dqtool.artifacts.records import ModelRecord
 from dqtool.errors import ArtifactError
 from dqtool.graph.recording import tensors_in
 from dqtool.graph.tied_modules import drop_copies, tie_modules
@@ -48,7 +50,7 @@ def load_weights(source: ModelSource) -> dict[str, Tensor]:
 
 
 def build_network(
-    class_name: str, config: Mapping[str, Any], state: Mapping[str, Tensor], where: str, *, share: bool = False
+    class_name: str, config: ForeignConfig, state: Mapping[str, Tensor], where: str, *, share: bool = False
 ) -> nn.Module:
     """Return the float network with exactly these weights, in eval mode.
 
@@ -94,17 +96,17 @@ def build_network(
     return network.eval().requires_grad_(False)
 
 
-def network_of(manifest_model: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+def network_of(model: ModelRecord) -> tuple[Family, ForeignConfig]:
     """Return the family and the diffusers config of a manifest's `model`.
 
     Raises:
         ArtifactError: the class has no family, or the config is invalid for it.
     """
-    config = dict(manifest_model["config"])
-    return family_of(manifest_model["class"], "manifest, key model.class", config), config
+    config = dict(model.config)
+    return family_of(model.class_name, "manifest, key model.class", config), config
 
 
-def materialise(network: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
+def materialise(network: nn.Module, family: Family, config: ForeignConfig) -> None:
     """Compute the tensors outside the state dict (position tables) that were built on the `meta` device, in place.
 
     They are buffers, or plain attributes of modules.

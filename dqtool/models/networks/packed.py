@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import Artifact, Manifest
+from dqtool.artifacts.jsonvalues import ForeignConfig, Json
+from dqtool.artifacts.records import LayerRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.core.bits import bits_from_json
 from dqtool.errors import ArtifactError
 from dqtool.graph.tied_modules import tie_modules
@@ -27,8 +30,10 @@ __all__ = [
     "exported_tensors",
     "is_static",
     "layer_infos",
+    "layer_record",
     "packed_network",
     "plan_records",
+    "planned_record",
     "plans_from",
     "plans_of",
     "prediction_rows",
@@ -37,24 +42,34 @@ __all__ = [
 INFO_FIELDS = tuple(LayerInfo.__dataclass_fields__)
 
 
-def layer_infos(records: Sequence[Mapping[str, Any]]) -> list[LayerInfo]:
+def layer_infos(records: Sequence[LayerRecord]) -> list[LayerInfo]:
     """Return the layers of a manifest or of a quantization config, in execution order."""
-    infos = []
-    for record in records:
-        fields = {key: record[key] for key in INFO_FIELDS if key in record}
-        fields["shape"] = tuple(fields["shape"])
-        infos.append(LayerInfo(**fields))
-    return infos
+    return [LayerInfo(**{key: getattr(record, key) for key in INFO_FIELDS}) for record in records]
 
 
-def plans_from(records: Sequence[Mapping[str, Any]]) -> list[LayerPlan]:
-    """Return the layers with their bits, from a manifest's or a quantization config's records."""
-    return [
-        LayerPlan(
-            info, bits_from_json(info.kind, record["bits"]), bool(record["dilated"]), int(record.get("low_rank", 0))
-        )
-        for info, record in zip(layer_infos(records), records, strict=True)
-    ]
+def layer_record(info: LayerInfo) -> LayerRecord:
+    """Return the record of a layer whose bits are not chosen yet."""
+    fields = {key: value for key, value in asdict(info).items() if key != "rotation" or value}
+    return unchecked(fields, LayerRecord)
+
+
+def planned_record(plan: LayerPlan) -> LayerRecord:
+    """Return the record of a layer with its bits."""
+    return replace(layer_record(plan.info), bits=plan.bits.widths, dilated=plan.dilated, low_rank=plan.low_rank)
+
+
+def plans_from(records: Sequence[LayerRecord]) -> list[LayerPlan]:
+    """Return the layers with their bits, from a manifest's or a quantization config's records.
+
+    Raises:
+        ArtifactError: a layer has no bits yet.
+    """
+    plans = []
+    for info, record in zip(layer_infos(records), records, strict=True):
+        if record.bits is None:
+            raise ArtifactError("This layer has no bits yet", where=f"layer {record.name}", fix="Run `dqtool distill`")
+        plans.append(LayerPlan(info, bits_from_json(info.kind, record.bits), bool(record.dilated), record.low_rank))
+    return plans
 
 
 def plans_of(manifest: Manifest) -> list[LayerPlan]:
@@ -62,13 +77,9 @@ def plans_of(manifest: Manifest) -> list[LayerPlan]:
     return plans_from(manifest.layers)
 
 
-def plan_records(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def plan_records(records: Sequence[LayerRecord]) -> list[dict[str, Json]]:
     """Return the part of each layer's record that a loader needs, without fields at their default."""
-    defaults = {key: spec.default for key, spec in LayerInfo.__dataclass_fields__.items()}
-    keys = (*INFO_FIELDS, "bits", "dilated", "low_rank")
-    return [
-        {key: r[key] for key in keys if key in r and (key == "macs" or r[key] != defaults.get(key))} for r in records
-    ]
+    return [replace(record, runs=None, scaling=None, as_read={}).to_json() for record in records]
 
 
 def exported_tensors(artifact: Artifact) -> dict[str, Tensor]:
@@ -82,8 +93,7 @@ def exported_tensors(artifact: Artifact) -> dict[str, Tensor]:
 
 def is_static(manifest: Manifest, timesteps: int) -> bool:
     """Return whether the step tables have one row that serves all steps, though several were calibrated."""
-    sampling = (manifest.pipeline or {}).get("sampling") or {}
-    return timesteps == 1 and int(sampling.get("steps", 1)) > 1
+    return timesteps == 1 and manifest.sampling is not None and manifest.sampling.steps > 1
 
 
 def prediction_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]] | None:
@@ -94,7 +104,7 @@ def prediction_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]] |
 
 def packed_network(
     class_name: str,
-    config: Mapping[str, Any],
+    config: ForeignConfig,
     plans: Sequence[LayerPlan],
     state: Mapping[str, Tensor],
     static: bool = False,
@@ -120,7 +130,7 @@ def packed_network(
 
 
 def empty_network(
-    class_name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan], state: Mapping[str, Tensor]
+    class_name: str, config: ForeignConfig, plans: Sequence[LayerPlan], state: Mapping[str, Tensor]
 ) -> nn.Module:
     """Return the network that `packed_network` fills, on `meta`, after checking that the tensors of `state` fit it.
 

@@ -22,8 +22,8 @@ def graph_of(manifest: Manifest) -> NetworkGraph:
     Raises:
         ArtifactError: the network's class has no family, or diffusers refuses its config.
     """
-    config = json.dumps(manifest.model["config"], sort_keys=True)
-    return _graph(manifest.model["class"], config, tuple(layer["name"] for layer in manifest.layers))
+    config = json.dumps(manifest.network.config, sort_keys=True)
+    return _graph(manifest.network.class_name, config, tuple(layer.name for layer in manifest.layers))
 
 
 @lru_cache(maxsize=2)

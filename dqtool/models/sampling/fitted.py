@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dqtool.artifacts.jsonvalues import Json
+from dqtool.artifacts.records import SamplingRecord
 from dqtool.errors import UsageError
 
 __all__ = [
@@ -48,22 +50,21 @@ def check_correction(value: str, where: str = "--correction") -> None:
         raise UsageError(f"unknown correction '{value}'", where=where, fix=f"Choose from {', '.join(CORRECTIONS)}")
 
 
-def fitted_with(sampling: Mapping[str, Any]) -> dict[str, Any]:
+def fitted_with(sampling: SamplingRecord) -> dict[str, Json]:
     """Return the record of a correction that is fitted with a manifest's `sampling`."""
-    scheduler = sampling["scheduler"]
-    listed = sampling.get("timesteps") is not None
+    scheduler, listed = sampling.scheduler, sampling.timesteps is not None
     return {
         "scheduler": str(scheduler.get("_class_name")),
-        "spacing": (sampling.get("spacing") or _LISTED) if listed else scheduler.get("timestep_spacing"),
-        "steps": int(sampling["steps"]),
-        "eta": float(sampling.get("eta") or 0.0),
-        "guidance": float(sampling.get("embedded_guidance") or sampling.get("guidance") or 1.0),
+        "spacing": (sampling.spacing or _LISTED) if listed else scheduler.get("timestep_spacing"),
+        "steps": sampling.steps,
+        "eta": float(sampling.eta),
+        "guidance": float(sampling.embedded_guidance or sampling.guidance or 1.0),
     }
 
 
 def used_by(
     scheduler: Any, steps: int | None, eta: float | None, guidance: float | None, listed: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Return the same record of a diffusers scheduler in use. None stands for what is not known."""
     config = scheduler.config
     return {

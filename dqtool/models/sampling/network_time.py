@@ -8,10 +8,10 @@ pipelines. A class that is not listed receives `t`; for an unknown flow-matching
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import UsageError
 from dqtool.models.sampling.schedules import FLOW_CLASSES
 from dqtool.models.sources.hints import is_flow
@@ -104,7 +104,7 @@ class NetworkTime:
 
 
 def network_time(
-    class_name: str, config: Mapping[str, Any], scheduler: Mapping[str, Any] | None, scale: float | None
+    class_name: str, config: ForeignConfig, scheduler: ForeignConfig | None, scale: float | None
 ) -> NetworkTime:
     """Return the time, in float32, of a network of the diffusers class `class_name`.
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
+from dqtool.artifacts.records import SamplingRecord
 from dqtool.core.device import to_device_of
 from dqtool.errors import UsageError
 from dqtool.models.conditions.conditioning import IMAGE_CONDITION
@@ -86,8 +88,8 @@ class Sampler:
     def calibrated(
         cls,
         family: Family,
-        config: Mapping[str, Any],
-        sampling: Mapping[str, Any],
+        config: ForeignConfig,
+        sampling: SamplingRecord,
         guidance: float,
         steps: int | None = None,
         name: str | None = None,
@@ -98,9 +100,10 @@ class Sampler:
             UsageError: the sampler is unknown or does not fit the model's noise schedule, or `steps` differs from the
                 length of the list of timesteps.
         """
-        scheduler = make_sampler(sampling["scheduler"], name)
-        listed, spacing = sampling.get("timesteps"), sampling.get("spacing")
-        if listed is not None and steps not in (None, sampling["steps"]):
+        scheduler = make_sampler(sampling.scheduler, name)
+        listed: Sequence[float] | None = sampling.timesteps
+        spacing = sampling.spacing
+        if listed is not None and steps is not None and steps != sampling.steps:
             if spacing is None:
                 raise UsageError(
                     f"This model was calibrated for a list of {len(listed)} timesteps",
@@ -108,9 +111,9 @@ class Sampler:
                     fix="Leave it out",
                 )
             listed = SchedulerChoices(spacing).listed(scheduler, steps)
-        steps = steps or sampling["steps"]
+        steps = steps or sampling.steps
         time = family.time(config)
-        return cls(family, scheduler, steps, sampling["eta"], guidance, family.tokens(config), None, time, listed)
+        return cls(family, scheduler, steps, sampling.eta, guidance, family.tokens(config), None, time, listed)
 
     def __post_init__(self) -> None:
         """Check the schedule with a trial step on zeros, since diffusers reports some errors only in `step`."""
@@ -314,7 +317,7 @@ def _learns_variance(scheduler: Any) -> bool:
     return str(scheduler.config.get("variance_type")).startswith("learned")
 
 
-def _shift(config: Mapping[str, Any], tokens: int) -> float:
+def _shift(config: ForeignConfig, tokens: int) -> float:
     """Return `mu` of a dynamically shifted flow schedule (Flux, SD3.5), which is linear in the number of image tokens."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

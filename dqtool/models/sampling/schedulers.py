@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import UsageError
 from dqtool.models.sources.hints import is_flow
 
@@ -78,7 +79,7 @@ class SchedulerChoices:
         if self.spacing is not None and self.timesteps is not None:
             raise UsageError("A list of timesteps has its own spacing", where="--spacing, --timesteps")
 
-    def config(self, class_name: str) -> dict[str, Any]:
+    def config(self, class_name: str) -> ForeignConfig:
         """Return the entries of a scheduler's config for these options.
 
         Raises:
@@ -124,9 +125,7 @@ def quadratic_timesteps(train_steps: int, steps: int) -> tuple[float, ...]:
     return tuple(float(t) for t in sorted({int(root**2) for root in roots}, reverse=True))
 
 
-def make_sampler(
-    config: Mapping[str, Any] | None, name: str | None = None, choices: SchedulerChoices | None = None
-) -> Any:
+def make_sampler(config: ForeignConfig | None, name: str | None = None, choices: SchedulerChoices | None = None) -> Any:
     """Return a diffusers scheduler with the pipeline's noise schedule: its own, or the one called `name`.
 
     `config` is the config of the pipeline's scheduler, with its class in `_class_name`.
@@ -173,7 +172,7 @@ def check_sampler(name: str | None) -> None:
         raise UsageError(f"unknown sampler '{name}'.", where="--sampler", fix=f"Choose from {', '.join(SAMPLERS)}")
 
 
-def scheduler_class(config: Mapping[str, Any] | None, name: str | None = None) -> str:
+def scheduler_class(config: ForeignConfig | None, name: str | None = None) -> str:
     """Return the class name of the scheduler that `make_sampler` returns for a network not trained by flow matching."""
     return SAMPLERS.get(name or "") or str((config or BARE_COMPONENT).get("_class_name", BARE_COMPONENT["_class_name"]))
 
@@ -204,7 +203,7 @@ def set_listed(scheduler: Any, timesteps: Sequence[float]) -> Any:
     return scheduler
 
 
-def _parameters(class_name: str) -> Mapping[str, Any]:
+def _parameters(class_name: str) -> ForeignConfig:
     """Return the entries that configs of a diffusers scheduler can have."""
     import diffusers
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.models.sources.hints import ModelHints, scheduler_config, with_prediction_type
 from dqtool.models.sources.original.stable_diffusion import published_schedule
 
@@ -30,11 +29,11 @@ _BARE = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_sche
 
 def choose_schedule(
     class_name: str,
-    config: Mapping[str, Any],
-    own: Mapping[str, Any] | None,
+    config: ForeignConfig,
+    own: ForeignConfig | None,
     unknown_schedule: str | None,
     hints: ModelHints,
-) -> tuple[dict[str, Any] | None, str | None]:
+) -> tuple[ForeignConfig | None, str | None]:
     """Return the scheduler config of a network (None: its family's) and a description of its unknown part (None: nothing).
 
     `own` is the schedule of the model's pipeline or file, and `unknown_schedule` describes what that does not define.
@@ -60,7 +59,7 @@ def choose_schedule(
     return None if own is None else dict(own), unknown_schedule
 
 
-def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def finite_config(config: ForeignConfig) -> ForeignConfig:
     """Return a scheduler's config without infinite values, which JSON lacks.
 
     Infinity means "no limit", the default of its key, so leaving it out changes nothing.

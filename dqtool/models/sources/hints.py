@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.names import path_within
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.sources.reading import read_json
@@ -67,7 +66,7 @@ def is_scheduler_name(given: str) -> bool:
     return re.fullmatch(r"[A-Z]\w*Scheduler", given) is not None
 
 
-def scheduler_config(given: str) -> dict[str, Any]:
+def scheduler_config(given: str) -> ForeignConfig:
     """Return the scheduler config that `given` names.
 
     `given` is a JSON file, a scheduler directory, a pipeline directory, or the name of a diffusers scheduler, which stands
@@ -96,13 +95,13 @@ def scheduler_config(given: str) -> dict[str, Any]:
     return config
 
 
-def is_flow(config: Mapping[str, Any]) -> bool:
+def is_flow(config: ForeignConfig) -> bool:
     """Return whether a scheduler's config follows flow matching."""
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     return bool(flow) or str(config.get("_class_name")).startswith("FlowMatch")
 
 
-def with_prediction_type(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def with_prediction_type(config: ForeignConfig, kind: str) -> ForeignConfig:
     """Return the scheduler config for a network that predicts `kind`.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dqtool import report
 from dqtool.artifacts import check_finite
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.reading import parse_json
 from dqtool.artifacts.tensorfile import load_tensors, read_metadata
 from dqtool.errors import ArtifactError, NumericError
@@ -148,7 +149,7 @@ def _read(lora: LoraFile, source: ModelSource) -> tuple[dict[str, _Pair], dict[s
     return pairs, {module: _alpha(module, pair, network_alphas, settings) for module, pair in pairs.items()}
 
 
-def _load(lora: LoraFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _load(lora: LoraFile) -> tuple[dict[str, Tensor], ForeignConfig]:
     text = read_metadata(lora.path).get(_METADATA)
     try:
         metadata = parse_json(text) if text else {}
@@ -230,7 +231,7 @@ class _Settings:
     by_root: bool
 
 
-def _settings(metadata: Mapping[str, Any], path: str) -> _Settings:
+def _settings(metadata: ForeignConfig, path: str) -> _Settings:
     """Return peft's settings as the file's metadata holds them.
 
     Raises:

@@ -6,11 +6,13 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from dqtool.artifacts.files import content_digest
+from dqtool.artifacts.header import TensorEntry
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.artifacts.names import path_within
+from dqtool.artifacts.records import PipelineRecord
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.components.companion_files import companion_digest
 from dqtool.models.sampling.schedules import finite_config
@@ -39,17 +41,17 @@ class ModelSource:
 
     given: str
     weights: tuple[Path, ...]
-    config: dict[str, Any]
+    config: ForeignConfig
     config_path: Path
     pipeline: Path | None
     component: str
     layout: str | None = None
-    own_scheduler: dict[str, Any] | None = None
+    own_scheduler: ForeignConfig | None = None
     unknown_schedule: str | None = None
     lacks: str | None = None
     loras: tuple[LoraFile, ...] = ()
     variant: str | None = None
-    entries: dict[str, dict[str, Any]] | None = field(default=None, repr=False)
+    entries: dict[str, TensorEntry] | None = field(default=None, repr=False)
 
     @property
     def class_name(self) -> str:
@@ -57,18 +59,18 @@ class ModelSource:
         return str(self.config["_class_name"])
 
     @property
-    def scheduler(self) -> dict[str, Any] | None:
+    def scheduler(self) -> ForeignConfig | None:
         """Return the scheduler config of the user, the original checkpoint or the pipeline; None for a bare component."""
         if self.own_scheduler is not None or self.pipeline is None:
             return self.own_scheduler
         return finite_config(read_json(part_of(self.pipeline, "scheduler/scheduler_config.json")))
 
     @property
-    def model_index(self) -> dict[str, Any] | None:
+    def model_index(self) -> ForeignConfig | None:
         """Return the pipeline's `model_index.json` with the class of the scheduler in use; None for a bare component."""
         if self.pipeline is None:
             return None
-        index = read_json(part_of(self.pipeline, "model_index.json"))
+        index = dict(read_json(part_of(self.pipeline, "model_index.json")))
         if self.own_scheduler is not None:
             index["scheduler"] = ["diffusers", self.own_scheduler["_class_name"]]
         return index
@@ -84,11 +86,11 @@ class ModelSource:
             self.unknown_schedule[0].upper() + self.unknown_schedule[1:], where=self.given, fix=f"Set it with {option}"
         )
 
-    def pipeline_record(self) -> dict[str, Any] | None:
+    def pipeline_record(self) -> PipelineRecord | None:
         """Return the manifest's entry on the pipeline; for an original checkpoint it holds the noise schedule alone."""
         if self.pipeline is not None:
-            return {"model_index": self.model_index, "component": self.component, "scheduler": self.scheduler}
-        return None if self.own_scheduler is None else {"scheduler": self.own_scheduler}
+            return PipelineRecord(self.component, self.model_index, self.scheduler)
+        return None if self.own_scheduler is None else PipelineRecord(scheduler=self.own_scheduler)
 
     def sha256(self) -> str:
         """Return the hex digest over weights, config and LoRAs that identifies the model in fingerprints."""
@@ -103,7 +105,7 @@ class ModelSource:
             parts.append(companion_digest(self.pipeline, self.model_index or {}, self.component, self.variant))
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
-    def tensor_entries(self) -> dict[str, dict[str, Any]]:
+    def tensor_entries(self) -> dict[str, TensorEntry]:
         """Return {name: {dtype, shape}} of the network's tensors under the files' own names, without loading them."""
         if self.entries is not None:
             return self.entries
@@ -123,7 +125,7 @@ def config_in(config: Path) -> Path:
     return next((path for path in inside if path.is_file()), config / "config.json")
 
 
-def network_config(path: Path, given: str) -> dict[str, Any]:
+def network_config(path: Path, given: str) -> ForeignConfig:
     if not path.exists():
         raise ArtifactError(
             f"There is no model config at {path}",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.reading import load_json
 from dqtool.errors import ArtifactError, UsageError
 from dqtool.yamltree import compose, plain_value, read_text
@@ -13,7 +13,7 @@ from dqtool.yamltree import compose, plain_value, read_text
 __all__ = ["read_json", "read_yaml"]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> ForeignConfig:
     """Return the object in a JSON file, with or without a byte order mark.
 
     Raises:
@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return load_json(path, finite=False)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> ForeignConfig:
     """Return the mapping in a YAML file.
 
     Raises:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dqtool.artifacts import read_header
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.names import path_within
+from dqtool.artifacts.records import ModelRecord
 from dqtool.errors import ArtifactError, EnvironmentFault, UsageError
 from dqtool.models.components.companion_files import components_of
 from dqtool.models.sampling.schedules import choose_schedule
@@ -79,26 +80,24 @@ def resolve_model(
     return replace(source, loras=files, own_scheduler=own, unknown_schedule=unknown_schedule)
 
 
-def resolve_recorded(model: Mapping[str, Any], given: str | None = None) -> ModelSource:
+def resolve_recorded(model: ModelRecord, given: str | None = None) -> ModelSource:
     """Return the model that a manifest's `model` records, or the one at `given` resolved with the same options.
 
     Raises the errors of `resolve_model`.
     """
     return resolve_model(
-        given or model["source"],
-        model.get("source_config"),
-        model.get("source_component"),
-        model.get("source_loras", ()),
-        ModelHints(**{key: value for key, value in model.get("source_told", {}).items() if key in HINTS}),
+        given or model.source,
+        model.source_config,
+        model.source_component,
+        model.source_loras,
+        ModelHints(**{key: value for key, value in model.source_told.items() if key in HINTS}),
     )
 
 
-def recorded_parts(model: Mapping[str, Any]) -> list[str]:
+def recorded_parts(model: ModelRecord) -> list[str]:
     """Return the paths of a manifest's `model` beside the model itself: config, LoRAs, and what `ModelHints` names."""
-    told = model.get("source_told", {})
+    told, config, given = model.source_told, model.source_config, model.source_loras
     hints = [told[key] for key in ("scheduler", "tokenizer", "pipeline") if told.get(key) is not None]
-    config = model.get("source_config")
-    given = model.get("source_loras", ())
     loras = [text if os.path.lexists(text) else text.rpartition(":")[0] or text for text in given]
     return [*([] if config is None else [config]), *loras, *(each for each in hints if not is_scheduler_name(each))]
 
@@ -159,10 +158,10 @@ def _pipeline(given: str, path: Path, component: str | None, variant: str | None
     )
 
 
-def _modular(given: str, index: Mapping[str, Any]) -> ArtifactError:
+def _modular(given: str, index: ForeignConfig) -> ArtifactError:
     """Return the error for a modular pipeline, whose index names the places of its components."""
     places = {name: entry[2] for name, entry in index.items() if isinstance(entry, list) and len(entry) > 2}
-    place: Mapping[str, Any] = next((places[name] for name in NETWORKS if isinstance(places.get(name), Mapping)), {})
+    place: ForeignConfig = next((places[name] for name in NETWORKS if isinstance(places.get(name), Mapping)), {})
     model = place.get("repo") or place.get("pretrained_model_name_or_path")
     command = f"dqtool dilate {model}" if model else "dqtool dilate on the pipeline that the index was made from"
     if model and place.get("variant"):
@@ -174,7 +173,7 @@ def _modular(given: str, index: Mapping[str, Any]) -> ArtifactError:
     )
 
 
-def _check_component(component: str, there: Sequence[str], index: Mapping[str, Any]) -> None:
+def _check_component(component: str, there: Sequence[str], index: ForeignConfig) -> None:
     if "," in component:
         raise UsageError(
             f"One component at a time: '{component}' names several",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dqtool.artifacts import read_header
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sampling.schedules import finite_config
 from dqtool.models.sources.hints import ModelHints
@@ -35,7 +34,7 @@ def single_file(given: str, path: Path, config: str | None, hints: ModelHints) -
         description = layout.describe(shapes, Known(yaml, told_config, hints.prediction_type), given)
         network = told_config or description.config
         own = layout.network(shapes)
-        scheduler: dict[str, Any] | None = finite_config(description.scheduler)
+        scheduler: ForeignConfig | None = finite_config(description.scheduler)
         unknown_schedule = description.unknown_schedule
         if hints.pipeline is not None and not description.explicit:
             scheduler = unknown_schedule = None  # the pipeline's scheduler is used
@@ -63,7 +62,7 @@ def single_file(given: str, path: Path, config: str | None, hints: ModelHints) -
 
 
 def _with_pipeline(
-    source: ModelSource, path: Path, names: Mapping[str, Any], scheduler: Mapping[str, Any], hints: ModelHints
+    source: ModelSource, path: Path, names: ForeignConfig, scheduler: ForeignConfig, hints: ModelHints
 ) -> ModelSource:
     """Return the source with a pipeline, made from the file's own components and the user's hints."""
     parts = pipeline_of(source.config, names)
@@ -85,5 +84,5 @@ def _with_pipeline(
     return replace(source, pipeline=pipeline_shell(path, shell))
 
 
-def _pipeline_schedule(base: Path | None) -> dict[str, Any] | None:
+def _pipeline_schedule(base: Path | None) -> ForeignConfig | None:
     return None if base is None else finite_config(read_json(part_of(base, "scheduler/scheduler_config.json")))

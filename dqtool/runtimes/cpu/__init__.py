@@ -77,8 +77,8 @@ def load(artifact: Artifact) -> nn.Module:
     pages = FilePages(artifact.path / weights, next(iter(mapped.values()), None))
     network = convert(
         packed_network(
-            manifest.model["class"],
-            manifest.model["config"],
+            manifest.network.class_name,
+            manifest.network.config,
             plans_of(manifest),
             state,
             is_static(manifest, step_count(state)),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest
+from dqtool.artifacts.jsonvalues import Json, JsonObject
+from dqtool.artifacts.records import SamplingRecord
 from dqtool.errors import UsageError
 from dqtool.models.sampling.fitted import AUTO, FITTED, OFF, ON, fitted_with, misfit, sentence
 
@@ -35,7 +37,7 @@ def settle_correction(network: nn.Module, artifact: Artifact, maker: ImageMaker,
         return None
     different = misfit(fitted, used_by_maker(maker, fitted))
     on = asked == ON or (asked == AUTO and not different)
-    if not on and manifest.parameters.get("format") == "openvino":
+    if not on and manifest.parameters.format == "openvino":
         if asked == OFF:
             raise UsageError(
                 "The correction of predictions is part of this graph",
@@ -53,26 +55,26 @@ def settle_correction(network: nn.Module, artifact: Artifact, maker: ImageMaker,
     return ON if on else OFF
 
 
-def fitted_of(manifest: Manifest, has_tables: bool) -> Mapping[str, Any] | None:
+def fitted_of(manifest: Manifest, has_tables: bool) -> JsonObject | None:
     """Return the sampling that an artifact's tables were fitted with: its record, or the calibration's where an earlier
     version wrote none. Return None without tables."""
-    found = manifest.metrics.get(FITTED)
+    found = manifest.metrics.as_read.get(FITTED)
     if isinstance(found, Mapping):
         return found
-    sampling = (manifest.pipeline or {}).get("sampling")
-    return fitted_with(sampling) if has_tables and sampling else None
+    return fitted_with(manifest.sampling) if has_tables and manifest.sampling is not None else None
 
 
-def used_by_maker(maker: ImageMaker, fitted: Mapping[str, Any]) -> dict[str, Any]:
+def used_by_maker(maker: ImageMaker, fitted: JsonObject) -> dict[str, Json]:
     """Return the record of a maker's sampling. Listed timesteps are the calibration's own or have its spacing."""
     sampler, embedded = maker.sampler, maker.conditions.embedded
+    spacing = fitted.get("spacing")
     return fitted_with(
-        {
-            "scheduler": dict(sampler.scheduler.config) | {"_class_name": type(sampler.scheduler).__name__},
-            "steps": sampler.steps,
-            "eta": sampler.eta,
-            "guidance": sampler.guidance if embedded is None else embedded,
-            "timesteps": sampler.listed,
-            "spacing": fitted.get("spacing"),
-        }
+        SamplingRecord(
+            {**sampler.scheduler.config, "_class_name": type(sampler.scheduler).__name__},
+            sampler.steps,
+            sampler.eta,
+            guidance=sampler.guidance if embedded is None else embedded,
+            timesteps=None if sampler.listed is None else list(sampler.listed),
+            spacing=spacing if isinstance(spacing, str) else None,
+        )
     )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact
+from dqtool.artifacts.jsonvalues import Json
+from dqtool.artifacts.records import CostRecord
 from dqtool.metrics import METRICS
 from dqtool.models.components.export_layout import component_prefix
 
@@ -22,10 +24,10 @@ LAYER_SAMPLES = 256
 
 def image_figures(
     images: Tensor, expected: Tensor | None, metrics: tuple[str, ...], asked: Tensor | None = None
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Return the figures of `images` by those `metrics` that compare whole sets, with the `reference`'s own where there is
     one. `asked` is the digit that each image should show, where the model can be asked for one."""
-    figures: dict[str, Any] = {"samples": len(images)}
+    figures: dict[str, Json] = {"samples": len(images)}
     for name in METRICS:
         compare = METRICS[name].compare
         if name in metrics and compare is not None:
@@ -33,35 +35,27 @@ def image_figures(
     return figures
 
 
-def cost_figures(artifact: Artifact) -> dict[str, Any]:
-    """Bytes of the weights' file and bit operations, beside those of float32."""
-    from dqtool.core.cost import bops, size_ratio
+def cost_figures(artifact: Artifact) -> CostRecord:
+    """Return the bytes of the weights' file and the bit operations, beside those of float32."""
+    from dqtool.core.cost import bops, float_bops, size_ratio
     from dqtool.formats.shapes import network_shapes, predicted_bytes
     from dqtool.models.families import family_of
 
     manifest = artifact.manifest
-    family = family_of(manifest.model["class"], artifact.given)
-    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
+    family = family_of(manifest.network.class_name, artifact.given)
+    shapes = network_shapes(family, manifest.network.config, manifest.layers)
     full_bytes = predicted_bytes(shapes)
-    layers = [{**layer, "bits": layer.get("bits", [32, 32])} for layer in manifest.layers]
-    full_bops = bops([{**layer, "bits": [32, 32]} for layer in manifest.layers])
+    used, full = bops(manifest.layers), float_bops(manifest.layers)
     if manifest.file is not None:
-        size = int(manifest.file["bytes"]) - artifact.attachment_bytes()
+        size = manifest.file.bytes - artifact.attachment_bytes()
     else:
         prefix = component_prefix(manifest.pipeline)
         inside = {n: e for n, e in (manifest.files or {}).items() if n.startswith(prefix)}
-        size = sum(e["bytes"] for name, e in inside.items() if name.endswith(".safetensors"))
-        size = size or int(manifest.metrics["bytes"])  # formats whose weights are in other files
+        size = sum(e.bytes for name, e in inside.items() if name.endswith(".safetensors"))
+        size = size or manifest.metrics.bytes or 0  # formats whose weights are in other files
     if artifact.stage in ("dilate", "calibrate"):
         size = full_bytes
-    return {
-        "bytes": size,
-        "bytes_float32": full_bytes,
-        "size_ratio": size_ratio(full_bytes, size),
-        "bops": bops(layers),
-        "bops_float32": full_bops,
-        "bops_ratio": full_bops / bops(layers),
-    }
+    return CostRecord(size, full_bytes, size_ratio(full_bytes, size), used, full, full / used)
 
 
 def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, seed: int) -> dict[str, float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.errors import UsageError
 from dqtool.metrics import METRICS, Files, available
 from dqtool.metrics.registry import check_needs, option
@@ -103,13 +104,13 @@ def scores(
     what: str,
     *,
     of_reference: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """The figures of `images [N, C, H, W]` in [-1, 1] and their prompts; with `image_size` of their centres. Those
     `of_reference` come first: the others are compared with them."""
     return meter.measure(_batches(images, texts, image_size), len(images), what, of_reference=of_reference)
 
 
-def save_samples(path: str, images: Tensor, image_size: int | None, about: dict[str, Any]) -> None:
+def save_samples(path: str, images: Tensor, image_size: int | None, about: dict[str, Json]) -> None:
     """Write `images [N, C, H, W]` in [-1, 1] as a sample batch of the ADM suite."""
     from dqtool.metrics.batches import write_npz
 

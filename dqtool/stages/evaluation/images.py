@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dqtool import report
 from dqtool.artifacts import Artifact, CallCheckpoints, Checkpoints
+from dqtool.artifacts.jsonvalues import ForeignConfig
+from dqtool.artifacts.records import SamplingRecord
 from dqtool.core.device import to_cpu
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.models.components.companions import Companions, companions_of_artifact, companions_of_source
@@ -21,7 +22,6 @@ from dqtool.models.networks.loading import network_of
 from dqtool.models.sampling.sampler import Sampler
 from dqtool.models.sources.resolve import ModelSource
 from dqtool.stages.shared.artifact_models import conditions_of, sampler_of
-from dqtool.stages.shared.running import sampling_of
 from dqtool.training.tensor_store import TensorStore
 
 __all__ = ["ImageMaker", "first_channels", "maker_of_artifact", "maker_of_source", "makes_latents"]
@@ -115,27 +115,27 @@ def maker_of_artifact(
     Raises:
         UsageError: guidance, prompts or a sampler that this model knows nothing of, or nothing makes its conditions.
     """
-    sampling = sampling_of(artifact.manifest)
-    if guidance is None:
-        guidance = sampling.get("embedded_guidance", sampling.get("guidance"))
+    sampling = artifact.manifest.sampling
+    if guidance is None and sampling is not None:
+        guidance = sampling.guidance if sampling.embedded_guidance is None else sampling.embedded_guidance
     conditions = conditions_of(artifact, Request(count, seed, guidance, prompts), source)
     chosen = sampler_of(artifact, conditions, steps, sampler)
-    return _maker(chosen, conditions, artifact.manifest.model["config"], companions_of_artifact(artifact))
+    return _maker(chosen, conditions, artifact.manifest.network.config, companions_of_artifact(artifact))
 
 
 def maker_of_source(source: ModelSource, count: int, seed: int, steps: int) -> ImageMaker:
     """Return the maker of a full-precision model, with the settings of its pipeline."""
     family, companions = family_of(source.class_name, source.given), companions_of_source(source)
-    config = dict(source.config) | ({} if companions is None else family.input_properties(companions))
+    config = {**source.config, **({} if companions is None else family.input_properties(companions))}
     request = Request(count, seed, card={} if companions is None else companions.card)
     conditions = family.ask(config, request, companions)
-    sampling = {"scheduler": source.scheduler or family.scheduler, "steps": steps, "eta": 0.0}
+    sampling = SamplingRecord(source.scheduler or family.scheduler or {}, steps, eta=0.0)
     sampler = Sampler.calibrated(family, config, sampling, conditions.guidance)
     return _maker(sampler, conditions, config, companions)
 
 
 def _maker(
-    sampler: Sampler, conditions: Conditions, config: dict[str, Any], companions: Companions | None
+    sampler: Sampler, conditions: Conditions, config: ForeignConfig, companions: Companions | None
 ) -> ImageMaker:
     shape = sampler.family.sample_shape(config)
     decode = None if companions is None else companions.decoder()
@@ -148,7 +148,7 @@ def _are_latents(shape: tuple[int, ...], companions: Companions | None) -> bool:
 
 def makes_latents(artifact: Artifact) -> bool:
     """Return whether the samples of an artifact's networks stay latents because the decoder is missing. Loads nothing."""
-    family, config = network_of(artifact.manifest.model)
+    family, config = network_of(artifact.manifest.network)
     return _are_latents(family.sample_shape(config), companions_of_artifact(artifact))
 
 

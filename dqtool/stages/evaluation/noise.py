@@ -36,7 +36,7 @@ def needs_reference(reference: Reference | None, artifact: Artifact) -> None:
     if reference is None:
         raise EnvironmentFault(
             "Correcting the noise needs the full-precision model, and it is not there",
-            where=f"--correct-noise, {artifact.manifest.model['source']}",
+            where=f"--correct-noise, {artifact.manifest.network.source}",
             fix="Name it with --reference MODEL, or leave --correct-noise out",
         )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import Artifact, manifest_path, open_artifact
 from dqtool.artifacts.named import may_read
+from dqtool.artifacts.records import ModelRecord
 from dqtool.errors import ArtifactError, DqtoolError
 from dqtool.models.sources.resolve import ModelSource, recorded_parts, resolve_recorded
 
@@ -49,15 +49,15 @@ def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
         ArtifactError: the artifact was not made from this model, or records a part of it (a LoRA, a config) in a place that
             the user never named.
     """
-    recorded = artifact.manifest.model
+    recorded = artifact.manifest.network
     if given is not None and not given.startswith("zoo:") and Path(given).is_dir() and manifest_path(given).is_file():
         exported = open_artifact(given, ["export"])
-        if exported.manifest.model["source_sha256"] != recorded["source_sha256"]:
+        if exported.manifest.network.source_sha256 != recorded.source_sha256:
             raise ArtifactError(
                 "The reference was not made from the same model as this artifact", where=f"{given} and {artifact.given}"
             )
         return ExportedReference(exported)
-    named = given or recorded["source"]
+    named = given or recorded.source
     beside = [artifact.given] if given is None else [artifact.given, given, os.path.join(given, "x")]
     parts = recorded_parts(recorded) if given is not None else [named, *recorded_parts(recorded)]
     strange = next((part for part in parts if not may_read(part, beside)), None)
@@ -81,7 +81,7 @@ def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
             raise
         report.warn(f"the reference {named} is not there: figures against it are left out (name it with --reference)")
         return None
-    if digest != recorded["source_sha256"]:
+    if digest != recorded.source_sha256:
         raise ArtifactError(
             "The reference is not the model this artifact was made from",
             where=f"{named} and {artifact.given}",
@@ -90,7 +90,7 @@ def find_reference(given: str | None, artifact: Artifact) -> Reference | None:
     return source
 
 
-def reference_network(reference: Reference, model: Mapping[str, Any]) -> nn.Module:
+def reference_network(reference: Reference, model: ModelRecord) -> nn.Module:
     """Return the network of a reference on the chosen device. `model` is the entry of the artifact's manifest."""
     from dqtool.core.device import place
     from dqtool.models.networks.loading import build_network, load_weights
@@ -98,4 +98,4 @@ def reference_network(reference: Reference, model: Mapping[str, Any]) -> nn.Modu
 
     if isinstance(reference, ExportedReference):
         return place(load(reference.given, "simulate"))
-    return place(build_network(model["class"], model["config"], load_weights(reference), reference.given))
+    return place(build_network(model.class_name, model.config, load_weights(reference), reference.given))

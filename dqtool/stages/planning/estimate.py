@@ -86,9 +86,9 @@ def _network(source: Any) -> tuple[int, int]:
 
     companions = companions_of_source(source)
     family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else source.config | family.input_properties(companions)
+    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
     found = forecast(source.class_name, config, QuantizationSpec.parse("4/4"), 1)
-    return found["macs"], len(found["layers"])
+    return found.macs, len(found.layers)
 
 
 def _sample_shape(source: Any) -> tuple[int, ...]:

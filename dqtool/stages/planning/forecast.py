@@ -5,24 +5,40 @@ The network is built and run on shapes (the `meta` device), so a forecast of Sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
+from dqtool.artifacts.schema import Record
 from dqtool.core.quantization import QuantizationSpec
+from dqtool.stages.planning.records import PlannedLayer
 
-__all__ = ["forecast"]
+__all__ = ["Forecast", "forecast"]
+
+
+@dataclass(frozen=True)
+class Forecast(Record):
+    """Counts of a network that is yet to be quantized; `bops` and `macs` are of one forward pass of one sample."""
+
+    network: str
+    parameters: int
+    bytes: int
+    bytes_float32: int
+    bops: int
+    bops_float32: int
+    macs: int
+    layers: list[PlannedLayer]
 
 
 def forecast(
     class_name: str,
-    config: Mapping[str, Any],
+    config: ForeignConfig,
     spec: QuantizationSpec,
     steps: int,
     dilated: bool = True,
     corrected: bool = False,
     low_rank: int = 0,
-) -> dict[str, Any]:
+) -> Forecast:
     """Return counts of the network that `distill --bits W/A` and `export` would make, with tables for `steps` steps.
 
     `corrected` adds the tables that correct predictions, `low_rank` branches of that rank.
@@ -36,10 +52,11 @@ def forecast(
     """
     import torch
 
-    from dqtool.core.cost import bops
+    from dqtool.core.cost import bops, float_bops
     from dqtool.formats.shapes import predicted_bytes
     from dqtool.graph.tied_modules import tie_modules
     from dqtool.models.families import family_of
+    from dqtool.models.networks.packed import layer_record, planned_record
     from dqtool.nn.assignment import apply_preset, assign_bits, with_branches
     from dqtool.nn.prediction import row_shapes
     from dqtool.nn.surgery import state_shapes
@@ -57,14 +74,13 @@ def forecast(
     plans = with_branches(assign_bits(layers, spec, scaled), low_rank)
     shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in network.state_dict().items()}
     tables = row_shapes(family.prediction_row(config)) if corrected else None
-    rows = [plan.summary() for plan in plans]
-    return {
-        "network": class_name,
-        "parameters": sum(prod(shape) for shape, _ in shapes.values()),
-        "bytes": predicted_bytes(state_shapes(shapes, plans, steps, tables)),
-        "bytes_float32": predicted_bytes(shapes),
-        "bops": bops(rows),
-        "bops_float32": bops({"macs": info.macs, "bits": None} for info in layers),
-        "macs": sum(info.macs for info in layers),
-        "layers": rows,
-    }
+    return Forecast(
+        network=class_name,
+        parameters=sum(prod(shape) for shape, _ in shapes.values()),
+        bytes=predicted_bytes(state_shapes(shapes, plans, steps, tables)),
+        bytes_float32=predicted_bytes(shapes),
+        bops=bops(map(planned_record, plans)),
+        bops_float32=float_bops(map(layer_record, layers)),
+        macs=sum(info.macs for info in layers),
+        layers=[PlannedLayer.of(plan) for plan in plans],
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool.artifacts import Manifest
 
@@ -29,23 +29,27 @@ def prediction_rows_of(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     from dqtool.models.families import family_of
     from dqtool.nn.prediction import row_shapes
 
-    return row_shapes(family_of(manifest.model["class"], "manifest").prediction_row(manifest.model["config"]))
+    return row_shapes(family_of(manifest.network.class_name, "manifest").prediction_row(manifest.network.config))
 
 
 def packed_size(
-    manifest: Manifest, plans: Sequence[Any], timesteps: int, prediction: Mapping[str, tuple[int, ...]] | None = None
-) -> dict[str, Any]:
-    """Bytes of the packed file and bit operations per forward pass, beside those of float32."""
-    from dqtool.core.cost import bops
+    manifest: Manifest,
+    plans: Sequence[LayerPlan],
+    timesteps: int,
+    prediction: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, int]:
+    """Return the bytes of the packed file and bit operations per forward pass, beside those of float32."""
+    from dqtool.core.cost import bops, float_bops
     from dqtool.formats.shapes import network_shapes, predicted_bytes
     from dqtool.models.families import family_of
+    from dqtool.models.networks.packed import planned_record
     from dqtool.nn.surgery import state_shapes
 
-    family = family_of(manifest.model["class"], "manifest")
-    shapes = network_shapes(family, manifest.model["config"], manifest.layers)
+    family = family_of(manifest.network.class_name, "manifest")
+    shapes = network_shapes(family, manifest.network.config, manifest.layers)
     return {
         "bytes": predicted_bytes(state_shapes(shapes, plans, timesteps, prediction)),
         "bytes_float32": predicted_bytes(shapes),
-        "bops": bops(plan.summary() for plan in plans),
-        "bops_float32": bops({"macs": layer["macs"], "bits": None} for layer in manifest.layers),
+        "bops": bops(map(planned_record, plans)),
+        "bops_float32": float_bops(manifest.layers),
     }

@@ -29,12 +29,12 @@ def plan_stage(execution: Execution, options: Any) -> dict[str, Any]:
         "stage": execution.stage,
         "output": execution.output,
         "cached": execution.cached,
-        "inputs": execution.inputs,
+        "inputs": [entry.to_json() for entry in execution.inputs],
         "parameters": execution.parameters,
         "work": {} if execution.cached else work_function(execution.stage)(execution, options),
     }
     before = _standing(execution.output)
-    if before is not None and before.stage == execution.stage and before.parameters == execution.parameters:
+    if before is not None and before.stage == execution.stage and before.parameters.as_read == execution.parameters:
         plan["seconds_before"] = before.seconds
     return plan
 
@@ -93,7 +93,7 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
     options = with_sampler_defaults(make_options("distill", values), scheduler_class(source.scheduler, sampler))
     companions = companions_of_source(source)
     family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else source.config | family.input_properties(companions)
+    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
     steps = 1 if options.static else steps
     return forecast(
         source.class_name,
@@ -102,7 +102,7 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
         steps,
         corrected=corrects_predictions(options),
         low_rank=options.low_rank,
-    )
+    ).to_json()
 
 
 def render(plan: Mapping[str, Any]) -> list[str]:

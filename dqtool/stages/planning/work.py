@@ -6,10 +6,14 @@ from math import prod
 from typing import Any
 
 from dqtool.artifacts import Manifest, read_header, read_manifest
+from dqtool.artifacts.jsonvalues import Json
+from dqtool.artifacts.records import ParametersRecord
+from dqtool.artifacts.schema import unchecked
 from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of, without_folds
+from dqtool.stages.planning.records import PlannedLayer
 from dqtool.stages.shared.settings import Execution
 
-Work = dict[str, Any]
+Work = dict[str, Json]
 
 BACKWARD_COST = 4
 """Cost of a backward pass of `sensitivity` in forward passes. It includes its forward pass, the gradients of weights, and
@@ -28,13 +32,11 @@ def dilate_work(_: Execution, options: Any) -> Work:
 
 
 def calibrate_work(execution: Execution, _: Any) -> Work:
-    given = execution.parameters
-    images = -(-given["samples"] // given["steps"])
-    forwards = images * given["steps"] + given["samples"]
+    images, forwards = _trajectory(_parameters(execution))
     return {
         "images": images,
         "forwards": forwards,
-        "macs": forwards * _macs(read_manifest(execution.inputs[0]["name"])),
+        "macs": forwards * _macs(read_manifest(execution.inputs[0].name)),
     }
 
 
@@ -45,13 +47,12 @@ def distill_work(execution: Execution, options: Any) -> Work:
     from dqtool.stages.distill import network_spec, scheduler_of
     from dqtool.stages.options.distill import corrects_predictions, method_and_options, with_sampler_defaults
 
-    calibrated = read_manifest(execution.inputs[0]["name"])
+    calibrated = read_manifest(execution.inputs[0].name)
     options = with_sampler_defaults(options, str(scheduler_of(calibrated).get("_class_name")))
-    given = execution.parameters
     plans = assign_bits(layer_infos(calibrated.layers), network_spec(options, calibrated), dilated_layers(calibrated))
     plans = without_folds(calibrated, with_branches(plans, options.low_rank))
-    steps = 1 if given["static"] else _timesteps(execution.inputs[0]["name"])
-    blocks = len(calibrated.metrics["blocks"])
+    steps = 1 if _parameters(execution).static else _timesteps(execution.inputs[0].name)
+    blocks = len(calibrated.metrics.blocks or ())
     method, recipe = method_and_options(options)
     return {
         "blocks": blocks,
@@ -59,15 +60,14 @@ def distill_work(execution: Execution, options: Any) -> Work:
         **packed_size(
             calibrated, plans, steps, prediction_rows_of(calibrated) if corrects_predictions(options) else {}
         ),
-        "layers": [plan.summary() for plan in plans],
+        "layers": [PlannedLayer.of(plan).to_json() for plan in plans],
     }
 
 
 def sensitivity_work(execution: Execution, _: Any) -> Work:
-    calibrated = read_manifest(execution.inputs[0]["name"])
-    passes = execution.parameters["passes"]
-    given = calibrated.parameters
-    forwards = -(-given["samples"] // given["steps"]) * given["steps"] + 2 * given["samples"]
+    calibrated = read_manifest(execution.inputs[0].name)
+    passes = _parameters(execution).passes or 0
+    forwards = _trajectory(calibrated.parameters)[1] + (calibrated.parameters.samples or 0)
     return {
         "passes": passes,
         "macs": 3 * passes * _macs(calibrated),
@@ -80,32 +80,32 @@ def export_work(execution: Execution, _: Any) -> Work:
     from dqtool.nn.prediction import NAME as PREDICTION
 
     prefix = f"{PREDICTION}."
-    distilled = read_manifest(execution.inputs[0]["name"])
-    if execution.parameters["format"] == "dense":
+    distilled = read_manifest(execution.inputs[0].name)
+    format_name = _parameters(execution).format
+    if format_name == "dense":
         return {"bytes": packed_size(distilled, [], 0)["bytes_float32"]}
-    keys = ("name", "shape", "bits", "macs", "low_rank")
-    layers = [{key: layer[key] for key in keys if key in layer} for layer in distilled.layers]
-    if execution.parameters["format"] != "dq":  # other formats' files are not known to the byte beforehand
+    layers = [
+        PlannedLayer(each.name, each.shape, each.bits, each.macs, low_rank=each.low_rank).to_json()
+        for each in distilled.layers
+    ]
+    if format_name != "dq":  # other formats' files are not known to the byte beforehand
         return {"layers": layers}
-    path = execution.inputs[0]["name"]
+    path = execution.inputs[0].name
     header = read_header(path)
     rows = {n.removeprefix(prefix): tuple(e["shape"][1:]) for n, e in header.items() if n.startswith(prefix)}
     return {**packed_size(distilled, plans_of(distilled), _timesteps(path), rows), "layers": layers}
 
 
 def eval_work(execution: Execution, _: Any) -> Work:
-    given = execution.parameters
-    pipeline = read_manifest(execution.inputs[0]["name"]).pipeline or {}
-    steps = given["steps"] or pipeline.get("sampling", {}).get("steps")
-    models = len(execution.inputs)
-    work = {"networks": models, "images": given["samples"]}
-    return (
-        work if steps is None else {**work, "sampling": f"{steps} steps", "forwards": models * given["samples"] * steps}
-    )
+    given = _parameters(execution)
+    steps = given.steps or _calibrated_steps(execution)
+    models, images = len(execution.inputs), given.samples or 0
+    work: Work = {"networks": models, "images": images}
+    return work if steps is None else {**work, "sampling": f"{steps} steps", "forwards": models * images * steps}
 
 
 def sample_work(execution: Execution, options: Any) -> Work:
-    steps = options.steps or (read_manifest(execution.inputs[0]["name"]).pipeline or {})["sampling"]["steps"]
+    steps = options.steps or _calibrated_steps(execution) or 0
     return {"sampling": f"{steps} steps", "forwards": options.number * steps}
 
 
@@ -115,9 +115,25 @@ def stats_work(_: Execution, options: Any) -> Work:
     return {"images": len(image_source(options))}
 
 
+def _parameters(execution: Execution) -> ParametersRecord:
+    return unchecked(execution.parameters, ParametersRecord)
+
+
+def _calibrated_steps(execution: Execution) -> int | None:
+    sampling = read_manifest(execution.inputs[0].name).sampling
+    return None if sampling is None else sampling.steps
+
+
+def _trajectory(given: ParametersRecord) -> tuple[int, int]:
+    """Return the images that a calibration samples, and its forward passes."""
+    samples, steps = given.samples or 0, given.steps or 1
+    images = -(-samples // steps)
+    return images, images * steps + samples
+
+
 def _timesteps(path: str) -> int:
     return int(read_header(path)["timesteps"]["shape"][0])
 
 
 def _macs(manifest: Manifest) -> int:
-    return sum(layer["macs"] for layer in manifest.layers)
+    return sum(layer.macs for layer in manifest.layers)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from dqtool.artifacts import Artifact, Manifest
+from dqtool.artifacts.records import PipelineRecord, SamplingRecord
 from dqtool.core.device import place
 from dqtool.graph.trace import BlockInfo, Trace
 from dqtool.models.components.companions import companions_of_artifact
@@ -37,8 +38,8 @@ STATISTICS = (".histogram", ".range", ".channel_range")
 
 def trace_of(manifest: Manifest) -> Trace:
     """Layers and blocks as `dilate` observed them."""
-    blocks = [BlockInfo(block["name"], set(block["reads"])) for block in manifest.metrics["blocks"]]
-    return Trace(layer_infos(manifest.layers), blocks, set(manifest.metrics["output_reads"]))
+    blocks = [BlockInfo(block.name, set(block.reads)) for block in manifest.metrics.blocks or ()]
+    return Trace(layer_infos(manifest.layers), blocks, set(manifest.metrics.output_reads or ()))
 
 
 def split_dilated(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -59,8 +60,8 @@ def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
     state, _ = split_dilated(tensors)
     state |= undilated_weights(manifest, tensors)
     # Shared, not copied: nobody writes into the teacher, and a large network should be in memory once.
-    network = build_network(manifest.model["class"], manifest.model["config"], state, "teacher", share=True)
-    check_layers(network, layer_infos(manifest.layers), [block["name"] for block in manifest.metrics["blocks"]])
+    network = build_network(manifest.network.class_name, manifest.network.config, state, "teacher", share=True)
+    check_layers(network, layer_infos(manifest.layers), [block.name for block in manifest.metrics.blocks or ()])
     return place(network)
 
 
@@ -75,7 +76,7 @@ def student_of(
     # The layers that are quantized below copy their weights; what stays as it is may be views of the artifact's file.
     copied = {f"{info.name}.{leaf}" for info in layer_infos(manifest.layers) for leaf in ("weight", "bias")}
     state = {name: value if name in copied else value.clone() for name, value in state.items()}
-    network = build_network(manifest.model["class"], manifest.model["config"], state, "student", share=True)
+    network = build_network(manifest.network.class_name, manifest.network.config, state, "student", share=True)
     check_layers(network, layer_infos(manifest.layers))
     place(network)
     timesteps = tensors["timesteps"][:1] if static else tensors["timesteps"]
@@ -92,7 +93,7 @@ def conditions_of(artifact: Artifact, request: Request, source: ConditionSource 
     Raises:
         UsageError: guidance or prompts for a model that knows none, or nothing makes the network's conditions.
     """
-    family, config = network_of(artifact.manifest.model)
+    family, config = network_of(artifact.manifest.network)
     companions = companions_of_artifact(artifact)
     card = {} if companions is None else companions.card
     return (source or ConditionSource()).conditions(family, config, replace(request, card=card), companions)
@@ -107,11 +108,7 @@ def sampler_of(
     Raises:
         UsageError: an unknown sampler, or one that does not fit the model's noise schedule.
     """
-    family, config = network_of(artifact.manifest.model)
-    pipeline = artifact.manifest.pipeline or {}
-    sampling = pipeline.get("sampling") or {
-        "scheduler": pipeline.get("scheduler") or family.scheduler,
-        "steps": 20,
-        "eta": 0.0,
-    }
+    family, config = network_of(artifact.manifest.network)
+    pipeline = artifact.manifest.pipeline or PipelineRecord()
+    sampling = pipeline.sampling or SamplingRecord(pipeline.scheduler or family.scheduler or {}, steps=20, eta=0.0)
     return Sampler.calibrated(family, config, sampling, conditions.guidance, steps, name)

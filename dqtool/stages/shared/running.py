@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import (
@@ -31,7 +31,18 @@ from dqtool.artifacts import (
     open_artifact,
     remove_pieces,
 )
+from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.named import remember_named
+from dqtool.artifacts.records import (
+    METRICS,
+    InputRecord,
+    LayerRecord,
+    MetricsRecord,
+    ModelRecord,
+    ParametersRecord,
+    PipelineRecord,
+)
+from dqtool.artifacts.schema import unchecked
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.stages.registry import default_output
 from dqtool.stages.shared.settings import Execution, RunSettings
@@ -46,7 +57,6 @@ __all__ = [
     "check_steps",
     "input_artifact",
     "run_unless_cached",
-    "sampling_of",
     "set_up_torch",
 ]
 
@@ -56,14 +66,14 @@ class StageOutput:
     """Output of a stage before it is committed: tensors of a file, or `build` for a directory, or neither for a report."""
 
     tensors: Mapping[str, Tensor] | None
-    model: dict[str, Any]
-    pipeline: dict[str, Any] | None
-    layers: list[dict[str, Any]]
-    metrics: dict[str, Any] = field(default_factory=dict)
-    build: Callable[[Path], object] | None = None
+    model: ModelRecord
+    pipeline: PipelineRecord | None
+    layers: list[LayerRecord]
+    metrics: JsonObject = field(default_factory=dict)
+    build: Callable[[Path], JsonObject] | None = None
     attachments: Mapping[str, Tensor] = field(default_factory=dict)
     """Files that travel with `tensors`: a pipeline's other components, by relative path, uint8."""
-    proof: Callable[[Written], Mapping[str, Any]] | None = None
+    proof: Callable[[Written], JsonObject] | None = None
     """Check that runs while `tensors` are being written, and returns further metrics. If it raises, nothing is committed. Its
     argument waits for the file and maps it."""
     earlier_seconds: float = 0.0
@@ -90,17 +100,12 @@ def input_artifact(given: str | None, stages: Collection[str], default: str) -> 
     return open_artifact(given, stages)
 
 
-def sampling_of(manifest: Manifest) -> dict[str, Any]:
-    """Return sampler, steps, guidance and conditions of the calibration; empty before calibration."""
-    return (manifest.pipeline or {}).get("sampling") or {}
-
-
 def check_steps(artifact: Artifact, steps: int | None) -> None:
     """Raise `ArtifactError` if `steps` differs from the number of steps of the artifact's tables."""
-    calibrated = (artifact.manifest.pipeline or {}).get("sampling", {}).get("steps")
-    if steps is not None and calibrated is not None and steps != calibrated:
+    calibrated = artifact.manifest.sampling
+    if steps is not None and calibrated is not None and steps != calibrated.steps:
         raise ArtifactError(
-            f"This artifact was calibrated for {calibrated} steps, not {steps}",
+            f"This artifact was calibrated for {calibrated.steps} steps, not {steps}",
             where=artifact.given,
             fix=f"Leave out --steps, or run `dqtool calibrate --steps {steps}` and what follows it first",
         )
@@ -140,8 +145,8 @@ def run_unless_cached(
     stage: str,
     code_version: int,
     output: str,
-    parameters: dict[str, Any],
-    inputs: Sequence[dict[str, Any]],
+    parameters: JsonObject,
+    inputs: Sequence[InputRecord],
     settings: RunSettings,
     produce: Callable[[str], StageOutput],
     kind: Kind = "artifact",
@@ -151,11 +156,11 @@ def run_unless_cached(
 ) -> bool:
     """Make the artifact `output` unless it is up to date. Return True if it was. A dry run writes nothing.
 
-    `produce(fingerprint)` does the work. `inputs` are manifest entries (name, sha256, stage). `kind` is "artifact",
+    `produce(fingerprint)` does the work. `kind` is "artifact",
     "directory" or "report". `also` are side products (path, kind), such as pictures: they must exist for the cache to count.
     `reads` are files and directories that the command reads beside the inputs, which no output may touch.
     """
-    key = fingerprint(stage, code_version, parameters, [str(entry["sha256"]) for entry in inputs])
+    key = fingerprint(stage, code_version, parameters, [entry.sha256 for entry in inputs])
 
     def note(*, cached: bool) -> bool:
         settings.log.append(Execution(stage, output, parameters, list(inputs), cached))
@@ -164,14 +169,14 @@ def run_unless_cached(
     def is_cached() -> bool:
         return not settings.force and is_current(output, key) and all(os.path.exists(path) for path, _ in also)
 
-    named = [output, *(path for path, _ in also), *(str(entry["name"]) for entry in inputs), *reads, *settings.reads]
+    named = [output, *(path for path, _ in also), *(entry.name for entry in inputs), *reads, *settings.reads]
     if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
         if not settings.dry_run:
             clear_leftovers(output)
             remember_named(named)
             report.say(f"{stage}: cached {output}")
         return note(cached=True)
-    names = [str(entry["name"]) for entry in inputs]
+    names = [entry.name for entry in inputs]
     check_outputs([(output, kind), *also], [*names, *reads, *settings.reads], overwrite=settings.overwrite)
     if settings.dry_run:
         return note(cached=False)
@@ -185,9 +190,9 @@ def run_unless_cached(
             inputs=list(inputs),
             model=product.model,
             pipeline=product.pipeline,
-            parameters=parameters,
+            parameters=unchecked(parameters, ParametersRecord),
             layers=product.layers,
-            metrics=product.metrics,
+            metrics=unchecked(product.metrics, METRICS.get(stage, MetricsRecord)),
             environment=environment(device, threads),
             seconds=round(product.earlier_seconds + time.perf_counter() - start, 3),
         )
@@ -207,9 +212,7 @@ def run_unless_cached(
     return note(cached=False)
 
 
-def _timed(
-    proof: Callable[[Written], Mapping[str, Any]], manifest: Manifest, start: float, written: Written
-) -> Mapping[str, Any]:
+def _timed(proof: Callable[[Written], JsonObject], manifest: Manifest, start: float, written: Written) -> JsonObject:
     found = proof(written)
     manifest.seconds = round(time.perf_counter() - start, 3)
     return found

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from dqtool.artifacts.jsonvalues import JsonObject
+from dqtool.artifacts.records import InputRecord
 from dqtool.errors import UsageError
 from dqtool.stages.options.declared import GENERAL, RESOURCES, Option
 
@@ -18,8 +20,8 @@ class Execution:
 
     stage: str
     output: str
-    parameters: dict[str, Any]
-    inputs: list[dict[str, Any]]
+    parameters: JsonObject
+    inputs: list[InputRecord]
     cached: bool
 
 

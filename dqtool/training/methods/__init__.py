@@ -7,11 +7,12 @@ in place and returns metrics. Code that methods share is in `dqtool.training` (`
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Method", "method_of", "method_options"]
 
 
-def _as_given(options: Any, _given: Mapping[str, Any]) -> Any:
+def _as_given(options: Any, _given: JsonObject) -> Any:
     """Return the options unchanged."""
     return options
 
@@ -42,11 +43,11 @@ class Method:
     name: str
     summary: str
     options: type
-    train: Callable[[DistillationTask, Any, Bars], dict[str, Any]]
+    train: Callable[[DistillationTask, Any, Bars], dict[str, Json]]
     work: Callable[[Any, int], str]
     by_blocks: bool = False
     corrects_predictions: bool = False
-    derive: Callable[[Any, Mapping[str, Any]], Any] = _as_given
+    derive: Callable[[Any, JsonObject], Any] = _as_given
 
 
 def method_of(name: str) -> Method:
@@ -60,7 +61,7 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
-def method_options(method: Method, given: Mapping[str, Any]) -> Any:
+def method_options(method: Method, given: JsonObject) -> Any:
     """Return the method's options with the given values in place of defaults; None stands for the default.
 
     Raises:

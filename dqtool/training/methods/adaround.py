@@ -7,8 +7,9 @@ scales stay fixed. No weight moves by more than one quantization step from the c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.methods import Method
 from dqtool.training.options import RoundingOptions
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dqtool.training.data import Bars, DistillationTask
 
 
-def train(task: DistillationTask, options: RoundingOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: RoundingOptions, bars: Bars) -> dict[str, Json]:
     """Train the rounding and the activation scales of every block in execution order; return metrics."""
     from torch import nn
 

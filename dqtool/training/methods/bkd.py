@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.training.methods import Method
 from dqtool.training.options import BkdOptions
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from dqtool.training.data import Bars, DistillationTask
 
 
-def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, Json]:
     """Train block by block, then all blocks together; return metrics."""
     from dqtool.training.bkd import distill_blocks
     from dqtool.training.curve import curve, first_and_last
     from dqtool.training.on_policy import refine
 
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Json] = {}
     if options.iters:
         count = len(task.trace.blocks if task.only is None else task.only)
         with bars("blocks", options.iters * count) as progress:
@@ -29,15 +29,15 @@ def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, 
         with bars("all blocks", options.refine_iters) as progress:
             second = refine(task, options.second_pass(), progress)
         metrics |= {
-            "refine_loss": first_and_last(second["losses"], 100),
-            "refine_curve": curve(second["losses"]),
-            "refine_seconds": second["seconds"],
-            "refine_sampling_seconds": second["sampling_seconds"],
+            "refine_loss": first_and_last(second.losses, 100),
+            "refine_curve": curve(second.losses),
+            "refine_seconds": second.seconds,
+            "refine_sampling_seconds": second.sampling_seconds,
         }
     return metrics
 
 
-def derive_options(options: BkdOptions, given: Mapping[str, Any]) -> BkdOptions:
+def derive_options(options: BkdOptions, given: JsonObject) -> BkdOptions:
     """Return options in which `--iters 0` means plain PTQ, unless `refine_iters` is given."""
     if options.iters == 0 and "refine_iters" not in given:
         return replace(options, refine_iters=0)

@@ -7,10 +7,10 @@ end-to-end training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.training.methods import Method
 from dqtool.training.options import FINE, Rates
 
@@ -37,7 +37,7 @@ class BlockwiseOptions:
     replay_batch: int = 32
 
 
-def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict[str, Json]:
     """Train block by block on the recorded trajectory, then on the student's own; return metrics."""
     from torch import nn
 
@@ -47,7 +47,7 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
 
     task = replace(task, replay_batch=options.replay_batch, network_batch=task.network_batch or options.replay_batch)
     count = len(task.trace.blocks if task.only is None else task.only)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Json] = {}
     if options.iters:
 
         def first(block: nn.Module) -> BkdLearner:
@@ -70,7 +70,7 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
     return metrics
 
 
-def derive_options(options: BlockwiseOptions, given: Mapping[str, Any]) -> BlockwiseOptions:
+def derive_options(options: BlockwiseOptions, given: JsonObject) -> BlockwiseOptions:
     """Return options in which `--iters 0` means plain PTQ, unless `refine_iters` is given."""
     if options.iters == 0 and "refine_iters" not in given:
         return replace(options, refine_iters=0)

@@ -8,8 +8,9 @@ points belong to one step each and are trained one step at a time, in sampling o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.methods import Method
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class LoraQatOptions:
     zero_point: float = 5e-3
 
 
-def train(task: DistillationTask, options: LoraQatOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: LoraQatOptions, bars: Bars) -> dict[str, Json]:
     """Attach low-rank updates, train them end to end and merge them; return metrics."""
     from torch import nn
 

@@ -11,8 +11,9 @@ only the last bits; the rates balance scales and weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.methods import Method
 from dqtool.training.options import Rates
 
@@ -29,7 +30,7 @@ class LsqOptions:
     rates: Rates = field(default_factory=lambda: Rates(weight=0.02))
 
 
-def train(task: DistillationTask, options: LsqOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: LsqOptions, bars: Bars) -> dict[str, Json]:
     """Train all weights and quantizers end to end; return metrics."""
     from dqtool.training.block_loop import make_trainable
     from dqtool.training.network_loop import mixed_steps, train_network

@@ -7,8 +7,9 @@ uses only the initial quantizers and the conditions of the calibration.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.methods import Method
 from dqtool.training.options import OnPolicyOptions
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dqtool.training.data import Bars, DistillationTask
 
 
-def train(task: DistillationTask, options: OnPolicyOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: OnPolicyOptions, bars: Bars) -> dict[str, Json]:
     """Train like the second pass of `bkd`, for longer and at higher rates; return metrics."""
     import torch
 
@@ -32,10 +33,10 @@ def train(task: DistillationTask, options: OnPolicyOptions, bars: Bars) -> dict[
     with bars("own trajectory", options.iters) as progress:
         found = refine(task, options, progress)
     return {
-        "network_loss": first_and_last(found["losses"], 100),
-        "loss_curve": curve([loss / size for loss in found["losses"]]),
-        "network_seconds": found["seconds"],
-        "sampling_seconds": found["sampling_seconds"],
+        "network_loss": first_and_last(found.losses, 100),
+        "loss_curve": curve([loss / size for loss in found.losses]),
+        "network_seconds": found.seconds,
+        "sampling_seconds": found.sampling_seconds,
     }
 
 

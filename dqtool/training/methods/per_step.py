@@ -8,8 +8,9 @@ this gives an ordinary static quantizer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.methods import Method
 from dqtool.training.options import PerStepOptions
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from dqtool.training.data import Bars, DistillationTask
 
 
-def train(task: DistillationTask, options: PerStepOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: PerStepOptions, bars: Bars) -> dict[str, Json]:
     """Train the timestep's path, unless only some blocks are chosen, and then the blocks; return metrics."""
     from torch import nn
 
@@ -29,7 +30,7 @@ def train(task: DistillationTask, options: PerStepOptions, bars: Bars) -> dict[s
     task.merge_scaling()
     roles = task.roles()
     temporal = temporal_layers(task, roles) if task.only is None else []
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Json] = {}
     task.student.requires_grad_(False)
     if temporal:
         with bars("time embedding", options.iters) as progress:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.errors import UsageError
 from dqtool.training.methods import Method
 
@@ -22,12 +22,12 @@ class PtqOptions:
     batch_size: int = 0
 
 
-def train(task: DistillationTask, options: PtqOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: PtqOptions, bars: Bars) -> dict[str, Json]:
     """Return no metrics: nothing is trained."""
     return {}
 
 
-def derive_options(_options: PtqOptions, given: Mapping[str, Any]) -> PtqOptions:
+def derive_options(_options: PtqOptions, given: JsonObject) -> PtqOptions:
     """Return options without iterations.
 
     Raises:

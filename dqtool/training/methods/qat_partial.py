@@ -8,10 +8,10 @@ layers, and the activation scales of every layer, learn the network's prediction
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.training.methods import Method
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class QatPartialOptions:
     table_scale: float = 3e-3
 
 
-def train(task: DistillationTask, options: QatPartialOptions, bars: Bars) -> dict[str, Any]:
+def train(task: DistillationTask, options: QatPartialOptions, bars: Bars) -> dict[str, Json]:
     """Train the timestep's path, then the sensitive layers end to end; return metrics."""
     from dqtool.training.block_loop import Learner, own_layers
     from dqtool.training.curve import curve
@@ -49,7 +49,7 @@ def train(task: DistillationTask, options: QatPartialOptions, bars: Bars) -> dic
     roles = task.roles()
     rates = Rates(weight=options.weight, bias=options.bias, table_scale=options.table_scale)
     student = task.student
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Json] = {}
     temporal = temporal_layers(task, roles)
     student.requires_grad_(False)
     if temporal and options.temporal_iters:
@@ -69,7 +69,7 @@ def train(task: DistillationTask, options: QatPartialOptions, bars: Bars) -> dic
     return metrics | {"trained_layers": list(chosen)}
 
 
-def derive_options(options: QatPartialOptions, given: Mapping[str, Any]) -> QatPartialOptions:
+def derive_options(options: QatPartialOptions, given: JsonObject) -> QatPartialOptions:
     """Return options whose `temporal_iters` are scaled with a given `iters`; 0 means plain PTQ."""
     if given.get("iters") is None:
         return options

@@ -54,7 +54,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_every_point_is_kept_with_and_without_its_condition(chain: Path) -> None:
     artifact = open_artifact(chain / "calibrated.safetensors")
     points = Trajectory.from_tensors(artifact.tensors())
-    assert artifact.manifest.pipeline["sampling"]["guidance"] > 1
+    assert artifact.manifest.sampling.as_read["guidance"] > 1
     assert torch.bincount(points.rows).tolist() == [SAMPLES // STEPS] * STEPS
     pairs, asked = points.x.unflatten(0, (-1, 2)), points.subjects.unflatten(0, (-1, 2))
     assert torch.equal(pairs[:, 0], pairs[:, 1])
@@ -87,7 +87,7 @@ def test_eval_reads_the_digit_asked_for(chain: Path) -> None:
     output = evaluate(
         EvalOptions(str(chain / "exported"), str(chain / "eval.json"), samples=12, grid=str(chain / "grid.png")), QUIET
     )
-    figures = open_artifact(output).manifest.metrics
+    figures = open_artifact(output).manifest.metrics.as_read
     assert figures["psnr"]["mean"] > 15  # 8/8
     assert 0 <= figures["asked_digit_share"] <= 1
     assert "asked_digit_share" in figures["reference"]
@@ -103,7 +103,7 @@ def test_a_distilled_artifact_counts_the_network_alone(chain: Path) -> None:
             evaluate(
                 EvalOptions(str(chain / name), str(chain / f"{name}.eval.json"), metrics=("cost",), samples=1), QUIET
             )
-        ).manifest.metrics["cost"]
+        ).manifest.metrics.as_read["cost"]
         for name in ("distilled.safetensors", "exported")
     ]
     assert figures[0]["bytes"] == pytest.approx(figures[1]["bytes"], rel=0.05)
@@ -116,7 +116,7 @@ def test_repeated_embedders_are_stored_once(chain: Path) -> None:
     if chain.name.startswith("dit"):
         artifact = open_artifact(chain / "dilated.safetensors")
         assert (repeated in artifact.tensor_names()) == expected
-        assert (repeated.removesuffix(".weight") in {r["name"] for r in artifact.manifest.layers}) == expected
+        assert (repeated.removesuffix(".weight") in {r.name for r in artifact.manifest.layers}) == expected
         output = export(
             ExportOptions(str(chain / "distilled.safetensors"), str(chain / "dense"), format="dense"), QUIET
         )
@@ -205,13 +205,13 @@ def test_prompts_of_the_user_and_of_nobody(tmp_path: Path) -> None:
     calibrate(CalibrateOptions(dilated, at, prompts=str(tmp_path / "prompts.txt"), **options), QUIET)
     artifact = open_artifact(at)
     assert artifact.tensors()["condition.encoder_hidden_states"].shape == (3, 16, 12)
-    assert artifact.manifest.pipeline["sampling"]["guidance"] == 4.0
+    assert artifact.manifest.sampling.as_read["guidance"] == 4.0
     before = artifact.sha256
     calibrate(CalibrateOptions(dilated, at, **options), QUIET)  # the card's prompts
     assert open_artifact(at).sha256 != before
     calibrate(CalibrateOptions(dilated, at, **{**options, "guidance": 1.0}), QUIET)
     artifact = open_artifact(at)
-    assert artifact.manifest.pipeline["sampling"]["guidance"] == 1.0
+    assert artifact.manifest.sampling.as_read["guidance"] == 1.0
     assert not maker_of_artifact(artifact, 2, 0).conditions.guided  # nor is it evaluated with the card's
     assert artifact.tensors()["condition.encoder_hidden_states"].shape == (2, 16, 12)
 

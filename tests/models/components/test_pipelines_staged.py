@@ -43,12 +43,12 @@ def test_other_pipelines_go_through_all_stages_under_their_own_conditions(tmp_pa
         table = calibrated.tensors()
         for name, values in asked.table.items():
             torch.testing.assert_close(table[f"condition.{name}"], values, rtol=1e-4, atol=1e-5)
-        assert calibrated.manifest.pipeline["sampling"].get("guidance", 1.0) == asked.guidance
+        assert calibrated.manifest.sampling.as_read.get("guidance", 1.0) == asked.guidance
         assert kind == "flux" or asked.guided
     distill(DistillOptions(at["calibrated"], at["distilled"], bits="8/8", iters=1, refine_iters=1, batch_size=2), QUIET)
     exported = export(ExportOptions(at["distilled"], str(tmp_path / "exported")), QUIET)
     options = EvalOptions(exported, str(tmp_path / "eval.json"), metrics=("similarity", "cost"), samples=2)
-    figures = open_artifact(evaluate(options, QUIET)).manifest.metrics
+    figures = open_artifact(evaluate(options, QUIET)).manifest.metrics.as_read
     assert figures["psnr"]["mean"] > 15
     assert figures["missed_timesteps"] == []
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3" else {}
@@ -83,7 +83,7 @@ def test_eval_with_another_sampler_than_calibrated(tmp_path: Path) -> None:
         strangers[sampler] = sorted(asked - calibrated)
         with pytest.warns(DqtoolWarning) if strangers[sampler] else contextlib.nullcontext():
             evaluate(EvalOptions(ptq, output, sampler=sampler, **options), QUIET)
-        figures = open_artifact(output).manifest.metrics
+        figures = open_artifact(output).manifest.metrics.as_read
         assert sorted(figures["missed_timesteps"]) == pytest.approx(strangers[sampler])
         assert figures["psnr"]["mean"] > 10
     assert not strangers["ddim"]

@@ -62,12 +62,12 @@ def test_random_conditions_are_refused_with_the_ways_out(root: Path, run: Any) -
 
 def test_random_conditions_on_request_are_recorded_and_used_again(root: Path) -> None:
     artifact = points(root, "bare", guidance=None, random_conditions=True)
-    assert artifact.manifest.pipeline["sampling"]["conditions"] == {"from": "random"}
-    assert artifact.manifest.parameters["conditions"] == {"from": "random"}
+    assert artifact.manifest.sampling.as_read["conditions"] == {"from": "random"}
+    assert artifact.manifest.parameters.as_read["conditions"] == {"from": "random"}
     assert any("random conditions" in line for line in render(describe(artifact.given)))
     evaluate(EvalOptions(artifact.given, str(root / "eval.json"), metrics=("cost",), samples=1), QUIET)
     whole = points(root, "whole", random_conditions=True)  # this model has an encoder
-    assert "conditions" not in whole.manifest.pipeline["sampling"]
+    assert "conditions" not in whole.manifest.sampling.as_read
 
 
 def test_another_pipeline_encodes_the_prompts(root: Path) -> None:
@@ -77,9 +77,9 @@ def test_another_pipeline_encodes_the_prompts(root: Path) -> None:
     artifact = points(root, "bare", pipeline=str(root / "model"), prompts=str(prompts))
     found = artifact.tensors()
     assert torch.equal(found["condition.encoder_hidden_states"], own["condition.encoder_hidden_states"])
-    record = artifact.manifest.pipeline["sampling"]["conditions"]
+    record = artifact.manifest.sampling.as_read["conditions"]
     assert (record["from"], record["path"]) == ("pipeline", str(root / "model"))
-    source = ConditionSource.of(EvalOptions(), artifact.manifest.pipeline["sampling"])
+    source = ConditionSource.of(EvalOptions(), artifact.manifest.sampling)
     assert len(maker_of_artifact(artifact, 2, 0, source=source).conditions.names) == 2
     assert any("conditions from the pipeline" in line for line in render(describe(artifact.given)))
     with pytest.raises(UsageError, match="no text encoder"):
@@ -120,13 +120,13 @@ def test_precomputed_conditions_give_what_the_encoder_gives(root: Path, suffix: 
     found = artifact.tensors()
     assert torch.equal(found[f"condition.{name}"], table)
     assert torch.equal(found["trajectory.subjects"], own["trajectory.subjects"])
-    assert artifact.manifest.pipeline["sampling"]["conditions"]["path"] == file
+    assert artifact.manifest.sampling.conditions.path == file
     directory = root / suffix.removeprefix(".")
     distill(DistillOptions(artifact.given, str(directory) + ".d", method="ptq", bits="8/8"), QUIET)
     exported = export(ExportOptions(str(directory) + ".d", str(directory)), QUIET)
     sample(SampleOptions(exported, 1, str(root / "s.png")), QUIET)
     report = evaluate(EvalOptions(exported, str(root / "e.json"), samples=2, metrics=("similarity",)), QUIET)
-    assert open_artifact(report).manifest.metrics["psnr"]["mean"] > 15
+    assert open_artifact(report).manifest.metrics.as_read["psnr"]["mean"] > 15
     changed = {key: value + 1 for key, value in tensors.items()}
     if suffix == ".npz":
         np.savez(file, **{key: value.numpy() for key, value in changed.items()})
@@ -158,7 +158,7 @@ def test_guidance_needs_a_null_condition(root: Path) -> None:
     with pytest.raises(UsageError, match=r"null\.NAME"):
         points(root, "bare", conditions=str(root / "plain.safetensors"))
     artifact = points(root, "bare", conditions=str(root / "plain.safetensors"), guidance=None)
-    assert artifact.manifest.pipeline["sampling"]["guidance"] == 1.0
+    assert artifact.manifest.sampling.as_read["guidance"] == 1.0
     with pytest.raises(UsageError, match="Leave one of the two out"):
         points(root, "bare", conditions="a", pipeline="b")
 
@@ -270,15 +270,15 @@ def test_embedded_guidance_goes_through_all_stages(tmp_path: Path) -> None:
     dilate(DilateOptions(str(lcm_pipeline(tmp_path / "model")), at["d"]), QUIET)
     calibrate(CalibrateOptions(at["d"], at["c"], steps=2, samples=8, guidance=4.0), QUIET)
     artifact = open_artifact(at["c"])
-    sampling = artifact.manifest.pipeline["sampling"]
+    sampling = artifact.manifest.sampling.as_read
     assert (sampling["guidance"], sampling["embedded_guidance"]) == (1.0, 4.0)
     assert "embedded guidance 4" in "\n".join(render(describe(at["c"])))
     assert artifact.tensors()["condition.timestep_cond"].shape == (2, 10)
-    assert any(record["name"] == "time_embedding.cond_proj" for record in artifact.manifest.layers)
+    assert any(record.name == "time_embedding.cond_proj" for record in artifact.manifest.layers)
     distill(DistillOptions(at["c"], at["q"], bits="8/8", iters=1, refine_iters=1), QUIET)
     export(ExportOptions(at["q"], at["x"]), QUIET)
     report = evaluate(EvalOptions(at["x"], str(tmp_path / "e.json"), samples=2, metrics=("similarity",)), QUIET)
-    assert open_artifact(report).manifest.metrics["psnr"]["mean"] > 15
+    assert open_artifact(report).manifest.metrics.as_read["psnr"]["mean"] > 15
     maker = maker_of_artifact(open_artifact(at["x"]), 2, 0)
     assert torch.equal(maker.conditions.table["timestep_cond"], artifact.tensors()["condition.timestep_cond"])
 
@@ -292,5 +292,5 @@ def test_a_flux_model_is_evaluated_at_the_guidance_it_was_calibrated_with(tmp_pa
         )
         artifact = open_artifact(calibrate(options, QUIET))
         assert artifact.tensors()["condition.guidance"].unique().tolist() == [told]
-        source = ConditionSource.of(EvalOptions(), artifact.manifest.pipeline["sampling"])
+        source = ConditionSource.of(EvalOptions(), artifact.manifest.sampling)
         assert maker_of_artifact(artifact, 2, 0, source=source).conditions.table["guidance"].unique().tolist() == [told]

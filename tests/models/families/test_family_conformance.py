@@ -172,24 +172,24 @@ def test_every_call_of_every_sampler_finds_its_own_step(name: str) -> None:
 def test_all_stages_run_and_dilation_changes_nothing(name: str, chain: Path) -> None:
     dilated = open_artifact(chain / "dilated.safetensors").manifest
     layers = {n for n, m in build(name).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    reasons = dilated.metrics.get("kept_float", {})
-    assert layers == {record["name"] for record in dilated.layers if record["kind"] != "attention"} | set(reasons)
+    reasons = dilated.metrics.as_read.get("kept_float", {})
+    assert layers == {record.name for record in dilated.layers if record.kind != "attention"} | set(reasons)
     assert all(reasons.values())
     exported = open_artifact(chain / "exported").manifest
-    assert [record["name"] for record in exported.layers] == [record["name"] for record in dilated.layers]
-    assert all(max(record["bits"]) <= 8 for record in exported.layers)
+    assert [record.name for record in exported.layers] == [record.name for record in dilated.layers]
+    assert all(max(record.bits) <= 8 for record in exported.layers)
     calibrated = open_artifact(chain / "calibrated.safetensors").manifest  # where the default scaling is chosen
-    assert calibrated.metrics["equivalence_error"] < 1e-5
-    assert calibrated.metrics["unsaturated_share"] > 0.1
+    assert calibrated.metrics.as_read["equivalence_error"] < 1e-5
+    assert calibrated.metrics.as_read["unsaturated_share"] > 0.1
     widened = dilate(DilateOptions(str(chain / "model"), str(chain / "wd.safetensors"), scaling="wd"), QUIET)
-    metrics = open_artifact(widened).manifest.metrics
+    metrics = open_artifact(widened).manifest.metrics.as_read
     assert metrics["equivalence_error"] < 1e-5
     assert metrics["unsaturated_share"] > 0.1
-    figures = open_artifact(chain / "eval.json").manifest.metrics
+    figures = open_artifact(chain / "eval.json").manifest.metrics.as_read
     assert figures["psnr"]["mean"] > 5
     assert figures["missed_timesteps"] == []
-    losses = open_artifact(chain / "distilled.safetensors").manifest.metrics["block_loss"]
-    assert set(losses) == {block["name"] for block in dilated.metrics["blocks"]}
+    losses = open_artifact(chain / "distilled.safetensors").manifest.metrics.as_read["block_loss"]
+    assert set(losses) == {block["name"] for block in dilated.metrics.as_read["blocks"]}
 
 
 def test_export_loads_as_what_was_distilled(name: str, chain: Path) -> None:

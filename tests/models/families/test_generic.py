@@ -76,21 +76,21 @@ def test_generic_goes_through_all_stages(model: Path, tmp_path: Path) -> None:
     at = {name: str(tmp_path / f"{name}.safetensors") for name in "dcq"}
     dilate(told(model, at["d"], family="generic", example=str(tmp_path / "example.safetensors")), QUIET)
     manifest = open_artifact(at["d"]).manifest
-    assert manifest.model["family"] == "generic"
-    blocks = [block["name"] for block in manifest.metrics["blocks"]]
-    assert all(any(f"{r['name']}.".startswith(f"{block}.") for block in blocks) for r in manifest.layers)
-    products = [record for record in manifest.layers if record["kind"] == "attention"]
-    assert [record["name"] for record in products] == [
+    assert manifest.network.family == "generic"
+    blocks = [block.name for block in manifest.metrics.blocks]
+    assert all(any(f"{r.name}.".startswith(f"{block}.") for block in blocks) for r in manifest.layers)
+    products = [record for record in manifest.layers if record.kind == "attention"]
+    assert [record.name for record in products] == [
         "joint_transformer_blocks.0.attn",
         "single_transformer_blocks.0.attn",
     ]
-    assert products[0]["shape"] == [16 + 8 + 5, 16 + 8 + 5, 16]  # image, register and text tokens
-    assert "kept_float" not in manifest.metrics
+    assert products[0].shape == (16 + 8 + 5, 16 + 8 + 5, 16)  # image, register and text tokens
+    assert "kept_float" not in manifest.metrics.as_read
     calibrate(CalibrateOptions(at["d"], at["c"], steps=2, samples=6, random_conditions=True), QUIET)
     distill(DistillOptions(at["c"], at["q"], bits="8/8", iters=1, refine_iters=1), QUIET)
     export(ExportOptions(at["q"], str(tmp_path / "exported")), QUIET)
     report = evaluate(EvalOptions(str(tmp_path / "exported"), str(tmp_path / "eval.json"), samples=2), QUIET)
-    assert open_artifact(report).manifest.metrics["psnr"]["mean"] > 20
+    assert open_artifact(report).manifest.metrics.as_read["psnr"]["mean"] > 20
     from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
     simulated = dqtool.DqtoolConfig(runtime="simulate")
@@ -160,6 +160,6 @@ def test_samples_that_are_no_images_go_through_all_stages(name: str, tmp_path: P
     distill(DistillOptions(at["c"], at["q"], bits="8/8", iters=1, method=method), QUIET)
     export(ExportOptions(at["q"], at["x"]), QUIET)
     report = evaluate(EvalOptions(at["x"], str(tmp_path / "e.json"), samples=2, metrics=("similarity",)), QUIET)
-    figures = open_artifact(report).manifest.metrics
+    figures = open_artifact(report).manifest.metrics.as_read
     assert figures["psnr"]["mean"] > 20
     assert ("ssim" in figures) == (name == "UNet3DConditionModel")

@@ -44,8 +44,8 @@ def test_an_artifacts_structure_is_that_of_its_manifest(made: Path, recordings: 
     manifest = read_manifest(str(made / "calibrated.safetensors"))
     graph = graph_of(manifest)
     assert graph_of(manifest) is graph
-    assert [info.name for info in graph.trace.layers] == [layer["name"] for layer in manifest.layers]
+    assert [info.name for info in graph.trace.layers] == [layer.name for layer in manifest.layers]
     assert [(block.name, sorted(block.reads)) for block in graph.trace.blocks] == [
-        (block["name"], block["reads"]) for block in manifest.metrics["blocks"]
+        (block["name"], block["reads"]) for block in manifest.metrics.as_read["blocks"]
     ]
     assert len(recordings) == 1

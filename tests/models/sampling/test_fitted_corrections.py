@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import dqtool
 from dqtool.artifacts import CARD, open_artifact
+from dqtool.artifacts.records import SamplingRecord
 from dqtool.errors import DqtoolWarning, UsageError
 from dqtool.models.hub.corrections import fitted_of_network
 from dqtool.models.sampling.fitted import FITTED, fitted_with, misfit
@@ -59,17 +61,17 @@ def test_a_correction_fitted_with_a_sampler_that_extrapolates_is_for_that_one_al
 
 def test_listed_timesteps_have_their_own_spacing() -> None:
     scheduler = {"_class_name": "DDIMScheduler", "timestep_spacing": "leading"}
-    sampling = {"scheduler": scheduler, "steps": 3, "eta": 0.0}
+    sampling = SamplingRecord(scheduler, 3, 0.0)
     assert fitted_with(sampling)["spacing"] == "leading"
-    assert fitted_with(sampling | {"timesteps": [9.0, 4.0, 0.0]})["spacing"] == "listed"
-    assert fitted_with(sampling | {"timesteps": [9.0, 4.0, 0.0], "spacing": "quad"})["spacing"] == "quad"
+    assert fitted_with(replace(sampling, timesteps=[9.0, 4.0, 0.0]))["spacing"] == "listed"
+    assert fitted_with(replace(sampling, timesteps=[9.0, 4.0, 0.0], spacing="quad"))["spacing"] == "quad"
 
 
 def test_artifact_export_config_card_and_inspect_say_what_it_was_fitted_with(made: Path, exported: str) -> None:
     distilled, directory = open_artifact(made / "distilled.safetensors").manifest, open_artifact(exported).manifest
-    fitted = fitted_with(distilled.pipeline["sampling"])
+    fitted = fitted_with(distilled.sampling)
     config = json.loads((Path(exported) / "unet" / "config.json").read_text())["quantization_config"]
-    assert distilled.metrics[FITTED] == directory.metrics[FITTED] == config[FITTED] == fitted
+    assert distilled.metrics.as_read[FITTED] == directory.metrics.as_read[FITTED] == config[FITTED] == fitted
     card = (Path(exported) / CARD).read_text()
     text = "\n".join(render(describe(exported)))
     for each in (card, text):

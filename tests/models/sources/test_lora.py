@@ -180,7 +180,7 @@ def test_dilate_fuses_before_it_dilates(tmp_path: Path, run: Any) -> None:
     result = run("dilate", "tiny", "--lora", "l.safetensors:0.5", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     artifact = open_artifact(tmp_path / "dilated.safetensors")
-    assert artifact.manifest.parameters["lora"] == ["l.safetensors:0.5"]
+    assert artifact.manifest.parameters.as_read["lora"] == ["l.safetensors:0.5"]
     name = "down_blocks.1.resnets.0.conv1"
     tensors = artifact.tensors()
     expected = load_file(weights_of(tmp_path / "tiny"))[f"{name}.weight"] + 0.5 * lora_delta(a, b, torch.Size((16, 8, 3, 3)), "")  # fmt: skip

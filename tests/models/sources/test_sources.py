@@ -49,7 +49,7 @@ def test_a_hub_id_is_taken_from_the_local_cache(hub: Path, tmp_path: Path, run: 
     assert source.sha256() == resolve_model(str(tmp_path / "tiny")).sha256()
     result = run("dilate", "someone/tiny-ddpm", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert resolve_recorded(read_manifest(tmp_path / "dilated.safetensors").model).sha256() == source.sha256()
+    assert resolve_recorded(read_manifest(tmp_path / "dilated.safetensors").network).sha256() == source.sha256()
 
 
 def test_a_revision_can_be_named(hub: Path, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_components_choose_the_network(tmp_path: Path) -> None:
     assert second.weights[0].parent.name == "transformer_2"
     record = second.pipeline_record()
     assert record is not None
-    assert record["component"] == "transformer_2"
+    assert record.component == "transformer_2"
     with pytest.raises(UsageError, match="no component") as caught:
         resolve_model(str(pipeline), component="transformer")
     assert "transformer_2" in str(caught.value)
@@ -108,7 +108,7 @@ def test_an_original_checkpoint_goes_through_the_command_line(tmp_path: Path, ru
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(tmp_path / "dilated.safetensors")
     assert manifest.pipeline is not None
-    assert manifest.pipeline["scheduler"]["beta_end"] == 0.02
+    assert manifest.pipeline.scheduler["beta_end"] == 0.02
     result = run("calibrate", "--steps", "2", "--samples", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 

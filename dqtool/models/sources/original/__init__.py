@@ -6,10 +6,11 @@ that registers a `Layout` adds one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.header import TensorEntry
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original import (
     ddim_cifar10,
@@ -37,7 +38,7 @@ _MODULES = (
 )  # importing these modules fills LAYOUTS
 
 
-def recognise(path: Path) -> tuple[Layout, dict[str, dict[str, Any]]] | None:
+def recognise(path: Path) -> tuple[Layout, dict[str, TensorEntry]] | None:
     """Return the layout of a checkpoint and {dtype, shape} of its tensors; None where no layout matches.
 
     Raises:
@@ -51,7 +52,7 @@ def recognise(path: Path) -> tuple[Layout, dict[str, dict[str, Any]]] | None:
     return None
 
 
-def convert(path: Path, layout: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def convert(path: Path, layout: str, config: ForeignConfig) -> dict[str, Tensor]:
     """Return the network's tensors under diffusers' names, in the file's own precision.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.config_extras import KEY
 from dqtool.models.sources.original.openai_unet import Structure
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LATENT_MODELS", "convert_attention", "describe_attention", "unknown_heads"]
 
-LATENT_MODELS: dict[tuple[int, ...], dict[str, Any]] = {
+LATENT_MODELS: dict[tuple[int, ...], ForeignConfig] = {
     (224, 448, 672, 896): {"num_head_channels": 32, "linear_end": 0.0195},  # LDM-4: LSUN-Bedroom, CelebA-HQ, FFHQ
     (192, 384, 384, 768, 768): {"num_heads": 8, "linear_end": 0.0155},  # LDM-8: LSUN-Church
 }
@@ -38,7 +39,7 @@ _ENDS = {
 }
 
 
-def describe_attention(found: Structure, given: Mapping[str, Any], sample_size: int, where: str) -> dict[str, Any]:
+def describe_attention(found: Structure, given: ForeignConfig, sample_size: int, where: str) -> ForeignConfig:
     """Return the `UNet2DModel` config of a `UNetModel` with `AttentionBlock`s.
 
     `given` holds `num_heads` or `num_head_channels`, as the authors' config names them.
@@ -83,7 +84,7 @@ def describe_attention(found: Structure, given: Mapping[str, Any], sample_size: 
 
 
 def convert_attention(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str, together: bool
+    tensors: Mapping[str, Tensor], config: ForeignConfig, where: str, together: bool
 ) -> dict[str, Tensor]:
     """Return the tensors of a `UNetModel` with `AttentionBlock`s under diffusers' names.
 
@@ -128,7 +129,7 @@ def convert_attention(
     return converted
 
 
-def _heads(found: Structure, given: Mapping[str, Any], where: str) -> tuple[int | None, dict[str, int]]:
+def _heads(found: Structure, given: ForeignConfig, where: str) -> tuple[int | None, dict[str, int]]:
     """Return `attention_head_dim` of the diffusers config, and the `original` entry where heads differ in width."""
     if given.get("num_head_channels", -1) not in (-1, None):
         return int(given["num_head_channels"]), {}
@@ -151,7 +152,7 @@ def unknown_heads(found: Structure, where: str) -> ArtifactError:
     )
 
 
-def _heads_of(config: Mapping[str, Any], width: int) -> int:
+def _heads_of(config: ForeignConfig, width: int) -> int:
     amended = (config.get(KEY) or {}).get("attention_heads")
     if amended:
         return int(amended)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import read_header
 from dqtool.artifacts.files import os_fault
-from dqtool.artifacts.header import TORCH_DTYPES
+from dqtool.artifacts.header import TORCH_DTYPES, TensorEntry
 from dqtool.artifacts.reading import Counted, open_regular
 from dqtool.artifacts.torch_files import check_torch_file
 from dqtool.errors import ArtifactError
@@ -53,7 +53,7 @@ def is_pickle(path: Path) -> bool:
     return path.suffix.lower() in PICKLES
 
 
-def read_entries(path: Path) -> dict[str, dict[str, Any]]:
+def read_entries(path: Path) -> dict[str, TensorEntry]:
     """Return {name: {dtype, shape}} of every tensor, without wrappers around the state.
 
     The tensors of safetensors and zip files are not read.
@@ -64,7 +64,7 @@ def read_entries(path: Path) -> dict[str, dict[str, Any]]:
     if not is_pickle(path):
         return plain_entries(read_header(path), str(path))
     known = {f"torch.{ours}": theirs for ours, theirs in TORCH_DTYPES.items()}
-    entries = {
+    entries: dict[str, TensorEntry] = {
         name: {"dtype": known.get(str(tensor.dtype), "?"), "shape": list(tensor.shape)}
         for name, tensor in _load(path, "meta").items()
     }

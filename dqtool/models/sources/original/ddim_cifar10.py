@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
 
@@ -81,7 +82,7 @@ class DdimCifar10(Layout):
         }
         return Description(config, scheduler)
 
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Rename the tensors; the 1x1 convolutions of attention become linear layers."""
         levels = len(config["block_out_channels"])
         converted: dict[str, Tensor] = {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.config_extras import KEY
 from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
@@ -93,7 +94,7 @@ class Dit(Layout):
         }
         return Description(config, scheduler)
 
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Split q, k, v and repeat the two embedders in every block, as diffusers does; the repeated tensors are shared."""
         _check_positions(state["pos_embed"], config, where)
         converted: dict[str, Tensor] = {}
@@ -121,7 +122,7 @@ class Dit(Layout):
         return converted
 
 
-def _check_positions(table: Tensor, config: Mapping[str, Any], where: str) -> None:
+def _check_positions(table: Tensor, config: ForeignConfig, where: str) -> None:
     """Raise `ArtifactError` for a position table that differs from the sine-cosine table that diffusers computes."""
     import torch
     from diffusers.models.embeddings import get_2d_sincos_pos_embed

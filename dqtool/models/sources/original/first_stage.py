@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def first_stage_prefix(names: Iterable[str]) -> str | None:
     return next((prefix for prefix in FIRST_STAGES if f"{prefix}decoder.conv_out.weight" in names), None)
 
 
-def build_first_stage(state: Mapping[str, Tensor], prefix: str, known: Mapping[str, Any], where: str) -> Any:
+def build_first_stage(state: Mapping[str, Tensor], prefix: str, known: ForeignConfig, where: str) -> Any:
     """Return the autoencoder (`AutoencoderKL`, or `VQModel` where it has codes) in float32 and eval mode.
 
     `known` holds config entries that shapes don't determine; a `scale_factor` in the file takes precedence.

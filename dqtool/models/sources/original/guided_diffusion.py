@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.config_extras import KEY
 from dqtool.models.sources.original.attention_unet import LATENT_MODELS, convert_attention, describe_attention
@@ -58,7 +59,7 @@ class Published:
     blocks: int
     classes: tuple[int | None, ...]
     flat: bool
-    flags: Mapping[str, Any] = field(default_factory=dict)
+    flags: ForeignConfig = field(default_factory=dict)
     in_channels: int = 3
 
 
@@ -169,7 +170,7 @@ class GuidedDiffusion(Layout):
                 where=where,
                 fix="Add image_size: N to the YAML file that --config names",
             )
-        config = describe_attention(found, flags, int(flags["image_size"]), where)
+        config = dict(describe_attention(found, flags, int(flags["image_size"]), where))
         original = dict(config.get(KEY) or {})
         if _order(network, flags) != _order(network, {}):
             original["attention_order"] = _order(network, flags)
@@ -178,7 +179,7 @@ class GuidedDiffusion(Layout):
             config["num_class_embeds"] = values[2]
         return Description(config | ({KEY: original} if original else {}), schedule, unknown_schedule)
 
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Rename the tensors, split the fused projection of q, k and v, and tabulate an MLP for labels at their values."""
         tensors = network_tensors(state)
         original = config.get(KEY) or {}
@@ -215,7 +216,7 @@ def _flat(network: Shapes) -> bool:
     return any(name.endswith(".qkv.weight") and len(shape) == 4 for name, shape in network.items())
 
 
-def _order(network: Shapes, flags: Mapping[str, Any]) -> str:
+def _order(network: Shapes, flags: ForeignConfig) -> str:
     """Return the order of q, k and v: the authors' flag, else new with a 2-d convolution (flash attention) and legacy without."""
     if "use_new_attention_order" in flags:
         return NEW if flags["use_new_attention_order"] else LEGACY
@@ -224,9 +225,7 @@ def _order(network: Shapes, flags: Mapping[str, Any]) -> str:
     return LEGACY
 
 
-def _schedule(
-    found: Structure, network: Shapes, flags: Mapping[str, Any], where: str
-) -> tuple[dict[str, Any], str | None]:
+def _schedule(found: Structure, network: Shapes, flags: ForeignConfig, where: str) -> tuple[ForeignConfig, str | None]:
     """Return the model's scheduler config, and a description of its unknown part (None: nothing)."""
     if _flat(network):
         consistency = str(flags.get("training_mode", "")).startswith("consistency")
@@ -249,7 +248,7 @@ def _schedule(
     return config, None
 
 
-def _label_values(flags: Mapping[str, Any], where: str) -> list[Any]:
+def _label_values(flags: ForeignConfig, where: str) -> list[Any]:
     """Return the labels of a network with numeric labels, evenly spaced from the first to the last."""
     values = flags.get("label_values")
     if not isinstance(values, list) or len(values) != 3 or not isinstance(values[2], int) or values[2] < 2:

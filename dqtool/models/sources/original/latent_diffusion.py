@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.attention_unet import (
     LATENT_MODELS,
@@ -65,7 +66,7 @@ class LatentDiffusion(Layout):
         size = int(given.get("image_size") or _LATENT_SIZE.get(found.in_channels, 32))
         return Description(describe_attention(found, given, size, where), schedule)
 
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Rename the tensors and split the fused projection, which holds q, k and v of each head in a row."""
         return convert_attention(network_tensors(state), config, where, together=True)
 
@@ -104,6 +105,6 @@ class LatentDiffusionByClass(Layout):
         size = int(given.get("image_size") or _LATENT_SIZE.get(found.in_channels, 32))
         return Description(describe_spatial(found, given, size, where), schedule)
 
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Convert the tensors with diffusers' own converter."""
         return convert_spatial(state, config)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from dqtool.artifacts.jsonvalues import ForeignConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +25,8 @@ class Description:
     not known. `explicit`: the file or its YAML names the schedule, which then goes before a pipeline's.
     """
 
-    config: dict[str, Any]
-    scheduler: dict[str, Any] = field(default_factory=dict)
+    config: ForeignConfig
+    scheduler: ForeignConfig = field(default_factory=dict)
     unknown_schedule: str | None = None
     explicit: bool = False
 
@@ -37,8 +39,8 @@ class Known:
     takes precedence.
     """
 
-    published: Mapping[str, Any] | None = None
-    config: Mapping[str, Any] | None = None
+    published: ForeignConfig | None = None
+    config: ForeignConfig | None = None
     prediction_type: str | None = None
 
 
@@ -65,7 +67,7 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Return the network's tensors under diffusers' names, as views of the given ones where possible.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dqtool.artifacts.header import TensorEntry
 from dqtool.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _FOREIGN = (
 """Suffixes of names that identify another tool's quantized weights."""
 
 
-def plain_entries(entries: Mapping[str, dict[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+def plain_entries(entries: Mapping[str, TensorEntry], where: str) -> dict[str, TensorEntry]:
     """Return {name: {dtype, shape}} of the tensors that `plain_tensors` returns; fp8 keeps the file's dtype.
 
     Raises:

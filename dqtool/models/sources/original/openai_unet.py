@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.layout import Shapes
 
@@ -131,18 +132,18 @@ def unet_structure(shapes: Shapes, where: str) -> Structure:
     )
 
 
-def model_parameters(published: Mapping[str, Any] | None) -> dict[str, Any]:
+def model_parameters(published: ForeignConfig | None) -> ForeignConfig:
     """Return `model.params` of an authors' YAML config; empty without one."""
     return dict(((published or {}).get("model") or {}).get("params") or {})
 
 
-def unet_parameters(published: Mapping[str, Any] | None) -> dict[str, Any]:
+def unet_parameters(published: ForeignConfig | None) -> ForeignConfig:
     """Return the network's `params` of an authors' YAML config: `unet_config` of CompVis, `network_config` of Stability."""
     model = model_parameters(published)
     return dict((model.get("unet_config") or model.get("network_config") or {}).get("params") or {})
 
 
-def scaled_linear(published: Mapping[str, Any] | None, start: float, end: float) -> dict[str, Any]:
+def scaled_linear(published: ForeignConfig | None, start: float, end: float) -> ForeignConfig:
     """Return the noise schedule of CompVis' models ("linear" there is linear in the square root); `published` takes precedence.
 
     Raises:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.models.sources.original.text_encoders import TextEncoder
 
 __all__ = ["CLASSES", "SingleFilePipeline", "pipeline_of"]
@@ -27,7 +27,7 @@ class SingleFilePipeline:
     decoder: str
     texts: tuple[TextEncoder, ...] = ()
     vae: Mapping[str, float] = field(default_factory=dict)
-    index: Mapping[str, Any] = field(default_factory=dict)
+    index: ForeignConfig = field(default_factory=dict)
     by_class: bool = False
 
 
@@ -46,7 +46,7 @@ _FLUX_T5 = TextEncoder("text_encoder_2", "tokenizer_2", _IN_3.format("t5xxl"), "
 _NOTHING = [None, None]
 _SD_CLASSES = {9: "StableDiffusionInpaintPipeline", 8: "StableDiffusionInstructPix2PixPipeline"}
 _XL_CLASSES = {9: "StableDiffusionXLInpaintPipeline", 8: "StableDiffusionXLInstructPix2PixPipeline"}
-_SD_INDEX: dict[str, Any] = {
+_SD_INDEX: ForeignConfig = {
     "safety_checker": _NOTHING,
     "feature_extractor": _NOTHING,
     "requires_safety_checker": False,
@@ -54,7 +54,7 @@ _SD_INDEX: dict[str, Any] = {
 _XL_SCALE = {"scaling_factor": 0.13025}
 
 
-def pipeline_of(config: Mapping[str, Any], names: Iterable[str]) -> SingleFilePipeline | None:
+def pipeline_of(config: ForeignConfig, names: Iterable[str]) -> SingleFilePipeline | None:
     """Return the pipeline of a network with this config whose checkpoint has tensors of these names.
 
     The text encoders may be missing from the checkpoint. Returns None for a network of no known pipeline.
@@ -62,8 +62,8 @@ def pipeline_of(config: Mapping[str, Any], names: Iterable[str]) -> SingleFilePi
     return _pipeline(config, set(names))
 
 
-def _pipeline(config: Mapping[str, Any], names: set[str]) -> SingleFilePipeline | None:
-    index: dict[str, Any]
+def _pipeline(config: ForeignConfig, names: set[str]) -> SingleFilePipeline | None:
+    index: ForeignConfig
     kind = config["_class_name"]
     if kind == "UNet2DModel":
         return SingleFilePipeline("LDMPipeline", "unet", "vqvae", vae={"scaling_factor": 1.0})

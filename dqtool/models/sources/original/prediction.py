@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.layout import Shapes
 from dqtool.models.sources.original.openai_unet import model_parameters
@@ -35,10 +34,10 @@ class Prediction:
 
     kind: str | None = None
     zero_snr: bool = False
-    edm: Mapping[str, Any] | None = None
+    edm: ForeignConfig | None = None
 
 
-def found_prediction(shapes: Shapes, published: Mapping[str, Any] | None) -> Prediction:
+def found_prediction(shapes: Shapes, published: ForeignConfig | None) -> Prediction:
     """Return the prediction from marker keys (`v_pred`, `ztsnr`, `edm_mean`, `edm_vpred.sigma_max`) or the YAML.
 
     Raises:
@@ -66,7 +65,7 @@ def found_prediction(shapes: Shapes, published: Mapping[str, Any] | None) -> Pre
     return Prediction(_SCALINGS.get(scaling, "v_prediction" if zero else None), zero)
 
 
-def with_prediction(schedule: Mapping[str, Any], found: Prediction) -> dict[str, Any]:
+def with_prediction(schedule: ForeignConfig, found: Prediction) -> ForeignConfig:
     """Return the scheduler config with the prediction type in it.
 
     A schedule of zero terminal signal-to-noise ratio is rescaled and sampled from its last step (arXiv 2305.08891).

@@ -18,6 +18,7 @@ from typing import Any
 
 from dqtool.artifacts.cache import cache_directory
 from dqtool.artifacts.files import content_digest, os_fault
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.names import path_within
 from dqtool.models.components.companion_files import CARD, companion_files
 from dqtool.models.sources.original.checkpoint import read_checkpoint
@@ -42,7 +43,7 @@ class Shell:
 
     parts: SingleFilePipeline
     class_name: str
-    scheduler: Mapping[str, Any]
+    scheduler: ForeignConfig
     prefix: str | None
     texts: tuple[TextEncoder, ...]
     tokenizers: Mapping[str, Path]
@@ -92,7 +93,7 @@ def _write(area: Path, path: Path, shell: Shell) -> None:
     state, parts = read_checkpoint(path), shell.parts
     index: dict[str, Any] = {"_class_name": parts.class_name}
     if shell.base is not None:
-        index = read_json(path_within(shell.base, "model_index.json", str(shell.base), links=shell.base))
+        index = dict(read_json(path_within(shell.base, "model_index.json", str(shell.base), links=shell.base)))
     index |= {
         parts.network: ["diffusers", shell.class_name],
         "scheduler": ["diffusers", shell.scheduler["_class_name"]],
@@ -137,7 +138,7 @@ def _write_classes(area: Path, rows: Any) -> None:
     embedder.save_pretrained(area / "class_embedder")
 
 
-def _link(area: Path, base: Path, index: Mapping[str, Any]) -> None:
+def _link(area: Path, base: Path, index: ForeignConfig) -> None:
     """Link the files of the pipeline's components that `index` lists, and its card, into `area`.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.openai_unet import PREFIX, Structure, network_tensors
 
@@ -16,7 +17,7 @@ __all__ = ["convert_spatial", "describe_spatial"]
 Depth = int | list[int]
 
 
-def describe_spatial(found: Structure, given: Mapping[str, Any], sample_size: int, where: str) -> dict[str, Any]:
+def describe_spatial(found: Structure, given: ForeignConfig, sample_size: int, where: str) -> ForeignConfig:
     """Return the `UNet2DConditionModel` config of a `UNetModel` with `SpatialTransformer`s.
 
     `given` holds `num_heads` or `num_head_channels`, as the authors' config names them.
@@ -51,7 +52,7 @@ def describe_spatial(found: Structure, given: Mapping[str, Any], sample_size: in
     return config
 
 
-def convert_spatial(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def convert_spatial(state: Mapping[str, Tensor], config: ForeignConfig) -> dict[str, Tensor]:
     """Return the network's tensors under diffusers' names."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -59,7 +60,7 @@ def convert_spatial(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
     return convert_ldm_unet_checkpoint(prefixed, dict(config))
 
 
-def _heads(found: Structure, given: Mapping[str, Any], where: str) -> int | list[int]:
+def _heads(found: Structure, given: ForeignConfig, where: str) -> int | list[int]:
     """Return `attention_head_dim` of a `UNet2DConditionModel`, which is the number of heads in spite of its name."""
     width = given.get("num_head_channels")
     if width in (-1, None):
@@ -70,7 +71,7 @@ def _heads(found: Structure, given: Mapping[str, Any], where: str) -> int | list
     return [max(channels // int(width), 1) for channels in found.channels]
 
 
-def _depths(found: Structure, where: str) -> dict[str, Any]:
+def _depths(found: Structure, where: str) -> ForeignConfig:
     """Return the config entries for transformer blocks per attention: one number, one per resolution, or per layer (SSD-1B)."""
     levels = len(found.channels)
     depths: list[Depth] = [1] * levels

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
 from dqtool.models.sources.original.openai_unet import (
@@ -121,10 +122,10 @@ class StableDiffusion(Layout):
             return Description(dict(known.config), schedule, unknown_schedule, explicit)
         size = _side(like, kind) if like else int(given.get("image_size") or 512 // LATENT)
         heads = given if like is None else {**like.heads, **_heads(given)}
-        config = describe_spatial(found, heads, size, where) | _vector(found)
+        config = {**describe_spatial(found, heads, size, where), **_vector(found)}
         return Description(config, schedule, unknown_schedule, explicit)
 
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Convert the tensors with diffusers' own converter."""
         return convert_spatial(state, config)
 
@@ -142,7 +143,7 @@ def architecture_of(found: Structure) -> Published | None:
     return None
 
 
-def published_schedule(config: Mapping[str, Any]) -> tuple[dict[str, Any], str | None] | None:
+def published_schedule(config: ForeignConfig) -> tuple[ForeignConfig, str | None] | None:
     """Return the schedule of a bare `UNet2DConditionModel` of a published architecture, and a description of its unknown part.
 
     The description is None where everything is known. Returns None for a network of no published architecture.
@@ -159,7 +160,7 @@ def published_schedule(config: Mapping[str, Any]) -> tuple[dict[str, Any], str |
     return None
 
 
-def _heads(given: Mapping[str, Any]) -> dict[str, Any]:
+def _heads(given: ForeignConfig) -> ForeignConfig:
     """Return the authors' entry for heads, under one of two keys; empty where there is none."""
     if given.get("num_head_channels") not in (-1, None):
         return {"num_head_channels": given["num_head_channels"]}
@@ -173,7 +174,7 @@ def _side(like: Published, kind: str | None) -> int:
     return (like.size_of_v or like.size if kind == "v_prediction" else like.size) // LATENT
 
 
-def _vector(found: Structure) -> dict[str, Any]:
+def _vector(found: Structure) -> ForeignConfig:
     """Return the config entries of embeddings that are added to the timestep's: SDXL's text and sizes, unCLIP's image."""
     if found.vector_dim is None:
         return {}

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
 from dqtool.models.sources.original.openai_unet import PREFIX
@@ -41,12 +42,12 @@ class SingleFileTransformer(Layout):
         """
         network = {name.removeprefix(PREFIX): shapes[name] for name in self.network(shapes)}
         try:
-            config: dict[str, Any] = dict(known.config) if known.config is not None else self.config(network, where)
+            config: ForeignConfig = dict(known.config) if known.config is not None else self.config(network, where)
         except KeyError as error:
             raise ArtifactError(f"The checkpoint lacks the tensor {error} of a {self.title}", where=where) from error
         return Description({"_class_name": self.class_name, **config}, self.schedule(network))
 
-    def convert(self, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    def convert(self, state: Mapping[str, Tensor], config: ForeignConfig, where: str) -> dict[str, Tensor]:
         """Convert the tensors with the converter of diffusers' `from_single_file` for the class."""
         from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -55,11 +56,11 @@ class SingleFileTransformer(Layout):
         return functions["checkpoint_mapping_fn"](network, config=dict(config))
 
     @abstractmethod
-    def config(self, network: Shapes, where: str) -> dict[str, Any]:
+    def config(self, network: Shapes, where: str) -> ForeignConfig:
         """Return the network's config from the shapes of its tensors under their bare names."""
 
     @abstractmethod
-    def schedule(self, network: Shapes) -> dict[str, Any]:
+    def schedule(self, network: Shapes) -> ForeignConfig:
         """Return the flow schedule of the published models."""
 
 
@@ -76,7 +77,7 @@ class StableDiffusion3(SingleFileTransformer):
         name = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
         return name in shapes or PREFIX + name in shapes
 
-    def config(self, network: Shapes, where: str) -> dict[str, Any]:
+    def config(self, network: Shapes, where: str) -> ForeignConfig:
         """Return the config; heads are as wide as the norms of q and k, or 64 without norms, as in `MMDiT`."""
         width, channels, patch, _ = network["x_embedder.proj.weight"]
         blocks = _count(network, "joint_blocks.")
@@ -103,7 +104,7 @@ class StableDiffusion3(SingleFileTransformer):
             "qk_norm": "rms_norm" if norm in network else None,
         }
 
-    def schedule(self, network: Shapes) -> dict[str, Any]:
+    def schedule(self, network: Shapes) -> ForeignConfig:
         """Return flow matching with a shift of 3."""
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
@@ -121,7 +122,7 @@ class Flux(SingleFileTransformer):
         names = ("double_blocks.0.img_mod.lin.weight", "vector_in.in_layer.weight")
         return all(name in shapes or PREFIX + name in shapes for name in names)
 
-    def config(self, network: Shapes, where: str) -> dict[str, Any]:
+    def config(self, network: Shapes, where: str) -> ForeignConfig:
         """Return the config; heads are as wide as the norms of q and k."""
         width, channels = network["img_in.weight"]
         head = network["double_blocks.0.img_attn.norm.key_norm.scale"][0]
@@ -147,7 +148,7 @@ class Flux(SingleFileTransformer):
             "axes_dims_rope": [16, 56, 56],
         }
 
-    def schedule(self, network: Shapes) -> dict[str, Any]:
+    def schedule(self, network: Shapes) -> ForeignConfig:
         """Return the flow schedule: dev shifts by the size of the image, schnell not at all."""
         flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
         if "guidance_in.in_layer.weight" not in network:

@@ -255,9 +255,9 @@ def test_what_a_stable_diffusion_2_file_predicts_is_asked_for(tmp_path: Path, ru
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(tmp_path / "dilated.safetensors")
     assert manifest.pipeline is not None
-    assert manifest.pipeline["scheduler"]["prediction_type"] == "v_prediction"
-    assert manifest.model["config"]["sample_size"] == 96
-    assert manifest.model["source_told"] == {"prediction_type": "v_prediction"}
+    assert manifest.pipeline.scheduler["prediction_type"] == "v_prediction"
+    assert manifest.network.config["sample_size"] == 96
+    assert manifest.network.source_told == {"prediction_type": "v_prediction"}
     with pytest.raises(UsageError, match="no prediction type"):
         ModelHints("v")
 

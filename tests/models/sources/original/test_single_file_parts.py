@@ -132,7 +132,7 @@ def test_a_file_becomes_a_whole_pipeline(tmp_path: Path, run: Any) -> None:
     with torch.no_grad():
         expected = text(tokens(tmp_path / "tokenizer")).last_hidden_state
     torch.testing.assert_close(tensors["condition.encoder_hidden_states"][:2], expected, rtol=1e-4, atol=1e-4)
-    assert read_manifest(tmp_path / "dilated.safetensors").model["source_told"] == {"tokenizer": "tokenizer"}
+    assert read_manifest(tmp_path / "dilated.safetensors").network.source_told == {"tokenizer": "tokenizer"}
     from diffusers import DiffusionPipeline
 
     import dqtool  # noqa: F401
