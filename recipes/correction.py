@@ -19,6 +19,7 @@ from typing import Any
 from dqtool import report
 from dqtool.artifacts import environment, open_artifact
 from dqtool.artifacts.files import write_text
+from dqtool.artifacts.outputs import check_results
 from dqtool.models.sampling.fitted import differs_by, sentence
 from dqtool.stages.evaluation.correction import fitted_of, used_by_maker
 
@@ -129,6 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     report.set_quiet(True)
     path = args.output.with_suffix(".json")
+    check_results(path, [path.with_suffix(".md")])
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
     for given in args.exports:
         name, _, directory = given.partition("=")

@@ -20,6 +20,7 @@ from typing import Any
 from dqtool import report
 from dqtool.artifacts import Artifact, environment, open_artifact
 from dqtool.artifacts.files import write_text
+from dqtool.artifacts.outputs import check_results
 from dqtool.stages.registry import make_options, stage_function
 from dqtool.stages.shared.settings import RunSettings
 
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
     args = parser.parse_args(arguments)
     report.set_quiet(True)
+    check_results(args.output.with_suffix(".json"), [args.output.with_suffix(".md")], [args.calibrated])
     calibrated = open_artifact(args.calibrated, ["calibrate"])
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="dqtool-lsq-") as work:

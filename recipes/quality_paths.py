@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from dqtool.artifacts import read_manifest
+from dqtool.artifacts.outputs import check_results
 from dqtool.errors import DqtoolWarning
 from dqtool.metrics.similarity import psnr
 from dqtool.models.sources.resolve import ZOO
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "recipes" / "results" / "quality-paths"
+FORMAT = "dqtool-quality-paths/1"
 MODELS = ("digits-ddpm", "digits-dit", "digits-ldm", "digits-sd")
 CALIBRATED, TOLERANCE = "calibrated", 1.5
 """Name of the cell that the others are compared with, and the largest loss to it in dB."""
@@ -266,6 +268,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", default=str(OUTPUT), help="path of the results without suffix")
     options = parser.parse_args()
     path = Path(options.output).with_suffix(".json")
+    check_results(path, [path.with_suffix(".md")])
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     rows = {row["model"]: row for row in known}
     for name in options.names:
@@ -273,7 +276,10 @@ def main() -> int:
         rows[name] = compare(name, ZOO / name, exported, command, options.images)
         print(json.dumps(rows[name]), file=sys.stderr, flush=True)
     ordered = [rows[name] for name in sorted(rows)]
-    path.write_text(json.dumps({"command": "make quality-paths", "rows": ordered}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"format": FORMAT, "command": "make quality-paths", "rows": ordered}, indent=1) + "\n",
+        encoding="utf-8",
+    )
     path.with_suffix(".md").write_text(text_of(ordered), encoding="utf-8")
     outside = [sentence for row in ordered for sentence in losses(row)]
     print("\n".join(outside) or "all cells are within the tolerance")

@@ -233,7 +233,7 @@ def _read(path: str) -> dict[str, Tensor]:
         arrays = npz_arrays(path, npz_names(path), LARGEST + 20 * Path(path).stat().st_size)
         try:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        except TypeError as e:
+        except (TypeError, ValueError) as e:  # ValueError: the other byte order
             raise ArtifactError(f"This is no .npz file of numbers: {e}", where=path) from e
     check_finite(tensors, path)
     return tensors
