@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 same-integers quality-paths table-correction lsq-points terrain soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline same-integers quality-paths table-correction lsq-points terrain soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -111,6 +111,11 @@ bench-sd14: setup
 
 bench-dit-xl2: setup
 	$(call bench,--arch dit-xl2 --against fp32$(,)bf16$(,)nncf-int8 --seconds 60)
+
+# Times `from_pretrained` and four steps of Stable Diffusion v1.4 with random weights, through the float and the quantized
+# pipeline, and writes recipes/results/bench-pipeline.md and .json (5 GB of disk, 10 GB of memory).
+bench-pipeline: setup
+	$(BIN)/python recipes/bench_pipeline.py
 
 # Compares accumulators of the integer runtimes with int64, for every layer and step of zoo:digits-ddpm, and writes
 # recipes/results/same-integers.md.
