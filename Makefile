@@ -113,7 +113,7 @@ bench-dit-xl2: setup
 	$(call bench,--arch dit-xl2 --against fp32$(,)bf16$(,)nncf-int8 --seconds 60)
 
 # Times `from_pretrained` and four steps of Stable Diffusion v1.4 with random weights, through the float and the quantized
-# pipeline, and writes recipes/results/bench-pipeline.md and .json (5 GB of disk, 10 GB of memory).
+# pipeline, and writes recipes/results/pipeline-speed.md and .json (5 GB of disk, 10 GB of memory).
 bench-pipeline: setup
 	$(BIN)/python recipes/bench_pipeline.py
 

@@ -25,12 +25,18 @@ _SILENCE = {
 """Read by the libraries when they are imported; progress is ours to show."""
 
 
+_SPIN = "3000"
+"""Turns of a thread that waits for others before it sleeps (`GOMP_SPINCOUNT`), some tens of microseconds. OpenMP's own
+default of 300,000 takes the processor from the very thread that is waited for, where other programs use the machine."""
+
+
 def main() -> int:
     """Run `sys.argv`; returns the exit code. Nothing escapes but a traceback that --debug asked for."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
         _end_on_sigterm()
+        _share_processors()
         if not debug:
             _silence_libraries()
         from dqtool.cli import invoke
@@ -69,6 +75,12 @@ def _end_on_sigterm() -> None:
             signal.signal(signal.SIGTERM, stop)
     except ValueError:  # not in the main thread: dqtool runs inside another program, which decides
         return
+
+
+def _share_processors() -> None:
+    """Let waiting threads sleep soon. PyTorch's OpenMP reads this when it is loaded; the user's own settings come first."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)
 
 
 def _what_is_kept() -> str:

@@ -3,7 +3,7 @@
     python recipes/bench_pipeline.py [--bits 4/8] [--guidance 1.0]
 
 All weights are random. Each measurement is a fresh process, all follow each other in one run. The script writes
-recipes/results/bench-pipeline.md and .json with seconds on the clock and of the processor: on a machine that does other
+recipes/results/pipeline-speed.md and .json with seconds on the clock and of the processor: on a machine that does other
 work, the latter are the fairer ones. The float pipeline needs 5 GB of disk under `$DQTOOL_CACHE`.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "bench-pipeline"
+RESULT = Path(__file__).parent / "results" / "pipeline-speed"
 ARCH, STEPS, BAR = "sd14", 4, {True: 3.5, False: 2.0}
 """Architecture, steps of a call, and the speedup that is expected with VNNI and without."""
 FLOAT, QUANTIZED = "float32", "dqtool"

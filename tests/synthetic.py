@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,15 +13,17 @@ from dqtool.core.dilation import broadcast_scale
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.core.rotation import fitting_sizes, rotate_weight
 from dqtool.models.families import FAMILIES
+from dqtool.models.hub.quantizer import quantization_config
+from dqtool.models.network_methods import Origin, give_methods
 from dqtool.models.networks.loading import load_weights
-from dqtool.models.networks.packed import packed_network
+from dqtool.models.networks.packed import packed_network, plan_records, planned_record
 from dqtool.models.sources.resolve import resolve_model
-from dqtool.nn.assignment import assign_bits, with_branches
+from dqtool.nn.assignment import LayerPlan, assign_bits, with_branches
 from dqtool.nn.attention import OPERANDS, has_zero_point
 from dqtool.nn.low_rank import attach_low_rank
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake, packed_state
 
-__all__ = ["synthetic_network"]
+__all__ = ["synthetic_export", "synthetic_network"]
 
 
 def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0, rotated: bool = False) -> nn.Module:
@@ -26,6 +31,20 @@ def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0, 
 
     `rotated` rotates every input that a group fits.
     """
+    return _synthetic(model, bits, steps, low_rank, rotated)[0]
+
+
+def synthetic_export(model: str, bits: str, directory: Path, steps: int = 3) -> None:
+    """Write the network of `synthetic_network` as an exported directory."""
+    network, plans = _synthetic(model, bits, steps)
+    records = [planned_record(plan) for plan in plans]
+    give_methods(network, Origin(quantization_config(plan_records(records), steps), None))
+    network.save_pretrained(directory)
+
+
+def _synthetic(
+    model: str, bits: str, steps: int, low_rank: int = 0, rotated: bool = False
+) -> tuple[Any, list[LayerPlan]]:
     generator = torch.Generator().manual_seed(0)
     source = resolve_model(model)
     family, config = FAMILIES[source.class_name], source.config
@@ -60,4 +79,5 @@ def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0, 
     attach_low_rank(network, plans)
     initialise_weights(network)
     assign_tables(network, plans, tables)
-    return packed_network(source.class_name, config, plans, packed_state(network))
+    state = {name: tensor.clone() for name, tensor in packed_state(network).items()}  # tensors of a file share no memory
+    return packed_network(source.class_name, config, plans, state), plans

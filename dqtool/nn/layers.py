@@ -369,10 +369,14 @@ def packed_layer(
 
 
 def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Return the outputs of several layers on one input; `x` is quantized once where the layers share a quantizer."""
+    """Return the outputs of several layers on one input; `x` is quantized once where the layers share a quantizer.
+
+    Layers with hooks, such as those of accelerate that bring their tensors, are called one by one.
+    """
     first = layers[0]
     if isinstance(first, QuantLayer) and all(
-        isinstance(other, QuantLayer) and other.input_scale is first.input_scale for other in layers
+        isinstance(other, QuantLayer) and other.input_scale is first.input_scale and not _is_hooked(other)
+        for other in layers
     ):
         quantized = first.quantize_input(x.float())
         return [
@@ -381,6 +385,11 @@ def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
             if isinstance(layer, QuantLayer)
         ]
     return [layer(x) for layer in layers]
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Return whether a call of `layer` does more than its class's forward. accelerate replaces `forward` itself."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__)
 
 
 def packed_shapes(

@@ -18,7 +18,7 @@ from dqtool.artifacts.reading import load_json
 from dqtool.errors import DqtoolError, EnvironmentFault
 from dqtool.runtimes.names import runtime_name
 
-__all__ = ["AMX_ORDER", "ORDER", "order", "recall", "remember"]
+__all__ = ["AMX_ORDER", "ORDER", "order", "preferred", "recall", "remember"]
 
 ORDER = ("cpu", "openvino", "simulate")
 """Order without a measurement. With AVX512-VNNI and with AVX2 alone, `cpu` was the fastest at every batch from 1 to 16
@@ -48,6 +48,20 @@ def order(artifact: Artifact, batch: int | None = None) -> tuple[list[str], str]
     if names[0] not in measured:
         return names, "by default"
     return names, f"the fastest that `dqtool bench` measured here at batch {near}"
+
+
+def preferred(artifact: Artifact) -> tuple[str, str]:
+    """Return the faster one of `cpu` and `simulate`, which diffusers can load, and a phrase that gives the reason.
+
+    `cpu` comes first where nothing was measured. The phrase names `openvino` where that was the fastest of all.
+    """
+    if not recall(artifact):
+        return "cpu", ""
+    names, why = order(artifact)
+    name = min(("cpu", "simulate"), key=names.index)
+    if names[0] == name:
+        return name, f", {why}"
+    return name, f"; {names[0]} is faster, {why}: dqtool.load({artifact.given!r}, runtime='{names[0]}')"
 
 
 def _default_order() -> tuple[str, ...]:

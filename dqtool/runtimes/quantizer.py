@@ -24,7 +24,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.artifacts import Manifest, read_manifest
+from dqtool.artifacts import Artifact, Manifest, read_manifest
 from dqtool.artifacts.jsonvalues import Json, JsonObject
 from dqtool.artifacts.records import LayerRecord
 from dqtool.artifacts.schema import record
@@ -39,6 +39,7 @@ from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.branch import BRANCH
 from dqtool.nn.prediction import set_correcting
 from dqtool.runtimes import VARIABLE, runtime_name
+from dqtool.runtimes.choice import preferred
 
 __all__ = ["DqtoolConfig", "DqtoolQuantizer", "register", "register_in_transformers"]
 
@@ -126,6 +127,7 @@ class DqtoolQuantizer(DiffusersQuantizer):
         self.plans: list[LayerPlan] = []
         self.expected: dict[str, Tensor] = {}
         self.manifest: Manifest | None = None
+        self.artifact: Artifact | None = None
         self.dtype: torch.dtype | None = None
         self.runtime = "simulate"
 
@@ -165,6 +167,7 @@ class DqtoolQuantizer(DiffusersQuantizer):
             if (directory / MANIFEST).is_file():
                 try:
                     self.manifest = read_manifest(directory)
+                    self.artifact = Artifact(directory, str(directory), self.manifest)
                 except DqtoolError as e:
                     report.warn(f"{directory / MANIFEST} can't be read, and won't be saved with the network: {e}")
         return loaded_keys
@@ -177,7 +180,7 @@ class DqtoolQuantizer(DiffusersQuantizer):
 
         ours = self.quantization_config
         plans = checked_plans(ours.layers, model)
-        self.runtime = chosen_runtime(ours.runtime, kwargs.get("device_map"))
+        self.runtime = chosen_runtime(ours.runtime, kwargs.get("device_map"), self.artifact)
         apply_config_extras(model, model.config)  # type: ignore[arg-type]
         family = FAMILIES.get(type(model).__name__)
         if family is not None and self.loaded:
@@ -305,8 +308,10 @@ def checked_plans(records: Any, network: nn.Module) -> list[LayerPlan]:
     return plans
 
 
-def chosen_runtime(asked: str | None, device_map: Any = None) -> str:
+def chosen_runtime(asked: str | None, device_map: Any = None, artifact: Artifact | None = None) -> str:
     """Return the runtime of a network that diffusers loads, and report it: `asked`, `$DQTOOL_RUNTIME`, or the fastest.
+
+    The fastest is `cpu`, unless `dqtool bench` measured another order of the network `artifact` on this machine.
 
     Raises:
         UsageError: an unknown runtime in the environment variable.
@@ -324,8 +329,10 @@ def chosen_runtime(asked: str | None, device_map: Any = None) -> str:
     if elsewhere:
         reason = f"the network is placed on {', '.join(sorted(elsewhere))}"
     if reason is None:
-        report.say(f"runtime: {INTEGER} (int8 in eager PyTorch on x86 CPUs)")
-        return INTEGER
+        name, why = preferred(artifact) if asked == "auto" and artifact is not None else (INTEGER, "")
+        what = "int8 in eager PyTorch on x86 CPUs" if name == INTEGER else "float fake-quantization"
+        report.say(f"runtime: {name} ({what}){why}")
+        return name
     if asked == INTEGER:
         raise EnvironmentFault(
             f"The {INTEGER} runtime can't run here: {reason}", where="DqtoolConfig, runtime", fix="Use runtime='auto'"

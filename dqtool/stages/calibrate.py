@@ -58,6 +58,8 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
             fix="Give at least one sample per step; 50 and more a step is usual",
         )
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
+    if settings.dry_run:
+        _check_conditions(dilated, options)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     parameters = fingerprint_parameters(options, prompts)
     inputs = [InputRecord(dilated.given, dilated.sha256, dilated.stage)]
@@ -74,6 +76,15 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
         "calibrate", CODE_VERSION, options.output, parameters, inputs, settings, work, reads=read_paths(options)
     )
     return options.output
+
+
+def _check_conditions(dilated: Artifact, options: CalibrateOptions) -> None:
+    """Raise `UsageError` where nothing makes the conditions that the network takes."""
+    from dqtool.models.components.companions import companions_of_artifact
+    from dqtool.models.networks.loading import network_of
+
+    family, config = network_of(dilated.manifest.network)
+    ConditionSource.of(options).check_there(family, config, companions_of_artifact(dilated))
 
 
 def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Json]:

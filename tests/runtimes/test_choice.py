@@ -79,3 +79,18 @@ def test_auto_takes_it_and_says_why(artifact: Artifact, capsys: pytest.CaptureFi
     network = dqtool.load(artifact.given, batch=1)
     assert network.runtime == "simulate"
     assert "the fastest that `dqtool bench` measured here at batch 1" in capsys.readouterr().err
+
+
+def test_diffusers_follows_the_measurements(artifact: Artifact, capsys: pytest.CaptureFixture) -> None:
+    from diffusers import DiffusionPipeline
+
+    assert DiffusionPipeline.from_pretrained(str(artifact.path)).unet.runtime == "cpu"
+    assert remember(artifact, {1: {"cpu": 2.0, "simulate": 1.0, "openvino": 0.5}})
+    capsys.readouterr()
+    assert DiffusionPipeline.from_pretrained(str(artifact.path)).unet.runtime == "simulate"
+    said = capsys.readouterr().err
+    assert "runtime: simulate (float fake-quantization); openvino is faster, the fastest that `dqtool bench`" in said
+    assert f"measured here at batch 1: dqtool.load('{artifact.path}', runtime='openvino')" in said
+    assert remember(artifact, {1: {"cpu": 0.2, "simulate": 1.0, "openvino": 0.5}})
+    assert DiffusionPipeline.from_pretrained(str(artifact.path)).unet.runtime == "cpu"
+    assert "runtime: cpu (int8 in eager PyTorch on x86 CPUs), the fastest" in capsys.readouterr().err

@@ -129,6 +129,14 @@ class ConditionSource:
         _check(found.table, family, config, f"--pipeline {self.pipeline}")
         return found
 
+    def check_there(self, family: Family, config: ForeignConfig, companions: Companions | None) -> None:
+        """Raise `UsageError` where nothing makes the network's conditions. No encoder is loaded: a dry run calls this."""
+        encodes = companions is not None and (companions.encodes_text or companions.has("class_embedder"))
+        if self == ConditionSource() and not encodes:
+            from dqtool.models.conditions.conditioning import Request
+
+            self.conditions(family, config, Request(1, 0), companions)
+
     def companions(self) -> Companions:
         """Return the text encoders and tokenizers of `pipeline`.
 

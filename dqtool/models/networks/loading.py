@@ -36,7 +36,7 @@ def load_weights(source: ModelSource) -> dict[str, Tensor]:
     if source.layout is not None:
         from dqtool.models.sources.original import convert
 
-        state = convert(source.weights[0], source.layout, source.config)
+        state = convert(source.weights[0], source.layout, source.config, source.variant)
     else:
         for path in source.weights:
             state.update(read_checkpoint(path))

@@ -100,6 +100,8 @@ class ModelSource:
     def _digest(self) -> str:
         parts = [content_digest(path) for path in self.weights]
         parts.append(hashlib.sha256(canonical_json([self.config, self.scheduler]).encode()).hexdigest())
+        if self.layout is not None and self.variant is not None:
+            parts.append(self.variant)  # one file holds several
         parts += [f"{lora.sha256()}:{lora.weight!r}" for lora in self.loras]
         if self.pipeline is not None:
             parts.append(companion_digest(self.pipeline, self.model_index or {}, self.component, self.variant))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from dqtool.artifacts import read_header
 from dqtool.artifacts.jsonvalues import ForeignConfig
+from dqtool.artifacts.reading import open_regular
 from dqtool.errors import ArtifactError
 from dqtool.models.sampling.schedules import finite_config
 from dqtool.models.sources.hints import ModelHints
 from dqtool.models.sources.model_source import ModelSource, config_in, network_config, part_of
-from dqtool.models.sources.original import Known, is_pickle, recognise
+from dqtool.models.sources.original import Known, check_variant, is_pickle, recognise
 from dqtool.models.sources.original.first_stage import first_stage_prefix
 from dqtool.models.sources.original.pipelines import pipeline_of
 from dqtool.models.sources.original.shell import Shell, pipeline_shell
@@ -22,11 +23,13 @@ __all__ = ["single_file"]
 
 
 def single_file(given: str, path: Path, config: str | None, hints: ModelHints) -> ModelSource:
+    _refuse_gguf(path, given)
     if not is_pickle(path):
         read_header(path)  # raises for a file that is no safetensors file
     found = recognise(path)
     if found is not None:
         layout, entries = found
+        check_variant(hints.variant, entries, given)
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
         authors = config is not None and config.endswith((".yaml", ".yml"))
         yaml = read_yaml(Path(config)) if config and authors else None
@@ -48,6 +51,7 @@ def single_file(given: str, path: Path, config: str | None, hints: ModelHints) -
             layout=layout.name,
             own_scheduler=scheduler,
             unknown_schedule=unknown_schedule,
+            variant=hints.variant,
             entries={name: entries[name] for name in entries if name in own},
         )
         return _with_pipeline(source, path, entries, finite_config(description.scheduler), hints)
@@ -57,8 +61,22 @@ def single_file(given: str, path: Path, config: str | None, hints: ModelHints) -
             where=given,
             fix="Give the diffusers directory of the model, or its weights as .safetensors with config.json next to them",
         )
+    check_variant(hints.variant, (), given)
     config_path = config_in(Path(config)) if config else part_of(path.parent, "config.json")
     return ModelSource(given, (path,), network_config(config_path, given), config_path, None, "unet")
+
+
+def _refuse_gguf(path: Path, given: str) -> None:
+    """Raise `ArtifactError` for a GGUF file, by its name or its first bytes."""
+    if path.suffix.lower() != ".gguf":
+        with open_regular(path) as stream:
+            if stream.read(4) != b"GGUF":
+                return
+    raise ArtifactError(
+        "This is a GGUF file, whose weights are quantized already",
+        where=given,
+        fix="Give the full-precision model that it was made from, as .safetensors or as a diffusers directory",
+    )
 
 
 def _with_pipeline(

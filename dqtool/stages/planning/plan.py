@@ -67,6 +67,8 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
                 source = make_options(name, values).source()
+            elif name == "calibrate" and source is not None:
+                _check_conditions(source, values)
             pending = True
             shown = {key: value for key, value in values.items() if key not in ("output", "artifact")}
             plan = {"stage": name, "output": values["output"], "cached": False, "parameters": shown}
@@ -81,6 +83,18 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
         plans.append(plan_stage(dry.log[-1], options))
         pending = not plans[-1]["cached"]
     return plans
+
+
+def _check_conditions(source: ModelSource, values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where nothing makes the conditions that the network of `source` takes."""
+    from dqtool.models.components.companions import companions_of_source
+    from dqtool.models.conditions.external import ConditionSource
+    from dqtool.models.families import family_of
+
+    companions = companions_of_source(source)
+    family = family_of(source.class_name, str(source.config_path))
+    config = source.config if companions is None else source.config | family.input_properties(companions)
+    ConditionSource.of(make_options("calibrate", values)).check_there(family, config, companions)
 
 
 def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sampler: str | None) -> Work:

@@ -60,6 +60,16 @@ def test_random_conditions_are_refused_with_the_ways_out(root: Path, run: Any) -
             assert way in told, told
 
 
+def test_a_dry_run_refuses_missing_conditions(root: Path, run: Any) -> None:
+    bare = ("calibrate", "bare.safetensors", "--steps", "2", "--samples", "4", "--dry-run")
+    assert "--random-conditions" in refused(run, root, 2, *bare)
+    assert "--random-conditions" in refused(run, root, 2, "quantize", "unet", "-o", "q", "--dry-run")
+    allowed = (*bare, "--random-conditions"), ("calibrate", "whole.safetensors", *bare[2:])
+    for command in (*allowed, ("quantize", "unet", "-o", "q", "--random-conditions", "--dry-run")):
+        result = run(*command, cwd=root)
+        assert result.returncode == 0, result.stderr
+
+
 def test_random_conditions_on_request_are_recorded_and_used_again(root: Path) -> None:
     artifact = points(root, "bare", guidance=None, random_conditions=True)
     assert artifact.manifest.sampling.as_read["conditions"] == {"from": "random"}

@@ -6,12 +6,13 @@ that registers a `Layout` adds one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dqtool.artifacts.header import TensorEntry
 from dqtool.artifacts.jsonvalues import ForeignConfig
-from dqtool.errors import ArtifactError
+from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.sources.original import (
     ddim_cifar10,
     dit,
@@ -26,7 +27,7 @@ from dqtool.models.sources.original.layout import LAYOUTS, Description, Known, L
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LAYOUTS", "Description", "Known", "Layout", "convert", "is_pickle", "recognise"]
+__all__ = ["LAYOUTS", "Description", "Known", "Layout", "check_variant", "convert", "is_pickle", "recognise"]
 
 _MODULES = (
     ddim_cifar10,
@@ -52,14 +53,37 @@ def recognise(path: Path) -> tuple[Layout, dict[str, TensorEntry]] | None:
     return None
 
 
-def convert(path: Path, layout: str, config: ForeignConfig) -> dict[str, Tensor]:
+AVERAGED = "model_ema."
+"""Prefix of averaged weights beside the trained ones."""
+EMA, NON_EMA = "ema", "non_ema"
+"""Variants of a file that holds both."""
+
+
+def check_variant(variant: str | None, names: Iterable[str], path: str) -> None:
+    """Raise `UsageError` for a variant that a single file does not hold."""
+    if variant is None or (variant in (EMA, NON_EMA) and any(name.startswith(AVERAGED) for name in names)):
+        return
+    raise UsageError(
+        f"This file has no variant '{variant}': variants of a single file are {EMA} and {NON_EMA}, where it holds averaged "
+        f"weights under '{AVERAGED}' beside the trained ones",
+        where=f"--variant, {path}",
+        fix="Leave it out, or save the weights you want as a file of their own",
+    )
+
+
+def convert(path: Path, layout: str, config: ForeignConfig, variant: str | None = None) -> dict[str, Tensor]:
     """Return the network's tensors under diffusers' names, in the file's own precision.
+
+    Averaged weights are taken where the file has them, unless `variant` is `non_ema`.
 
     Raises:
         ArtifactError: tensors are missing or have other shapes than the layout requires.
     """
     try:
-        return LAYOUTS[layout].convert(read_checkpoint(path), config, str(path))
+        state = read_checkpoint(path)
+        if variant == NON_EMA:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(AVERAGED)}
+        return LAYOUTS[layout].convert(state, config, str(path))
     except (KeyError, IndexError) as error:
         raise ArtifactError(
             f"The checkpoint lacks the tensor {error}, which the layout '{LAYOUTS[layout].title}' has",

@@ -13,8 +13,9 @@ from original_networks import DdimModel, DiT, FirstStage, UNetModel, randomize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dqtool.errors import ArtifactError
+from dqtool.errors import ArtifactError, UsageError
 from dqtool.models.architectures import ARCHITECTURES
+from dqtool.models.sources.hints import ModelHints
 from dqtool.models.sources.resolve import ModelSource, resolve_model
 
 TOLERANCE = 1e-4
@@ -166,8 +167,24 @@ def test_averaged_weights_are_taken(tmp_path: Path) -> None:
     randomize(average, seed=1)
     ema = {f"model_ema.diffusion_model{name.replace('.', '')}": t for name, t in average.state_dict().items()}
     save_file({k: v.clone() for k, v in lightning(original, **ema)["state_dict"].items()}, tmp_path / "m.safetensors")
-    network = diffusers_network(resolve_model(str(tmp_path / "m.safetensors")))
-    assert_equal_outputs(average, network, torch.randn(2, 4, 16, 16), context=torch.randn(2, 5, 768))
+    sources = {
+        variant: resolve_model(str(tmp_path / "m.safetensors"), hints=ModelHints(variant=variant))
+        for variant in (None, "ema", "non_ema")
+    }
+    for variant, source in sources.items():
+        expected = original if variant == "non_ema" else average
+        inputs = torch.randn(2, 4, 16, 16)
+        assert_equal_outputs(expected, diffusers_network(source), inputs, context=torch.randn(2, 5, 768))
+    assert len({source.sha256() for source in sources.values()}) == 3
+    with pytest.raises(UsageError, match="no variant 'fp16'"):
+        resolve_model(str(tmp_path / "m.safetensors"), hints=ModelHints(variant="fp16"))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensors"])
+def test_a_gguf_file_is_refused_with_what_to_give(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(ArtifactError, match="full-precision model that it was made from"):
+        resolve_model(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("file", ["dit.pt", "dit.safetensors"])
