@@ -79,5 +79,7 @@ def _synthetic(
     attach_low_rank(network, plans)
     initialise_weights(network)
     assign_tables(network, plans, tables)
-    state = {name: tensor.clone() for name, tensor in packed_state(network).items()}  # tensors of a file share no memory
+    state = {
+        name: tensor.clone() for name, tensor in packed_state(network).items()
+    }  # tensors of a file share no memory
     return packed_network(source.class_name, config, plans, state), plans
