@@ -93,7 +93,7 @@ def _check_conditions(source: ModelSource, values: Mapping[str, Any]) -> None:
 
     companions = companions_of_source(source)
     family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else source.config | family.input_properties(companions)
+    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
     ConditionSource.of(make_options("calibrate", values)).check_there(family, config, companions)
 
 
