@@ -26,11 +26,12 @@ from dqtool.stages.shared.settings import RunSettings
 
 ROWS: dict[str, dict[str, Any]] = {
     "untrained": {"method": "ptq"},
-    "LSQ, rate x 1": {"method": "lsq"},
-    "LSQ, rate x 0.3": {"method": "lsq", "rate": 0.3},
-    "LSQ, rate x 0.1": {"method": "lsq", "rate": 0.1},
-    "own trajectory, rate x 0.3": {"method": "on-policy", "rate": 0.3},
+    "LSQ, rate 0.02": {"method": "lsq", "rate": 10 / 3},
+    "LSQ, rate 0.006": {"method": "lsq"},
+    "LSQ, rate 0.002": {"method": "lsq", "rate": 1 / 3},
+    "own trajectory, rate 0.006": {"method": "on-policy", "rate": 0.3},
 }
+"""Rows with their options; a rate is the part of its quantization step that a weight moves in an iteration."""
 OUTPUT = Path(__file__).parent / "results" / "lsq-points"
 TRAINED_ON = 320
 """Recorded points that the error of training is measured on."""

@@ -195,7 +195,7 @@ def produce(
     float_network = None
     if reference is not None:
         float_network = reference_network(reference, manifest.network)
-    figures: dict[str, Json] = {} if correction is None else {"correction": correction}
+    figures: dict[str, Json] = {}
     of_reference: dict[str, Json] = {}
     if isinstance(reference, ExportedReference):
         figures["reference_is"] = f"{reference.given} in the simulate runtime"
@@ -203,6 +203,7 @@ def produce(
     kept = None if workspace is None else partial(Checkpoints, workspace)
     needs_images = bool(set(METRICS) & set(metrics)) or bool(options.grid or options.save_samples)
     if needs_images:
+        figures |= {} if correction is None else {"correction": correction}
         if float_network is not None and reference is not None:
             expected = reference_images(float_network, reference, maker, options, kept)
         sampled = maker
