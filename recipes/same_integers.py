@@ -55,8 +55,8 @@ def main() -> int:
                 rows.append((bits, engine, len(found), f"{sum(c for _, c, _ in found):,}", different))
     machine = describe_machine(torch.get_num_threads())
     lines = [
-        f"`python recipes/same_integers.py {options.model} --steps {options.steps}`, {options.steps} steps, {machine['processor']} "
-        f"({', '.join(machine['flags'] or []) or platform.machine()})",
+        f"`python recipes/same_integers.py {options.model} --steps {options.steps}`, {options.steps} steps, {machine.processor} "
+        f"({', '.join(machine.flags or []) or platform.machine()})",
         "",
         "| bits | runtime | layers | accumulators compared | different from int64 |",
         "| --- | --- | --- | --- | --- |",

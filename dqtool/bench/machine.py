@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
+from dqtool.artifacts.bench_report import MachineRecord
 from dqtool.artifacts.manifest import installed_versions
 
 __all__ = ["FLAGS", "describe_machine", "expectation"]
@@ -18,18 +18,18 @@ PACKAGES = ("dqtool", "torch", "diffusers", "openvino", "nncf")
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
+def describe_machine(threads: int) -> MachineRecord:
     """Return processor, instruction sets among `FLAGS` (None if unknown), threads, and versions of packages."""
     name, flags = _cpuinfo()
-    return {
-        "processor": name or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "flags": flags,
-        "expect": expectation(flags),
-        "platform": platform.platform(),
-        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
-    }
+    return MachineRecord(
+        processor=name or platform.processor() or platform.machine(),
+        cores=os.cpu_count(),
+        threads=threads,
+        flags=flags,
+        expect=expectation(flags),
+        platform=platform.platform(),
+        versions={"python": platform.python_version(), **installed_versions(PACKAGES)},
+    )
 
 
 def expectation(flags: list[str] | None) -> str:

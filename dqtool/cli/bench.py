@@ -23,4 +23,4 @@ def bench(options: BenchOptions, settings: RunSettings) -> None:
 
     with on_standard_error():
         result = measure(options, settings)
-    print_report(result, render(result), settings)
+    print_report(result.to_json(), render(result), settings)

@@ -228,7 +228,7 @@ def _lenient(kind: Any) -> Any:
         inner = [_lenient(each) for each in arguments if each is not ...]
         if not inner or None in inner:
             return list[Any]
-        entry = Union[(*inner, type(None))]
+        entry: Any = Union[(*inner, type(None))]
         return list[Union[entry, list[entry]]]  # type: ignore[valid-type]  # noqa: UP007
     if isinstance(kind, type) and kind.__module__.split(".")[0] in ("numpy", "torch"):
         return type(None)  # no JSON value has this type

@@ -296,7 +296,7 @@ class PackedLayer(Adaptable, QuantLayer):
         """Return `qweight` as the `weight` of a quantized layer: some networks read its dtype or device."""
         if name == "weight" and "weight_scale" in self.__dict__.get("_buffers", ()):
             return self.weight_scale
-        found: Tensor = super().__getattr__(name)
+        found: Tensor = super().__getattr__(name)  # type: ignore[assignment]
         return found
 
     @property

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.records import EvalRecord, ExtractorRecord, RecipeRecord
@@ -152,12 +151,12 @@ def _milliseconds(result: Result, benches: Sequence[Bench], baseline: bool) -> f
     for bench in benches:
         if bench.sha256 != result.measured_sha256:
             continue
-        speed: Mapping[str, Sequence[Mapping[str, Any]]] = bench.report["speed"]
+        speed = bench.report.speed
         rows = speed[min(speed, key=int)] if speed else []
         wanted = [
-            row["median"]
+            row.median
             for row in rows
-            if (row["baseline"] if baseline else runtime_name(row["contender"]) in ("auto", *RUNTIMES))
+            if (row.baseline if baseline else runtime_name(row.contender) in ("auto", *RUNTIMES))
         ]
         if wanted:
             return 1000 * min(wanted)

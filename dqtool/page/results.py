@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, Manifest, manifest_path, open_artifact, sha256_file
+from dqtool.artifacts.bench_report import BenchReport
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.manifest import canonical_json
@@ -23,6 +24,7 @@ from dqtool.artifacts.named import may_read
 from dqtool.artifacts.names import path_within
 from dqtool.artifacts.reading import MANIFEST_BYTES, check_regular, parse_json, read_file
 from dqtool.artifacts.records import EvalRecord, InputRecord
+from dqtool.artifacts.schema import record
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 from dqtool.page.comparison import FORMAT as TABLE_FORMAT
 from dqtool.page.comparison import REFERENCE
@@ -95,12 +97,12 @@ class Bench:
     """A report of `dqtool bench -o`."""
 
     path: Path
-    report: dict[str, Any]
+    report: BenchReport
 
     @property
     def sha256(self) -> str:
         """Digest (sha256) of the exported directory that was timed."""
-        return str(self.report["model"].get("sha256", ""))
+        return self.report.model.sha256
 
 
 _GIVE = "Give a file that `dqtool eval -o FILE.json` wrote, or its directory"
@@ -219,7 +221,16 @@ def _take(path: Path, found: _Found, required: bool = False, strict: bool = True
             fix="Write it again, move it away, or give the reports to show one by one",
         ) from error
     if isinstance(payload, dict) and {"speed", "machine", "model", "load"} <= payload.keys():
-        found.benches.append(Bench(path, payload))
+        try:
+            found.benches.append(Bench(path, record(payload, BenchReport)))
+        except ValueError as error:
+            if strict:
+                wrong = error.args[0]
+                raise ArtifactError(
+                    f"This benchmark report is malformed: {wrong.key} must be {wrong.what}",
+                    where=str(path),
+                    fix="Write it again with `dqtool bench -o FILE.json`, or move it away",
+                ) from error
         return
     if isinstance(payload, dict) and payload.get("format") == TABLE_FORMAT:
         found.tables.append(payload)

@@ -117,27 +117,30 @@ def layer_table(result: Result, errors: Errors | None) -> Table:
 def bench_tables(bench: Bench) -> list[Table]:
     """Return the times of a step for each batch size, and memory, from one report of `dqtool bench`."""
     tables = []
-    for batch, speed in bench.report["speed"].items():
+    for batch, speed in bench.report.speed.items():
         rows = [
             [
-                Cell(row["contender"], str(row.get("note") or "")),
-                *(Cell(f"{1000 * row[key]:.1f}") for key in ("median", "p10", "p90")),
-                Cell(str(row["calls"])),
-                NOTHING if row["ratio"] is None else Cell(f"{row['ratio']:.2f}×"),
+                Cell(row.contender, row.note or ""),
+                *(Cell(f"{1000 * seconds:.1f}") for seconds in (row.median, row.p10, row.p90)),
+                Cell(str(row.calls)),
+                NOTHING if row.ratio is None else Cell(f"{row.ratio:.2f}×"),
             ]
             for row in speed
         ]
         columns = ["contender", "median, ms ↓", "10 %, ms", "90 %, ms", "calls", "times faster ↑"]
         tables.append(Table(f"One step at batch {batch}", columns, rows))
-    probes = bench.report.get("load") or []
+    probes = bench.report.load
     if probes:
         rows = [
             [
-                Cell(row["contender"]),
-                *(Cell(f"{row[key]:.2f}") for key in ("load", "ready")),
-                *(Cell(f"{row[key] / 2**20:.0f}") for key in ("peak_bytes", "private_bytes")),
+                Cell(probe.contender),
+                *(Cell(f"{seconds:.2f}") for seconds in (probe.load, probe.ready)),
+                *(
+                    NOTHING if size is None else Cell(f"{size / 2**20:.0f}")
+                    for size in (probe.peak_bytes, probe.private_bytes)
+                ),
             ]
-            for row in probes
+            for probe in probes
         ]
         columns = ["contender", "load, s ↓", "with first step, s ↓", "peak, MiB ↓", "without mapped files, MiB ↓"]
         tables.append(Table("Loading and memory, each in a fresh process", columns, rows))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
+from dqtool.artifacts.bench_report import BenchedModel, BenchReport, LoadRow, SpeedRow
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import LayerRecord
 from dqtool.errors import ArtifactError, NumericError, UsageError
 from dqtool.stages.options.bench import BenchOptions
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from dqtool.bench.measure import Timing
     from dqtool.bench.subject import Arguments, Subject
 
-__all__ = ["bench", "render"]
+__all__ = ["BenchPlan", "bench", "render"]
 
 BATCHES = (1, 4, 16)
 MIB = 1 << 20
@@ -33,8 +35,24 @@ STEADY = 1.5
 """p90 may be this many times p10; beyond, the report says that the figures are not to be trusted."""
 
 
-def bench(options: BenchOptions, settings: RunSettings) -> dict[str, Any]:
-    """Measure, and return the report as plain values (`render` makes text of it).
+@dataclass(frozen=True)
+class BenchPlan:
+    """Plan of a benchmark, for a dry run: what would be timed, at which batch sizes, and for how long each."""
+
+    contenders: list[str]
+    batches: list[int]
+    seconds: float
+    arch: str | None
+    directory: str | None
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the plan as JSON."""
+        plan = {key: value for key, value in asdict(self).items() if key != "directory"}
+        return {"plan": plan, "directory": self.directory}
+
+
+def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPlan:
+    """Measure, and return the report, or in a dry run the plan (`render` makes text of both).
 
     Raises:
         UsageError: an unknown runtime or architecture.
@@ -51,8 +69,7 @@ def bench(options: BenchOptions, settings: RunSettings) -> dict[str, Any]:
     names = [*_runtimes(options.runtime), *expand(options.against)]
     batches = options.batch or _own_batches(options.arch)
     if settings.dry_run:
-        plan = {"contenders": names, "batches": list(batches), "seconds": options.seconds, "arch": options.arch}
-        return {"plan": plan, "directory": options.artifact}
+        return BenchPlan(names, list(batches), options.seconds, options.arch, options.artifact)
     artifact = _subject_artifact(options, settings)
     names = [*_runtimes(options.runtime, artifact.manifest.parameters.format or ""), *expand(options.against)]
     import torch
@@ -70,55 +87,53 @@ def bench(options: BenchOptions, settings: RunSettings) -> dict[str, Any]:
     medians = {batch: {name: timing.median for name, timing in found.items()} for batch, found in speed.items()}
     if remember(artifact, medians):
         report.say("bench: --runtime auto will take what was fastest here for this network")
-    result: dict[str, Any] = {
-        "format": "dqtool-bench/1",
-        "command": _command(options),
-        "model": _model(artifact, options),
-        "machine": describe_machine(subject.threads),
-        "seconds": options.seconds,
-        "speed": {str(batch): _rows(loaded, timings) for batch, timings in speed.items()},
-        "load": probes,
-        "load_batch": batches[0],
-        "weights_in_memory": {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
-    }
+    result = BenchReport(
+        _command(options),
+        _model(artifact, options),
+        describe_machine(subject.threads),
+        options.seconds,
+        {str(batch): _rows(loaded, timings) for batch, timings in speed.items()},
+        probes,
+        batches[0],
+        {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
+    )
     if options.output is not None:
-        commit_report(options.output, result, overwrite=settings.overwrite)
+        commit_report(options.output, result.to_json(), overwrite=settings.overwrite)
     return result
 
 
-def render(result: Mapping[str, Any]) -> list[str]:
-    """The report as lines of text."""
-    if "plan" in result:
-        plan = result["plan"]
-        what = plan["arch"] or result["directory"] or "the exported directory"
+def render(result: BenchReport | BenchPlan) -> list[str]:
+    """Return the report, or the plan, as lines of text."""
+    if isinstance(result, BenchPlan):
+        what = result.arch or result.directory or "the exported directory"
         return [
-            f"would time {', '.join(plan['contenders'])} on {what}",
-            f"batch {', '.join(map(str, plan['batches']))}, {plan['seconds']:g} s each after warm-up",
+            f"would time {', '.join(result.contenders)} on {what}",
+            f"batch {', '.join(map(str, result.batches))}, {result.seconds:g} s each after warm-up",
         ]
-    model, machine = result["model"], result["machine"]
-    flags = "unknown" if machine["flags"] is None else ", ".join(machine["flags"]) or "none of those that matter"
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    model, machine = result.model, result.machine
+    flags = "unknown" if machine.flags is None else ", ".join(machine.flags) or "none of those that matter"
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [
-        f"network    {model['class']}, {model['parameters'] / 1e6:.1f} M parameters, {model['bits']}, "
-        f"{model['file_bytes'] / MIB:.1f} MiB on disk ({model['from']})",
-        f"processor  {machine['processor']}, {machine['threads']} of {machine['cores']} cores; {flags}",
-        f"expect     {machine['expect']}",
+        f"network    {model.class_name}, {model.parameters / 1e6:.1f} M parameters, {model.bits}, "
+        f"{model.file_bytes / MIB:.1f} MiB on disk ({model.origin})",
+        f"processor  {machine.processor}, {machine.threads} of {machine.cores} cores; {flags}",
+        f"expect     {machine.expect}",
         f"versions   {versions}",
-        f"command    {result['command']}",
+        f"command    {result.command}",
     ]
-    for batch, rows in result["speed"].items():
+    for batch, rows in result.speed.items():
         lines += ["", f"One step, batch {batch} ({_baseline_text(rows)})", *_speed_table(rows)]
-        if unsteady := [row["contender"] for row in rows if row["p90"] > STEADY * row["p10"]]:
+        if unsteady := [row.contender for row in rows if row.p90 > STEADY * row.p10]:
             lines.append(f"unsteady, something else is running on this machine: {', '.join(unsteady)}")
-    if result["load"]:
+    if result.load:
         lines += [
             "",
-            f"Loading and memory, each in a fresh process, caches warm, batch {result['load_batch']}; memory above the level "
+            f"Loading and memory, each in a fresh process, caches warm, batch {result.load_batch}; memory above the level "
             "after imports",
             "float weights are mapped and read by the first step only, so loads compare by `with first step`",
-            *_load_table(result["load"]),
+            *_load_table(result.load),
         ]
-    lines += [f"{name}: in memory a weight takes {form}" for name, form in result["weights_in_memory"].items()]
+    lines += [f"{name}: in memory a weight takes {form}" for name, form in result.weights_in_memory.items()]
     return lines
 
 
@@ -199,7 +214,7 @@ def _prepare(names: Sequence[str], subject: Subject) -> None:
             progress.advance(note=name)
 
 
-def _probes(names: Sequence[str], subject: Subject, batch: int) -> list[dict[str, Any]]:
+def _probes(names: Sequence[str], subject: Subject, batch: int) -> list[LoadRow]:
     """Load time and memory of every contender for which they differ."""
     from dqtool.bench.contenders import contender_of
     from dqtool.bench.probe import probe
@@ -208,7 +223,7 @@ def _probes(names: Sequence[str], subject: Subject, batch: int) -> list[dict[str
     found = []
     with report.progress("bench: load time and memory", len(chosen), "contender") as progress:
         for name in chosen:
-            found.append({"contender": name, **asdict(probe(name, subject, batch))})
+            found.append(LoadRow(name, **asdict(probe(name, subject, batch))))
             progress.advance()
     return found
 
@@ -243,14 +258,13 @@ def _call(loaded: Loaded, arguments: Arguments) -> Any:
     return lambda: loaded.run(arguments)
 
 
-def _rows(loaded: Mapping[str, Loaded], timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
+def _rows(loaded: Mapping[str, Loaded], timings: Mapping[str, Timing]) -> list[SpeedRow]:
     """One row a contender, fastest first; `ratio` is how many times faster than the baseline it is."""
     baseline = _baseline(timings)
     rows = []
     for name, timing in sorted(timings.items(), key=lambda item: item[1].median):
         ratio = None if baseline is None else timings[baseline].median / timing.median
-        row = {"contender": name, "note": loaded[name].note, **asdict(timing), "ratio": ratio}
-        rows.append(row | {"baseline": name == baseline})
+        rows.append(SpeedRow(name, **asdict(timing), ratio=ratio, note=loaded[name].note, baseline=name == baseline))
     return rows
 
 
@@ -262,21 +276,21 @@ def _baseline(timings: Mapping[str, Timing]) -> str | None:
     return min(present, key=lambda name: timings[name].median, default=None)
 
 
-def _model(artifact: Artifact, options: BenchOptions) -> dict[str, Any]:
+def _model(artifact: Artifact, options: BenchOptions) -> BenchedModel:
     from dqtool.models.components.export_layout import component_prefix
 
     manifest = artifact.manifest
     prefix = component_prefix(manifest.pipeline)
     sizes = [entry.bytes for name, entry in (manifest.files or {}).items() if name.startswith(prefix)]
-    return {
-        "class": manifest.network.class_name,
-        "parameters": manifest.network.parameters,
-        "bits": _bits(manifest.layers),
-        "file_bytes": sum(sizes),
-        "arch": options.arch,
-        "from": f"{options.arch}, random weights" if options.arch else artifact.given,
-        "sha256": artifact.sha256,
-    }
+    return BenchedModel(
+        manifest.network.class_name,
+        manifest.network.parameters,
+        _bits(manifest.layers),
+        sum(sizes),
+        f"{options.arch}, random weights" if options.arch else artifact.given,
+        options.arch,
+        artifact.sha256,
+    )
 
 
 def _command(options: BenchOptions) -> str:
@@ -306,34 +320,34 @@ def _bits(layers: Sequence[LayerRecord]) -> str:
     return max(counts, key=lambda bits: counts[bits], default="no quantized layers")
 
 
-def _baseline_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    base = next((row["contender"] for row in rows if row["baseline"]), None)
+def _baseline_text(rows: Sequence[SpeedRow]) -> str:
+    base = next((row.contender for row in rows if row.baseline), None)
     return f"ratios to {base}" if base else "no ratios without fp32 in --against"
 
 
-def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _speed_table(rows: Sequence[SpeedRow]) -> list[str]:
     columns = ["contender", "median ms", "p10", "p90", "calls", "times faster"]
     cells = [
         [
-            f"{row['contender']} ({row['note']})" if row["note"] else row["contender"],
-            *(f"{row[key] * 1000:.1f}" for key in ("median", "p10", "p90")),
-            row["calls"],
-            None if row["ratio"] is None else f"{row['ratio']:.2f}x",
+            f"{row.contender} ({row.note})" if row.note else row.contender,
+            *(f"{seconds * 1000:.1f}" for seconds in (row.median, row.p10, row.p90)),
+            row.calls,
+            None if row.ratio is None else f"{row.ratio:.2f}x",
         ]
         for row in rows
     ]
     return report.table_lines(columns, cells)
 
 
-def _load_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    base = next((row for row in rows if row["contender"] == "fp32"), None)
+def _load_table(rows: Sequence[LoadRow]) -> list[str]:
+    base = next((row for row in rows if row.contender == "fp32"), None)
     columns = ["contender", "load s", "with first step s", "peak MiB", "of fp32's", "without mapped files MiB"]
     cells = []
     for row in rows:
-        line: list[object] = [row["contender"], f"{row['load']:.2f}", f"{row['ready']:.2f}"]
-        peak, private = row["peak_bytes"], row["private_bytes"]
+        line: list[object] = [row.contender, f"{row.load:.2f}", f"{row.ready:.2f}"]
+        peak, private = row.peak_bytes, row.private_bytes
         line.append(None if peak is None else f"{peak / MIB:.0f}")
-        line.append(f"{peak / base['peak_bytes']:.2f}x" if peak is not None and base and base["peak_bytes"] else None)
+        line.append(f"{peak / base.peak_bytes:.2f}x" if peak is not None and base and base.peak_bytes else None)
         line.append(None if private is None else f"{private / MIB:.0f}")
         cells.append(line)
     return report.table_lines(columns, cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import manifest_path, open_artifact, read_manifest
+from dqtool.artifacts.bench_report import BenchReport
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
+from dqtool.artifacts.schema import record
 from dqtool.errors import DqtoolError
 from dqtool.metrics import value_of
 from dqtool.stages.options.quantize import stage_values
@@ -176,16 +180,17 @@ def _summary(options: Any, settings: RunSettings, evaluated: str) -> dict[str, A
     return found
 
 
-def _speed(exported: str, settings: RunSettings) -> dict[str, Any]:
+def _speed(exported: str, settings: RunSettings) -> dict[str, Json]:
     """Return milliseconds of one step of batch 1: float32 and the fastest runtime. Measured once for an export."""
-    from dqtool.stages.bench import bench
+    from dqtool.stages.bench import BenchPlan, bench
     from dqtool.stages.options.bench import BenchOptions
 
     kept = os.path.join(work_directory(exported), "speed.json")
-    result: dict[str, Any] = {}
+    result: BenchReport | BenchPlan | None = None
     if os.path.isfile(kept):
-        result = load_json(kept, MANIFEST_BYTES)
-    if result.get("model", {}).get("sha256") != open_artifact(exported, ["export"]).sha256:
+        with contextlib.suppress(ValueError):
+            result = record(load_json(kept, MANIFEST_BYTES), BenchReport)
+    if not isinstance(result, BenchReport) or result.model.sha256 != open_artifact(exported, ["export"]).sha256:
         options = BenchOptions(
             exported, against=("fp32",), batch=(1,), seconds=SPEED_SECONDS, memory=False, output=kept
         )
@@ -194,12 +199,13 @@ def _speed(exported: str, settings: RunSettings) -> dict[str, Any]:
         except DqtoolError as error:
             report.warn(f"the speed could not be measured: {error}")
             return {}
-    rows = {row["contender"]: row for row in result["speed"]["1"]}
-    runtime, floating = rows["auto"], next(row for row in rows.values() if row["baseline"])
+    assert isinstance(result, BenchReport)
+    rows = {row.contender: row for row in result.speed["1"]}
+    runtime, floating = rows["auto"], next(row for row in rows.values() if row.baseline)
     return {
-        "step_ms": 1000 * runtime["median"],
-        "step_ms_float32": 1000 * floating["median"],
-        "processor": result["machine"]["processor"],
+        "step_ms": 1000 * runtime.median,
+        "step_ms_float32": 1000 * floating.median,
+        "processor": result.machine.processor,
     }
 
 

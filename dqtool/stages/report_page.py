@@ -108,11 +108,11 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
     if benches:
         speed = Section("Speed", level=2, chapter="About")
         for bench in benches:
-            model, machine = bench.report["model"], bench.report["machine"]
+            timed, machine = bench.report.model, bench.report.machine
             speed.blocks.append(
                 Paragraph(
-                    f"{bench.path.name}: {model.get('class')} at {model.get('bits')} ({model.get('from')}) on "
-                    f"{machine.get('processor')}, {machine.get('threads')} threads."
+                    f"{bench.path.name}: {timed.class_name} at {timed.bits} ({timed.origin}) on "
+                    f"{machine.processor}, {machine.threads} threads."
                 )
             )
             speed.blocks += bench_tables(bench)

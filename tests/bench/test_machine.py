@@ -32,12 +32,12 @@ def test_flags_come_from_the_first_processor(monkeypatch: pytest.MonkeyPatch, tm
     )
     monkeypatch.setattr(machine, "CPUINFO", info)
     found = describe_machine(3)
-    assert (found["processor"], found["flags"], found["threads"]) == ("Some CPU", ["avx2", "avx_vnni"], 3)
-    assert {"python", "torch", "dqtool"} <= set(found["versions"])
+    assert (found.processor, found.flags, found.threads) == ("Some CPU", ["avx2", "avx_vnni"], 3)
+    assert {"python", "torch", "dqtool"} <= set(found.versions)
 
 
 def test_a_system_without_that_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "none")
     found = describe_machine(1)
-    assert found["flags"] is None
-    assert found["processor"]
+    assert found.flags is None
+    assert found.processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 import pytest
 
 from dqtool.artifacts import Manifest
+from dqtool.artifacts.bench_report import BenchedModel, BenchReport, LoadRow, MachineRecord, SpeedRow
 from dqtool.artifacts.records import EvalRecord, InputRecord, ModelRecord, ParametersRecord, PipelineRecord
 from dqtool.artifacts.schema import unchecked, without
+from dqtool.errors import ArtifactError
 from dqtool.page.document import Cell, Charts, Note, Page, Paragraph, Section, Table
 from dqtool.page.figures import extractors, quality_key
 from dqtool.page.html import render_html
 from dqtool.page.markdown import render_markdown
-from dqtool.page.results import Result, chain_key
+from dqtool.page.results import Bench, Result, chain_key, find_results
 from dqtool.page.sections import quality_section, results_section
-from dqtool.page.tables import result_table
+from dqtool.page.tables import bench_tables, result_table
 
 
 def made(name: str, reference: str | None = None, digest: str = "e", **parameters: Any) -> Result:
@@ -170,3 +173,20 @@ def test_texts_of_files_bring_neither_control_characters_nor_markup(render: Call
     assert "<script" not in made.replace("\\<", "")
     if render is render_markdown:
         assert "](javascript" not in made.replace("\\]", "")
+
+
+def test_a_benchmark_without_counts_of_memory_is_shown() -> None:
+    machine = MachineRecord("a processor", None, 1, None, "", "Linux", {})
+    model = BenchedModel("UNet2DModel", 1, "4/4", 1, "exported")
+    speed = {"1": [SpeedRow("cpu", 0.001, 0.001, 0.002, 5, None)]}
+    report = BenchReport("dqtool bench", model, machine, 0.0, speed, [LoadRow("cpu", 0.1, 0.2, None, 2**20)])
+    of_speed, of_loads = bench_tables(Bench(Path("bench.json"), report))
+    assert [cell.text for cell in of_speed.rows[0]][:2] == ["cpu", "1.0"]
+    assert [cell.text for cell in of_loads.rows[0]] == ["cpu", "0.10", "0.20", "–", "1"]
+
+
+def test_a_malformed_benchmark_is_refused_with_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"speed": {}, "machine": {}, "model": {}, "load": [], "command": "", "seconds": 1}))
+    with pytest.raises(ArtifactError, match="model.class must be there"):
+        find_results([str(path)])

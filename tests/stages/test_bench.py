@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from helpers import tiny_pipeline
 
+from dqtool.artifacts.bench_report import BenchReport
+from dqtool.artifacts.schema import unchecked
 from dqtool.bench import openvino_contenders, probe
 from dqtool.bench.contenders import CONTENDERS, expand
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
@@ -31,7 +33,9 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measure(made: Path, **options: Any) -> dict[str, Any]:
     given = {"runtime": ("simulate",), "against": (), "batch": (1,), "seconds": 0.0, "memory": False, **options}
-    return bench(BenchOptions(str(made / "exported"), **given), RunSettings())
+    found = bench(BenchOptions(str(made / "exported"), **given), RunSettings())
+    assert isinstance(found, BenchReport)
+    return found.to_json()
 
 
 def test_every_contender_is_timed_at_every_batch(made: Path, tmp_path: Path):
@@ -53,7 +57,7 @@ def test_every_contender_is_timed_at_every_batch(made: Path, tmp_path: Path):
     assert result["model"]["file_bytes"] > 0
     assert result["machine"]["threads"] >= 1
     assert json.loads(output.read_text()) == json.loads(json.dumps(result))
-    text = "\n".join(render(result))
+    text = "\n".join(render(unchecked(result, BenchReport)))
     assert "ratios to fp32" in text
     assert "batch 3" in text
     assert result["machine"]["expect"] in text
@@ -63,7 +67,7 @@ def test_load_and_memory_of_each_contender_but_not_of_layouts(made: Path):
     result = measure(made, against=("fp32",), memory=True)
     assert [row["contender"] for row in result["load"]] == ["simulate", "fp32"]
     assert all(0 < row["load"] < row["ready"] for row in result["load"])
-    text = "\n".join(render(result))
+    text = "\n".join(render(unchecked(result, BenchReport)))
     _, header, _, *table = text.split("after imports\n")[1].splitlines()
     assert header.startswith("contender")
     assert [line.split()[0] for line in table[:2]] == ["simulate", "fp32"]
@@ -73,15 +77,17 @@ def test_load_and_memory_of_each_contender_but_not_of_layouts(made: Path):
 def test_unsteady_figures_are_called_so(made: Path):
     result = measure(made)
     result["speed"]["1"][0] |= {"p10": 0.1, "p90": 0.2}
-    assert "unsteady, something else is running on this machine: simulate" in "\n".join(render(result))
+    assert "unsteady, something else is running on this machine: simulate" in "\n".join(
+        render(unchecked(result, BenchReport))
+    )
     result["speed"]["1"][0] |= {"p10": 0.1, "p90": 0.12}
-    assert "unsteady" not in "\n".join(render(result))
+    assert "unsteady" not in "\n".join(render(unchecked(result, BenchReport)))
 
 
 def test_without_float32_there_are_no_ratios(made: Path):
     result = measure(made)
     assert [row["ratio"] for row in result["speed"]["1"]] == [None]
-    assert "no ratios" in "\n".join(render(result))
+    assert "no ratios" in "\n".join(render(unchecked(result, BenchReport)))
 
 
 def test_auto_says_what_it_took(made: Path):

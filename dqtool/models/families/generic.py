@@ -113,7 +113,7 @@ class Generic(Family):
 
     def predict(self, model: nn.Module, x: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return the network's prediction, see `Family.predict`."""
-        structure = model.config.get(ARGUMENTS, {})  # type: ignore[union-attr]
+        structure = model.config.get(ARGUMENTS, {})  # type: ignore[union-attr, operator]
         arguments = to_device_of(model, self._arguments(x, timestep, conditions, structure))
         return prediction_of(model(**arguments, return_dict=False))
 

@@ -92,7 +92,7 @@ def evaluated(exported: str, output: Path, **options: Any) -> dict[str, Any]:
         exported, str(output), reference, metrics=("similarity",), samples=2, runtime="simulate", **options
     )
     evaluate(given, RunSettings(quiet=True))
-    return open_artifact(output).manifest.metrics
+    return open_artifact(output).manifest.metrics.as_read
 
 
 def test_eval_switches_a_correction_off_where_it_harms_and_says_so(

@@ -1,0 +1,84 @@
+"""Report of `dqtool bench`, as its JSON holds it and the page reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from dqtool.artifacts.schema import Record
+
+__all__ = ["BENCH_FORMAT", "BenchReport", "BenchedModel", "LoadRow", "MachineRecord", "SpeedRow"]
+
+BENCH_FORMAT = "dqtool-bench/1"
+
+
+@dataclass(frozen=True)
+class MachineRecord(Record):
+    """Processor, instruction sets that matter for integers (None: unknown), threads, and versions of packages."""
+
+    processor: str
+    cores: int | None
+    threads: int
+    flags: list[str] | None
+    expect: str
+    platform: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class BenchedModel(Record):
+    """The exported network: its class, number of weights, bits of most layers, and bytes on disk."""
+
+    written: ClassVar[frozenset[str]] = frozenset({"arch", "sha256"})
+
+    class_name: Annotated[str, "class"]
+    parameters: int
+    bits: str
+    file_bytes: int
+    origin: Annotated[str, "from"]
+    arch: str | None = None
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class SpeedRow(Record):
+    """Seconds of one step of a contender: median, 10th and 90th percentile. `ratio` is to the baseline's median."""
+
+    written: ClassVar[frozenset[str]] = frozenset({"note", "baseline"})
+
+    contender: str
+    median: float
+    p10: float
+    p90: float
+    calls: int
+    ratio: float | None
+    note: str | None = None
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class LoadRow(Record):
+    """Seconds to load a contender and to end its first step, and bytes at the peak (None: the system keeps no count)."""
+
+    contender: str
+    load: float
+    ready: float
+    peak_bytes: int | None
+    private_bytes: int | None
+
+
+@dataclass(frozen=True)
+class BenchReport(Record):
+    """All of a benchmark: a table of speed for each batch size, and one of loading."""
+
+    written: ClassVar[frozenset[str]] = frozenset({"format", "load_batch", "weights_in_memory"})
+
+    command: str
+    model: BenchedModel
+    machine: MachineRecord
+    seconds: float
+    speed: dict[str, list[SpeedRow]]
+    load: list[LoadRow]
+    load_batch: int = 1
+    weights_in_memory: dict[str, str] = field(default_factory=dict)
+    format: str = BENCH_FORMAT
