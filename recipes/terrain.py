@@ -1,135 +1,243 @@
 """Quantize the terrain model of the PyPI package adaptive-terrain-diffusion and compare its height maps with full precision.
 
-    make terrain                       writes recipes/results/terrain.md, .json and .png
-    python recipes/terrain.py --maps 16 --samples 32 --passes 16      a smaller run
+    make terrain                                            writes recipes/results/terrain.md, .json and .png
+    python recipes/terrain.py --only '1-8/8 default.*'      measures the rows whose names match again
+    python recipes/terrain.py --every 8 --steps 1           a smaller run, on every eighth map
 
-The settings are uniform bits and, for each, bits chosen by measured errors within the same bit operations.
+A row that was measured is kept in the work directory, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import re
 import subprocess
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from terrain_figures import figures_of, write_results
+from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 UNIFORM = ("8/8", "6/6", "4/8", "4/4")
-BANDS = 4
+TOGETHER = 4
+"""Maps that are sampled at once: more don't fit into the processor's caches."""
+SEED = 1
+"""Seed of the maps. Their noise and difficulties are not those of the calibration."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: its name, what it is, and the options of `dqtool distill` or the name of a peer."""
+
+    steps: int
+    name: str
+    what: str
+    options: list[str] = field(default_factory=list)
+    bops_of: str | None = None
+    peer: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the row over all numbers of steps."""
+        return f"{self.steps}-{self.name}"
+
+    @property
+    def file(self) -> str:
+        """Stem of the row's files."""
+        return re.sub(r"[^A-Za-z0-9]+", "-", self.key)
+
+
+def rows_of(given: argparse.Namespace) -> list[Row]:
+    """Return all rows, those that matter most first."""
+    found = []
+    for steps in given.steps:
+        own = UNIFORM if steps == 1 else ("8/8", "4/8", "4/4")
+        found += [Row(steps, f"{bits} default", "as the defaults choose", ["--bits", bits, *UNTRAINED]) for bits in own]
+        found += [
+            Row(
+                steps, f"{bits} uniform", "the same bits in every layer", ["--bits", bits, "--protect", "0", *UNTRAINED]
+            )
+            for bits in own
+        ]
+        if steps > 1:
+            continue
+        corrected = ["--bits", "4/4", *UNTRAINED, "--correct-noise"]
+        found.append(Row(steps, "4/4 corrected", "as the defaults choose, predictions corrected", corrected))
+        if given.iters:
+            trained = ["--bits", "4/4", "--iters", str(given.iters), "--refine-iters", str(given.refine_iters)]
+            found.append(Row(steps, "4/4 trained", "as the defaults choose, trained", trained))
+        found += [Row(steps, peer, "", peer=peer) for peer in given.peers]
+        found += [
+            Row(
+                steps,
+                f"auto at {bits}",
+                f"--bits auto within the bit operations of uniform {bits}",
+                ["--bits", "auto", *UNTRAINED],
+                f"{steps}-{bits} uniform",
+            )
+            for bits in own
+        ]
+        found += [Row(steps, bits, "weights alone", ["--bits", bits, *UNTRAINED]) for bits in ("8/16", "4/16")]
+    return found
+
+
+UNTRAINED = ("--iters", "0", "--refine-iters", "0")
 
 
 def main() -> None:
-    """Convert, calibrate, quantize and measure for each number of steps; write the results."""
+    """Convert, calibrate, quantize and measure; write the results after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("results/terrain"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--maps", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--passes", type=int, default=32)
+    parser.add_argument("--every", type=int, default=1, help="draw every Nth map only, which takes less time")
+    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
+    parser.add_argument("--passes", type=int, default=16, help="backward passes that measure errors")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--bits", nargs="+", default=list(UNIFORM))
-    parser.add_argument("--iters", type=int, default=0, help="training iterations per block")
+    parser.add_argument("--iters", type=int, default=60, help="training iterations of a block in the trained row")
+    parser.add_argument("--refine-iters", type=int, default=60, help="training iterations over all blocks")
+    parser.add_argument(
+        "--peers", nargs="*", default=["onnxruntime static", "onnxruntime dynamic", "NNCF", "SDNQ 8", "SDNQ 4"]
+    )
+    parser.add_argument("--only", help="measure only the rows whose names match this pattern, whether measured or not")
     given = parser.parse_args()
-    check()
-    work: Path = given.work
-    work.mkdir(parents=True, exist_ok=True)
-    model = work / "model"
-    if not model.is_dir():
+    check(given.results)
+    given.work.mkdir(parents=True, exist_ok=True)
+    if not (given.work / "model").is_dir():
         from terrain_model import find_graph, write_pipeline
 
-        write_pipeline(find_graph(), model)
-    dqtool("dilate", model, "-o", work / "dilated.safetensors")
-    rows = [row for steps in given.steps for row in measure(given, work, steps)]
-    save(rows, given)
-    shutil.copy(work / rows[-1]["grid"], RESULTS / "terrain.png")
+        write_pipeline(find_graph(), given.work / "model")
+    dqtool("dilate", given.work / "model", "-o", given.work / "dilated.safetensors")
+    rows = rows_of(given)
+    for row in rows:
+        record = given.work / f"{row.file}.row.json"
+        wanted = not record.is_file() if given.only is None else re.fullmatch(given.only, row.key)
+        if wanted:
+            print(time.strftime("%H:%M:%S"), row.key, flush=True)
+            try:
+                found = measure(row, given)
+            except ImportError as error:
+                print(f"{row.key} is left out: {error}", file=sys.stderr)
+                continue
+            record.write_text(json.dumps(found, indent=1) + "\n")
+        write_results([*rows], given)
 
 
-def measure(given: argparse.Namespace, work: Path, steps: int) -> list[dict[str, Any]]:
-    """Return one row of figures for each setting at this number of steps."""
-    calibrated = work / f"calibrated-{steps}.safetensors"
-    samples = max(given.samples, steps)
-    dqtool("calibrate", work / "dilated.safetensors", "--steps", steps, "--samples", samples, "-o", calibrated)
-    rows = []
-    for bits in given.bits:
-        own = quantize(given, work, calibrated, f"{steps}-{bits.replace('/', '-')}", ["--bits", bits])
-        rows.append({"steps": steps, "bits": bits, **own})
-        limit = own["bops"] / 1e9
-        chosen = ["--bits", "auto", "--target-bops", f"{limit:.3f}", "--passes", str(given.passes)]
-        own = quantize(given, work, calibrated, f"{steps}-auto-{bits.replace('/', '-')}", chosen)
-        rows.append({"steps": steps, "bits": f"auto, bit operations of {bits}", **own})
-    return rows
+def measure(row: Row, given: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one row."""
+    calibrated = calibrate(row.steps, given)
+    start = time.process_time()
+    if row.peer is not None:
+        from terrain_peers import PEERS
 
-
-def quantize(given: argparse.Namespace, work: Path, calibrated: Path, name: str, options: list[str]) -> dict[str, Any]:
-    """Return the figures of one setting."""
-    distilled, report, maps = work / f"{name}.safetensors", work / f"{name}-eval.json", work / f"{name}.npz"
-    passes = ["--iters", given.iters, *(["--refine-iters", 0] if not given.iters else [])]
-    dqtool("distill", calibrated, *options, *passes, "-o", distilled)
-    metrics = ["--metrics", "similarity,cost", "--samples", given.maps, "--save-samples", maps]
-    dqtool("eval", distilled, *metrics, "-o", report, "--grid", work / f"{name}.png")
-    found = json.loads(report.read_text())["metrics"]
-    from dqtool.artifacts import read_manifest
-    from dqtool.core.cost import bops
-
+        peer = PEERS[row.peer](given.work, calibrated)
+        about = {"what": peer.what, "bytes": peer.bytes}
+        maps = sample(peer.network, row.steps, given)
+    else:
+        about = {"what": row.what, **quantize(row, calibrated, given)}
+        maps = sample(load_distilled(given.work / f"{row.file}.safetensors"), row.steps, given)
+    torch.save(maps, given.work / f"{row.file}.maps.pt")
+    figures = figures_of(maps, full_precision(row.steps, given))
     return {
-        "grid": f"{name}.png",
-        "psnr": found["psnr"]["mean"],
-        "megabytes": distilled.stat().st_size / 1e6,
-        "bops": bops(read_manifest(distilled).layers),
-        **figures_of_maps(maps),
-        "command": " ".join(map(str, ["dqtool distill", *options, *passes])),
+        "steps": row.steps,
+        "name": row.name,
+        **about,
+        "every": given.every,
+        **figures,
+        "cpu_seconds": time.process_time() - start,
     }
 
 
-def figures_of_maps(path: Path) -> dict[str, Any]:
-    """Return height range, mean slope and power by band of frequency of the maps in an npz file."""
-    import numpy as np
-
-    with np.load(path) as archive:
-        maps = torch.from_numpy(np.asarray(archive["arr_0"], dtype="float32"))
-    maps = maps[..., 0] / 127.5 - 1  # grey: three equal channels
-    slope = torch.stack([torch.diff(maps, dim=dim).abs().mean() for dim in (1, 2)]).mean()
-    power = torch.fft.rfft2(maps).abs().square().mean(0)
-    rows, columns = torch.fft.fftfreq(maps.shape[1]), torch.fft.rfftfreq(maps.shape[2])
-    radius = (rows[:, None].square() + columns.square()).sqrt() * 2
-    edges = torch.logspace(-BANDS + 1, 0, BANDS, base=2).tolist()
-    bands = []
-    low = 0.0
-    for edge in edges:
-        bands.append(float(power[(radius > low) & (radius <= edge)].mean()))
-        low = edge
-    return {"height": [float(maps.min()), float(maps.max())], "slope": float(slope), "spectrum": bands}
+def calibrate(steps: int, given: argparse.Namespace) -> Path:
+    """Return the path of the calibrated artifact for this number of steps."""
+    calibrated = given.work / f"calibrated-{steps}.safetensors"
+    samples = max(given.samples, steps)
+    dqtool("calibrate", given.work / "dilated.safetensors", "--steps", steps, "--samples", samples, "-o", calibrated)
+    return calibrated
 
 
-def check() -> None:
+def quantize(row: Row, calibrated: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Distill one setting; return its bytes, bit operations and command."""
+    distilled = given.work / f"{row.file}.safetensors"
+    options = [*row.options, "--passes", str(given.passes)]
+    if row.bops_of is not None:
+        limit = json.loads((given.work / f"{Row(0, row.bops_of, '').file[2:]}.row.json").read_text())["bops"]
+        options += ["--target-bops", f"{limit / 1e9:.6f}"]
+    dqtool("distill", calibrated, *options, "-o", distilled)
+    from dqtool.artifacts import read_manifest
+    from dqtool.core.cost import bops
+
+    manifest = json.loads(distilled.with_suffix(".json").read_text())
+
+    found = {
+        "bytes": distilled.stat().st_size,
+        "bops": bops(read_manifest(distilled).layers),
+        "command": " ".join(["dqtool distill", *options]),
+    }
+    if "protected" in manifest["metrics"]:
+        found["protected"] = {k: v for k, v in manifest["metrics"]["protected"].items() if k != "keep"}
+    if "training_cpu_seconds" in manifest["metrics"]:
+        found["training_cpu_seconds"] = manifest["metrics"]["training_cpu_seconds"]
+    return found
+
+
+def load_distilled(path: Path) -> nn.Module:
+    """Return the quantized network of an artifact."""
+    from dqtool.artifacts import open_artifact
+    from dqtool.stages.eval import network_of_artifact
+
+    return network_of_artifact(open_artifact(str(path), ["distill"]), "simulate")
+
+
+def full_precision(steps: int, given: argparse.Namespace) -> Tensor:
+    """Return the height maps of the network in full precision, `[N, 1, 128, 128]`."""
+    whole = given.work / f"full-{steps}-{given.maps}-1.pt"
+    if whole.is_file():
+        all_maps: Tensor = torch.load(whole)
+        return all_maps[:: given.every]
+    path = given.work / f"full-{steps}-{given.maps}-{given.every}.pt"
+    if not path.is_file():
+        from dqtool.artifacts import open_artifact
+        from dqtool.stages.shared.artifact_models import teacher_of
+
+        artifact = open_artifact(str(calibrate(steps, given)), ["calibrate"])
+        torch.save(sample(teacher_of(artifact.manifest, artifact.tensors()), steps, given), path)
+    found: Tensor = torch.load(path)
+    return found
+
+
+def sample(network: nn.Module, steps: int, given: argparse.Namespace) -> Tensor:
+    """Return the height maps that a network draws, `[N, 1, 128, 128]`: the same noise and difficulties for all."""
+    from dqtool import report
+    from dqtool.artifacts import open_artifact
+    from dqtool.models.sampling.sampler import IMAGES, image_seeds, initial_noise
+    from dqtool.stages.evaluation.images import maker_of_artifact
+
+    artifact = open_artifact(str(given.work / f"calibrated-{steps}.safetensors"), ["calibrate"])
+    maker = maker_of_artifact(artifact, given.maps, SEED)
+    indices, found = range(0, given.maps, given.every), []
+    with report.progress("maps", len(indices), "map") as progress, torch.no_grad():
+        for start in range(0, len(indices), TOGETHER):
+            part = indices[start : start + TOGETHER]
+            labels = [maker.conditions.given(i, i + 1) for i in part]
+            conditions = {name: torch.cat([each[name] for each in labels]) for name in labels[0]}
+            noise = initial_noise(maker.shape, part, SEED, IMAGES)
+            found.append(maker.sampler.run(network, noise, conditions, image_seeds(part, SEED, IMAGES)))
+            progress.advance(len(part))
+    return torch.cat(found).clamp(-1, 1)
+
+
+def check(results: Path) -> None:
     """Refuse, before any work, to replace results that are not this script's."""
     from dqtool.artifacts.outputs import check_results
 
-    check_results(RESULTS / "terrain.json", [RESULTS / "terrain.md"])
-
-
-def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """Write the rows as JSON and as a table."""
-    size = f"{given.maps} maps, {given.samples} calibration samples, {given.passes} passes, {given.iters} iterations"
-    (RESULTS / "terrain.json").write_text(
-        json.dumps({"format": "dqtool-result/1", "size": size, "rows": rows}, indent=1) + "\n"
-    )
-    lines = [
-        "# Terrain: a consistency model that others trained",
-        "",
-        f"`make terrain`: {size}. PSNR to full precision of the same seeds.",
-        "",
-        "| steps | bits | PSNR, dB | MB | giga bit operations | slope |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = (row["steps"], row["bits"], f"{row['psnr']:.1f}", f"{row['megabytes']:.2f}", f"{row['bops'] / 1e9:.0f}")
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['slope']:.4f} |")
-    (RESULTS / "terrain.md").write_text("\n".join(lines) + "\n")
+    check_results(results / "terrain.json", [results / "terrain.md"])
 
 
 def dqtool(*arguments: object) -> None:

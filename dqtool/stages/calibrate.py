@@ -17,7 +17,15 @@ from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.sampling.schedules import finite_config
-from dqtool.stages.options.calibrate import AUTO, KEEP, STRATIFIED, CalibrateOptions, schedule_of
+from dqtool.stages.options.calibrate import (
+    AUTO,
+    KEEP,
+    STEPS,
+    STRATIFIED,
+    CalibrateOptions,
+    schedule_of,
+    with_steps,
+)
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
 
@@ -49,15 +57,12 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
         UsageError: fewer samples than steps, no conditions, or guidance or prompts for a model that knows none.
         NumericError: the model's own samples are not finite, or the scaled network's output is not the original's.
     """
-    if options.timesteps is not None:
-        options = replace(options, steps=len(schedule_of(options).timesteps or ()))
-    if options.samples < options.steps:
-        raise UsageError(
-            f"{options.samples} samples can't cover {options.steps} steps",
-            where="--samples",
-            fix="Give at least one sample per step; 50 and more a step is usual",
-        )
+    if options.steps is not None or options.timesteps is not None:
+        options = with_steps(options, None)
+        check_samples(options)
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
+    options = with_steps(options, (dilated.manifest.pipeline or PipelineRecord()).scheduler)
+    check_samples(options)
     if settings.dry_run:
         _check_conditions(dilated, options)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
@@ -87,12 +92,23 @@ def _check_conditions(dilated: Artifact, options: CalibrateOptions) -> None:
     ConditionSource.of(options).check_there(family, config, companions_of_artifact(dilated))
 
 
+def check_samples(options: CalibrateOptions) -> None:
+    """Raise `UsageError` for fewer samples than steps."""
+    assert options.steps is not None
+    if options.samples < options.steps:
+        raise UsageError(
+            f"{options.samples} samples can't cover {options.steps} steps",
+            where="--samples",
+            fix="Give at least one sample per step; 50 and more a step is usual",
+        )
+
+
 def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | None = None) -> dict[str, Json]:
     """Return all parameters that decide the result; `prompts` are those of the options' file (None: it is read)."""
     if prompts is None and options.prompts is not None:
         prompts = read_prompts(options.prompts)
     parameters: dict[str, Json] = {
-        "steps": options.steps,
+        "steps": options.steps or STEPS,
         "sampler": options.sampler,
         "samples": options.samples,
         "seed": options.seed,
@@ -140,6 +156,7 @@ def produce(
     manifest = dilated.manifest
     family, config = network_of(manifest.network)
     tensors = checked_tensors(dilated)
+    assert options.steps is not None
     choices = schedule_of(options)
     pipeline = manifest.pipeline or PipelineRecord()
     scheduler = make_sampler(pipeline.scheduler or family.scheduler, options.sampler, choices)

@@ -107,9 +107,10 @@ def _effort_values(options: Any, stage: str) -> dict[str, Any]:
     if stage == "export":
         return {}
     if options.effort == "fast":
+        if stage == "calibrate":
+            return {"samples": max(256, 8 * _steps(options))}
         return {
             "dilate": {},
-            "calibrate": {"samples": max(256, 8 * options.steps)},
             "distill": {
                 "method": "ptq",
                 "correct_noise": _correction_is_cheap(options) if stage == "distill" else None,
@@ -148,6 +149,15 @@ def _correction_is_cheap(options: Any) -> bool | None:
         return None
     weights = sum(prod(entry["shape"]) for entry in _source(options).tensor_entries().values())
     return True if weights < LARGE else None
+
+
+def _steps(options: Any) -> int:
+    """Return the number of sampling steps, that of the model's own sampler where none was given."""
+    from dqtool.stages.options.calibrate import with_steps
+
+    calibrate = make_options("calibrate", stage_values(options, "calibrate"))
+    given = calibrate.steps is not None or calibrate.timesteps is not None
+    return with_steps(calibrate, None if given else _source(options).scheduler).steps or 1
 
 
 def _source(options: Any) -> ModelSource:

@@ -11,6 +11,7 @@ from dqtool.artifacts import open_artifact
 from dqtool.models.networks.packed import layer_infos
 from dqtool.nn.statistics import BINS
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
+from dqtool.stages.options.calibrate import with_steps
 from dqtool.stages.shared.settings import RunSettings
 
 
@@ -102,3 +103,21 @@ def test_a_draw_decides_about_training_points_and_statistics_cover_every_step(
 
 def test_a_stratified_draw_is_no_parameter(made: Path) -> None:
     assert "draw" not in open_artifact(made / "calibrated.safetensors").manifest.parameters.as_read
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler", "steps"),
+    [
+        ({"_class_name": "CMStochasticIterativeScheduler"}, None, 1),
+        ({"_class_name": "LCMScheduler"}, None, 4),
+        ({"_class_name": "DDPMScheduler"}, "lcm", 4),
+        ({"_class_name": "DDPMScheduler"}, None, 20),
+        (None, None, 20),
+    ],
+)
+def test_steps_are_those_that_the_sampler_is_made_for(
+    scheduler: dict[str, str] | None, sampler: str | None, steps: int
+) -> None:
+    assert with_steps(CalibrateOptions(sampler=sampler), scheduler).steps == steps
+    assert with_steps(CalibrateOptions(sampler=sampler, steps=7), scheduler).steps == 7
+    assert with_steps(CalibrateOptions(sampler=sampler, timesteps="900,100"), scheduler).steps == 2

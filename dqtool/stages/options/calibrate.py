@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.errors import UsageError
@@ -24,9 +25,14 @@ from dqtool.stages.options.shared import (
 if TYPE_CHECKING:
     from dqtool.models.sampling.schedulers import SchedulerChoices
 
-__all__ = ["CalibrateOptions", "schedule_of"]
+__all__ = ["CalibrateOptions", "schedule_of", "with_steps"]
 
 STRATIFIED = "stratified"
+
+STEPS = 20
+"""Default number of sampling steps."""
+STEPS_OF = {"CMStochasticIterativeScheduler": 1, "LCMScheduler": 4, "FlowMatchLCMScheduler": 4, "TCDScheduler": 4}
+"""Default for the schedulers of networks that were trained for few steps, by class name."""
 
 KEEP, AUTO = "keep", "auto"
 WITHOUT_IMPORTS = (KEEP, AUTO, "none")
@@ -40,8 +46,15 @@ class CalibrateOptions:
     artifact: Annotated[str | None, ARTIFACT] = None
     output: Annotated[str, OUTPUT] = "calibrated.safetensors"
     steps: Annotated[
-        int, Option("Sampling steps of the quantized model. Give the number you will sample with.", "N", least=1)
-    ] = 20
+        int | None,
+        Option(
+            "Sampling steps of the quantized model. Give the number you will sample with. Default: 20; 1 for consistency "
+            "models and 4 for latent consistency models.",
+            "N",
+            least=1,
+            show_default=False,
+        ),
+    ] = None
     sampler: Annotated[
         str | None,
         Option(
@@ -143,6 +156,17 @@ class CalibrateOptions:
     def layer_bits(self) -> LayerBits:
         """Parsed `bits`."""
         return parse_bits(self.bits)
+
+
+def with_steps(options: CalibrateOptions, scheduler: Mapping[str, Any] | None) -> CalibrateOptions:
+    """Return the options with the number of steps filled in; `scheduler` is the config of the pipeline's own."""
+    from dqtool.models.sampling.schedulers import scheduler_class
+
+    if options.timesteps is not None:
+        return replace(options, steps=len(schedule_of(options).timesteps or ()))
+    if options.steps is not None:
+        return options
+    return replace(options, steps=STEPS_OF.get(scheduler_class(scheduler, options.sampler), STEPS))
 
 
 def schedule_of(options: CalibrateOptions) -> SchedulerChoices:

@@ -43,6 +43,7 @@ def estimate(
         packed: bytes of the quantized network.
     """
     from dqtool.core.device import resolve_device
+    from dqtool.stages.options.calibrate import with_steps
     from dqtool.stages.options.distill import corrects_predictions, method_and_options
 
     source = make_options("dilate", stages["dilate"]).source()
@@ -52,8 +53,9 @@ def estimate(
     distill = make_options("distill", stages["distill"])
     _, recipe = method_and_options(distill)
     guided = 2 if source.class_name != "UNet2DModel" else 1
-    images = -(-calibrate.samples // calibrate.steps)
-    steps = calibrate.steps * guided
+    calls = with_steps(calibrate, source.scheduler).steps or 1
+    images = -(-calibrate.samples // calls)
+    steps = calls * guided
     trained = getattr(recipe, "iters", 0) * recipe.batch_size if hasattr(recipe, "batch_size") else 0
     refined = getattr(recipe, "refine_iters", 0) * getattr(recipe, "refine_batch_size", 0)
     corrected = 64 * steps * (1 + SIMULATED) if corrects_predictions(distill) else 0
