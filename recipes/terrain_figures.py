@@ -71,7 +71,13 @@ def write_results(rows: Sequence[Any], given: argparse.Namespace) -> None:
         record = given.work / f"{row.file}.row.json"
         if record.is_file():
             found.append(json.loads(record.read_text()))
-    about = {"format": "dqtool-result/1", "calibration_samples": given.samples, "passes": given.passes}
+    about = {
+        "format": "dqtool-result/1",
+        "title": "Terrain: a consistency model that others trained",
+        "command": "make terrain",
+        "calibration_samples": given.samples,
+        "passes": given.passes,
+    }
     (given.results / "terrain.json").write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
     lines = [
         "# Terrain: a consistency model that others trained",
