@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from dqtool import stopping
+
 if TYPE_CHECKING:
     from dqtool.errors import EnvironmentFault
 
@@ -35,7 +37,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        _end_on_sigterm()
+        stopping.watch()
         _share_processors()
         if not debug:
             _silence_libraries()
@@ -52,29 +54,16 @@ def main() -> int:
         _discard_standard_output()
         return 0
     except KeyboardInterrupt as stop:
-        terminated = type(stop).__name__ == "Terminated"
-        _print_fault(arguments, f"{'terminated' if terminated else 'interrupted'}; {_what_is_kept()}")
-        return TERMINATED if terminated else INTERRUPTED
+        return _stopped(arguments, type(stop))
     except Exception as error:
-        return _fail(arguments, error, debug)
+        asked = stopping.asked()  # a library may raise an error of its own where a signal interrupts it
+        return _fail(arguments, error, debug) if asked is None else _stopped(arguments, asked)
 
 
-def _end_on_sigterm() -> None:
-    """Raise `Terminated` in the main thread on SIGTERM, so that the stage at hand sweeps and stops as on Ctrl-C. Further
-    signals are ignored: a second one must not break the sweep. A process started with SIGTERM ignored keeps ignoring it."""
-    import signal
-
-    def stop(_signal: int, _frame: object) -> None:
-        from dqtool.errors import Terminated
-
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    try:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread: dqtool runs inside another program, which decides
-        return
+def _stopped(arguments: list[str], stop: type[KeyboardInterrupt]) -> int:
+    terminated = issubclass(stop, stopping.Terminated)
+    _print_fault(arguments, f"{'terminated' if terminated else 'interrupted'}; {_what_is_kept()}")
+    return TERMINATED if terminated else INTERRUPTED
 
 
 def _share_processors() -> None:

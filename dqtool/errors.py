@@ -12,7 +12,6 @@ __all__ = [
     "DqtoolWarning",
     "EnvironmentFault",
     "NumericError",
-    "Terminated",
     "UsageError",
     "plain",
     "shown",
@@ -67,10 +66,6 @@ class NumericError(DqtoolError):
     """A number is NaN or infinite, or a computation diverged (exit code 5)."""
 
     exit_code = 5
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end by SIGTERM, as schedulers and containers do (exit code 143). Handled like an interrupt."""
 
 
 class DqtoolWarning(UserWarning):

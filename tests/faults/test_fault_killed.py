@@ -129,3 +129,45 @@ def test_sigterm_is_left_to_a_program_that_ignores_it() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert found.stdout.endswith("alive\n"), found.stderr
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_that_a_library_turns_into_an_error_of_its_own_still_ends_the_command(name: str, code: int) -> None:
+    script = f"""
+import os, signal, sys
+import dqtool.cli
+def invoke(arguments):
+    try:
+        os.kill(os.getpid(), signal.{name})
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape of object type")
+dqtool.cli.invoke = invoke
+sys.argv = ["dqtool", "calibrate"]
+from dqtool.__main__ import main
+sys.exit(main())
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=False)
+    assert found.returncode == code, found.stderr
+    assert "bug" not in found.stderr
+
+
+def test_a_signal_that_a_library_swallows_ends_the_command_at_its_next_piece(tmp_path: Path) -> None:
+    script = f"""
+import contextlib, os, signal, sys
+import torch
+import dqtool.cli
+from dqtool.artifacts.workspace import Workspace
+def invoke(arguments):
+    work = Workspace({str(tmp_path / "x.safetensors")!r}, "print")
+    work.save("first", {{"a": torch.zeros(1)}})
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    work.save("second", {{"a": torch.zeros(1)}})
+dqtool.cli.invoke = invoke
+sys.argv = ["dqtool", "calibrate"]
+from dqtool.__main__ import main
+sys.exit(main())
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=False)
+    assert found.returncode == 143, found.stderr
+    assert "1 finished pieces are kept" in found.stderr
