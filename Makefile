@@ -127,6 +127,16 @@ same-integers: setup
 quality-paths: setup
 	$(BIN)/python recipes/quality_paths.py
 
+# Runs every stage and engine on a tiny network of each of diffusers' denoiser classes, and writes recipes/results/classes.md.
+# It takes ten minutes on two idle cores. CLASSES="NAME ..." runs some and replaces their rows.
+classes: setup
+	$(BIN)/python tests/classes/class_table.py $(CLASSES)
+
+# Runs diffusers' own test mixins on dqtool's networks, and writes recipes/results/mixins.md.
+# DIFFUSERS is a checkout of its repository.
+mixins: setup
+	$(BIN)/python tests/mixins/run_mixins.py $(DIFFUSERS)
+
 # Quantizes a consistency model from PyPI at uniform and at chosen bits, and writes recipes/results/terrain.md.
 terrain: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[terrain]"

@@ -37,6 +37,8 @@ COMMANDS = {
     "full-size": "make full-size",
     "same-integers": "make same-integers",
     "fuzz": "make fuzz",
+    "classes": "make classes",
+    "mixins": "make mixins DIFFUSERS=path/to/checkout",
 }
 """Commands of results that do not record their own."""
 

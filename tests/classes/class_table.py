@@ -181,18 +181,21 @@ def same(found: Tensor, expected: Tensor | None, tolerance: float = CLOSE) -> bo
     return True
 
 
-def worse(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return what a new row lost against an old one."""
+def worse(
+    old: Mapping[str, Any], new: Mapping[str, Any], without: Sequence[str] = (), bits: Sequence[str] = BITS
+) -> list[str]:
+    """Return what a new row lost against an old one, but for the stages in `without`, which did not run."""
     lost = [
         f"{new['class']}: {stage}: {new['stages'].get(stage, 'not reached')}"
         for stage, found in old["stages"].items()
-        if found == "yes" and new["stages"].get(stage) != "yes"
+        if found == "yes" and new["stages"].get(stage) != "yes" and stage not in without
     ]
     if new["attention"][0] < old["attention"][0]:
         lost.append(f"{new['class']}: {new['attention'][0]} attentions in integers, {old['attention'][0]} before")
-    for bits, error in old["errors"].items():
-        if new["errors"].get(bits, 1e9) > 1.5 * error + 0.005:
-            lost.append(f"{new['class']}: the error at {bits} is {new['errors'].get(bits)}, {error} before")
+    for each in bits:
+        error = old["errors"].get(each)
+        if error is not None and new["errors"].get(each, 1e9) > 1.5 * error + 0.005:
+            lost.append(f"{new['class']}: the error at {each} is {new['errors'].get(each)}, {error} before")
     return lost
 
 

@@ -97,7 +97,8 @@ def write(rows: list[dict[str, str]], version: str, path: Path) -> int:
     for row in rows:
         row["why"] = reason_of(row) or "" if row["outcome"] == "failed" else ""
     path.with_suffix(".json").write_text(
-        json.dumps({"command": "make mixins DIFFUSERS=path/to/checkout", "diffusers": version, "tests": rows}, indent=1) + "\n"
+        json.dumps({"command": "make mixins DIFFUSERS=path/to/checkout", "diffusers": version, "tests": rows}, indent=1)
+        + "\n"
     )
     groups = sorted({(row["suite"], row["class"]) for row in rows})
     lines = [

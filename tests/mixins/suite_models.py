@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import pytest
@@ -28,8 +28,7 @@ class DqtoolMixin(QuantizationTesterMixin):
 
     kind: str
     component = "transformer"
-    sharded_serialization_config: dict[str, Any] = {}
-    modules_to_not_convert = ["to_out"]
+    sharded_serialization_config: ClassVar[dict[str, Any]] = {}
 
     @property
     def pretrained_model_name_or_path(self) -> str:
@@ -80,7 +79,7 @@ class DqtoolMixin(QuantizationTesterMixin):
         self._test_keep_modules_in_fp32({})
 
     def test_modules_to_not_convert(self) -> None:
-        self._test_quantization_modules_to_not_convert({}, self.modules_to_not_convert)
+        self._test_quantization_modules_to_not_convert({}, ["to_out"])
 
     def test_device_map(self) -> None:
         self._test_quantization_device_map({})

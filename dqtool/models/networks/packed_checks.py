@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dqtool.core.rotation import fitting_sizes
 from dqtool.errors import ArtifactError, NumericError
+from dqtool.graph.attention import is_attention
 from dqtool.nn.assignment import largest_rank
 
 if TYPE_CHECKING:
@@ -65,7 +66,11 @@ def check_layers(network: nn.Module, layers: Sequence[LayerInfo], blocks: Iterab
                 f"The manifest says that '{info.name}' is a {info.kind} of shape {list(info.shape)}, and it is a "
                 f"{type(module).__name__}" + (f" of {list(shape)}" if shape else "")
             )
-        own = {"heads": getattr(module, "heads", 0)} if kind is None else {"groups": getattr(module, "groups", 1)}
+        own: dict[str, Any] = {}
+        if kind is not None:
+            own["groups"] = getattr(module, "groups", 1)
+        elif is_attention(module):  # a module of another kind does not say
+            own["heads"] = getattr(module, "heads", 0)
         own |= {} if kind is None else {"bias": getattr(module, "bias", None) is not None}
         for key, value in own.items():
             if getattr(info, key) != value:
