@@ -210,7 +210,8 @@ def write_table(rows: list[Mapping[str, Any]], path: Path) -> None:
         f"`make classes`: {len(rows)} classes through every stage and engine. Classes without an adapter run with "
         "`--family generic` and an `--example`. The error is that of the output, relative to the float network, for "
         "two calibration samples of every step, without training. An engine passes if its output is "
-        f"within {CLOSE:.0%} of `simulate`'s. Random weights show that a class runs, not how good its images are.",
+        f"within {CLOSE:.0%} of `simulate`'s. Random weights show that a class runs, not how good its images are. A dash "
+        "stands for what was not run.",
         "",
         f"| class | {' | '.join(STAGES)} | error at 8/8 | error at 4/8 | attention in integers | notes |",
         f"| {' | '.join(['---'] * (len(STAGES) + 5))} |",
