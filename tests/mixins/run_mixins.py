@@ -29,7 +29,7 @@ KINDS = {"sd": "unet", "pixart": "transformer", "sd3": "transformer", "flux": "t
 """Pipelines of `tests/families.py`, with the name of their network."""
 
 REASONS: dict[str, str] = {}
-"""Why a test fails, by a pattern of its name or message."""
+"""Reasons of failures, by a pattern of the name and message of the test."""
 
 
 def prepare(area: Path) -> None:

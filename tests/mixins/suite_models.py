@@ -24,7 +24,7 @@ AREA = Path(os.environ["DQTOOL_MIXINS"])
 
 
 class DqtoolMixin(QuantizationTesterMixin):
-    """What the mixin leaves to a backend; `kind` is the pipeline that holds the network."""
+    """The parts of the mixin that a backend supplies; `kind` is the pipeline that holds the network."""
 
     kind: str
     component = "transformer"

@@ -19,7 +19,7 @@ AREA = Path(os.environ["DQTOOL_MIXINS"])
 
 
 class DqtoolPipeline(PipelineTesterMixin):
-    """What the mixin leaves to a pipeline; `kind` names it."""
+    """The parts of the mixin that a pipeline supplies; `kind` names it."""
 
     kind: str
     size = 16
