@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline same-integers quality-paths table-correction lsq-points terrain soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
 
 setup: $(VENV)/.done
 
@@ -141,6 +141,11 @@ mixins: setup
 terrain: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[terrain]"
 	$(BIN)/python recipes/terrain.py $(ARGS)
+
+# Compares low-rank branches and rotated inputs on the terrain model and digits-ddpm, and writes recipes/results/tails.md.
+tails: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[terrain]"
+	$(BIN)/python recipes/tails.py $(ARGS)
 
 # Kills and disturbs all stages at random times, and writes recipes/results/soak.md (an hour or more). Goes on from the counts there: remove them to begin anew.
 soak: setup

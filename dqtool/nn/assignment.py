@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from dqtool.core.affine import SYMMETRIC_BITS
 from dqtool.core.bits import Bits, LayerBits
 from dqtool.core.quantization import NONSTANDARD, QuantizationSpec
+from dqtool.errors import UsageError
 from dqtool.graph.roles import Roles
 from dqtool.graph.trace import LayerInfo
 
-__all__ = ["LayerPlan", "apply_preset", "assign_bits", "largest_rank", "with_branches"]
+__all__ = ["LayerPlan", "apply_preset", "assign_bits", "largest_rank", "require_branches", "with_branches"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,24 @@ def with_branches(plans: Iterable[LayerPlan], rank: int) -> list[LayerPlan]:
     none.
     """
     return [replace(plan, low_rank=rank if 0 < rank < largest_rank(plan) else 0) for plan in plans]
+
+
+def require_branches(plans: Iterable[LayerPlan], rank: int) -> None:
+    """Check that a rank that was asked for gave some layer a branch.
+
+    Raises:
+        UsageError: it gave none.
+    """
+    plans = list(plans)
+    if rank and not any(plan.low_rank for plan in plans):
+        most = max(map(largest_rank, plans), default=0) - 1
+        raise UsageError(
+            f"No layer can have a branch of rank {rank}",
+            where="--low-rank",
+            fix=f"Give at most {most}"
+            if most > 0
+            else "Give --bits whose weights have fewer than 8 bits, or leave it out",
+        )
 
 
 def largest_rank(plan: LayerPlan) -> int:

@@ -17,6 +17,9 @@ __all__ = ["attach_low_rank", "split_weight"]
 ROUNDS = 4
 """Times that the branch is fitted to what rounding leaves; the best fit is kept."""
 
+CANDIDATES = 20
+"""Shrink factors tried for the range of a residual: fewer than its quantizer gets, the same in every round."""
+
 
 def attach_low_rank(network: nn.Module, plans: Iterable[LayerPlan]) -> None:
     """Give the planned layers their branches, in place: their weights become the residuals that are quantized."""
@@ -66,7 +69,7 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(residual: Tensor, bits: int) -> Tensor:
-    scale, zero_point = search_weight(residual, bits, symmetric=False)
+    scale, zero_point = search_weight(residual, bits, symmetric=False, candidates=CANDIDATES)
     return fake_quantize(residual, scale[:, None], zero_point[:, None], bits, 0)
 
 

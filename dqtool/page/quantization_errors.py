@@ -17,6 +17,7 @@ from dqtool.core.packing import unpack
 from dqtool.core.quantization_error import error_parts, histogram_error
 from dqtool.models.networks.checked_artifacts import checked_tensors
 from dqtool.nn.attention import OPERANDS
+from dqtool.nn.branch import BRANCH, LowRankBranch
 from dqtool.page.results import Result
 
 __all__ = ["Errors", "Parts", "quantization_errors"]
@@ -82,7 +83,8 @@ def quantization_errors(result: Result) -> Errors:
             reference = known[f"{name}.weight"]
             if moved is not None:
                 reference = reference * broadcast_scale(moved, reference, layer.groups)
-            weights[name] = _weight_error(packed, reference, name, widths.weight, name in producers)
+            branch = _branch_weight(packed, name)
+            weights[name] = _weight_error(packed, reference, name, widths.weight, name in producers, branch)
         mean = 1.0 if moved is None else float(moved.log().mean().exp())
         parts = _activation_errors(packed, known, name, f"{name}.input", widths.input, 0, 0, steps, 1 / mean)
         if parts is not None:
@@ -90,8 +92,17 @@ def quantization_errors(result: Result) -> Errors:
     return Errors(known["timesteps"].tolist(), weights, activations)
 
 
-def _weight_error(packed: Mapping[str, Tensor], reference: Tensor, name: str, bits: int, is_producer: bool) -> Parts:
-    rows = reference.float().flatten(1)
+def _branch_weight(packed: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return the part of a layer's weight that its low-rank branch holds, in the units of the quantized part; None without one."""
+    down, up = (packed.get(f"{name}.{BRANCH}.{key}") for key in ("down", "up"))
+    return None if down is None or up is None else LowRankBranch(down, up).weight(packed.get(f"{name}.dilation"))
+
+
+def _weight_error(
+    packed: Mapping[str, Tensor], reference: Tensor, name: str, bits: int, is_producer: bool, branch: Tensor | None
+) -> Parts:
+    whole = reference.float().flatten(1)
+    rows = whole if branch is None else whole - branch.flatten(1)
     scale = packed[f"{name}.weight_scale"].float()
     centre = torch.full_like(scale, 2 ** (bits - 1))
     zero_point = packed.get(f"{name}.weight_zero_point", centre).to(scale.dtype)
@@ -100,7 +111,7 @@ def _weight_error(packed: Mapping[str, Tensor], reference: Tensor, name: str, bi
         # Another layer's dilation was folded into the scales of these rows. Scales fitted to the weights are without it.
         fitted = (codes * rows).sum(1) / codes.square().sum(1)
         scale = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale)
-    power = float(rows.double().square().sum())
+    power = float(whole.double().square().sum())
     total = float((codes * scale[:, None] - rows).double().square().sum())
     clipping, rounding = error_parts(rows, scale[:, None], zero_point[:, None], bits, lowest_code(bits, symmetric=True))
     return _parts(float(clipping.double().sum()), float(rounding.double().sum()), total, power)

@@ -164,7 +164,7 @@ def produce(
     from dqtool.models.networks.recorded_graph import graph_of
     from dqtool.models.sampling.fitted import FITTED, fitted_with
     from dqtool.models.sampling.sampler import Sampler
-    from dqtool.nn.assignment import assign_bits, with_branches
+    from dqtool.nn.assignment import assign_bits, require_branches, with_branches
     from dqtool.nn.surgery import packed_state
     from dqtool.scaling.folding import fold_packed
     from dqtool.scaling.learning import learn_scaling
@@ -185,6 +185,7 @@ def produce(
     start = time.perf_counter()
     plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])
     plans = with_branches(plans, options.low_rank)
+    require_branches(plans, options.low_rank)
     student = student_of(manifest, tensors, plans, options.static)
     shifts = learn_scaling(manifest, student)
     report.say(

@@ -14,8 +14,9 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.cost import bops
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.quantization import QuantizationSpec
+from dqtool.errors import UsageError
 from dqtool.graph.trace import LayerInfo
-from dqtool.nn.assignment import LayerPlan, assign_bits, with_branches
+from dqtool.nn.assignment import LayerPlan, assign_bits, require_branches, with_branches
 from dqtool.nn.branch import LowRankBranch, merge_branches
 from dqtool.nn.layers import FakeQuantLayer, packed_layer, packed_shapes
 from dqtool.nn.low_rank import attach_low_rank, split_weight
@@ -126,6 +127,15 @@ def test_branches_stand_beside_low_bit_products_that_are_wide_enough() -> None:
     plans = with_branches(assign_bits(layers, QuantizationSpec.parse("4/4")), 8)
     assert {plan.info.name: plan.low_rank for plan in plans if plan.low_rank} == {"wide": 8}
     assert all(plan.low_rank == 0 for plan in with_branches(plans, 0))
+
+
+def test_a_rank_that_no_layer_can_have_is_refused() -> None:
+    layers = [LayerInfo("wide", "conv2d", (32, 16, 3, 3), 100)]
+    for bits, rank, fix in (("4/4", 32, "at most 31"), ("8/8", 4, "fewer than 8 bits")):
+        plans = with_branches(assign_bits(layers, QuantizationSpec.parse(bits)), rank)
+        with pytest.raises(UsageError, match=fix):
+            require_branches(plans, rank)
+    require_branches(plans, 0)
 
 
 def test_bit_operations_count_the_branch() -> None:

@@ -160,6 +160,20 @@ def test_size_cost_and_manifest_count_the_branches(exported: Path, run: Run) -> 
     assert plan["work"]["bops"] == note["metrics"]["bops"]
 
 
+def test_reported_weight_errors_are_those_of_residual_and_branch(exported: Path) -> None:
+    from dqtool.artifacts import read_manifest
+    from dqtool.page.quantization_errors import quantization_errors
+    from dqtool.page.results import Result
+
+    chain = {stage: exported / f"{stage}.safetensors" for stage in ("calibrated", "distilled")}
+    stages = {"calibrate": chain["calibrated"], "distill": chain["distilled"]}
+    manifest = read_manifest(str(chain["distilled"]))
+    found = quantization_errors(Result("cell", chain["distilled"], manifest, stages))
+    ranked = {layer.name for layer in manifest.layers if layer.low_rank}
+    assert len(ranked) > 10
+    assert all(found.weights[name].total < 0.02 for name in ranked)
+
+
 def test_dense_exports_and_dequantized_networks_hold_the_branch(exported: Path) -> None:
     packed = dqtool.load(str(exported / "exported"), "simulate")
     dense = dqtool.load(str(exported / "dense"), "simulate")

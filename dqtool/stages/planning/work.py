@@ -42,7 +42,7 @@ def calibrate_work(execution: Execution, _: Any) -> Work:
 
 def distill_work(execution: Execution, options: Any) -> Work:
     from dqtool.models.networks.packed import layer_infos
-    from dqtool.nn.assignment import assign_bits, with_branches
+    from dqtool.nn.assignment import assign_bits, require_branches, with_branches
     from dqtool.scaling.records import dilated_layers
     from dqtool.stages.distill import network_spec, scheduler_of
     from dqtool.stages.options.distill import corrects_predictions, method_and_options, with_sampler_defaults
@@ -51,6 +51,7 @@ def distill_work(execution: Execution, options: Any) -> Work:
     options = with_sampler_defaults(options, str(scheduler_of(calibrated).get("_class_name")))
     plans = assign_bits(layer_infos(calibrated.layers), network_spec(options, calibrated), dilated_layers(calibrated))
     plans = without_folds(calibrated, with_branches(plans, options.low_rank))
+    require_branches(plans, options.low_rank)
     steps = 1 if _parameters(execution).static else _timesteps(execution.inputs[0].name)
     blocks = len(calibrated.metrics.blocks or ())
     method, recipe = method_and_options(options)
