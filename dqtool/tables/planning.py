@@ -126,6 +126,7 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     # All cells of a table run in one arithmetic: embedded models on integers, which the processor samples much faster.
     runtime = ENGINE if target.model is None else SIMULATE
     base: Options = {"eval": {"metrics": metrics, "runtime": runtime, "floor": "digits" in metrics}}
+    base["distill"] = {"protect": 0}  # all rows have the bits that they name
     if target.model is None or target.schedule is not None:
         base = _merged([base, {stage: dict(values) for stage, values in schedule.options.items()}])
     merged = _merged([base, *layers])
