@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import NETWORK
 
 __all__ = [
     "NETWORKS",
@@ -33,18 +34,7 @@ UNET = {
     "_context_tokens": 5,
 }
 NETWORKS: dict[str, dict[str, Any]] = {
-    "unet2d": {
-        "_class_name": "UNet2DModel",
-        "sample_size": 8,
-        "in_channels": 3,
-        "out_channels": 3,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    },
+    "unet2d": {"_class_name": "UNet2DModel", **NETWORK, "in_channels": 3, "out_channels": 3},
     "unet2d_condition": {"_class_name": "UNet2DConditionModel", **UNET},
     "sdxl": {
         "_class_name": "UNet2DConditionModel",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from families import component_directory
+from torch import Tensor, nn
 
 from dqtool.core.bits import FLOAT_BITS
 from dqtool.core.dilation import broadcast_scale
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.core.rotation import fitting_sizes, rotate_weight
-from dqtool.models.families import FAMILIES
+from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.hub.quantizer import quantization_config
 from dqtool.models.network_methods import Origin, give_methods
 from dqtool.models.networks.loading import load_weights
@@ -20,10 +24,11 @@ from dqtool.models.networks.packed import packed_network, plan_records, planned_
 from dqtool.models.sources.resolve import resolve_model
 from dqtool.nn.assignment import LayerPlan, assign_bits, with_branches
 from dqtool.nn.attention import OPERANDS, has_zero_point
+from dqtool.nn.call_lock import one_call_at_a_time
 from dqtool.nn.low_rank import attach_low_rank
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake, packed_state
 
-__all__ = ["synthetic_export", "synthetic_network"]
+__all__ = ["second_step", "small_networks", "synthetic_export", "synthetic_network"]
 
 
 def synthetic_network(model: str, bits: str, steps: int = 5, low_rank: int = 0, rotated: bool = False) -> nn.Module:
@@ -83,3 +88,30 @@ def _synthetic(
         name: tensor.clone() for name, tensor in packed_state(network).items()
     }  # tensors of a file share no memory
     return packed_network(source.class_name, config, plans, state), plans
+
+
+def small_networks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
+    """Return `made(name, form)`: a fresh network of that family at 4/4, "hub" as diffusers loads it or "integer"."""
+    from dqtool.runtimes.cpu import convert
+
+    known: dict[str, nn.Module] = {}
+
+    def made(name: str, form: str) -> Any:
+        if name not in known:
+            path = component_directory(name, tmp_path_factory.mktemp(name) / "model")
+            known[name] = synthetic_network(str(path), "4/4", steps=3)
+        fresh = copy.deepcopy(known[name])
+        return convert(fresh) if form == "integer" else one_call_at_a_time(fresh)
+
+    return made
+
+
+def second_step(network: Any, **extra: Any) -> Tensor:
+    """Return the network's output for its example inputs at its second step."""
+    torch.manual_seed(0)
+    hints = {"_context_tokens": 5, "_sample_size": 8}
+    example = family_of(type(network).__name__, "test").example(hints | dict(network.config), batch=2)
+    told = {"timestep": network.timesteps[1].expand(2), "return_dict": False}
+    with torch.no_grad():
+        result: Tensor = network(**example | told | extra)[0]
+    return result

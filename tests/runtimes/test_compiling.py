@@ -8,31 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from families import component_directory
-from synthetic import synthetic_network
+from synthetic import small_networks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dqtool.models.families import family_of
-from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.cpu import convert
 from dqtool.runtimes.cpu.op_arguments import runs_of_rows
 from dqtool.runtimes.cpu.products import OnednnProduct
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`made(name, form)`: a fresh network of that family at 4/4, "hub" as diffusers loads it or "integer"."""
-    known: dict[str, nn.Module] = {}
-
-    def network(name: str, form: str) -> nn.Module:
-        if name not in known:
-            path: Path = component_directory(name, tmp_path_factory.mktemp(name) / "model")
-            known[name] = synthetic_network(str(path), "4/4", steps=3)
-        fresh = copy.deepcopy(known[name])
-        return convert(fresh) if form == "integer" else one_call_at_a_time(fresh)
-
-    return network
+    """See `small_networks`."""
+    return small_networks(tmp_path_factory)
 
 
 def arguments(network: nn.Module, batch: int = 2) -> dict[str, Any]:

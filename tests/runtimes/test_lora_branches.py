@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import component_directory
-from synthetic import synthetic_network
+from synthetic import second_step, small_networks
 from torch import Tensor, nn
 
 import dqtool  # noqa: F401  (its hook waits for peft)
 from dqtool.errors import UsageError
-from dqtool.models.families import family_of
-from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.cpu import convert
 
 pytest.importorskip("peft")
 
@@ -35,27 +29,8 @@ TARGETS = (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`made(name, form)`: a fresh network of that family at 8/8, "hub" as diffusers loads it or "integer"."""
-    known: dict[str, nn.Module] = {}
-
-    def network(name: str, form: str) -> Any:
-        if name not in known:
-            path: Path = component_directory(name, tmp_path_factory.mktemp(name) / "model")
-            known[name] = synthetic_network(str(path), "4/4", steps=3)
-        fresh = copy.deepcopy(known[name])
-        return convert(fresh) if form == "integer" else one_call_at_a_time(fresh)
-
-    return network
-
-
-def call(network: Any) -> Tensor:
-    """The network's answer at its second step."""
-    torch.manual_seed(0)
-    hints = {"_context_tokens": 5, "_sample_size": 8}
-    example = family_of(type(network).__name__, "test").example(hints | dict(network.config), batch=2)
-    with torch.no_grad():
-        result: Tensor = network(**example | {"timestep": network.timesteps[1].expand(2), "return_dict": False})[0]
-    return result
+    """See `small_networks`."""
+    return small_networks(tmp_path_factory)
 
 
 def weights(network: Any, seed: int = 0, rank: int = 2) -> dict[str, Tensor]:
@@ -90,7 +65,7 @@ def expected(network: Any, *adapters: tuple[dict[str, Tensor], float]) -> Tensor
                 return out + scale * args[0] @ a.T @ b.T
 
             handles.append(layer.register_forward_hook(add))
-    result = call(network)
+    result = second_step(network)
     for handle in handles:
         handle.remove()
     return result
@@ -99,12 +74,12 @@ def expected(network: Any, *adapters: tuple[dict[str, Tensor], float]) -> Tensor
 @pytest.mark.parametrize("form", ["hub", "integer"])
 def test_branches_are_added_weighted_and_taken_off(made: Any, form: str) -> None:
     network, plain = made("unet2d_condition", form), made("unet2d_condition", "hub")
-    before = call(network)
+    before = second_step(network)
     one, two = weights(plain, 1), weights(plain, 2)
     network.load_lora_adapter(dict(one), prefix=None, adapter_name="one")
 
     def close(wanted: Tensor) -> bool:
-        return float((call(network) - wanted).norm() / wanted.norm()) < 1e-3
+        return float((second_step(network) - wanted).norm() / wanted.norm()) < 1e-3
 
     assert close(expected(plain, (one, 1.0)))
     assert not close(before)
@@ -117,7 +92,7 @@ def test_branches_are_added_weighted_and_taken_off(made: Any, form: str) -> None
     with pytest.raises(UsageError, match="dilate MODEL --lora"):
         network.fuse_lora()
     network.unload_lora()
-    assert torch.equal(call(network), before)
+    assert torch.equal(second_step(network), before)
 
 
 @pytest.mark.parametrize("form", ["hub", "integer"])
@@ -125,13 +100,13 @@ def test_branches_are_added_weighted_and_taken_off(made: Any, form: str) -> None
 def test_transformers_take_branches(made: Any, name: str, form: str) -> None:
     network, plain = made(name, form), made(name, "hub")
     state = weights_of_linear(plain)
-    before = call(network)
+    before = second_step(network)
     network.load_lora_adapter(dict(state), prefix=None, adapter_name="one")
     wanted = expected(plain, (state, 1.0))
-    assert float((call(network) - wanted).norm() / wanted.norm()) < 1e-3
+    assert float((second_step(network) - wanted).norm() / wanted.norm()) < 1e-3
     assert not torch.allclose(before, wanted, atol=1e-3)
     network.unload_lora()
-    assert torch.equal(call(network), before)
+    assert torch.equal(second_step(network), before)
 
 
 def weights_of_linear(network: Any) -> dict[str, Tensor]:
@@ -171,17 +146,17 @@ def test_kohya_names_with_their_alpha(made: Any, form: str) -> None:
     found, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(kohya, unet_config=network.config)[:2]
     StableDiffusionLoraLoaderMixin.load_lora_into_unet(found, alphas, network, adapter_name="one")
     wanted = expected(plain, (state, 0.5))
-    assert float((call(network) - wanted).norm() / wanted.norm()) < 1e-3
+    assert float((second_step(network) - wanted).norm() / wanted.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("form", ["hub", "integer"])
 def test_lokr_is_refused_by_name(made: Any, form: str) -> None:
     network = made("unet2d_condition", form)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
-    before = call(network)
+    before = second_step(network)
     factors = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(8, 8), "alpha": torch.tensor(1.0)}
     with pytest.raises(UsageError, match="LoKr"):
         network.load_lora_adapter(
             {f"{name}.{key}": value for key, value in factors.items()}, prefix=None, adapter_name="one"
         )
-    assert torch.equal(call(network), before)
+    assert torch.equal(second_step(network), before)

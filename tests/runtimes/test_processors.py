@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,42 +14,17 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
 )
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from families import component_directory
-from synthetic import synthetic_network
+from synthetic import second_step, small_networks
 from torch import Tensor, nn
 
 from dqtool.errors import DqtoolWarning
 from dqtool.graph.attention import is_attention
-from dqtool.models.families import family_of
-from dqtool.nn.call_lock import one_call_at_a_time
-from dqtool.runtimes.cpu import convert
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`made(name, form)`: a fresh network of that family at 4/4, "hub" as diffusers loads it or "integer"."""
-    known: dict[str, nn.Module] = {}
-
-    def network(name: str, form: str) -> Any:
-        if name not in known:
-            path: Path = component_directory(name, tmp_path_factory.mktemp(name) / "model")
-            known[name] = synthetic_network(str(path), "4/4", steps=3)
-        fresh = copy.deepcopy(known[name])
-        return convert(fresh) if form == "integer" else one_call_at_a_time(fresh)
-
-    return network
-
-
-def call(network: Any, **extra: Any) -> Tensor:
-    """The network's answer at its second step."""
-    torch.manual_seed(0)
-    hints = {"_context_tokens": 5, "_sample_size": 8}
-    example = family_of(type(network).__name__, "test").example(hints | dict(network.config), batch=2)
-    with torch.no_grad():
-        result: Tensor = network(
-            **example | {"timestep": network.timesteps[1].expand(2), "return_dict": False} | extra
-        )[0]
-    return result
+    """See `small_networks`."""
+    return small_networks(tmp_path_factory)
 
 
 class Doubled(AttnProcessor2_0):
@@ -84,31 +57,31 @@ def float_attention(network: nn.Module) -> nn.Module:
 )
 def test_a_processor_that_repeats_the_default_changes_nothing(made: Any, name: str, processor: Any, form: str) -> None:
     network = made(name, form)
-    expected = call(network)
+    expected = second_step(network)
     for module in network.modules():
         if is_attention(module):
             module.set_processor(processor())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(call(network), expected)
+        assert torch.equal(second_step(network), expected)
 
 
 @pytest.mark.parametrize("form", ["hub", "integer"])
 def test_a_processor_that_does_more_runs_in_float_with_one_warning(made: Any, form: str) -> None:
     network, reference = made("unet2d_condition", form), float_attention(made("unet2d_condition", "hub"))
-    quantized = call(network)
+    quantized = second_step(network)
     network.set_attn_processor(Doubled())
     with pytest.warns(DqtoolWarning, match="Doubled computes another attention"):
-        found = call(network)
+        found = second_step(network)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        call(network)
+        second_step(network)
     for module in reference.modules():
         if is_attention(module):
             module.to_out[1] = Twice()
-    assert float((found - call(reference)).norm() / found.norm()) < 1e-4
+    assert float((found - second_step(reference)).norm() / found.norm()) < 1e-4
     network.set_attn_processor(AttnProcessor())
-    assert torch.equal(call(network), quantized)
+    assert torch.equal(second_step(network), quantized)
 
 
 class Twice(nn.Module):
@@ -144,10 +117,10 @@ def test_image_prompts_are_the_same_on_integers(made: Any) -> None:
     results = []
     for form in ("hub", "integer"):
         network = made("unet2d_condition", form)
-        without = call(network)
+        without = second_step(network)
         network._load_ip_adapter_weights([image_prompt_weights(network)])
         torch.manual_seed(2)
-        results.append(call(network, added_cond_kwargs={"image_embeds": [torch.randn(2, 1, 6)]}))
+        results.append(second_step(network, added_cond_kwargs={"image_embeds": [torch.randn(2, 1, 6)]}))
         assert not torch.allclose(results[-1], without, atol=1e-3)
     assert float((results[0] - results[1]).norm() / results[0].norm()) < 1e-4
 
@@ -157,10 +130,10 @@ def test_perturbed_attention_is_the_same_on_integers(made: Any) -> None:
     results = []
     for form in ("hub", "integer"):
         network = made("unet2d_condition", form)
-        without = call(network)
+        without = second_step(network)
         for name, module in network.named_modules():
             if name.endswith("mid_block.attentions.0.transformer_blocks.0.attn1"):
                 module.processor = PAGIdentitySelfAttnProcessor2_0()  # pipelines set it this way
-        results.append(call(network))
+        results.append(second_step(network))
         assert not torch.allclose(results[-1][1], without[1], atol=1e-4)
     assert float((results[0] - results[1]).norm() / results[0].norm()) < 1e-4
