@@ -18,7 +18,7 @@ from dqtool.core.quantization import QuantizationSpec
 from dqtool.core.rotation import fitting_sizes, rotate_weight
 from dqtool.models.families import FAMILIES, family_of
 from dqtool.models.hub.quantizer import quantization_config
-from dqtool.models.network_methods import Origin, give_methods
+from dqtool.models.network_methods import Origin, add_methods
 from dqtool.models.networks.loading import load_weights
 from dqtool.models.networks.packed import packed_network, plan_records, planned_record
 from dqtool.models.sources.resolve import resolve_model
@@ -43,7 +43,7 @@ def synthetic_export(model: str, bits: str, directory: Path, steps: int = 3) -> 
     """Write the network of `synthetic_network` as an exported directory."""
     network, plans = _synthetic(model, bits, steps)
     records = [planned_record(plan) for plan in plans]
-    give_methods(network, Origin(quantization_config(plan_records(records), steps), None))
+    add_methods(network, Origin(quantization_config(plan_records(records), steps), None))
     network.save_pretrained(directory)
 
 

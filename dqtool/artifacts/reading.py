@@ -25,7 +25,7 @@ __all__ = [
     "FILE_BYTES",
     "MANIFEST_BYTES",
     "TEXT_BYTES",
-    "Counted",
+    "CountedReader",
     "check_archive",
     "check_regular",
     "json_object",
@@ -229,7 +229,7 @@ def check_archive(stream: io.BufferedReader, *, packed: bool = False) -> list[zi
     return members
 
 
-class Counted:
+class CountedReader:
     """A file for torch's unpickler, which reads once or more for each operation: it may read some million times only.
 
     Raises `ValueError` from any read after that.

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from dqtool.artifacts.reading import Counted, check_archive, open_regular
+from dqtool.artifacts.reading import CountedReader, check_archive, open_regular
 from dqtool.artifacts.torch_archive import archive_content, is_archive
 
 __all__ = ["check_torch_file", "count_instructions", "weights_content"]
@@ -108,7 +108,7 @@ def weights_content(path: Path) -> Any:
     check_torch_file(path)
     try:
         with open_regular(path) as stream:  # the format before torch 1.6
-            return torch.load(Counted(stream), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            return torch.load(CountedReader(stream), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:

@@ -19,7 +19,7 @@ from dqtool.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BASELINES", "CONTENDERS", "contender_of", "expand"]
+__all__ = ["BASELINES", "CONTENDERS", "contender_names", "contender_of"]
 
 
 def load_runtime(subject: Subject, runtime: str) -> Loaded:
@@ -74,7 +74,7 @@ BASELINES = GROUPS["fp32"]
 """Contenders that ratios refer to: the faster of those that are measured."""
 
 
-def expand(names: Iterable[str]) -> list[str]:
+def contender_names(names: Iterable[str]) -> list[str]:
     """Return the names of the contenders that a user asked for. `fp32` and `bf16` stand for both memory formats, `none` for
     no contender.
 

@@ -24,13 +24,13 @@ def count_cpu(network: nn.Module) -> Iterator[tuple[str, int, int]]:
 
     Layers that the runtime computes in float are left out.
     """
-    from dqtool.runtimes.cpu import choose
+    from dqtool.runtimes.cpu import choose_product
     from dqtool.runtimes.cpu.codes import CurrentStep
 
     for name, form in _layers(network):
         assert form.input is not None
         current_step = CurrentStep()
-        product = choose(form, current_step)
+        product = choose_product(form, current_step)
         if product is None:
             continue
         compared = different = 0

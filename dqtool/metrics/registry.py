@@ -34,7 +34,7 @@ __all__ = [
     "Metric",
     "available",
     "check_needs",
-    "option",
+    "option_flag",
     "path_digest",
 ]
 
@@ -161,7 +161,7 @@ def _file_digest(path: str, _modified: int, _size: int) -> str:
     return sha256_file(path)
 
 
-def option(field: str) -> str:
+def option_flag(field: str) -> str:
     """Return the long option that sets a field of `Files`."""
     return f"--{field.replace('_', '-')}"
 
@@ -187,8 +187,8 @@ def check_needs(names: Iterable[str], files: Files) -> None:
             if field not in files.given():
                 raise EnvironmentFault(
                     f"The metric '{name}' needs {_WHAT[field]}, and dqtool downloads nothing",
-                    where=option(field),
-                    fix=f"Give {option(field)} {'DIR' if field == 'clip' else 'FILE'}, or leave {name} out of --metrics",
+                    where=option_flag(field),
+                    fix=f"Give {option_flag(field)} {'DIR' if field == 'clip' else 'FILE'}, or leave {name} out of --metrics",
                 )
 
 

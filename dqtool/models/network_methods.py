@@ -22,10 +22,10 @@ from dqtool.models.hub.quantizer import quantization_config
 from dqtool.models.networks.packed import is_static, plan_records, prediction_rows
 from dqtool.models.sampling.fitted import FITTED
 from dqtool.nn.call_lock import give
-from dqtool.nn.packed_form import give_counts, is_quantized_tensor, packed_form
+from dqtool.nn.packed_form import add_count_methods, is_quantized_tensor, packed_form
 from dqtool.nn.surgery import quant_layers
 
-__all__ = ["MANIFEST", "Origin", "float_copy", "float_state", "give_methods", "origin_of", "to_float"]
+__all__ = ["MANIFEST", "Origin", "add_methods", "float_copy", "float_state", "origin_of", "to_float"]
 
 ORIGIN = "_dqtool_origin"
 OURS = ("quantization_config", "_pre_quantization_dtype")
@@ -56,12 +56,12 @@ def origin_of(manifest: Manifest, packed: nn.Module) -> Origin:
     return Origin(quantization_config(records, count, rows, is_static(manifest, count), fitted), manifest)
 
 
-def give_methods(network: nn.Module, origin: Origin) -> nn.Module:
+def add_methods(network: nn.Module, origin: Origin) -> nn.Module:
     """Install the methods for saving, counting and dequantizing on a packed network or an integer network made from one."""
     network.__dict__[ORIGIN] = origin
     give(network, "save_pretrained", _save_pretrained)
     give(network, "dequantize", to_float)
-    give_counts(network)
+    add_count_methods(network)
     return network
 
 

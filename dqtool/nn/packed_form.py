@@ -23,8 +23,8 @@ from dqtool.nn.processors import set_own
 
 __all__ = [
     "PACKED_FORM",
+    "add_count_methods",
     "cast_unquantized",
-    "give_counts",
     "is_quantized_tensor",
     "keep_packed_form",
     "packed_form",
@@ -44,7 +44,7 @@ def keep_packed_form(network: nn.Module) -> None:
             shared[id(expanded)] = expanded
     network.__dict__[KEPT] = copy.deepcopy(network, shared)
     give(network, "state_dict", _state_dict)
-    give_counts(network)
+    add_count_methods(network)
 
 
 def packed_form(network: nn.Module) -> nn.Module:
@@ -53,7 +53,7 @@ def packed_form(network: nn.Module) -> nn.Module:
     return kept
 
 
-def give_counts(network: nn.Module) -> None:
+def add_count_methods(network: nn.Module) -> None:
     """Install methods that count the float network's parameters and the bytes of the quantized one."""
     give(network, "num_parameters", _num_parameters)
     give(network, "get_memory_footprint", _get_memory_footprint)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from dqtool import report
 from dqtool.artifacts import DIRECTORY_MANIFEST, Artifact, open_artifact
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
-from dqtool.runtimes.choice import ORDER, order
+from dqtool.runtimes.choice import ORDER, runtime_order
 from dqtool.runtimes.names import runtime_name
 
 if TYPE_CHECKING:
@@ -171,10 +171,10 @@ def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
     network = runtime.engine().load(artifact)
     network.runtime = runtime.name  # reports name the engine that `auto` took
     if "_dqtool_steps" in network.__dict__:
-        from dqtool.models.network_methods import give_methods, origin_of
+        from dqtool.models.network_methods import add_methods, origin_of
         from dqtool.nn.packed_form import packed_form
 
-        give_methods(network, origin_of(artifact.manifest, packed_form(network)))
+        add_methods(network, origin_of(artifact.manifest, packed_form(network)))
     floats = [name for name, form in integer_report(network).items() if form != "int8"]
     if floats:
         some = ", ".join(floats[:4]) + ", ..." * (len(floats) > 4)
@@ -186,7 +186,7 @@ def _load_fastest(artifact: Artifact, batch: int | None) -> nn.Module:
     readers = READERS.get(artifact.manifest.parameters.format or "")
     if readers is not None:
         return _load(_ready(RUNTIMES[readers[0]]), artifact)
-    names, why = order(artifact, batch)
+    names, why = runtime_order(artifact, batch)
     for runtime, reason in pick(names):
         if reason is not None:
             report.say(f"runtime: not {runtime.name}, {reason}")

@@ -18,7 +18,7 @@ from dqtool.artifacts.reading import load_json
 from dqtool.errors import DqtoolError, EnvironmentFault
 from dqtool.runtimes.names import runtime_name
 
-__all__ = ["AMX_ORDER", "ORDER", "order", "preferred", "recall", "remember"]
+__all__ = ["AMX_ORDER", "ORDER", "preferred", "recalled_timings", "remember_timings", "runtime_order"]
 
 ORDER = ("cpu", "openvino", "simulate")
 """Order without a measurement. With AVX512-VNNI and with AVX2 alone, `cpu` was the fastest at every batch from 1 to 16
@@ -34,10 +34,10 @@ GENERATION = 2
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def order(artifact: Artifact, batch: int | None = None) -> tuple[list[str], str]:
+def runtime_order(artifact: Artifact, batch: int | None = None) -> tuple[list[str], str]:
     """Return the runtimes in the order to try them, and the reason for the first one. `batch` is the number of samples of a
     step."""
-    found = recall(artifact)
+    found = recalled_timings(artifact)
     if not found:
         return list(_default_order()), "by default"
     near = min(found, key=lambda b: abs(b - batch)) if batch is not None else min(found)
@@ -55,9 +55,9 @@ def preferred(artifact: Artifact) -> tuple[str, str]:
 
     `cpu` comes first where nothing was measured. The phrase names `openvino` where that was the fastest of all.
     """
-    if not recall(artifact):
+    if not recalled_timings(artifact):
         return "cpu", ""
-    names, why = order(artifact)
+    names, why = runtime_order(artifact)
     name = min(("cpu", "simulate"), key=names.index)
     if names[0] == name:
         return name, f", {why}"
@@ -68,7 +68,7 @@ def _default_order() -> tuple[str, ...]:
     return AMX_ORDER if "amx_int8" in _processor().split() else ORDER
 
 
-def recall(artifact: Artifact) -> dict[int, dict[str, float]]:
+def recalled_timings(artifact: Artifact) -> dict[int, dict[str, float]]:
     """Return the measured seconds of a step by batch and runtime; empty without a measurement on this machine."""
     try:
         kept = load_json(_file(artifact))
@@ -80,14 +80,14 @@ def recall(artifact: Artifact) -> dict[int, dict[str, float]]:
         return {}
 
 
-def remember(artifact: Artifact, seconds: Mapping[int, Mapping[str, float]]) -> bool:
+def remember_timings(artifact: Artifact, seconds: Mapping[int, Mapping[str, float]]) -> bool:
     """Keep measured seconds of a step that compare at least two runtimes. Return whether they were kept: a cache that can't
     be written is no error."""
     useful = {batch: {n: s for n, s in times.items() if n in ORDER} for batch, times in seconds.items()}
     useful = {batch: times for batch, times in useful.items() if len(times) > 1}
     if not useful:
         return False
-    kept = recall(artifact)
+    kept = recalled_timings(artifact)
     merged = {str(b): kept.get(b, {}) | useful.get(b, {}) for b in kept | useful}
     text = json.dumps({"network": artifact.given, "seconds": merged}, indent=2)
     try:

@@ -31,7 +31,7 @@ from dqtool.artifacts.schema import record
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 from dqtool.models.hub.corrections import ASKED
 from dqtool.models.hub.quantizer import FORMAT, METHOD, quantization_config
-from dqtool.models.network_methods import MANIFEST, Origin, give_methods, to_float
+from dqtool.models.network_methods import MANIFEST, Origin, add_methods, to_float
 from dqtool.models.networks.packed import plans_from
 from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
 from dqtool.models.sampling.fitted import check_correction
@@ -254,7 +254,7 @@ class DqtoolQuantizer(DiffusersQuantizer):
         model.__dict__["runtime"] = self.runtime
         model.__dict__[ASKED] = self.quantization_config.correction or "auto"
         set_correcting(model, self.quantization_config.correction != "off")
-        return give_methods(model, Origin(self.quantization_config.to_dict(), self.manifest))
+        return add_methods(model, Origin(self.quantization_config.to_dict(), self.manifest))
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False

@@ -60,18 +60,18 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
         EnvironmentFault: an extra is missing, or the machine lacks what a runtime needs.
         NumericError: a contender's output is not finite.
     """
-    from dqtool.bench.contenders import contender_of, expand
+    from dqtool.bench.contenders import contender_names, contender_of
     from dqtool.bench.machine import describe_machine
     from dqtool.runtimes import RUNTIMES
 
     if options.output is not None:
         check_writable(options.output, "report", inputs=read_paths(options), overwrite=settings.overwrite)
-    names = [*_runtimes(options.runtime), *expand(options.against)]
+    names = [*_runtimes(options.runtime), *contender_names(options.against)]
     batches = options.batch or _own_batches(options.arch)
     if settings.dry_run:
         return BenchPlan(names, list(batches), options.seconds, options.arch, options.artifact)
     artifact = _subject_artifact(options, settings)
-    names = [*_runtimes(options.runtime, artifact.manifest.parameters.format or ""), *expand(options.against)]
+    names = [*_runtimes(options.runtime, artifact.manifest.parameters.format or ""), *contender_names(options.against)]
     import torch
 
     if options.threads is not None:
@@ -82,10 +82,10 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
         probes = _probes(names, subject, batches[0]) if options.memory else []
         loaded = {name: contender_of(name).load(subject) for name in names}
         speed = {batch: _time(loaded, subject, batch, options.seconds) for batch in batches}
-    from dqtool.runtimes.choice import remember
+    from dqtool.runtimes.choice import remember_timings
 
     medians = {batch: {name: timing.median for name, timing in found.items()} for batch, found in speed.items()}
-    if remember(artifact, medians):
+    if remember_timings(artifact, medians):
         report.say("bench: --runtime auto will take what was fastest here for this network")
     result = BenchReport(
         _command(options),

@@ -14,7 +14,7 @@ from dqtool.artifacts.records import InputRecord
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.core.quantization import NONSTANDARD, PAPER, STANDARD, QuantizationSpec
 from dqtool.errors import ArtifactError, UsageError
-from dqtool.stages.measured_bits import chosen_by_errors, settle_bits
+from dqtool.stages.measured_bits import chosen_bits, chosen_by_errors
 from dqtool.stages.options.distill import (
     DistillOptions,
     corrects_predictions,
@@ -181,7 +181,7 @@ def produce(
     return_freed_memory()
     level = resident()
     tensors = checked_tensors(calibrated)
-    spec, choice = settle_bits(calibrated, tensors, options, spec)
+    spec, choice = chosen_bits(calibrated, tensors, options, spec)
     start = time.perf_counter()
     plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])
     plans = with_branches(plans, options.low_rank)

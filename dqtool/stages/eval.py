@@ -23,7 +23,13 @@ from dqtool.runtimes.names import runtime_name
 from dqtool.stages.evaluation.correction import settle_correction
 from dqtool.stages.evaluation.engines import asked_runtime, run_exported
 from dqtool.stages.evaluation.figures import cost_figures, image_figures, layer_errors
-from dqtool.stages.evaluation.image_metrics import choose, files_of, ready, save_samples, scores
+from dqtool.stages.evaluation.image_metrics import (
+    choose_metrics,
+    files_of,
+    metric_figures,
+    prepared_meter,
+    save_samples,
+)
 from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted, needs_reference, with_correction
 from dqtool.stages.evaluation.reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
@@ -150,7 +156,7 @@ def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, .
     is_digits = shape == (1, 16, 16)
     companions = companions_of_artifact(artifact)
     texts = companions is not None and companions.encodes_text
-    of_images = choose(options.metrics, files_of(options), prompts=texts or options.pipeline is not None)
+    of_images = choose_metrics(options.metrics, files_of(options), prompts=texts or options.pipeline is not None)
     if options.metrics is None:
         return (*(m for m in DEFAULT_METRICS if m != "digits" or is_digits), *of_images)
     if "digits" in options.metrics and shape[0] != 1:
@@ -185,7 +191,7 @@ def produce(
     files = files_of(options)
     if makes_latents(artifact):
         check_needs_no_pixels(metrics, options)
-    meter = ready([name for name in metrics if name in METRICS and METRICS[name].start is not None], files)
+    meter = prepared_meter([name for name in metrics if name in METRICS and METRICS[name].start is not None], files)
     source = ConditionSource.of(options, manifest.sampling, artifact.given)
     maker = maker_of_artifact(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts, source
@@ -228,10 +234,10 @@ def produce(
             size = options.image_size
             if expected is not None:
                 told = "eval: metrics of the reference"
-                of_reference |= scores(meter, expected, texts, size, told, of_reference=True)
+                of_reference |= metric_figures(meter, expected, texts, size, told, of_reference=True)
             if of_reference:
                 figures["reference"] = of_reference
-            figures |= scores(meter, images, texts, size, "eval: metrics")
+            figures |= metric_figures(meter, images, texts, size, "eval: metrics")
             figures["files"] = files.describe()
         if options.save_samples is not None:
             about: dict[str, Json] = {"source": artifact.given, "seed": options.seed, "images": len(images)}

@@ -16,7 +16,7 @@ from dqtool.stages.options.distill import AUTO, DistillOptions, corrects_predict
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["chosen_by_errors", "settle_bits"]
+__all__ = ["chosen_bits", "chosen_by_errors"]
 
 PROTECTED = 30.0
 """Percent of bytes and of bit operations that protection may add where it is the tool that decides."""
@@ -50,7 +50,7 @@ def weight_count(manifest: Manifest) -> int:
     return sum(prod(layer.shape) for layer in manifest.layers if layer.kind != "attention")
 
 
-def settle_bits(
+def chosen_bits(
     calibrated: Artifact, tensors: Mapping[str, Tensor], options: DistillOptions, spec: QuantizationSpec
 ) -> tuple[QuantizationSpec, dict[str, Json]]:
     """Return the bits of every layer, measured where the options ask for it, and what the manifest says of the choice."""

@@ -40,7 +40,7 @@ from dqtool.stages.options.distill import Targets
 from dqtool.stages.shared.artifact_models import split_dilated, student_of, teacher_of
 from dqtool.training.data import Trajectory
 
-__all__ = ["UNIFORM", "Measured", "choose_bits", "frontier_rows", "measure", "protected_bits", "uniform_plan"]
+__all__ = ["UNIFORM", "MeasuredErrors", "choose_bits", "frontier_rows", "measure", "protected_bits", "uniform_plan"]
 
 WIDTHS = (3, 4, 5, 6, 7, 8)
 UNIFORM = ("8/8", "6/8", "6/6", "4/8", "4/6", "4/4", "3/3")
@@ -55,7 +55,7 @@ SEED_STRIDE, SEED_OFFSET = 7_919, 3_000_017
 
 
 @dataclass
-class Measured:
+class MeasuredErrors:
     """Errors of every operand of a calibrated artifact, with what plans are made from."""
 
     manifest: Manifest
@@ -74,7 +74,9 @@ class Measured:
         return predicted_error(self.layers, bits_by_name(plans), self.errors)
 
 
-def measure(manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widths: Sequence[int] = WIDTHS) -> Measured:
+def measure(
+    manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widths: Sequence[int] = WIDTHS
+) -> MeasuredErrors:
     """Return the error of every operand of a calibrated artifact, by `passes` backward passes; measured once and kept."""
     family, config = network_of(manifest.network)
     layers = layer_infos(manifest.layers)
@@ -91,7 +93,7 @@ def measure(manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widt
         errors = measured()
     else:
         errors = kept_errors({"artifact": manifest.file.sha256, "passes": passes, "widths": widths}, measured)
-    return Measured(manifest, tensors, layers, errors, sampler, trajectory)
+    return MeasuredErrors(manifest, tensors, layers, errors, sampler, trajectory)
 
 
 def _measured_errors(
@@ -136,14 +138,14 @@ def points_of_passes(trajectory: Trajectory, passes: int) -> list[int]:
     return by_step[places].tolist()
 
 
-def uniform_plan(measured: Measured, spec: QuantizationSpec) -> Plan:
+def uniform_plan(measured: MeasuredErrors, spec: QuantizationSpec) -> Plan:
     """Return a specification's plan with its predicted error and its cost."""
     bits = bits_by_name(measured.plans(spec))
     return Plan(bits, predicted_error(measured.layers, bits, measured.errors), *plan_cost(measured.layers, bits))
 
 
 def protected_bits(
-    measured: Measured, spec: QuantizationSpec, extra: float
+    measured: MeasuredErrors, spec: QuantizationSpec, extra: float
 ) -> tuple[QuantizationSpec, dict[str, Json]]:
     """Return `spec` with more bits for the operands that cost the samples most, for at most the share `extra` of its bytes
     and of its bit operations on top, and what the manifest says of it."""
@@ -170,7 +172,7 @@ def protected_bits(
 
 
 def choose_bits(
-    measured: Measured,
+    measured: MeasuredErrors,
     targets: Targets,
     own: Sequence[KeptLayers],
     size: Callable[[Sequence[LayerPlan]], tuple[int, int]],
@@ -270,7 +272,7 @@ def _cheapest(
 class _Checks:
     """Samples of the full-precision network, and how near those of a plan are."""
 
-    def __init__(self, measured: Measured) -> None:
+    def __init__(self, measured: MeasuredErrors) -> None:
         self.measured = measured
         trajectory, guided = measured.trajectory, measured.sampler.guidance > 1
         generator = torch.Generator().manual_seed(SEED_OFFSET)
@@ -304,7 +306,7 @@ class _Checks:
         return found
 
 
-def frontier_rows(measured: Measured, frontier: Sequence[Plan], found: Mapping[int, float]) -> list[PlanRecord]:
+def frontier_rows(measured: MeasuredErrors, frontier: Sequence[Plan], found: Mapping[int, float]) -> list[PlanRecord]:
     """Return the frontier's rows, thinned out, among them those that were measured, and the uniform settings."""
     picked = sorted({*found, *range(0, len(frontier), 4), len(frontier) - 1})
     rows = [_row("auto", frontier[i], found.get(i)) for i in picked]

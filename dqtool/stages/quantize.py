@@ -19,7 +19,7 @@ from dqtool.metrics import value_of
 from dqtool.stages.options.quantize import stage_values
 from dqtool.stages.planning.plan import plan_steps
 from dqtool.stages.registry import chained_stages, default_output, make_options
-from dqtool.stages.run import Step, named, run_steps
+from dqtool.stages.run import Step, run_steps, stage_named_in_errors
 from dqtool.stages.shared.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def steps_of(options: Any) -> list[Step]:
         values["model" if name == "dilate" else "artifact"] = previous
         if name == "eval":
             values["grid"] = os.path.join(work, "samples.png")
-        with named(name):
+        with stage_named_in_errors(name):
             make_options(name, values)
         steps.append((name, values))
         previous = values["output"]

@@ -18,7 +18,7 @@ from dqtool.stages.registry import chained_stages, default_output, make_options,
 from dqtool.stages.shared.paths import WRITTEN
 from dqtool.stages.shared.settings import RunSettings
 
-__all__ = ["Step", "named", "run", "run_steps", "steps_of_recipe"]
+__all__ = ["Step", "run", "run_steps", "stage_named_in_errors", "steps_of_recipe"]
 
 Step = tuple[str, dict[str, Any]]
 """A stage and its options by field name."""
@@ -57,13 +57,13 @@ def run_steps(steps: Sequence[Step], settings: RunSettings) -> str:
     output = ""
     for number, (name, values) in enumerate(steps, start=1):
         report.say(f"[{number}/{len(steps)}] {name}")
-        with named(name):
+        with stage_named_in_errors(name):
             output = stage_function(name)(make_options(name, values), settings)
     return output
 
 
 @contextmanager
-def named(stage: str) -> Iterator[None]:
+def stage_named_in_errors(stage: str) -> Iterator[None]:
     """Put the stage's name in front of what it raises."""
     try:
         yield
@@ -112,7 +112,7 @@ def steps_of_recipe(path: str, overrides: Sequence[str], directory: str | None =
         values["model" if name == "dilate" else "artifact"] = previous
         if name == "eval" and recipe.stages[0][0] == "dilate":
             values.setdefault("reference", recipe.model)
-        with named(name):
+        with stage_named_in_errors(name):
             make_options(name, values)
         steps.append((name, values))
         previous = values["output"]

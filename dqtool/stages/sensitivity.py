@@ -49,7 +49,7 @@ def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
     if not settings.dry_run:
         found = read_manifest(options.output).metrics
         assert isinstance(found, SensitivityRecord)
-        show(found, options)
+        print_operands(found, options)
     return options.output
 
 
@@ -103,7 +103,7 @@ def keep_lines(operands: Sequence[OperandRecord], bits: Mapping[str, LayerBits])
     return [f"{'|'.join(names)}={widths}" for widths, names in groups.items()]
 
 
-def show(metrics: SensitivityRecord, options: SensitivityOptions) -> None:
+def print_operands(metrics: SensitivityRecord, options: SensitivityOptions) -> None:
     """Show the costliest operands, the frontier and the options to type."""
     from dqtool.precision.table import print_frontier
 

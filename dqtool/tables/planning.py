@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts import fingerprint
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import UsageError
-from dqtool.stages.evaluation.image_metrics import enough_for, files_of
+from dqtool.stages.evaluation.image_metrics import computable_metrics, files_of
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import STAGES, Group, Options, Row, Table
@@ -162,7 +162,7 @@ def _given(options: Options, name: str) -> bool:
 def _with_files(values: Mapping[str, Any]) -> list[str]:
     """Return the metrics of a published model: those that are named, and those that the given files allow."""
     files = files_of(make_options("eval", values))
-    return [*values["metrics"], *enough_for(files, prompts=files.clip is not None)]
+    return [*values["metrics"], *computable_metrics(files, prompts=files.clip is not None)]
 
 
 def _scaled_iterations(

@@ -37,7 +37,7 @@ SEED_STRIDE, SEED_OFFSET = 7919, 2_000_000
 
 
 @dataclass(frozen=True)
-class StepTables(StepNoise):
+class StepCorrection(StepNoise):
     """Error found at one step, and the table rows `[C]` that correct it, by name."""
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
@@ -48,11 +48,11 @@ class StepTables(StepNoise):
         return corrected(prediction, inputs, {name: row.to(prediction).view(along) for name, row in self.rows.items()})
 
 
-def fit_step(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> StepTables:
+def fit_step(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> StepCorrection:
     """Return a step's error and its tables, see `fit_tables`. The sampler's own noise is not changed."""
     found = fit_noise(quantized, exact)
     rows = fit_tables(quantized, exact, inputs, of_images)
-    return StepTables(found.slope, found.bias, 0.0, found.correlation, rows)
+    return StepCorrection(found.slope, found.bias, 0.0, found.correlation, rows)
 
 
 def fit_tables(quantized: Tensor, exact: Tensor, inputs: Tensor, of_images: bool) -> dict[str, Tensor]:

@@ -44,11 +44,11 @@ def test_what_is_merely_cached_works_without_a_home(tmp_path: Path) -> None:
     from dqtool.artifacts.names import path_within
     from dqtool.artifacts.verified import has_digest
     from dqtool.models.sampling.image_cache import cached_images
-    from dqtool.runtimes.choice import recall, remember
+    from dqtool.runtimes.choice import recalled_timings, remember_timings
 
     artifact = Artifact(tmp_path, "e", Manifest(stage="export", fingerprint="0" * 64, files={}))
-    assert recall(artifact) == {}
-    assert not remember(artifact, {1: {"cpu": 1.0, "simulate": 2.0}})
+    assert recalled_timings(artifact) == {}
+    assert not remember_timings(artifact, {1: {"cpu": 1.0, "simulate": 2.0}})
     assert cached_images({"seed": 0}, lambda: torch.ones(1)).item() == 1
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "file")

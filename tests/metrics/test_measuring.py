@@ -18,7 +18,7 @@ from dqtool.metrics import METRICS, Files, available
 from dqtool.metrics.batches import NpzImages
 from dqtool.metrics.measuring import Meter
 from dqtool.metrics.reference import Reference, save_statistics
-from dqtool.metrics.registry import EXTRACTORS, ExtractorEntry, check_needs, option, path_digest
+from dqtool.metrics.registry import EXTRACTORS, ExtractorEntry, check_needs, option_flag, path_digest
 
 
 def noise(count: int, seed: int, smooth: int) -> Tensor:
@@ -195,7 +195,7 @@ def test_each_metric_says_which_option_it_lacks() -> None:
     for name, metric in METRICS.items():
         for field in metric.files:
             others = {f: "x" for f in ("inception_weights", "clip", "aesthetic_weights", "ref_stats") if f != field}
-            with pytest.raises(EnvironmentFault, match=option(field)):
+            with pytest.raises(EnvironmentFault, match=option_flag(field)):
                 check_needs([name], Files(**others))
     everything = Files("a", "b", "c", "d")
     with_files = tuple(name for name, metric in METRICS.items() if metric.files)

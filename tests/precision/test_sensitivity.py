@@ -15,17 +15,17 @@ from dqtool.core.quantization import KeptLayers, QuantizationSpec
 from dqtool.models.networks.loading import network_of
 from dqtool.precision.step_weights import step_weights
 from dqtool.stages import precision
-from dqtool.stages.precision import Measured, measure
+from dqtool.stages.precision import MeasuredErrors, measure
 from dqtool.stages.shared.artifact_models import student_of
 
 
 @pytest.fixture(scope="module")
-def measured(made: Path) -> Measured:
+def measured(made: Path) -> MeasuredErrors:
     artifact = open_artifact(str(made / "calibrated.safetensors"), ["calibrate"])
     return measure(artifact.manifest, artifact.tensors(), passes=64, widths=(4, 8))
 
 
-def direct_error(measured: Measured, layer: str, bits: LayerBits) -> float:
+def direct_error(measured: MeasuredErrors, layer: str, bits: LayerBits) -> float:
     """Mean over trajectory points of the squared error of predictions, weighted as errors reach the sample."""
     family, _ = network_of(measured.manifest.network)
     trajectory = measured.trajectory
@@ -51,14 +51,14 @@ def direct_error(measured: Measured, layer: str, bits: LayerBits) -> float:
         ("up_blocks.1.resnets.0.conv1", "weights", LayerBits(4, 16)),
     ],
 )
-def test_estimates_are_what_is_measured(measured: Measured, layer: str, operand: str, bits: LayerBits) -> None:
+def test_estimates_are_what_is_measured(measured: MeasuredErrors, layer: str, operand: str, bits: LayerBits) -> None:
     width = min(bits.weight, bits.input)
     estimated = measured.errors[layer, operand][width]
     direct = direct_error(measured, layer.replace(".", r"\."), bits)
     assert abs(10 * math.log10(estimated / direct)) < 3, (estimated, direct)
 
 
-def test_every_operand_has_an_error_that_falls_with_bits(measured: Measured) -> None:
+def test_every_operand_has_an_error_that_falls_with_bits(measured: MeasuredErrors) -> None:
     names = {info.name for info in measured.layers if info.kind != "attention"}
     assert {layer for layer, operand in measured.errors if operand == "weights"} == names
     assert {operand for _, operand in measured.errors} == {"weights", "input", "q·k", "softmax·v"}
@@ -66,7 +66,7 @@ def test_every_operand_has_an_error_that_falls_with_bits(measured: Measured) -> 
     assert coarse > 20 * fine
 
 
-def test_weights_of_steps_are_those_of_the_sampler(measured: Measured) -> None:
+def test_weights_of_steps_are_those_of_the_sampler(measured: MeasuredErrors) -> None:
     """DDIM: the step's response to an error in the predicted noise, and behind it the share of the state."""
     sampler, trajectory = measured.sampler, measured.trajectory
     weights = step_weights(sampler, trajectory)
@@ -80,7 +80,7 @@ def test_weights_of_steps_are_those_of_the_sampler(measured: Measured) -> None:
         assert float(weights[row]) == pytest.approx(float(response) * share, rel=1e-3)
 
 
-def test_a_guided_sampler_weighs_both_predictions(measured: Measured) -> None:
+def test_a_guided_sampler_weighs_both_predictions(measured: MeasuredErrors) -> None:
     guided = dataclasses.replace(measured.sampler, guidance=3.0)
     ratio = step_weights(guided, measured.trajectory) / step_weights(measured.sampler, measured.trajectory)
     assert torch.allclose(ratio, torch.full_like(ratio, 13**0.5))

@@ -102,7 +102,7 @@ def test_the_cpu_engine_adds_the_branches_that_the_simulation_adds(name: str, tm
 
 def test_every_layer_of_the_cpu_engine_adds_its_branch(tmp_path: Path) -> None:
     from dqtool.nn.integer import integer_layer
-    from dqtool.runtimes.cpu import choose
+    from dqtool.runtimes.cpu import choose_product
     from dqtool.runtimes.cpu.codes import CurrentStep
 
     path = component_directory("unet2d_condition", tmp_path / "model")
@@ -110,7 +110,7 @@ def test_every_layer_of_the_cpu_engine_adds_its_branch(tmp_path: Path) -> None:
     seen = 0
     for layer in network.modules():
         if isinstance(layer, PackedLayer) and layer.low_rank is not None:
-            product = choose(integer_layer(layer), CurrentStep())
+            product = choose_product(integer_layer(layer), CurrentStep())
             assert product is not None
             layer.steps.select(torch.zeros(1, dtype=torch.long))
             channels = layer.in_channels if layer.is_conv else layer.in_features

@@ -21,7 +21,7 @@ from dqtool.nn.layers import PackedLayer
 from dqtool.nn.traceable import TraceableLayer
 from dqtool.nn.traceable_codes import StepTables
 from dqtool.runtimes import openvino_bf16
-from dqtool.runtimes.choice import order
+from dqtool.runtimes.choice import runtime_order
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
 from dqtool.stages.distill import DistillOptions, distill
@@ -132,7 +132,7 @@ def test_bf16_around_the_products_is_refused_or_near(
     exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = str(exported["dq"])
-    assert "openvino-bf16" not in order(open_artifact(directory))[0]
+    assert "openvino-bf16" not in runtime_order(open_artifact(directory))[0]
     if openvino_bf16.available() is not None:
         with pytest.raises(EnvironmentFault, match="no bf16 instructions"):
             dqtool.load(directory, "openvino-bf16")

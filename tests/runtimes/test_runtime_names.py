@@ -10,7 +10,7 @@ import pytest
 import dqtool
 from dqtool.artifacts import open_artifact
 from dqtool.runtimes import RUNTIMES, runtime_name
-from dqtool.runtimes.choice import _file, recall
+from dqtool.runtimes.choice import _file, recalled_timings
 from dqtool.stages.bench import _runtimes
 
 
@@ -36,4 +36,4 @@ def test_remembered_choices(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     kept = _file(artifact)
     kept.parent.mkdir(parents=True)
     kept.write_text(json.dumps({"seconds": {"1": {"onednn": 1.0, "openvino": 2.0}}}))
-    assert recall(artifact) == {1: {"cpu": 1.0, "openvino": 2.0}}
+    assert recalled_timings(artifact) == {1: {"cpu": 1.0, "openvino": 2.0}}

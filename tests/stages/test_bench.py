@@ -14,7 +14,7 @@ from helpers import tiny_pipeline
 from dqtool.artifacts.bench_report import BenchReport
 from dqtool.artifacts.schema import unchecked
 from dqtool.bench import openvino_contenders, probe
-from dqtool.bench.contenders import CONTENDERS, expand
+from dqtool.bench.contenders import CONTENDERS, contender_names
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
 from dqtool.runtimes import RUNTIMES
 from dqtool.stages.bench import _runtimes, bench, render
@@ -172,7 +172,7 @@ def test_what_can_not_be_measured(options: dict[str, Any]):
 def test_lists_are_given_as_one_text():
     made = build_options(BenchOptions, {"batch": "1, 4", "against": "fp32,nncf-int8"})
     assert (made.batch, made.against) == ((1, 4), ("fp32", "nncf-int8"))
-    assert not expand(build_options(BenchOptions, {"against": "none"}).against)
+    assert not contender_names(build_options(BenchOptions, {"against": "none"}).against)
     with pytest.raises(UsageError, match="not a list of whole numbers"):
         build_options(BenchOptions, {"batch": "1,x"})
 
@@ -185,5 +185,5 @@ def test_unknown_names(made: Path):
 
 
 def test_float_names_stand_for_both_memory_formats():
-    assert expand(["fp32", "nncf-int8", "fp32"]) == ["fp32", "fp32-channels-last", "nncf-int8"]
+    assert contender_names(["fp32", "nncf-int8", "fp32"]) == ["fp32", "fp32-channels-last", "nncf-int8"]
     assert set(CONTENDERS) >= {"fp32", "bf16", "fp32-compile", "nncf-int8"}

@@ -17,7 +17,7 @@ from dqtool.metrics.digits import evaluate_digits
 from dqtool.metrics.frechet import statistics
 from dqtool.metrics.manifold import Manifold
 from dqtool.metrics.registry import path_digest
-from dqtool.stages.evaluation.image_metrics import choose
+from dqtool.stages.evaluation.image_metrics import choose_metrics
 
 
 @pytest.fixture
@@ -143,15 +143,15 @@ def test_left_out_metrics_are_those_the_files_allow(tmp_path: Path) -> None:
         (plain, ("fid", "fid-reference", "sfid", "is", "pr")),
         (only, ("fid", "fid-reference", "is")),
     ):
-        assert choose(None, Files(inception_weights="w", ref_stats=path), prompts=False) == expected
-    assert choose(None, Files(clip="c"), prompts=True) == ("clip",)
-    assert choose(None, Files(clip="c", aesthetic_weights="a"), prompts=False) == ("aesthetic",)
-    assert choose(("digits", "is"), Files(inception_weights="w"), prompts=False) == ("is",)
-    assert choose(None, Files(), prompts=True) == ()
+        assert choose_metrics(None, Files(inception_weights="w", ref_stats=path), prompts=False) == expected
+    assert choose_metrics(None, Files(clip="c"), prompts=True) == ("clip",)
+    assert choose_metrics(None, Files(clip="c", aesthetic_weights="a"), prompts=False) == ("aesthetic",)
+    assert choose_metrics(("digits", "is"), Files(inception_weights="w"), prompts=False) == ("is",)
+    assert choose_metrics(None, Files(), prompts=True) == ()
     with pytest.raises(UsageError):
-        choose(("clip",), Files(clip="c"), prompts=False)
+        choose_metrics(("clip",), Files(clip="c"), prompts=False)
     with pytest.raises(EnvironmentFault, match="--clip"):
-        choose(("clip",), Files(), prompts=True)
+        choose_metrics(("clip",), Files(), prompts=True)
 
 
 def test_prompts_reach_the_clip_score(run: Run, tmp_path: Path) -> None:

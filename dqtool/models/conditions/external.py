@@ -124,8 +124,8 @@ class ConditionSource:
             return _of_file(self.file, family, config, request)
         request = replace(request, random=self.random)
         if self.pipeline is None:
-            return family.ask(config, request, companions)
-        found = family.ask(config, request, self.companions())
+            return family.make_conditions(config, request, companions)
+        found = family.make_conditions(config, request, self.companions())
         _check(found.table, family, config, f"--pipeline {self.pipeline}")
         return found
 

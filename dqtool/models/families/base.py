@@ -98,7 +98,7 @@ class Family(ABC):
         """Return random conditions for `batch` samples; empty for an unconditional network."""
         return {}
 
-    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
+    def make_conditions(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return the conditions under which images are sampled. The default is random ones, for lack of text or labels.
 
         Raises:

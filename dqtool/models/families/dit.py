@@ -37,7 +37,7 @@ class DiT(Family):
         """Return random class labels."""
         return {"class_labels": torch.randint(0, _classes(config), (batch,), generator=generator)}
 
-    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
+    def make_conditions(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return all classes in turn."""
         return class_labels(request, _classes(config), self.guidance)
 

@@ -79,10 +79,10 @@ class Flux(Family):
         """Return `guidance` `[rows]`."""
         return {"guidance": torch.full((rows,), guidance)}
 
-    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
+    def make_conditions(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return prompts encoded by the pipeline's CLIP and T5, with the guidance input of a distilled model."""
         if companions is None or not companions.encodes_text:
-            return super().ask(config, request, companions)
+            return super().make_conditions(config, request, companions)
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             given, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device)

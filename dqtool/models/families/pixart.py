@@ -51,10 +51,10 @@ class PixArt(Family):
         mask = {"encoder_attention_mask": torch.ones(text.shape[:2])}
         return mask | _sizes(config, len(text), 8 * self.sample_shape(config)[1])
 
-    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
+    def make_conditions(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return prompts encoded by the pipeline's T5."""
         if companions is None or not companions.encodes_text:
-            return super().ask(config, request, companions)
+            return super().make_conditions(config, request, companions)
 
         height = image_side(self.sample_shape(config), companions)[0]
 

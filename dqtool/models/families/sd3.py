@@ -42,10 +42,10 @@ class SD3(Family):
             "pooled_projections": torch.randn(batch, config.get("pooled_projection_dim", 2048), generator=generator),
         }
 
-    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
+    def make_conditions(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return prompts encoded by the pipeline's text models; T5 is optional."""
         if companions is None or not companions.encodes_text:
-            return super().ask(config, request, companions)
+            return super().make_conditions(config, request, companions)
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             # Without T5 the pipeline reads the width of the text from the transformer's config.

@@ -40,14 +40,14 @@ class UNet2D(Family):
         classes = config.get("num_class_embeds")
         return {"class_labels": torch.randint(0, classes, (batch,), generator=generator)} if classes else {}
 
-    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
+    def make_conditions(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return all classes in turn, without guidance, since the network has no label for "no class".
 
         Raises:
             UsageError: the request has prompts or guidance.
         """
         if not config.get("num_class_embeds"):
-            return super().ask(config, request, companions)
+            return super().make_conditions(config, request, companions)
         if request.guidance is not None and request.guidance > 1:
             raise UsageError(
                 "Guidance needs a label that stands for no class, and this network has none",

@@ -128,12 +128,12 @@ class UNet2DCondition(Family):
         length = companions.json(f"{tokenizer}/tokenizer_config.json").get("model_max_length", 77)
         return {CONTEXT_TOKENS: length} if 0 < length < 10_000 else {}
 
-    def ask(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
+    def make_conditions(self, config: ForeignConfig, request: Request, companions: Companions | None) -> Conditions:
         """Return contexts of the classes, or of the prompts, made by the pipeline's own models."""
         if companions is not None and companions.has("class_embedder"):
             return class_contexts(request, companions, self.class_guidance)
         if companions is None or not companions.encodes_text:
-            return super().ask(config, request, companions)
+            return super().make_conditions(config, request, companions)
         xl = config.get("addition_embed_type") == "text_time"
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -135,12 +135,12 @@ def _product(name: str, layer: PackedLayer, current_step: CurrentStep, kinds: di
     except TypeError:  # a geometry without integer form
         kinds[name] = "float"
         return layer
-    product = choose(integer, current_step)
+    product = choose_product(integer, current_step)
     kinds[name] = "float" if product is None else "int8"
     return layer if product is None else product
 
 
-def choose(layer: IntegerLayer, current_step: CurrentStep) -> Product | None:
+def choose_product(layer: IntegerLayer, current_step: CurrentStep) -> Product | None:
     """Return the product that computes a layer exactly on this machine; None for a layer that stays float."""
     if not layer.is_integer:
         return None
@@ -166,7 +166,7 @@ def _convert_attention(name: str, attn: Any, current_step: CurrentStep, kinds: d
                 continue
             integers = [integer_layer(layer, keep_packed=True) for layer in layers]
             whole = merge(integers) if all(layer.is_integer for layer in integers) else None
-            product = None if whole is None else choose(whole, current_step)
+            product = None if whole is None else choose_product(whole, current_step)
             if product is None or (target == "to_qkv" and layers[0].in_features != layers[1].in_features):
                 continue
             if target == "to_qkv" and getattr(attn, "is_cross_attention", False):

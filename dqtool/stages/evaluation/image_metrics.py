@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.errors import UsageError
 from dqtool.metrics import METRICS, Files, available
-from dqtool.metrics.registry import check_needs, option
+from dqtool.metrics.registry import check_needs, option_flag
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dqtool.metrics.measuring import Batch, Meter
 
-__all__ = ["choose", "enough_for", "files_of", "ready", "save_samples", "scores"]
+__all__ = ["choose_metrics", "computable_metrics", "files_of", "metric_figures", "prepared_meter", "save_samples"]
 
 BATCH = 64
 
@@ -38,7 +38,7 @@ def files_of(options: _Options) -> Files:
     return Files(options.inception_weights, options.clip, options.aesthetic_weights, options.ref_stats)
 
 
-def enough_for(files: Files, *, prompts: bool) -> tuple[str, ...]:
+def computable_metrics(files: Files, *, prompts: bool) -> tuple[str, ...]:
     """The metrics that the files, and what the reference statistics hold, are enough for."""
     chosen = available(files, prompts=prompts)
     if files.ref_stats is not None and "fid" in chosen and not _has(files.ref_stats, "arr_0"):
@@ -48,7 +48,7 @@ def enough_for(files: Files, *, prompts: bool) -> tuple[str, ...]:
     return chosen
 
 
-def choose(asked: Sequence[str] | None, files: Files, *, prompts: bool) -> tuple[str, ...]:
+def choose_metrics(asked: Sequence[str] | None, files: Files, *, prompts: bool) -> tuple[str, ...]:
     """The metrics of the registry among those `asked` for; None stands for all that the files are enough for.
 
     Raises:
@@ -59,7 +59,7 @@ def choose(asked: Sequence[str] | None, files: Files, *, prompts: bool) -> tuple
         chosen = tuple(name for name in asked if name in METRICS and METRICS[name].start is not None)
         check_needs(chosen, files)
     else:
-        chosen = enough_for(files, prompts=prompts)
+        chosen = computable_metrics(files, prompts=prompts)
         for field in files.given():
             users = [name for name, metric in METRICS.items() if field in metric.files]
             if not set(users) & set(chosen):
@@ -77,7 +77,7 @@ def _explain(field: str, users: Sequence[str], files: Files) -> None:
     if any(METRICS[name].needs_prompts and set(available(files, prompts=True)) & {name} for name in users):
         raise UsageError(
             "The CLIP score compares images with prompts, and this model takes none",
-            where=option(field),
+            where=option_flag(field),
             fix="Leave it out, or give --aesthetic-weights too for the aesthetic score",
         )
     check_needs(users[:1], files)
@@ -89,14 +89,14 @@ def _has(path: str, *names: str) -> bool:
     return bool(set(names) & set(npz_names(path)))
 
 
-def ready(names: Sequence[str], files: Files) -> Meter | None:
+def prepared_meter(names: Sequence[str], files: Files) -> Meter | None:
     """The metrics with their networks loaded and their files found good; None for none."""
     from dqtool.metrics.measuring import Meter
 
     return Meter(names, files) if names else None
 
 
-def scores(
+def metric_figures(
     meter: Meter,
     images: Tensor,
     texts: Sequence[str] | None,

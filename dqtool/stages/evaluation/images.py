@@ -128,7 +128,7 @@ def maker_of_source(source: ModelSource, count: int, seed: int, steps: int) -> I
     family, companions = family_of(source.class_name, source.given), companions_of_source(source)
     config = {**source.config, **({} if companions is None else family.input_properties(companions))}
     request = Request(count, seed, card={} if companions is None else companions.card)
-    conditions = family.ask(config, request, companions)
+    conditions = family.make_conditions(config, request, companions)
     sampling = SamplingRecord(source.scheduler or family.scheduler or {}, steps, eta=0.0)
     sampler = Sampler.calibrated(family, config, sampling, conditions.guidance)
     return _maker(sampler, conditions, config, companions)

@@ -86,10 +86,10 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for bits or contenders that don't exist, and for options that contradict --arch."""
-        from dqtool.bench.contenders import expand
+        from dqtool.bench.contenders import contender_names
 
         _ = self.spec
-        expand(self.against)
+        contender_names(self.against)
         if self.arch is not None and self.artifact is not None:
             raise UsageError("A directory and --arch were given", where="--arch", fix="Give one of them")
         if self.arch is not None and self.reference is not None:

@@ -109,7 +109,8 @@ class CalibrateOptions:
         Option(
             "Scaling of the layers by their activations. auto replaces dilate's factors in each layer where others give less "
             "output error, and distill trains them further. keep leaves dilate's factors, as in the paper. none, smoothquant, "
-            "awq, dgq, osplus and omniquant replace them in all layers.",
+            "awq, dgq, osplus and omniquant replace them in all layers. rotation rotates the inputs in groups of channels "
+            "instead, where that gives less error.",
             "NAME",
         ),
     ] = AUTO

@@ -189,11 +189,11 @@ def test_names_that_follow_from_others_may_be_left_out(tmp_path: Path) -> None:
 
 def test_classes_need_no_encoder() -> None:
     family = FAMILIES["UNet2DModel"]
-    found = family.ask({**NETWORKS["unet2d"], "num_class_embeds": 5}, Request(8), None)
+    found = family.make_conditions({**NETWORKS["unet2d"], "num_class_embeds": 5}, Request(8), None)
     assert found.table["class_labels"].tolist() == [0, 1, 2, 3, 4]
     assert not found.guided
     with pytest.raises(UsageError, match="stands for no class"):
-        family.ask({**NETWORKS["unet2d"], "num_class_embeds": 5}, Request(8, guidance=2.0), None)
+        family.make_conditions({**NETWORKS["unet2d"], "num_class_embeds": 5}, Request(8, guidance=2.0), None)
 
 
 def test_a_refiner_is_asked_with_its_second_encoder(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_prompts_do_not_make_images(tmp_path: Path) -> None:
 
     companions = companions_of_source(resolve_model(str(text_pipeline("sd", tmp_path / "sd"))))
     with pytest.raises(UsageError, match="image conditions"):
-        FAMILY.ask(config_of(9), Request(2), companions)
-    found = FAMILY.ask(config_of(9), Request(2, random=True), companions)
+        FAMILY.make_conditions(config_of(9), Request(2), companions)
+    found = FAMILY.make_conditions(config_of(9), Request(2, random=True), companions)
     assert found.random
     assert found.table[IMAGE_CONDITION].shape == (len(found), 5, 8, 8)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts import read_header
 from dqtool.artifacts.files import os_fault
 from dqtool.artifacts.header import TORCH_DTYPES, TensorEntry
-from dqtool.artifacts.reading import Counted, open_regular
+from dqtool.artifacts.reading import CountedReader, open_regular
 from dqtool.artifacts.torch_files import check_torch_file
 from dqtool.errors import ArtifactError
 from dqtool.models.sources.original.normal_form import plain_entries, plain_tensors
@@ -106,7 +106,7 @@ def _load(path: Path, device: str) -> dict[str, Tensor]:
                 if "mmap can only be used" not in str(error):
                     raise
                 with open_regular(path) as stream:  # the format before torch 1.6
-                    content = torch.load(Counted(stream), map_location=device, weights_only=True)  # type: ignore[arg-type]
+                    content = torch.load(CountedReader(stream), map_location=device, weights_only=True)  # type: ignore[arg-type]
     except pickle.UnpicklingError as error:
         raise ArtifactError(
             f"This checkpoint holds objects whose code would have to run: {_offender(str(error))}",
