@@ -157,7 +157,7 @@ def save(rows: list[dict[str, Any]]) -> None:
         "# Low-rank branches and rotated inputs",
         "",
         "Nothing is trained or protected. PSNR to full precision of the same seeds; time of a step of the `cpu` runtime in that of",
-        "the first row of the same run, by processor time on one thread. Ranks are those of `distill --low-rank`.",
+        "the first row of the same run, by processor time on one thread (empty: not timed). Ranks are those of `distill --low-rank`.",
         "",
         "| model | bits | scaling | rank | rotated layers | images | PSNR, dB | MB | giga bit operations | time | run |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -165,7 +165,12 @@ def save(rows: list[dict[str, Any]]) -> None:
     runs = list(dict.fromkeys(row["command"] for row in kept))
     for row in kept:
         cells = [row[key] for key in ("model", "bits", "scaling", "rank", "rotated", "images")]
-        cells += [f"{row['psnr']:.1f}", f"{row['megabytes']:.2f}", f"{row['gigabops']:.1f}", f"{row['time']:.2f}"]
+        cells += [
+            f"{row['psnr']:.1f}",
+            f"{row['megabytes']:.2f}",
+            f"{row['gigabops']:.1f}",
+            "" if row["time"] is None else f"{row['time']:.2f}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} | {runs.index(row['command']) + 1} |")
     lines += ["", *(f"{number}. `{run}`" for number, run in enumerate(runs, 1))]
     (RESULTS / "tails.md").write_text("\n".join(lines) + "\n")
