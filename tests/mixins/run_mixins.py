@@ -28,7 +28,12 @@ sys.path.insert(0, str(HERE.parent))
 KINDS = {"sd": "unet", "pixart": "transformer", "sd3": "transformer", "flux": "transformer"}
 """Pipelines of `tests/families.py`, with the name of their network."""
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "dtype_assignment": "diffusers' rule: a quantized model refuses casts. Ones of dqtool take them, since pipelines cast",
+    "quantized_layers": "diffusers' rule: quantized layers are subclasses of `nn.Linear`. Ones of dqtool are not",
+    "modules_to_not_convert": "diffusers' rule: layers are quantized while loading. An export is quantized already, and says so",
+    "test_training": "diffusers' rule: gradients flow through quantized layers. Integer engines have none (`is_trainable`)",
+}
 """Reasons of failures, by a pattern of the name and message of the test."""
 
 
@@ -107,6 +112,7 @@ def write(rows: list[dict[str, str]], version: str, path: Path) -> int:
         f"`make mixins DIFFUSERS=path/to/checkout`, tests of {version}: the mixin for quantized models, and the one for pipelines "
         "with a quantized network, on tiny networks of four families at 4/8, on the fastest engine of the CPU.",
         "",
+        *([] if any(suite == "pipelines" for suite, _ in groups) else ["The mixin for pipelines was not run.", ""]),
         "| mixin | tests of | run | passed | skipped | failed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
