@@ -165,11 +165,14 @@ def main() -> int:
     if options.measure is not None:
         print(json.dumps(measure(options.measure, options.threads[0], options.guidance)))
         return 0
+    from dqtool.artifacts.outputs import check_results
     from dqtool.bench.machine import describe_machine
 
+    check_results(RESULT.with_suffix(".json"), [RESULT.with_suffix(".md")])
     machine = describe_machine(max(options.threads))
     bar = BAR["avx512_vnni" in (machine["flags"] or [])]
     result = {
+        "format": "dqtool-result/1",
         "command": "make bench-pipeline",
         "bits": options.bits,
         "guidance": options.guidance,
