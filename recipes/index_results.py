@@ -143,6 +143,7 @@ KNOWN_TARGETS = {
     "same-integers",
     "fuzz",
     "soak",
+    "soak-large",
     "terrain",
     "table-correction",
     "lsq-points",
