@@ -24,6 +24,7 @@ import torch
 
 import dqtool
 from dqtool.artifacts import read_manifest
+from dqtool.artifacts.outputs import check_results
 from dqtool.core.cost import bops
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -52,6 +53,7 @@ ROUNDS = 5
 
 def main() -> None:
     """Calibrate, quantize, measure; write the results."""
+    check_results(RESULTS / "tails.json", [RESULTS / "tails.md"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("results/tails"))
     parser.add_argument("--models", nargs="+", default=list(BITS), choices=list(BITS))
@@ -152,7 +154,7 @@ def save(rows: list[dict[str, Any]]) -> None:
     known = {key_of(row): row for row in (json.loads(path.read_text())["rows"] if path.is_file() else [])}
     known |= {key_of(row): row for row in rows}
     kept = [known[key] for key in sorted(known)]
-    path.write_text(json.dumps({"command": "make tails", "rows": kept}, indent=1) + "\n")
+    path.write_text(json.dumps({"format": "dqtool-result/1", "command": "make tails", "rows": kept}, indent=1) + "\n")
     lines = [
         "# Low-rank branches and rotated inputs",
         "",
