@@ -151,10 +151,10 @@ class DqtoolQuantizer(DiffusersQuantizer):
                 fix="Give `dqtool distill --keep 'REGEX=16/16'` for the layers that stay float, and export again",
             )
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
-        """Note the dtype of inputs and outputs."""
-        self.dtype = torch_dtype
-        return torch_dtype
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """Note the dtype of inputs and outputs; float32 if none is given."""
+        self.dtype = torch_dtype or torch.float32
+        return self.dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
         """Return the dtype that a device map counts with: packed words are int32 tensors of the size they have."""

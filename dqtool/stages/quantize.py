@@ -109,14 +109,9 @@ def _effort_values(options: Any, stage: str) -> dict[str, Any]:
     if options.effort == "fast":
         if stage == "calibrate":
             return {"samples": max(256, 8 * _steps(options))}
-        return {
-            "dilate": {},
-            "distill": {
-                "method": "ptq",
-                "correct_noise": _correction_is_cheap(options) if stage == "distill" else None,
-            },
-            "eval": {"samples": 64, "metrics": ("similarity", "cost")},
-        }[stage]
+        if stage == "distill":
+            return {"method": "ptq", "correct_noise": _correction_is_cheap(options)}
+        return {"samples": 64, "metrics": ("similarity", "cost")} if stage == "eval" else {}
     if options.effort == "best":
         from dqtool.training.options import BkdOptions
 

@@ -134,8 +134,9 @@ def test_half_types(exported: Path, runtime: str, dtype: torch.dtype) -> None:
     reference = answer(network_of(exported, runtime))
     for name in ("torch_dtype", "dtype"):
         network = network_of(exported, runtime, **{name: dtype})
-        assert network.dtype == answer(network).dtype == dtype
+        assert network.dtype == answer(network).dtype == dtype == network.config["_pre_quantization_dtype"]
         assert (answer(network).float() - reference).norm() < 0.5 * reference.norm()  # codes of 4 bits flip
+    assert network_of(exported, runtime).config["_pre_quantization_dtype"] == torch.float32
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
