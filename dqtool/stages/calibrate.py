@@ -63,8 +63,6 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
     dilated = input_artifact(options.artifact, ["dilate"], "dilate")
     options = with_steps(options, (dilated.manifest.pipeline or PipelineRecord()).scheduler)
     check_samples(options)
-    if settings.dry_run:
-        _check_conditions(dilated, options)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     parameters = fingerprint_parameters(options, prompts)
     inputs = [InputRecord(dilated.given, dilated.sha256, dilated.stage)]
@@ -77,9 +75,11 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
             "calibrate",
         )
 
-    run_unless_cached(
+    cached = run_unless_cached(
         "calibrate", CODE_VERSION, options.output, parameters, inputs, settings, work, reads=read_paths(options)
     )
+    if settings.dry_run and not cached:
+        _check_conditions(dilated, options)
     return options.output
 
 
