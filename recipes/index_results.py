@@ -54,6 +54,17 @@ NUMBER = re.compile(r"(?<![\w./-])\d+(?:,\d{3})*\.\d+(?!\.?\d)|\b\d+(?:,\d{3})*(
 """Numbers of README that state a measurement: with a decimal point, or in front of a unit."""
 
 
+TERRAIN_ROWS = (
+    ("dqtool 8/8", "8/8 default"),
+    ("dqtool 4/8", "4/8 default"),
+    ("dqtool 4/4", "4/4 default"),
+    ("8 bits in every layer", "8/8 uniform"),
+    ("onnxruntime, dynamic int8", "onnxruntime dynamic"),
+    ("onnxruntime, static int8", "onnxruntime static"),
+)
+"""Rows of README's table of the terrain model, and their names in the result."""
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read one result."""
     return json.loads(path.read_text(encoding="utf-8"))
@@ -302,6 +313,17 @@ def quality_table() -> list[str]:
     return table([*head, "smaller at 4/4"], rows)
 
 
+def terrain_table() -> list[str]:
+    """Return the table of README.md about a model that others trained: PSNR, size and number of maps of each contender."""
+    found = {row["name"]: row for row in load(RESULTS / "terrain.json")["rows"] if row["steps"] == 1}
+    rows = []
+    for label, name in TERRAIN_ROWS:
+        row = found[name]
+        size = f"{row['bytes'] / 1e6:.2f} MB"
+        rows.append([label, f"{row['psnr']:.1f} dB", f"{row['psnr_least']:.1f} dB", size, str(row["maps"])])
+    return table(["one step, untrained", "PSNR", "worst map", "file", "maps"], rows)
+
+
 def speed_table() -> list[str]:
     """Return the speed table of README.md."""
     shown = {"cpu": "cpu", "openvino": "openvino", "NNCF int8": "nncf-int8", "bfloat16": "bf16-channels-last"}
@@ -323,11 +345,12 @@ def speed_table() -> list[str]:
 
 def with_tables(text: str) -> str:
     """Return README.md's text with the marked tables replaced."""
-    for name, lines in (("quality", quality_table()), ("speed", speed_table())):
+    tables = {"terrain": terrain_table(), "quality": quality_table(), "speed": speed_table()}
+    for name, lines in tables.items():
         mark = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not mark.search(text):
             raise SystemExit(f"README.md lacks the mark <!-- results: {name} -->")
-        text = mark.sub(lambda m, lines=lines: f"{m[1]}\n{chr(10).join(lines)}\n\n{m[2]}", text)
+        text = mark.sub(lambda m, lines=lines: f"{m[1]}{chr(10).join(lines)}\n{m[2]}", text)
     return text
 
 
