@@ -42,7 +42,7 @@ class ProductWatch(TorchFunctionMode):
     """Counts the calls of attention products of a network in `calls`, and passes (module, q, k, v) of each to `see`."""
 
     def __init__(self, network: nn.Module, see: Callable[[str, tuple[Tensor, Tensor, Tensor]], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls, self.see = Calls(), see
         self.running: list[str] = []
         for name, module in network.named_modules():

@@ -37,7 +37,7 @@ class _Products(TorchFunctionMode):
     """Computes calls of `scaled_dot_product_attention` by the processor of one module."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.module = module
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
