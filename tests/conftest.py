@@ -17,6 +17,8 @@ from distillation_tasks import base_task, make_task, silent, task  # noqa: F401 
 from helpers import tiny_pipeline
 from pytest_console_scripts import RunResult, ScriptRunner
 
+from dqtool import report
+
 Run = Callable[..., RunResult]
 
 CHAIN = (
@@ -43,6 +45,12 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _no_measured_times() -> None:
     """Forget the times that an earlier test's `dqtool bench` kept: `auto` would follow them."""
     shutil.rmtree(Path(os.environ["DQTOOL_CACHE"]) / "auto", ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _messages_are_shown() -> None:
+    """Show messages again that an earlier test's `--quiet` switched off."""
+    report.set_quiet(False)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ __all__ = ["ARCHITECTURES", "Architecture", "architecture"]
 class Architecture:
     """A published network: its diffusers config and its published parameter counts and sampling settings.
 
-    `parameters` is the published count of the network alone.
+    `parameters` is the published count of the network alone, `first_stage` that of the autoencoder (0 for pixel models).
     `batch` is the batch of one forward pass in deployment (2 under classifier-free guidance), `context` the shape of one
     sample's `encoder_hidden_states`. `steps`, `guidance` and `eta` are the sampling settings of arXiv 2409.14307.
     """
@@ -25,6 +25,7 @@ class Architecture:
     config: ForeignConfig = field(repr=False)
     parameters: int
     steps: int
+    first_stage: int = 0
     batch: int = 1
     context: tuple[int, int] | None = None
     guidance: float | None = None
@@ -101,6 +102,7 @@ _ENTRIES = (
         title="LDM-4, LSUN-Bedroom 256x256",
         class_name="UNet2DModel",
         parameters=274_060_000,
+        first_stage=55_320_000,
         steps=100,
         eta=1.0,
         config={
@@ -122,6 +124,7 @@ _ENTRIES = (
         title="LDM-8, LSUN-Church 256x256",
         class_name="UNet2DModel",
         parameters=294_960_000,
+        first_stage=83_650_000,
         steps=100,
         config={
             "sample_size": 32,
@@ -147,6 +150,7 @@ _ENTRIES = (
         title="LDM-4, ImageNet 256x256, class-conditional",
         class_name="UNet2DConditionModel",
         parameters=400_920_000,
+        first_stage=55_320_000,
         steps=20,
         batch=2,
         context=(1, 512),
@@ -171,6 +175,7 @@ _ENTRIES = (
         title="Stable Diffusion v1.4, 512x512",
         class_name="UNet2DConditionModel",
         parameters=859_520_000,
+        first_stage=83_650_000,
         steps=50,
         batch=2,
         context=(77, 768),
@@ -195,6 +200,7 @@ _ENTRIES = (
         title="DiT-XL/2, ImageNet 256x256, class-conditional",
         class_name="DiTTransformer2DModel",
         parameters=675_130_000,
+        first_stage=83_650_000,
         steps=250,
         batch=2,
         guidance=1.5,

@@ -79,7 +79,7 @@ class Runner:
                 {"stage": step.stage, "parameters": dict(step.parameters), "key": step.key} for step in cell.steps
             ],
             "model": cell.steps[0].model,
-            "environment": environment(str(resolve_device(self.settings.device)), torch.get_num_threads()),
+            "environment": environment(str(resolve_device(self.settings.device)), torch.get_num_threads()).to_json(),
             "dqtool": dqtool_version(),
             "measures": FIGURES_VERSION,
             **provenance(cell),

@@ -136,6 +136,7 @@ def test_a_signal_that_a_library_turns_into_an_error_of_its_own_still_ends_the_c
     script = f"""
 import os, signal, sys
 import dqtool.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 def invoke(arguments):
     try:
         os.kill(os.getpid(), signal.{name})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,15 +198,17 @@ def test_diffusers_loads_and_saves_rotated_networks(exported: Path, tmp_path: Pa
 
 
 def test_a_group_that_does_not_fit_is_refused(exported: Path) -> None:
+    from dqtool.artifacts import read_manifest
     from dqtool.errors import ArtifactError
     from dqtool.models.networks.packed import packed_network, plans_from
 
-    note = json.loads((exported / "exported" / "dqtool.json").read_text())
-    first = next(layer for layer in note["layers"] if layer.get("role") == "input")
-    first["rotation"] = 16
+    manifest = read_manifest(exported / "exported")
+    place = next(i for i, layer in enumerate(manifest.layers) if layer.role == "input")
+    layers = list(manifest.layers)
+    layers[place] = replace(layers[place], rotation=16)
     state = dqtool.load(str(exported / "exported"), "simulate").state_dict()
     with pytest.raises(ArtifactError, match="groups of 16"):
-        packed_network("UNet2DModel", note["model"]["config"], plans_from(note["layers"]), state)
+        packed_network("UNet2DModel", manifest.network.config, plans_from(layers), state)
 
 
 def test_graphs_of_a_converted_network_rotate(tmp_path: Path) -> None:

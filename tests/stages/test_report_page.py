@@ -172,8 +172,25 @@ def test_timings_join_the_result_they_belong_to(chain: Path):
     (result,), _ = find_results([str(chain)])
     row = {"note": "", "p10": 0.01, "p90": 0.02, "calls": 3}
     report = {
-        "model": {"class": "UNet2DModel", "bits": "4/4", "from": "exported", "sha256": result.measured_sha256},
-        "machine": {"processor": "one", "threads": 1},
+        "command": "dqtool bench exported",
+        "seconds": 1.0,
+        "model": {
+            "class": "UNet2DModel",
+            "parameters": 1000,
+            "file_bytes": 500,
+            "bits": "4/4",
+            "from": "exported",
+            "sha256": result.measured_sha256,
+        },
+        "machine": {
+            "processor": "one",
+            "cores": 1,
+            "threads": 1,
+            "flags": [],
+            "expect": "",
+            "platform": "Linux",
+            "versions": {},
+        },
         "speed": {
             "1": [
                 row | {"contender": "simulate", "median": 0.0125, "ratio": 2.0, "baseline": False},

@@ -35,7 +35,7 @@ def _family(class_name: str, where: str, config: ForeignConfig | None) -> Family
     helper = next((kind for kind in HELPERS if kind in class_name), None)
     if helper is not None:
         raise ArtifactError(
-            f"A {class_name} is no denoiser: it makes inputs of one",
+            f"{class_name} is no denoiser: it makes inputs of one",
             where=where,
             fix="Quantize the denoiser, and give this network to the pipeline as it is: it works beside a quantized one",
         )
