@@ -115,3 +115,18 @@ def second_step(network: Any, **extra: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = network(**example | told | extra)[0]
     return result
+
+
+def answer_at_second_step(network: Any, batch: int = 2) -> Tensor:
+    """Return the network's answer to its family's example at its second step."""
+    torch.manual_seed(0)
+    hints = {"_context_tokens": 5, "_sample_size": 8}
+    example = family_of(type(network).__name__, "test").example(hints | dict(network.config), batch=batch)
+    with torch.no_grad():
+        result: Tensor = network(**example | {"timestep": network.timesteps[1].expand(batch), "return_dict": False})[0]
+    return result
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return |got - expected| / |expected|."""
+    return float((got - expected).norm() / expected.norm())

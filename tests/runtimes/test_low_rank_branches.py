@@ -12,8 +12,8 @@ import torch
 from conftest import Run
 from families import component_directory
 from helpers import tiny_pipeline
-from synthetic import synthetic_network
-from torch import Tensor, nn
+from synthetic import answer_at_second_step, relative_error, synthetic_network
+from torch import nn
 
 import dqtool
 from dqtool.bench.integers import ENGINES
@@ -48,21 +48,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     return work
 
 
-def call(network: Any, batch: int = 2) -> Tensor:
-    """Return the network's answer at its second step."""
-    torch.manual_seed(0)
-    hints = {"_context_tokens": 5, "_sample_size": 8}
-    example = family_of(type(network).__name__, "test").example(hints | dict(network.config), batch=batch)
-    with torch.no_grad():
-        result: Tensor = network(**example | {"timestep": network.timesteps[1].expand(batch), "return_dict": False})[0]
-    return result
-
-
-def ratio(got: Tensor, expected: Tensor) -> float:
-    """Return |got - expected| / |expected|."""
-    return float((got - expected).norm() / expected.norm())
-
-
 @pytest.mark.filterwarnings("ignore:timestep:dqtool.errors.DqtoolWarning")
 @pytest.mark.parametrize("name", ["unet2d", "dit"])
 def test_without_quantizers_a_network_with_branches_is_the_float_network(name: str, tmp_path: Path) -> None:
@@ -93,11 +78,13 @@ def test_the_cpu_engine_adds_the_branches_that_the_simulation_adds(name: str, tm
     engine = convert(copy.deepcopy(simulated))
     branched = [m for m in engine.modules() if isinstance(m, Product) and m.low_rank is not None]
     assert branched
-    expected = call(simulated)
-    assert ratio(call(engine), expected) < 2e-2  # a code on a tie may differ, and 6 bits make it 1/64 of a range
+    expected = answer_at_second_step(simulated)
+    assert (
+        relative_error(answer_at_second_step(engine), expected) < 2e-2
+    )  # a code on a tie may differ, and 6 bits make it 1/64 of a range
     for product in branched:
         product.low_rank = None
-    assert ratio(call(engine), expected) > 5e-2
+    assert relative_error(answer_at_second_step(engine), expected) > 5e-2
 
 
 def test_every_layer_of_the_cpu_engine_adds_its_branch(tmp_path: Path) -> None:
@@ -140,7 +127,7 @@ def test_runtimes_of_an_export_agree_with_the_simulation(exported: Path, runtime
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         steps = simulated.timesteps.tolist()
-        found = sorted(ratio(network(x, step).sample, simulated(x, step).sample) for step in steps)
+        found = sorted(relative_error(network(x, step).sample, simulated(x, step).sample) for step in steps)
     assert found[-2] < 5e-2 and found[-1] < 0.3, found  # a code on a tie may differ, and 4 bits make it 1/16 of a range
     assert set(integer_report(network).values()) == {"int8"}
 
@@ -208,7 +195,7 @@ def test_diffusers_loads_and_saves_branches(exported: Path, tmp_path: Path, runt
     again = dqtool.load(str(tmp_path / "saved"), runtime)
     x, step = torch.randn(1, 1, 8, 8), packed.timesteps[1]
     with torch.no_grad():
-        assert ratio(again(x, step).sample, packed(x, step).sample) < (5e-2 if dtype == torch.float32 else 0.3)
+        assert relative_error(again(x, step).sample, packed(x, step).sample) < (5e-2 if dtype == torch.float32 else 0.3)
 
 
 def test_a_lora_adds_to_the_branch(tmp_path: Path) -> None:
@@ -220,16 +207,16 @@ def test_a_lora_adds_to_the_branch(tmp_path: Path) -> None:
     layer = simulated.get_submodule(name)
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 8, 3, 3, generator=generator), torch.randn(8, 2, 1, 1, generator=generator) * 0.2
-    before = call(network)
+    before = answer_at_second_step(network)
     state = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     network.load_lora_adapter(state, prefix=None, adapter_name="one")
     conv = nn.functional.conv2d
     layer.register_forward_hook(lambda layer, args, y: y + conv(conv(args[0], a, None, 1, layer.padding), b))
-    expected = call(simulated)
-    assert ratio(call(network), expected) < 2e-2
-    assert ratio(before, expected) > 5e-2
+    expected = answer_at_second_step(simulated)
+    assert relative_error(answer_at_second_step(network), expected) < 2e-2
+    assert relative_error(before, expected) > 5e-2
     network.unload_lora()
-    assert torch.equal(call(network), before)
+    assert torch.equal(answer_at_second_step(network), before)
 
 
 def test_a_rank_that_a_layer_can_t_have_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -255,7 +242,7 @@ def test_a_rank_that_a_layer_can_t_have_is_refused(exported: Path, tmp_path: Pat
 def test_graphs_of_a_converted_network_hold_the_branches(tmp_path: Path) -> None:
     network = synthetic_network(str(component_directory("unet2d", tmp_path / "model")), "4/4", 3, low_rank=RANK)
     engine = convert(network)
-    expected = call(engine)
+    expected = answer_at_second_step(engine)
     program = torch.export.export(
         engine, (torch.zeros(2, 3, 8, 8), torch.tensor(50.0)), {"return_dict": False}, strict=False
     )
@@ -263,4 +250,4 @@ def test_graphs_of_a_converted_network_hold_the_branches(tmp_path: Path) -> None
     torch.manual_seed(0)
     example = family_of(type(engine).__name__, "test").example(dict(engine.config), batch=2)
     got = program.module()(example["sample"], torch.tensor(50.0), return_dict=False)[0]
-    assert ratio(got, expected) < 1e-5
+    assert relative_error(got, expected) < 1e-5

@@ -14,7 +14,7 @@ from conftest import Run
 from families import component_directory
 from helpers import rewrite_weights, tiny_pipeline, weights_of
 from safetensors.torch import load_file
-from synthetic import synthetic_network
+from synthetic import answer_at_second_step, relative_error, synthetic_network
 from torch import Tensor
 
 import dqtool
@@ -61,21 +61,6 @@ def rotated_network(name: str, directory: Path, bits: str = "4/4") -> Any:
     return synthetic_network(str(component_directory(name, directory / "model")), bits, 3, rotated=True)
 
 
-def call(network: Any, batch: int = 2) -> Tensor:
-    """Return the network's answer at its second step."""
-    torch.manual_seed(0)
-    hints = {"_context_tokens": 5, "_sample_size": 8}
-    example = family_of(type(network).__name__, "test").example(hints | dict(network.config), batch=batch)
-    with torch.no_grad():
-        result: Tensor = network(**example | {"timestep": network.timesteps[1].expand(batch), "return_dict": False})[0]
-    return result
-
-
-def ratio(got: Tensor, expected: Tensor) -> float:
-    """Return |got - expected| / |expected|."""
-    return float((got - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_the_kernel_rotates_to_the_same_bits(size: int) -> None:
     kernels = library.get()
@@ -93,11 +78,13 @@ def test_the_cpu_engine_rotates_what_the_simulation_rotates(name: str, tmp_path:
     engine = convert(copy.deepcopy(simulated))
     turned = [m for m in engine.modules() if isinstance(m, Product) and m.rotation]
     assert len(turned) > 4
-    expected = call(simulated)
-    assert ratio(call(engine), expected) < 2e-2  # a code on a tie may differ, and 6 bits make it 1/64 of a range
+    expected = answer_at_second_step(simulated)
+    assert (
+        relative_error(answer_at_second_step(engine), expected) < 2e-2
+    )  # a code on a tie may differ, and 6 bits make it 1/64 of a range
     for product in turned:
         product.rotation = 0
-    assert ratio(call(engine), expected) > 5e-2
+    assert relative_error(answer_at_second_step(engine), expected) > 5e-2
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
@@ -126,7 +113,7 @@ def test_every_layer_of_the_cpu_engine_gives_the_simulation_s_output(exported: P
         assert sum(bool(m.rotation) for m in products.values()) > 5
         for name, product in products.items():
             given, expected = seen[name]
-            assert ratio(product(given), expected) < 1e-5, name
+            assert relative_error(product(given), expected) < 1e-5, name
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "openvino"])
@@ -138,7 +125,7 @@ def test_runtimes_of_an_export_agree_with_the_simulation(exported: Path, runtime
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for step in simulated.timesteps.tolist():
         with torch.no_grad():
-            assert ratio(network(x, step).sample, simulated(x, step).sample) < 5e-2
+            assert relative_error(network(x, step).sample, simulated(x, step).sample) < 5e-2
     assert set(integer_report(network).values()) == {"int8"}
 
 
@@ -193,7 +180,7 @@ def test_diffusers_loads_and_saves_rotated_networks(exported: Path, tmp_path: Pa
     x, step = torch.randn(1, 1, 8, 8), packed.timesteps[1]
     with torch.no_grad():
         expected = packed(x, step).sample
-        assert ratio(network(x, step).sample, expected) < 5e-2
+        assert relative_error(network(x, step).sample, expected) < 5e-2
         assert torch.equal(again(x, step).sample, network(x, step).sample)
 
 
@@ -213,11 +200,11 @@ def test_a_group_that_does_not_fit_is_refused(exported: Path) -> None:
 
 def test_graphs_of_a_converted_network_rotate(tmp_path: Path) -> None:
     engine = convert(rotated_network("unet2d", tmp_path))
-    expected = call(engine)
+    expected = answer_at_second_step(engine)
     program = torch.export.export(
         engine, (torch.zeros(2, 3, 8, 8), torch.tensor(50.0)), {"return_dict": False}, strict=False
     )
     torch.manual_seed(0)
     example = family_of(type(engine).__name__, "test").example(dict(engine.config), batch=2)
     got = program.module()(example["sample"], torch.tensor(50.0), return_dict=False)[0]
-    assert ratio(got, expected) < 1e-5
+    assert relative_error(got, expected) < 1e-5
