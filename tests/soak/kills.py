@@ -24,6 +24,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -56,7 +57,8 @@ stages:
   calibrate: {{steps: 4, samples: 32}}
   distill: {{iters: 3, refine-iters: 3}}
 """
-DISTURBANCES = ("kill",) * 12 + ("force", "terminate", "terminate", "interrupt", "writers", "vanish", "full", "past")
+DISTURBANCES = ("kill",) * 12
+DISTURBANCES += ("force", "terminate", "terminate", "interrupt", "writers", "vanish", "full", "small", "fixed", "past")
 UNTIMED = ("seconds", "training_seconds", "training_cpu_seconds", "earlier_seconds")
 
 
@@ -242,6 +244,16 @@ def read_forever(path: Path, golden: Sequence[str], tally: Path) -> None:
         time.sleep(9 * took + 0.001)
 
 
+def mount(*command: str | Path) -> bool:
+    """Run a `mount` or `umount` command; return whether it was allowed."""
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def size_of(folder: Path) -> int:
+    """Return how many bytes the files of a folder occupy, in whole pages."""
+    return sum(4096 * (1 + path.stat().st_size // 4096) for path in folder.rglob("*"))
+
+
 class Soak:
     """All episodes of one run."""
 
@@ -308,6 +320,8 @@ class Soak:
         finally:
             os.kill(reader, signal.SIGKILL)
             ended = wait(reader)
+            if home.is_mount():
+                mount("umount", home)
             self.counts.check(ended == -signal.SIGKILL, f"{stage.name}: the reader failed")
         if tally.exists():
             reads, wrong = map(int, tally.read_text().split())
@@ -393,6 +407,41 @@ class Soak:
         code = wait(start(stage.arguments, home, limit))
         self.counts.numbers["full disks"] += 1
         self.counts.check(code in (0, 4), f"{stage.name}: {code} where files may have {size} bytes: {self._log(home)}")
+
+    def _small(self, stage: Stage, home: Path) -> None:
+        """Run on a disk that gets full: a tmpfs with room for the inputs and a little more, which grows for the last run."""
+        inputs, needed = home.with_name("inputs"), size_of(self.inputs[stage.model])
+        home.rename(inputs)
+        home.mkdir()
+        room = size_of(inputs) + 65536 + int(self.random.random() * needed)
+        if not mount("mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", home):
+            home.rmdir()
+            inputs.rename(home)
+            return
+        shutil.copytree(inputs, home, dirs_exist_ok=True)
+        code = wait(start(stage.arguments, home))
+        self.counts.numbers["small disks"] += 1
+        self.counts.numbers["small disks that got full"] += code != 0
+        self.counts.check(code in (0, 4), f"{stage.name}: {code} on a disk of {room} bytes: {self._log(home)}")
+        found = digest(home / stage.output)
+        self.counts.check(found in (None, stage.golden), f"{stage.name}: {found} on a disk that got full")
+        mount("mount", "-o", "remount,size=4g", home)
+
+    def _fixed(self, stage: Stage, home: Path) -> None:
+        """Run in a directory that nothing can be written to, before and after a kill: code 4, and nothing changes."""
+        self._kill(stage, home)
+        before = sorted(str(path) for path in home.rglob("*"))
+        if not mount("mount", "--bind", home, home):
+            return
+        mount("mount", "-o", "remount,bind,ro", home)
+        finished = digest(home / stage.output) is not None
+        code = wait(start(stage.arguments, home))
+        self.counts.numbers["read-only directories"] += 1
+        right = (0, 4) if finished else (4,)
+        self.counts.check(code in right, f"{stage.name}: {code} in a read-only directory: {self._log(home)}")
+        mount("umount", home)
+        after = sorted(str(path) for path in home.rglob("*"))
+        self.counts.check(after == before, f"{stage.name}: a read-only directory changed")
 
     def _past(self, stage: Stage, home: Path) -> None:
         """Run with a clock that stands in 1999 and goes backwards."""
