@@ -48,6 +48,7 @@ from dqtool.nn.call_lock import CallLock
 from dqtool.nn.prediction import is_correcting, set_correcting
 from dqtool.nn.steps import StepIndex, nearest_rows
 from dqtool.nn.traceable import flat_leaves, nested_arguments
+from dqtool.runtimes.openvino_limits import check_graph
 from dqtool.runtimes.openvino_fixed import Fixed
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
@@ -329,10 +330,12 @@ class OpenVINONetwork(Fixed, ModelMixin):
         with open_regular(path, TEXT_BYTES), open_regular(path.with_suffix(".bin")):
             pass
         try:
-            return self._core.read_model(path)
+            graph = self._core.read_model(path)
         except RuntimeError as error:
             text = " ".join(str(error).split())[:200]
             raise ArtifactError(f"OpenVINO can't read this graph: {text}", where=str(path)) from error
+        check_graph(graph, path.with_suffix(".bin").stat().st_size, str(path))
+        return graph
 
     def _timesteps(self) -> Tensor:
         manifest = self.artifact.manifest
