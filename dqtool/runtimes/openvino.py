@@ -48,8 +48,8 @@ from dqtool.nn.call_lock import CallLock
 from dqtool.nn.prediction import is_correcting, set_correcting
 from dqtool.nn.steps import StepIndex, nearest_rows
 from dqtool.nn.traceable import flat_leaves, nested_arguments
-from dqtool.runtimes.openvino_limits import check_graph
 from dqtool.runtimes.openvino_fixed import Fixed
+from dqtool.runtimes.openvino_limits import check_graph
 
 __all__ = ["OpenVINONetwork", "available", "integer_report", "load"]
 
