@@ -18,6 +18,7 @@ from test_cpu import linear_layer, quantized, random_layer
 
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.cpu import library
+from dqtool.runtimes.cpu.build import source_text
 from dqtool.runtimes.cpu.codes import GEGLU, GELU, CurrentStep, Product
 from dqtool.runtimes.cpu.products import NativeProduct
 
@@ -205,10 +206,9 @@ def test_a_processor_with_amx_gets_its_instructions(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    here = Path(library.__file__).parent
     source = tmp_path / "all.cpp"
-    source.write_text("\n".join((here / name).read_text() for name in library.SOURCES))
-    flags = [flag for flag in library.FLAGS if flag not in ("-march=native", "-shared")]
+    source.write_text(source_text())
+    flags = [flag for flag in library.FLAGS if flag != "-shared"]
     command = [compiler, *flags, "-O1", "-march=sapphirerapids", "-S", str(source), "-o", str(tmp_path / "all.s")]
     done = subprocess.run(command, capture_output=True, text=True)
     if "sapphirerapids" in done.stderr:

@@ -140,7 +140,7 @@ struct Scratch {  // one buffer per thread; grows, never shrinks
     return static_cast<T*>(data);
   }
 };
-thread_local Scratch scratch_a, scratch_b;
+thread_local Scratch scratch_a, scratch_b, scratch_c;
 
 // Quantizes channels [N, H, W, C] to padded codes [N, top + up H + bottom, left + up W + right, Cp]. The padding is zp, the
 // code of zero. `up` repeats pixels: nearest upsampling commutes with the quantizer.

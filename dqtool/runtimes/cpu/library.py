@@ -1,16 +1,14 @@
-"""C++ kernels, compiled once per machine into the user's cache and called through ctypes.
+"""C++ kernels, called through ctypes: those of the wheel, or compiled once per machine into the user's cache.
 
 The library does not need PyTorch's headers. It shares PyTorch's OpenMP threads, since both link the same `libgomp`. `get()`
-returns None without a compiler, and `problem()` returns the reason.
+returns None where there are none, and `problem()` returns the reason.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -21,12 +19,22 @@ from torch import Tensor
 
 from dqtool import report
 from dqtool.artifacts import cache_directory
-from dqtool.errors import EnvironmentFault
+from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.runtimes.cpu.build import (
+    BUILT,
+    FLAGS,
+    compile_library,
+    find_compiler,
+    library_name,
+    source_text,
+)
 
 __all__ = [
+    "FLAGS",
     "get",
     "has_products",
     "has_vnni",
+    "instruction_sets",
     "layout_of_machine",
     "on_tiles",
     "pointer",
@@ -34,21 +42,16 @@ __all__ = [
     "strides",
 ]
 
-SOURCES = ("kernels.cpp", "tiles.cpp", "amx.cpp", "products.cpp", "attention.cpp", "winograd.cpp", "rotation.cpp")
-FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-strict-aliasing",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-mprefer-vector-width=512",
-)
+LIMIT = "DQTOOL_ISA"
+"""Environment variable that limits the instruction set: avx2, vnni or amx."""
+
+_VNNI = frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+NEEDED = {
+    "amx": _VNNI | {"amx_tile", "amx_int8"},
+    "vnni": _VNNI,
+    "avx2": frozenset({"avx2", "fma", "bmi2"}),
+}
+"""Flags that a processor has for each of `INSTRUCTION_SETS`, under Linux's names."""
 
 _Strides = ctypes.c_int64 * 3
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -128,29 +131,51 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def instruction_sets() -> list[str]:
+    """Return those of `build.INSTRUCTION_SETS` that the processor has and DQTOOL_ISA allows, the most capable first.
+
+    Raises:
+        UsageError: DQTOOL_ISA names no instruction set, or one that this processor lacks.
+    """
+    present, limit = _processor_flags(), os.environ.get(LIMIT)
+    found = [name for name, needed in NEEDED.items() if needed <= present]
+    if limit is None:
+        return found
+    if limit not in found:
+        raise UsageError(
+            f"{LIMIT}={limit} names an instruction set that this processor lacks, or none at all",
+            where=LIMIT,
+            fix=f"Choose from {', '.join(found)}, or leave it out" if found else "Leave it out",
+        )
+    return found[found.index(limit) :]
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     global _problem
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
-        _problem = "no C++ compiler (g++ or clang++) was found"
-        return None
-    try:
-        return _declare(ctypes.CDLL(str(_compiled(compiler))))
-    except subprocess.CalledProcessError as e:
-        lines = [line for line in e.stderr.splitlines() if "error" in line] or e.stderr.splitlines() or ["it failed"]
-        _problem = f"{compiler} could not compile them: {lines[0]}"
-    except (OSError, AttributeError, subprocess.SubprocessError) as e:
-        _problem = f"the compiled kernels can't be used: {e}"
+    _problem, text, compiler = "the processor lacks AVX2", source_text(), find_compiler()
+    for wanted in instruction_sets():
+        brought = BUILT / library_name(wanted, text, FLAGS)
+        if compiler is None and not brought.exists():
+            _problem = "no C++ compiler (g++ or clang++) was found"
+            continue
+        try:
+            path = brought if brought.exists() else _compiled(str(compiler), wanted, text)
+            return _declare(ctypes.CDLL(str(path)))
+        except subprocess.CalledProcessError as e:  # an old compiler may know less than the processor
+            lines = (
+                [line for line in e.stderr.splitlines() if "error" in line] or e.stderr.splitlines() or ["it failed"]
+            )
+            _problem = f"{compiler} could not compile them: {lines[0]}"
+        except (OSError, AttributeError, subprocess.SubprocessError) as e:
+            _problem = f"the compiled kernels can't be used: {e}"
     return None
 
 
-def _compiled(compiler: str) -> Path:
-    """Return the path of the library for this source, compiler and CPU; compile it if it is missing."""
-    here = Path(__file__).parent
-    text = "\n".join((here / name).read_text(encoding="utf-8") for name in SOURCES)
-    identity = "\n".join([text, compiler, *FLAGS, _cpu(), str(os.path.getmtime(shutil.which(compiler) or compiler))])
-    name = f"dqtool-kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+def _compiled(compiler: str, wanted: str, text: str) -> Path:
+    """Return the path of the library for this source, compiler and instruction set; compile it if it is missing."""
+    changed = str(os.path.getmtime(shutil.which(compiler) or compiler))
+    name = library_name(wanted, text, (*FLAGS, compiler, changed))
     try:
         folder = cache_directory("kernels")
         library = folder / name
@@ -162,13 +187,8 @@ def _compiled(compiler: str) -> Path:
         folder = Path(scratch := tempfile.mkdtemp(prefix="dqtool-kernels-"))
         library = folder / name
     report.say("cpu: compiling kernels for this machine (once)")
-    source, built = Path(scratch) / "all.cpp", Path(scratch) / name
     try:
-        source.write_text(text, encoding="utf-8")
-        subprocess.run(
-            [compiler, *FLAGS, str(source), "-o", str(built)], check=True, capture_output=True, text=True, timeout=300
-        )
-        os.replace(built, library)  # atomic: several processes may compile at once
+        compile_library(compiler, wanted, text, library, Path(scratch), FLAGS)
     finally:
         if Path(scratch) != folder or not library.exists():
             shutil.rmtree(scratch, ignore_errors=True)
@@ -187,11 +207,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _cpu() -> str:
-    """Return the processor properties that `-march=native` depends on: machines of several kinds may share one cache."""
+def _processor_flags() -> frozenset[str]:
+    """Return the processor's instruction sets under Linux's names; those that PyTorch found on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
-    kept = ("vendor_id", "cpu family", "model", "flags", "Features")
-    return "\n".join(sorted({line for line in lines if line.startswith(kept)}))
+        found = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return NEEDED["avx2"] if found else frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())

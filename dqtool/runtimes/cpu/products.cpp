@@ -124,6 +124,15 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
   if (conv_on_tiles(in, w, sums, zp, N, Hp, Wp, Cp, Ho, Wo, Cop, taps.data(), n_taps, sy, sx, sample_pixels, stripe, results))
     return;
 #endif
+  const i64 bytes = code_bytes(group), positions = N * Hp * Wp;
+  std::unique_ptr<uint8_t[]> wide;
+  if (bytes == 2) {
+    wide.reset(new uint8_t[positions * Cp * 2]);
+#pragma omp parallel for schedule(static) if (positions * Cp > 65536)
+    for (i64 i = 0; i < positions; ++i) widen_codes(in + i * Cp, Cp, wide.get() + i * Cp * 2);
+    in = wide.get();
+    for (i64& tap : taps) tap *= 2;
+  }
   int threads = omp_get_max_threads();
   i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * stripes / (4 * threads) / ROWS + 1) * ROWS));
   if (n_taps == 1) run = std::min<i64>(run, 48);
@@ -144,7 +153,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
       const uint8_t* rows[ROWS];
       i64 sample[ROWS];
       for (int i = 0; i < m; ++i) {
-        rows[i] = in + ((n * Hp + y * sy) * Wp + x * sx) * Cp;
+        rows[i] = in + ((n * Hp + y * sy) * Wp + x * sx) * Cp * bytes;
         sample[i] = sample_pixels ? (p + i) / sample_pixels : n;
         if (++x == Wo) {
           x = 0;
@@ -155,7 +164,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
       for (i64 first = left; first < right; first += BLOCK) {
         i64 columns = std::min<i64>(BLOCK, right - first), slice = Cp * columns;
         int nb = int(columns / LANES);
-        tile_taps(m, nb, rows, taps.data(), n_taps, quads, w + first * Cp * n_taps, slice, start + first - left, acc,
+        tile_taps(m, nb, rows, taps.data(), n_taps, quads, w + first * Cp * n_taps, start + first - left, acc, BLOCK,
                   p == from ? slice : 0, group);
         for (int i = 0; i < m; ++i)
           results.block(acc + i * BLOCK, nb, sample[i], p + i, first, left, right, room + i * WIDEST);
