@@ -35,6 +35,7 @@ __all__ = [
     "SamplingRecord",
     "ScalingRecord",
     "SensitivityRecord",
+    "StageRecord",
     "records_of",
     "refuse",
 ]
@@ -55,14 +56,28 @@ class FileRecord(Record):
 
 
 @dataclass(frozen=True)
+class StageRecord(Record):
+    """A stage that an artifact went through: its name, the version of dqtool, and all its parameters."""
+
+    stage: str
+    version: str
+    parameters: ParametersRecord
+
+
+@dataclass(frozen=True)
 class InputRecord(Record):
-    """An input of the stage: its name as given, digest, and the stage that made it (None: a model)."""
+    """An input of the stage: its name as given, digest, and the stage that made it (None: a model).
+
+    `history` lists the stages that made the input, first to last, so that an export and its results name the seeds, method
+    and passes of the whole chain. Artifacts of version 0.1.0 lack it.
+    """
 
     written: ClassVar[frozenset[str]] = frozenset({"stage"})
 
     name: str
     sha256: Sha256
     stage: str | None = None
+    history: Annotated[list[StageRecord], Between(0, 100)] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.manifest import Manifest, canonical_json
 from dqtool.artifacts.names import check_name, path_within
 from dqtool.artifacts.reading import FILE_BYTES, MANIFEST_BYTES, read_file
-from dqtool.artifacts.records import FileRecord
+from dqtool.artifacts.records import FileRecord, InputRecord, StageRecord
 from dqtool.artifacts.schema import json_of
 from dqtool.artifacts.tensorfile import load_tensors, read_bytes, read_header
 from dqtool.artifacts.verified import has_digest
@@ -98,6 +98,12 @@ class Artifact:
         if self.manifest.files is not None:
             return hashlib.sha256(canonical_json(json_of(self.manifest.files)).encode()).hexdigest()
         return sha256_file(self.path)
+
+    def as_input(self) -> InputRecord:
+        """Return how the next stage records this artifact as its input, with the stages that made it."""
+        own = StageRecord(self.stage, self.manifest.version, self.manifest.parameters)
+        earlier = self.manifest.inputs[0].history if self.manifest.inputs else []
+        return InputRecord(self.given, self.sha256, self.stage, [*earlier, own])
 
     def tensor_names(self, file: str | None = None) -> list[str]:
         """Sorted names of the tensors, read from the header without torch; `file` as in `tensors`."""

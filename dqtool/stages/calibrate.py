@@ -11,7 +11,7 @@ from dqtool import report
 from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.manifest import canonical_json
-from dqtool.artifacts.records import InputRecord, LayerRecord, PipelineRecord, SamplingRecord
+from dqtool.artifacts.records import LayerRecord, PipelineRecord, SamplingRecord
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -65,7 +65,7 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
     check_samples(options)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     parameters = fingerprint_parameters(options, prompts)
-    inputs = [InputRecord(dilated.given, dilated.sha256, dilated.stage)]
+    inputs = [dilated.as_input()]
 
     def work(key: str) -> StageOutput:
         workspace = Workspace(options.output, key, forced=settings.force)

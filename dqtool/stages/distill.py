@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json
-from dqtool.artifacts.records import InputRecord
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.core.quantization import NONSTANDARD, PAPER, STANDARD, QuantizationSpec
 from dqtool.errors import ArtifactError, UsageError
@@ -65,7 +64,7 @@ def distill(options: DistillOptions, settings: RunSettings) -> str:
         check_paper(calibrated)
     spec = network_spec(options, calibrated.manifest)
     parameters = fingerprint_parameters(options) | spec.to_json() | chosen_by_errors(options, calibrated.manifest)
-    inputs = [InputRecord(calibrated.given, calibrated.sha256, calibrated.stage)]
+    inputs = [calibrated.as_input()]
 
     def work(key: str) -> StageOutput:
         workspace = Workspace(options.output, key, forced=settings.force)

@@ -70,7 +70,7 @@ def evaluate(options: EvalOptions, settings: RunSettings) -> str:
     parameters = fingerprint_parameters(options, metrics, prompts)
     if options.correct_noise:
         needs_reference(reference, artifact)
-    inputs = [InputRecord(artifact.given, artifact.sha256, artifact.stage)]
+    inputs = [artifact.as_input()]
     if reference is not None:
         inputs.append(InputRecord(reference.given, reference.sha256()))
     also: list[tuple[str, Kind]] = [(options.grid, "picture")] if options.grid else []

@@ -10,7 +10,7 @@ from dqtool import report
 from dqtool.artifacts import CARD, Artifact
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json, JsonObject
 from dqtool.artifacts.names import path_within
-from dqtool.artifacts.records import InputRecord, PipelineRecord
+from dqtool.artifacts.records import PipelineRecord
 from dqtool.core.bits import bits_label
 from dqtool.formats import FORMATS, prepare
 from dqtool.formats.card import model_card
@@ -29,7 +29,7 @@ CODE_VERSION = 3
 def export(options: ExportOptions, settings: RunSettings) -> str:
     """Write the exported directory; returns its path as given."""
     distilled = input_artifact(options.artifact, ["distill"], "distill")
-    inputs = [InputRecord(distilled.given, distilled.sha256, distilled.stage)]
+    inputs = [distilled.as_input()]
     run_unless_cached(
         "export",
         CODE_VERSION,

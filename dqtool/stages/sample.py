@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from dqtool.artifacts import check_writable, open_artifact
-from dqtool.artifacts.records import InputRecord
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
@@ -43,7 +42,7 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         inputs=[*read_paths(options), *model_places(reference)],
         overwrite=settings.overwrite,
     )
-    source = InputRecord(artifact.given, artifact.sha256, artifact.stage)
+    source = artifact.as_input()
     settings.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
     if settings.dry_run:
         return options.output

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dqtool import report
 from dqtool.artifacts import Artifact, read_manifest
 from dqtool.artifacts.jsonvalues import Json
-from dqtool.artifacts.records import InputRecord, OperandRecord, SensitivityRecord
+from dqtool.artifacts.records import OperandRecord, SensitivityRecord
 from dqtool.stages.options.sensitivity import SensitivityOptions
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import RunSettings, StageOutput, input_artifact, run_unless_cached
@@ -34,7 +34,7 @@ def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
     """
     calibrated = input_artifact(options.artifact, ["calibrate"], "calibrate")
     parameters: dict[str, Json] = {"bits": options.bits, "passes": options.passes}
-    inputs = [InputRecord(calibrated.given, calibrated.sha256, calibrated.stage)]
+    inputs = [calibrated.as_input()]
     run_unless_cached(
         "sensitivity",
         CODE_VERSION,

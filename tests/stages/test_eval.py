@@ -54,6 +54,19 @@ def test_distilled_and_exported_give_the_same_figures(made: Path, tmp_path: Path
     assert one["cost"]["bops_ratio"] > 20
 
 
+def test_the_report_names_the_seeds_and_the_method_of_the_whole_chain(made: Path, tmp_path: Path) -> None:
+    figures(made, tmp_path, "exported", runtime="simulate", seed=7)
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["parameters"]["seed"] == 7
+    history = report["inputs"][0]["history"]
+    assert [made_by["stage"] for made_by in history] == ["dilate", "calibrate", "distill", "export"]
+    for made_by, name in zip(history[:3], ("dilated", "calibrated", "distilled"), strict=True):
+        assert made_by["parameters"] == json.loads((made / f"{name}.json").read_text())["parameters"]
+    assert history[1]["parameters"]["seed"] == 0
+    assert history[2]["parameters"]["method"] == "bkd"
+    assert open_artifact(made / "exported").as_input().history[2].parameters.method == "bkd"
+
+
 def test_digits_are_compared_with_the_references_own(made: Path, tmp_path: Path) -> None:
     model = tiny_pipeline(tmp_path / "digits", sample_size=16, in_channels=1, out_channels=1)
     dilated = dilate(DilateOptions(str(model), str(tmp_path / "d.safetensors"), scaling="none"), QUIET)
