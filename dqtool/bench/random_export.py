@@ -1,14 +1,15 @@
-"""Export of a published architecture with random weights.
+"""Export of a published architecture with random codes.
 
-It serves to measure speed, load time and memory without a checkpoint, none of which depends on the values of weights.
-Weight grids span minimum to maximum, and activation tables come from one random input at two timesteps. Everything else
-(roles, bits, dilation, packing, manifest) is as in an export that was calibrated and distilled.
+It serves to measure speed, load time and memory without a checkpoint, none of which depends on the values of weights. Codes
+are uniform, scales keep activations near their usual size, and tables are plausible ranges: nothing is calibrated. Roles,
+bits, dilation, names, packing and manifest are as in an export that was calibrated and distilled.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqtool import report
 from dqtool.artifacts import Manifest, cache_directory, commit_directory, environment, fingerprint, is_current, lock
@@ -19,17 +20,20 @@ from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.architectures import Architecture, architecture
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
+    from torch import Tensor
 
     from dqtool.graph.trace import LayerInfo
     from dqtool.models.families import Family
     from dqtool.nn.assignment import LayerPlan
 
+    Shapes = dict[str, tuple[tuple[int, ...], str]]
+
 __all__ = ["random_export"]
 
-CODE_VERSION = 1
-OBSERVED = 2
-"""Timesteps at which ranges are observed. The other rows of a table repeat the nearest of them."""
+CODE_VERSION = 2
+REACH = 3.0
+"""Largest activation that a table covers, in standard deviations of a unit normal."""
 
 
 def random_export(arch: str, spec: QuantizationSpec, force: bool = False) -> str:
@@ -63,19 +67,16 @@ def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: 
     from dqtool.models.hub.quantizer import quantization_config
     from dqtool.models.networks.packed import plan_records, planned_record
     from dqtool.nn.assignment import assign_bits
-    from dqtool.nn.surgery import packed_state
 
     family = family_of(wanted.class_name, f"architecture {wanted.name}")
-    with report.progress(f"bench: random {wanted.name}", 4) as progress:
-        network, infos, dilation, count = _network(family, wanted)
-        progress.advance(note="weights")
-        plans = assign_bits(infos, spec, dilated=dilation.keys())
-        tables = _tables(network, family, wanted, plans, dilation)
-        progress.advance(note="ranges")
-        _quantize(network, plans, timesteps_of(wanted), dilation, tables)
-        state = packed_state(network)
-        progress.advance(note="packing")
-        del network
+    with report.progress(f"bench: random {wanted.name}", 3) as progress:
+        shapes, infos = _shapes(family, wanted)
+        dilated = [info.name for info in infos if info.kind != "attention" and info.role is None]
+        plans = assign_bits(infos, spec, dilated=dilated)
+        progress.advance(note="layers")
+        state = _state(shapes, plans, wanted)
+        count = sum(math.prod(shape) for shape, _ in shapes.values())
+        progress.advance(note="codes")
         records = [planned_record(plan) for plan in plans]
         config = wanted.network_config()
         ours = quantization_config(plan_records(records), len(state["timesteps"]), static=False)
@@ -100,90 +101,78 @@ def _make(path: Path, wanted: Architecture, spec: QuantizationSpec, parameters: 
         progress.advance(note="files")
 
 
-def _network(family: Family, wanted: Architecture) -> tuple[nn.Module, list[LayerInfo], dict[str, Tensor], int]:
-    """Return (random network with dilated weights, its layers, dilation by layer, number of weights)."""
+def _shapes(family: Family, wanted: Architecture) -> tuple[Shapes, list[LayerInfo]]:
+    """Return shape and dtype of every tensor of the float network, and its layers."""
     import torch
 
     from dqtool.graph.tied_modules import tie_modules
-    from dqtool.scaling.methods import ScalingInput, scaling_method
 
     config = wanted.network_config()
+    pairs = family.tied_modules(config)
     with torch.device("meta"):
         ghost = family.build(config)
-        copies = tuple(f"{copy}." for copy, _ in family.tied_modules(config))
+        copies = tuple(f"{copy}." for copy, _ in pairs)
         names = [name for name in ghost.state_dict() if not name.startswith(copies)] if copies else []
-        tie_modules(ghost, names, family.tied_modules(config))
+        tie_modules(ghost, names, pairs)
     infos = family.graph(ghost, config).trace.layers
-    torch.manual_seed(0)
-    network = tie_modules(family.build(config), names, family.tied_modules(config)).eval().requires_grad_(False)
-    count = sum(t.numel() for t in network.state_dict().values())
-    method = scaling_method("wd")
-    groups: dict[str, list[LayerInfo]] = {}
-    for info in infos:
-        if info.kind != "attention":
-            groups.setdefault(info.shares or info.name, []).append(info)
-    dilation: dict[str, Tensor] = {}
-    for members in groups.values():
-        layers = [network.get_submodule(info.name) for info in members]
-        weights: list[Tensor] = [layer.weight.data for layer in layers]  # type: ignore[union-attr,misc]
-        scale = method(ScalingInput(weights, members[0].groups, None, None, 64.0)).scale
-        if not bool((scale != 1).any()):
-            continue
-        for info, layer, weight in zip(members, layers, weights, strict=True):
-            dilation[info.name] = scale.clone()
-            layer.weight.data = method.apply(weight, scale, info.groups)  # type: ignore[union-attr]
-    return network, infos, dilation, count
+    shapes = {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in ghost.state_dict().items()}
+    return shapes, infos
 
 
-def _tables(
-    network: nn.Module, family: Family, wanted: Architecture, plans: list[LayerPlan], dilation: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return activation tables of `wanted.steps` rows, by layer.
-
-    The network runs dilated weights on undivided inputs: its outputs mean nothing, and only plausible ranges are needed.
-    """
+def _state(shapes: Shapes, plans: list[LayerPlan], wanted: Architecture) -> dict[str, Tensor]:
+    """Return the packed tensors, drawn with one seed."""
     import torch
 
-    from dqtool.nn.statistics import collect, initial_tables
+    from dqtool.nn.surgery import state_shapes
 
-    config = wanted.network_config()
-    timesteps = timesteps_of(wanted)[:: max(1, wanted.steps // OBSERVED)][:OBSERVED]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *family.sample_shape(config), generator=generator)
-    conditions = family.conditions(config, 1, generator)
+    by_name = {plan.info.name: plan for plan in plans}
+    groups: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, (shape, dtype) in state_shapes(shapes, plans, wanted.steps).items():
+        layer, _, leaf = name.rpartition(".")
+        plan = by_name.get(layer)
+        if name == "timesteps":
+            state[name] = timesteps_of(wanted)
+        elif leaf == "dilation" and plan is not None:  # layers that share an input share it
+            key = plan.info.shares or layer
+            if key not in groups:
+                groups[key] = torch.rand(shape, generator=generator) + 0.5
+            state[name] = groups[key].clone()
+        elif plan is not None and leaf != "bias" and leaf != "weight":
+            state[name] = _coded(leaf, shape, plan, generator)
+        elif len(shape) > 1:  # a float weight
+            state[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+        else:
+            state[name] = torch.full(shape, float(leaf == "weight"), dtype=getattr(torch, dtype))
+    return state
 
-    def at(timestep: Tensor) -> Any:
-        return lambda: family.predict(network, x, timestep, conditions)
 
-    observed = [at(timestep) for timestep in timesteps]
-    statistics = collect(network, [plan.info for plan in plans], dilation, observed)
-    tables = initial_tables(plans, statistics)
-    rows = torch.arange(wanted.steps) * len(timesteps) // wanted.steps
-    return {name: (scale[rows], zero_point[rows]) for name, (scale, zero_point) in tables.items()}
+def _coded(leaf: str, shape: tuple[int, ...], plan: LayerPlan, generator: torch.Generator) -> Tensor:
+    """Return one tensor of a quantized layer or attention module."""
+    import torch
 
+    from dqtool.core.bits import LayerBits
+    from dqtool.core.packing import pack
 
-def _quantize(
-    network: nn.Module,
-    plans: list[LayerPlan],
-    timesteps: Tensor,
-    dilation: dict[str, Tensor],
-    tables: dict[str, tuple[Tensor, Tensor]],
-) -> None:
-    """Insert quantized layers as `distill` does, with weight grids from minimum to maximum."""
-    from torch import nn
-
-    from dqtool.core.affine import affine_parameters
-    from dqtool.nn.layers import FakeQuantLayer
-    from dqtool.nn.surgery import assign_tables, insert_fake, quant_layers
-
-    insert_fake(network, plans, timesteps, dilation)
-    assign_tables(network, plans, tables)
-    for layer in quant_layers(network).values():
-        if isinstance(layer, FakeQuantLayer) and layer.bits.quantizes_weight:
-            rows = layer.weight.flatten(1)
-            scale, zero = affine_parameters(rows.amin(1), rows.amax(1), layer.bits.weight, symmetric=layer.low == 1)
-            layer.weight_scale = nn.Parameter(scale, requires_grad=False)
-            layer.weight_zero_point = nn.Parameter(zero, requires_grad=False)
+    info = plan.info
+    if leaf == "weight_shape":
+        return torch.tensor(info.shape, dtype=torch.int32)
+    operand = leaf.removesuffix("_packed").removesuffix("_scale").removesuffix("_zero_point")
+    bits = getattr(plan.bits, operand) if isinstance(plan.bits, LayerBits) else plan.bits.of(operand)
+    if leaf.endswith("_zero_point"):
+        return torch.full(shape, 2 ** (bits - 1), dtype=torch.uint8)
+    if operand == "probs":
+        return torch.full(shape, 1 / (2**bits - 1))
+    if operand != "weight":
+        return torch.full(shape, 2 * REACH / 2**bits)
+    columns = math.prod(info.shape[1:])
+    if leaf == "weight_scale":  # uniform codes then have the standard deviation of PyTorch's own initialisation
+        return torch.full(shape, 2 / (2**bits * columns**0.5))
+    if 32 % bits == 0 and columns * bits % 32 == 0 and bits < 8:  # every bit of a word belongs to a code
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
+    codes = torch.randint(int(bits == 8), 2**bits, (shape[0], columns), dtype=torch.uint8, generator=generator)
+    return codes.view(torch.int32) if bits == 8 and columns % 4 == 0 else pack(codes, bits)
 
 
 def timesteps_of(wanted: Architecture) -> Tensor:

@@ -79,9 +79,11 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
     with tempfile.TemporaryDirectory(prefix="dqtool-bench-") as workspace:
         subject = _subject(artifact, options, workspace, torch.get_num_threads())
         _prepare(names, subject)
-        probes = _probes(names, subject, batches[0]) if options.memory else []
         loaded = {name: contender_of(name).load(subject) for name in names}
         speed = {batch: _time(loaded, subject, batch, options.seconds) for batch in batches}
+        notes = {name: each.note for name, each in loaded.items()}
+        del loaded  # fresh processes measure memory: they need theirs
+        probes = _probes(names, subject, batches[0]) if options.memory else []
     from dqtool.runtimes.choice import remember_timings
 
     medians = {batch: {name: timing.median for name, timing in found.items()} for batch, found in speed.items()}
@@ -92,7 +94,7 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
         _model(artifact, options),
         describe_machine(subject.threads),
         options.seconds,
-        {str(batch): _rows(loaded, timings) for batch, timings in speed.items()},
+        {str(batch): _rows(notes, timings) for batch, timings in speed.items()},
         probes,
         batches[0],
         {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
@@ -258,13 +260,13 @@ def _call(loaded: Loaded, arguments: Arguments) -> Any:
     return lambda: loaded.run(arguments)
 
 
-def _rows(loaded: Mapping[str, Loaded], timings: Mapping[str, Timing]) -> list[SpeedRow]:
+def _rows(notes: Mapping[str, str], timings: Mapping[str, Timing]) -> list[SpeedRow]:
     """One row a contender, fastest first; `ratio` is how many times faster than the baseline it is."""
     baseline = _baseline(timings)
     rows = []
     for name, timing in sorted(timings.items(), key=lambda item: item[1].median):
         ratio = None if baseline is None else timings[baseline].median / timing.median
-        rows.append(SpeedRow(name, **asdict(timing), ratio=ratio, note=loaded[name].note, baseline=name == baseline))
+        rows.append(SpeedRow(name, **asdict(timing), ratio=ratio, note=notes[name], baseline=name == baseline))
     return rows
 
 

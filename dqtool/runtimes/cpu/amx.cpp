@@ -196,9 +196,7 @@ bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int 
           const i64 width = std::min<i64>(BLOCK, right - first);
           multiply_block(codes(tile), two ? codes(tile + 1) : nullptr, sx * Cp, taps, n_taps, Cp, depth,
                          w + first * Cp * n_taps, width, start + first - left, s.cut.rows, acc, BLOCK);
-          for (i64 i = 0; i < rows; ++i)
-            if (pixels[i] >= 0)
-              results.block(acc + i * BLOCK, int(width / LANES), samples[i], pixels[i], first, left, right, room + i * WIDEST);
+          results.block(acc, int(rows), int(width / LANES), samples, pixels, first, left, right, room);
         }
         for (i64 i = 0; i < rows; ++i)
           if (pixels[i] >= 0) results.row(pixels[i], left, right, room + i * WIDEST);

@@ -151,9 +151,10 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
     for (i64 p = from; p < to; p += ROWS) {
       int m = int(std::min<i64>(ROWS, to - p));
       const uint8_t* rows[ROWS];
-      i64 sample[ROWS];
+      i64 sample[ROWS], pixel[ROWS];
       for (int i = 0; i < m; ++i) {
         rows[i] = in + ((n * Hp + y * sy) * Wp + x * sx) * Cp * bytes;
+        pixel[i] = p + i;
         sample[i] = sample_pixels ? (p + i) / sample_pixels : n;
         if (++x == Wo) {
           x = 0;
@@ -166,8 +167,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
         int nb = int(columns / LANES);
         tile_taps(m, nb, rows, taps.data(), n_taps, quads, w + first * Cp * n_taps, start + first - left, acc, BLOCK,
                   p == from ? slice : 0, group);
-        for (int i = 0; i < m; ++i)
-          results.block(acc + i * BLOCK, nb, sample[i], p + i, first, left, right, room + i * WIDEST);
+        results.block(acc, m, nb, sample, pixel, first, left, right, room);
       }
       for (int i = 0; i < m; ++i) results.row(p + i, left, right, room + i * WIDEST);
     }

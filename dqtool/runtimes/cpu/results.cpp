@@ -24,15 +24,17 @@ struct Results {
   // Returns the number of columns of a work item, close to `wanted`.
   i64 stripe(i64 wanted) const { return gates ? std::max<i64>(2 * BLOCK, wanted / (2 * BLOCK) * (2 * BLOCK)) : wanted; }
 
-  // Takes the sums of the block at `first`, within the columns [left, right) of one pixel. `room` holds the floats of these
-  // columns.
-  void block(const int32_t* acc, int nb, i64 n, i64 pixel, i64 first, i64 left, i64 right, float* room) const {
-    i64 from = channel(first), at = first - left;
-    if (out)
-      finish_row(acc, nb, e, n, pixel, from, Co, out + pixel * Co + from);
+  // Takes the sums of `count` rows of the block at `first`, within the columns [left, right). `pixels` are their destinations
+  // (negative: dropped), `samples` their samples. `room` holds the floats of these columns, WIDEST for each row.
+  void block(const int32_t* acc, int count, int nb, const i64* samples, const i64* pixels, i64 first, i64 left, i64 right,
+             float* room) const {
+    const i64 from = channel(first), at = first - left;
+    const i64 place = gates ? at / (2 * BLOCK) * BLOCK + (at / BLOCK % 2 ? (right - left) / 2 : 0) : at;
+    const Place to{out ? out + from : room + place, out ? Co : WIDEST, bool(out)};
+    if (e.gate || e.post != 1.0f)
+      finish_block<false>(acc, count, nb, e, samples, pixels, from, Co, to);
     else
-      finish_row(acc, nb, e, n, pixel, from, Co,
-                 room + (gates ? at / (2 * BLOCK) * BLOCK + (at / BLOCK % 2 ? (right - left) / 2 : 0) : at));
+      finish_block<true>(acc, count, nb, e, samples, pixels, from, Co, to);
   }
 
   // Finishes the columns [left, right) after their last block.

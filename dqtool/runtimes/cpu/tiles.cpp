@@ -29,5 +29,13 @@ struct Epilogue {  // y = ((acc * scale + bias) * gate + residual) * post
   float post;
 };
 
+// Destination of a block's rows: row i goes to `base + apart * (pixel of row i, or i)`.
+struct Place {
+  float* base;
+  i64 apart;
+  bool by_pixel;
+  float* row(i64 i, i64 pixel) const { return base + apart * (by_pixel ? pixel : i); }
+};
+
 }  // namespace
 #endif

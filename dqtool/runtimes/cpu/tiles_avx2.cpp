@@ -184,19 +184,35 @@ inline void tile_taps(int m, int nb, const uint8_t* const* rows, const i64* taps
   TILES[group >= 4 ? 2 : group > 0][m - 1][nb - 1](rows, taps, n_taps, quads, block, start, acc, stride, group);
 }
 
-// Writes one row of finished accumulators, 8 columns at a time, from `first` on.
-inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 first, i64 Co, float* to) {
-  for (int j = 0; j < nb; ++j) {
-    i64 channel = first + j * 8, left = Co - channel;
+// Finishes `count` rows of a block, from `first` on, `nb` registers of columns. PLAIN: there is no gate and no factor.
+template <bool PLAIN>
+void finish_block(const int32_t* acc, int count, int nb, const Epilogue& e, const i64* samples, const i64* pixels, i64 first,
+                  i64 Co, Place to) {
+  for (int j = 0; j < nb; ++j, first += 8, acc += 8, to.base += 8) {
+    const i64 left = Co - first;
     if (left <= 0) return;
-    __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(std::min<i64>(left, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    __m256 s = _mm256_mul_ps(_mm256_set1_ps(e.input_scale), _mm256_maskload_ps(e.scale + channel, mask));
-    __m256 y = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(acc + j * 8)));
-    y = e.bias ? _mm256_fmadd_ps(y, s, _mm256_maskload_ps(e.bias + n * e.bias_stride + channel, mask)) : _mm256_mul_ps(y, s);
-    if (e.gate) y = _mm256_mul_ps(y, _mm256_maskload_ps(e.gate + n * e.gate_stride + channel, mask));
-    if (e.residual) y = _mm256_add_ps(y, _mm256_maskload_ps(e.residual + pixel * Co + channel, mask));
-    if (e.post != 1.0f) y = _mm256_mul_ps(y, _mm256_set1_ps(e.post));
-    _mm256_maskstore_ps(to + j * 8, mask, y);
+    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(std::min<i64>(left, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    const bool whole = left >= 8;
+    auto get = [&](const float* from) { return whole ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, mask); };
+    const __m256 s = _mm256_mul_ps(_mm256_set1_ps(e.input_scale), get(e.scale + first));
+    __m256 bias = _mm256_setzero_ps();
+    if (e.bias) bias = get(e.bias + first);
+    for (int i = 0; i < count; ++i) {
+      const i64 n = samples[i], pixel = pixels[i];
+      if (pixel < 0) continue;
+      __m256 y = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(acc + i * BLOCK)));
+      if (e.bias_stride) bias = get(e.bias + n * e.bias_stride + first);
+      y = e.bias ? _mm256_fmadd_ps(y, s, bias) : _mm256_mul_ps(y, s);
+      if constexpr (!PLAIN)
+        if (e.gate) y = _mm256_mul_ps(y, get(e.gate + n * e.gate_stride + first));
+      if (e.residual) y = _mm256_add_ps(y, get(e.residual + pixel * Co + first));
+      if constexpr (!PLAIN) y = _mm256_mul_ps(y, _mm256_set1_ps(e.post));
+      float* row = to.row(i, pixel);
+      if (whole)
+        _mm256_storeu_ps(row, y);
+      else
+        _mm256_maskstore_ps(row, mask, y);
+    }
   }
 }
 

@@ -80,11 +80,28 @@ inline void tile_taps(int m, int nb, const uint8_t* const* rows, const i64* taps
   for (int t = 1; t < n_taps; ++t) run(rows, taps[t], quads, block + t * slice, acc, stride, acc, stride, ahead);
 }
 
-// Writes one row of finished accumulators, 16 columns at a time, from `channel` on.
-inline void finish_row(const int32_t* acc, int nb, const Epilogue& e, i64 n, i64 pixel, i64 channel, i64 Co, float* to) {
-  for (int j = 0; j < nb; ++j)
-    finish(_mm512_cvtepi32_ps(_mm512_load_si512(acc + j * 16)), e, n, pixel, channel + j * 16, Co, to + j * 16,
-           tail(Co - channel - j * 16));
+// Finishes `count` rows of a block, from `first` on, `nb` registers of columns. PLAIN: there is no gate and no factor.
+template <bool PLAIN>
+void finish_block(const int32_t* acc, int count, int nb, const Epilogue& e, const i64* samples, const i64* pixels, i64 first,
+                  i64 Co, Place to) {
+  for (int j = 0; j < nb; ++j, first += 16, acc += 16, to.base += 16) {
+    const __mmask16 mask = tail(Co - first);
+    const __m512 s = _mm512_mul_ps(_mm512_set1_ps(e.input_scale), _mm512_maskz_loadu_ps(mask, e.scale + first));
+    __m512 bias = _mm512_setzero_ps();
+    if (e.bias) bias = _mm512_maskz_loadu_ps(mask, e.bias + first);
+    for (int i = 0; i < count; ++i) {
+      const i64 n = samples[i], pixel = pixels[i];
+      if (pixel < 0) continue;
+      __m512 y = _mm512_cvtepi32_ps(_mm512_load_si512(acc + i * BLOCK));
+      if (e.bias_stride) bias = _mm512_maskz_loadu_ps(mask, e.bias + n * e.bias_stride + first);
+      y = e.bias ? _mm512_fmadd_ps(y, s, bias) : _mm512_mul_ps(y, s);
+      if constexpr (!PLAIN)
+        if (e.gate) y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, e.gate + n * e.gate_stride + first));
+      if (e.residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, e.residual + pixel * Co + first));
+      if constexpr (!PLAIN) y = _mm512_mul_ps(y, _mm512_set1_ps(e.post));
+      _mm512_mask_storeu_ps(to.row(i, pixel), mask, y);
+    }
+  }
 }
 
 }  // namespace
