@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.nn.integer import IntegerLayer, accumulate, integer_layer
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 
 __all__ = ["ENGINES", "count_cpu", "count_openvino"]
 

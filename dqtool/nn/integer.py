@@ -22,7 +22,7 @@ from dqtool.core.rotation import rotate
 from dqtool.graph.attention import own_processor
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.branch import LowRankBranch
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 
 __all__ = [
     "IntegerAttention",

@@ -1,13 +1,13 @@
-"""Quantized Conv2d and Linear, in two forms: `FakeQuant*` that trains and `Packed*` that ships.
+"""Quantized Conv2d and Linear: what both forms share, and `FakeQuantLayer`, the form that trains.
 
-Both use the tensor names of the artifact (`X.weight_scale`, `X.input_scale` `[T]`, `X.dilation` `[C_in]`, ...) and share one
-forward, so a shipped layer is bit-identical to the trained one. The packed form holds packed codes and dequantizes them
-once, on first use. It is the reference for integer runtimes.
+The form that ships is `dqtool.nn.packed_layer.PackedLayer`. Both use the tensor names of the artifact (`X.weight_scale`,
+`X.input_scale` `[T]`, `X.dilation` `[C_in]`, ...) and share one forward, so a shipped layer is bit-identical to the trained
+one. The simulation of the shipped form is the reference for integer runtimes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +16,19 @@ from torch import Tensor, nn
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code
 from dqtool.core.bits import LayerBits
 from dqtool.core.dilation import broadcast_scale
-from dqtool.core.packing import pack, packed_words, unpack
+from dqtool.core.packing import pack
 from dqtool.core.rotation import rotate, rotate_weight
 from dqtool.graph.leaves import zero_padding
-from dqtool.nn.adaptable import Adaptable
-from dqtool.nn.branch import BRANCH, LowRankBranch, branch_shapes
+from dqtool.nn.branch import BRANCH, LowRankBranch
 from dqtool.nn.quantizers import quantize_operand
 from dqtool.nn.steps import StepIndex
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = [
     "FakeQuantLayer",
     "InputTransform",
-    "PackedLayer",
     "QuantLayer",
     "WeightAdapter",
-    "fake_layer",
     "multiply_shared",
-    "packed_layer",
-    "packed_shapes",
 ]
 
 
@@ -267,107 +259,6 @@ class FakeQuantLayer(QuantLayer):
         return state
 
 
-class PackedLayer(Adaptable, QuantLayer):
-    """The shipped form: `weight_packed` int32, `weight_scale` `[C_out]` float32, `weight_zero_point` uint8 (absent on the
-    symmetric 8-bit grid), `weight_shape`. Not trainable."""
-
-    weight_packed: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-    weight: Tensor
-
-    def __init__(
-        self, like: nn.Module, bits: LayerBits, steps: StepIndex, shapes: Mapping[str, tuple[tuple[int, ...], str]]
-    ) -> None:
-        """Allocate empty buffers for a checkpoint; `shapes` maps each tensor's name to (shape, torch dtype name)."""
-        super().__init__(like, bits, steps)
-        for name in ("bias", "dilation", "input_scale", "input_zero_point"):
-            self.register_buffer(name, None)
-        device: torch.device = like.weight.device  # type: ignore[assignment]
-        empty = {k: torch.empty(shape, dtype=getattr(torch, t), device=device) for k, (shape, t) in shapes.items()}
-        down, up = empty.pop(f"{BRANCH}.down", None), empty.pop(f"{BRANCH}.up", None)
-        if down is not None and up is not None:
-            self.low_rank = LowRankBranch(down, up, self.geometry)
-        for name, buffer in empty.items():
-            self.register_buffer(name, buffer)
-        self._expanded: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Tensor:
-        """Return `qweight` as the `weight` of a quantized layer: some networks read its dtype or device."""
-        if name == "weight" and "weight_scale" in self.__dict__.get("_buffers", ()):
-            return self.weight_scale
-        found: Tensor = super().__getattr__(name)  # type: ignore[assignment]
-        return found
-
-    @property
-    def qweight(self) -> Tensor:
-        """See `Adaptable.qweight`."""
-        return self.weight if "weight" in self._buffers else self.weight_scale
-
-    def geometry_of_float(self) -> dict[str, object]:
-        """See `Adaptable.geometry_of_float`."""
-        if not self.is_conv:
-            return {"in_features": self.in_features, "out_features": self.out_features}
-        return {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation_taps,
-            "groups": self.groups,
-        }
-
-    def codes(self) -> Tensor:
-        """Return the centred weight codes that an integer kernel multiplies, int32, in the weight's shape."""
-        words, zero_points, bits, shape = self.packed_codes()
-        codes = unpack(words, bits, shape[1:].numel()).to(torch.int32)
-        return (codes - zero_points.to(torch.int32)[:, None]).view(shape)
-
-    def packed_codes(self) -> tuple[Tensor, Tensor, int, torch.Size]:
-        """Return (packed words, zero points uint8 `[C_out]`, bits, shape of the weight)."""
-        return self.weight_packed, self._zero_points(), self.bits.weight, self._weight_shape()
-
-    def quantized_weight(self) -> Tensor:
-        """Return the dequantized weight, made once and kept."""
-        if "weight" in self._buffers:
-            return self.weight
-        if self._expanded is None or self._expanded.device != self.weight_scale.device:
-            if torch.compiler.is_compiling():  # the graph's own
-                codes = self.codes().to(self.weight_scale.dtype)
-                return codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
-            with torch.inference_mode(False), torch.no_grad():  # kept for calls that need gradients, too
-                codes = self.codes().to(self.weight_scale.dtype)
-                self._expanded = codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
-        return self._expanded
-
-    def _weight_shape(self) -> torch.Size:
-        if self.is_conv:
-            return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
-        return torch.Size((self.out_features, self.in_features))
-
-    def _zero_points(self) -> Tensor:
-        if "weight_zero_point" in self._buffers:
-            return self.weight_zero_point
-        return torch.full_like(self.weight_scale, 2 ** (self.bits.weight - 1), dtype=torch.uint8)
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._expanded = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-def fake_layer(like: nn.Module, bits: LayerBits, steps: StepIndex) -> FakeQuantLayer:
-    """Return the trainable form of an `nn.Conv2d` or `nn.Linear`, its quantizers not initialised."""
-    return FakeQuantLayer(like, bits, steps)
-
-
-def packed_layer(
-    like: nn.Module, bits: LayerBits, steps: StepIndex, shapes: Mapping[str, tuple[tuple[int, ...], str]]
-) -> PackedLayer:
-    """Return the packed form of a layer; its buffers are empty until a checkpoint is loaded."""
-    return PackedLayer(like, bits, steps, shapes)
-
-
 def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Return the outputs of several layers on one input; `x` is quantized once where the layers share a quantizer.
 
@@ -390,31 +281,3 @@ def multiply_shared(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 def _is_hooked(layer: nn.Module) -> bool:
     """Return whether a call of `layer` does more than its class's forward. accelerate replaces `forward` itself."""
     return bool(layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__)
-
-
-def packed_shapes(
-    weight_shape: tuple[int, ...], bits: LayerBits, timesteps: int, dilated: int, bias: bool, low_rank: int = 0
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and dtype of every tensor of a packed layer, for `PackedLayer` and the cost model.
-
-    `dilated` is the number of in-channels with a dilation factor, 0 for none; `low_rank` is the rank of the layer's
-    branch, 0 for none.
-    """
-    out_channels, taps = weight_shape[0], torch.Size(weight_shape[1:]).numel()
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    if bits.quantizes_weight:
-        shapes["weight_packed"] = ((out_channels, packed_words(taps, bits.weight)), "int32")
-        shapes["weight_scale"] = ((out_channels,), "float32")
-        if bits.weight != SYMMETRIC_BITS:
-            shapes["weight_zero_point"] = ((out_channels,), "uint8")
-        shapes["weight_shape"] = ((len(weight_shape),), "int32")
-    else:
-        shapes["weight"] = (tuple(weight_shape), "float32")
-    if bits.quantizes_input:
-        shapes["input_scale"] = ((timesteps,), "float32")
-        shapes["input_zero_point"] = ((timesteps,), "uint8")
-    if dilated:
-        shapes["dilation"] = ((dilated,), "float32")
-    if bias:
-        shapes["bias"] = ((out_channels,), "float32")
-    return shapes | branch_shapes(weight_shape, low_rank)

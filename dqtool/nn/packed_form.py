@@ -17,7 +17,8 @@ from dqtool import report
 from dqtool.graph.attention import OWN, is_attention
 from dqtool.nn.branch import LowRankBranch
 from dqtool.nn.call_lock import give
-from dqtool.nn.layers import PackedLayer, QuantLayer
+from dqtool.nn.layers import QuantLayer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.prediction import PredictionTables
 from dqtool.nn.processors import set_own
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dqtool.nn.call_lock import give
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 
 __all__ = ["give_stand_ins"]
 

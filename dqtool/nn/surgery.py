@@ -13,7 +13,8 @@ from dqtool.core.device import device_of
 from dqtool.graph.attention import is_attention
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_state, operands_shapes
-from dqtool.nn.layers import FakeQuantLayer, QuantLayer, fake_layer, packed_layer, packed_shapes
+from dqtool.nn.layers import FakeQuantLayer, QuantLayer
+from dqtool.nn.packed_layer import PackedLayer, packed_shapes
 from dqtool.nn.prediction import attach_prediction, prediction_shapes
 from dqtool.nn.stand_ins import give_stand_ins
 from dqtool.nn.steps import StepIndex, step_hook
@@ -45,7 +46,7 @@ def insert_fake(
         if isinstance(plan.bits, AttentionBits):
             attach_operands(module, plan.bits, steps)
             continue
-        layer = fake_layer(module, plan.bits, steps)
+        layer = FakeQuantLayer(module, plan.bits, steps)
         layer.rotation = plan.info.rotation
         if plan.info.name in dilation:
             layer.dilation = dilation[plan.info.name].detach().to(layer.weight.device, copy=True)
@@ -74,7 +75,7 @@ def insert_packed(
             for name, (shape, dtype) in shapes.items():
                 module.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device=device))
             continue
-        layer = packed_layer(module, plan.bits, steps, shapes)
+        layer = PackedLayer(module, plan.bits, steps, shapes)
         layer.rotation = plan.info.rotation
         _replace(model, plan.info.name, layer)
     if prediction is not None:

@@ -17,7 +17,7 @@ from dqtool.core.rotation import rotate
 from dqtool.graph.attention import own_processor
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import integer_attention, integer_layer
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.prediction import PredictionTables, correct_hook, corrected, is_correcting
 from dqtool.nn.processors import set_own

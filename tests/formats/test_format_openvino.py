@@ -12,7 +12,7 @@ from synthetic import synthetic_network
 
 from dqtool.models.families import FAMILIES
 from dqtool.models.sources.resolve import resolve_model
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.traceable import flat_arguments
 
 openvino = pytest.importorskip("openvino")

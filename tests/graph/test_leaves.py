@@ -12,7 +12,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.graph.leaves import zero_padding
 from dqtool.graph.network import NetworkGraph
 from dqtool.graph.trace import kept_float
-from dqtool.nn.layers import fake_layer
+from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.steps import StepIndex
 
 
@@ -54,5 +54,5 @@ def test_what_pads_otherwise_is_not_quantized_and_said() -> None:
 def test_padding_by_name_is_kept() -> None:
     torch.manual_seed(0)
     layer, x = Network().same, torch.randn(2, 3, 8, 8)
-    fake = fake_layer(layer, LayerBits(16, 16), StepIndex(torch.zeros(1)))
+    fake = FakeQuantLayer(layer, LayerBits(16, 16), StepIndex(torch.zeros(1)))
     torch.testing.assert_close(fake(x), layer(x))

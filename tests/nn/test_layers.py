@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dqtool.core.bits import LayerBits
-from dqtool.nn.layers import FakeQuantLayer, PackedLayer, packed_shapes
+from dqtool.nn.layers import FakeQuantLayer
+from dqtool.nn.packed_layer import PackedLayer, packed_shapes
 from dqtool.nn.steps import StepIndex
 
 CASES = [nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(4, 8, 3, groups=2, stride=2), nn.Linear(7, 9), nn.Linear(33, 5)]

@@ -18,8 +18,9 @@ from dqtool.errors import UsageError
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.assignment import LayerPlan, assign_bits, require_branches, with_branches
 from dqtool.nn.branch import LowRankBranch, merge_branches
-from dqtool.nn.layers import FakeQuantLayer, packed_layer, packed_shapes
+from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.low_rank import attach_low_rank, split_weight
+from dqtool.nn.packed_layer import PackedLayer, packed_shapes
 from dqtool.nn.steps import StepIndex
 
 LAYERS = {
@@ -98,7 +99,7 @@ def test_the_packed_layer_computes_what_the_trained_one_does(name: str) -> None:
     state = made.packed_state()
     shapes = packed_shapes(tuple(layer.weight.shape), made.bits, 1, 24, True, low_rank=4)  # type: ignore[arg-type]
     assert {n: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in state.items()} == shapes
-    packed = packed_layer(layer, made.bits, made.steps, shapes)
+    packed = PackedLayer(layer, made.bits, made.steps, shapes)
     packed.load_state_dict(state)
     x = torch.randn(shape)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from dqtool import load
 from dqtool.core.bits import AttentionBits, LayerBits
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.integer import IntegerLayer, Operand, accumulate, integer_attention, integer_layer
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.steps import StepIndex
 from dqtool.runtimes.cpu import codes, integer_report, library
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor
@@ -444,7 +444,8 @@ def quantized(root: nn.Module) -> nn.Module:
     from dqtool.core.affine import affine_parameters, search_weight
     from dqtool.graph.attention import is_attention
     from dqtool.graph.leaves import is_quantizable
-    from dqtool.nn.layers import fake_layer, packed_layer, packed_shapes
+    from dqtool.nn.layers import FakeQuantLayer
+    from dqtool.nn.packed_layer import PackedLayer, packed_shapes
 
     root.eval().requires_grad_(False)
     steps = StepIndex(torch.tensor([1.0]))
@@ -457,12 +458,12 @@ def quantized(root: nn.Module) -> nn.Module:
             module.register_buffer("probs_scale", torch.full((1, 2), 1 / 255))
             module.set_processor(QuantAttnProcessor(AttentionBits(6, 8), steps))
         elif is_quantizable(module) and "emb" not in name:
-            fake = fake_layer(module, bits, steps)
+            fake = FakeQuantLayer(module, bits, steps)
             fake.weight_scale, fake.weight_zero_point = map(nn.Parameter, search_weight(module.weight, 6, False))
             scale, zero_point = affine_parameters(torch.tensor([-3.0]), torch.tensor([3.0]), 6)
             fake.input_scale, fake.input_zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
             shapes = packed_shapes(tuple(fake.weight.shape), bits, 1, 0, module.bias is not None)
-            packed = packed_layer(module, bits, steps, shapes)
+            packed = PackedLayer(module, bits, steps, shapes)
             packed.load_state_dict(fake.packed_state(), assign=True)
             parent, _, leaf = name.rpartition(".")
             setattr(root.get_submodule(parent), leaf, packed)

@@ -21,8 +21,8 @@ from dqtool.core.quantization import QuantizationSpec
 from dqtool.models.families import family_of
 from dqtool.nn.assignment import assign_bits, with_branches
 from dqtool.nn.branch import LowRankBranch
-from dqtool.nn.layers import PackedLayer
 from dqtool.nn.low_rank import attach_low_rank
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.surgery import insert_fake
 from dqtool.runtimes import integer_report
 from dqtool.runtimes.cpu import convert

@@ -17,7 +17,7 @@ import dqtool
 from dqtool.artifacts import open_artifact, store
 from dqtool.errors import ArtifactError, DqtoolWarning, EnvironmentFault, UsageError
 from dqtool.nn.integer import accumulate
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.traceable import TraceableLayer
 from dqtool.nn.traceable_codes import StepTables
 from dqtool.runtimes import openvino_bf16

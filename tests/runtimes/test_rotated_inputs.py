@@ -21,7 +21,7 @@ import dqtool
 from dqtool.bench.integers import ENGINES
 from dqtool.core.rotation import SIZES, factor, rotate
 from dqtool.models.families import family_of
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.runtimes import integer_report
 from dqtool.runtimes.cpu import convert, library
 from dqtool.runtimes.cpu.codes import Product

@@ -31,8 +31,8 @@ from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.call_lock import give, one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
-from dqtool.nn.layers import PackedLayer
 from dqtool.nn.packed_form import PACKED_FORM, cast_unquantized, keep_packed_form, packed_form
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
 from dqtool.runtimes.cpu import library
