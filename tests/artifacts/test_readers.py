@@ -58,7 +58,7 @@ ALLOWED = {
     "page.quantization_errors": "opens artifacts by `open_artifact`",
     "runtimes.choice": _PROC,
     "runtimes.cpu.library": _PACKAGED + " and /proc",
-    "runtimes.openvino": "reads a graph that `open_regular` passed, and dqtool's own compiled ones",
+    "runtimes.openvino_graphs": "reads a graph that `open_regular` passed, and dqtool's own compiled ones",
     "stages.export": _WRITES,
     "stages.report_page": "opens artifacts by `open_artifact`",
     "tables.cells": "opens lock files, whose content is not read",
