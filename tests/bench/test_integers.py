@@ -10,7 +10,7 @@ from synthetic import synthetic_network
 
 from dqtool.bench.integers import count_cpu
 from dqtool.runtimes.cpu import library
-from dqtool.runtimes.cpu.products import NativeProduct
+from dqtool.runtimes.cpu.native_product import NativeProduct
 
 
 @pytest.mark.parametrize("bits", ["4/4", "6/6", "8/8"])

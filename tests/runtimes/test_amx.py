@@ -19,8 +19,9 @@ from test_cpu import linear_layer, quantized, random_layer
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.cpu import library
 from dqtool.runtimes.cpu.build import source_text
-from dqtool.runtimes.cpu.codes import GEGLU, GELU, CurrentStep, Product
-from dqtool.runtimes.cpu.products import NativeProduct
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, CurrentStep
+from dqtool.runtimes.cpu.native_product import NativeProduct
+from dqtool.runtimes.cpu.product import Product
 
 EMULATION = Path(__file__).parent / "emulated_amx.h"
 

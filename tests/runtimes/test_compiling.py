@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dqtool.models.families import family_of
+from dqtool.runtimes.cpu.onednn_product import OnednnProduct
 from dqtool.runtimes.cpu.op_arguments import runs_of_rows
-from dqtool.runtimes.cpu.products import OnednnProduct
 
 
 @pytest.fixture(scope="session")

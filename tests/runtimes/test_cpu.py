@@ -22,8 +22,11 @@ from dqtool.nn.steps import StepIndex
 from dqtool.runtimes.cpu import codes, integer_report, library
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor
 from dqtool.runtimes.cpu.blocks import NormActProduct
-from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, CurrentStep, Product
-from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct, merge
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, CurrentStep
+from dqtool.runtimes.cpu.merging import merge
+from dqtool.runtimes.cpu.native_product import NativeProduct
+from dqtool.runtimes.cpu.onednn_product import OnednnProduct
+from dqtool.runtimes.cpu.product import Product
 
 BITS = ("4/4", "6/6", "8/8")
 
@@ -124,7 +127,6 @@ def test_layers_and_blocks_compute_what_the_simulation_does(exported: dict[str, 
 
 def test_steps_without_a_table_take_the_same_codes(exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of all steps' multipliers is kept for small layers only."""
-    from dqtool.runtimes.cpu import codes
 
     engine = load(str(exported["4/4"]), "cpu")
     monkeypatch.setattr(codes, "TABLE", 0)
@@ -292,7 +294,7 @@ def linear_layer(co: int, ci: int, bits: int) -> IntegerLayer:
 def test_codes_of_the_next_layer_are_those_of_its_own_quantizer(
     act: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codes, "PIECE", 1)  # where floats are between: pieces of 48 rows
+    monkeypatch.setattr("dqtool.runtimes.cpu.product.PIECE", 1)  # where floats are between: pieces of 48 rows
     torch.manual_seed(width)
     channels = 2 * width if act == GEGLU else width
     first, second = linear_layer(channels, 72, 6), linear_layer(24, width, 4)

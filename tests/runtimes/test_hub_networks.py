@@ -23,8 +23,9 @@ from torch import nn
 import dqtool
 from dqtool.errors import ArtifactError, DqtoolWarning, EnvironmentFault, UsageError
 from dqtool.runtimes import cpu, integer_report
-from dqtool.runtimes.cpu.codes import Product
-from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct
+from dqtool.runtimes.cpu.native_product import NativeProduct
+from dqtool.runtimes.cpu.onednn_product import OnednnProduct
+from dqtool.runtimes.cpu.product import Product
 
 RUNTIMES = ("cpu", "simulate")
 

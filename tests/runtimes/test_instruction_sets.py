@@ -14,8 +14,9 @@ from torch import Tensor
 from dqtool.errors import UsageError
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.cpu import library
-from dqtool.runtimes.cpu.codes import GEGLU, GELU, CurrentStep, Product
-from dqtool.runtimes.cpu.products import NativeProduct
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, CurrentStep
+from dqtool.runtimes.cpu.native_product import NativeProduct
+from dqtool.runtimes.cpu.product import Product
 
 CACHES = (library._load, library.has_products, library.has_vnni, library.on_tiles)
 Use = Callable[[str], ctypes.CDLL]

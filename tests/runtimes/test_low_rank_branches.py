@@ -26,7 +26,7 @@ from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.surgery import insert_fake
 from dqtool.runtimes import integer_report
 from dqtool.runtimes.cpu import convert
-from dqtool.runtimes.cpu.codes import Product
+from dqtool.runtimes.cpu.product import Product
 
 RANK = 3
 

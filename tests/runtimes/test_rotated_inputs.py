@@ -24,7 +24,7 @@ from dqtool.models.families import family_of
 from dqtool.nn.packed_layer import PackedLayer
 from dqtool.runtimes import integer_report
 from dqtool.runtimes.cpu import convert, library
-from dqtool.runtimes.cpu.codes import Product
+from dqtool.runtimes.cpu.product import Product
 
 WIDE = {"block_out_channels": (16, 32)}
 

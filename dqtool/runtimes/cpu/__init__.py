@@ -38,8 +38,11 @@ from dqtool.nn.surgery import steps_of
 from dqtool.runtimes.cpu import library
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, SharedInput
 from dqtool.runtimes.cpu.blocks import fuse
-from dqtool.runtimes.cpu.codes import CurrentStep, Product
-from dqtool.runtimes.cpu.products import NativeProduct, OnednnProduct, merge
+from dqtool.runtimes.cpu.codes import CurrentStep
+from dqtool.runtimes.cpu.merging import merge
+from dqtool.runtimes.cpu.native_product import NativeProduct
+from dqtool.runtimes.cpu.onednn_product import OnednnProduct
+from dqtool.runtimes.cpu.product import Product
 
 __all__ = ["available", "choose", "convert", "integer_report", "load", "simulated_again"]
 

@@ -12,8 +12,9 @@ from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.integer import IntegerAttention
 from dqtool.runtimes.cpu import library, ops
-from dqtool.runtimes.cpu.codes import Codes, CurrentStep, Product
+from dqtool.runtimes.cpu.codes import Codes, CurrentStep
 from dqtool.runtimes.cpu.library import pointer
+from dqtool.runtimes.cpu.product import Product
 
 __all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare"]
 

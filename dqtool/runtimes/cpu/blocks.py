@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.processors import runs_own, without_hook
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, is_bare
-from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, Product
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes
+from dqtool.runtimes.cpu.product import Product
 
 __all__ = ["fuse"]
 

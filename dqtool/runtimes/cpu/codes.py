@@ -1,8 +1,7 @@
-"""Codes of a layer's input: what the kernels make of floats, alone or together with the norm and activation before them."""
+"""Unsigned 8-bit codes of a layer's input, made from floats alone or together with the norm and activation before the layer."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from dqtool.runtimes.cpu.library import pointer
 from dqtool.runtimes.cpu.op_arguments import Geometry
 from dqtool.runtimes.cpu.torch_codes import torch_codes
 
-__all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Codes", "CurrentStep", "Product"]
+__all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Codes", "CurrentStep", "InputCodes"]
 
 LAYOUTS = 64
 """Shapes of inputs for which a layer remembers how its codes lie."""
@@ -29,9 +28,6 @@ TABLE = 1 << 16
 NONE, SILU, GELU_TANH, GELU, GEGLU = range(5)
 """Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`. GEGLU is `value * gelu(gate)` of
 the two halves (value, gate) of the channels."""
-
-PIECE = 8 << 20
-"""Bytes of floats between two linear layers that are made at a time."""
 
 _ACTIVATIONS = {
     NONE: lambda x: x,
@@ -64,8 +60,11 @@ class Codes(NamedTuple):
     branch: Tensor | None = None
 
 
-class Product(Adaptable, nn.Module):
-    """One layer; call it like the layer it replaces, or make codes and multiply in two steps."""
+class InputCodes(Adaptable, nn.Module):
+    """Geometry of one layer and the quantizer of its input; its methods turn floats into the codes that kernels multiply.
+
+    Some fuse the norm or the activation before the layer. `Product` adds the multiplication.
+    """
 
     weight: Tensor
     weight_scale: Tensor
@@ -105,7 +104,7 @@ class Product(Adaptable, nn.Module):
         self._multipliers = self.operand.multipliers().contiguous() if small else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what refers to memory by address: a copy finds its own."""
+        """Leave out addresses of memory, which a copy finds anew."""
         return {**self.__dict__, "_quantizers": {}, "_held": None, "kernels": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -132,34 +131,7 @@ class Product(Adaptable, nn.Module):
         }
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Padding (top, bottom, left, right) that the codes of a convolution carry, for one input size."""
-        raise NotImplementedError
-
-    def multiply(
-        self,
-        codes: Codes,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        post: float = 1.0,
-        gate: Tensor | None = None,
-    ) -> Tensor:
-        """`((product + branch + bias) * gate + residual) * post`, float32, channels-last. `bias` `[N, C_out]` stands in for
-        the layer's own; `gate` is `[N, C_out]`, of a linear layer on `[N, S, C]`; `residual` has the result's shape."""
-        branch = codes.branch
-        if branch is not None:
-            branch = branch if gate is None else branch * gate.view(len(gate), *(1,) * (branch.dim() - 2), -1)
-            residual = branch if residual is None else residual + branch
-        return self._multiply(codes, bias, residual, post, gate)
-
-    def _multiply(
-        self,
-        codes: Codes,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        post: float = 1.0,
-        gate: Tensor | None = None,
-    ) -> Tensor:
-        """Return what `multiply` does, without the branch."""
+        """Return the padding (top, bottom, left, right) that the codes of a convolution carry, for one input size."""
         raise NotImplementedError
 
     @property
@@ -167,60 +139,21 @@ class Product(Adaptable, nn.Module):
         """Return whether the codes are all that the layer needs of its input."""
         return self.low_rank is None and not self.rotation
 
-    def feed(self, codes: Codes, following: Product, act: int) -> Codes:
-        """Codes of `act(product)` for the linear layer `following`, of a linear layer."""
-        if self.is_bare and following.is_bare:
-            return self._feed(codes, following, act)
-        between = self.multiply(codes)
-        if act == GEGLU:
-            value, gate = between.chunk(2, dim=-1)
-            return following.quantize(value * F.gelu(gate))
-        return following.quantize(between, act)
-
-    def _feed(self, codes: Codes, following: Product, act: int) -> Codes:
-        """Return what `feed` does for two layers that are bare.
-
-        In pieces of rows: the floats between (84 MB in Stable Diffusion's largest block) then stay in the cache, and no
-        fresh memory is touched."""
-        if is_compiling():
-            between = self._multiply(Codes(codes.data, (codes.data.shape[0],)))
-            if act != GEGLU:
-                return Codes(following.quantize(between, act).data, codes.shape)
-            if following.kernels is None:
-                value, gate = between.chunk(2, dim=-1)
-                return Codes(following._torch_codes(value * F.gelu(gate)).data, codes.shape)
-            data = ops.geglu(between, *following.traced_quantizer(), following.channel_bytes)
-            return Codes(data, codes.shape)
-        rows = codes.data.shape[0]
-        piece = max(48, PIECE // (4 * self.out_channels) // 48 * 48)
-        data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
-        for start in range(0, rows, piece):
-            part = codes.data[start : start + piece]
-            between = self._multiply(Codes(part, (len(part),)))
-            if act == GEGLU:
-                following.geglu(between, data[start : start + piece])
-            else:
-                data[start : start + piece] = following.quantize(between, act).data
-        return Codes(data, codes.shape)
-
-    def accumulators(self, codes: Codes) -> Tensor:
-        """Return the sums before scales and bias, as float32 (exact below 2^24). For checks only: it copies the layer."""
-        bare = copy.deepcopy(self)
-        bare.scales = [1.0] * len(bare.scales)
-        bare.weight_scale, bare.bias = torch.ones_like(bare.weight_scale), None
-        return bare._multiply(codes)
+    @property
+    def row(self) -> int:
+        """Return the row of the layer's step tables that is in use."""
+        return self.current_step.row if len(self.scales) > 1 else 0
 
     def zero_point(self) -> int:
-        """The code of a real zero at the current step."""
-        row = self.current_step.row if len(self.scales) > 1 else 0
-        return self.signed_offset if self.operand.signed else self.offsets[row]
+        """Return the code of a real zero at the current step."""
+        return self.signed_offset if self.operand.signed else self.offsets[self.row]
 
     def zero_points(self) -> list[int]:
-        """The code of a real zero at each step."""
+        """Return the code of a real zero at each step."""
         return [self.signed_offset] * len(self.scales) if self.operand.signed else self.offsets
 
     def step_table(self) -> Tensor:
-        """Smallest and largest centred code, zero point and scale at each step, float32 `[T, 4]`, as `ops` takes them."""
+        """Return smallest and largest centred code, zero point and scale at each step, float32 `[T, 4]`, as `ops` takes them."""
         columns = (self.lows, self.highs, self.zero_points(), self.scales)
         return torch.tensor(columns, dtype=torch.float32).T.contiguous()
 
@@ -235,9 +168,9 @@ class Product(Adaptable, nn.Module):
         return self.steps, self._multipliers, self.operand.divisor, self.current_step.rows
 
     def quantizer(self) -> tuple[int, int, float, float, int]:
-        """The kernels' view of the current step: address of the multiplier, whether it is per channel, bounds of the
-        centred codes, zero point."""
-        row = self.current_step.row if len(self.scales) > 1 else 0
+        """Return the current step's quantizer as the kernels take it: address of the multiplier, whether it is per channel,
+        bounds of the centred codes, zero point."""
+        row = self.row
         known = self._quantizers.get(row)
         if known is None:
             if self._multipliers is None:
@@ -248,8 +181,10 @@ class Product(Adaptable, nn.Module):
         return known[0]
 
     def quantize(self, x: Tensor, act: int = NONE, up: int = 1, extra: tuple[int, int] = (0, 0)) -> Codes:
-        """Codes of `act(x)`, `[N, C, H, W]` (nearest-upsampled `up` times, `extra` zero rows below and columns to the
-        right) or `[..., C]`."""
+        """Return the codes of `act(x)`; `x` is `[N, C, H, W]` or `[..., C]`.
+
+        An image is first upsampled `up` times (nearest), and gets `extra` zero rows below and zero columns to the right.
+        """
         kernels = self.kernels
         if kernels is None or not self.is_bare:
             x = _ACTIVATIONS[act](x)
@@ -271,7 +206,7 @@ class Product(Adaptable, nn.Module):
         if self.kernels is None or is_compiling():
             return rotate(x, self.rotation, 1 if self.is_conv else -1)
         kernels: Any = self.kernels
-        x = x.contiguous(memory_format=torch.channels_last if self.is_conv else torch.contiguous_format)
+        x = _dense(x, self.is_conv)
         out = torch.empty_like(x)
         count = x.numel() // self.rotation
         kernels.dq_rotate(x.data_ptr(), out.data_ptr(), count, self.rotation, factor(self.rotation))
@@ -289,8 +224,10 @@ class Product(Adaptable, nn.Module):
     def group_norm(
         self, x: Tensor, norm: nn.GroupNorm, act: int = NONE, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Codes:
-        """Codes of `act(norm(x) * (1 + scale) + shift)`. `x` is `[N, C, H, W]`; `scale`, `shift` are `[N, C]`. A linear
-        layer reads the pixels as positions."""
+        """Return the codes of `act(norm(x) * (1 + scale) + shift)`. `x` is `[N, C, H, W]`; `scale`, `shift` are `[N, C]`.
+
+        A linear layer reads the pixels as positions.
+        """
         kernels = self.kernels
         if kernels is None or not self.is_bare:
             y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -322,7 +259,7 @@ class Product(Adaptable, nn.Module):
     def layer_norm(
         self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Codes:
-        """Codes of `norm(x) * (1 + scale) + shift` for a linear layer; `x` is `[N, S, C]`, `scale`, `shift` `[N, C]`."""
+        """Return the codes of `norm(x) * (1 + scale) + shift` for a linear layer; `x` is `[N, S, C]`, `scale`, `shift` `[N, C]`."""
         kernels = self.kernels
         if kernels is None or not self.is_bare:
             y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
@@ -364,14 +301,6 @@ class Product(Adaptable, nn.Module):
             x.data_ptr(), into.data_ptr(), len(x), self.in_channels, self.channel_bytes, *self.quantizer()
         )
 
-    def forward(self, input: Tensor, *_: object) -> Tensor:
-        """Compute the output of the replaced layer in float32, and return it in the dtype of `input`."""
-        return self.multiply(self.quantize(input.float())).to(input.dtype)
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel}, input_bits={self.operand.bits}"
-
     def _out_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the output of an input that is not padded yet."""
         size = [
@@ -385,7 +314,7 @@ class Product(Adaptable, nn.Module):
     def _prepare(
         self, x: Tensor, image: bool, up: int = 1, extra: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...]]:
-        """Input in the kernels' layout, empty codes, the result's shape, and the kernels' size arguments."""
+        """Return the input in the kernels' layout, empty codes, the result's shape, and the kernels' size arguments."""
         key = (x.shape, image, up, extra)
         layout = self._layouts.get(key)
         if layout is None:
@@ -393,13 +322,13 @@ class Product(Adaptable, nn.Module):
                 self._layouts.clear()
             layout = self._layouts[key] = self._layout(x.shape, image, up, extra)
         wanted, shape, sizes = layout
-        x = x.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)
+        x = _dense(x, image)
         return x, torch.empty(wanted, dtype=torch.uint8), shape, sizes
 
     def _layout(
         self, given: torch.Size, image: bool, up: int, extra: tuple[int, int]
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shape of the codes of an input of shape `given`, the result's shape, and the kernels' size arguments."""
+        """Return the shape of the codes of an input of shape `given`, the result's shape, and the kernels' size arguments."""
         if not image:
             c = given[-1]
             rows = given.numel() // c
@@ -415,3 +344,8 @@ class Product(Adaptable, nn.Module):
 
     def _torch_codes(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
         return Codes(*torch_codes(self, x, extra))
+
+
+def _dense(x: Tensor, image: bool) -> Tensor:
+    """Return `x` in the memory layout that the kernels read: channels last, for images and rows alike."""
+    return x.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)

@@ -16,7 +16,7 @@ def torch_codes(layer: Any, x: Tensor, extra: tuple[int, int] = (0, 0)) -> tuple
     """Return what `quantize` of the product `layer` does for a float input: the codes, and the result's leading shape."""
     if is_compiling():
         return _traced(layer, x, extra)
-    row = layer.current_step.row if len(layer.scales) > 1 else 0
+    row = layer.row
     zero_point = layer.zero_point()
     m = layer.operand.multiplier(row)
     if layer.is_conv and m.dim():

@@ -1,13 +1,7 @@
-"""Quantized layers on integers: codes in channels-last bytes, an int8 product, a float32 result.
-
-`NativeProduct` multiplies with the compiled kernels (AMX, AVX512-VNNI or AVX2), `OnednnProduct` with PyTorch's oneDNN
-operations: grouped convolutions, and all layers where there is no compiler. Both give the accumulators of `nn.integer.accumulate`, exactly.
-"""
+"""Products on the compiled kernels (AMX, AVX512-VNNI or AVX2), with the accumulators of `nn.integer.accumulate`, exactly."""
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +9,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from dqtool.core.allocator import FilePages
-from dqtool.nn.branch import merge_branches
-from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
+from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu import library, ops
-from dqtool.runtimes.cpu.codes import GEGLU, Codes, CurrentStep, Product
+from dqtool.runtimes.cpu.codes import GEGLU, Codes, CurrentStep
 from dqtool.runtimes.cpu.layout import pack_weight, worth_winograd
 from dqtool.runtimes.cpu.library import pointer
 from dqtool.runtimes.cpu.op_arguments import INT8, KERNEL_LAYOUT, WINOGRAD_LAYOUT
+from dqtool.runtimes.cpu.product import PLAIN, Epilogue, Product
 
-__all__ = ["NativeProduct", "OnednnProduct", "merge", "saturates"]
+__all__ = ["NativeProduct"]
 
 WINOGRAD_BITS = 5
 """Most bits of input codes whose Winograd transform fits a byte: 4 * (2^5 - 1) = 124."""
@@ -76,7 +70,7 @@ class NativeProduct(Product):
         """See `Product.zero_point`."""
         if self.stored is None:
             return super().zero_point()
-        return self.stored[self.current_step.row if len(self.stored) > 1 else 0]
+        return self.stored[self.row]
 
     def zero_points(self) -> list[int]:
         """See `Product.zero_points`."""
@@ -90,15 +84,9 @@ class NativeProduct(Product):
             odd = (out[0] % 2, out[1] % 2)
         return p, p + odd[0], q, q + odd[1]
 
-    def _multiply(
-        self,
-        codes: Codes,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        post: float = 1.0,
-        gate: Tensor | None = None,
-    ) -> Tensor:
+    def _multiply(self, codes: Codes, then: Epilogue = PLAIN) -> Tensor:
         """See `Product.multiply`."""
+        bias, residual, post, gate = then
         if is_compiling():
             weight, how = self._traced_weight(self.gates)
             rest = (self.steps, self.current_step.rows, codes.shape, how, post)
@@ -110,7 +98,7 @@ class NativeProduct(Product):
         if bias is not None:
             bias = bias.contiguous()
             own, per_sample = bias.data_ptr(), co
-        scale = self.scales[self.current_step.row if len(self.scales) > 1 else 0]
+        scale = self.scales[self.row]
         data = codes.data
         if not self.is_conv:
             rows = data.shape[0]
@@ -156,7 +144,7 @@ class NativeProduct(Product):
         if bool(self.gates) != (act == GEGLU) or following.kernels is None or self.out_channels % 4:
             return super()._feed(codes, following, act)
         _, packed, sums, scales, own = self._held or self._hold(codes)
-        scale = self.scales[self.current_step.row if len(self.scales) > 1 else 0]
+        scale = self.scales[self.row]
         rows = codes.data.shape[0]
         data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
         kernels.dq_linear_codes(
@@ -225,158 +213,3 @@ class NativeProduct(Product):
             self.pages.release(source.words.data_ptr(), source.words.nbytes)
         self.packed, self.sums, self.winograd, self.largest_weight = held
         self.weight, self.source, self.pages = torch.empty(0, dtype=torch.int8), None, None
-
-
-class OnednnProduct(Product):
-    """On PyTorch's oneDNN operations. Signed codes get the zero point 2^b: small codes can't saturate the 16-bit sums of
-    CPUs without VNNI."""
-
-    def __init__(self, layer: IntegerLayer, current_step: CurrentStep) -> None:
-        super().__init__(layer.unpacked(), current_step)
-        self.signed_offset = min(128, 2**self.operand.bits)
-        self.channel_bytes = self.in_channels
-        self.register_buffer("packed", None)
-        self.register_buffer("zeros", torch.zeros(self.out_channels, dtype=torch.int32))
-        self.steps = self.step_table()
-
-    @staticmethod
-    def exact(layer: IntegerLayer) -> bool:
-        """Return whether accumulators are exact on this machine: pairs of products must fit 16 bits where sums saturate."""
-        assert layer.input is not None
-        largest = 2 ** (layer.input.bits + 1) if layer.input.signed else 255
-        return not saturates() or 2 * largest * int(layer.unpacked().weight.abs().max()) <= 32767
-
-    def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The convolution's own, in the codes: a real zero is the zero point, which may change with the step."""
-        p, q = self.padding
-        return p, p, q, q
-
-    def _multiply(
-        self,
-        codes: Codes,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        post: float = 1.0,
-        gate: Tensor | None = None,
-    ) -> Tensor:
-        """See `Product.multiply`."""
-        if is_compiling():
-            return self._traced(codes, bias, residual, post, gate)
-        onednn = torch.ops.onednn
-        scale = self.scales[self.current_step.row if len(self.scales) > 1 else 0]
-        zero_point = self.zero_point()
-        own = self.bias if bias is None else None
-        if self.is_conv:
-            stride, dilation, padding = list(self.stride), list(self.taps_dilation), [0, 0]
-            if self.packed is None:
-                self.packed = onednn.qconv_prepack(
-                    self.weight, self.weight_scale, 1.0, zero_point, stride, padding, dilation, self.groups, None
-                )
-            out = onednn.qconv2d_pointwise(
-                codes.data.permute(0, 3, 1, 2), scale, zero_point, self.packed, self.weight_scale, self.zeros, own,
-                stride, padding, dilation, self.groups, 1.0, 0, torch.float32, "none", [], "",
-            )  # fmt: skip
-            bias = None if bias is None else bias[:, :, None, None]
-        else:
-            if self.packed is None:
-                self.packed = onednn.qlinear_prepack(self.weight, None)
-            out = onednn.qlinear_pointwise(
-                codes.data, scale, zero_point, self.packed, self.weight_scale, self.zeros, own,
-                1.0, 0, torch.float32, "none", [], "",
-            )  # fmt: skip
-            out = out.reshape(*codes.shape, self.out_channels)
-            bias = None if bias is None else bias.view(len(bias), *(1,) * (out.dim() - 2), -1)
-        if self.weight.numel():
-            self.weight = torch.empty(0, dtype=torch.int8)
-        return _finished(out, bias, residual, post, gate)
-
-    def _traced(
-        self, codes: Codes, bias: Tensor | None, residual: Tensor | None, post: float, gate: Tensor | None
-    ) -> Tensor:
-        own, packed = self.bias if bias is None else None, self.packed
-        weight = (self.weight, False) if packed is None else (packed, True)
-        rest = (self.steps, self.current_step.rows, codes.shape, self.geometry(), self.groups)
-        out = ops.onednn_multiply(codes.data, *weight, self.weight_scale, self.zeros, own, *rest)
-        if bias is not None:
-            bias = bias[:, :, None, None] if self.is_conv else bias.view(len(bias), *(1,) * (out.dim() - 2), -1)
-        return _finished(out, bias, residual, post, gate)
-
-
-def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, post: float, gate: Tensor | None) -> Tensor:
-    """`((out + bias) * gate + residual) * post`, in place."""
-    if bias is not None:
-        out += bias
-    if gate is not None:
-        out *= gate.view(len(gate), *(1,) * (out.dim() - 2), -1)
-    if residual is not None:
-        out += residual
-    return out if post == 1.0 else out.mul_(post)
-
-
-@functools.cache
-def saturates() -> bool:
-    """Return whether oneDNN's sums of wide codes saturate here, as they do on CPUs without VNNI. A trial decides."""
-    layer = IntegerLayer(
-        Operand(8, torch.ones(1), torch.zeros(1, dtype=torch.int32)),
-        torch.full((32, 64, 3, 3), 127, dtype=torch.int8),
-        torch.ones(32),
-        None,
-        None,
-        True,
-    )
-    conv = OnednnProduct(layer, CurrentStep())
-    codes = Codes(torch.full((1, 8, 8, 64), 255, dtype=torch.uint8), (1, 6, 6))
-    linear = OnednnProduct(replace(layer, weight=layer.weight[:, :, 0, 0], is_conv=False), CurrentStep())
-    rows = Codes(torch.full((32, 64), 255, dtype=torch.uint8), (32,))
-    exact = 255 * 127 * 64
-    return bool((conv.multiply(codes) != exact * 9).any() or (linear.multiply(rows) != exact).any())
-
-
-def merge(layers: list[IntegerLayer]) -> IntegerLayer | None:
-    """One layer that computes what several linear layers with one input compute, their outputs side by side; None where
-    their inputs differ in width or are quantized differently."""
-    first = layers[0]
-    assert first.input is not None
-    for other in layers[1:]:
-        a, b = first.input, other.input
-        if other.weight.shape[1] != first.weight.shape[1] or other.rotation != first.rotation:
-            return None
-        if b is None or (a.bits, a.lowest) != (b.bits, b.lowest) or (a.divisor is None) != (b.divisor is None):
-            return None
-        if not (torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)):
-            return None
-        if a.divisor is not None and b.divisor is not None and not torch.equal(a.divisor, b.divisor):
-            return None
-    biases = [
-        torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.to(torch.float32) for layer in layers
-    ]
-    source = _merge_packed([layer.source for layer in layers])
-    if source is None:
-        weight = torch.cat([layer.unpacked().weight for layer in layers])
-    else:
-        weight = torch.empty(source.shape, dtype=torch.int8, device="meta")
-    return IntegerLayer(
-        input=first.input,
-        weight=weight,
-        weight_scale=torch.cat([layer.weight_scale for layer in layers if layer.weight_scale is not None]),
-        bias=None if all(layer.bias is None for layer in layers) else torch.cat(biases),
-        divisor=first.divisor,
-        is_conv=False,
-        source=source,
-        rotation=first.rotation,
-        low_rank=merge_branches([layer.low_rank for layer in layers], [layer.weight.shape[0] for layer in layers]),
-    )
-
-
-def _merge_packed(sources: list[PackedCodes | None]) -> PackedCodes | None:
-    """Packed weights below one another; None where one is not packed or their bits differ."""
-    packed = [source for source in sources if source is not None]
-    if len(packed) < len(sources) or len({source.bits for source in packed}) > 1:
-        return None
-    rows = sum(source.shape[0] for source in packed)
-    return PackedCodes(
-        torch.cat([source.words for source in packed]),
-        torch.cat([source.zero_points for source in packed]),
-        packed[0].bits,
-        torch.Size((rows, *packed[0].shape[1:])),
-    )
