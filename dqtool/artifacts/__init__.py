@@ -9,7 +9,7 @@ from dqtool.artifacts.deferred import DeferredTensors
 from dqtool.artifacts.files import sha256_file
 from dqtool.artifacts.locking import clear_leftovers, lock, remove_pieces
 from dqtool.artifacts.manifest import FORMAT, STAGES, Manifest, dqtool_version, environment
-from dqtool.artifacts.outputs import Kind, check_outputs, check_outside, check_writable
+from dqtool.artifacts.outputs import OutputKind, check_outputs, check_outside, check_writable
 from dqtool.artifacts.store import (
     ATTACHMENT,
     CARD,
@@ -34,8 +34,8 @@ __all__ = [
     "CallCheckpoints",
     "Checkpoints",
     "DeferredTensors",
-    "Kind",
     "Manifest",
+    "OutputKind",
     "Workspace",
     "Written",
     "cache_directory",

@@ -13,9 +13,9 @@ from dqtool.artifacts.reading import MANIFEST_BYTES, check_archive, open_regular
 from dqtool.artifacts.store import DIRECTORY_MANIFEST, manifest_path, read_manifest
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 
-__all__ = ["GENERATOR", "Kind", "check_outputs", "check_outside", "check_results", "check_writable"]
+__all__ = ["GENERATOR", "OutputKind", "check_outputs", "check_outside", "check_results", "check_writable"]
 
-Kind = Literal["artifact", "directory", "report", "picture", "images", "page"]
+OutputKind = Literal["artifact", "directory", "report", "picture", "images", "page"]
 """A safetensors file with its manifest, a directory, a JSON report, a PNG, an npz file, an HTML or Markdown page."""
 
 GENERATOR = "dqtool"
@@ -32,7 +32,7 @@ _ELSEWHERE = "Choose a place outside it for the output"
 
 
 def check_outputs(
-    outputs: Sequence[tuple[str, Kind]], inputs: Iterable[str | os.PathLike[str]] = (), *, overwrite: bool = False
+    outputs: Sequence[tuple[str, OutputKind]], inputs: Iterable[str | os.PathLike[str]] = (), *, overwrite: bool = False
 ) -> None:
     """Raise what `check_writable` raises for any output (path, kind) of a command; `UsageError` where two are one file."""
     sources = list(inputs)
@@ -47,7 +47,7 @@ def check_outputs(
 
 def check_writable(
     path: str | os.PathLike[str],
-    kind: Kind = "artifact",
+    kind: OutputKind = "artifact",
     *,
     inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
@@ -125,7 +125,7 @@ def check_outside(path: Path, inputs: Iterable[str | os.PathLike[str]], given: s
             )
 
 
-def _written(target: Path, kind: Kind) -> list[Path]:
+def _written(target: Path, kind: OutputKind) -> list[Path]:
     """The places that an output takes."""
     return [target, manifest_path(target)] if kind == "artifact" and not target.is_dir() else [target]
 
@@ -203,7 +203,7 @@ def _check_directory(target: Path, given: str, *, overwrite: bool) -> None:
             )
 
 
-def _check_file(target: Path, given: str, kind: Kind, *, overwrite: bool) -> None:
+def _check_file(target: Path, given: str, kind: OutputKind, *, overwrite: bool) -> None:
     if target.is_dir():
         raise EnvironmentFault(
             "This is a directory, and a file is to be written", where=given, fix="Name a file with -o"

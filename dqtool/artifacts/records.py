@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from dqtool.artifacts.jsonvalues import ForeignConfig, JsonObject
-from dqtool.artifacts.schema import Between, Count, Name, OneOf, Problem, Record, Size, Step, record
+from dqtool.artifacts.schema import Bounds, Count, Mismatch, Name, OneOf, Record, Size, Step, record
 from dqtool.errors import ArtifactError
 
 __all__ = [
@@ -41,8 +41,8 @@ __all__ = [
 ]
 
 Bits = Annotated[int, OneOf((2, 3, 4, 5, 6, 7, 8, 16, 32))]
-Finite = Annotated[float, Between(-1e30, 1e30)]
-Sha256 = Annotated[str, Between(64, 64)]
+Finite = Annotated[float, Bounds(-1e30, 1e30)]
+Sha256 = Annotated[str, Bounds(64, 64)]
 _MOST = 100_000
 
 
@@ -105,17 +105,17 @@ class LayerRecord(Record):
 
     name: Name
     kind: Literal["conv2d", "linear", "attention"]
-    shape: Annotated[tuple[Size, ...], Between(1, 8)]
+    shape: Annotated[tuple[Size, ...], Bounds(1, 8)]
     macs: Count
     role: Literal["input", "output"] | None = None
     groups: Size = 1
-    heads: Annotated[int, Between(0, 1 << 17)] = 0
+    heads: Annotated[int, Bounds(0, 1 << 17)] = 0
     bias: bool = False
     shares: Name | None = None
     rotation: Annotated[int, OneOf((0, 16, 32, 64))] = 0
     bits: tuple[Bits, Bits] | None = None
     dilated: bool | None = None
-    low_rank: Annotated[int, Between(0, 1 << 16)] = 0
+    low_rank: Annotated[int, Bounds(0, 1 << 16)] = 0
     runs: str | None = None
     scaling: ScalingRecord | None = None
 
@@ -161,7 +161,7 @@ class SamplingRecord(Record):
 
     scheduler: ForeignConfig
     steps: Step
-    eta: Annotated[float, Between(0, 1e6)]
+    eta: Annotated[float, Bounds(0, 1e6)]
     sampler: str | None = None
     guidance: Finite | None = None
     embedded_guidance: Finite | None = None
@@ -229,7 +229,7 @@ class LaterRecord:
     """The scaling that `dilate` leaves to be chosen in `calibrate`."""
 
     scaling: str
-    cap: Annotated[float, Between(1, 1e9)]
+    cap: Annotated[float, Bounds(1, 1e9)]
     threshold: Finite
     bits: str
 
@@ -238,9 +238,9 @@ class LaterRecord:
 class MetricsRecord(Record):
     """The metrics that a later stage reads; others are finite numbers and texts."""
 
-    blocks: Annotated[list[BlockRecord], Between(1, _MOST)] | None = None
+    blocks: Annotated[list[BlockRecord], Bounds(1, _MOST)] | None = None
     output_reads: list[Name] | None = None
-    samples_per_step: Annotated[list[Count], Between(1, _MOST)] | None = None
+    samples_per_step: Annotated[list[Count], Bounds(1, _MOST)] | None = None
     activation_range_ratios: dict[str, Finite] | None = None
     scaling_in_calibrate: LaterRecord | None = None
     bytes: Count | None = None
@@ -373,7 +373,7 @@ def records_of(payload: JsonObject, stage: str, where: str) -> Records:
     return found
 
 
-def refuse(problem: Problem | None, where: str) -> None:
+def refuse(problem: Mismatch | None, where: str) -> None:
     """Raise `ArtifactError` for a problem of the manifest at `where`."""
     if problem is not None:
         raise ArtifactError(
@@ -383,26 +383,26 @@ def refuse(problem: Problem | None, where: str) -> None:
         )
 
 
-def _crossed(found: Records) -> Problem | None:
+def _crossed(found: Records) -> Mismatch | None:
     """Return what is wrong with records that each are right."""
     names: set[str] = set()
     for number, layer in enumerate(found.layers):
         key = f"layers[{number}]"
         if layer.name in names:
-            return Problem(f"{key}.name", "a name that no layer before has")
+            return Mismatch(f"{key}.name", "a name that no layer before has")
         names.add(layer.name)
         if layer.kind != "attention" and len(layer.shape) != (4 if layer.kind == "conv2d" else 2):
-            return Problem(f"{key}.shape", f"that of a {layer.kind} layer's weight")
+            return Mismatch(f"{key}.shape", f"that of a {layer.kind} layer's weight")
         if layer.kind == "attention" and layer.heads < 1:
-            return Problem(f"{key}.heads", "1 or more")
+            return Mismatch(f"{key}.heads", "1 or more")
     for number, layer in enumerate(found.layers):
         if layer.shares is not None and layer.shares not in names:
-            return Problem(f"layers[{number}].shares", "the name of a layer")
+            return Mismatch(f"layers[{number}].shares", "the name of a layer")
     blocks: set[str] = set()
     for number, block in enumerate(found.metrics.blocks or ()):
         if not blocks.issuperset(block.reads):
-            return Problem(f"metrics.blocks[{number}].reads", "names of earlier blocks")
+            return Mismatch(f"metrics.blocks[{number}].reads", "names of earlier blocks")
         blocks.add(block.name)
     if found.metrics.output_reads is not None and not blocks.issuperset(found.metrics.output_reads):
-        return Problem("metrics.output_reads", "names of blocks")
+        return Mismatch("metrics.output_reads", "names of blocks")
     return None

@@ -1,7 +1,7 @@
 """Checking plain JSON values against types: those of a record's fields, or of a function's parameters. Imports no torch.
 
-`problem` understands `None`, `bool`, `int`, `float`, `str`, `Any`, unions, `Literal`, lists and tuples, dicts, frozen
-dataclasses (records) and `Annotated[kind, Between(...)]` or `OneOf`. Numbers are always finite. `record` makes a record of an object.
+`find_mismatch` understands `None`, `bool`, `int`, `float`, `str`, `Any`, unions, `Literal`, lists and tuples, dicts, frozen
+dataclasses (records) and `Annotated[kind, Bounds(...)]` or `OneOf`. Numbers are always finite. `record` makes a record of an object.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 from dqtool.artifacts.jsonvalues import Json, JsonObject
 
 __all__ = [
-    "Between",
+    "Bounds",
     "Count",
+    "Mismatch",
     "Name",
     "OneOf",
-    "Problem",
     "Record",
     "Size",
     "Step",
+    "find_mismatch",
     "json_of",
-    "problem",
     "record",
     "unchecked",
     "without",
@@ -37,8 +37,8 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Problem of a value: the key of the innermost wrong one, and the requirement that it fails."""
+class Mismatch:
+    """Mismatch of a value: the key of the innermost wrong one, and the requirement that it fails."""
 
     key: str
     what: str
@@ -75,7 +75,7 @@ S = TypeVar("S", bound=Record)
 
 
 @dataclass(frozen=True)
-class Between:
+class Bounds:
     """Bounds of a number, or of a text's or list's length."""
 
     least: float = -math.inf
@@ -97,28 +97,28 @@ class OneOf:
     values: tuple[Any, ...]
 
 
-Count = Annotated[int, Between(0, 1 << 53)]
-Size = Annotated[int, Between(1, 1 << 40)]
-Step = Annotated[int, Between(1, 100_000)]
-Name = Annotated[str, Between(1, 1_000)]
+Count = Annotated[int, Bounds(0, 1 << 53)]
+Size = Annotated[int, Bounds(1, 1 << 40)]
+Step = Annotated[int, Bounds(1, 100_000)]
+Name = Annotated[str, Bounds(1, 1_000)]
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
-def problem(value: Any, kind: Any, key: str = "") -> Problem | None:
+def find_mismatch(value: Any, kind: Any, key: str = "") -> Mismatch | None:
     """Return the first thing that is wrong with a JSON value of this type, or None."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return _finite(value, key)
     if origin is Annotated:
-        found = problem(value, arguments[0], key)
+        found = find_mismatch(value, arguments[0], key)
         return found or next(
             (wrong for each in arguments[1:] if (wrong := _bounded(value, each, key)) is not None), None
         )
     if origin in (Union, types.UnionType):
         return _of_union(value, arguments, key)
     if origin is Literal:
-        return None if value in arguments and not isinstance(value, bool) else Problem(key, _words(kind))
+        return None if value in arguments and not isinstance(value, bool) else Mismatch(key, _words(kind))
     if kind in _WORDS or kind is None:
         return _of_scalar(value, kind, key)
     container = origin or kind
@@ -126,20 +126,20 @@ def problem(value: Any, kind: Any, key: str = "") -> Problem | None:
         return _of_record(value, container, key)
     if container in (dict, Mapping):
         if not isinstance(value, Mapping):
-            return Problem(key, _words(kind))
+            return Mismatch(key, _words(kind))
         inner = arguments[1] if len(arguments) == 2 else Any
-        return next((found for k, v in value.items() if (found := problem(v, inner, _under(key, str(k))))), None)
+        return next((found for k, v in value.items() if (found := find_mismatch(v, inner, _under(key, str(k))))), None)
     if container in (list, tuple, Sequence):
         return _of_list(value, kind, arguments, key)
-    return Problem(key, _words(kind))  # a class that no JSON value is of
+    return Mismatch(key, _words(kind))  # a class that no JSON value is of
 
 
 def record(value: Any, kind: type[R], key: str = "") -> R:
     """Return the record that an object of JSON stands for; keys that the record does not name are left out.
 
-    Raises `ValueError` whose argument is the `Problem`.
+    Raises `ValueError` whose argument is the `Mismatch`.
     """
-    found = problem(value, kind, key)
+    found = find_mismatch(value, kind, key)
     if found is not None:
         raise ValueError(found)
     return _built(value, kind)
@@ -178,7 +178,7 @@ def _built(value: Any, kind: Any) -> Any:
     if origin is Annotated:
         return _built(value, arguments[0])
     if origin in (Union, types.UnionType):
-        fitting = next((each for each in arguments if problem(value, each) is None), None)
+        fitting = next((each for each in arguments if find_mismatch(value, each) is None), None)
         if fitting is None and isinstance(value, Mapping):  # an object that was not checked
             fitting = next((each for each in arguments if dataclasses.is_dataclass(each)), Any)
         return _built(value, Any if fitting is None else fitting)
@@ -231,56 +231,56 @@ def _alias(kind: Any) -> str | None:
     return next((each for each in typing.get_args(kind)[1:] if isinstance(each, str)), None)
 
 
-def _of_record(value: Any, kind: type, key: str) -> Problem | None:
+def _of_record(value: Any, kind: type, key: str) -> Mismatch | None:
     if not isinstance(value, Mapping):
-        return Problem(key, "an object")
+        return Mismatch(key, "an object")
     for own in _fields(kind).values():
         if own.key not in value:
             if own.needed:
-                return Problem(_under(key, own.key), "there: the key is missing")
+                return Mismatch(_under(key, own.key), "there: the key is missing")
             continue
-        found = problem(value[own.key], own.kind, _under(key, own.key))
+        found = find_mismatch(value[own.key], own.kind, _under(key, own.key))
         if found is not None:
             return found
     return None
 
 
-def _of_scalar(value: Any, kind: Any, key: str) -> Problem | None:
+def _of_scalar(value: Any, kind: Any, key: str) -> Mismatch | None:
     if kind is None or kind is type(None):
-        return None if value is None else Problem(key, "null")
+        return None if value is None else Mismatch(key, "null")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return None if abs(value) < 1 << 1000 else Problem(key, "a finite number")
+        return None if abs(value) < 1 << 1000 else Mismatch(key, "a finite number")
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
-        return Problem(key, _WORDS[kind])
+        return Mismatch(key, _WORDS[kind])
     return _finite(value, key)
 
 
-def _of_union(value: Any, kinds: Sequence[Any], key: str) -> Problem | None:
-    found = [problem(value, each, key) for each in kinds]
+def _of_union(value: Any, kinds: Sequence[Any], key: str) -> Mismatch | None:
+    found = [find_mismatch(value, each, key) for each in kinds]
     if None in found:
         return None
     deeper = [each for each in found if each is not None and each.key != key]
-    return deeper[0] if deeper else Problem(key, " or ".join(dict.fromkeys(_words(each) for each in kinds)))
+    return deeper[0] if deeper else Mismatch(key, " or ".join(dict.fromkeys(_words(each) for each in kinds)))
 
 
-def _of_list(value: Any, kind: Any, arguments: Sequence[Any], key: str) -> Problem | None:
+def _of_list(value: Any, kind: Any, arguments: Sequence[Any], key: str) -> Mismatch | None:
     if not isinstance(value, list | tuple):
-        return Problem(key, _words(kind))
+        return Mismatch(key, _words(kind))
     fixed = typing.get_origin(kind) is tuple and len(arguments) > 1 and arguments[-1] is not ...
     if fixed and len(value) != len(arguments):
-        return Problem(key, f"a list of {len(arguments)}")
+        return Mismatch(key, f"a list of {len(arguments)}")
     inner: Sequence[Any] = arguments if fixed else [arguments[0] if arguments else Any] * len(value)
     for number, (item, each) in enumerate(zip(value, inner, strict=True)):
-        found = problem(item, each, f"{key}[{number}]")
+        found = find_mismatch(item, each, f"{key}[{number}]")
         if found is not None:
             return found
     return None
 
 
-def _bounded(value: Any, bounds: Any, key: str) -> Problem | None:
+def _bounded(value: Any, bounds: Any, key: str) -> Mismatch | None:
     if isinstance(bounds, OneOf):
-        return None if value in bounds.values else Problem(key, f"one of {', '.join(map(str, bounds.values))}")
-    if not isinstance(bounds, Between):
+        return None if value in bounds.values else Mismatch(key, f"one of {', '.join(map(str, bounds.values))}")
+    if not isinstance(bounds, Bounds):
         return None
     size, unit = value, ""
     if isinstance(value, str):
@@ -290,12 +290,12 @@ def _bounded(value: Any, bounds: Any, key: str) -> Problem | None:
     if isinstance(size, bool) or not isinstance(size, int | float) or bounds.least <= size <= bounds.most:
         return None
     what = {"": "a number", " characters": "a text"}.get(unit, "a list")
-    return Problem(key, f"{what} {bounds.words(unit)}")
+    return Mismatch(key, f"{what} {bounds.words(unit)}")
 
 
-def _finite(value: Any, key: str) -> Problem | None:
+def _finite(value: Any, key: str) -> Mismatch | None:
     if isinstance(value, float):
-        return None if math.isfinite(value) else Problem(key, "a finite number")
+        return None if math.isfinite(value) else Mismatch(key, "a finite number")
     if isinstance(value, Mapping):
         return next((found for k, v in value.items() if (found := _finite(v, _under(key, str(k))))), None)
     if isinstance(value, list | tuple):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.artifacts.reading import load_json
-from dqtool.artifacts.schema import Between, problem
+from dqtool.artifacts.schema import Bounds, find_mismatch
 from dqtool.core.device import to_cpu, to_device_of
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 from dqtool.models.sources.library_models import (
@@ -108,7 +108,7 @@ def clip_score(images: Tensor, texts: Tensor) -> Tensor:
 
 def _channels(values: Any, least: float, where: str) -> tuple[float, float, float]:
     """Return one number for each of three channels, from a file."""
-    found = problem(values, Annotated[list[Annotated[float, Between(least, 1e3)]], Between(3, 3)])
+    found = find_mismatch(values, Annotated[list[Annotated[float, Bounds(least, 1e3)]], Bounds(3, 3)])
     if found is not None:
         raise ArtifactError(f"The mean and deviation of a channel must be {found.what}", where=where, fix=_DIRECTORY)
     red, green, blue = values

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Annotated, Any, Union
 
 from dqtool.artifacts.jsonvalues import ForeignConfig
-from dqtool.artifacts.schema import Between, Problem, problem
+from dqtool.artifacts.schema import Bounds, Mismatch, find_mismatch
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault
 
 __all__ = ["bounded_parameters", "built", "check_network_config", "check_scheduler_config", "diffusers_class"]
@@ -36,19 +36,19 @@ PARAMETERS = 4_000
 
 _POSITIVE = re.compile(r"(.*_)?(channels|size|heads|groups|head_dim)")
 _BOUNDS: dict[str, Any] = {
-    "num_train_timesteps": Annotated[int, Between(1, STEPS)],
-    "original_inference_steps": Annotated[int, Between(1, STEPS)],
-    "beta_start": Annotated[float, Between(0, 1)],
-    "beta_end": Annotated[float, Between(0, 1)],
-    "solver_order": Annotated[int, Between(1, 10)],
-    "shift": Annotated[float, Between(1e-6, 1e6)],
-    "clip_sample_range": Annotated[float, Between(0, 1e9)],
-    "sample_max_value": Annotated[float, Between(0, 1e9)],
-    "dynamic_thresholding_ratio": Annotated[float, Between(0, 1)],
+    "num_train_timesteps": Annotated[int, Bounds(1, STEPS)],
+    "original_inference_steps": Annotated[int, Bounds(1, STEPS)],
+    "beta_start": Annotated[float, Bounds(0, 1)],
+    "beta_end": Annotated[float, Bounds(0, 1)],
+    "solver_order": Annotated[int, Bounds(1, 10)],
+    "shift": Annotated[float, Bounds(1e-6, 1e6)],
+    "clip_sample_range": Annotated[float, Bounds(0, 1e9)],
+    "sample_max_value": Annotated[float, Bounds(0, 1e9)],
+    "dynamic_thresholding_ratio": Annotated[float, Bounds(0, 1)],
 }
-_Side = Annotated[int, Between(1, LARGEST_SAMPLE)]
+_Side = Annotated[int, Bounds(1, LARGEST_SAMPLE)]
 _OURS: dict[str, Any] = {
-    "_context_tokens": Annotated[int, Between(1, 1 << 14)],
+    "_context_tokens": Annotated[int, Bounds(1, 1 << 14)],
     "_sample_size": _Side | list[_Side],
 }
 _NAMED = ("beta_schedule", "prediction_type")
@@ -64,7 +64,7 @@ def check_network_config(cls: type, config: ForeignConfig, where: str) -> None:
     _check(cls, config, where)
     for key, value in config.items():
         kind = _OURS.get(key)
-        found = None if kind is None else problem(value, kind, key)
+        found = None if kind is None else find_mismatch(value, kind, key)
         if found is None and key in _kinds(cls) and value != _kinds(cls)[key][1] and not key.endswith("theta"):
             found = _sizes(value, key, _kinds(cls)[key][1])
         if found is not None:
@@ -80,18 +80,18 @@ def check_scheduler_config(cls: type, config: ForeignConfig, where: str) -> None
     _check(cls, config, where)
     for key, kind in _BOUNDS.items():
         if config.get(key) is not None and key in _kinds(cls):
-            found = problem(config[key], kind, key)
+            found = find_mismatch(config[key], kind, key)
             if found is not None:
                 raise _fault(found, where)
     betas = config.get("trained_betas")
     if betas is not None:
-        found = problem(betas, Annotated[list[Annotated[float, Between(0, 1)]], Between(1, STEPS)], "trained_betas")
+        found = find_mismatch(betas, Annotated[list[Annotated[float, Bounds(0, 1)]], Bounds(1, STEPS)], "trained_betas")
         if found is not None:
             raise _fault(found, where)
     for key in _NAMED:
         known = _compared(cls, key)
         if key in config and known and config[key] not in known:
-            raise _fault(Problem(key, f"one of {', '.join(sorted(known))}"), where)
+            raise _fault(Mismatch(key, f"one of {', '.join(sorted(known))}"), where)
 
 
 def diffusers_class(name: object, base: str, where: str) -> Any:
@@ -165,23 +165,23 @@ def _check(cls: type, config: ForeignConfig, where: str) -> None:
         if value is None or value == default or (isinstance(default, list | tuple) and value == list(default)):
             continue
         if isinstance(value, str) and len(value) > 1000:
-            raise _fault(Problem(key, "a text of 1000 characters or less"), where)
-        found = None if kind is None else problem(value, kind, key)
+            raise _fault(Mismatch(key, "a text of 1000 characters or less"), where)
+        found = None if kind is None else find_mismatch(value, kind, key)
         if found is not None:
             raise _fault(found, where)
 
 
-def _fault(found: Problem, where: str) -> ArtifactError:
+def _fault(found: Mismatch, where: str) -> ArtifactError:
     return ArtifactError(
         f"{found.key} must be {found.what}", where=where, fix="Correct the config, or download it again"
     )
 
 
-def _sizes(value: Any, key: str, default: Any) -> Problem | None:
+def _sizes(value: Any, key: str, default: Any) -> Mismatch | None:
     """Return the first problem with an integer under this key, at any depth; None where all are valid."""
     if isinstance(value, list | tuple):
         if len(value) > 10_000:
-            return Problem(key, "a list of 10,000 items or less")
+            return Mismatch(key, "a list of 10,000 items or less")
         if key.endswith("heads"):  # a block without attention has 0
             value = [item for item in value if item != 0]
         return next((found for item in value if (found := _sizes(item, key, default)) is not None), None)
@@ -190,7 +190,7 @@ def _sizes(value: Any, key: str, default: Any) -> Problem | None:
     positive = _POSITIVE.fullmatch(key) and default != 0
     least = 1 if positive else -1
     most = LARGEST_SAMPLE if key.endswith("sample_size") else WIDEST if positive else MOST
-    return None if least <= value <= most else Problem(key, f"a whole number from {least} to {most:,}")
+    return None if least <= value <= most else Mismatch(key, f"a whole number from {least} to {most:,}")
 
 
 @cache

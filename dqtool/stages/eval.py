@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, Checkpoints, Kind, Workspace, read_manifest, sha256_file
+from dqtool.artifacts import Artifact, Checkpoints, OutputKind, Workspace, read_manifest, sha256_file
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import EvalRecord, InputRecord
 from dqtool.core.bits import bits_label
@@ -73,7 +73,7 @@ def evaluate(options: EvalOptions, settings: RunSettings) -> str:
     inputs = [artifact.as_input()]
     if reference is not None:
         inputs.append(InputRecord(reference.given, reference.sha256()))
-    also: list[tuple[str, Kind]] = [(options.grid, "picture")] if options.grid else []
+    also: list[tuple[str, OutputKind]] = [(options.grid, "picture")] if options.grid else []
     also += [(options.save_samples, "images")] if options.save_samples else []
     run_unless_cached(
         "eval",

@@ -17,7 +17,7 @@ from dqtool.yamltree import compose, convert, entries, items, listed, nearest, r
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-__all__ = ["CORRECTED", "STAGES", "Group", "Options", "Published", "Row", "Table", "load_table"]
+__all__ = ["CORRECTED", "STAGES", "Group", "Options", "PublishedVariant", "Row", "Table", "load_table"]
 
 STAGES = tuple(name for name in chained_stages() if name != "export")
 """Stages of a cell, in order. Cells measure the distilled artifact, because exporting it changes no figure."""
@@ -82,7 +82,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedVariant:
     """Changes of a table that runs on a published model.
 
     Attributes:
@@ -114,7 +114,7 @@ class Table:
     baseline: str | None
     curve: str | None
     options: Options
-    published: Published
+    published: PublishedVariant
     groups: tuple[Group, ...]
     rows: tuple[Row, ...]
     paper_columns: str
@@ -258,12 +258,12 @@ def _flag(found: Entries, key: str, given: str) -> bool:
     return key in found and convert(found[key][1], bool, _where(found, key, given), key)
 
 
-def _published(found: Entries, given: str) -> Published:
+def _published(found: Entries, given: str) -> PublishedVariant:
     if "published" not in found:
-        return Published()
+        return PublishedVariant()
     inner = entries(found["published"][1], given, ("columns", "options", "needs"), "key of published")
     known = [f"{stage}.{option}" for stage in STAGES for option in option_types(stage)]
-    return Published(
+    return PublishedVariant(
         _options(inner, given),
         _names(inner, "columns", COLUMNS, "column", given),
         _names(inner, "needs", known, "option", given),

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.allocator import return_freed_memory
+from dqtool.graph.recording import tensors_in
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.curve import first_and_last, mean_curve
@@ -189,13 +190,13 @@ def train_block(
     hand is saved every `task.checkpoint_seconds`, and an interrupted run goes on from it to the same bits.
     """
     learner = make(block)
-    learner.observe_targets(tensors_of(target))
+    learner.observe_targets(tensors_in(target))
     states = BlockStates(learner.optimizer)
     recovery = Recovery(
         learner.optimizer,
         states,
         f"block '{name}'",
-        mean_square(tensors_of(target)),
+        mean_square(tensors_in(target)),
         strict=task.strict,
         warnings=task.warnings,
     )
@@ -240,13 +241,8 @@ def train_block(
 
 def relative_losses(history: list[float], target: Any) -> list[float]:
     """Return losses divided by the mean square of the target."""
-    size = mean_square(tensors_of(target))
+    size = mean_square(tensors_in(target))
     return [loss / size for loss in history]
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """Return the tensors in a block's output."""
-    return [y for y in tree_leaves(output) if isinstance(y, Tensor)]
 
 
 def mean_square(outputs: Sequence[Tensor]) -> float:

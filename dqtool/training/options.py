@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-__all__ = ["EXTRAPOLATING", "FINE", "BkdOptions", "OnPolicyOptions", "PerStepOptions", "Rates", "RoundingOptions"]
+__all__ = [
+    "EXTRAPOLATING",
+    "FINE",
+    "BkdOptions",
+    "OnPolicyOptions",
+    "PerStepOptions",
+    "Rates",
+    "RoundingOptions",
+    "without_second_pass",
+]
 
 
 @dataclass(frozen=True)
@@ -116,3 +127,8 @@ noise differs from step to step. With PLMS (`make table-samplers`), samples are 
 without the second pass and without the correction of predictions: both bring a network's answer to such noise closer to
 the float network's and may pass more of the noise on.
 """
+
+
+def without_second_pass(options: Any, given: Mapping[str, object]) -> Any:
+    """Return options with `refine_iters` 0 where the user gave `iters` 0 (plain PTQ) and no `refine_iters`."""
+    return replace(options, refine_iters=0) if options.iters == 0 and "refine_iters" not in given else options

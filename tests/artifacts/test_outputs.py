@@ -16,7 +16,7 @@ from PIL import Image
 
 from dqtool.artifacts import Manifest, check_outputs, check_writable, commit, commit_directory, commit_report
 from dqtool.artifacts.files import target_of
-from dqtool.artifacts.outputs import Kind, check_results
+from dqtool.artifacts.outputs import OutputKind, check_results
 from dqtool.cli import app
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.metrics.batches import write_npz
@@ -27,7 +27,7 @@ from dqtool.page.markdown import render_markdown
 from dqtool.stages.registry import STAGES
 from dqtool.stages.shared.paths import READ, WRITTEN, read_paths
 
-KINDS: dict[Kind, str] = {
+KINDS: dict[OutputKind, str] = {
     "artifact": "x.safetensors",
     "report": "x.json",
     "picture": "x.png",
@@ -56,7 +56,7 @@ def write(kind: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dqtool_knows_what_it_wrote(kind: Kind, tmp_path: Path):
+def test_dqtool_knows_what_it_wrote(kind: OutputKind, tmp_path: Path):
     path = tmp_path / KINDS[kind]
     write(kind, path)
     check_writable(path, kind)
@@ -72,7 +72,7 @@ def test_pages_and_reports_of_other_kinds(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_others_wrote_stands(kind: Kind, tmp_path: Path):
+def test_what_others_wrote_stands(kind: OutputKind, tmp_path: Path):
     path = tmp_path / KINDS[kind]
     path.write_bytes(b"years of work")
     with pytest.raises(EnvironmentFault, match="--overwrite"):
@@ -105,7 +105,7 @@ def test_an_artifact_is_not_replaced_by_a_picture(tmp_path: Path):
 class TestInputs:
     @pytest.mark.parametrize("kind", [*KINDS, "directory"])
     @pytest.mark.parametrize("overwrite", [False, True])
-    def test_nothing_is_written_into_an_input(self, kind: Kind, overwrite: bool, tmp_path: Path):
+    def test_nothing_is_written_into_an_input(self, kind: OutputKind, overwrite: bool, tmp_path: Path):
         name = KINDS.get(kind, "x")
         (tmp_path / "model" / "unet").mkdir(parents=True)
         (tmp_path / "link").symlink_to(tmp_path / "model")
@@ -177,7 +177,7 @@ class TestDirectories:
 class TestLinksAndDevices:
     @pytest.mark.parametrize("kind", [*KINDS, "directory"])
     @pytest.mark.parametrize("target", ["file", "gone", "directory", "/dev/null", "/dev/stdout"])
-    def test_a_link_is_refused_and_stands(self, kind: Kind, target: str, tmp_path: Path):
+    def test_a_link_is_refused_and_stands(self, kind: OutputKind, target: str, tmp_path: Path):
         (tmp_path / "file").write_text("")
         (tmp_path / "directory").mkdir()
         link = tmp_path / KINDS.get(kind, "x")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -84,9 +84,9 @@ class Family(ABC):
             )
         return cls
 
-    @abstractmethod
     def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
-        """Return the shape of one sample, `(C, H, W)`."""
+        """Return the shape of one sample, `(C, H, W)`: by default from `in_channels` and `sample_size`."""
+        return square_sample(config)
 
     def tokens(self, config: ForeignConfig) -> int:
         """Return the number of image tokens of one sample, by which some flow schedules are shifted."""

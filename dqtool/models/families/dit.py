@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.models.conditions.conditioning import Conditions, Request, class_labels
-from dqtool.models.families.base import Family, register, square_sample, timestep_vector
+from dqtool.models.families.base import Family, register, timestep_vector
 
 if TYPE_CHECKING:
     from dqtool.models.components.companions import Companions
@@ -28,10 +28,6 @@ class DiT(Family):
     sample = "hidden_states"
     traced_size = True
     guidance = 4.0
-
-    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
-        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
-        return square_sample(config)
 
     def conditions(self, config: ForeignConfig, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random class labels."""

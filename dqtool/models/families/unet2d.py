@@ -11,7 +11,7 @@ from torch import Tensor
 from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import UsageError
 from dqtool.models.conditions.conditioning import Conditions, Request, class_labels
-from dqtool.models.families.base import Family, register, small_sample, square_sample
+from dqtool.models.families.base import Family, register, small_sample
 
 if TYPE_CHECKING:
     from dqtool.models.components.companions import Companions
@@ -26,10 +26,6 @@ class UNet2D(Family):
     name = "unet2d"
     class_name = "UNet2DModel"
     block_classes = ("ResnetBlock2D", "Attention")
-
-    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
-        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
-        return square_sample(config)
 
     def proof_config(self, config: ForeignConfig) -> ForeignConfig:
         """Return the config with small samples."""

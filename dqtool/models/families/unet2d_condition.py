@@ -23,7 +23,7 @@ from dqtool.models.conditions.conditioning import (
     missing_conditions,
     text_conditions,
 )
-from dqtool.models.families.base import Family, image_side, register, small_sample, square_sample
+from dqtool.models.families.base import Family, image_side, register, small_sample
 
 if TYPE_CHECKING:
     from dqtool.models.components.companions import Companions
@@ -50,10 +50,6 @@ class UNet2DCondition(Family):
     guidance = 7.5
     class_guidance = 3.0
     sdxl_guidance = 5.0
-
-    def sample_shape(self, config: ForeignConfig) -> tuple[int, ...]:
-        """Return `(C, H, W)` from `in_channels` and `sample_size`."""
-        return square_sample(config)
 
     def proof_config(self, config: ForeignConfig) -> ForeignConfig:
         """Return the config with small samples."""

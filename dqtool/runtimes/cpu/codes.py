@@ -14,7 +14,7 @@ from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.library import pointer
-from dqtool.runtimes.cpu.op_arguments import Geometry
+from dqtool.runtimes.cpu.op_arguments import Geometry, laid_out
 from dqtool.runtimes.cpu.torch_codes import torch_codes
 
 __all__ = ["GEGLU", "GELU", "GELU_TANH", "NONE", "SILU", "Codes", "CurrentStep", "InputCodes"]
@@ -206,7 +206,7 @@ class InputCodes(Adaptable, nn.Module):
         if self.kernels is None or is_compiling():
             return rotate(x, self.rotation, 1 if self.is_conv else -1)
         kernels: Any = self.kernels
-        x = _dense(x, self.is_conv)
+        x = laid_out(x, self.is_conv)
         out = torch.empty_like(x)
         count = x.numel() // self.rotation
         kernels.dq_rotate(x.data_ptr(), out.data_ptr(), count, self.rotation, factor(self.rotation))
@@ -322,7 +322,7 @@ class InputCodes(Adaptable, nn.Module):
                 self._layouts.clear()
             layout = self._layouts[key] = self._layout(x.shape, image, up, extra)
         wanted, shape, sizes = layout
-        x = _dense(x, image)
+        x = laid_out(x, image)
         return x, torch.empty(wanted, dtype=torch.uint8), shape, sizes
 
     def _layout(
@@ -344,8 +344,3 @@ class InputCodes(Adaptable, nn.Module):
 
     def _torch_codes(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
         return Codes(*torch_codes(self, x, extra))
-
-
-def _dense(x: Tensor, image: bool) -> Tensor:
-    """Return `x` in the memory layout that the kernels read: channels last, for images and rows alike."""
-    return x.contiguous(memory_format=torch.channels_last if image else torch.contiguous_format)

@@ -1,6 +1,6 @@
 """The kernels as operations of PyTorch, `torch.ops.dqtool.*`: what `torch.compile` and `torch.export` put into a graph.
 
-An eager network calls the kernels itself, which costs less per layer; while it is traced, `codes.py`, `products.py` and
+An eager network calls the kernels itself, which costs less per layer; while it is traced, `codes.py`, the products and
 `attention.py` call these. Each operation comes with the form of its result, so that no graph breaks, and takes the step as
 a tensor, so that a new step compiles nothing: `rows` is `[1]`, or holds one row of the step tables for each sample.
 

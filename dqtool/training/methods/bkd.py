@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dqtool.artifacts.jsonvalues import Json, JsonObject
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.methods import Method
-from dqtool.training.options import BkdOptions
+from dqtool.training.options import BkdOptions, without_second_pass
 
 if TYPE_CHECKING:
     from dqtool.training.data import Bars, DistillationTask
@@ -37,13 +36,6 @@ def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, 
     return metrics
 
 
-def derive_options(options: BkdOptions, given: JsonObject) -> BkdOptions:
-    """Return options in which `--iters 0` means plain PTQ, unless `refine_iters` is given."""
-    if options.iters == 0 and "refine_iters" not in given:
-        return replace(options, refine_iters=0)
-    return options
-
-
 METHOD = Method(
     "bkd",
     "block by block, then all blocks on the model's own trajectory",
@@ -51,6 +43,6 @@ METHOD = Method(
     train,
     lambda options, blocks: f"{blocks} x {options.iters} + {options.refine_iters} over all blocks",
     by_blocks=True,
-    derive=derive_options,
+    derive=without_second_pass,
     corrects_predictions=True,
 )

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dqtool.artifacts.jsonvalues import Json, JsonObject
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.methods import Method
-from dqtool.training.options import FINE, Rates
+from dqtool.training.options import FINE, Rates, without_second_pass
 
 if TYPE_CHECKING:
     from dqtool.training.data import Bars, DistillationTask
@@ -70,13 +70,6 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
     return metrics
 
 
-def derive_options(options: BlockwiseOptions, given: JsonObject) -> BlockwiseOptions:
-    """Return options in which `--iters 0` means plain PTQ, unless `refine_iters` is given."""
-    if options.iters == 0 and "refine_iters" not in given:
-        return replace(options, refine_iters=0)
-    return options
-
-
 METHOD = Method(
     "bkd-blockwise",
     "block by block, on the recorded and then on the model's own trajectory",
@@ -84,6 +77,6 @@ METHOD = Method(
     train,
     lambda options, blocks: f"{blocks} x {options.iters} + {blocks} x {options.refine_iters}",
     by_blocks=True,
-    derive=derive_options,
+    derive=without_second_pass,
     corrects_predictions=True,
 )

@@ -6,7 +6,7 @@ noise schedule) come from a YAML file of the authors' flags, such as `num_head_c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
 from dqtool.models.config_extras import KEY
 from dqtool.models.sources.original.attention_unet import LATENT_MODELS, convert_attention, describe_attention
-from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
+from dqtool.models.sources.original.layout import Description, Known, Shapes, register
 from dqtool.models.sources.original.openai_unet import (
+    CompVisLayout,
     Structure,
-    network_names,
     network_shapes,
     network_tensors,
     unet_parameters,
@@ -48,7 +48,7 @@ _ASKS = (
 
 
 @dataclass(frozen=True)
-class Published:
+class KnownModel:
     """A published model: the properties that identify it, and the authors' flags that shapes don't determine.
 
     The identifying properties are channels, residual blocks, labels, and whether q, k and v come from a 2-d convolution.
@@ -66,7 +66,7 @@ class Published:
 _64 = (192, 384, 576, 768)
 _256 = (256, 256, 512, 512, 1024, 1024)
 PUBLISHED = (
-    Published(
+    KnownModel(
         "ADM, ImageNet 64x64",
         _64,
         3,
@@ -74,7 +74,7 @@ PUBLISHED = (
         False,
         {"image_size": 64, "num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine"},
     ),
-    Published(
+    KnownModel(
         "ADM, ImageNet 128x128",
         (256, 256, 512, 768, 1024),
         2,
@@ -82,7 +82,7 @@ PUBLISHED = (
         False,
         {"image_size": 128, "num_heads": 4, "noise_schedule": "linear"},
     ),
-    Published(
+    KnownModel(
         "ADM, ImageNet and LSUN 256x256",
         _256,
         2,
@@ -90,9 +90,13 @@ PUBLISHED = (
         False,
         {"image_size": 256, "num_head_channels": 64, "noise_schedule": "linear"},
     ),
-    Published("Consistency models, ImageNet 64x64", _64, 3, (1000,), True, {"image_size": 64, "num_head_channels": 64}),
-    Published("Consistency models, LSUN 256x256", _256, 2, (None,), True, {"image_size": 256, "num_head_channels": 64}),
-    Published(
+    KnownModel(
+        "Consistency models, ImageNet 64x64", _64, 3, (1000,), True, {"image_size": 64, "num_head_channels": 64}
+    ),
+    KnownModel(
+        "Consistency models, LSUN 256x256", _256, 2, (None,), True, {"image_size": 256, "num_head_channels": 64}
+    ),
+    KnownModel(
         "adaptive-terrain-diffusion",
         (32, 32, 64, 96, 128),
         4,
@@ -110,7 +114,7 @@ PUBLISHED = (
 
 
 @register
-class GuidedDiffusion(Layout):
+class GuidedDiffusion(CompVisLayout):
     """`UNetModel` of guided_diffusion/unet.py and cm/unet.py."""
 
     name = "guided-diffusion"
@@ -133,10 +137,6 @@ class GuidedDiffusion(Layout):
             "input_blocks.0.0.weight" in shapes
             and tuple(unet_structure(network, "checkpoint").channels) not in LATENT_MODELS
         )
-
-    def network(self, names: Iterable[str]) -> set[str]:
-        """Return the names of the network's tensors: those under CompVis' prefix where the file has it."""
-        return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """Return config and schedule from the authors' flags, else from the published model of these shapes.
@@ -192,7 +192,7 @@ class GuidedDiffusion(Layout):
         return converted
 
 
-def _like(found: Structure, network: Shapes) -> Published | None:
+def _like(found: Structure, network: Shapes) -> KnownModel | None:
     """Return the published model of these shapes; None where there is none."""
     flat = _flat(network)
     for each in PUBLISHED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dqtool.artifacts.jsonvalues import ForeignConfig
@@ -13,9 +13,9 @@ from dqtool.models.sources.original.attention_unet import (
     describe_attention,
     unknown_heads,
 )
-from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
+from dqtool.models.sources.original.layout import Description, Known, Shapes, register
 from dqtool.models.sources.original.openai_unet import (
-    network_names,
+    CompVisLayout,
     network_shapes,
     network_tensors,
     scaled_linear,
@@ -37,7 +37,7 @@ _LATENT_SIZE = {3: 64, 4: 32}
 
 
 @register
-class LatentDiffusion(Layout):
+class LatentDiffusion(CompVisLayout):
     """`UNetModel` with `AttentionBlock`s (`ldm/modules/diffusionmodules/openaimodel.py`)."""
 
     name = "latent-diffusion"
@@ -47,10 +47,6 @@ class LatentDiffusion(Layout):
         """Return whether numbered blocks have attention with a fused projection of q, k and v."""
         network = network_shapes(shapes)
         return bool(network) and any(name.endswith(".1.qkv.weight") for name in network)
-
-    def network(self, names: Iterable[str]) -> set[str]:
-        """Return the names without those of the first stage, the conditioner and the averaged copies."""
-        return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """Return config and schedule; heads and latent size come from `published`, else from the model of these channels."""
@@ -72,7 +68,7 @@ class LatentDiffusion(Layout):
 
 
 @register
-class LatentDiffusionByClass(Layout):
+class LatentDiffusionByClass(CompVisLayout):
     """`UNetModel` with `SpatialTransformer`s that read the embedding of a class."""
 
     name = "latent-diffusion-class"
@@ -83,10 +79,6 @@ class LatentDiffusionByClass(Layout):
         network = network_shapes(shapes)
         contexts = [shape[1] for name, shape in network.items() if name.endswith("attn2.to_k.weight")]
         return bool(contexts) and (contexts[0] == 512 or "cond_stage_model.embedding.weight" in shapes)
-
-    def network(self, names: Iterable[str]) -> set[str]:
-        """Return the names without those of the first stage, the conditioner and the averaged copies."""
-        return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """Return config and schedule; heads come from the authors' YAML, and cin256-v2 has one.

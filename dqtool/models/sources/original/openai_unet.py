@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
-from dqtool.models.sources.original.layout import Shapes
+from dqtool.models.sources.original.layout import Layout, Shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
     "PREFIX",
+    "CompVisLayout",
     "Structure",
     "model_parameters",
-    "network_names",
     "network_shapes",
     "network_tensors",
     "scaled_linear",
@@ -57,10 +57,13 @@ class Structure:
     vector_dim: int | None
 
 
-def network_names(names: Iterable[str]) -> set[str]:
-    """Return the names of the network's tensors in a file, as they stand there."""
-    names = set(names)
-    return names if _FIRST in names else {name for name in names if name.startswith(PREFIX)}
+class CompVisLayout(Layout):
+    """Layout of a file that holds a `UNetModel`, either alone or under CompVis' prefix beside other networks."""
+
+    def network(self, names: Iterable[str]) -> set[str]:
+        """Return the names without those of the first stage, the conditioner and the averaged copies."""
+        names = set(names)
+        return names if _FIRST in names else {name for name in names if name.startswith(PREFIX)}
 
 
 def network_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -6,16 +6,16 @@ schedule). A network of another architecture needs the authors' YAML config.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.errors import ArtifactError
-from dqtool.models.sources.original.layout import Description, Known, Layout, Shapes, register
+from dqtool.models.sources.original.layout import Description, Known, Shapes, register
 from dqtool.models.sources.original.openai_unet import (
+    CompVisLayout,
     Structure,
-    network_names,
     network_shapes,
     scaled_linear,
     unet_parameters,
@@ -27,14 +27,14 @@ from dqtool.models.sources.original.spatial import convert_spatial, describe_spa
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PUBLISHED", "Published", "StableDiffusion", "published_schedule"]
+__all__ = ["PUBLISHED", "KnownArchitecture", "StableDiffusion", "published_schedule"]
 
 LATENT = 8
 """Pixels per latent in each dimension."""
 
 
 @dataclass(frozen=True)
-class Published:
+class KnownArchitecture:
     """A published architecture: the properties that identify it, and config entries that shapes don't determine.
 
     `channels` are those of the network's input; `prediction` is None where the published models differ in it. `size` is the
@@ -56,15 +56,17 @@ class Published:
 _EIGHT, _BY_64 = {"num_heads": 8}, {"num_head_channels": 64}
 
 PUBLISHED = (
-    Published("Stable Diffusion 1", 768, False, (4, 8, 9), _EIGHT, 512),
-    Published("LDM text-to-image", 1280, False, (4,), _EIGHT, 256),
-    Published("Stable Diffusion 2", 1024, True, (4,), _BY_64, 512, None, size_of_v=768),
-    Published("Stable Diffusion 2 inpainting and depth", 1024, True, (5, 9), _BY_64, 512),
-    Published("Stable Diffusion 2 unCLIP", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=2048),
-    Published("Stable Diffusion 2 unCLIP-L", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=1536),
-    Published("Stable Diffusion x4 upscaler", 1024, True, (7,), _EIGHT, 1024, "v_prediction", betas=(0.0001, 0.02)),
-    Published("SDXL", 2048, True, (4, 8, 9), _BY_64, 1024, vector=2816),
-    Published("SDXL refiner", 1280, True, (4,), _BY_64, 1024, vector=2560),
+    KnownArchitecture("Stable Diffusion 1", 768, False, (4, 8, 9), _EIGHT, 512),
+    KnownArchitecture("LDM text-to-image", 1280, False, (4,), _EIGHT, 256),
+    KnownArchitecture("Stable Diffusion 2", 1024, True, (4,), _BY_64, 512, None, size_of_v=768),
+    KnownArchitecture("Stable Diffusion 2 inpainting and depth", 1024, True, (5, 9), _BY_64, 512),
+    KnownArchitecture("Stable Diffusion 2 unCLIP", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=2048),
+    KnownArchitecture("Stable Diffusion 2 unCLIP-L", 1024, True, (4,), _BY_64, 768, "v_prediction", vector=1536),
+    KnownArchitecture(
+        "Stable Diffusion x4 upscaler", 1024, True, (7,), _EIGHT, 1024, "v_prediction", betas=(0.0001, 0.02)
+    ),
+    KnownArchitecture("SDXL", 2048, True, (4, 8, 9), _BY_64, 1024, vector=2816),
+    KnownArchitecture("SDXL refiner", 1280, True, (4,), _BY_64, 1024, vector=2560),
 )
 """Architectures with heads and sizes from their published configs. SD 1 has 8 heads of any width; SD 2, SDXL and its refiner
 have heads of 64 channels; the upscaler has 8 heads. SSD-1B, Segmind-Vega and KOALA have SDXL's architecture."""
@@ -73,7 +75,7 @@ _ASKS = "what the network predicts can't be derived from a {title} checkpoint: i
 
 
 @register
-class StableDiffusion(Layout):
+class StableDiffusion(CompVisLayout):
     """`UNetModel` with `SpatialTransformer`s that read the states of a text encoder."""
 
     name = "stable-diffusion"
@@ -85,10 +87,6 @@ class StableDiffusion(Layout):
         contexts = [shape[1] for name, shape in network.items() if name.endswith("attn2.to_k.weight")]
         by_class = "cond_stage_model.embedding.weight" in shapes
         return bool(contexts) and contexts[0] != 512 and not by_class
-
-    def network(self, names: Iterable[str]) -> set[str]:
-        """Return the names without those of the first stage, the conditioner and the averaged copies."""
-        return network_names(names)
 
     def describe(self, shapes: Shapes, known: Known, where: str) -> Description:
         """Return config and schedule from the authors' YAML, else from the published architecture of these shapes.
@@ -130,7 +128,7 @@ class StableDiffusion(Layout):
         return convert_spatial(state, config)
 
 
-def architecture_of(found: Structure) -> Published | None:
+def architecture_of(found: Structure) -> KnownArchitecture | None:
     """Return the published architecture of this structure; None where there is none."""
     for each in PUBLISHED:
         same = (each.context, each.linear, each.vector) == (
@@ -169,7 +167,7 @@ def _heads(given: ForeignConfig) -> ForeignConfig:
     return {}
 
 
-def _side(like: Published, kind: str | None) -> int:
+def _side(like: KnownArchitecture, kind: str | None) -> int:
     """Return the side of the latents. (The `image_size` of these authors' YAML files is unused and wrong.)"""
     return (like.size_of_v or like.size if kind == "v_prediction" else like.size) // LATENT
 

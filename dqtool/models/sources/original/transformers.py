@@ -15,7 +15,7 @@ from dqtool.models.sources.original.openai_unet import PREFIX
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Flux", "StableDiffusion3"]
+__all__ = ["FluxFile", "StableDiffusion3File"]
 
 _FLUX_WIDTH = 3072
 """Width of the networks that diffusers' converter supports."""
@@ -65,7 +65,7 @@ class SingleFileTransformer(Layout):
 
 
 @register
-class StableDiffusion3(SingleFileTransformer):
+class StableDiffusion3File(SingleFileTransformer):
     """`MMDiTX`: Stable Diffusion 3 and 3.5."""
 
     name = "stable-diffusion-3"
@@ -110,7 +110,7 @@ class StableDiffusion3(SingleFileTransformer):
 
 
 @register
-class Flux(SingleFileTransformer):
+class FluxFile(SingleFileTransformer):
     """FLUX.1: dev and its editing variants (guidance is an input), schnell (no guidance)."""
 
     name = "flux"
