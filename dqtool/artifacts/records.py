@@ -77,7 +77,7 @@ class InputRecord(Record):
     name: str
     sha256: Sha256
     stage: str | None = None
-    history: Annotated[list[StageRecord], Between(0, 100)] = field(default_factory=list)
+    history: Annotated[list[StageRecord], Bounds(0, 100)] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
