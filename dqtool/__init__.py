@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
 
 def load(directory: str, runtime: str = "auto", batch: int | None = None) -> nn.Module:
-    """The quantized network of an exported directory, with the original's forward signature, in eval mode.
+    """Return the quantized network of an exported directory, with the original's forward signature, in eval mode.
 
     `runtime` is one of `dqtool.runtimes.RUNTIMES`, or `auto`: the fastest that this machine allows, as far as
     `dqtool bench` measured it; `batch` says how many samples a step will have, where that decides. Raises

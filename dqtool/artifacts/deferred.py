@@ -40,7 +40,7 @@ class DeferredTensors(MutableMapping[str, "torch.Tensor"]):
             self._rows[name] = rows
 
     def pieces(self, name: str, size: int) -> Iterator[torch.Tensor]:
-        """The entry in runs of rows of about `size` bytes (at least a row), made one at a time; whole if it can't be."""
+        """Yield the entry in runs of rows of about `size` bytes (at least a row), one at a time, or whole if it can't be split."""
         if name not in self._rows:
             yield self[name]
             return
@@ -50,7 +50,7 @@ class DeferredTensors(MutableMapping[str, "torch.Tensor"]):
             yield rows(slice(start, start + step))
 
     def like(self, name: str) -> torch.Tensor:
-        """A tensor with the entry's shape and dtype, without making the entry."""
+        """Return a tensor with the entry's shape and dtype, without making the entry."""
         return self._made[name][0] if name in self._made else self._held[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -118,7 +118,7 @@ class Manifest:
         return self.metrics
 
     def to_json(self) -> str:
-        """The manifest as text: sorted keys, indent 1, trailing newline.
+        """Return the manifest as text: sorted keys, indent 1, trailing newline.
 
         Raises `NumericError` that names the key when a value is NaN or infinite, which JSON can't hold.
         """
@@ -174,7 +174,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def canonical_json(value: Any) -> str:
-    """The one text of a JSON value that hashes are taken of; `ValueError` for NaN and infinities."""
+    """Return the one text of a JSON value that hashes are taken of; raise `ValueError` for NaN and infinities."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -215,7 +215,7 @@ def _check_format(value: object, where: str) -> None:
 
 
 def _problems(payload: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, what is wrong with it) for all that is wrong, in the order in which it is worth telling."""
+    """Yield (key, what is wrong with it) for all that is wrong, in the order in which it is worth reporting."""
     found = [(key, "the key is missing") for key in (*_TYPES, "checksum") if key not in payload]
     known = {*_TYPES, "checksum", "file", "files"}
     found += [(key, "the key is unknown") for key in payload if key not in known]

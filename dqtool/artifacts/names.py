@@ -135,7 +135,7 @@ def _may_lead_to(target: Path, model: Path) -> bool:
 
 
 def _hub_blobs(model: Path) -> Path | None:
-    """`models--ORG--NAME/blobs` of the Hub cache where `model` is, or lies in, `models--ORG--NAME/snapshots/REVISION`."""
+    """Return `models--ORG--NAME/blobs` of the Hub cache if `model` is, or lies in, `models--ORG--NAME/snapshots/REVISION`."""
     real = Path(os.path.realpath(model))
     for snapshot in (real, *real.parents):
         repository = snapshot.parent.parent
@@ -146,6 +146,6 @@ def _hub_blobs(model: Path) -> Path | None:
 
 
 def _shown(name: object) -> str:
-    """A name as a message can hold it: no control characters, and not too long."""
+    """Return a name as a message can hold it: without control characters, and not too long."""
     text = ascii(name)
     return text if len(text) <= 80 else f"{text[:77]}..."

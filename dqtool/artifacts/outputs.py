@@ -126,12 +126,12 @@ def check_outside(path: Path, inputs: Iterable[str | os.PathLike[str]], given: s
 
 
 def _written(target: Path, kind: OutputKind) -> list[Path]:
-    """The places that an output takes."""
+    """Return the paths that an output takes."""
     return [target, manifest_path(target)] if kind == "artifact" and not target.is_dir() else [target]
 
 
 def _expanded(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
-    """The inputs that are there, each file with the manifest beside it."""
+    """Return the inputs that exist, each file with the manifest beside it."""
     for source in map(Path, inputs):
         if not os.path.lexists(source):
             continue
@@ -234,7 +234,7 @@ def _check_file(target: Path, given: str, kind: OutputKind, *, overwrite: bool) 
 
 
 def _json_kind(path: Path) -> str:
-    """`absent`, `foreign`, `damaged`, or of ours `artifact` (a manifest) or `report`."""
+    """Return `absent`, `foreign` or `damaged`, or for a file of dqtool `artifact` (a manifest) or `report`."""
     if not os.path.lexists(path):
         return "absent"
     try:
@@ -252,7 +252,7 @@ def _json_kind(path: Path) -> str:
 
 
 def _is_artifact(path: Path) -> bool:
-    """A file with its manifest, or one whose writer was killed between the two."""
+    """Return whether the file has a manifest, or its writer was killed between the two."""
     return _json_kind(manifest_path(path)) in ("artifact", "damaged") or is_interrupted(path)
 
 
@@ -263,7 +263,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _is_picture(path: Path) -> bool:
-    """A PNG whose `Software` is dqtool."""
+    """Return whether the file is a PNG whose `Software` is dqtool."""
     with open_regular(path) as stream:
         if stream.read(8) != b"\x89PNG\r\n\x1a\n":
             return False
@@ -278,7 +278,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _is_images(path: Path) -> bool:
-    """An npz file with dqtool's note in it."""
+    """Return whether the file is an npz file with dqtool's note in it."""
     try:
         with open_regular(path) as stream:
             return any(member.filename == "dqtool.npy" for member in check_archive(stream, packed=True))

@@ -64,7 +64,7 @@ def manifest_path(path: str | os.PathLike[str]) -> Path:
 
 
 def fingerprint(stage: str, code_version: int, parameters: JsonObject, inputs: Sequence[str]) -> str:
-    """Hex digest of all that decides an artifact: two runs with the same one would write the same bytes.
+    """Return the hex digest of all that decides an artifact: two runs with the same one would write the same bytes.
 
     `code_version` is the stage's own, raised whenever its output changes; `inputs` are the sha256 of its inputs, in
     order. `parameters` must be plain JSON values.
@@ -92,7 +92,7 @@ class Artifact:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the data: of the file, of a directory's list of file digests, of a report's JSON."""
+        """Return the hex digest of the data: of the file, of a directory's list of file digests, of a report's JSON."""
         if self.manifest.file is not None:
             return self.manifest.file.sha256
         if self.manifest.files is not None:
@@ -106,11 +106,11 @@ class Artifact:
         return InputRecord(self.given, self.sha256, self.stage, [*earlier, own])
 
     def tensor_names(self, file: str | None = None) -> list[str]:
-        """Sorted names of the tensors, read from the header without torch; `file` as in `tensors`."""
+        """Return the sorted names of the tensors, read from the header without torch; `file` as in `tensors`."""
         return sorted(name for name in read_header(self._data(file)) if not name.startswith(ATTACHMENT))
 
     def tensors(self, device: str = "cpu", *, file: str | None = None) -> dict[str, torch.Tensor]:
-        """All tensors on `device`; of a directory, those of the safetensors file `file` (a path relative to it).
+        """Return all tensors on `device`; of a directory, those of the safetensors file `file` (a path relative to it).
 
         On the CPU they are views of the mapped file. Raises `ArtifactError` when the file is damaged or the artifact
         holds no such file.
@@ -119,15 +119,15 @@ class Artifact:
         return {name: tensor for name, tensor in found.items() if not name.startswith(ATTACHMENT)}
 
     def attachments(self) -> dict[str, torch.Tensor]:
-        """Files that travel with a safetensors artifact, by relative path: their bytes as uint8, views of the mapped
-        file. None of them count as the network's tensors. Raises as `attachment_names`."""
+        """Return the files that travel with a safetensors artifact, by relative path: their bytes as uint8, views of the mapped
+        file. They don't count as tensors of the network. Raises what `attachment_names` raises."""
         if self.manifest.file is None:
             return {}
         found = load_tensors(self._data(None))
         return {name: found[ATTACHMENT + name] for name in self.attachment_names()}
 
     def attachment_names(self) -> list[str]:
-        """Relative paths of the attachments; of a directory, of all its files.
+        """Return the relative paths of the attachments; of a directory, of all its files.
 
         Raises `ArtifactError` for a name that leads elsewhere, or for two names of which one is a directory of the other.
         """
@@ -142,13 +142,13 @@ class Artifact:
         return sorted(found)
 
     def attachment(self, name: str) -> bytes:
-        """One of them, read without torch."""
+        """Return one attachment, read without torch."""
         if self.manifest.files is not None:
             return read_file(self._data(name), FILE_BYTES)
         return read_bytes(self.path, ATTACHMENT + name)
 
     def attachment_bytes(self) -> int:
-        """Bytes that attachments take of a safetensors artifact's file."""
+        """Return the bytes that attachments take of a safetensors artifact's file."""
         header = read_header(self.path) if self.manifest.file is not None else {}
         return sum(entry["shape"][0] for name, entry in header.items() if name.startswith(ATTACHMENT))
 
@@ -162,7 +162,7 @@ class Artifact:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the artifact at `path`, its data not verified.
+    """Return the manifest of the artifact at `path`, its data not verified.
 
     Raises `EnvironmentFault` when nothing is at `path`, `ArtifactError` when it has no valid manifest.
     """
@@ -194,7 +194,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def open_artifact(path: str | os.PathLike[str], stages: Collection[str] | None = None) -> Artifact:
-    """The artifact at `path` (file, exported directory or report), its data verified against its manifest.
+    """Open the artifact at `path` (file, exported directory or report), its data verified against its manifest.
 
     Raises `EnvironmentFault` when nothing is at `path` or it can't be read; `ArtifactError` when it has no valid
     manifest, its bytes are not those the manifest names, or its stage is not one of `stages`.

@@ -45,7 +45,7 @@ _LOADED = frozenset(TORCH_DTYPES.values()) | {"C64"}
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Name -> {dtype, shape, data_offsets} of every tensor in a safetensors file, without torch.
+    """Return name -> {dtype, shape, data_offsets} of every tensor in a safetensors file, without torch.
 
     The offsets (bytes, from the end of the header) are checked to tile the file exactly.
 
@@ -126,7 +126,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _save_one_by_one(path: Path, tensors: DeferredTensors) -> str:
-    """The same file as the library's, byte for byte."""
+    """Write the same file as the library does, byte for byte."""
     import torch
 
     like = {name: tensors.like(name) for name in tensors}
@@ -147,7 +147,7 @@ def _save_one_by_one(path: Path, tensors: DeferredTensors) -> str:
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file on `device`.
+    """Return all tensors of a safetensors file on `device`.
 
     On the CPU they are views of the mapped file, so the file may be renamed over or removed but never written into.
 
@@ -178,7 +178,7 @@ def read_bytes(path: Path, name: str) -> bytes:
 
 
 def file_tensor(path: Path) -> torch.Tensor:
-    """A file's bytes as a uint8 tensor, mapped and not read."""
+    """Return a file's bytes as a uint8 tensor, mapped and not read."""
     import torch
 
     size = path.stat().st_size

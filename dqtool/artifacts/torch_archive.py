@@ -157,7 +157,7 @@ def flat_tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _follow(program: bytes) -> Any:
-    """The value that a pickle's instructions make; `ValueError` for any but the few that data needs."""
+    """Return the value that a pickle's instructions make; raise `ValueError` for any but the few that data needs."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -262,7 +262,7 @@ def _known(name: str) -> _Global:
 
 
 def _storage(identity: Any) -> _Storage:
-    """`("storage", torch FloatStorage, key, device, count)`, the one kind of reference there is."""
+    """Return the storage that `("storage", torch FloatStorage, key, device, count)`, the only kind of reference, names."""
     kind, dtype, key, _, count = _expect(identity, tuple)
     names = _expect(dtype, _Global).name.partition(" ")
     if kind != "storage" or names[2] not in _STORAGES or type(count) is not int or count < 0:
@@ -298,7 +298,7 @@ def _build(target: Any, state: Any) -> None:
 
 
 def _view(storage: Any, offset: Any, shape: Any, stride: Any) -> _View:
-    """A tensor in its storage, which it must not leave, and that holds as many numbers at least."""
+    """Return the view of a tensor; raise `ValueError` if it leaves its storage or has more numbers than that."""
     held = _expect(storage, _Storage)
     numbers = (offset, *_expect(shape, tuple), *_expect(stride, tuple))
     if len(shape) != len(stride) or len(shape) > 16 or any(type(n) is not int or n < 0 for n in numbers):
@@ -319,7 +319,7 @@ class _Reader:
         self._read: dict[tuple[str, str], Tensor] = {}
 
     def tensor(self, view: _View) -> Tensor:
-        """The tensor of a view."""
+        """Return the tensor of a view."""
         whole = self._numbers(view.storage)
         return whole.as_strided(view.shape, view.stride, view.offset)
 
@@ -345,7 +345,7 @@ class _Reader:
 
 
 def _finished(content: Any, reader: _Reader) -> Any:
-    """The content with its tensors read and its modules as dicts; what is shared stays shared."""
+    """Return the content with its tensors read and its modules as dicts; what is shared stays shared."""
     done: dict[int, Any] = {}
 
     def finish(value: Any, depth: int) -> Any:

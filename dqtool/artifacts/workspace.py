@@ -60,11 +60,11 @@ class Workspace:
                 self._pieces = pieces
 
     def keys(self) -> list[str]:
-        """The saved keys in the order in which they were first saved."""
+        """Return the saved keys in the order in which they were first saved."""
         return list(self._pieces)
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors saved under `key`; None when there are none or their file is damaged, so that they are remade."""
+        """Return the tensors saved under `key`; None if there are none or their file is damaged."""
         piece = self._pieces.get(key)
         if piece is None:
             return None
@@ -109,13 +109,13 @@ class Workspace:
         self._figures = figures
 
     def spent(self) -> tuple[float, float]:
-        """Seconds and processor's seconds: this run's, and those of earlier runs up to their last `save`."""
+        """Return the wall-clock and processor seconds of this run and of earlier runs up to their last `save`."""
         now = (time.perf_counter(), time.process_time())
         first, second = (e + n - b for e, n, b in zip(self._earlier, now, self._began, strict=True))
         return first, second
 
     def peaks(self) -> dict[str, int]:
-        """The largest of each of `figures`, of this run and of earlier ones up to their last `save`."""
+        """Return the largest of each of `figures`, of this run and of earlier ones up to their last `save`."""
         found = dict(self._earlier_peaks)
         for name, value in self._figures().items():
             found[name] = max(value, found.get(name, 0))

@@ -134,7 +134,7 @@ def kept_float(model: nn.Module, layers: Iterable[LayerInfo], products: Calls | 
 
 
 def _find_layers(recording: Recording) -> dict[str, LayerInfo]:
-    """Layers and attention products in the order in which they first end; MACs add up over their calls."""
+    """Return layers and attention products in the order in which they first end; MACs add up over their calls."""
     found: dict[str, LayerInfo] = {}
     products = quantizable_products(recording)
     for op in recording.ops:
@@ -171,7 +171,7 @@ def _multiplies(op: Op) -> str | None:
 
 
 def _find_blocks(recording: Recording) -> tuple[list[BlockInfo], set[str]]:
-    """Blocks in the order in which they first end, and the blocks that the output is made from."""
+    """Return the blocks in the order in which they first end, and the blocks that the output is made from."""
 
     def ended(op: Op) -> str | None:
         name = op.layer or (op.module if op.name == LEAVE else None)

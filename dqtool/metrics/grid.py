@@ -23,7 +23,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(panels: Sequence[tuple[str, Tensor]], path: str, rows: int = 8, columns: int = 8) -> None:
-    """One PNG with a captioned panel of `rows` x `columns` images for each (caption, images `[N, C, H, W]` in [-1, 1]).
+    """Write one PNG with a captioned panel of `rows` x `columns` images for each (caption, images `[N, C, H, W]`, -1 to 1).
 
     Small images are enlarged without smoothing. Raises `EnvironmentFault` when the file can't be written.
     """

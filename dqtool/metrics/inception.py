@@ -222,7 +222,7 @@ class InceptionV3(nn.Module):
 
 
 def tensorflow_scopes() -> Iterator[tuple[str, str]]:
-    """(scope in TensorFlow's graph, module here) of every convolution, as `mixed_6/conv`, `Mixed_6d.branch1x1`.
+    """Return (scope in TensorFlow's graph, module here) of every convolution, such as `mixed_6/conv`, `Mixed_6d.branch1x1`.
 
     In the graph a branch of one plain convolution is `conv`; the others are `tower`, `tower_1`, ... in order, their
     convolutions `conv`, `conv_1`, ..., and parallel ones `mixed/conv`, `mixed/conv_1`.

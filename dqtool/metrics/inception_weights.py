@@ -89,7 +89,7 @@ def weights_digest(model: InceptionV3) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file of any kind."""
+    """Return the named tensors of a file of any kind."""
     try:
         with open_regular(path, MAX_WEIGHTS) as stream:
             start = stream.read(16)

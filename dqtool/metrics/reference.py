@@ -114,7 +114,7 @@ class Reference:
 
     @cached_property
     def _from_images(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        """Statistics of each output, and the features `pool_3` `[N, 2048]`, of the file's images."""
+        """Return the statistics of each output and the features `pool_3` `[N, 2048]` of the file's images."""
         images = NpzImages(self.given)
         running = {output: RunningStatistics() for output in STATISTICS}
         pool = []

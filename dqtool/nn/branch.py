@@ -1,4 +1,6 @@
-"""Low-rank branch beside a quantized product (SVDQuant, arXiv 2411.05007): `y = Q(R) Q(x) + up · down x`, with `W = R + up · down`.
+"""Low-rank branch beside a quantized product: `y = Q(R) Q(x) + up · down x`, with `W = R + up · down`.
+
+The method is SVDQuant (arXiv 2411.05007).
 
 The branch reads the float input, as a LoRA does, so the large directions of the weight meet neither the rounding of weights
 nor that of inputs. No engine rounds that input before the branch, so all engines add the same numbers to the same integers.
@@ -32,7 +34,7 @@ class LowRankBranch(nn.Module):
     up: Tensor
 
     def __init__(self, down: Tensor, up: Tensor, geometry: tuple[Any, ...] | None = None) -> None:
-        """`geometry` is (stride, padding, dilation) of a convolution, None for a linear layer."""
+        """Make an empty branch; `geometry` is (stride, padding, dilation) of a convolution, None for a linear layer."""
         super().__init__()
         self.geometry = geometry
         self.register_buffer("down", down)

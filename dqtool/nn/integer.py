@@ -66,12 +66,12 @@ class Operand:
         return step if self.steps > 1 else 0
 
     def multiplier(self, step: int) -> Tensor:
-        """`1 / (scale_t * divisor)` float32: `[]`, `[C_in]` with a divisor, or `[H]`."""
+        """Return `1 / (scale_t * divisor)`, float32: `[]`, `[C_in]` with a divisor, or `[H]`."""
         scale = self.scale[self.row(step)]
         return (scale if self.divisor is None else scale * self.divisor).reciprocal()
 
     def multipliers(self) -> Tensor:
-        """All steps' multipliers: `[T]`, `[T, C_in]` with a divisor, or `[T, H]`."""
+        """Return the multipliers of all steps: `[T]`, `[T, C_in]` with a divisor, or `[T, H]`."""
         return (self.scale if self.divisor is None else self.scale[:, None] * self.divisor).reciprocal()
 
     @property

@@ -181,7 +181,7 @@ def _see_product(
 
 
 def _weight_errors(layer: FakeQuantLayer, widths: Sequence[int]) -> list[Tensor]:
-    """Rounding error of a layer's weights at each width, in bfloat16: estimates need no more."""
+    """Return the rounding error of a layer's weights at each width, in bfloat16: estimates need no more."""
     weight = layer.weight.detach()
     errors = []
     for bits in widths:

@@ -47,7 +47,7 @@ def available() -> str | None:
 
 
 def load(artifact: Artifact, precision: str = "f32") -> nn.Module:
-    """The network of an exported directory, of format `dq` or `openvino`.
+    """Load the network of an exported directory, of format `dq` or `openvino`.
 
     `precision` ("f32" or "bf16") is that of everything but the integer products; less than f32 flips codes.
 
@@ -71,12 +71,13 @@ def integer_report(network: nn.Module) -> dict[str, str]:
 
 
 class OpenVINONetwork(Fixed, ModelMixin):
-    """A network that pipelines take as their own: it has the original's forward signature, `config`, `dtype` and `device`, and
-    what pipelines read besides, `add_embedding.linear_1.in_features` of SDXL's and `cache_context` of transformers.
+    """A network that runs compiled graphs and takes the original's place in a pipeline.
 
-    Moving it to another dtype changes what its `dtype` says. What would change the compiled graph is refused (`Fixed`).
+    It has the original's forward signature, `config`, `dtype` and `device`, and the attributes that some pipelines read:
+    SDXL's `add_embedding.linear_1.in_features` and transformers' `cache_context`. Moving it to another dtype changes its
+    attribute `dtype` alone. Methods that would change the compiled graph raise `UsageError` (`Fixed`).
 
-    `steps` warns of timesteps that the tables are not for, and remembers them.
+    `steps` warns of timesteps that were not calibrated, and records them.
     """
 
     def __init__(self, artifact: Artifact, precision: str) -> None:
@@ -101,13 +102,13 @@ class OpenVINONetwork(Fixed, ModelMixin):
         self.steps = StepIndex(timesteps, is_static(artifact.manifest, len(timesteps)))
 
     def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
-        """A copy compiles its own graphs, or finds them in the cache."""
+        """Copy without the compiled graphs; the copy compiles its own, or finds them in the cache."""
         made = ("_function", "_signature", "graphs", "_lock", "_output_class", "steps")
         state = {name: value for name, value in self.__dict__.items() if name not in made}
         return OpenVINONetwork, (self.artifact, self.precision), state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward` with its hooks; calls of other threads wait."""
+        """Run `forward` with its hooks; calls of other threads wait."""
         with self._lock:
             return super().__call__(*args, **kwargs)
 
@@ -133,7 +134,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
         return self
 
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
-        """Nothing is cached from step to step."""
+        """Return a context that does nothing: no part of a step is cached for the next one."""
         return nullcontext()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""OpenVINO with bf16 around the int8 products, for CPUs that compute in it (AMX, AVX512-BF16): faster, and not the same codes.
+"""OpenVINO with bf16 around the int8 products, for CPUs with bf16 instructions (AMX, AVX512-BF16).
 
-A bf16 number has 8 bits of precision. What is rounded to it before it is quantized falls on the other side of some
-thresholds, the more of them the more bits the codes have. `auto` therefore never takes it; `dqtool eval DIR --runtime
-openvino-bf16 --reference DIR` says what it costs.
+It is faster, and some codes differ: a bf16 number has 8 bits of precision, and rounding to it before quantization moves some
+values across a threshold, more of them at more bits. `auto` therefore never selects it. `dqtool eval DIR --runtime
+openvino-bf16 --reference DIR` reports the error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def available() -> str | None:
 
 
 def load(artifact: Artifact) -> nn.Module:
-    """The network of an exported directory, of format `dq` or `openvino`.
+    """Load the network of an exported directory, of format `dq` or `openvino`.
 
     Raises:
         EnvironmentFault: OpenVINO is not installed.

@@ -63,7 +63,7 @@ class CompiledGraphs:
 
     @cached_property
     def is_ir(self) -> bool:
-        """Whether the artifact holds an OpenVINO graph itself (format `openvino`), not packed weights."""
+        """True if the artifact holds an OpenVINO graph itself (format `openvino`), not packed weights."""
         return self.artifact.manifest.parameters.format == "openvino"
 
     @cached_property

@@ -257,7 +257,7 @@ def _part(propagation: Propagation, op: Op, output: Tensor, division: _Division)
 
 
 def _span(op: Op, output: Tensor | None = None) -> tuple[int, int, int] | None:
-    """Return the part (dim, start, stop) of its first argument that an operation reads; with `output`, that output's part."""
+    """Return the part (dim, start, stop) of its first argument that an operation reads, for `output` alone if given."""
     kind = op.name.removeprefix("aten.").split(".")[0]
     if kind not in ("slice", "select", "split", "split_with_sizes", "unbind"):
         return None
@@ -295,7 +295,7 @@ def _cat(propagation: Propagation, op: Op, _output: Tensor, division: _Division)
 
 @_rule("add", "sub")
 def _add(propagation: Propagation, op: Op, _output: Tensor, division: _Division) -> None:
-    """Both terms are divided; a constant moves into the offset: `(t + k + c)/s − c − k` is t with offset `c + k`."""
+    """Divide both terms; a constant moves into the offset: `(t + k + c)/s − c − k` is t with offset `c + k`."""
     sign = -1 if "sub" in op.name else 1
     first, second = op.args[0][:2]
     if _argument(op, 2, "alpha", 1) != 1:
@@ -317,7 +317,7 @@ def _add(propagation: Propagation, op: Op, _output: Tensor, division: _Division)
 
 @_rule("mul", "div")
 def _mul(propagation: Propagation, op: Op, _output: Tensor, division: _Division) -> None:
-    """One factor is divided, the first that can be; the offset passes a constant."""
+    """Divide one factor, the first that can be divided; the offset passes a constant."""
     first, second = op.args[0][:2]
     divides = "div" in op.name
     if propagation.shifts:
@@ -343,7 +343,7 @@ def _is_scalar(propagation: Propagation, tensor: Tensor) -> bool:
 
 @_rule("relu")
 def _relu(propagation: Propagation, op: Op, _output: Tensor, division: _Division) -> None:
-    """`relu(x)/s = relu(x/s)` for positive s."""
+    """Divide the input: `relu(x)/s = relu(x/s)` for positive s."""
     if division.offset or propagation.shifts:
         raise NotFoldable
     propagation.move(op.args[0][0], division)
@@ -351,7 +351,7 @@ def _relu(propagation: Propagation, op: Op, _output: Tensor, division: _Division
 
 @_rule("native_group_norm", "native_layer_norm")
 def _norm(propagation: Propagation, op: Op, output: Tensor, division: _Division) -> None:
-    """The affine absorbs the division; the normalized value before it can't."""
+    """Divide the affine; the normalized value before it can't be divided."""
     grouped = "group" in op.name
     weight, bias = (op.args[0][1], op.args[0][2]) if grouped else (op.args[0][2], op.args[0][3])
     if weight is None or output is not op.outputs[0] or (not grouped and len(op.args[0][1]) != 1):
@@ -367,7 +367,7 @@ def _norm(propagation: Propagation, op: Op, output: Tensor, division: _Division)
 
 @_rule("bmm")
 def _bmm(propagation: Propagation, op: Op, _output: Tensor, division: _Division) -> None:
-    """`out[.., k] = Σ p·v[.., k]`: v is divided."""
+    """Divide v, since `out[.., k] = Σ p·v[.., k]`."""
     _product(propagation, op.args[0][1], division)
 
 

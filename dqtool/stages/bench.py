@@ -52,7 +52,7 @@ class BenchPlan:
 
 
 def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPlan:
-    """Measure, and return the report, or in a dry run the plan (`render` makes text of both).
+    """Measure and return the report; in a dry run, return the plan. `render` makes text of both.
 
     Raises:
         UsageError: an unknown runtime or architecture.
@@ -140,8 +140,7 @@ def render(result: BenchReport | BenchPlan) -> list[str]:
 
 
 def _runtimes(asked: Sequence[str], kind: str = "dq") -> list[str]:
-    """The runtimes to measure: those named, once each; `all` stands for every one that can run a directory of this format
-    here, and `auto`."""
+    """Return the runtimes to measure, each once. `all` stands for `auto` and every runtime that runs this format here."""
     from dqtool.runtimes import RUNTIMES, runtime_name
 
     names: dict[str, None] = {}
@@ -167,7 +166,7 @@ def _available(kind: str) -> list[str]:
 
 
 def _own_batches(arch: str | None) -> tuple[int, ...]:
-    """1, 4 and 16 images; for an architecture that is used with guidance, its one pass over both halves."""
+    """Return 1, 4 and 16 images; for an architecture that is used with guidance, two: one pass over both halves."""
     from dqtool.models.architectures import architecture
 
     own = architecture(arch).batch if arch is not None else 1
@@ -261,7 +260,7 @@ def _call(loaded: Loaded, arguments: Arguments) -> Any:
 
 
 def _rows(notes: Mapping[str, str], timings: Mapping[str, Timing]) -> list[SpeedRow]:
-    """One row a contender, fastest first; `ratio` is how many times faster than the baseline it is."""
+    """Return one row a contender, fastest first; `ratio` is the speedup over the baseline."""
     baseline = _baseline(timings)
     rows = []
     for name, timing in sorted(timings.items(), key=lambda item: item[1].median):
@@ -271,7 +270,7 @@ def _rows(notes: Mapping[str, str], timings: Mapping[str, Timing]) -> list[Speed
 
 
 def _baseline(timings: Mapping[str, Timing]) -> str | None:
-    """The faster of eager float32's two memory formats."""
+    """Return the faster of eager float32's two memory formats."""
     from dqtool.bench.contenders import BASELINES
 
     present = [name for name in BASELINES if name in timings]
@@ -296,7 +295,7 @@ def _model(artifact: Artifact, options: BenchOptions) -> BenchedModel:
 
 
 def _command(options: BenchOptions) -> str:
-    """The command line that measures this again."""
+    """Return the command line that measures this again."""
     words = ["dqtool", "bench", *([options.artifact] if options.artifact else [])]
     if options.arch is not None:
         words += ["--arch", options.arch, "--bits", options.bits]
@@ -313,7 +312,7 @@ def _command(options: BenchOptions) -> str:
 
 
 def _bits(layers: Sequence[LayerRecord]) -> str:
-    """The bits of most layers, as `W/A`."""
+    """Return the bits of most layers, as `W/A`."""
     counts: dict[str, int] = {}
     for layer in layers:
         if layer.kind != "attention" and layer.bits is not None:

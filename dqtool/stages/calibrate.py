@@ -140,7 +140,7 @@ def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | N
 def produce(
     dilated: Artifact, options: CalibrateOptions, workspace: Workspace, prompts: Sequence[str] | None = None
 ) -> StageOutput:
-    """Sample, draw, count. What is finished goes to `workspace` from time to time."""
+    """Sample, draw and count. Save finished parts to `workspace` from time to time."""
     import torch
 
     from dqtool.models.conditions.conditioning import Request
@@ -284,7 +284,7 @@ def check_variance(scheduler: ForeignConfig, network: ForeignConfig) -> None:
 
 
 def range_ratios(statistics: dict[str, Tensor], dilation: dict[str, Tensor]) -> dict[str, float]:
-    """Width of each dilated layer's input range after dividing by s, over that before (Table 13)."""
+    """Return, for each dilated layer, its input range after the division by s relative to the one before (Table 13)."""
     ratios = {}
     for name, scale in dilation.items():
         span = statistics.get(f"{name}.channel_range")

@@ -87,7 +87,7 @@ def produce(source: ModelSource, options: DilateOptions) -> StageOutput:
     from dqtool.scaling.records import report_scaling
     from dqtool.scaling.verifying import check_equivalence
 
-    class_name, config = described(source, options)
+    class_name, config = describe_network(source, options)
     family = family_of(class_name, str(source.config_path))
     state = drop_copies(load_weights(source), family.tied_modules(config))
     network = build_network(class_name, config, state, source.given, share=True)
@@ -164,8 +164,8 @@ def recorded_network(network: nn.Module, family: Family, config: ForeignConfig) 
         ) from e
 
 
-def described(source: ModelSource, options: DilateOptions) -> tuple[str, ForeignConfig]:
-    """Class and config of the network as artifacts record them: what its pipeline or an example says is in the config.
+def describe_network(source: ModelSource, options: DilateOptions) -> tuple[str, ForeignConfig]:
+    """Return class and config of the network as artifacts record them, with what its pipeline or an example adds.
 
     Raises:
         UsageError: a family that does not exist or does not serve this class, or an example without `generic`.

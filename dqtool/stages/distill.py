@@ -150,8 +150,11 @@ def check_samples(wanted: int | None, manifest: Manifest) -> None:
 def produce(
     calibrated: Artifact, options: DistillOptions, spec: QuantizationSpec, workspace: Workspace, together: int
 ) -> StageOutput:
-    """Initialise, train, pack. At most `together` samples run at once where a block's inputs and outputs are computed, and an
-    eighth of them where a whole network learns, if `together` is less than `TOGETHER`."""
+    """Initialise, train and pack.
+
+    At most `together` samples run at once while the inputs and outputs of a block are computed. If `together` is less than
+    `TOGETHER`, an eighth of them run at once while a whole network learns.
+    """
     import torch
 
     from dqtool.core.allocator import return_freed_memory
@@ -266,12 +269,12 @@ def network_spec(options: DistillOptions, calibrated: Manifest) -> QuantizationS
 
 
 def training_points(trajectory: Trajectory, options: DistillOptions) -> Trajectory:
-    """All points that were recorded, or as many as `--train-samples` says."""
+    """Return all recorded points, or as many as `--train-samples` says."""
     return trajectory if options.train_samples is None else trajectory.subset(options.train_samples, options.seed)
 
 
 def chosen_blocks(trace: Trace, pattern: str | None) -> list[str] | None:
-    """Names of the blocks that are trained: those which `--blocks` matches as a whole; None for all.
+    """Return the names of the blocks to train: those whose whole name `--blocks` matches; None for all.
 
     Raises:
         UsageError: it matches none.

@@ -20,7 +20,7 @@ from dqtool.models.components.companions import companions_of_artifact
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.sampling.fitted import AUTO
 from dqtool.runtimes.names import runtime_name
-from dqtool.stages.evaluation.correction import settle_correction
+from dqtool.stages.evaluation.correction import switch_correction
 from dqtool.stages.evaluation.engines import asked_runtime, run_exported
 from dqtool.stages.evaluation.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.evaluation.image_metrics import (
@@ -30,7 +30,7 @@ from dqtool.stages.evaluation.image_metrics import (
     prepared_meter,
     save_samples,
 )
-from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted, needs_reference, with_correction
+from dqtool.stages.evaluation.noise import FIT_IMAGES, fit_correction, needs_reference, with_correction
 from dqtool.stages.evaluation.reference import ExportedReference, Reference, find_reference, reference_network
 from dqtool.stages.options.eval import DEFAULT_METRICS, EvalOptions
 from dqtool.stages.shared.paths import model_places, read_paths
@@ -197,7 +197,7 @@ def produce(
         artifact, options.samples, options.seed, options.steps, options.sampler, options.guidance, prompts, source
     )
     network = network_of_artifact(artifact, options.runtime, options.batch_size)
-    correction = settle_correction(network, artifact, maker, options.correction, "eval")
+    correction = switch_correction(network, artifact, maker, options.correction, "eval")
     float_network = None
     if reference is not None:
         float_network = reference_network(reference, manifest.network)
@@ -214,7 +214,7 @@ def produce(
             expected = reference_images(float_network, reference, maker, options, kept)
         sampled = maker
         if options.correct_noise and float_network is not None:
-            of_noise = fitted(network, float_network, maker, options.seed, options.batch_size)
+            of_noise = fit_correction(network, float_network, maker, options.seed, options.batch_size)
             figures["noise_correction"] = {"images": FIT_IMAGES, "steps": of_noise.to_json()}
             sampled = with_correction(maker, of_noise)
         images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples", kept)

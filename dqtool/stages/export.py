@@ -98,7 +98,7 @@ def write_directory(
     config: ForeignConfig,
     write: Callable[[Path], object],
 ) -> int:
-    """A diffusers pipeline (or bare component) directory; returns the bytes that `write` put there for the network."""
+    """Write a diffusers pipeline (or bare component) directory; return the bytes that `write` put there for the network."""
     from dqtool.models.components.export_layout import component_prefix
 
     component = directory / component_prefix(pipeline)

@@ -63,7 +63,7 @@ def plan_report(options: ReportOptions, settings: RunSettings) -> dict[str, Any]
 
 
 def render_plan(plan: Mapping[str, Any]) -> list[str]:
-    """The plan as lines of text."""
+    """Return the plan as lines of text."""
     rows = [(r["name"], r["path"], ", ".join(r["artifacts"]) or "none") for r in plan["results"]]
     lines = [f"would write {plan['output']} ({plan['format']})"]
     lines += [f"timings     {path}" for path in plan["benches"]]
@@ -134,7 +134,7 @@ def _page(results: Sequence[Result], benches: Sequence[Bench], tables: Sequence[
 
 
 def _group_sections(group: Sequence[Result], benches: Sequence[Bench], others: Sequence[Result]) -> list[Section]:
-    """All of what may be compared; `others` of its model may not."""
+    """Return the sections on results that may be compared; `others` are results of the same model that may not."""
     from dqtool.page import sections
 
     errors, missing = _errors(group)
@@ -148,7 +148,7 @@ def _group_sections(group: Sequence[Result], benches: Sequence[Bench], others: S
 
 
 def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]:
-    """Errors by result name, and why others have none."""
+    """Return the errors by result name, and the reason why other results have none."""
     from dqtool.page.quantization_errors import quantization_errors
 
     errors: dict[str, Errors] = {}
@@ -164,7 +164,7 @@ def _errors(group: Sequence[Result]) -> tuple[dict[str, Errors], dict[str, str]]
 
 
 def _activations(group: Sequence[Result]) -> tuple[list[tuple[str, list[DilatedInput]]], list[str]]:
-    """Inputs before and after dilation, of every calibrated artifact among the results, and what is missing."""
+    """Return the inputs before and after dilation of every calibrated artifact among the results, and what is missing."""
     from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.page.dilated_inputs import dilated_inputs
     from dqtool.stages.calibration.trajectory import STATISTICS_SAMPLES

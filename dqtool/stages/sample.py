@@ -8,9 +8,9 @@ from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
-from dqtool.stages.evaluation.correction import settle_correction
+from dqtool.stages.evaluation.correction import switch_correction
 from dqtool.stages.evaluation.engines import run_exported
-from dqtool.stages.evaluation.noise import fitted, needs_reference, with_correction
+from dqtool.stages.evaluation.noise import fit_correction, needs_reference, with_correction
 from dqtool.stages.evaluation.reference import find_reference, reference_network
 from dqtool.stages.options.sample import SampleOptions
 from dqtool.stages.shared.paths import model_places, read_paths
@@ -62,10 +62,10 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         source=ConditionSource.of(options, artifact.manifest.sampling, artifact.given),
     )
     network = run_exported(options.directory, options.runtime, options.batch_size)
-    settle_correction(network, artifact, maker, options.correction, "sample")
+    switch_correction(network, artifact, maker, options.correction, "sample")
     if reference is not None:
         exact = reference_network(reference, artifact.manifest.network)
-        correction = fitted(network, exact, maker, options.seed, options.batch_size)
+        correction = fit_correction(network, exact, maker, options.seed, options.batch_size)
         maker = with_correction(maker, correction)
     images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")
     panels = [(bits_label(artifact.manifest.layers), images)]

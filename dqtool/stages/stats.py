@@ -70,7 +70,7 @@ def stats(options: StatsOptions, settings: RunSettings) -> str:
 
 
 def image_source(options: StatsOptions) -> ImageFolder | NpzImages:
-    """The images of a directory or of an npz file; `UsageError` for a size with the latter."""
+    """Return the images of a directory or of an npz file; raise `UsageError` for a size with the latter."""
     from dqtool.metrics.batches import ImageFolder, NpzImages
 
     if os.path.isfile(options.directory):
@@ -85,7 +85,7 @@ def image_source(options: StatsOptions) -> ImageFolder | NpzImages:
 
 
 def images_digest(given: str, source: ImageFolder | NpzImages) -> str:
-    """SHA-256 of a file, or of the names and digests of a folder's images."""
+    """Return the SHA-256 of a file, or of the names and digests of a folder's images."""
     from dqtool.metrics.batches import ImageFolder
 
     if os.path.isfile(given):

@@ -30,7 +30,7 @@ HALVES = ("F16", "BF16")
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Each embedded model: name, class of its network, parameters of all its networks, bytes as packaged, and its card."""
+    """Return each embedded model: name, class, parameters of all its networks, bytes as packaged, and its card."""
     models = []
     for directory in sorted(resolve.ZOO.iterdir()) if resolve.ZOO.is_dir() else []:
         if (directory / "model_index.json").is_file():
@@ -49,7 +49,7 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def render(models: Sequence[dict[str, Any]]) -> list[str]:
-    """The list as lines of text."""
+    """Return the list as lines of text."""
     rows = [
         (m["name"], m["class"], f"{m['parameters']:,}", f"{m['bytes'] / 1e6:.2f} MB", m.get("description", ""))
         for m in models

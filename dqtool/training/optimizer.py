@@ -200,8 +200,11 @@ class _Group:
 
 
 def _parts(columns: Sequence[slice], rates: Sequence[float], like: Tensor) -> list[tuple[slice, float | Tensor]]:
-    """Columns that are updated together, with their rates: a large parameter by itself, so that what is computed on the
-    way stays small; small ones in one part, so that there are few operations."""
+    """Return the columns that are updated together, with their rates.
+
+    A large parameter is a part by itself, so that intermediate tensors stay small. Small ones share a part, so that there are
+    few operations.
+    """
     parts: list[tuple[slice, float | Tensor]] = []
     small: list[tuple[slice, float]] = []
 

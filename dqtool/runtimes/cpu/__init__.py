@@ -62,7 +62,7 @@ def available() -> str | None:
 
 
 def load(artifact: Artifact) -> nn.Module:
-    """The network of an exported directory on integers.
+    """Load the network of an exported directory on integer kernels.
 
     Raises:
         EnvironmentFault: the machine can't run it.
@@ -186,7 +186,7 @@ def _convert_attention(name: str, attn: Any, current_step: CurrentStep, kinds: d
 
 
 def integer_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a converted network: its class's, in float32, at one step at a time."""
+    """Run the forward of a converted network's class in float32, one step at a time."""
     original = type(network)
     given = args[0] if args else kwargs[list(inspect.signature(original.forward).parameters)[1]]
     given = given if isinstance(given, Tensor) else torch.stack(list(given))  # some networks take a list of samples
@@ -204,7 +204,7 @@ def integer_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def integer_apply(network: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """`_apply` of a converted network: it keeps its tensors, whose addresses the kernels know, and notes the dtype.
+    """Replace `_apply` of a converted network: keep its tensors, whose addresses the kernels know, and note the dtype.
 
     On a device that the kernels don't serve it becomes the float simulation.
     """
@@ -246,7 +246,7 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 def _traced(original: Any, network: Any, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward of the class `original` as a graph has it: no decision depends on what a tensor holds."""
+    """Run the forward of the class `original` as a graph contains it: no decision depends on a tensor's values."""
     current_step: CurrentStep = network.__dict__["_dqtool_current_step"]
     kept = current_step.rows
     current_step.rows = steps_of(network).rows

@@ -37,7 +37,7 @@ class SharedInput(Adaptable, nn.Module):
         return {"in_features": self.in_features, "out_features": self.out_features}
 
     def forward(self, input: Tensor, *_: object) -> Tensor:
-        """`[..., C]` to `[..., out_features]`."""
+        """Map `[..., C]` to `[..., out_features]`."""
         return self._merged[0](input)[..., self.start : self.start + self.out_features]
 
 
@@ -53,7 +53,8 @@ def is_bare(attn: Any) -> bool:
 class IntegerAttnProcessor(QuantAttnProcessor):
     """`QuantAttnProcessor` on integers. `products` None leaves the two attention products in float.
 
-    `scale` multiplies the scores; it is the module's, if known before the first call. A merged projection is the attention module's `to_qkv` (self-attention) or `to_kv` (cross-attention).
+    `scale` multiplies the scores; it is the module's, if known before the first call. A merged projection is the attention
+    module's `to_qkv` (self-attention) or `to_kv` (cross-attention).
     """
 
     def __init__(
@@ -156,8 +157,10 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         post: float = 1.0,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """Attention on the codes of its input (of `to_qkv`, with a context of `to_q`): `[N, S, C]`, times `gate` `[N, C]`,
-        plus `residual`, times `post`."""
+        """Return `(attention * gate + residual) * post` `[N, S, C]` from the codes of its input; `gate` is `[N, C]`.
+
+        The codes are those of the layer `to_qkv`, or with a `context` those of `to_q`.
+        """
         if context is None:
             sizes = [layer.out_features for layer in (attn.to_q, attn.to_k, attn.to_v)]
             query, key, value = attn.to_qkv.multiply(codes).split(sizes, dim=-1)
@@ -179,7 +182,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         return (mixed if residual is None else mixed + residual) * post
 
     def _tables(self, d: int, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(m, low, high) `[4, 3, H]` of the operands, scale of the scores `[H]`, scale of the result `[H]`."""
+        """Return (m, low, high) `[4, 3, H]` of the operands, and the scales of the scores and of the result, `[H]` each."""
         tables, scores, results = self._every_step(d, scale)
         row = self.current_step.row if len(tables) > 1 else 0
         return tables[row], scores[row], results[row]

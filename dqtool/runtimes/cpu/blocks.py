@@ -156,7 +156,7 @@ class FusedFeedForward(FeedForward):
         return isinstance(act.proj, Product) and isinstance(self.net[2], Product)
 
     def from_codes(self, codes: Codes, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-        """On the codes of the first layer's input, times `gate` `[N, C]`, plus `residual`."""
+        """Return the result from the codes of the first layer's input, times `gate` `[N, C]`, plus `residual`."""
         act: Any = self.net[0]
         out: Any = self.net[2]
         kind = GEGLU if type(act).__name__ == "GEGLU" else GELU_TANH if act.approximate == "tanh" else GELU
@@ -298,7 +298,7 @@ class HeadNorm(nn.GroupNorm):
     """The norm and the activation before `conv_out` of `network`; it leaves both to `conv_out` where that is fused."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[N, C, H, W]` to the same shape."""
+        """Return `input` if `conv_out` is fused with this norm and activation, else compute the original class's output."""
         if isinstance(self.__dict__["network"].conv_out, NormActProduct):
             return input
         return F.silu(super().forward(input.to(self.weight.dtype))).to(input.dtype)
@@ -325,7 +325,7 @@ class NormActProduct(Adaptable, nn.Module):
         return self.product.geometry_of_float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, C, H, W]` to `[N, C_out, H, W]`."""
+        """Map `[N, C, H, W]` to `[N, C_out, H, W]`, with the norm and the activation before the layer."""
         if self.__dict__["network"].conv_out is not self:
             return self.product(x)
         return self.product.multiply(self.product.group_norm(x.float(), self.__dict__["norm"], SILU)).to(x.dtype)

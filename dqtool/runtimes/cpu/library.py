@@ -81,7 +81,7 @@ _problem: str | None = None
 
 
 def get() -> ctypes.CDLL | None:
-    """The kernels, compiled if need be (seconds, once per machine and version); None where they can't be had."""
+    """Return the kernels, compiled on first use (seconds, once per machine and version); None if they are not available."""
     return None if os.environ.get("DQTOOL_KERNELS") == "0" else _load()
 
 

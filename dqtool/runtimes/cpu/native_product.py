@@ -77,7 +77,7 @@ class NativeProduct(Product):
         return super().zero_points() if self.stored is None else self.stored
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The convolution's own, and for Winograd one more where the output's size is odd."""
+        """Return the convolution's own padding, and for Winograd one more where the output's size is odd."""
         (p, q), odd = self.padding, (0, 0)
         if self.may_winograd:
             out = self._out_size(height, width)
@@ -166,7 +166,7 @@ class NativeProduct(Product):
         return Codes(ops.linear_codes(codes.data, *weight, self.steps, geometry, *next_, act), codes.shape)
 
     def _traced_weight(self, gates: int) -> tuple[tuple[Tensor, Tensor | None, Tensor, Tensor | None], list[int]]:
-        """The weight, its sums or zero points, its scales and bias, and the `Geometry` that says in which form it is."""
+        """Return the weight, its sums or zero points, its scales and bias, and the `Geometry` that names their form."""
         source, machine = self.source, 0
         weight, beside, form = self.weight, None, INT8
         if self.packed is not None:
@@ -185,7 +185,7 @@ class NativeProduct(Product):
         return (weight, beside, self.weight_scale, self.bias), geometry
 
     def _hold(self, codes: Codes) -> tuple:
-        """Addresses of the layer's tensors, and the tensors themselves, so that they stay."""
+        """Return the layer's tensors, so that they stay, and their addresses."""
         if self.packed is None:
             self._pack(codes)
         held = (self.packed, self.sums, self.weight_scale, self.bias)

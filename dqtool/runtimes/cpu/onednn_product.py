@@ -40,7 +40,7 @@ class OnednnProduct(Product):
         return not saturates() or 2 * largest * int(layer.unpacked().weight.abs().max()) <= 32767
 
     def padding_of(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The convolution's own, in the codes: a real zero is the zero point, which may change with the step."""
+        """Return the convolution's own padding: codes carry it, because the zero point may change with the step."""
         p, q = self.padding
         return p, p, q, q
 

@@ -76,7 +76,7 @@ def quantize(
     up: int,
     act: int,
 ) -> Tensor:
-    """Codes `shape` of `act(x)`; `sizes` are the kernel's, of an image or of rows."""
+    """Return the codes `shape` of `act(x)`; `sizes` are the kernel's, of an image or of rows."""
     x = laid_out(x, image)
     data = torch.empty(shape, dtype=torch.uint8)
     units = sizes[0] if image else sizes[1]
@@ -103,7 +103,7 @@ def group_norm(
     shape: list[int],
     sizes: list[int],
 ) -> Tensor:
-    """Codes `shape` of `act(norm(x) * (1 + scale) + shift)`, of an image."""
+    """Return the codes `shape` of `act(norm(x) * (1 + scale) + shift)`, of an image."""
     x = laid_out(x, True)
     data = torch.empty(shape, dtype=torch.uint8)
     scale, shift = (None if t is None else t.contiguous() for t in (scale, shift))
@@ -130,7 +130,7 @@ def layer_norm(
     rows: Tensor,
     channel_bytes: int,
 ) -> Tensor:
-    """Codes `[N * S, channel_bytes]` of `norm(x) * (1 + scale) + shift`, `x` `[N, S, C]`, `scale` and `shift` `[N, C]`."""
+    """Return the codes `[N * S, channel_bytes]` of `norm(x) * (1 + scale) + shift`; `x` `[N, S, C]`, `scale`, `shift` `[N, C]`."""
     n, s, c = x.shape
     x = x.contiguous()
     scale, shift = (None if t is None else t.expand(n, -1).contiguous() for t in (scale, shift))
@@ -152,7 +152,7 @@ def geglu(
     rows: Tensor,
     channel_bytes: int,
 ) -> Tensor:
-    """Codes `[rows, channel_bytes]` of `value * gelu(gate)`, `x` `[rows, 2 C]`."""
+    """Return the codes `[rows, channel_bytes]` of `value * gelu(gate)`, `x` `[rows, 2 C]`."""
     units, width = x.shape
     x = x.contiguous()
     data = torch.empty(units, channel_bytes, dtype=torch.uint8)
@@ -179,8 +179,11 @@ def multiply(
     geometry: list[int],
     post: float,
 ) -> Tensor:
-    """`((product + bias) * gate + residual) * post`, `[*shape, C_out]`, or channels-last `[N, C_out, H, W]` where `shape` is
-    `(N, H, W)`. `own` `[C_out]` is the layer's bias, `bias` `[N, C_out]` stands in for it, `gate` is `[N, C_out]`."""
+    """Return `((product + bias) * gate + residual) * post`.
+
+    The result is `[*shape, C_out]`, or of a convolution, whose `shape` is `(N, H, W)`, `[N, C_out, H, W]` channels-last. `own`
+    `[C_out]` is the layer's bias, `bias` `[N, C_out]` replaces it, `gate` is `[N, C_out]`.
+    """
     g = Geometry(*geometry)
     held = packed_weight(weight, sums, g, shape)
     out = empty_product(codes, g, shape)
@@ -230,7 +233,7 @@ def linear_codes(
     next_bytes: int,
     act: int,
 ) -> Tensor:
-    """Codes `[rows, next_bytes]`, for the linear layer that comes next, of `act(product)`."""
+    """Return the codes `[rows, next_bytes]` of `act(product)`, for the linear layer that comes next."""
     g = Geometry(*geometry)
     held = packed_weight(weight, sums, g, (1, 1, 1))
     units = codes.shape[0]
@@ -256,8 +259,10 @@ def attention(
     results: Tensor,
     rows: Tensor,
 ) -> Tensor:
-    """Both products and the softmax of `[N, H, S, D]` operands, `[N, S, H * D]`. `tables` `[T, 4, 3, H]`, `scores` and
-    `results` `[T, H]` are what `IntegerAttnProcessor` makes of the operands' tables."""
+    """Return both products and the softmax of `[N, H, S, D]` operands, `[N, S, H * D]`.
+
+    `IntegerAttnProcessor` makes `tables` `[T, 4, 3, H]`, `scores` and `results` `[T, H]` from the operands' step tables.
+    """
     n, h, sq, d = q.shape
     sk = k.shape[2]
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
@@ -292,7 +297,7 @@ def onednn_multiply(
     geometry: list[int],
     groups: int,
 ) -> Tensor:
-    """`product + own` on PyTorch's oneDNN operations, laid out as `multiply`'s."""
+    """Return `product + own` from PyTorch's oneDNN operations, laid out as `multiply` lays it out."""
     g, ops = Geometry(*geometry), torch.ops.onednn
     stride, dilation = geometry[6:8], geometry[8:10]
     if not prepacked:

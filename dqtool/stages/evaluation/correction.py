@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from dqtool.stages.evaluation.images import ImageMaker
 
-__all__ = ["fitted_of", "settle_correction", "used_by_maker"]
+__all__ = ["fitted_of", "switch_correction", "used_by_maker"]
 
 
-def settle_correction(network: nn.Module, artifact: Artifact, maker: ImageMaker, asked: str, stage: str) -> str | None:
+def switch_correction(network: nn.Module, artifact: Artifact, maker: ImageMaker, asked: str, stage: str) -> str | None:
     """Switch the tables of `network` on or off for the sampling of `maker`, and return "on" or "off".
 
     `auto` switches them off, with one message, for a sampling that they are not for (`misfit`). Return None for a network

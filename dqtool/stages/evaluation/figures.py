@@ -59,7 +59,7 @@ def cost_figures(artifact: Artifact) -> CostRecord:
 
 
 def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, seed: int) -> dict[str, float]:
-    """Relative squared error of each layer's output, |y' - y|² / |y|², at points of the reference's trajectory.
+    """Return the relative squared error of each layer's output, |y' - y|² / |y|², at points of the reference's trajectory.
 
     Both networks run from the same (x_t, t), so a layer's figure holds its own error and what reached it. `seed` draws the
     noise that the trajectory starts from.

@@ -34,12 +34,12 @@ class _Options(Protocol):
 
 
 def files_of(options: _Options) -> Files:
-    """The files that were given for metrics."""
+    """Return the files that were given for metrics."""
     return Files(options.inception_weights, options.clip, options.aesthetic_weights, options.ref_stats)
 
 
 def computable_metrics(files: Files, *, prompts: bool) -> tuple[str, ...]:
-    """The metrics that the files, and what the reference statistics hold, are enough for."""
+    """Return the metrics that can be computed from the given files and the contents of the reference statistics."""
     chosen = available(files, prompts=prompts)
     if files.ref_stats is not None and "fid" in chosen and not _has(files.ref_stats, "arr_0"):
         chosen = tuple(name for name in chosen if name != "pr")
@@ -49,7 +49,7 @@ def computable_metrics(files: Files, *, prompts: bool) -> tuple[str, ...]:
 
 
 def choose_metrics(asked: Sequence[str] | None, files: Files, *, prompts: bool) -> tuple[str, ...]:
-    """The metrics of the registry among those `asked` for; None stands for all that the files are enough for.
+    """Return the registry's metrics among those `asked` for; None stands for all that the files suffice for.
 
     Raises:
         EnvironmentFault: a metric whose file was not given, or a file that is of no use without another.
@@ -90,7 +90,7 @@ def _has(path: str, *names: str) -> bool:
 
 
 def prepared_meter(names: Sequence[str], files: Files) -> Meter | None:
-    """The metrics with their networks loaded and their files found good; None for none."""
+    """Load the metrics' networks and check their files; return a meter, or None without metrics."""
     from dqtool.metrics.measuring import Meter
 
     return Meter(names, files) if names else None
@@ -105,8 +105,10 @@ def metric_figures(
     *,
     of_reference: bool = False,
 ) -> dict[str, Json]:
-    """The figures of `images [N, C, H, W]` in [-1, 1] and their prompts; with `image_size` of their centres. Those
-    `of_reference` come first: the others are compared with them."""
+    """Return the figures of `images [N, C, H, W]` in [-1, 1] and their prompts; with `image_size`, of the images' centres.
+
+    Measure the images `of_reference` first: the others are compared with them.
+    """
     return meter.measure(_batches(images, texts, image_size), len(images), what, of_reference=of_reference)
 
 

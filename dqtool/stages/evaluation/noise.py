@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dqtool.models.sampling.noise_correction import NoiseCorrection
     from dqtool.stages.evaluation.images import ImageMaker
 
-__all__ = ["FIT_IMAGES", "fitted", "needs_reference", "with_correction"]
+__all__ = ["FIT_IMAGES", "fit_correction", "needs_reference", "with_correction"]
 
 FIT_IMAGES = 64
 """Images that the statistics are fitted on. They start from the noise of calibration, and no metric counts them."""
@@ -41,7 +41,7 @@ def needs_reference(reference: Reference | None, artifact: Artifact) -> None:
         )
 
 
-def fitted(
+def fit_correction(
     network: nn.Module, exact: nn.Module, maker: ImageMaker, seed: int, batch_size: int, images: int = FIT_IMAGES
 ) -> NoiseCorrection:
     """Fit the correction of `network` for this maker's sampler. All `images` images are sampled side by side, `batch_size` at

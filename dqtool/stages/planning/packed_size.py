@@ -25,7 +25,7 @@ def without_folds(manifest: Manifest, plans: Iterable[LayerPlan]) -> list[LayerP
 
 
 def prediction_rows_of(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Row shapes of the tables that will correct the network's predictions, by name."""
+    """Return the row shapes of the tables that will correct the network's predictions, by name."""
     from dqtool.models.families import family_of
     from dqtool.nn.prediction import row_shapes
 

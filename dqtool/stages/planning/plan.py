@@ -20,7 +20,7 @@ Work = dict[str, Any]
 
 
 def plan_stage(execution: Execution, options: Any) -> dict[str, Any]:
-    """Return the findings of a dry run of one stage with these options: inputs, resolved parameters, whether it is cached, `work`.
+    """Return the plan of one stage with these options: inputs, all parameters, whether it is cached, and `work`.
 
     `work` holds counts; for distill and export also `layers` with their bits, the exact size of the file, `bytes`, and
     the bit operations of a forward pass, `bops`. `seconds_before` is how long the run took whose output would be replaced.
@@ -120,7 +120,7 @@ def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sample
 
 
 def render(plan: Mapping[str, Any]) -> list[str]:
-    """The plan as lines of text."""
+    """Return the plan as lines of text."""
     if "stages" in plan:
         lines = [f"{plan['recipe']}: model {plan['model']}"]
         lines += [f"  {key}  {value}" for key, value in plan.get("estimate", {}).items()]

@@ -102,8 +102,9 @@ def conditions_of(artifact: Artifact, request: Request, source: ConditionSource 
 def sampler_of(
     artifact: Artifact, conditions: Conditions, steps: int | None = None, name: str | None = None
 ) -> Sampler:
-    """The sampler an artifact was calibrated for (before that: its pipeline's own, 20 steps); `steps` and `name` in
-    place of what it says.
+    """Return the sampler that an artifact was calibrated for; before `calibrate`, its pipeline's own with 20 steps.
+
+    `steps` and `name` replace the recorded ones.
 
     Raises:
         UsageError: an unknown sampler, or one that does not fit the model's noise schedule.

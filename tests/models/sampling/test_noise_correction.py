@@ -14,7 +14,7 @@ from dqtool.models.sampling.noise_correction import NoiseCorrection, StepNoise, 
 from dqtool.models.sampling.sampler import Sampler, make_sampler
 from dqtool.stages.eval import network_of_artifact
 from dqtool.stages.evaluation.images import maker_of_artifact
-from dqtool.stages.evaluation.noise import FIT_IMAGES, fitted
+from dqtool.stages.evaluation.noise import FIT_IMAGES, fit_correction
 
 
 def test_corrected_noise_is_uncorrelated_with_the_prediction_and_unbiased() -> None:
@@ -142,7 +142,7 @@ def test_the_fit_is_of_as_many_images_whatever_the_batch_size(made: Path) -> Non
     exact = network_of_artifact(open_artifact(str(made / "dilated.safetensors")), "simulate")
     for each in (network, exact):
         each.register_forward_pre_hook(lambda _m, _a, given: seen.append(len(given["sample"])), with_kwargs=True)
-    whole, parts = (fitted(network, exact, maker, 0, batch_size).to_json() for batch_size in (128, 24))
+    whole, parts = (fit_correction(network, exact, maker, 0, batch_size).to_json() for batch_size in (128, 24))
     steps = 2 * len(whole)
     assert seen == [FIT_IMAGES] * steps + [24, 24, 16] * steps
     for one, other in zip(whole, parts, strict=True):
