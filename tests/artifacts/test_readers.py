@@ -57,6 +57,7 @@ ALLOWED = {
     "models.sources.original.checkpoint": "unpickles tensors only, after `check_torch_file`",
     "page.quantization_errors": "opens artifacts by `open_artifact`",
     "runtimes.choice": _PROC,
+    "runtimes.cpu.build": _PACKAGED,
     "runtimes.cpu.library": _PACKAGED + " and /proc",
     "runtimes.openvino_graphs": "reads a graph that `open_regular` passed, and dqtool's own compiled ones",
     "stages.export": _WRITES,
