@@ -97,7 +97,9 @@ class DilateOptions:
     ] = 1.0
     family: Annotated[
         str | None,
-        Option("Adapter to use. Give `generic` for a network whose class dqtool does not know.", "NAME", panel=INPUT),
+        Option(
+            "Family of the network. Give `generic` for a network whose class dqtool does not know.", "NAME", panel=INPUT
+        ),
     ] = None
     example: Annotated[
         str | None,

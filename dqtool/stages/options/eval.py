@@ -106,14 +106,18 @@ class EvalOptions:
     clip: Annotated[
         str | None,
         Option(
-            "CLIPModel with its tokenizer. The metrics clip and aesthetic need it.",
+            "Directory of a CLIPModel with its tokenizer. The metrics clip and aesthetic need it.",
             "DIR",
             panel=INPUT,
         ),
     ] = None
     aesthetic_weights: Annotated[
         str | None,
-        Option("LAION's head over CLIP embeddings. The metric aesthetic needs it.", "FILE", panel=INPUT),
+        Option(
+            "File of LAION's aesthetic predictor, a head over CLIP embeddings. The metric aesthetic needs it.",
+            "FILE",
+            panel=INPUT,
+        ),
     ] = None
     image_size: Annotated[int | None, IMAGE_SIZE] = None
     save_samples: Annotated[
@@ -125,8 +129,8 @@ class EvalOptions:
     floor: Annotated[
         bool,
         Option(
-            "Measure fd.digits between two sets of full-precision images of different noise, too: the distance of equal "
-            "models at this number of images. Give it to judge small distances."
+            "Also measure fd.digits between two sets of full-precision images of different noise: the distance that equal "
+            "models have at this number of images. Give it to judge small distances."
         ),
     ] = False
 

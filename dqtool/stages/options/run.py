@@ -21,7 +21,7 @@ class RunOptions:
     overrides: Annotated[
         tuple[str, ...],
         Option(
-            "Option of a stage to set or replace, such as distill.iters=0. May be repeated.",
+            "Option of a stage to set in place of the recipe's, such as distill.iters=0. May be repeated.",
             "STAGE.OPTION=VALUE",
             flag="--set",
             panel=INPUT,

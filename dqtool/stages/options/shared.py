@@ -47,7 +47,7 @@ PIPELINE = Option(
 )
 RANDOM_CONDITIONS = Option("Accept random conditions for a model without a text encoder. This costs quality.")
 INCEPTION_WEIGHTS = Option(
-    "Inception network of FID, in .pth, .pt or .pb. The metrics fid, sfid, is and pr need it.", "FILE", panel=INPUT
+    "File of FID's Inception network: .pth, .pt or .pb. The metrics fid, sfid, is and pr need it.", "FILE", panel=INPUT
 )
 IMAGE_SIZE = Option(
     "Side of the images that are measured: the shorter side is resized to N and the centre cropped (COCO: 300).",
@@ -59,8 +59,8 @@ CORRECT_NOISE = Option(
     "full-precision model."
 )
 CORRECTION = Option(
-    "Correction of predictions by the tables that distill fitted: auto (not for samplers that it harms, such as plms in "
-    "place of ddim), on or off. Give off to see what it gains.",
+    "Whether the tables that distill fitted correct the predictions: on, off, or auto, which leaves them out for samplers that "
+    "they harm, such as plms in place of ddim. Give off to see what they gain.",
     "NAME",
 )
 OUTPUT = Option("File to write. Its manifest is written next to it.", "FILE", short="-o", panel=INPUT)

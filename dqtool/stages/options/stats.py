@@ -22,5 +22,10 @@ class StatsOptions:
     inception_weights: Annotated[str | None, INCEPTION_WEIGHTS] = None
     image_size: Annotated[int | None, IMAGE_SIZE] = None
     keep_images: Annotated[
-        int, Option("Images to keep in the file, for precision and recall (the metric pr).", "N", least=0)
+        int,
+        Option(
+            "Images that the file keeps. The metric pr (precision and recall) needs them; 0 makes a small file.",
+            "N",
+            least=0,
+        ),
     ] = 10000
