@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from dqtool.artifacts.schema import Record
 
-__all__ = ["BENCH_FORMAT", "BenchReport", "BenchedModel", "LoadRow", "MachineRecord", "SpeedRow"]
+__all__ = ["BENCH_FORMAT", "AloneRow", "BenchReport", "BenchedModel", "LoadRow", "MachineRecord", "SpeedRow"]
 
 BENCH_FORMAT = "dqtool-bench/1"
 
@@ -68,8 +68,23 @@ class LoadRow(Record):
 
 
 @dataclass(frozen=True)
+class AloneRow(Record):
+    """Seconds of one step in a process of its own: on the clock and of all processors. Memory and bytes on disk (None:
+    unknown). `ratio` is to eager float32's seconds on the clock, measured likewise."""
+
+    contender: str
+    wall: float
+    processor: float
+    calls: int
+    peak_bytes: int | None
+    file_bytes: int | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
 class BenchReport(Record):
-    """All of a benchmark: a table of speed for each batch size, and one of loading."""
+    """All of a benchmark: a table of speed for each batch size, one of loading, and where peers are among the
+    contenders one of processes of their own for each batch size."""
 
     written: ClassVar[frozenset[str]] = frozenset({"format", "load_batch", "weights_in_memory"})
 
@@ -81,4 +96,5 @@ class BenchReport(Record):
     load: list[LoadRow]
     load_batch: int = 1
     weights_in_memory: dict[str, str] = field(default_factory=dict)
+    alone: dict[str, list[AloneRow]] = field(default_factory=dict)
     format: str = BENCH_FORMAT

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dqtool.bench.subject import Arguments, Subject
 
@@ -39,6 +40,10 @@ class Contender:
         prepare: writes the files that `load` reads, if they are not the exported directory.
         libraries: packages to import before memory is measured.
         probed: load time and memory are measured. False for a memory format, which changes neither.
+        alone: timed in a process of its own only, never in turns with others.
+        measure: measures the contender where it is no network in this process: returns the fields of `alone.Alone`.
+        file: path of what `load` reads, a file or a folder; None stands for the exported directory.
+        require: checks that its package is installed, before anything is written.
     """
 
     name: str
@@ -46,3 +51,7 @@ class Contender:
     prepare: Callable[[Subject], object] | None = None
     libraries: tuple[str, ...] = ("torch", "diffusers")
     probed: bool = True
+    alone: bool = False
+    measure: Callable[[Subject, int, float], dict[str, Any]] | None = None
+    file: Callable[[Subject], Path] | None = None
+    require: Callable[[], object] | None = None

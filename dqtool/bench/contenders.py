@@ -13,6 +13,17 @@ from typing import TYPE_CHECKING, Any
 from dqtool.bench.contender import Contender, Loaded
 from dqtool.bench.float_contenders import load_float, prepare_float
 from dqtool.bench.openvino_contenders import load_ir, prepare_ir
+from dqtool.bench.peer_contenders import (
+    PACKAGES,
+    load_onnxruntime,
+    load_torch,
+    prepare_onnxruntime,
+    prepare_torch,
+    require,
+    saved_file,
+)
+from dqtool.bench.sdcpp_contender import NAME as SDCPP
+from dqtool.bench.sdcpp_contender import find_command, measure_sdcpp, prepare_sdcpp
 from dqtool.bench.subject import Arguments, Subject
 from dqtool.errors import UsageError
 
@@ -39,7 +50,13 @@ def load_runtime(subject: Subject, runtime: str) -> Loaded:
 
 
 def _float(name: str, **options: Any) -> Contender:
-    return Contender(name, partial(load_float, **options), prepare_float, probed=not options.get("channels_last"))
+    return Contender(
+        name,
+        partial(load_float, **options),
+        prepare_float,
+        probed=not options.get("channels_last"),
+        file=lambda subject: subject.float_directory,
+    )
 
 
 def _ir(name: str, **options: Any) -> Contender:
@@ -49,6 +66,24 @@ def _ir(name: str, **options: Any) -> Contender:
         partial(prepare_ir, quantized=options["quantized"]),
         libraries=("torch", "openvino"),
     )
+
+
+def _peer(name: str, **options: Any) -> Contender:
+    onnx = name == "onnxruntime-int8"
+    return Contender(
+        name,
+        load_onnxruntime if onnx else partial(load_torch, name=name, **options),
+        prepare_onnxruntime if onnx else partial(prepare_torch, name=name),
+        libraries=("torch", PACKAGES[name][0]) if onnx else ("torch", "diffusers", PACKAGES[name][0]),
+        probed=False,
+        alone=True,
+        file=partial(saved_file, name=name),
+        require=partial(require, name),
+    )
+
+
+def _not_loaded(_subject: Subject) -> Loaded:
+    raise AssertionError("this contender is a program of its own")
 
 
 CONTENDERS = {
@@ -63,6 +98,13 @@ CONTENDERS = {
         _ir("fp32-openvino", quantized=False, precision="f32"),
         _ir("bf16-openvino", quantized=False, precision="bf16"),
         _ir("nncf-int8", quantized=True, precision=None),
+        _peer("sdnq-int8"),
+        _peer("torchao-int8", compiled=True),  # its documentation always compiles
+        _peer("quanto-int8"),
+        _peer("onnxruntime-int8"),
+        Contender(
+            SDCPP, _not_loaded, prepare_sdcpp, probed=False, alone=True, measure=measure_sdcpp, require=find_command
+        ),
     )
 }
 """Alternatives that the network is measured against, by name. None has the name of a runtime."""

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from dqtool import errors, report
+from dqtool.bench.alone import Alone, file_bytes, time_calls
 from dqtool.bench.subject import Subject
 from dqtool.errors import DqtoolError, EnvironmentFault
 
-__all__ = ["Probe", "prepare", "probe"]
+__all__ = ["Probe", "alone", "prepare", "probe"]
 
 SAMPLE_EVERY = 0.004
 """Seconds between two samples of private memory."""
@@ -59,6 +60,24 @@ def probe(contender: str, subject: Subject, batch: int) -> Probe:
         found["peak_bytes"],
         None if private is None or base is None else max(0, private - base),
     )
+
+
+def alone(contender: str, subject: Subject, batch: int, seconds: float) -> Alone:
+    """Time a contender in a fresh process that does nothing else."""
+    from dqtool.bench.contenders import contender_of
+
+    chosen = contender_of(contender)
+    if chosen.measure is not None:
+        return Alone(**chosen.measure(subject, batch, seconds))
+    request = {
+        "action": "time",
+        "contender": contender,
+        "subject": subject.to_json(),
+        "batch": batch,
+        "seconds": seconds,
+    }
+    path = Path(subject.directory) if chosen.file is None else chosen.file(subject)
+    return Alone(**_child(request)[0], file_bytes=file_bytes(path))
 
 
 def _child(request: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
@@ -165,15 +184,22 @@ def answer(request: dict[str, Any], imported: Callable[[], object]) -> dict[str,
     imported()
     start = time.perf_counter()
     loaded = contender.load(subject)
+    if request["action"] == "time":
+        figures = time_calls(loaded, inputs, request["seconds"])
+        return {**figures, "peak_bytes": _peak(before)}
     load = time.perf_counter() - start
     adapted = [loaded.adapt(arguments) for arguments in inputs]
     loaded.run(adapted[0])
     ready = time.perf_counter() - start
     for number in range(STEPS):
         loaded.run(adapted[number % len(adapted)])
+    return {"load": load, "ready": ready, "peak_bytes": _peak(before), "private_baseline": before.get("private")}
+
+
+def _peak(before: dict[str, int]) -> int | None:
+    """Return the largest resident memory since, above the resident memory then; None if the system keeps no count."""
     after = memory_status()
-    peak = after["peak"] - before["resident"] if "peak" in after and "resident" in before else None
-    return {"load": load, "ready": ready, "peak_bytes": peak, "private_baseline": before.get("private")}
+    return after["peak"] - before["resident"] if "peak" in after and "resident" in before else None
 
 
 if __name__ == "__main__":

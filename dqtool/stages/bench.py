@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
-from dqtool.artifacts.bench_report import BenchedModel, BenchReport, LoadRow, SpeedRow
+from dqtool.artifacts.bench_report import AloneRow, BenchedModel, BenchReport, LoadRow, SpeedRow
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import LayerRecord
 from dqtool.errors import ArtifactError, NumericError, UsageError
@@ -23,6 +23,7 @@ from dqtool.stages.shared.running import input_artifact
 from dqtool.stages.shared.settings import RunSettings
 
 if TYPE_CHECKING:
+    from dqtool.bench.alone import Alone
     from dqtool.bench.contender import Loaded
     from dqtool.bench.measure import Timing
     from dqtool.bench.subject import Arguments, Subject
@@ -70,6 +71,9 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
     batches = options.batch or _own_batches(options.arch)
     if settings.dry_run:
         return BenchPlan(names, list(batches), options.seconds, options.arch, options.artifact)
+    for name in names:  # before anything is written
+        if (require := contender_of(name).require) is not None:
+            require()
     artifact = _subject_artifact(options, settings)
     names = [*_runtimes(options.runtime, artifact.manifest.parameters.format or ""), *contender_names(options.against)]
     import torch
@@ -79,10 +83,12 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
     with tempfile.TemporaryDirectory(prefix="dqtool-bench-") as workspace:
         subject = _subject(artifact, options, workspace, torch.get_num_threads())
         _prepare(names, subject)
-        loaded = {name: contender_of(name).load(subject) for name in names}
-        speed = {batch: _time(loaded, subject, batch, options.seconds) for batch in batches}
+        apart = [name for name in names if contender_of(name).alone]
+        loaded = {name: contender_of(name).load(subject) for name in names if name not in apart}
+        speed = {batch: _time(loaded, subject, batch, options.seconds) for batch in batches if loaded}
         notes = {name: each.note for name, each in loaded.items()}
         del loaded  # fresh processes measure memory: they need theirs
+        alone = {batch: _alone(names, subject, batch, options.seconds) for batch in batches if apart}
         probes = _probes(names, subject, batches[0]) if options.memory else []
     from dqtool.runtimes.choice import remember_timings
 
@@ -98,6 +104,7 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
         probes,
         batches[0],
         {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
+        {str(batch): rows for batch, rows in alone.items()},
     )
     if options.output is not None:
         commit_report(options.output, result.to_json(), overwrite=settings.overwrite)
@@ -127,6 +134,12 @@ def render(result: BenchReport | BenchPlan) -> list[str]:
         lines += ["", f"One step, batch {batch} ({_baseline_text(rows)})", *_speed_table(rows)]
         if unsteady := [row.contender for row in rows if row.p90 > STEADY * row.p10]:
             lines.append(f"unsteady, something else is running on this machine: {', '.join(unsteady)}")
+    for batch, alone in result.alone.items():
+        lines += [
+            "",
+            f"Each in a process of its own, batch {batch}; memory above the level after imports",
+            *_alone_table(alone),
+        ]
     if result.load:
         lines += [
             "",
@@ -227,6 +240,21 @@ def _probes(names: Sequence[str], subject: Subject, batch: int) -> list[LoadRow]
             found.append(LoadRow(name, **asdict(probe(name, subject, batch))))
             progress.advance()
     return found
+
+
+def _alone(names: Sequence[str], subject: Subject, batch: int, seconds: float) -> list[AloneRow]:
+    """Time every contender in a process of its own, fastest first."""
+    from dqtool.bench.contenders import BASELINES
+    from dqtool.bench.probe import alone
+
+    found: dict[str, Alone] = {}
+    with report.progress(f"bench: each alone at batch {batch}", len(names), "contender") as progress:
+        for name in names:
+            found[name] = alone(name, subject, batch, seconds)
+            progress.advance(note=name)
+    base = min((found[name].wall for name in BASELINES if name in found), default=None)
+    ordered = sorted(found.items(), key=lambda item: item[1].wall)
+    return [AloneRow(name, **asdict(each), ratio=None if base is None else base / each.wall) for name, each in ordered]
 
 
 def _time(loaded: Mapping[str, Loaded], subject: Subject, batch: int, seconds: float) -> dict[str, Timing]:
@@ -333,6 +361,22 @@ def _speed_table(rows: Sequence[SpeedRow]) -> list[str]:
             f"{row.contender} ({row.note})" if row.note else row.contender,
             *(f"{seconds * 1000:.1f}" for seconds in (row.median, row.p10, row.p90)),
             row.calls,
+            None if row.ratio is None else f"{row.ratio:.2f}x",
+        ]
+        for row in rows
+    ]
+    return report.table_lines(columns, cells)
+
+
+def _alone_table(rows: Sequence[AloneRow]) -> list[str]:
+    columns = ["contender", "ms", "processor ms", "calls", "peak MiB", "file MiB", "times faster"]
+    cells = [
+        [
+            row.contender,
+            f"{row.wall * 1000:.1f}",
+            f"{row.processor * 1000:.1f}",
+            row.calls,
+            *(None if size is None else f"{size / MIB:.0f}" for size in (row.peak_bytes, row.file_bytes)),
             None if row.ratio is None else f"{row.ratio:.2f}x",
         ]
         for row in rows
