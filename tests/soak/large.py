@@ -41,10 +41,11 @@ def stages(arch: str) -> dict[str, tuple[str, ...]]:
     size = ("--steps", "4", "--samples", "16") if arch == "tiny" else ("--steps", "2", "--samples", "2")
     training = ("--iters", "40", "--refine-iters", "0", "--no-correct-noise")
     block = BLOCKS.get(arch, BLOCK)
-    scaling = "auto" if arch == "tiny" else "keep"  # of two hundred layers it takes most of the time, each saved alone
+    # Choosing factors for two hundred layers takes most of the time, and is saved layer by layer.
+    scaling = ("--scaling", "auto" if arch == "tiny" else "keep")
     images = "8" if arch == "tiny" else "1"
     return {
-        "calibrate": ("calibrate", "dilated.safetensors", *size, "--batch-size", "4", "--scaling", scaling, *conditions),
+        "calibrate": ("calibrate", "dilated.safetensors", *size, "--batch-size", "4", *scaling, *conditions),
         "distill": ("distill", "calibrated.safetensors", "--blocks", block, *training),
         "eval": (
             *("eval", "distilled.safetensors", "--samples", images, "--metrics", "similarity", "--reference", "model"),
