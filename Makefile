@@ -133,8 +133,9 @@ classes: setup
 	$(BIN)/python tests/classes/class_table.py $(CLASSES)
 
 # Runs diffusers' own test mixins on dqtool's networks, and writes recipes/results/mixins.md.
-# DIFFUSERS is a checkout of its repository.
+# DIFFUSERS is a checkout of its repository, whose tests need two more packages.
 mixins: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized requests-mock
 	$(BIN)/python tests/mixins/run_mixins.py $(DIFFUSERS)
 
 # Quantizes a consistency model from PyPI at uniform and at chosen bits, and writes recipes/results/terrain.md.

@@ -1,10 +1,10 @@
 """Time `from_pretrained` and four steps of Stable Diffusion v1.4 at full size, float and quantized, through the pipeline.
 
-    python recipes/bench_pipeline.py [--bits 4/8] [--guidance 1.0]
+    python recipes/bench_pipeline.py [--bits 4/8] [--guidance 1.0] [--rounds 2]
 
-All weights are random. Each measurement is a fresh process, all follow each other in one run. The script writes
-recipes/results/pipeline-speed.md and .json with seconds on the clock and of the processor: on a machine that does other
-work, the latter are the fairer ones. The float pipeline needs 5 GB of disk under `$DQTOOL_CACHE`.
+All weights are random. Each measurement is a fresh process. Float and quantized runs take turns, and the fastest of each
+counts. The script writes recipes/results/pipeline-speed.md and .json with seconds on the clock and of the processor: on a
+machine that does other work, the latter are the fairer ones. The float pipeline needs 5 GB of disk under `$DQTOOL_CACHE`.
 """
 
 from __future__ import annotations
@@ -129,29 +129,52 @@ def text_of(result: Mapping[str, Any]) -> str:
         cells = [f"{row[key]:.1f} ({row[f'{key}_cpu']:.1f})" for key in ("load", "first", "steps")]
         speed = [f"{row[key]:.2f}x" if key in row else "" for key in ("speedup", "speedup_cpu")]
         lines.append("| " + " | ".join([str(row["threads"]), row["pipeline"], *cells, *speed]) + " |")
-    lines += ["", f"Expected on this machine: {result['bar']}x."]
+    loads = [turn["machine_load"] for row in result["rows"] for turn in row["turns"]]
+    rounds = len(result["rows"][0]["turns"])
+    lines += [
+        "",
+        f"Expected on this machine: {result['bar']}x. The fastest of {rounds} turns of each pipeline, float and quantized in turns; "
+        f"the load of the machine's {machine['cores']} cores was {min(loads):.1f} to {max(loads):.1f}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
-def rows_of(directories: Mapping[str, Path], threads: Sequence[int], guidance: float) -> list[dict[str, Any]]:
-    """Measure every pipeline at every number of threads, each in a process of its own."""
+def rows_of(
+    directories: Mapping[str, Path], threads: Sequence[int], guidance: float, rounds: int
+) -> list[dict[str, Any]]:
+    """Measure every pipeline at every number of threads, each in a process of its own, in turns.
+
+    A row holds the least of `rounds` measurements of each quantity, and the load of the machine during them.
+    """
     rows = []
     for count in threads:
-        pair: dict[str, dict[str, Any]] = {}
-        for name, directory in directories.items():
-            command = [sys.executable, __file__, "--measure", str(directory), "--threads", str(count)]
-            ran = subprocess.run(
-                [*command, "--guidance", str(guidance)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(count)},
-            )
-            pair[name] = {"threads": count, "pipeline": name, **json.loads(ran.stdout.splitlines()[-1])}
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in directories}
+        for _ in range(rounds):
+            for name, directory in directories.items():
+                turns[name].append(_measured(directory, count, guidance) | {"machine_load": os.getloadavg()[0]})
+                print(name, turns[name][-1], file=sys.stderr, flush=True)
+        pair: dict[str, dict[str, Any]] = {
+            name: {"threads": count, "pipeline": name, "turns": found}
+            | {key: min(turn[key] for turn in found) for key in found[0] if key != "machine_load"}
+            for name, found in turns.items()
+        }
         for key in ("", "_cpu"):
             pair[QUANTIZED]["speedup" + key] = pair[FLOAT]["steps" + key] / pair[QUANTIZED]["steps" + key]
         rows += pair.values()
     return rows
+
+
+def _measured(directory: Path, threads: int, guidance: float) -> dict[str, float]:
+    """Return what `measure` finds in a process of its own."""
+    command = [sys.executable, __file__, "--measure", str(directory), "--threads", str(threads)]
+    ran = subprocess.run(
+        [*command, "--guidance", str(guidance)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def main() -> int:
@@ -159,7 +182,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--bits", default="4/8")
     parser.add_argument("--guidance", type=float, default=1.0, help="1: one sample a step; above: two")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each pipeline, of which the fastest counts")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:
@@ -169,7 +193,7 @@ def main() -> int:
     from dqtool.bench.machine import describe_machine
 
     check_results(RESULT.with_suffix(".json"), [RESULT.with_suffix(".md")])
-    machine = describe_machine(max(options.threads))
+    machine = describe_machine(max(options.threads)).to_json()
     bar = BAR["avx512_vnni" in (machine["flags"] or [])]
     result = {
         "format": "dqtool-result/1",
@@ -178,7 +202,7 @@ def main() -> int:
         "guidance": options.guidance,
         "machine": machine,
         "bar": bar,
-        "rows": rows_of(pipelines(options.bits), options.threads, options.guidance),
+        "rows": rows_of(pipelines(options.bits), options.threads, options.guidance, options.rounds),
     }
     RESULT.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     RESULT.with_suffix(".md").write_text(text_of(result), encoding="utf-8")

@@ -220,7 +220,7 @@ def t5(width: int) -> tuple[Any, Any]:
 
 
 def text_pipeline(kind: str, path: Path) -> Path:
-    """The stock pipeline of "sd", "sdxl", "pixart", "sd3" or "flux" around tiny networks, with a card of two prompts."""
+    """The stock pipeline of "sd", "sdxl", "pixart", "sd3" (with T5: "sd3-t5") or "flux" around tiny networks, with a card of two prompts."""
     import diffusers
 
     width = UNET["cross_attention_dim"]
@@ -253,8 +253,9 @@ def text_pipeline(kind: str, path: Path) -> Path:
         pipeline = diffusers.PixArtAlphaPipeline(
             tokenizer, text, tiny_vae(3), build("pixart"), diffusers.DPMSolverMultistepScheduler()
         )
-    elif kind == "sd3":
+    elif kind in ("sd3", "sd3-t5"):
         text, tokenizer = clip(path / "tokenizer", True, 4, 4)
+        long_text, long_tokenizer = t5(12) if kind == "sd3-t5" else (None, None)
         pipeline = diffusers.StableDiffusion3Pipeline(
             transformer=build("sd3"),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -263,8 +264,8 @@ def text_pipeline(kind: str, path: Path) -> Path:
             tokenizer=tokenizer,
             text_encoder_2=clip(path / "tokenizer", True, 6, 6)[0],
             tokenizer_2=tokenizer,
-            text_encoder_3=None,
-            tokenizer_3=None,
+            text_encoder_3=long_text,
+            tokenizer_3=long_tokenizer,
         )
     else:
         text, tokenizer = clip(path / "tokenizer", False, 10, 10)

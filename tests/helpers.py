@@ -47,7 +47,7 @@ def tiny_pipeline(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32,
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     torch.manual_seed(seed)
-    unet = UNet2DModel(**{**NETWORK, **network}).to(dtype)
+    unet = nn.Module.to(UNet2DModel(**{**NETWORK, **network}), dtype)  # diffusers' own `to` warns of dtypes
     DDIMPipeline(unet=unet, scheduler=DDIMScheduler(**SCHEDULER)).save_pretrained(path)
     return path
 

@@ -148,7 +148,7 @@ class ModelRecord(Record):
 class ConditionsRecord(Record):
     """Origin of the conditions of a calibration that are not the model's own."""
 
-    origin: Annotated[Literal["file", "pipeline", "random"], "from"]
+    origin: Annotated[Literal["file", "pipeline", "images", "random"], "from"]
     path: str | None = None
     sha256: str | None = None
 
@@ -165,6 +165,7 @@ class SamplingRecord(Record):
     sampler: str | None = None
     guidance: Finite | None = None
     embedded_guidance: Finite | None = None
+    image_guidance: Finite | None = None
     timesteps: list[Finite] | None = None
     spacing: str | None = None
     conditions: ConditionsRecord | None = None

@@ -31,7 +31,7 @@ def step_weights(sampler: Sampler, trajectory: Trajectory) -> Tensor:
     stays the same share of the state's standard deviation (`std(sample) / std(state)`, the latter from the trajectory). With
     guidance the errors of the two predictions add in squares.
     """
-    alone = replace(sampler, guidance=1.0, correction=None)
+    alone = replace(sampler, guidance=1.0, image_guidance=None, correction=None)
     timesteps = trajectory.timesteps
     states, calls = _run(alone, trajectory, None)
     rows = nearest_rows(torch.tensor(calls, dtype=torch.float64), timesteps.double()).tolist()
@@ -44,7 +44,8 @@ def step_weights(sampler: Sampler, trajectory: Trajectory) -> Tensor:
             response *= DATA_STD / max(deviations[rows[call + 1]], 1e-6)
         squares[row] += response**2
     if sampler.guidance > 1:
-        squares *= sampler.guidance**2 + (sampler.guidance - 1) ** 2
+        weight, of_image = sampler.guidance, 1.0 if sampler.image_guidance is None else sampler.image_guidance
+        squares *= weight**2 + (weight - of_image) ** 2 + (of_image - 1) ** 2
     return squares.sqrt()
 
 

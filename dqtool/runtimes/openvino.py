@@ -133,6 +133,10 @@ class OpenVINONetwork(Fixed, ModelMixin):
         self._dtype = probe.dtype
         return self
 
+    def to(self, *args: Any, **kwargs: Any) -> OpenVINONetwork:
+        """Note the dtype, without diffusers' warning about modules that stay float32: nothing is cast."""
+        return nn.Module.to(self, *args, **kwargs)
+
     def cache_context(self, _name: str) -> AbstractContextManager[None]:
         """Return a context that does nothing: no part of a step is cached for the next one."""
         return nullcontext()

@@ -17,6 +17,7 @@ from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.sampling.schedules import finite_config
+from dqtool.stages.calibration.reuse import check_reusable, produce_reused, reused_parameters, statistics_of
 from dqtool.stages.options.calibrate import (
     AUTO,
     KEEP,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from dqtool.models.families import Family
     from dqtool.scaling.rescaling import Rescaled
     from dqtool.training.data import Trajectory
 
@@ -57,6 +59,8 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
         UsageError: fewer samples than steps, no conditions, or guidance or prompts for a model that knows none.
         NumericError: the model's own samples are not finite, or the scaled network's output is not the original's.
     """
+    if options.statistics is not None:
+        return _take_over(options, settings)
     if options.steps is not None or options.timesteps is not None:
         options = with_steps(options, None)
         check_samples(options)
@@ -80,6 +84,24 @@ def calibrate(options: CalibrateOptions, settings: RunSettings) -> str:
     )
     if settings.dry_run and not cached:
         _check_conditions(dilated, options)
+    return options.output
+
+
+def _take_over(options: CalibrateOptions, settings: RunSettings) -> str:
+    """Take the calibration of another model over; returns the output's path as given."""
+    calibrated = statistics_of(options)
+    dilated = input_artifact(options.artifact, ["dilate"], "dilate")
+    check_reusable(dilated, calibrated)
+    run_unless_cached(
+        "calibrate",
+        CODE_VERSION,
+        options.output,
+        reused_parameters(calibrated),
+        [InputRecord(each.given, each.sha256, each.stage) for each in (dilated, calibrated)],
+        settings,
+        lambda _key: produce_reused(dilated, calibrated),
+        reads=read_paths(options),
+    )
     return options.output
 
 
@@ -117,6 +139,8 @@ def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | N
     }
     if options.guidance is not None:
         parameters["guidance"] = options.guidance
+    if options.image_guidance is not None:
+        parameters["image_guidance"] = options.image_guidance
     if options.draw != STRATIFIED:
         parameters["draw"] = options.draw
     if options.scaling != KEEP:
@@ -143,14 +167,16 @@ def produce(
     """Sample, draw and count. Save finished parts to `workspace` from time to time."""
     import torch
 
+    from dqtool.models.components.companions import companions_of_artifact
     from dqtool.models.conditions.conditioning import Request
     from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.models.networks.loading import network_of
     from dqtool.models.networks.packed import layer_infos
     from dqtool.models.sampling.sampler import Sampler, make_sampler
     from dqtool.nn.statistics import collect
-    from dqtool.stages.calibration.trajectory import STATISTICS_SAMPLES, TrajectoryRecorder, images_of
+    from dqtool.stages.calibration.trajectory import STATISTICS_SAMPLES, TrajectoryRecorder
     from dqtool.stages.shared.artifact_models import conditions_of, split_dilated, teacher_of
+    from dqtool.stages.shared.folder_images import encoded_images
     from dqtool.training.data import Trajectory
 
     manifest = dilated.manifest
@@ -166,6 +192,7 @@ def produce(
     conditions = conditions_of(dilated, Request(images, options.seed, options.guidance, prompts), source)
     network = teacher_of(manifest, tensors)
     listed = choices.listed(scheduler, options.steps)
+    named = source.images is None or bool(family.condition_channels(config))
     asked = bool(conditions.table)  # guidance 1 counts too: the model's card may say another
     sampling = SamplingRecord(
         {**finite_config(scheduler.config), "_class_name": type(scheduler).__name__},
@@ -174,18 +201,22 @@ def produce(
         options.sampler,
         guidance=conditions.guidance if asked else None,
         embedded_guidance=conditions.embedded if asked else None,
+        image_guidance=_image_guidance(options, family, config) if conditions.guided else None,
         timesteps=None if listed is None else list(listed),
         spacing=None if listed is None else options.spacing,
-        conditions=source.record() if asked and (conditions.random or not source.random) else None,
+        conditions=source.record() if asked and named and (conditions.random or not source.random) else None,
     )
     sampler = Sampler.calibrated(family, config, sampling, conditions.guidance)
     timesteps = sampler.timesteps()
     shape = family.sample_shape(config)
     generator = torch.Generator().manual_seed(options.seed)
     blocks = [block.name for block in manifest.metrics.blocks or ()]
-    recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator)
+    starts = None
+    if source.images is not None and not family.condition_channels(config):
+        starts = encoded_images(source.images, shape, companions_of_artifact(dilated)).starts()
+    recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator, starts)
     quotas = recorder.quotas(conditions, blocks)
-    conditions = conditions.evenly(images_of(quotas, conditions))
+    conditions = conditions.evenly(recorder.images(quotas, conditions))
     together = samples_together(manifest.layers, options.batch_size)
     few = replace(recorder, options=replace(options, batch_size=min(options.batch_size, together)))
     trajectory, seen = few.record(conditions, quotas, workspace)
@@ -232,6 +263,18 @@ def produce(
     everything |= trajectory | statistics | {"timesteps": timesteps}
     pipeline = replace(pipeline, sampling=sampling)
     return StageOutput(everything, manifest.network, pipeline, records, metrics, attachments=dilated.attachments())
+
+
+def _image_guidance(options: CalibrateOptions, family: Family, config: ForeignConfig) -> float | None:
+    """Return the weight of guidance towards an image, None for none.
+
+    Raises:
+        UsageError: one is given, and the network takes no image beside its latents.
+    """
+    given, default = options.image_guidance, family.default_image_guidance(config)
+    if given and not family.condition_channels(config):
+        raise UsageError("This network takes no image", where="--image-guidance", fix="Leave it out")
+    return default if given is None else given or None
 
 
 def rescaled_by(

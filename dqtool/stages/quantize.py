@@ -14,7 +14,7 @@ from dqtool.artifacts.bench_report import BenchReport
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.artifacts.schema import record
-from dqtool.errors import DqtoolError
+from dqtool.errors import DqtoolError, UsageError
 from dqtool.metrics import value_of
 from dqtool.stages.options.quantize import stage_values
 from dqtool.stages.planning.plan import plan_steps
@@ -43,7 +43,7 @@ def quantize(options: Any, settings: RunSettings) -> str:
         DqtoolError: what a stage raises, with the stage's name in front.
     """
     steps = steps_of(options)
-    settings = replace(settings, reads=(options.model,))
+    settings = replace(settings, reads=tuple(filter(None, (options.model, options.apply_to))))
     planned = plan(options, settings)
     if not all(stage["cached"] for stage in planned["stages"]):
         _show(planned)
@@ -59,7 +59,7 @@ def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
     stages = plan_steps(steps, settings)
     found: dict[str, Any] = {
         "recipe": f"quantize --effort {options.effort}",
-        "model": options.model,
+        "model": options.apply_to or options.model,
         "output": options.output,
         "work_directory": work_directory(options.output),
         "stages": stages,
@@ -67,11 +67,11 @@ def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
     if not all(stage["cached"] for stage in stages):
         from dqtool.stages.planning.estimate import estimate
 
-        cached = [stage["stage"] for stage in stages if stage["cached"]]
+        cached = {stage["stage"] for stage in stages} - {stage["stage"] for stage in stages if not stage["cached"]}
         packed = max(
             stage.get("work", {}).get("bytes", 0) for stage in stages if stage["stage"] in ("distill", "export")
         )
-        found["estimate"] = estimate(dict(steps), cached, settings.device, packed)
+        found["estimate"] = estimate(dict(reversed(steps)), cached, settings.device, packed)
     return found
 
 
@@ -87,10 +87,12 @@ def steps_of(options: Any) -> list[Step]:
         UsageError: a stage refuses an option.
     """
     work = work_directory(options.output)
-    steps: list[Step] = []
-    previous = options.model
+    steps, statistics = _calibration_of_another(options)
+    previous = options.apply_to or options.model
     for name in chained_stages():
         values = _effort_values(options, name) | stage_values(options, name)
+        if name == "calibrate" and statistics is not None:
+            values = {key: value for key, value in values.items() if key == "batch_size"} | {"statistics": statistics}
         values["output"] = options.output if name == "export" else os.path.join(work, default_output(name))
         values["model" if name == "dilate" else "artifact"] = previous
         if name == "eval":
@@ -100,6 +102,39 @@ def steps_of(options: Any) -> list[Step]:
         steps.append((name, values))
         previous = values["output"]
     return steps
+
+
+def _calibration_of_another(options: Any) -> tuple[list[Step], str | None]:
+    """Return the stages that calibrate MODEL for `--apply-to`, and the calibrated artifact; none without that option.
+
+    Raises:
+        UsageError: MODEL is calibrated already, and an option asks for another calibration.
+    """
+    if options.apply_to is None:
+        return [], None
+    earlier = os.path.join(work_directory(options.model), default_output("calibrate"))
+    asked = stage_values(options, "calibrate")
+    if os.path.isfile(os.path.join(options.model, "dqtool.json")):
+        others = ", ".join(f"--{name.replace('_', '-')}" for name in asked if name not in ("batch_size", "bits"))
+        if others:
+            raise UsageError(
+                "MODEL is calibrated already",
+                where=f"{others} beside --apply-to",
+                fix="Leave these options out, or give the full-precision MODEL",
+            )
+        return [], earlier
+    steps: list[Step] = []
+    previous = ""
+    for name in ("dilate", "calibrate"):
+        output = os.path.join(work_directory(options.output), f"base-{default_output(name)}")
+        values = _effort_values(options, name) | stage_values(options, name)
+        values |= {"output": output, "model" if name == "dilate" else "artifact": previous or options.model}
+        values.pop("lora", None)
+        with stage_named_in_errors(name):
+            make_options(name, values)
+        steps.append((name, values))
+        previous = output
+    return steps, previous
 
 
 def _effort_values(options: Any, stage: str) -> dict[str, Any]:
@@ -156,7 +191,7 @@ def _steps(options: Any) -> int:
 
 
 def _source(options: Any) -> ModelSource:
-    return make_options("dilate", stage_values(options, "dilate") | {"model": options.model}).source()
+    return make_options("dilate", stage_values(options, "dilate") | {"model": options.apply_to or options.model}).source()
 
 
 def _show(planned: Mapping[str, Any]) -> None:

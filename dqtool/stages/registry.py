@@ -63,6 +63,7 @@ STAGES: dict[str, Stage] = {
         examples=(
             "dqtool quantize zoo:digits-sd --effort fast",
             "dqtool quantize stable-diffusion-v1-4 -o sd-w4a8 --bits 4/8 --steps 50 --prompts prompts.txt",
+            "dqtool quantize sd-w4a8 --apply-to my-finetune -o my-finetune-w4a8 --bits 4/8",
         ),
         chained=False,
         plan="dqtool.stages.quantize:plan",
@@ -89,6 +90,7 @@ STAGES: dict[str, Stage] = {
         examples=(
             "dqtool calibrate dilated.safetensors --steps 20 --samples 5120",
             "dqtool calibrate dilated.safetensors --steps 100 --scaling keep",
+            "dqtool calibrate finetune.safetensors --statistics calibrated.safetensors -o finetune-calibrated.safetensors",
         ),
     ),
     "distill": Stage(

@@ -157,7 +157,7 @@ def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[
     trajectory = task.trajectory
     seed = task.seed * 7919 + salt + 1_000_000
     guided = task.sampler.guidance > 1 and trajectory.null_conditions is not None
-    halves = 2 if guided else 1
+    halves = task.sampler.inputs_per_image(guided)
     images, together = -(-images // halves), max(1, (task.network_batch or 2 * images) // halves)
     subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided)
     parts = [
@@ -183,7 +183,8 @@ def _visited(
     images = range(first, first + len(subjects))
     given = trajectory.condition_rows(subjects)
     if guided:
-        subjects = torch.cat([torch.full_like(subjects, trajectory.null_subject), subjects])
+        null_subjects = [torch.full_like(subjects, trajectory.null_subject)] * (task.sampler.inputs_per_image() - 1)
+        subjects = torch.cat([*null_subjects, subjects])
     everything = trajectory.condition_rows(subjects)
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 

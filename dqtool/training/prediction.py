@@ -131,7 +131,7 @@ def correct_predictions(
     family = task.family if task.network_batch is None else in_parts(task.family, task.network_batch)
     sampler, trajectory = task.sampler, task.trajectory
     guided = sampler.guidance > 1 and trajectory.null_conditions is not None
-    images = -(-images // 2) if guided else images
+    images = -(-images // sampler.inputs_per_image(guided))
     seed = task.seed * SEED_STRIDE + SEED_OFFSET
     subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided)
     given = trajectory.condition_rows(subjects)

@@ -155,7 +155,7 @@ def test_a_new_choice_is_named_without_touching_the_command(monkeypatch: pytest.
     assert "dq, dense, openvino, onnx, compressed-tensors, toy" in with_names("{dqtool.formats:FORMATS}")
 
 
-@pytest.mark.parametrize("command", ["calibrate", "distill", "eval", "sample"])
+@pytest.mark.parametrize("command", ["quantize", "calibrate", "distill", "eval", "sample"])
 def test_help_has_panels_for_input_quality_and_resources(run: Run, tmp_path: Path, command: str):
     lines = run(command, "--help", cwd=tmp_path).stdout.splitlines()
     panels = [line for line in lines if line.endswith(":") and not line.startswith(" ")]

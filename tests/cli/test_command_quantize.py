@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,35 @@ def test_efforts_differ_in_samples_and_iterations(tmp_path: Path, run: Run) -> N
     assert "iters" not in found["default"]["distill"]
     assert found["best"]["distill"] == {"iters": 600, "refine_iters": 600}
     assert found["best"]["calibrate"] == {"samples": 10240}
+
+
+def test_a_finetune_takes_the_calibration_of_an_earlier_run(quantized: Path, tmp_path: Path, run: Run) -> None:
+    shutil.copytree(quantized, tmp_path / "work")
+    directory = tmp_path / "work"
+    tiny_pipeline(directory / "tuned", seed=1)
+    tail = ("--apply-to", "tuned", "--effort", "fast")
+    result = run("quantize", "out", "-o", "two", *tail, cwd=directory)
+    assert (result.returncode, result.stdout) == (0, "two\n"), result.stderr
+    assert "trajectory" not in result.stderr
+    mine, theirs = (json.loads((directory / f"{d}.work" / "calibrated.json").read_text()) for d in ("two", "out"))
+    assert mine["model"]["source"] == "tuned"
+    assert mine["pipeline"]["sampling"] == theirs["pipeline"]["sampling"]
+    assert [entry["name"] for entry in mine["inputs"]] == ["two.work/dilated.safetensors", "out.work/calibrated.safetensors"]
+    assert (directory / "two" / "model_index.json").is_file()
+    again = run("quantize", "out", "-o", "two", *tail, "--dry-run", "--json", cwd=directory)
+    assert [stage["cached"] for stage in load_json(again.stdout)["stages"]] == [True] * 5
+    whole = run("quantize", "tiny", "-o", "three", *tail, "--steps", "4", "--dry-run", "--json", cwd=directory)
+    assert [stage["stage"] for stage in load_json(whole.stdout)["stages"]] == [
+        *("dilate", "calibrate"),
+        *("dilate", "calibrate", "distill", "export", "eval"),
+    ]
+    assert "already" in refused(run, directory, 2, "quantize", "out", "-o", "two", *tail, "--steps", "5")
+    tiny_pipeline(directory / "wide", block_out_channels=(8, 24))
+    last = refused(run, directory, 3, "calibrate", "out.work/dilated.safetensors", "--statistics", "out.work/dilated.safetensors")
+    assert "dilate" in last
+    result = run("quantize", "out", "-o", "four", "--apply-to", "wide", "--effort", "fast", cwd=directory)
+    assert result.returncode == 3 and "block_out_channels" in result.stderr.splitlines()[-1]
+    assert not (directory / "four").exists()
 
 
 @pytest.mark.parametrize(

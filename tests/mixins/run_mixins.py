@@ -19,6 +19,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ sys.path.insert(0, str(HERE.parent))
 
 KINDS = {"sd": "unet", "pixart": "transformer", "sd3": "transformer", "flux": "transformer"}
 """Pipelines of `tests/families.py`, with the name of their network."""
+
+PLACES = {"models": "models/test_dqtool_models.py", "pipelines": "pipelines/test_dqtool_pipelines.py"}
+"""Suites, with their places among diffusers' tests."""
 
 REASONS: dict[str, str] = {
     "dtype_assignment": "diffusers' rule: a quantized model refuses casts. Ones of dqtool take them, since pipelines cast",
@@ -62,18 +66,24 @@ def prepare(area: Path) -> None:
         torch.save(FAMILIES[config["_class_name"]].example(config, batch=2), area / f"{kind}.pt")
 
 
-def run(checkout: Path, area: Path) -> list[dict[str, str]]:
-    """Run both suites; return suite, class, test, outcome and message of each test."""
+def run(checkout: Path, area: Path, suites: Collection[str]) -> list[dict[str, str]]:
+    """Run the named suites; return suite, class, test, outcome and message of each test.
+
+    Raises:
+        SystemExit: diffusers' tests can't be imported.
+    """
     suite = area / "suite"
     shutil.copytree(checkout / "tests", suite / "tests")
-    places = {"models": "models/test_dqtool_models.py", "pipelines": "pipelines/test_dqtool_pipelines.py"}
     found = []
     environment = {**os.environ, "DQTOOL_MIXINS": str(area), "DIFFUSERS_TEST_DEVICE": "cpu"}
-    for name, place in places.items():
+    for name in suites:
+        place = PLACES[name]
         shutil.copy(HERE / f"suite_{name}.py", suite / "tests" / place)
         report = area / f"{name}.xml"
         command = [sys.executable, "-m", "pytest", f"tests/{place}", "-q", "-p", "no:cacheprovider", "--tb=short"]
-        subprocess.run([*command, f"--junitxml={report}"], cwd=suite, env=environment, check=False)
+        ran = subprocess.run([*command, f"--junitxml={report}"], cwd=suite, env=environment, check=False)
+        if ran.returncode not in (0, 1):
+            raise SystemExit(f"the tests of {name} can't run: see pytest's message above")
         for case in ElementTree.parse(report).iter("testcase"):
             outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
             message = "" if outcome is None else (outcome.get("message") or "").strip()
@@ -139,12 +149,16 @@ def main() -> int:
     parser.add_argument(
         "-o", "--output", type=Path, default=HERE.parents[1] / "recipes" / "results" / "mixins", metavar="PATH"
     )
+    parser.add_argument("--suites", nargs="+", choices=[*PLACES], default=[*PLACES], help="the other's results stay")
     options = parser.parse_args()
+    path = options.output.with_suffix(".json")
+    stored = json.loads(path.read_text(encoding="utf-8"))["tests"] if path.is_file() else []
     setup = (options.checkout / "setup.py").read_text(encoding="utf-8")
     version = re.search(r'version="([^"]+)"', setup)
     with tempfile.TemporaryDirectory(prefix="dqtool-mixins-") as area:
         prepare(Path(area))
-        rows = run(options.checkout, Path(area))
+        rows = run(options.checkout, Path(area), options.suites)
+        rows = [row for row in stored if row["suite"] not in options.suites] + rows
     return 1 if write(rows, f"diffusers {version[1] if version else 'unknown'}", options.output) else 0
 
 

@@ -19,7 +19,7 @@ from dqtool.artifacts.library_files import check_library_directory
 from dqtool.artifacts.names import check_component, check_shards, path_within
 from dqtool.artifacts.reading import FILE_BYTES, json_object, read_file
 from dqtool.artifacts.tensorfile import file_tensor
-from dqtool.core.device import place, to_device_of
+from dqtool.core.device import place, to_cpu, to_device_of
 from dqtool.errors import ArtifactError, EnvironmentFault
 from dqtool.models.components.companion_files import CARD, companion_files, components_of, config_in_float32
 from dqtool.models.config_schema import check_network_config, diffusers_class
@@ -198,6 +198,29 @@ class Companions:
                 )
                 check_vocabularies(pipeline, texts)
             yield place(pipeline)
+
+    def encoder(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+        """Return two functions: from images in [-1, 1] to latents `[N, C, H, W]`, and from those to the denoiser's samples.
+
+        None on pixels. Latents are the mode of the autoencoder's distribution, on the CPU.
+        """
+        if self.decoder_name is None:
+            return None
+        import torch
+
+        vae = place(self.load(self.decoder_name))
+        scale, shift = vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
+
+        def encode(images: Tensor) -> Tensor:
+            found = []
+            with torch.no_grad():
+                for part in to_device_of(vae, images).split(4):
+                    encoded = vae.encode(part)
+                    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+                    found.append(to_cpu(latents))
+            return torch.cat(found)
+
+        return encode, lambda latents: (latents - shift) * scale
 
     def decoder(self) -> Callable[[Tensor], Tensor] | None:
         """Return a function from latents `[N, C, H, W]` to images in [-1, 1], on the decoder's device; None on pixels."""

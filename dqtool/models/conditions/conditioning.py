@@ -22,6 +22,7 @@ from dqtool.models.conditions.prompts import PROMPTS
 
 if TYPE_CHECKING:
     from dqtool.models.components.companions import Companions
+    from dqtool.models.conditions.images import EncodedImages
 
 __all__ = [
     "CONTEXT_TOKENS",
@@ -64,7 +65,7 @@ class Request:
     """Conditions that the user requests, for `count` images.
 
     Guidance and prompts default to those of `card` (the pipeline's `sampling.json`), then to the family's. `random` allows
-    random conditions where the model can't make its own.
+    random conditions where the model can't make its own. `images` stand beside the latents of networks that take some.
     """
 
     count: int
@@ -73,6 +74,7 @@ class Request:
     prompts: Sequence[str] | None = None
     card: ForeignConfig = field(default_factory=dict)
     random: bool = False
+    images: EncodedImages | None = None
 
     def weight(self, default: float) -> float:
         """Return the weight of guidance; 1 and less mean none, as in diffusers' pipelines."""
@@ -112,6 +114,19 @@ class Conditions:
         """Return the conditions of images `start` to `stop`, `[stop - start, ...]` each."""
         rows = self.rows(start, stop)
         return {name: values[rows] for name, values in self.table.items()}
+
+    def repeated(self, count: int) -> Conditions:
+        """Return at least `count` conditions, the same in turn, so that more images can stand beside them."""
+        kinds = len(self) - self.guided
+        if count <= kinds:
+            return self
+        rows = torch.cat([torch.arange(count) % kinds, torch.arange(kinds, len(self))])
+        return replace(
+            self,
+            table={name: values[rows] for name, values in self.table.items()},
+            names=[self.names[row % kinds] for row in range(count)] if self.names else [],
+            digits=None if self.digits is None else self.digits[rows],
+        )
 
     def evenly(self, images: int) -> Conditions:
         """Return the conditions for this number of images, chosen evenly over the list where there are more conditions."""

@@ -48,11 +48,15 @@ NULL = "null."
 
 @dataclass(frozen=True)
 class ConditionSource:
-    """Origin of conditions that don't come from the model's own components: a file, a pipeline, or a random generator."""
+    """Origin of conditions that don't come from the model's own components: a file, a pipeline, or a random generator.
+
+    `images` is a folder whose images stand beside the latents, or are where trajectories begin.
+    """
 
     file: str | None = None
     pipeline: str | None = None
     random: bool = False
+    images: str | None = None
 
     @classmethod
     def of(cls, options: Any, sampling: SamplingRecord | None = None, beside: str = "") -> ConditionSource:
@@ -66,29 +70,30 @@ class ConditionSource:
             EnvironmentFault: the recorded file or pipeline does not exist, or lies where the user never named it.
             ArtifactError: the recorded file or pipeline has other contents.
         """
-        found = cls(options.conditions, options.pipeline, options.random_conditions)
-        if found.file is not None and found.pipeline is not None:
-            raise UsageError(
-                "Conditions come from a file or from a pipeline, not from both",
-                where="--conditions, --pipeline",
-                fix="Leave one of the two out",
-            )
+        found = cls(options.conditions, options.pipeline, options.random_conditions, options.images)
+        for pair in (("conditions", "pipeline"), ("conditions", "images"), ("pipeline", "images")):
+            if all(getattr(options, name) is not None for name in pair):
+                raise UsageError(
+                    "Conditions come from one place, not from two",
+                    where=", ".join(f"--{name}" for name in pair),
+                    fix="Leave one of the two out",
+                )
         recorded = None if sampling is None else sampling.conditions
         return cls._recorded(recorded, beside) if found == cls() and recorded is not None else found
 
     @classmethod
     def _recorded(cls, recorded: ConditionsRecord, beside: str) -> ConditionSource:
-        path, is_file = str(recorded.path), recorded.origin == "file"
+        path, is_file, of_images = str(recorded.path), recorded.origin == "file", recorded.origin == "images"
         if recorded.origin == "random":
             return cls(random=True)
-        option = "--conditions" if is_file else "--pipeline"
+        option = "--conditions" if is_file else "--images" if of_images else "--pipeline"
         if not may_read(path, [beside] if beside else []) or (is_file and not Path(path).is_file()):
             raise EnvironmentFault(
                 f"The conditions that this model was calibrated with are not at {path!a:.200}, or you never named that place",
                 where=option,
                 fix=f"Name them with {option}",
             )
-        found = cls(file=path) if is_file else cls(pipeline=path)
+        found = cls(file=path) if is_file else cls(images=path) if of_images else cls(pipeline=path)
         now = found.record()
         if now is None or now.sha256 != recorded.sha256:
             raise ArtifactError(
@@ -104,6 +109,8 @@ class ConditionSource:
             return ConditionsRecord("file", self.file, sha256_file(self.file))
         if self.pipeline is not None:
             return ConditionsRecord("pipeline", self.pipeline, self._pipeline_digest())
+        if self.images is not None:
+            return ConditionsRecord("images", self.images, _folder_digest(self.images))
         return ConditionsRecord("random") if self.random else None
 
     def parameters(self) -> dict[str, Json]:
@@ -152,6 +159,18 @@ class ConditionSource:
         assert self.pipeline is not None
         _, files = _pipeline_files(self.pipeline)
         return listed_digest({name: path for name, path in files.items() if name.startswith(TEXTS)})
+
+
+def _folder_digest(folder: str) -> str:
+    """Return the hex digest of all files of a folder.
+
+    Raises:
+        EnvironmentFault: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise EnvironmentFault("There is no such directory of images", where=f"--images {folder}")
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return listed_digest({path.relative_to(folder).as_posix(): path for path in paths})
 
 
 def _pipeline_files(given: str) -> tuple[ForeignConfig, dict[str, Path]]:

@@ -127,6 +127,10 @@ class Family(ABC):
         """Return the number of the input's channels that hold `IMAGE_CONDITION` instead of the noisy image."""
         return 0
 
+    def default_image_guidance(self, config: ForeignConfig) -> float | None:
+        """Return the weight of guidance towards an image, for networks that edit images; None for others."""
+        return None
+
     def embeds_guidance(self, config: ForeignConfig) -> bool:
         """Return whether the network takes guidance as an input, so that its pipeline calls it once per step."""
         return False

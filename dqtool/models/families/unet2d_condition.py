@@ -23,6 +23,7 @@ from dqtool.models.conditions.conditioning import (
     missing_conditions,
     text_conditions,
 )
+from dqtool.models.conditions.images import beside_latents
 from dqtool.models.families.base import Family, image_side, register, small_sample
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ REFINER_TIME_IDS = 5
 """Number of size conditions of SDXL's refiner: original size, crop, aesthetic score."""
 AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5
 """Default aesthetic scores of the refiner's pipeline, with and without the prompt."""
+EDITING_GUIDANCE = 1.5
+"""Second weight of guidance of networks that edit images, towards the image."""
 LCM_GUIDANCE = 8.5
 """Guidance of `LatentConsistencyModelPipeline`, embedded in the network's time."""
 
@@ -88,6 +91,10 @@ class UNet2DCondition(Family):
         """Return 5 of 9 channels for inpainting (mask and masked image), 4 of 8 for editing (the image), else 0."""
         return max(int(config["in_channels"]) - int(config.get("out_channels", config["in_channels"])), 0)
 
+    def default_image_guidance(self, config: ForeignConfig) -> float | None:
+        """Return the 1.5 of `StableDiffusionInstructPix2PixPipeline` for networks that edit images, else None."""
+        return EDITING_GUIDANCE if self.condition_channels(config) == int(config.get("out_channels", 0)) else None
+
     def complete(self, config: ForeignConfig, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the size conditions of uncropped images."""
         if config.get("addition_embed_type") == "text_time":
@@ -133,6 +140,11 @@ class UNet2DCondition(Family):
         xl = config.get("addition_embed_type") == "text_time"
 
         def encode(pipeline: Any, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            if not hasattr(pipeline, "encode_prompt"):  # pipelines that edit images
+                given, without = (
+                    pipeline._encode_prompt(texts, pipeline.device, 1, False) for texts in (prompts, [""])
+                )
+                return {"encoder_hidden_states": given}, {"encoder_hidden_states": without}
             if not xl:
                 given, without = pipeline.encode_prompt(prompts, pipeline.device, 1, True)
                 return {"encoder_hidden_states": given}, {"encoder_hidden_states": without[:1]}
@@ -151,18 +163,24 @@ class UNet2DCondition(Family):
         return self._with_images(found, config, request)
 
     def _with_images(self, found: Conditions, config: ForeignConfig, request: Request) -> Conditions:
-        """Return the conditions of prompts, with random image conditions for a network that takes some.
+        """Return the conditions of prompts, with the image conditions of a network that takes some: given or random ones.
 
         Raises:
-            UsageError: the network takes image conditions, and random ones are not allowed.
+            UsageError: the network takes image conditions, there are none, and random ones are not allowed.
         """
-        if not self.condition_channels(config):
+        channels = self.condition_channels(config)
+        if not channels:
             return found
+        if request.images is not None:
+            found = found.repeated(min(request.count, len(request.images.images)))
+            beside = beside_latents(request.images, channels, len(found), request.seed)
+            rows = torch.arange(len(found)) % len(beside)
+            return replace(found, table={**found.table, IMAGE_CONDITION: beside[rows]})
         drawn = self.conditions(config, len(found), torch.Generator().manual_seed(request.seed))[IMAGE_CONDITION]
         if not request.random:
             table = {**found.table, IMAGE_CONDITION: drawn}
             raise missing_conditions(
-                "This network takes image conditions (mask, image), which prompts don't provide", table
+                "This network takes image conditions (mask, image), which prompts don't provide; --images DIR does", table
             )
         report.warn("image conditions (mask, image) are drawn at random: quality with real ones may be lower")
         return replace(found, table={**found.table, IMAGE_CONDITION: drawn}, random=True)

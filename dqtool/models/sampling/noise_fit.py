@@ -25,7 +25,7 @@ class NoiseFit(NoiseCorrection):
     Later steps are therefore fitted at points that corrected sampling visits. Pass the object to `Sampler.run` both as
     `correction` and as `observer`.
 
-    `conditions` are the network's conditions, `[N, ...]` each, both halves under guidance. `fit` returns a step's
+    `conditions` are the network's conditions, `[N, ...]` each, of all inputs under guidance. `guided` makes one prediction of theirs. `fit` returns a step's
     correction from the quantized prediction, the exact one and the inputs, `[N, C, ...]` each.
     """
 
@@ -34,20 +34,19 @@ class NoiseFit(NoiseCorrection):
         family: Family,
         exact: nn.Module,
         conditions: Mapping[str, Tensor],
-        guidance: float,
-        halves: int,
+        guided: Callable[[Tensor], Tensor] | None,
         fit: StepFit = fit_noise,
     ) -> None:
         super().__init__()
         self.family, self.exact, self.conditions = family, exact, conditions
-        self.guidance, self.halves, self.fit = guidance, halves, fit
+        self.guided, self.fit = guided, fit
 
     def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
         """Fit this step by comparing `prediction` with the float network's at the inputs `x` `[N, C, H, W]`."""
         with torch.no_grad():
             exact = self.family.predict(self.exact, x, timestep, self.conditions)
-        pair = [self._guided(each)[:, : x.shape[1]] for each in (prediction, exact)]
-        self.steps[float(timestep)] = self.fit(pair[0], pair[1], x[: len(pair[0])])
+        pair = [(each if self.guided is None else self.guided(each))[:, : x.shape[1]] for each in (prediction, exact)]
+        self.steps[float(timestep)] = self.fit(pair[0], pair[1], x[-len(pair[0]) :])
 
     @classmethod
     def while_sampling(
@@ -64,8 +63,8 @@ class NoiseFit(NoiseCorrection):
     ) -> Self:
         """Sample `quantized` from `noise` as `Sampler.run` does and return the fit; `advance` is called after each step."""
         guided = sampler.guidance > 1 and null is not None
-        asked = {k: torch.cat([null[k].expand_as(v), v]) for k, v in given.items()} if guided and null else given
-        found = cls(sampler.family, exact, asked, sampler.guidance, 1 + guided, fit)
+        asked = sampler.asked(given, null) if guided and null is not None else given
+        found = cls(sampler.family, exact, asked, sampler.guided if guided else None, fit)
 
         def see(x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
             found(x, timestep, prediction)
@@ -73,9 +72,3 @@ class NoiseFit(NoiseCorrection):
 
         replace(sampler, correction=found).run(quantized, noise, given, seeds, see, null)
         return found
-
-    def _guided(self, prediction: Tensor) -> Tensor:
-        if self.halves == 1:
-            return prediction
-        without, with_it = prediction.chunk(2)
-        return without + self.guidance * (with_it - without)

@@ -65,7 +65,8 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 class Sampler:
     """Reverse process of a family with a fixed scheduler, number of steps, eta and weight of classifier-free guidance.
 
-    `tokens` is the number of image tokens of a sample, by which some flow schedules are shifted. `correction` removes the
+    `image_guidance` is the second weight of networks that edit images: each step then runs the network without text and
+    image, without text, and with both (InstructPix2Pix). `tokens` is the number of image tokens of a sample, by which some flow schedules are shifted. `correction` removes the
     quantization error from predictions. `time` converts timesteps for the network (None: as the family does). `listed`
     holds the timesteps where the scheduler does not space them itself.
 
@@ -83,6 +84,7 @@ class Sampler:
     correction: NoiseCorrection | None = None
     time: NetworkTime | None = None
     listed: Sequence[float] | None = None
+    image_guidance: float | None = None
 
     @classmethod
     def calibrated(
@@ -113,11 +115,13 @@ class Sampler:
             listed = SchedulerChoices(spacing).listed(scheduler, steps)
         steps = steps or sampling.steps
         time = family.time(config)
-        return cls(family, scheduler, steps, sampling.eta, guidance, family.tokens(config), None, time, listed)
+        tokens, weight = family.tokens(config), sampling.image_guidance
+        return cls(family, scheduler, steps, sampling.eta, guidance, tokens, None, time, listed, weight)
 
     def __post_init__(self) -> None:
         """Check the schedule with a trial step on zeros, since diffusers reports some errors only in `step`."""
-        for option, value in (("--eta", self.eta), ("--guidance", self.guidance)):
+        given = (("--eta", self.eta), ("--guidance", self.guidance), ("--image-guidance", self.image_guidance or 0.0))
+        for option, value in given:
             if not math.isfinite(value):
                 raise UsageError(f"{value} is not a finite number", where=option)
         trained = self.scheduler.config.get("num_train_timesteps")
@@ -157,12 +161,17 @@ class Sampler:
         observer: Observer | None = None,
         null: Mapping[str, Tensor] | None = None,
         calls: Calls | None = None,
+        start: Tensor | None = None,
+        skipped: int = 0,
     ) -> Tensor:
         """Denoise `noise` `[N, C, H, W]` (unit variance) to samples of the same shape, on the network's device.
 
         Samples of a network with the condition `IMAGE_CONDITION` lack the channels of that condition. With guidance above
         1, `null` is the null condition, `[1, ...]` each, and every call of the network has `2 N` inputs: without condition,
-        then with it.
+        then with it; with `image_guidance` it has `3 N`, first those without the image too.
+
+        With `start`, samples `[N, C, H, W]`, the first `skipped` steps are left out, and `noise` is added to `start` as at
+        the next one (img2img).
 
         `seeds` gives each sample its own noise source in stochastic samplers, so that a sample does not depend on its
         batch. `observer` is called at every step. `calls` answers for the network what it answered in an interrupted run.
@@ -172,31 +181,35 @@ class Sampler:
         noise, conditions, null = to_device_of(model, (noise, dict(conditions), None if null is None else dict(null)))
         behind = conditions.get(IMAGE_CONDITION)
         if guided and null is not None:
-            conditions = {k: torch.cat([null[k].expand_as(v), v]) for k, v in conditions.items()}
+            conditions = self.asked(conditions, null)
         generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
         extra = _step_arguments(scheduler, self.eta, generators)
         channels = noise.shape[1] if behind is None else noise.shape[1] - behind.shape[1]
-        x = noise[:, :channels] * getattr(
-            scheduler, "init_noise_sigma", 1.0
-        )  # flow schedules start from unscaled noise
+        x = noise[:, :channels]
+        timesteps = scheduler.timesteps
+        if start is None:
+            x = x * getattr(scheduler, "init_noise_sigma", 1.0)  # flow schedules start from unscaled noise
+        else:
+            skipped *= scheduler.order
+            x, timesteps = noised(scheduler, to_device_of(model, start), x, skipped), timesteps[skipped:]
+        copies = self.inputs_per_image(guided)
         scale = getattr(scheduler, "scale_model_input", lambda x, _t: x)
-        for timestep in scheduler.timesteps:
-            x_in = scale(x, timestep)
+        for timestep in timesteps:
+            x_in = torch.cat([scale(x, timestep)] * copies)
             if behind is not None:
-                x_in = torch.cat([x_in, behind], 1)
-            if guided:
-                x_in = torch.cat([x_in, x_in])
+                images = [torch.zeros_like(behind)] * (copies - 2) + [behind] * min(copies, 2)
+                x_in = torch.cat([x_in, torch.cat(images)], 1)
             given = self._given(timestep)
             predict = partial(self.family.predict, model, x_in, given, conditions)
             prediction = predict() if calls is None else to_device_of(model, calls.output(predict))
             if observer is not None:
                 observer(x_in, given, prediction)
             if guided:
-                prediction = self._guided(prediction, x.shape[1], scheduler)
+                prediction = self._with_variance(prediction, x.shape[1], scheduler)
             if prediction.shape[1] == 2 * x.shape[1] and not _learns_variance(scheduler):
                 prediction = prediction[:, : x.shape[1]]
             if self.correction is not None:
-                x = self._corrected_step(scheduler, prediction, timestep, x, x_in[: len(x)], extra)
+                x = self._corrected_step(scheduler, prediction, timestep, x, x_in[-len(x) :], extra)
             else:
                 x = scheduler.step(self._signed(prediction), timestep, x, **extra).prev_sample
         return x
@@ -205,10 +218,28 @@ class Sampler:
         """Return the network's prediction with the sign that the scheduler expects."""
         return -prediction if self._time.negated else prediction
 
-    def _guided(self, prediction: Tensor, channels: int, scheduler: Any) -> Tensor:
-        """Apply classifier-free guidance; a learned variance comes from the half with the condition."""
-        without, with_it = prediction.chunk(2)
+    def inputs_per_image(self, guided: bool = True) -> int:
+        """Return how many inputs an image has in one call: 1, 2 with guidance, 3 with image guidance too."""
+        return 1 + guided + (guided and self.image_guidance is not None)
+
+    def asked(self, given: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the conditions of all inputs of a guided call: the null condition for each image, then its own."""
+        without = self.inputs_per_image() - 1
+        return {k: torch.cat([*[null[k].expand_as(v)] * without, v]) for k, v in given.items()}
+
+    def guided(self, prediction: Tensor) -> Tensor:
+        """Return the guided prediction of the predictions without conditions, then with them.
+
+        With image guidance `g_i` it is `e(0, 0) + g_i (e(0, image) - e(0, 0)) + g (e(text, image) - e(0, image))`.
+        """
+        *first, without, with_it = prediction.chunk(self.inputs_per_image())
         guided = without + self.guidance * (with_it - without)
+        return guided if self.image_guidance is None else guided + (self.image_guidance - 1) * (without - first[0])
+
+    def _with_variance(self, prediction: Tensor, channels: int, scheduler: Any) -> Tensor:
+        """Apply classifier-free guidance; a learned variance comes from the part with the condition."""
+        guided = self.guided(prediction)
+        with_it = prediction.chunk(self.inputs_per_image())[-1]
         if prediction.shape[1] == 2 * channels and _learns_variance(scheduler):
             guided = torch.cat([guided[:, :channels], with_it[:, channels:]], 1)
         return guided
@@ -291,6 +322,16 @@ class Sampler:
     @property
     def _time(self) -> NetworkTime:
         return self.time or self.family.time({})
+
+
+def noised(scheduler: Any, start: Tensor, noise: Tensor, skipped: int) -> Tensor:
+    """Return samples with noise as at the timestep after `skipped` ones, and tell the scheduler that it begins there."""
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    at = scheduler.timesteps[skipped : skipped + 1].expand(len(start))
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(start, noise, at)
+    return scheduler.scale_noise(start, at, noise)  # flow matching
 
 
 def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: str = IMAGES) -> Tensor:

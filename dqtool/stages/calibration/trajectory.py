@@ -15,11 +15,14 @@ from dqtool.core.device import to_cpu
 from dqtool.core.draws import DrawInput, draw_method
 from dqtool.errors import NumericError
 from dqtool.models.conditions.conditioning import Conditions
-from dqtool.models.sampling.sampler import CALIBRATION, Sampler
+from dqtool.models.sampling.sampler import CALIBRATION, Sampler, image_seeds, initial_noise
 from dqtool.nn.steps import look_up
 from dqtool.stages.options.calibrate import CalibrateOptions
 
-__all__ = ["STATISTICS_SAMPLES", "TrajectoryRecorder", "images_of"]
+__all__ = ["STATISTICS_SAMPLES", "TrajectoryRecorder"]
+
+SKIPPED = (0.2, 0.4, 0.6, 0.8)
+"""Shares of the steps that trajectories from images leave out: one minus the strength of img2img."""
 
 STATISTICS_SAMPLES = 64
 """Samples of a step that its histograms are made of. Each brings thousands of values per layer, and more change nothing."""
@@ -27,7 +30,10 @@ STATISTICS_SAMPLES = 64
 
 @dataclass(frozen=True)
 class TrajectoryRecorder:
-    """Records what `network` sees while `sampler` makes images of `shape`, at `timesteps` `[T]`."""
+    """Records what `network` sees while `sampler` makes images of `shape`, at `timesteps` `[T]`.
+
+    With `starts`, samples `[N, C, H, W]` of real images, half as many trajectories more begin at these, with noise.
+    """
 
     network: nn.Module
     shape: tuple[int, ...]
@@ -35,6 +41,7 @@ class TrajectoryRecorder:
     timesteps: Tensor
     options: CalibrateOptions
     generator: torch.Generator
+    starts: Tensor | None = None
 
     def quotas(self, conditions: Conditions, blocks: Sequence[str]) -> Tensor:
         """Return the number of points of each step to keep, `[T]`.
@@ -66,14 +73,18 @@ class TrajectoryRecorder:
         features = torch.stack([found[row] for row in range(steps)])
         return draw.function(DrawInput(steps, options.samples, self.generator, features))
 
+    def images(self, quotas: Tensor, conditions: Conditions) -> int:
+        """Return the number of images to sample. With guidance, a step of one image makes two points or three."""
+        return -(-int(quotas.max()) // self.sampler.inputs_per_image(conditions.guided))
+
     def record(
         self, conditions: Conditions, quotas: Tensor, workspace: Workspace
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Sample images and return `quotas[t]` points of every step, taken at random, and the points for statistics.
 
-        With guidance a point counts twice: the network is asked without and with the condition. Points for statistics are
+        With guidance every input of a call counts: the network is asked without and with the condition. Points for statistics are
         the same where every step keeps equally many, else up to `STATISTICS_SAMPLES` of every step. `conditions` are those
-        of `images_of` images.
+        of `images` images.
 
         Each holds `trajectory.x` `[N, C, H, W]` and `trajectory.rows` `[N]` (row of the step in `timesteps`), ordered by
         step; for a conditional network also one table `condition.NAME` `[K, ...]` for each condition, and
@@ -82,8 +93,8 @@ class TrajectoryRecorder:
         Raises:
             NumericError: the model's own samples are not finite.
         """
-        steps, halves = len(self.timesteps), 1 + conditions.guided
-        images, batch_size = images_of(quotas, conditions), self.options.batch_size
+        steps, halves = len(self.timesteps), self.sampler.inputs_per_image(conditions.guided)
+        images, batch_size = self.images(quotas, conditions), self.options.batch_size
         pools: list[list[Tensor]] = [[] for _ in range(steps)]
         owners: list[list[Tensor]] = [[] for _ in range(steps)]
         kept = Checkpoints(workspace, f"trajectory by {batch_size}")
@@ -118,15 +129,24 @@ class TrajectoryRecorder:
                         fix="Check the model's scheduler config and the sampler",
                     )
 
+        begun = images
+        for found in self._from_images(images, conditions, see):
+            for row, x in seen:
+                pools[row].append(x)
+                owners[row].append(torch.arange(begun, begun + len(x)))
+            begun += len(found)
+            seen.clear()
+
         def taken(wanted: Sequence[int]) -> dict[str, Tensor]:
             xs, rows, asked = [], [], []
             for row, quota in enumerate(wanted):
                 points = torch.cat(pools[row])
                 chosen = torch.randperm(len(points), generator=self.generator)[: -(-quota // halves)].sort().values
                 xs.append(points[chosen].flatten(0, 1)[:quota])
-                subjects = conditions.rows(0, images)[torch.cat(owners[row])[chosen]]
+                subjects = conditions.rows(0, begun)[torch.cat(owners[row])[chosen]]
                 if conditions.guided:
-                    subjects = torch.stack([torch.full_like(subjects, len(conditions) - 1), subjects], 1).flatten()
+                    null = torch.full_like(subjects, len(conditions) - 1)
+                    subjects = torch.stack([*[null] * (halves - 1), subjects], 1).flatten()
                 asked.append(subjects[:quota])
                 rows.append(torch.full((quota,), row))
             found = {"trajectory.x": torch.cat(xs), "trajectory.rows": torch.cat(rows)}
@@ -139,6 +159,30 @@ class TrajectoryRecorder:
         if int(quotas.max()) - int(quotas.min()) <= 1:
             return points, points
         return points, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
+
+    def _from_images(
+        self, first: int, conditions: Conditions, see: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> Iterator[Tensor]:
+        """Yield batches of samples that began at noised images; `first` is the index of the first. See `_batches`.
+
+        A quarter of them leaves out a fifth of the steps, the next two, three and four fifths.
+        """
+        if self.starts is None or len(self.timesteps) == 1:
+            return
+        count, steps = -(-first // 2), len(self.timesteps)
+        for part, indices in enumerate(torch.arange(first, first + count).chunk(len(SKIPPED))):
+            for batch in indices.split(self.options.batch_size):
+                chosen = range(int(batch[0]), int(batch[-1]) + 1)
+                yield self.sampler.run(
+                    self.network,
+                    initial_noise(self.shape, chosen, self.options.seed, CALIBRATION),
+                    conditions.given(chosen.start, chosen.stop),
+                    image_seeds(chosen, self.options.seed, CALIBRATION),
+                    see,
+                    conditions.null,
+                    start=self.starts[batch % len(self.starts)],
+                    skipped=min(max(1, round(steps * SKIPPED[part])), steps - 1),
+                )
 
     def _batches(
         self,
@@ -180,6 +224,3 @@ class TrajectoryRecorder:
         return int(row)
 
 
-def images_of(quotas: Tensor, conditions: Conditions) -> int:
-    """Return the number of images to sample. With guidance, a step of one image makes two points."""
-    return -(-int(quotas.max()) // (1 + conditions.guided))

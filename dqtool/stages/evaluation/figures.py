@@ -69,11 +69,10 @@ def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, se
     from dqtool.graph.leaves import is_quantizable
 
     sampler, conditions = maker.sampler, maker.conditions
-    halves = 1 + conditions.guided
-    images = max(1, LAYER_SAMPLES // (sampler.steps * halves))
+    images = max(1, LAYER_SAMPLES // (sampler.steps * sampler.inputs_per_image(conditions.guided)))
     given = conditions.evenly(images).given(0, images)
     if conditions.null is not None:
-        given = {k: torch.cat([conditions.null[k].expand_as(v), v]) for k, v in given.items()}
+        given = sampler.asked(given, conditions.null)
     seen: dict[str, Tensor] = {}
     error: dict[str, float] = {}
     power: dict[str, float] = {}

@@ -129,7 +129,8 @@ def maker_of_source(source: ModelSource, count: int, seed: int, steps: int) -> I
     config = {**source.config, **({} if companions is None else family.input_properties(companions))}
     request = Request(count, seed, card={} if companions is None else companions.card)
     conditions = family.make_conditions(config, request, companions)
-    sampling = SamplingRecord(source.scheduler or family.scheduler or {}, steps, eta=0.0)
+    weight = family.default_image_guidance(config) if conditions.guided else None
+    sampling = SamplingRecord(source.scheduler or family.scheduler or {}, steps, eta=0.0, image_guidance=weight)
     sampler = Sampler.calibrated(family, config, sampling, conditions.guidance)
     return _maker(sampler, conditions, config, companions)
 

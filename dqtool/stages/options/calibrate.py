@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dqtool.core.bits import LayerBits, parse_bits
 from dqtool.errors import UsageError
-from dqtool.stages.options.declared import RESOURCES, Option
+from dqtool.stages.options.declared import INPUT, RESOURCES, Option
 from dqtool.stages.options.shared import (
     ARTIFACT,
     BATCH_HELP,
     CONDITIONS,
     GUIDANCE,
+    IMAGES,
     LARGEST_SEED,
     OUTPUT,
     PIPELINE,
@@ -129,10 +130,29 @@ class CalibrateOptions:
         float, Option("Noise that the ddim sampler adds at each step: 0 for none, 1 for as much as ddpm.", "F", least=0)
     ] = 0.0
     guidance: Annotated[float | None, GUIDANCE] = None
+    image_guidance: Annotated[
+        float | None,
+        Option(
+            "Weight of guidance towards the image, for networks that edit images; higher changes it less. 0 leaves it out. "
+            "Default: 1.5 for such networks.",
+            "F",
+            least=0,
+        ),
+    ] = None
     prompts: Annotated[str | None, PROMPTS] = None
     conditions: Annotated[str | None, CONDITIONS] = None
     pipeline: Annotated[str | None, PIPELINE] = None
+    images: Annotated[str | None, IMAGES] = None
     random_conditions: Annotated[bool, RANDOM_CONDITIONS] = False
+    statistics: Annotated[
+        str | None,
+        Option(
+            "Calibrated artifact of a model of the same architecture, schedule and prediction type. Its samples, statistics and "
+            "factors are taken over, without sampling. Give it for a finetune of that model.",
+            "FILE",
+            panel=INPUT,
+        ),
+    ] = None
     batch_size: Annotated[int, Option(BATCH_HELP, "N", least=1, panel=RESOURCES)] = 64
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from dqtool.stages.options.shared import (
     CORRECT_NOISE,
     CORRECTION,
     GUIDANCE,
+    IMAGES,
     IMAGE_SIZE,
     INCEPTION_WEIGHTS,
     LARGEST_SEED,
@@ -79,6 +80,7 @@ class EvalOptions:
     prompts: Annotated[str | None, PROMPTS] = None
     conditions: Annotated[str | None, CONDITIONS] = None
     pipeline: Annotated[str | None, PIPELINE] = None
+    images: Annotated[str | None, IMAGES] = None
     random_conditions: Annotated[bool, RANDOM_CONDITIONS] = False
     batch_size: Annotated[int, Option(BATCH_HELP, "N", least=1, panel=RESOURCES)] = 128
     runtime: Annotated[

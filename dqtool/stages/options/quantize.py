@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from dqtool.errors import UsageError
 from dqtool.stages.options.calibrate import CalibrateOptions
-from dqtool.stages.options.declared import QUALITY, Option
+from dqtool.stages.options.declared import INPUT, QUALITY, Option
 from dqtool.stages.options.dilate import DilateOptions
 from dqtool.stages.options.distill import DistillOptions
 from dqtool.stages.options.shared import OUTPUT_DIRECTORY
@@ -26,7 +26,7 @@ PASSED_ON: tuple[tuple[type, tuple[str, ...]], ...] = (
     (
         CalibrateOptions,
         ("steps", "sampler", "spacing", "timesteps", "clip", "variance", "samples", "seed", "eta", "guidance", "prompts",
-         "conditions", "random_conditions", "batch_size"),
+         "image_guidance", "conditions", "images", "random_conditions", "batch_size"),
     ),
     (
         DistillOptions,
@@ -46,11 +46,25 @@ RECEIVERS = {
 NOT_RECEIVED = {("distill", "batch_size")}
 """Options that mean something else to a stage."""
 
-ALSO_EVAL = ("prompts", "conditions", "pipeline", "random_conditions", "guidance")
+ALSO_EVAL = ("prompts", "conditions", "pipeline", "images", "random_conditions", "guidance")
 """Options that `eval` receives too."""
 
 OWN = (
     ("output", Annotated[str, OUTPUT_DIRECTORY], "exported"),
+    (
+        "apply_to",
+        Annotated[
+            str | None,
+            Option(
+                "Model to quantize with the calibration of MODEL, such as a finetune of it. Both must have the same architecture, "
+                "noise schedule and prediction type. MODEL may be the directory of an earlier quantize, which is then not "
+                "calibrated again. A --lora is fused into MODEL2.",
+                "MODEL2",
+                panel=INPUT,
+            ),
+        ],
+        None,
+    ),
     (
         "effort",
         Annotated[

@@ -13,6 +13,7 @@ from dqtool.stages.options.shared import (
     CORRECT_NOISE,
     CORRECTION,
     GUIDANCE,
+    IMAGES,
     LARGEST_SEED,
     PIPELINE,
     PROMPTS,
@@ -35,6 +36,7 @@ class SampleOptions:
     prompts: Annotated[str | None, PROMPTS] = None
     conditions: Annotated[str | None, CONDITIONS] = None
     pipeline: Annotated[str | None, PIPELINE] = None
+    images: Annotated[str | None, IMAGES] = None
     random_conditions: Annotated[bool, RANDOM_CONDITIONS] = False
     batch_size: Annotated[int, Option(BATCH_HELP, "N", least=1, panel=RESOURCES)] = 64
     runtime: Annotated[

@@ -11,6 +11,7 @@ __all__ = [
     "CORRECTION",
     "CORRECT_NOISE",
     "GUIDANCE",
+    "IMAGES",
     "IMAGE_SIZE",
     "INCEPTION_WEIGHTS",
     "LARGEST_SEED",
@@ -42,6 +43,12 @@ CONDITIONS = Option(
 )
 PIPELINE = Option(
     "Pipeline whose text encoders and tokenizers encode the prompts. Give it when the model has none.",
+    "DIR",
+    panel=INPUT,
+)
+IMAGES = Option(
+    "Folder of images. Inpainting and editing networks get them beside their latents. For other networks, a half more "
+    "trajectories begin at noised images, as img2img does: give it to calibrate a model that will start from images.",
     "DIR",
     panel=INPUT,
 )

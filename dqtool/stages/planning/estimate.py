@@ -54,14 +54,15 @@ def estimate(
     _, recipe = method_and_options(distill)
     guided = 2 if source.class_name != "UNet2DModel" else 1
     calls = with_steps(calibrate, source.scheduler).steps or 1
-    images = -(-calibrate.samples // calls)
+    samples = 0 if calibrate.statistics is not None else calibrate.samples
+    images = -(-samples // calls)
     steps = calls * guided
     trained = getattr(recipe, "iters", 0) * recipe.batch_size if hasattr(recipe, "batch_size") else 0
     refined = getattr(recipe, "refine_iters", 0) * getattr(recipe, "refine_batch_size", 0)
     corrected = 64 * steps * (1 + SIMULATED) if corrects_predictions(distill) else 0
     passes = {
         "dilate": 2.0,
-        "calibrate": float(images * steps + 2 * calibrate.samples * guided),
+        "calibrate": float(images * steps + 2 * samples * guided),
         "distill": corrected + TRAINING * SIMULATED * (trained + refined),
         "export": 0.0,
         "eval": evaluate.samples * steps * (1 + SIMULATED),

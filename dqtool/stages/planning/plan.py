@@ -67,7 +67,7 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
                 source = make_options(name, values).source()
-            elif name == "calibrate" and source is not None:
+            elif name == "calibrate" and source is not None and not values.get("statistics"):
                 _check_conditions(source, values)
             pending = True
             shown = {key: value for key, value in values.items() if key not in ("output", "artifact")}

@@ -23,6 +23,7 @@ from dqtool.nn.low_rank import attach_low_rank
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake
 from dqtool.scaling.rescaling import undilated_weights
+from dqtool.stages.shared.folder_images import encoded_images
 
 __all__ = [
     "conditions_of",
@@ -96,7 +97,12 @@ def conditions_of(artifact: Artifact, request: Request, source: ConditionSource 
     family, config = network_of(artifact.manifest.network)
     companions = companions_of_artifact(artifact)
     card = {} if companions is None else companions.card
-    return (source or ConditionSource()).conditions(family, config, replace(request, card=card), companions)
+    source = source or ConditionSource()
+    request = replace(request, card=card)
+    if source.images is not None and (channels := family.condition_channels(config)):
+        total, *size = family.sample_shape(config)
+        request = replace(request, images=encoded_images(source.images, (total - channels, *size), companions))
+    return source.conditions(family, config, request, companions)
 
 
 def sampler_of(

@@ -25,7 +25,7 @@ from dqtool.stages.shared.settings import RunSettings
 QUIET = RunSettings(quiet=True)
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "pixart", "sd3", "flux", "unconditional"])
+@pytest.mark.parametrize("kind", ["sdxl", "pixart", "sd3", "sd3-t5", "flux", "unconditional"])
 def test_other_pipelines_go_through_all_stages_under_their_own_conditions(tmp_path: Path, kind: str) -> None:
     from diffusers import DiffusionPipeline
 
