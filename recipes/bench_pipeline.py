@@ -183,7 +183,9 @@ def main() -> int:
     parser.add_argument("--bits", default="4/8")
     parser.add_argument("--guidance", type=float, default=1.0, help="1: one sample a step; above: two")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=2, help="measurements of each pipeline, of which the fastest counts")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="measurements of each pipeline, of which the fastest counts"
+    )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:

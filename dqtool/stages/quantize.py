@@ -191,7 +191,9 @@ def _steps(options: Any) -> int:
 
 
 def _source(options: Any) -> ModelSource:
-    return make_options("dilate", stage_values(options, "dilate") | {"model": options.apply_to or options.model}).source()
+    return make_options(
+        "dilate", stage_values(options, "dilate") | {"model": options.apply_to or options.model}
+    ).source()
 
 
 def _show(planned: Mapping[str, Any]) -> None:

@@ -103,9 +103,7 @@ def measure(
         if each != bits[0]:
             continue
         for engine in engines:
-            attempt(
-                engine, lambda e=engine, c=call, x=exported, s=simulated: follows(e, x, c, s, row["notes"]) or True
-            )
+            attempt(engine, lambda e=engine, c=call, x=exported, s=simulated: follows(e, x, c, s, row["notes"]) or True)
         attempt("from_pretrained", lambda call=call, x=exported, s=simulated: same(call(hub_network(name, x)), s, 1e-6))
     attempt("train", lambda: trained(at["c"], directory, call))
     manifest = open_artifact(exported).manifest
@@ -171,7 +169,9 @@ def trained(calibrated: str, directory: Path, call: Call) -> bool:
     A loss that is not finite ends `distill --strict` with an error.
     """
     quantized, exported = str(directory / "trained.safetensors"), str(directory / "trained")
-    plan = DistillOptions(calibrated, quantized, bits="4/8", iters=1, refine_iters=1, batch_size=3, protect=0.0, strict=True)
+    plan = DistillOptions(
+        calibrated, quantized, bits="4/8", iters=1, refine_iters=1, batch_size=3, protect=0.0, strict=True
+    )
     distill(plan, QUIET)
     export(ExportOptions(quantized, exported), QUIET)
     if not bool(torch.isfinite(call(dqtool.load(exported, "simulate"))).all()):
@@ -213,7 +213,9 @@ def follows(engine: str, exported: str, call: Call, expected: Tensor | None, not
         return same(found, expected)
     own = difference(call(shaken(dqtool.load(exported, "simulate"))), expected)
     error = same(found, expected, CHAOS * own)
-    notes.append(f"{engine} differs by {error:.2g}; simulate by {own:.2g} where inputs of layers change by {ROUNDING:g}")
+    notes.append(
+        f"{engine} differs by {error:.2g}; simulate by {own:.2g} where inputs of layers change by {ROUNDING:g}"
+    )
     return error
 
 

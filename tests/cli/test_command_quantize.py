@@ -95,7 +95,10 @@ def test_a_finetune_takes_the_calibration_of_an_earlier_run(quantized: Path, tmp
     mine, theirs = (json.loads((directory / f"{d}.work" / "calibrated.json").read_text()) for d in ("two", "out"))
     assert mine["model"]["source"] == "tuned"
     assert mine["pipeline"]["sampling"] == theirs["pipeline"]["sampling"]
-    assert [entry["name"] for entry in mine["inputs"]] == ["two.work/dilated.safetensors", "out.work/calibrated.safetensors"]
+    assert [entry["name"] for entry in mine["inputs"]] == [
+        "two.work/dilated.safetensors",
+        "out.work/calibrated.safetensors",
+    ]
     assert (directory / "two" / "model_index.json").is_file()
     again = run("quantize", "out", "-o", "two", *tail, "--dry-run", "--json", cwd=directory)
     assert [stage["cached"] for stage in load_json(again.stdout)["stages"]] == [True] * 5
@@ -106,7 +109,9 @@ def test_a_finetune_takes_the_calibration_of_an_earlier_run(quantized: Path, tmp
     ]
     assert "already" in refused(run, directory, 2, "quantize", "out", "-o", "two", *tail, "--steps", "5")
     tiny_pipeline(directory / "wide", block_out_channels=(8, 24))
-    last = refused(run, directory, 3, "calibrate", "out.work/dilated.safetensors", "--statistics", "out.work/dilated.safetensors")
+    last = refused(
+        run, directory, 3, "calibrate", "out.work/dilated.safetensors", "--statistics", "out.work/dilated.safetensors"
+    )
     assert "dilate" in last
     result = run("quantize", "out", "-o", "four", "--apply-to", "wide", "--effort", "fast", cwd=directory)
     assert result.returncode == 3 and "block_out_channels" in result.stderr.splitlines()[-1]

@@ -96,9 +96,7 @@ def test_the_quality_is_near_that_of_an_own_calibration(root: Path) -> None:
         "own": calibrated(root, "finetune", "auto"),
     }.items():
         quantized = distill(DistillOptions(artifact, str(root / f"{name}-q"), bits="8/8", iters=0), QUIET)
-        report = evaluate(
-            EvalOptions(quantized, str(root / f"{name}.json"), samples=8, metrics=("similarity",)), QUIET
-        )
+        report = evaluate(EvalOptions(quantized, str(root / f"{name}.json"), samples=8, metrics=("similarity",)), QUIET)
         figures[name] = open_artifact(report).manifest.metrics.as_read["psnr"]["mean"]
     assert figures["reused"] > figures["own"] - 3, figures
 

@@ -180,7 +180,8 @@ class UNet2DCondition(Family):
         if not request.random:
             table = {**found.table, IMAGE_CONDITION: drawn}
             raise missing_conditions(
-                "This network takes image conditions (mask, image), which prompts don't provide; --images DIR does", table
+                "This network takes image conditions (mask, image), which prompts don't provide; --images DIR does",
+                table,
             )
         report.warn("image conditions (mask, image) are drawn at random: quality with real ones may be lower")
         return replace(found, table={**found.table, IMAGE_CONDITION: drawn}, random=True)

@@ -60,7 +60,9 @@ def check_reusable(dilated: Artifact, calibrated: Artifact) -> None:
                 where=f"--statistics {calibrated.given}",
                 fix="Calibrate this model itself, or take the statistics of a model that it was finetuned from",
             )
-    if any(layer.scaling and layer.scaling.folded_into for layer in (*dilated.manifest.layers, *calibrated.manifest.layers)):
+    if any(
+        layer.scaling and layer.scaling.folded_into for layer in (*dilated.manifest.layers, *calibrated.manifest.layers)
+    ):
         raise ArtifactError(
             "Folded factors are part of a network, and can't be taken over",
             where=f"--statistics {calibrated.given}",

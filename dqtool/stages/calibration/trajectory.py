@@ -222,5 +222,3 @@ class TrajectoryRecorder:
                 fix="Choose another --sampler",
             )
         return int(row)
-
-

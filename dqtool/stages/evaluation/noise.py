@@ -54,7 +54,9 @@ def fit_correction(
 
     sampler, conditions = maker.sampler, maker.conditions
     if batch_size < images:
-        sampler = replace(sampler, family=in_parts(sampler.family, batch_size * sampler.inputs_per_image(conditions.guided)))
+        sampler = replace(
+            sampler, family=in_parts(sampler.family, batch_size * sampler.inputs_per_image(conditions.guided))
+        )
     given = conditions.evenly(images).given(0, images)
     noise = initial_noise(maker.shape, range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)

@@ -100,7 +100,9 @@ def image_pipeline(channels: int, path: Path) -> Path:
     from families import SCHEDULER, clip, tiny_vae
 
     text, tokenizer = clip(path / "tokenizer", False, 12, 12)
-    kind = diffusers.StableDiffusionInpaintPipeline if channels == 9 else diffusers.StableDiffusionInstructPix2PixPipeline
+    kind = (
+        diffusers.StableDiffusionInpaintPipeline if channels == 9 else diffusers.StableDiffusionInstructPix2PixPipeline
+    )
     kind(
         vae=tiny_vae(3),
         text_encoder=text,
