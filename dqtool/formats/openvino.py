@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts import Artifact
+from dqtool.errors import UsageError
 from dqtool.formats import Exported, require
 from dqtool.formats.tracing import dynamic_axes, quiet_tracing, traced_arguments
 from dqtool.models.families import Family, family_of
@@ -156,13 +157,25 @@ def to_openvino(network: nn.Module, inputs: tuple[Tensor, ...]) -> openvino.Mode
 
     PyTorch's check of a trace is switched off: it would trace again and run the network three times, which takes minutes
     for the largest.
+
+    Raises:
+        UsageError: OpenVINO has no form of an operation of the network.
     """
     import openvino
+    from openvino.frontend import OpConversionFailure
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with torch.no_grad():
         decoder = TorchScriptPythonDecoder(network, example_input=inputs, trace_kwargs={"check_trace": False})
-        return openvino.convert_model(decoder, example_input=inputs)
+        try:
+            return openvino.convert_model(decoder, example_input=inputs)
+        except OpConversionFailure as e:
+            found = re.search(r"No conversion rule found for operations: (.+)", str(e))
+            raise UsageError(
+                f"OpenVINO can't convert operations of this network: {found[1] if found else 'it names none'}",
+                where="openvino",
+                fix="Use the runtime cpu or simulate, or an export of format dq or onnx",
+            ) from e
 
 
 def save_ir(model: openvino.Model, path: Path) -> None:

@@ -126,7 +126,7 @@ class CompiledGraphs:
         if compiled is None:
             report.say(f"openvino: compiling for {', '.join(f'{k} {v}' for k, v in shapes.items())}")
             model = self._graph(tensors, constants, shapes, folder, corrects)
-            compiled = self._core.compile_model(model, "CPU", settings)
+            compiled = with_or_without_snippets(lambda chosen: self._core.compile_model(model, "CPU", chosen), settings)
             _keep(blob, lambda path: path.write_bytes(compiled.export_model().getbuffer()))
         return compiled.create_infer_request(), [_input_name(port, feed) for port in compiled.inputs]
 
@@ -139,7 +139,8 @@ class CompiledGraphs:
         try:
             data = np.memmap(blob, dtype=np.uint8, mode="r")
             self._mapped.append(data)
-            return self._core.import_model(openvino.Tensor(data, list(data.shape), openvino.Type.u8), "CPU", settings)
+            tensor = openvino.Tensor(data, list(data.shape), openvino.Type.u8)
+            return with_or_without_snippets(lambda chosen: self._core.import_model(tensor, "CPU", chosen), settings)
         except (RuntimeError, OSError, ValueError):
             report.warn(f"the compiled graph {blob} can't be used and is made again")
             return None
@@ -241,6 +242,16 @@ class CompiledGraphs:
             raise ArtifactError(f"OpenVINO can't read this graph: {text}", where=str(path)) from error
         check_graph(graph, path.with_suffix(".bin").stat().st_size, str(path))
         return graph
+
+
+def with_or_without_snippets(compiled: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Any:
+    """Return `compiled(settings)`; where OpenVINO's code for fused operations runs out of registers, without such code."""
+    try:
+        return compiled(settings)
+    except RuntimeError as error:
+        if "snippet" not in str(error):
+            raise
+    return compiled({**settings, "SNIPPETS_MODE": "DISABLE"})
 
 
 def _input_name(port: Any, names: Collection[str]) -> str:

@@ -54,7 +54,11 @@ CLOSE = 0.02
 
 
 def measure(
-    name: str, directory: Path, bits: Sequence[str] = BITS, engines: Sequence[str] = ("cpu", "openvino")
+    name: str,
+    directory: Path,
+    bits: Sequence[str] = BITS,
+    engines: Sequence[str] = ("cpu", "openvino"),
+    train: bool = True,
 ) -> dict[str, Any]:
     """Return the row of one class: each stage's "yes" or the message of its error, errors of the output, attentions."""
     row: dict[str, Any] = {"class": name, "family": "generic" if name not in FAMILIES else FAMILIES[name].name}
@@ -105,7 +109,8 @@ def measure(
         for engine in engines:
             attempt(engine, lambda e=engine, c=call, x=exported, s=simulated: follows(e, x, c, s, row["notes"]) or True)
         attempt("from_pretrained", lambda call=call, x=exported, s=simulated: same(call(hub_network(name, x)), s, 1e-6))
-    attempt("train", lambda: trained(at["c"], directory, call))
+    if train:
+        attempt("train", lambda: trained(at["c"], directory, call))
     manifest = open_artifact(exported).manifest
     kept = [
         why
@@ -233,6 +238,15 @@ def shaken(network: nn.Module) -> nn.Module:
     return network
 
 
+def merged(old: Mapping[str, Any], new: Mapping[str, Any], stages: Sequence[str]) -> dict[str, Any]:
+    """Return the old row with what the new one found about `stages`."""
+    found = {stage: new["stages"].get(stage, "not reached") for stage in stages}
+    told = {stage: old["stages"].get(stage) for stage in STAGES} | found
+    notes = [note for note in old["notes"] if not note.startswith(tuple(stages))]
+    notes += [note for note in new["notes"] if note not in notes]
+    return {**old, "stages": {stage: how for stage, how in told.items() if how is not None}, "notes": notes}
+
+
 def worse(
     old: Mapping[str, Any], new: Mapping[str, Any], without: Sequence[str] = (), bits: Sequence[str] = BITS
 ) -> list[str]:
@@ -296,6 +310,9 @@ def main() -> int:
         "-o", "--output", default=str(Path(__file__).parents[2] / "recipes" / "results" / "classes"), metavar="PATH"
     )
     parser.add_argument("--engines", default="cpu,openvino", help="engines to compare with simulate")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES[5:], help="run these alone, at 8/8; the rest of a row stays"
+    )
     options = parser.parse_args()
     path = Path(options.output)
     stored = json.loads(path.with_suffix(".json").read_text())["rows"] if path.with_suffix(".json").exists() else []
@@ -304,7 +321,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dqtool-classes-") as area:
         os.environ.setdefault("DQTOOL_CACHE", str(Path(area) / "cache"))
         for name in options.classes or DENOISERS:
-            row = measure(name, Path(area) / name, engines=options.engines.split(","))
+            if options.stages and name in rows:
+                engines = [stage for stage in options.stages if stage in ("cpu", "openvino")]
+                row = measure(name, Path(area) / name, BITS[:1], engines, "train" in options.stages)
+                row = merged(rows[name], row, options.stages)
+            else:
+                row = measure(name, Path(area) / name, engines=options.engines.split(","))
             failed = {stage: found for stage, found in row["stages"].items() if found != "yes"}
             print(name, row["errors"], row["attention"], failed or "all stages", flush=True)
             lost += worse(rows.get(name, row), row)

@@ -21,8 +21,9 @@ SAMPLE = ("UNet1DModel", "PriorTransformer", "WanTransformer3DModel", "QwenImage
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_class_does_what_the_table_says(name: str, tmp_path: Path) -> None:
     rows = {row["class"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
-    found = measure(name, tmp_path, bits=("8/8",), engines=("cpu",))
-    assert worse(rows[name], found, without=("openvino",), bits=("8/8",)) == []
+    found = measure(name, tmp_path, bits=("8/8",), engines=("cpu",), train=name == SAMPLE[0])
+    assert worse(rows[name], found, without=("openvino", "train"), bits=("8/8",)) == []
+    assert found["stages"].get("train", "yes") == "yes"
 
 
 def test_the_table_has_every_class() -> None:

@@ -17,7 +17,15 @@ from dqtool.nn.traceable import flat_arguments
 
 openvino = pytest.importorskip("openvino")
 
-from dqtool.formats.openvino import TIMESTEPS, build_ir, compile_settings, integer_layers, shrink_weights  # noqa: E402
+from dqtool.errors import UsageError  # noqa: E402
+from dqtool.formats.openvino import (  # noqa: E402
+    TIMESTEPS,
+    build_ir,
+    compile_settings,
+    integer_layers,
+    shrink_weights,
+    to_openvino,
+)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "dit", "pixart", "sd3", "flux"])
@@ -42,3 +50,12 @@ def test_graph_computes_what_the_packed_network_does(name: str, tmp_path: Path) 
     got = torch.from_numpy(compiled(feed)[0])
     assert (got - expected).norm() < 0.1 * expected.norm()
     assert set(layers) <= integer_layers(compiled)
+
+
+def test_operations_that_openvino_lacks_are_named() -> None:
+    class Padded(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence([x, x[:1]], batch_first=True)
+
+    with pytest.raises(UsageError, match="aten::pad_sequence"):
+        to_openvino(Padded(), (torch.ones(3, 2),))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -288,3 +290,17 @@ def test_what_is_no_tensor_is_refused(exported: dict[str, Path]) -> None:
     engine = dqtool.load(str(exported["dq"]), "openvino")
     with pytest.raises(UsageError, match="'class_labels' is 'seven'"):
         engine(torch.randn(1, 1, 8, 8), 0, class_labels="seven")
+
+
+def test_graphs_whose_fused_code_needs_too_many_registers_compile_without_it() -> None:
+    """OpenVINO 2026 fails so on Mochi's attention."""
+    from dqtool.runtimes.openvino_graphs import with_or_without_snippets
+
+    def compiled(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "SNIPPETS_MODE" not in settings:
+            raise RuntimeError("Can't allocate registers for a snippet: not enough registers")
+        return settings
+
+    assert with_or_without_snippets(compiled, {"a": 1}) == {"a": 1, "SNIPPETS_MODE": "DISABLE"}
+    with pytest.raises(RuntimeError, match="else"):
+        with_or_without_snippets(lambda _: (_ for _ in ()).throw(RuntimeError("something else")), {})
