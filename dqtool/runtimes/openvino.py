@@ -133,7 +133,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
         self._dtype = probe.dtype
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> OpenVINONetwork:
+    def to(self, *args: Any, **kwargs: Any) -> OpenVINONetwork:  # type: ignore[override]
         """Note the dtype, without diffusers' warning about modules that stay float32: nothing is cast."""
         return nn.Module.to(self, *args, **kwargs)
 

@@ -130,11 +130,11 @@ class TrajectoryRecorder:
                     )
 
         begun = images
-        for found in self._from_images(images, conditions, see):
+        for more in self._from_images(images, conditions, see):
             for row, x in seen:
                 pools[row].append(x)
                 owners[row].append(torch.arange(begun, begun + len(x)))
-            begun += len(found)
+            begun += len(more)
             seen.clear()
 
         def taken(wanted: Sequence[int]) -> dict[str, Tensor]:
