@@ -56,7 +56,7 @@ def prepare(area: Path) -> None:
     quiet = RunSettings(quiet=True)
     (area / "exported").mkdir()
     for kind in KINDS:
-        model = text_pipeline(kind, area / "float" / kind)
+        model = text_pipeline("sd3-t5" if kind == "sd3" else kind, area / "float" / kind)
         at = {letter: str(area / f"{kind}-{letter}.safetensors") for letter in "dcq"}
         dilate(DilateOptions(str(model), at["d"]), quiet)
         calibrate(CalibrateOptions(at["d"], at["c"], steps=2, samples=6, batch_size=3), quiet)
