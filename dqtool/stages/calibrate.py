@@ -97,7 +97,7 @@ def _take_over(options: CalibrateOptions, settings: RunSettings) -> str:
         CODE_VERSION,
         options.output,
         reused_parameters(calibrated),
-        [InputRecord(each.given, each.sha256, each.stage) for each in (dilated, calibrated)],
+        [dilated.as_input(), calibrated.as_input()],
         settings,
         lambda _key: produce_reused(dilated, calibrated),
         reads=read_paths(options),
