@@ -149,6 +149,7 @@ def wrong_command(path: Path, command: str) -> str | None:
 
 
 KNOWN_TARGETS = {
+    "bench-pipeline",
     "dilate-cost",
     "full-size",
     "same-integers",
