@@ -66,9 +66,14 @@ class Replay:
         self._shapes: dict[str, Any] = {}
         self._store = TensorStore(budget_bytes)
         self._device = device_of(model)
+        self._asked: dict[str, list[Any]] = {}
 
     def inputs(self, index: int) -> BlockInputs:
-        """Return the arguments of block `index` on all samples, computed from the outputs of all earlier blocks."""
+        """Return the arguments of block `index` on all samples, computed from the outputs of all earlier blocks.
+
+        Raises:
+            UsageError: an earlier block runs several times in a pass, on different inputs.
+        """
         name = self.trace.blocks[index].name
         module = self.model.get_submodule(name)
         gathered: list[Any] | None = None
@@ -106,6 +111,7 @@ class Replay:
                 ]
                 for rows in [slice(0, 1), *batches]:
                     self._rows = rows
+                    self._asked.clear()
                     try:
                         self._forward(self.model, rows)
                     except _Reached:
@@ -138,7 +144,8 @@ class Replay:
                 for held, y in zip(result, leaves, strict=True):
                     if isinstance(y, Tensor):
                         if len(y) != rows.stop - rows.start:
-                            raise _folded(self.trace.blocks[index].name)
+                            name = self.trace.blocks[index].name
+                            raise _untrainable(name, "the network folds frames or places into its batch")
                         held[rows] = y
         assert result is not None
         return tree_unflatten(result, structure)
@@ -164,9 +171,15 @@ class Replay:
         finished = [block.name for block in self.trace.blocks[:index]]
         return _Answers(self, {name: self.model.get_submodule(name) for name in finished})
 
-    def answer(self, name: str) -> Any:
+    def answer(self, name: str, given: Any) -> Any:
         """Return the cached output of a finished block for the current rows, or zeros of its shape if no later block
-        reads it."""
+        reads it.
+
+        A block that runs again, such as an embedder that all blocks share, must be `given` the same arguments.
+        """
+        leaves = tree_leaves(given)
+        if not all(map(_same, self._asked.setdefault(name, leaves), leaves)):
+            raise _untrainable(name, "it runs several times in a pass, on different inputs")
         held = self._cache[name]
         if held is not None:
             return tree_map(lambda x: x[self._rows].to(self._device) if isinstance(x, Tensor) else x, held)
@@ -181,10 +194,16 @@ class Replay:
         )
 
 
-def _folded(name: str) -> UsageError:
-    """Build the error for a block whose output has no entry for each sample."""
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    return type(one) is type(other)
+
+
+def _untrainable(name: str, why: str) -> UsageError:
+    """Build the error for a block whose outputs on all samples can't be kept."""
     return UsageError(
-        f"Block {name} can't be trained separately: the network folds frames or places into its batch",
+        f"Block {name} can't be trained separately: {why}",
         where="--method",
         fix="Choose on-policy, which trains the whole network, or ptq, which trains nothing",
     )
@@ -203,7 +222,7 @@ class _Answers:
 
     def __enter__(self) -> None:
         for name, module in self.modules.items():
-            module.forward = lambda *_a, _name=name, **_k: self.replay.answer(_name)  # type: ignore[method-assign]
+            module.forward = lambda *a, _name=name, **k: self.replay.answer(_name, (a, k))  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
         for module in self.modules.values():

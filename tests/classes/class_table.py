@@ -15,6 +15,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 
 import dqtool
 from dqtool.artifacts import open_artifact
-from dqtool.errors import DqtoolError
+from dqtool.errors import DqtoolError, UsageError
 from dqtool.models.families import FAMILIES, family_of
-from dqtool.nn.layers import PackedLayer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.prediction import prediction_of
 from dqtool.stages.calibrate import CalibrateOptions, calibrate
 from dqtool.stages.dilate import DilateOptions, dilate
@@ -110,7 +111,7 @@ def measure(
             attempt(engine, lambda e=engine, c=call, x=exported, s=simulated: follows(e, x, c, s, row["notes"]) or True)
         attempt("from_pretrained", lambda call=call, x=exported, s=simulated: same(call(hub_network(name, x)), s, 1e-6))
     if train:
-        attempt("train", lambda: trained(at["c"], directory, call))
+        attempt("train", lambda: trained(at["c"], directory, call, row["notes"]))
     manifest = open_artifact(exported).manifest
     kept = [
         why
@@ -168,16 +169,21 @@ class Call:
         return torch.stack(outputs)
 
 
-def trained(calibrated: str, directory: Path, call: Call) -> bool:
+def trained(calibrated: str, directory: Path, call: Call, notes: list[str]) -> bool:
     """Train every block, and the network, for one iteration; raise `ValueError` where the export computes nothing finite.
 
-    A loss that is not finite ends `distill --strict` with an error.
+    A loss that is not finite ends `distill --strict` with an error. Networks whose blocks can't be trained separately are
+    trained as a whole, as the error says.
     """
     quantized, exported = str(directory / "trained.safetensors"), str(directory / "trained")
     plan = DistillOptions(
         calibrated, quantized, bits="4/8", iters=1, refine_iters=1, batch_size=3, protect=0.0, strict=True
     )
-    distill(plan, QUIET)
+    try:
+        distill(plan, QUIET)
+    except UsageError as e:
+        notes.append(f"train: as a whole. {e.what}")
+        distill(replace(plan, method="on-policy", refine_iters=None), QUIET)
     export(ExportOptions(quantized, exported), QUIET)
     if not bool(torch.isfinite(call(dqtool.load(exported, "simulate"))).all()):
         raise ValueError("the trained network's output is not finite")

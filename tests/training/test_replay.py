@@ -12,7 +12,8 @@ from diffusers import UNet2DModel
 from helpers import NETWORK
 from torch import nn
 
-from dqtool.errors import EnvironmentFault
+from dqtool.errors import EnvironmentFault, UsageError
+from dqtool.graph.trace import BlockInfo, Trace
 from dqtool.models.families import FAMILIES
 from dqtool.training.replay import Replay
 
@@ -88,3 +89,24 @@ def test_a_full_disk_is_said_before_anything_is_written(replay: Replay, monkeypa
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(EnvironmentFault, match=r"No space left.*TMPDIR"):
         replay.inputs(0)
+
+
+@pytest.mark.parametrize("other", [1.0, 2.0])
+def test_a_block_that_runs_again_on_other_inputs_is_refused(other: float) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x) + self.a(other * x))
+
+    x, blocks = torch.randn(N, 3), [BlockInfo("a", set()), BlockInfo("b", {"a"})]
+    replay = Replay(Twice(), Trace([], blocks, {"b"}), N, lambda model, rows: model(x[rows]), batch_size=4)
+    inputs = replay.inputs(0)
+    replay.advance(0, replay.outputs(0, inputs), inputs)
+    if other == 1.0:  # a shared embedder runs on the same input every time
+        assert torch.equal(replay.inputs(1).leaves[0], 2 * replay.model.a(x).detach())
+        return
+    with pytest.raises(UsageError, match="Block a can't be trained separately: it runs several times"):
+        replay.inputs(1)
