@@ -172,6 +172,7 @@ class Family(ABC):
         if self.condition_channels(config):
             return (sample[0] - self.condition_channels(config), *(1,) * (len(sample) - 1))
         learns_variance = config.get("out_channels") == 2 * config.get("in_channels", sample[0])
+        learns_variance = learns_variance or bool(config.get("learn_sigma"))  # HunyuanDiT and Lumina
         return (sample[0] * (1 + learns_variance), *(1,) * (len(sample) - 1))
 
     def per_channel(self, values: Tensor, fill: float, config: ForeignConfig) -> Tensor:

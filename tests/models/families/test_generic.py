@@ -163,3 +163,15 @@ def test_samples_that_are_no_images_go_through_all_stages(name: str, tmp_path: P
     figures = open_artifact(report).manifest.metrics.as_read
     assert figures["psnr"]["mean"] > 20
     assert ("ssim" in figures) == (name == "UNet3DConditionModel")
+
+
+def test_a_class_that_says_it_learns_the_variance_predicts_twice_the_channels() -> None:
+    config = {"sample_size": 8, "in_channels": 4}
+    family = Generic("HunyuanDiT2DModel")
+    assert family.prediction_row({**config, "learn_sigma": True}) == (8, 1, 1)
+    assert family.prediction_row({**config, "learn_sigma": False}) == (4, 1, 1)
+    values = torch.ones(3, 4)
+    assert (
+        family.per_channel(values, 0.0, {**config, "learn_sigma": True})[:, :, 0, 0].tolist()
+        == [[1.0] * 4 + [0.0] * 4] * 3
+    )
