@@ -6,6 +6,8 @@ import os
 
 # Before torch is imported: tiny models gain nothing from threads and lose much to them on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before Triton is imported, which PyTorch's compiler does: kernels for GPUs run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import shutil
 from collections.abc import Callable

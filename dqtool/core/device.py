@@ -20,6 +20,7 @@ __all__ = [
     "choose_device",
     "chosen_device",
     "device_of",
+    "gpu_wanted",
     "peak_bytes",
     "place",
     "resolve_device",
@@ -77,6 +78,13 @@ def chosen_device() -> torch.device:
     import torch
 
     return torch.device("cpu") if _chosen is None else _chosen
+
+
+def gpu_wanted() -> bool:
+    """Return whether a network whose device nobody named goes to a GPU: there is one, and the process has not chosen another."""
+    import torch
+
+    return (_chosen is None or _chosen.type == "cuda") and torch.cuda.is_available()
 
 
 def place(module: Module) -> Module:

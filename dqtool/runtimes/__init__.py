@@ -61,6 +61,7 @@ RUNTIMES = {
             "int8 in eager PyTorch on x86 CPUs",
             "one byte (16/9 of a byte in 3x3 convolutions that run as Winograd transforms)",
         ),
+        Runtime("cuda", "dqtool.runtimes.cuda", "int8 on tensor cores of NVIDIA GPUs", "packed bits", ("triton",)),
         Runtime(
             "openvino",
             "dqtool.runtimes.openvino",

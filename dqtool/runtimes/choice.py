@@ -15,6 +15,7 @@ from pathlib import Path
 from dqtool.artifacts import Artifact, cache_directory, dqtool_version, keep_in_cache
 from dqtool.artifacts.manifest import package_version
 from dqtool.artifacts.reading import load_json
+from dqtool.core.device import gpu_wanted
 from dqtool.errors import DqtoolError, EnvironmentFault
 from dqtool.runtimes.names import runtime_name
 
@@ -27,6 +28,9 @@ ORDER = ("cpu", "openvino", "simulate")
 AMX_ORDER = ("openvino", "cpu", "simulate")
 """Order on processors with AMX. There `openvino` was the fastest at every batch from 1 to 16 (the same command), when `cpu`
 left AMX to PyTorch's operations. The AMX kernels of `cpu` have not been timed; `dqtool bench` measures the order."""
+
+GPU = "cuda"
+"""Runtime that comes first where there is a CUDA device."""
 
 GENERATION = 2
 """Version of the remembered times. A change of the runtimes' speed raises it, and earlier times no longer count."""
@@ -42,7 +46,7 @@ def runtime_order(artifact: Artifact, batch: int | None = None) -> tuple[list[st
         return list(_default_order()), "by default"
     near = min(found, key=lambda b: abs(b - batch)) if batch is not None else min(found)
     # Only measured runtimes change places: their times say nothing about the others.
-    measured = sorted((name for name in found[near] if name in ORDER), key=lambda name: found[near][name])
+    measured = sorted((name for name in found[near] if name in _default_order()), key=lambda name: found[near][name])
     fastest = iter(measured)
     names = [next(fastest) if name in measured else name for name in _default_order()]
     if names[0] not in measured:
@@ -65,7 +69,8 @@ def preferred(artifact: Artifact) -> tuple[str, str]:
 
 
 def _default_order() -> tuple[str, ...]:
-    return AMX_ORDER if "amx_int8" in _processor().split() else ORDER
+    order = AMX_ORDER if "amx_int8" in _processor().split() else ORDER
+    return (GPU, *order) if gpu_wanted() else order
 
 
 def recalled_timings(artifact: Artifact) -> dict[int, dict[str, float]]:
@@ -83,7 +88,7 @@ def recalled_timings(artifact: Artifact) -> dict[int, dict[str, float]]:
 def remember_timings(artifact: Artifact, seconds: Mapping[int, Mapping[str, float]]) -> bool:
     """Keep measured seconds of a step that compare at least two runtimes. Return whether they were kept: a cache that can't
     be written is no error."""
-    useful = {batch: {n: s for n, s in times.items() if n in ORDER} for batch, times in seconds.items()}
+    useful = {batch: {n: s for n, s in times.items() if n in (GPU, *ORDER)} for batch, times in seconds.items()}
     useful = {batch: times for batch, times in useful.items() if len(times) > 1}
     if not useful:
         return False

@@ -46,6 +46,9 @@ __all__ = ["DqtoolConfig", "DqtoolQuantizer", "register", "register_in_transform
 INTEGER = "cpu"
 """The integer runtime that works inside a network of diffusers."""
 
+GPU = "cuda"
+"""The integer runtime of networks on CUDA devices. A network that is loaded on the CPU changes to it when it moves to one."""
+
 
 class _Method(StrEnum):
     DQTOOL = METHOD
@@ -54,7 +57,7 @@ class _Method(StrEnum):
 class DqtoolConfig(QuantizationConfigMixin):
     """The `quantization_config` of an exported directory, and what a user asks of its loading.
 
-    `runtime` is `auto` (the fastest that this machine has), `cpu` or `simulate`. `correction` is `auto` (predictions are
+    `runtime` is `auto` (the fastest of the device that the network is on), `cpu`, `cuda` or `simulate`. `correction` is `auto` (predictions are
     corrected unless the scheduler is one that this harms), `on` or `off`. A config made with these alone goes to
     `from_pretrained(..., quantization_config=...)` of a network, or as `quant_mapping` of a `PipelineQuantizationConfig`.
     The other fields come from the export.
@@ -73,14 +76,14 @@ class DqtoolConfig(QuantizationConfigMixin):
         correction: str | None = None,
     ) -> None:
         runtime = runtime and runtime_name(runtime)
-        if runtime not in (None, "auto", INTEGER, "simulate"):
+        if runtime not in (None, "auto", INTEGER, GPU, "simulate"):
             other = runtime in ("openvino", "openvino-bf16")
             raise UsageError(
                 f"from_pretrained has no runtime '{runtime}'",
                 where="DqtoolConfig, runtime",
                 fix=f"Set the network afterwards: pipe.unet = dqtool.load(directory, runtime='{runtime}')"
                 if other
-                else f"Choose from auto, {INTEGER} and simulate",
+                else f"Choose from auto, {INTEGER}, {GPU} and simulate",
             )
         self.quant_method = _Method.DQTOOL  # type: ignore[assignment]
         self.runtime = runtime
@@ -246,10 +249,12 @@ class DqtoolQuantizer(DiffusersQuantizer):
         if self.runtime == "simulate":
             one_call_at_a_time(model)
         else:
-            from dqtool.runtimes import cpu
+            from dqtool.runtimes import RUNTIMES
 
             model.eval()
-            cpu.convert(model)
+            RUNTIMES[self.runtime].engine().convert(model)
+            if self.runtime == GPU:
+                model.to(self.dtype or torch.float32)
             model.__dict__["_dqtool_dtype"] = self.dtype or torch.float32
         model.__dict__["runtime"] = self.runtime
         model.__dict__[ASKED] = self.quantization_config.correction or "auto"
@@ -322,10 +327,20 @@ def chosen_runtime(asked: str | None, device_map: Any = None, artifact: Artifact
     if asked == "simulate":
         report.say("runtime: simulate (float fake-quantization, the reference), as asked")
         return asked
-    from dqtool.runtimes import cpu
+    from dqtool.runtimes import RUNTIMES, cpu
 
-    reason = cpu.available()
     elsewhere = {str(d) for d in device_map.values()} - {"cpu"} if isinstance(device_map, dict) else set()
+    on_gpu = bool(elsewhere) and all(d.isdigit() or d.startswith("cuda") for d in elsewhere)
+    if asked == GPU or on_gpu:
+        reason = RUNTIMES[GPU].engine().available()
+        if reason is None:
+            report.say(f"runtime: {GPU} ({RUNTIMES[GPU].summary})")
+            return GPU
+        if asked == GPU:
+            raise EnvironmentFault(
+                f"The {GPU} runtime can't run here: {reason}", where="DqtoolConfig, runtime", fix="Use runtime='auto'"
+            )
+    reason = cpu.available()
     if elsewhere:
         reason = f"the network is placed on {', '.join(sorted(elsewhere))}"
     if reason is None:

@@ -13,6 +13,8 @@ import inspect
 import platform
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,18 +38,20 @@ from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
 from dqtool.runtimes.cpu import library
-from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, SharedInput
+from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, merge_projections
 from dqtool.runtimes.cpu.blocks import fuse
 from dqtool.runtimes.cpu.codes import CurrentStep
-from dqtool.runtimes.cpu.merging import merge
 from dqtool.runtimes.cpu.native_product import NativeProduct
 from dqtool.runtimes.cpu.onednn_product import OnednnProduct
 from dqtool.runtimes.cpu.product import Product
 
-__all__ = ["available", "choose", "convert", "integer_report", "load", "simulated_again"]
+__all__ = ["available", "convert", "integer_report", "joined", "load", "simulated_again", "without"]
 
 SERVED = ("cpu", "meta")
 """Devices that a converted network may move to."""
+
+ENGINES = {"cuda": "dqtool.runtimes.cuda"}
+"""Modules of the runtimes that take over when a network moves to a device that is not in `SERVED`."""
 
 
 def available() -> str | None:
@@ -162,26 +166,7 @@ def _convert_attention(name: str, attn: Any, current_step: CurrentStep, kinds: d
     if scale is None and isinstance(getattr(attn, "head_dim", None), int):
         scale = attn.head_dim**-0.5
     set_own(attn, IntegerAttnProcessor(own, operands if native else None, current_step, scale))
-    if own.layout == "single":
-        for target, sources in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
-            layers = [getattr(attn, source) for source in sources]
-            if not all(isinstance(layer, PackedLayer) for layer in layers):
-                continue
-            integers = [integer_layer(layer, keep_packed=True) for layer in layers]
-            whole = merge(integers) if all(layer.is_integer for layer in integers) else None
-            product = None if whole is None else choose_product(whole, current_step)
-            if product is None or (target == "to_qkv" and layers[0].in_features != layers[1].in_features):
-                continue
-            if target == "to_qkv" and getattr(attn, "is_cross_attention", False):
-                continue
-            setattr(attn, target, product)
-            start = 0
-            for source, layer in zip(sources, layers, strict=True):
-                setattr(attn, source, SharedInput(product, start, layer.out_features))
-                start += layer.out_features
-                merged.add(f"{name}.{source}")
-                kinds[f"{name}.{source}"] = "int8"
-            break
+    merge_projections(name, attn, partial(choose_product, current_step=current_step), kinds, merged)
     return "int8" if native else "float"
 
 
@@ -200,16 +185,22 @@ def integer_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
     lost = _nan_samples((args, kwargs), len(given))
     if given.dtype == torch.float32 and not bool(lost.any()):
         return output
-    return _joined([output], lambda parts: _without(parts[0].to(given.dtype), lost))
+    return joined([output], lambda parts: without(parts[0].to(given.dtype), lost))
 
 
 def integer_apply(network: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """Replace `_apply` of a converted network: keep its tensors, whose addresses the kernels know, and note the dtype.
 
-    On a device that the kernels don't serve it becomes the float simulation.
+    On a device that the kernels don't serve it becomes a network of that device's runtime, else the float simulation.
     """
     probe = fn(torch.empty(0, dtype=_dtype(network)))
     if probe.device.type not in SERVED:
+        engine = _engine_on(probe.device)
+        if engine is not None:
+            report.say(f"runtime: {probe.device.type} from here on: the network moves to {probe.device}")
+            moved: nn.Module = engine.convert(simulated_again(network)).to(_dtype(network))
+            moved.runtime = probe.device.type  # type: ignore[assignment]
+            return moved._apply(fn, recurse)
         report.say(f"runtime: simulate from here on: cpu computes on the CPU, and the network moves to {probe.device}")
         return simulated_again(network)._apply(fn, recurse)
 
@@ -220,6 +211,13 @@ def integer_apply(network: Any, fn: Callable[[Tensor], Tensor], recurse: bool = 
     type(network)._apply(network, keep, recurse)
     network.__dict__["_dqtool_dtype"] = probe.dtype
     return network
+
+
+def _engine_on(device: torch.device) -> ModuleType | None:
+    """Return the integer runtime of a device, or None where there is none or it can't run."""
+    name = ENGINES.get(device.type)
+    engine = None if name is None else import_module(name)
+    return engine if engine is not None and engine.available() is None else None
 
 
 def simulated_again(network: nn.Module) -> nn.Module:
@@ -253,7 +251,7 @@ def _traced(original: Any, network: Any, sample: Tensor, args: tuple, kwargs: di
     output = original.forward(network, *args, **kwargs)
     current_step.rows = kept
     lost = _nan_samples((args, kwargs), len(sample))
-    return _joined([output], lambda parts: _without(parts[0].to(sample.dtype), lost))
+    return joined([output], lambda parts: without(parts[0].to(sample.dtype), lost))
 
 
 def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -268,7 +266,7 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
             output = _step_by_step(original, network, sample.new_zeros(1), args, kwargs)
         finally:
             steps.select(asked)
-        return _joined([output], lambda parts: parts[0][:0])
+        return joined([output], lambda parts: parts[0][:0])
     if len(rows) == 1:
         current_step.row, current_step.rows = int(rows[0]), rows
         return original.forward(network, *args, **kwargs)
@@ -292,19 +290,19 @@ def _step_by_step(original: Any, network: nn.Module, sample: Tensor, args: tuple
     finally:
         steps.select(asked)
     order = torch.cat([chosen for chosen, _ in outputs]).argsort()
-    return _joined([out for _, out in outputs], lambda parts: torch.cat(parts)[order])
+    return joined([out for _, out in outputs], lambda parts: torch.cat(parts)[order])
 
 
-def _joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+def joined(outputs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
     """Return one output with the structure of `outputs`; `join` makes each tensor from theirs."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return join(outputs)
     if isinstance(first, tuple) and not hasattr(first, "to_tuple"):
-        return tuple(_joined(list(parts), join) for parts in zip(*outputs, strict=True))
+        return tuple(joined(list(parts), join) for parts in zip(*outputs, strict=True))
     if isinstance(first, list):  # one tensor for each sample
         return list(join([torch.stack(samples) for samples in outputs]).unbind())
-    return type(first)(**{key: _joined([out[key] for out in outputs], join) for key in first})
+    return type(first)(**{key: joined([out[key] for out in outputs], join) for key in first})
 
 
 def _is_batch(value: Any, batch: int) -> bool:
@@ -325,7 +323,7 @@ def _nan_samples(arguments: Any, batch: int) -> Tensor:
     return lost
 
 
-def _without(output: Tensor, lost: Tensor) -> Tensor:
+def without(output: Tensor, lost: Tensor) -> Tensor:
     """Return `output` `[N, ...]` with NaN for the samples of the mask `lost` `[N]`."""
     return output.masked_fill(lost.view(-1, *(1,) * (output.dim() - 1)), torch.nan)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from dqtool.graph.attention import own_processor
 from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
-from dqtool.nn.integer import IntegerAttention
+from dqtool.nn.integer import IntegerAttention, IntegerLayer, integer_layer
+from dqtool.nn.packed_layer import PackedLayer
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.codes import Codes, CurrentStep
 from dqtool.runtimes.cpu.library import pointer
+from dqtool.runtimes.cpu.merging import merge
 from dqtool.runtimes.cpu.product import Product
 
-__all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare"]
+__all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare", "merge_projections"]
 
 
 class SharedInput(Adaptable, nn.Module):
@@ -39,6 +43,40 @@ class SharedInput(Adaptable, nn.Module):
     def forward(self, input: Tensor, *_: object) -> Tensor:
         """Map `[..., C]` to `[..., out_features]`."""
         return self._merged[0](input)[..., self.start : self.start + self.out_features]
+
+
+def merge_projections(
+    name: str,
+    attn: Any,
+    choose: Callable[[IntegerLayer], Product | None],
+    kinds: dict[str, str],
+    merged: set[str],
+) -> None:
+    """Merge the projections of the attention module `name` that share their input, where `choose` has a product for them.
+
+    `kinds` gains the arithmetic of these layers, `merged` their names.
+    """
+    if own_processor(attn).layout != "single":
+        return
+    for target, sources in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
+        layers = [getattr(attn, source) for source in sources]
+        if not all(isinstance(layer, PackedLayer) for layer in layers):
+            continue
+        integers = [integer_layer(layer, keep_packed=True) for layer in layers]
+        whole = merge(integers) if all(layer.is_integer for layer in integers) else None
+        product = None if whole is None else choose(whole)
+        if product is None or (target == "to_qkv" and layers[0].in_features != layers[1].in_features):
+            continue
+        if target == "to_qkv" and getattr(attn, "is_cross_attention", False):
+            continue
+        setattr(attn, target, product)
+        start = 0
+        for source, layer in zip(sources, layers, strict=True):
+            setattr(attn, source, SharedInput(product, start, layer.out_features))
+            start += layer.out_features
+            merged.add(f"{name}.{source}")
+            kinds[f"{name}.{source}"] = "int8"
+        break
 
 
 def is_bare(attn: Any) -> bool:
@@ -129,7 +167,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         usual = usual and self.layout == "single" and attn.spatial_norm is None and is_bare(attn)
         if not isinstance(first, Product) or not usual:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        x = hidden_states.float()
+        x = first.glue(hidden_states)
         image = x.dim() == 4
         if attn.group_norm is not None:
             codes = first.group_norm(x if image else x.transpose(1, 2).unsqueeze(-1), attn.group_norm)
@@ -167,7 +205,9 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         else:
             query = attn.to_q.multiply(codes)
             context = attn.norm_encoder_hidden_states(context) if attn.norm_cross else context
-            key, value = attn.to_kv(context.float()).split([attn.to_k.out_features, attn.to_v.out_features], dim=-1)
+            key, value = attn.to_kv(attn.to_kv.glue(context)).split(
+                [attn.to_k.out_features, attn.to_v.out_features], dim=-1
+            )
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, key.shape[1], len(key))
             mask = mask.view(len(key), attn.heads, -1, mask.shape[-1])

@@ -63,13 +63,13 @@ class FusedResnetBlock2D(ResnetBlock2D):
         conv2: Any = self.conv2
         if not (isinstance(conv1, Product) and isinstance(conv2, Product)):
             return super().forward(input_tensor, temb)  # type: ignore[arg-type]
-        x = input_tensor.float()
+        x = conv1.glue(input_tensor)
         codes = conv1.group_norm(x, self.norm1, SILU)
         bias = scale = shift = None
         if self.time_emb_proj is not None and temb is not None:
             proj: Any = self.time_emb_proj
             if isinstance(proj, Product):
-                emb = proj.multiply(proj.quantize(temb.float(), NONE if self.skip_time_act else SILU))
+                emb = proj.multiply(proj.quantize(proj.glue(temb), NONE if self.skip_time_act else SILU))
             else:
                 emb = proj(temb.float() if self.skip_time_act else F.silu(temb.float()))
             if self.time_embedding_norm == "scale_shift":
@@ -100,7 +100,7 @@ class FusedDownsample2D(Downsample2D):
         if not isinstance(conv, Product):
             return super().forward(hidden_states)
         extra = (1, 1) if self.padding == 0 else (0, 0)
-        return conv.multiply(conv.quantize(hidden_states.float(), extra=extra)).to(hidden_states.dtype)
+        return conv.multiply(conv.quantize(conv.glue(hidden_states), extra=extra)).to(hidden_states.dtype)
 
 
 class FusedUpsample2D(Upsample2D):
@@ -123,7 +123,7 @@ class FusedUpsample2D(Upsample2D):
         conv: Any = self.conv
         if not isinstance(conv, Product):
             return super().forward(hidden_states, output_size)
-        x = hidden_states.float()
+        x = conv.glue(hidden_states)
         if output_size is not None:
             return conv(F.interpolate(x, size=output_size, mode="nearest")).to(hidden_states.dtype)
         return conv.multiply(conv.quantize(x, up=2)).to(hidden_states.dtype)
@@ -148,7 +148,7 @@ class FusedFeedForward(FeedForward):
         first: Any = self.net[0].proj
         if not self.is_bare():
             return super().forward(hidden_states)
-        return self.from_codes(first.quantize(hidden_states.float())).to(hidden_states.dtype)
+        return self.from_codes(first.quantize(first.glue(hidden_states))).to(hidden_states.dtype)
 
     def is_bare(self) -> bool:
         """Return whether neither layer has something around it."""
@@ -211,8 +211,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         if not fused or (self.attn2 is not None and encoder_hidden_states is None):
             rest: Any = (encoder_attention_mask, timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
             return super().forward(hidden_states, attention_mask, encoder_hidden_states, *rest)
-        x = hidden_states.float()
         attn1: Any = self.attn1
+        x = attn1.to_qkv.glue(hidden_states)
         attn2: Any = self.attn2
         ff: Any = self.ff
         norm3: Any = self.norm3
@@ -251,7 +251,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         proj_in: Any = self.proj_in
         if not (isinstance(proj_in, Product) and isinstance(self.proj_out, Product)):
             return super()._operate_on_continuous_inputs(hidden_states)
-        h = proj_in.multiply(proj_in.group_norm(hidden_states.float(), self.norm))
+        h = proj_in.multiply(proj_in.group_norm(proj_in.glue(hidden_states), self.norm))
         if proj_in.is_conv:
             h = h.permute(0, 2, 3, 1).flatten(1, 2)
         return h.to(hidden_states.dtype), h.shape[-1]
@@ -263,7 +263,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         if not (isinstance(proj_out, Product) and isinstance(self.proj_in, Product)):
             sizes = (batch_size, height, width, inner_dim)
             return super()._get_output_for_continuous_inputs(hidden_states, residual, *sizes)
-        h, whole = hidden_states.float(), residual.float()
+        h, whole = proj_out.glue(hidden_states), proj_out.glue(residual)
         if proj_out.is_conv:
             image = h.view(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
             return proj_out.multiply(proj_out.quantize(image), residual=whole).to(residual.dtype)
@@ -328,7 +328,9 @@ class NormActProduct(Adaptable, nn.Module):
         """Map `[N, C, H, W]` to `[N, C_out, H, W]`, with the norm and the activation before the layer."""
         if self.__dict__["network"].conv_out is not self:
             return self.product(x)
-        return self.product.multiply(self.product.group_norm(x.float(), self.__dict__["norm"], SILU)).to(x.dtype)
+        return self.product.multiply(self.product.group_norm(self.product.glue(x), self.__dict__["norm"], SILU)).to(
+            x.dtype
+        )
 
 
 def _fuse_head(network: Any) -> int:

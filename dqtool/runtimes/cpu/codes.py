@@ -29,7 +29,7 @@ NONE, SILU, GELU_TANH, GELU, GEGLU = range(5)
 """Activations that are fused with the quantizer after them, numbered as in `kernels.cpp`. GEGLU is `value * gelu(gate)` of
 the two halves (value, gate) of the channels."""
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     NONE: lambda x: x,
     SILU: F.silu,
     GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
@@ -116,6 +116,10 @@ class InputCodes(Adaptable, nn.Module):
     signed_offset = 128
     channel_bytes: int
 
+    def glue(self, x: Tensor) -> Tensor:
+        """Return `x` in the dtype that the kernels read, float32."""
+        return x.float()
+
     def geometry_of_float(self) -> dict[str, object]:
         """See `Adaptable.geometry_of_float`."""
         if not self.is_conv:
@@ -187,7 +191,7 @@ class InputCodes(Adaptable, nn.Module):
         """
         kernels = self.kernels
         if kernels is None or not self.is_bare:
-            x = _ACTIVATIONS[act](x)
+            x = ACTIVATIONS[act](x)
             x = x.repeat_interleave(up, -1).repeat_interleave(up, -2) if up > 1 else x
             return self._from_float(x, extra)
         return self._quantize(x, act, up, extra)
@@ -233,7 +237,7 @@ class InputCodes(Adaptable, nn.Module):
             y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
             if scale is not None and shift is not None:
                 y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-            y = _ACTIVATIONS[act](y)
+            y = ACTIVATIONS[act](y)
             return self._from_float(y if self.is_conv else y.flatten(2).transpose(1, 2))
         if is_compiling():
             wanted, shape, sizes = self._layout(x.shape, True, 1, (0, 0))

@@ -111,7 +111,7 @@ class Product(InputCodes):
 
     def forward(self, input: Tensor, *_: object) -> Tensor:
         """Compute the output of the replaced layer in float32, and return it in the dtype of `input`."""
-        return self.multiply(self.quantize(input.float())).to(input.dtype)
+        return self.multiply(self.quantize(self.glue(input))).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return the text that `print(model)` shows."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the `cuda` runtime. Importing a module here needs Triton; nothing here allocates or launches."""

@@ -1,0 +1,75 @@
+"""Sizes of the blocks that a GPU's processors compute, chosen by a model of occupancy and traffic.
+
+Under Triton's interpreter a block is about as large as the problem: every block costs as much as many elements.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dqtool.runtimes.cuda.model import Gpu, best_tile, gpu_of
+
+__all__ = ["Tile", "attention_tile", "block_elements", "power_of_two", "product_tile", "statistics_split"]
+
+
+class Tile(NamedTuple):
+    """A block of `rows` times `columns` results, computed by `warps` warps with `stages` loads in flight."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    assembly: bool = True
+    """Unpack 4-bit codes by machine instructions."""
+
+
+AT_ONCE = 2048
+"""Elements of a block of the element-wise kernels."""
+
+INTERPRETED_AT_ONCE = 1 << 16
+"""The same under the interpreter, whose cost is that of the blocks' number."""
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least `n`."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def block_elements(x: Tensor) -> int:
+    """Return how many elements of `x` a block of an element-wise kernel takes."""
+    return AT_ONCE if x.is_cuda else INTERPRETED_AT_ONCE
+
+
+def _between(n: int, least: int, most: int) -> int:
+    return max(least, min(most, power_of_two(n)))
+
+
+@functools.cache
+def _gpu(device: torch.device) -> Gpu:
+    return gpu_of(torch.cuda.get_device_name(device))
+
+
+def product_tile(m: int, n: int, k: int, bits: int, gated: bool, codes: Tensor) -> Tile:
+    """Return the block for a product of `m` rows and `n` columns over `k` codes."""
+    if not codes.is_cuda:
+        return Tile(_between(m, 16, 128), _between(n, 16, 64), 4, 1, assembly=False)
+    return Tile(*best_tile(_gpu(codes.device), m, n, k, bits, gated))
+
+
+def attention_tile(queries: int, keys: int, width: int, q: Tensor) -> Tile:
+    """Return the block of queries and keys for heads of `width` channels."""
+    if not q.is_cuda:
+        return Tile(_between(queries, 16, 64), _between(keys, 32, 64), 4, 1)
+    return Tile(128, 64, 8, 2)
+
+
+def statistics_split(groups: int, pixels: int) -> int:
+    """Return into how many chunks the pixels of each of `groups` groups are cut: a power of two, at most 16."""
+    split = 1
+    while split < 16 and groups * split < 512 and pixels // (2 * split) >= 64:
+        split *= 2
+    return split

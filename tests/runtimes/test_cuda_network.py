@@ -1,0 +1,138 @@
+"""The cuda runtime end to end in Triton's interpreter: networks compute what the simulation does, in any mix of steps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import component_directory
+from helpers import tiny_pipeline
+from synthetic import relative_error, synthetic_network
+from torch import nn
+from triton_layers import STEPS
+
+from dqtool.core.bits import AttentionBits
+from dqtool.models.families import family_of
+from dqtool.nn.attention import QuantAttnProcessor
+from dqtool.nn.call_lock import one_call_at_a_time
+from dqtool.nn.integer import integer_attention
+from dqtool.nn.steps import StepIndex
+from dqtool.runtimes import cuda
+from dqtool.runtimes.cuda.attention import TABLES, AttentionTables, CudaAttnProcessor
+from dqtool.runtimes.cuda.products import CudaProduct, Glue
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda.ON_CPU, "1")
+
+
+@pytest.mark.parametrize(("bits", "probs"), [(4, 8), (8, 4)])
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(5, 40, 8)])
+def test_attention_is_the_simulations(bits: int, probs: int, queries: int, keys: int, dim: int) -> None:
+    torch.manual_seed(queries)
+    heads = 2
+    attn: Any = nn.Module()
+    attn.heads, attn.scale = heads, dim**-0.5
+    steps = StepIndex(torch.arange(STEPS) * 10.0)
+    processor = QuantAttnProcessor(AttentionBits(bits, probs), steps)
+    attn.processor = processor
+    for name in ("q", "k", "v"):
+        attn.register_buffer(f"{name}_scale", torch.rand(STEPS, heads) * 0.1 + 6 / 2**bits)
+        if bits != 8:
+            zeros = torch.randint(0, 2**bits, (STEPS, heads), dtype=torch.uint8)
+            attn.register_buffer(f"{name}_zero_point", zeros)
+    attn.register_buffer("probs_scale", torch.rand(STEPS, heads) / 2**probs)
+    q, k, v = (torch.randn(2, s, heads, dim).transpose(1, 2) for s in (queries, keys, keys))
+    glue, integer = Glue(), integer_attention(attn)
+    attn.add_module(TABLES, AttentionTables(integer))
+    ours = CudaAttnProcessor(processor, integer, glue)
+    mask = torch.zeros(2, 1, 1, keys)
+    mask[1, :, :, keys // 2 :] = -10000.0
+    for m, rows in ((None, [1]), (mask, [2, 0])):
+        steps.select(torch.tensor(rows))
+        glue.rows = torch.tensor(rows)
+        expected, got = processor.attend(attn, q, k, v, m), ours.attend(attn, q, k, v, m)
+        assert got.shape == expected.shape == (2, queries, heads * dim)
+        # A softmax value on a rounding tie may take the neighbouring code.
+        assert (got - expected).abs().mean() < 1e-4 * expected.abs().mean()
+
+
+@pytest.fixture(scope="module", params=["unet", "dit"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """A tiny packed network, at 4/4 with `STEPS` steps: every launch takes the interpreter a twentieth of a second."""
+    path = tmp_path_factory.mktemp(request.param) / "model"
+    if request.param == "dit":
+        model = component_directory("dit", path)
+    else:
+        one = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        model = tiny_pipeline(path, **one) / "unet"
+    return one_call_at_a_time(synthetic_network(str(model), "4/4", steps=STEPS))
+
+
+def example(network: Any, batch: int = 2) -> dict[str, Any]:
+    torch.manual_seed(0)
+    hints = {"_context_tokens": 5, "_sample_size": 8}
+    given = family_of(type(network).__name__, "test").example(hints | dict(network.config), batch=batch)
+    return given | {"return_dict": False}
+
+
+def test_networks_compute_what_the_simulation_does(packed: nn.Module) -> None:
+    ours = cuda.convert(copy.deepcopy(packed))
+    assert set(cuda.integer_report(ours).values()) == {"int8"}
+    given = example(packed)
+    told = given | {"timestep": packed.timesteps[torch.tensor([2, 0])]}  # type: ignore[index]
+    with torch.no_grad():
+        expected, got = packed(**told)[0], ours(**told)[0]
+    assert got.shape == expected.shape and relative_error(got, expected) < 0.03
+
+
+def test_weights_take_their_bits_and_scales_keep_their_dtype(packed: nn.Module) -> None:
+    ours: Any = cuda.convert(copy.deepcopy(packed)).to(torch.float16)
+    products = [module for module in ours.modules() if isinstance(module, CudaProduct)]
+    for product in products:
+        rows = product.sizes.out_channels * product.sizes.k
+        assert product.planes.numel() == rows * product.sizes.bits // 8
+        assert product.steps.dtype == product.weight_scale.dtype == torch.float32
+    assert ours.dtype == torch.float16
+    kept = ours.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in packed.state_dict().items())  # saved as it was loaded
+    floats = [p for p in ours.parameters() if p.is_floating_point()]
+    assert all(p.dtype == torch.float16 for p in floats)
+
+
+def test_step_tables_are_read_on_the_device_alone(packed: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward reads a number of a tensor: it would wait for a GPU."""
+    ours = cuda.convert(copy.deepcopy(packed))
+    told = example(packed) | {"timestep": packed.timesteps[torch.tensor([1, 1])]}  # type: ignore[index]
+    from dqtool.nn.steps import StepIndex as Index
+
+    monkeypatch.setattr(Index, "set", lambda self, timestep: self.select(torch.ones(1, dtype=torch.long)))
+    from dqtool.runtimes.cuda import launch
+
+    for name in ("quantize_image", "layer_norm_codes", "multiply_codes", "attend"):
+        monkeypatch.setattr(launch, name, _filled(getattr(launch, name)))
+    ours = ours.to("meta")
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in told.items()}
+    with torch.no_grad():
+        assert ours(**meta)[0].device.type == "meta"  # a read of a meta tensor raises
+
+
+def _filled(function: Any) -> Any:
+    """Return the fake result of a launch."""
+
+    def result(*args: Any, **_: Any) -> torch.Tensor:
+        if function.__name__ == "multiply_codes":
+            return args[9]
+        if function.__name__ == "quantize_image":
+            from dqtool.runtimes.cuda.ops import image_codes
+
+            return image_codes(args[0], list(args[4]))
+        if function.__name__ == "layer_norm_codes":
+            return args[0].new_empty((args[0].shape[0] * args[0].shape[1], args[9]), dtype=torch.int8)
+        q = args[0][0]
+        return q.new_empty((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]))
+
+    return result
