@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost published
+.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published
 
 setup: $(VENV)/.done
 
@@ -166,6 +166,15 @@ full-size: setup
 # It needs 10 GB of disk, and fails if a limit is exceeded.
 dilate-cost: setup
 	$(BIN)/python recipes/dilate_cost.py
+
+# Checks the cuda runtime on a GPU and times it, in under eight minutes: kernels, the same integers, whole networks beside half
+# precision, one distilled block. Writes recipes/results/gpu-check-GPU.md as it goes. Needs a PyTorch for CUDA.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) recipes/gpu_check.py $(ARGS)
+
+# Compiles the kernels for GPUs, on a machine without one, and writes recipes/results/gpu-kernels.md.
+gpu-kernels: setup
+	$(BIN)/python recipes/gpu_kernels.py
 
 # Quantizes a published model from its checkpoint, on a GPU: make published RECIPE=cifar10-w4a4 MODEL=path/to/model.ckpt
 published: setup

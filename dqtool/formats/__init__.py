@@ -26,6 +26,7 @@ FORMATS = {
     "dense": "dqtool.formats.dense",
     "openvino": "dqtool.formats.openvino",
     "onnx": "dqtool.formats.onnx",
+    "onnx-qdq": "dqtool.formats.onnx_qdq",
     "compressed-tensors": "dqtool.formats.compressed_tensors",
 }
 """Modules that implement the formats, by their name on the command line. They are imported on use."""

@@ -29,7 +29,7 @@ from dqtool.nn.integer import IntegerLayer
 from dqtool.nn.traceable import TraceableNetwork
 from dqtool.nn.traceable_codes import ProductForm, is_signed
 
-__all__ = ["EXTRA", "GRAPH", "prepare"]
+__all__ = ["CENTRE", "EXTRA", "GRAPH", "prepare", "prepare_with"]
 
 EXTRA = "onnx"
 GRAPH = "model.onnx"
@@ -47,13 +47,18 @@ def prepare(distilled: Artifact) -> Exported:
     Raises:
         EnvironmentFault: onnx is not installed.
     """
+    return prepare_with(distilled, IntegerProduct())
+
+
+def prepare_with(distilled: Artifact, product: ProductForm) -> Exported:
+    """Prepare the network as ONNX with products of this form."""
     require("onnx", EXTRA)
     manifest = distilled.manifest
     family = family_of(manifest.network.class_name, distilled.given)
     config = dict(manifest.network.config)
     network = packed_network(manifest.network.class_name, config, plans_of(manifest), checked_tensors(distilled))
     example = family.example(config, batch=2)
-    traceable = TraceableNetwork(network.requires_grad_(False), example, IntegerProduct(), family.sample)
+    traceable = TraceableNetwork(network.requires_grad_(False), example, product, family.sample)
     layers = [replace(layer, runs="int8" if max(layer.bits or FLOAT32) <= 8 else "float") for layer in manifest.layers]
     tensors = traced_arguments(example, family.timestep)
 

@@ -90,7 +90,13 @@ RUNTIMES = {
 VARIABLE = "DQTOOL_RUNTIME"
 """Environment variable with the runtime that `auto` stands for."""
 
-READERS = {"dense": ("simulate",), "openvino": ("openvino", "openvino-bf16"), "onnx": (), "compressed-tensors": ()}
+READERS = {
+    "dense": ("simulate",),
+    "openvino": ("openvino", "openvino-bf16"),
+    "onnx": (),
+    "onnx-qdq": (),
+    "compressed-tensors": (),
+}
 """Export formats that not every runtime reads, and the runtimes that do."""
 
 

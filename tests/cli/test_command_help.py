@@ -152,7 +152,7 @@ def test_a_new_choice_is_named_without_touching_the_command(monkeypatch: pytest.
     from dqtool.formats import FORMATS
 
     monkeypatch.setitem(FORMATS, "toy", "toy")
-    assert "dq, dense, openvino, onnx, compressed-tensors, toy" in with_names("{dqtool.formats:FORMATS}")
+    assert "dq, dense, openvino, onnx, onnx-qdq, compressed-tensors, toy" in with_names("{dqtool.formats:FORMATS}")
 
 
 @pytest.mark.parametrize("command", ["quantize", "calibrate", "distill", "eval", "sample"])

@@ -18,13 +18,13 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def export(run: Run, made: Path, directory: Path, bits: str) -> None:
+def export(run: Run, made: Path, directory: Path, bits: str, kind: str = "onnx") -> None:
     """Write `dq` and `onnx` directories of the tiny model at `bits`, with initialised, untrained quantizers."""
     common = ("--iters", "0", "--refine-iters", "0", "-o", "d.safetensors")
     for arguments in (
         ("distill", str(made / "calibrated.safetensors"), "--bits", bits, *common),
         ("export", "d.safetensors", "-o", "dq"),
-        ("export", "d.safetensors", "-o", "onnx", "--format", "onnx"),
+        ("export", "d.safetensors", "-o", "onnx", "--format", kind),
     ):
         result = run(*arguments, cwd=directory)
         assert result.returncode == 0, result.stderr
@@ -53,6 +53,26 @@ def test_onnxruntime_follows_the_simulation(made: Path, tmp_path: Path, run: Run
     assert operators["ConvInteger"] == kinds["conv2d"]
     assert operators["MatMulInteger"] == kinds["linear"] + 2 * kinds["attention"]
     assert operators["Conv"] == operators["MatMul"] == operators["Gemm"] == 0
+
+
+@pytest.mark.parametrize("bits", ["4/4", "8/8"])
+def test_nodes_of_constant_scale_follow_the_simulation(made: Path, tmp_path: Path, run: Run, bits: str) -> None:
+    export(run, made, tmp_path, bits, "onnx-qdq")
+    path = tmp_path / "onnx" / "unet" / "model.onnx"
+    simulated = dqtool.load(str(tmp_path / "dq"), "simulate")
+    session = onnxruntime.InferenceSession(str(path))
+    x, steps = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), simulated.timesteps[[3, 1]]
+    got = torch.from_numpy(session.run(None, {"sample": x.numpy(), "timestep": steps.numpy()})[0])
+    expected = simulated(x, steps).sample
+    assert (got - expected).norm() < 0.1 * expected.norm()
+    graph = onnx.load(path).graph
+    constants = {each.name for each in graph.initializer} | {n.output[0] for n in graph.node if n.op_type == "Constant"}
+    nodes = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert nodes and all(node.input[1] in constants for node in nodes)  # the step is in the multiplier before them
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            assert [made_by[name] for name in node.input[:2]] == ["DequantizeLinear"] * 2
 
 
 def test_large_graphs_keep_their_weights_in_a_second_file(

@@ -36,9 +36,9 @@ def on_device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _rows(x: Tensor, width: int, rows: int) -> int:
+def _rows(width: int, rows: int) -> int:
     """Return the rows of a block of `width` columns of an element-wise kernel, at most as many as there are."""
-    return max(1, min(block_elements(x) // width, power_of_two(rows)))
+    return max(1, min(block_elements() // width, power_of_two(rows)))
 
 
 def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, int]:
@@ -52,7 +52,7 @@ def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, int]:
     block = power_of_two(width)
     with on_device_of(x):
         group_statistics_kernel[(n * groups, split)](
-            x, out, h * w, w, *strides, groups, width, chunk, S=split, BP=_rows(x, block, h * w), BC=block,
+            x, out, h * w, w, *strides, groups, width, chunk, S=split, BP=_rows(block, h * w), BC=block,
             num_warps=4,
         )  # fmt: skip
     return out, chunk
@@ -77,7 +77,7 @@ def quantize_image(
     if not out.numel():
         return out
     wide = min(128, power_of_two(total))
-    tall = _rows(x, wide, p.height * p.width_padded)
+    tall = _rows(wide, p.height * p.width_padded)
     blocks = cdiv(p.height * p.width_padded, tall)
     statistics, chunk, groups, weight, bias, eps = x, 1, 1, None, None, 0.0
     if norm is not None:
@@ -118,7 +118,7 @@ def layer_norm_codes(
     if not out.numel():
         return out
     block = power_of_two(channel_bytes)
-    tall = _rows(x, block, n * s)
+    tall = _rows(block, n * s)
     x = x.contiguous()
     stride = 0
     if scale is not None and shift is not None:
@@ -219,7 +219,7 @@ def attend(
     if not out.numel():
         return out
     width = max(32, power_of_two(d))
-    tile = attention_tile(sq, sk, width, query)
+    tile = attention_tile(sq, sk, width)
     sqp, skp = cdiv(sq, tile.rows) * tile.rows, cdiv(sk, tile.columns) * tile.columns
     per, static = samples_per_row(rows, n), len(tables) == 1
     codes = [query.new_empty((n * h, size, width), dtype=torch.int8) for size in (sqp, skp, skp)]

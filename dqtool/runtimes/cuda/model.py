@@ -49,7 +49,7 @@ GPUS = {
 """Known GPUs by a part of their names."""
 
 OTHER = GPUS["A100"]
-"""What an unknown GPU is taken for."""
+"""Rates assumed for an unknown GPU."""
 
 REGISTERS = 65536
 LATENCY = 1200
@@ -95,7 +95,15 @@ def candidates(bits: int, gated: bool) -> list[tuple[int, int, int, int]]:
 
 
 def estimate(
-    gpu: Gpu, m: int, n: int, k: int, bits: int, gated: bool, tile: tuple[int, int, int, int], out_bytes: int = 2, taps: int = 1
+    gpu: Gpu,
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    gated: bool,
+    tile: tuple[int, int, int, int],
+    out_bytes: int = 2,
+    taps: int = 1,
 ) -> Estimate:
     """Return the predicted time of a product of `m` rows and `n` columns over `k` codes (`taps` of a convolution read each
     pixel again)."""

@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from dqtool.runtimes.cuda.model import Gpu, best_tile, gpu_of
@@ -39,9 +40,13 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def block_elements(x: Tensor) -> int:
-    """Return how many elements of `x` a block of an element-wise kernel takes."""
-    return AT_ONCE if x.is_cuda else INTERPRETED_AT_ONCE
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def block_elements() -> int:
+    """Return how many elements a block of an element-wise kernel takes."""
+    return INTERPRETED_AT_ONCE if _interpreted() else AT_ONCE
 
 
 def _between(n: int, least: int, most: int) -> int:
@@ -50,21 +55,21 @@ def _between(n: int, least: int, most: int) -> int:
 
 @functools.cache
 def _gpu(device: torch.device) -> Gpu:
-    return gpu_of(torch.cuda.get_device_name(device))
+    return gpu_of(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
 
 
 def product_tile(m: int, n: int, k: int, bits: int, gated: bool, codes: Tensor) -> Tile:
     """Return the block for a product of `m` rows and `n` columns over `k` codes."""
-    if not codes.is_cuda:
+    if _interpreted():
         return Tile(_between(m, 16, 128), _between(n, 16, 64), 4, 1, assembly=False)
     return Tile(*best_tile(_gpu(codes.device), m, n, k, bits, gated))
 
 
-def attention_tile(queries: int, keys: int, width: int, q: Tensor) -> Tile:
+def attention_tile(queries: int, keys: int, width: int) -> Tile:
     """Return the block of queries and keys for heads of `width` channels."""
-    if not q.is_cuda:
+    if _interpreted():
         return Tile(_between(queries, 16, 64), _between(keys, 32, 64), 4, 1)
-    return Tile(128, 64, 8, 2)
+    return Tile(128, 64, 8, 2) if queries > 64 else Tile(64, 64, 4, 2)
 
 
 def statistics_split(groups: int, pixels: int) -> int:
