@@ -44,7 +44,9 @@ SHAPES = (
 """Products at batch 2 (flux-dev: 1): name, rows, columns, codes, taps, GEGLU."""
 
 
-def product(bits: int, tile: Tile, conv: bool = False, gated: bool = False, codes_out: bool = False, signed: int = 1) -> None:
+def product(
+    bits: int, tile: Tile, conv: bool = False, gated: bool = False, codes_out: bool = False, signed: int = 1
+) -> None:
     """Launch a product of 1280 in-channels."""
     n, ci = 1280, 1280
     co = 2 * n if gated else n
@@ -57,7 +59,9 @@ def product(bits: int, tile: Tile, conv: bool = False, gated: bool = False, code
     out = torch.empty((*shape, n), dtype=torch.int8 if codes_out else torch.float16)
     following = (STEPS, torch.ones(n)) if codes_out else None
     act = 4 if gated else 0
-    multiply_codes(codes, weight, torch.ones(co), None, None, STEPS, ROWS, shape, g, out, 1.0, following, act, tile=tile)
+    multiply_codes(
+        codes, weight, torch.ones(co), None, None, STEPS, ROWS, shape, g, out, 1.0, following, act, tile=tile
+    )
 
 
 def prologues() -> None:
@@ -92,7 +96,13 @@ def main() -> int:
                 before = len(made)
                 run()
                 for kernel in made[before:]:
-                    cells = (capability / 10, label or kernel.name, kernel.instructions, kernel.registers, kernel.spilled)
+                    cells = (
+                        capability / 10,
+                        label or kernel.name,
+                        kernel.instructions,
+                        kernel.registers,
+                        kernel.spilled,
+                    )
                     lines.append(f"| {' | '.join(map(str, cells))} | {kernel.shared / 1024:.0f} |")
                     print(lines[-1], flush=True)
                     spills += kernel.spilled > 0

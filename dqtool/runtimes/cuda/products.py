@@ -57,6 +57,7 @@ class CudaProduct(KeepsDtype, Product):
 
     planes: Tensor
     zeros: Tensor
+    divisor: Tensor | None
 
     def __init__(self, layer: IntegerLayer, glue: Glue) -> None:
         nn.Module.__init__(self)
@@ -76,10 +77,9 @@ class CudaProduct(KeepsDtype, Product):
         self.channel_bytes = padded_channels(width)
         codes, zeros, bits = _stored(layer)
         rows = arrange(codes, zeros, self.groups)
-        self.sizes = Geometry(
-            self.out_channels, self.in_channels, self.groups, self.channel_bytes, int(self.is_conv), *self.kernel,
-            *self.stride, *self.taps_dilation, bits, int(self.operand.signed),
-        )  # fmt: skip
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel, self.stride, self.taps_dilation
+        sizes = (self.out_channels, self.in_channels, self.groups, self.channel_bytes, int(self.is_conv))
+        self.sizes = Geometry(*sizes, kh, kw, sh, sw, dh, dw, bits, int(self.operand.signed))
         sums = rows.to(torch.int32).sum(1, dtype=torch.int32) - rows.shape[1] * zeros.to(torch.int32)
         self.register_buffer(
             "planes", pack_planes(rows ^ 128 if bits == 8 else rows, bits, chunk_of(self.channel_bytes))
