@@ -31,7 +31,7 @@ START = time.perf_counter()
 
 
 class Check:
-    """What was found so far, and the files that hold it."""
+    """Findings so far, and the files that hold them."""
 
     def __init__(self, minutes: float, folder: Path) -> None:
         self.end = START + 60 * minutes
