@@ -73,7 +73,7 @@ def layer_of(co: int, ci: int, bits: int, input_bits: int, kernel: int = 0, **ge
     from dqtool.nn.integer import IntegerLayer, Operand, PackedCodes
 
     shape = (co, ci // geometry.get("groups", 1), kernel, kernel) if kernel else (co, ci)
-    codes = torch.randint(bits == 8, 2**bits, shape, dtype=torch.int32)
+    codes = torch.randint(int(bits == 8), 2**bits, shape, dtype=torch.int32)
     zeros = torch.randint(0, 2**bits, (co,), dtype=torch.uint8) if bits < 8 else torch.full((co,), 128).byte()
     source = PackedCodes(pack(codes.flatten(1), bits), zeros, bits, torch.Size(shape))
     scale, zero = torch.rand(3) * 0.1 + 0.05, torch.randint(0, 2**input_bits, (3,), dtype=torch.int32)
@@ -239,7 +239,15 @@ def packed_of(directory: str) -> Any:
 def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
     """Time whole networks beside half precision; contenders that matter most come first."""
     from dqtool.artifacts import open_artifact
-    from dqtool.bench.gpu_contenders import GPU_CONTENDERS, contender_network, measured, on_device
+    from dqtool.bench.gpu_contenders import (
+        GPU_CONTENDERS,
+        contender_network,
+        float_network,
+        measured,
+        on_device,
+        quantized_network,
+        weight_bytes,
+    )
     from dqtool.bench.subject import Subject
     from dqtool.models.families import family_of
 
@@ -251,37 +259,50 @@ def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
 
     results = check.found.setdefault("speed", {})
     subjects: dict[str, Subject] = {}
+    networks: dict[tuple[str, str], Any] = {}
+
+    def network_of(arch: str, kind: str) -> Any:
+        """Return the network of an architecture, made once: fp32, fp16 or ours."""
+        if (arch, kind) not in networks:
+            subject, start = subjects[arch], time.perf_counter()
+            if kind == "ours":
+                networks[arch, kind] = quantized_network(packed_of(subject.directory))
+            else:
+                with torch.device("cuda"):
+                    made = family_of(subject.class_name, subject.directory).build(subject.config)
+                networks[arch, kind] = float_network(made, torch.float32 if kind == "fp32" else torch.float16)
+            torch.cuda.synchronize()
+            size = weight_bytes(networks[arch, kind])
+            results.setdefault(arch, {})[kind] = {"weight_bytes": size, "load_seconds": time.perf_counter() - start}
+            check.say(f"{arch}, {kind}: weights {size / 2**20:.0f} MiB, loaded in {time.perf_counter() - start:.1f} s")
+        return networks[arch, kind]
+
     # A contender on all networks before the next one: a script that is cut short still compares.
     for name, title in GPU_CONTENDERS.items():
+        slow = any(word in name for word in ("compile", "autotune", "torchao"))
         for arch in archs:
             for batch in batches:
-                if check.left() < (90 if "compile" in name or "autotune" in name or "torchao" in name else 20):
+                if check.left() < (90 if slow else 20):
                     check.say(f"{arch}, batch {batch}, {name}: not run, {check.left():.0f} s are left")
                     continue
                 try:
                     subject = subjects.setdefault(arch, subject_of(arch))
-                    family = family_of(subject.class_name, subject.directory)
-                    dtype = torch.float32 if name == "fp32" else torch.float16
-                    inputs = [on_device(each, dtype) for each in subject.inputs(batch)]
-
-                    def floating(subject: Subject = subject, family: Any = family) -> nn.Module:
-                        with torch.device("cuda"):
-                            return family.build(subject.config)
-
-                    def make(subject: Subject = subject, name: str = name, floating: Any = floating) -> Any:
-                        return contender_network(name, floating, lambda: packed_of(subject.directory))
-
-                    found = measured(name, make, inputs, 1.5)
+                    kind = name.split("-")[0] if name.startswith(("ours", "fp32")) else "fp16"
+                    inputs = [
+                        on_device(each, torch.float32 if kind == "fp32" else torch.float16)
+                        for each in subject.inputs(batch)
+                    ]
+                    found = measured(name, contender_network(name, network_of(arch, kind)), inputs, 1.5)
                 except Exception as e:
                     check.say(f"{arch}, batch {batch}, {name} ({title}): FAILED {type(e).__name__}: {str(e)[:200]}")
                     check.failures += name.startswith("ours")
                     continue
-                results.setdefault(f"{arch} batch {batch}", {})[name] = dataclasses.asdict(found)
-                fp32 = results[f"{arch} batch {batch}"].get("fp32")
-                ratio = f", {fp32['median'] / found.median:.2f}x fp32" if fp32 else ""
+                row = results.setdefault(f"{arch} batch {batch}", {})
+                row[name] = dataclasses.asdict(found)
+                ratio = f", {row['fp32']['median'] / found.median:.2f}x fp32" if "fp32" in row else ""
                 check.say(
-                    f"{arch}, batch {batch}, {name}: {found.median:.2f} ms ({found.p10:.2f} to {found.p90:.2f}){ratio}, weights "
-                    f"{found.weight_bytes / 2**20:.0f} MiB, peak {found.peak_bytes / 2**20:.0f} MiB, ready in {found.ready:.1f} s"
+                    f"{arch}, batch {batch}, {name}: {found.median:.2f} ms ({found.p10:.2f} to {found.p90:.2f}){ratio}, beside "
+                    f"weights {found.peak_bytes / 2**20:.0f} MiB, first step after {found.ready:.1f} s"
                 )
 
 
@@ -376,7 +397,7 @@ def main() -> int:
     """Run all parts; return 1 after a failure, 4 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--archs", default="sd14,dit-xl2")
+    parser.add_argument("--archs", default="sd14,sdxl,dit-xl2")
     parser.add_argument("--batch", default="2,8")
     parser.add_argument("-o", "--output", default=str(RESULTS))
     options = parser.parse_args()

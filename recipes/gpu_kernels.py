@@ -64,6 +64,14 @@ def product(
     )
 
 
+def one_channel() -> None:
+    """Launch a convolution with one out-channel, whose number the compiler takes for a constant."""
+    g = Geometry(1, 64, 1, 64, 1, 3, 3, 1, 1, 1, 1, 8, 0)
+    weight = (torch.empty(576).byte(), torch.empty(1).byte(), torch.empty(1, dtype=torch.int32), torch.ones(1))
+    out = torch.empty(1, 8, 8, 1)
+    multiply_codes(torch.empty(1, 10, 10, 64).char(), weight, None, None, None, STEPS[:1], ROWS, (1, 8, 8), g, out)
+
+
 def prologues() -> None:
     """Launch the kernels before products, and attention."""
     image = torch.empty(2, 320, 64, 64, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
@@ -73,10 +81,15 @@ def prologues() -> None:
     quantize_image(image, STEPS, torch.ones(320), ROWS, padding, 0)
     rows = torch.empty(2, 256, 1152, dtype=torch.float16)
     layer_norm_codes(rows, None, None, 1e-6, rows[:, 0], rows[:, 0], STEPS, torch.ones(1152), ROWS, 1152)
-    for width in (40, 72, 128):
-        heads = torch.empty(2, 8, 1024, width, dtype=torch.float16)
-        tables, each = torch.ones(20, 4, 3, 8), torch.ones(20, 8)
-        attend((heads, heads, heads), None, tables, each, each, ROWS, 0.1, 255)
+    for width in (40, 72, 128, 160):
+        attention(width)
+
+
+def attention(width: int) -> None:
+    """Launch attention on heads of `width` channels."""
+    heads = torch.empty(2, 8, 1024, width, dtype=torch.float16)
+    tables, each = torch.ones(20, 4, 3, 8), torch.ones(20, 8)
+    attend((heads, heads, heads), None, tables, each, each, ROWS, 0.1, 255)
 
 
 def main() -> int:
@@ -137,6 +150,7 @@ def _runs() -> list:
                 runs.append((label, lambda b=bits, t=tile, g=gated: product(b, t, gated=g, codes_out=g)))
     runs.append(("convolution 4 bits", lambda: product(4, Tile(128, 128, 8, 3), conv=True)))
     runs.append(("convolution 8 bits, unsigned", lambda: product(8, Tile(128, 128, 8, 3), conv=True, signed=0)))
+    runs.append(("convolution 8 bits, one out-channel", one_channel))
     runs.append(("", prologues))
     return runs
 

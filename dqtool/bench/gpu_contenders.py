@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["GPU_CONTENDERS", "GpuTiming", "contender_network", "measured", "on_device"]
+__all__ = [
+    "GPU_CONTENDERS",
+    "GpuTiming",
+    "contender_network",
+    "float_network",
+    "measured",
+    "on_device",
+    "quantized_network",
+    "weight_bytes",
+]
 
 GPU_CONTENDERS = {
     "ours": "dqtool cuda, float16 between products, eager",
@@ -33,40 +42,50 @@ MODES = {"compile": "reduce-overhead", "autotune": "max-autotune"}
 
 @dataclass(frozen=True)
 class GpuTiming:
-    """Milliseconds of one step (median, 10th and 90th percentile), seconds until the first result, bytes of weights and of the peak."""
+    """Milliseconds of one step (median, 10th and 90th percentile), seconds of the first step, bytes at the peak beside the weights."""
 
     median: float
     p10: float
     p90: float
     ready: float
-    weight_bytes: int
     peak_bytes: int
 
 
-def contender_network(name: str, floating: Callable[[], nn.Module], quantized: Callable[[], nn.Module]) -> Any:
-    """Return the network of a contender on the CUDA device, in eval mode.
-
-    `floating` and `quantized` make the float network and the packed one in main memory.
-
-    Raises:
-        ImportError: a library is not installed.
-    """
+def quantized_network(packed: nn.Module) -> nn.Module:
+    """Return a packed network on the cuda runtime, with float16 between products."""
     from dqtool.runtimes import cuda
 
-    if name.startswith("ours"):
-        network: Any = cuda.convert(quantized()).to("cuda").to(torch.float16)
-    else:
-        dtype = torch.float32 if name == "fp32" else torch.float16
-        network = floating().to("cuda", dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    return cuda.convert(packed.to("cuda")).to(torch.float16)
+
+
+def float_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a float network in `dtype` and channels last, ready to run."""
+    placed: Any = network.to("cuda", dtype).eval().requires_grad_(False)
+    found: nn.Module = placed.to(memory_format=torch.channels_last)
+    return found
+
+
+def contender_network(name: str, network: Any) -> Any:
+    """Return `network` as the contender `name` calls it: itself, compiled, or quantized by another library.
+
+    Raises:
+        ImportError: the library is not installed.
+    """
     if name == "torchao-int8":
         if find_spec("torchao") is None:
             raise ImportError("torchao is not installed")
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-        quantize_(network, Int8DynamicActivationInt8WeightConfig())
+        quantize_(network, Int8DynamicActivationInt8WeightConfig())  # the last contender: it changes the network
         return torch.compile(network, mode="max-autotune")
     mode = MODES.get(name.rpartition("-")[2])
     return network if mode is None else torch.compile(network, mode=mode)
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers."""
+    tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def on_device(arguments: Any, dtype: torch.dtype) -> Any:
@@ -81,13 +100,11 @@ def on_device(arguments: Any, dtype: torch.dtype) -> Any:
     return {key: value.to("cuda") if key == "timestep" else tree_map(move, value) for key, value in arguments.items()}
 
 
-def measured(name: str, make: Callable[[], Any], inputs: list[dict[str, Any]], seconds: float) -> GpuTiming:
-    """Time the steps of a contender that `make` loads, for about `seconds` after the warm-up."""
+def measured(name: str, network: Any, inputs: list[dict[str, Any]], seconds: float) -> GpuTiming:
+    """Time the steps of a contender for about `seconds` after the warm-up."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, start = torch.cuda.memory_allocated(), time.perf_counter()
-    network = make()
-    weights = torch.cuda.memory_allocated() - before
 
     def step(number: int) -> Any:
         with torch.no_grad():
@@ -103,9 +120,8 @@ def measured(name: str, make: Callable[[], Any], inputs: list[dict[str, Any]], s
     run = _captured(network, inputs[0]) if name.endswith("-graph") else step
     times = list(_timed(run, seconds))
     deciles = statistics.quantiles(times, n=10)
-    return GpuTiming(
-        statistics.median(times), deciles[0], deciles[-1], ready, weights, torch.cuda.max_memory_allocated() - before
-    )
+    peak = torch.cuda.max_memory_allocated() - before
+    return GpuTiming(statistics.median(times), deciles[0], deciles[-1], ready, peak)
 
 
 def _captured(network: Any, arguments: dict[str, Any]) -> Callable[[int], Any]:

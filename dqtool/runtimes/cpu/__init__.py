@@ -198,7 +198,8 @@ def integer_apply(network: Any, fn: Callable[[Tensor], Tensor], recurse: bool = 
         engine = _engine_on(probe.device)
         if engine is not None:
             report.say(f"runtime: {probe.device.type} from here on: the network moves to {probe.device}")
-            moved: nn.Module = engine.convert(simulated_again(network)).to(_dtype(network))
+            asked = _dtype(network)
+            moved: nn.Module = engine.convert(simulated_again(network)).to(asked)
             moved.runtime = probe.device.type  # type: ignore[assignment]
             return moved._apply(fn, recurse)
         report.say(f"runtime: simulate from here on: cpu computes on the CPU, and the network moves to {probe.device}")

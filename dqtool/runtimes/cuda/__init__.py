@@ -28,7 +28,7 @@ from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.attention import QuantAttnProcessor
 from dqtool.nn.call_lock import give, one_call_at_a_time
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
-from dqtool.nn.packed_form import is_quantized_tensor, keep_packed_form
+from dqtool.nn.packed_form import is_quantized_tensor, keep_packed_form, packed_form
 from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
@@ -76,14 +76,13 @@ def load(artifact: Artifact) -> nn.Module:
     state = exported_tensors(artifact)
     plans, static = plans_of(manifest), is_static(manifest, step_count(state))
     network = packed_network(manifest.network.class_name, manifest.network.config, plans, state, static)
-    network = convert(network)
-    return network if _interpreted() else network.to("cuda")
+    return convert(network if _interpreted() else network.to("cuda"))  # the GPU packs its weights itself
 
 
 def convert(network: nn.Module) -> nn.Module:
     """Replace the packed layers of a network by integer ones, in place. `integer_report` returns the arithmetic of each.
 
-    The packed form stays where it is, in main memory, for saving.
+    The packed form stays in main memory, for saving.
     """
     keep_packed_form(network)
     _untie_parameters(network)
@@ -99,6 +98,8 @@ def convert(network: nn.Module) -> nn.Module:
         if isinstance(module, PackedLayer) and name not in merged:
             kinds[name] = _convert_layer(network, name, module, choose)
     fuse(network)
+    kept = packed_form(network)
+    type(kept)._apply(kept, lambda t: t.cpu())  # a network that was loaded on the GPU would hold its weights twice
     network.__dict__["_dqtool_integer"] = kinds
     network.__dict__["_dqtool_current_step"] = glue
     network.__dict__["_dqtool_dtype"] = torch.float32
@@ -119,6 +120,8 @@ def gpu_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
     original = type(network)
     given = args[0] if args else next(iter(kwargs.values()))
     leaf = next(t for t in tree_leaves(given) if isinstance(t, Tensor))
+    if leaf.device.type == "cpu" and not _interpreted():
+        return _elsewhere(network, leaf.device)(*args, **kwargs)
     glue: Glue = network.__dict__["_dqtool_current_step"]
     steps = steps_of(network)
     kept = glue.rows
@@ -134,11 +137,12 @@ def gpu_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
 def gpu_apply(network: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """`_apply` of a converted network: tensors move, and those of quantizers keep their dtypes.
 
-    On a device without the kernels it becomes a network of the `cpu` runtime, or the float simulation.
+    On a device that is neither a GPU nor the CPU it becomes the float simulation. On the CPU it waits in its form, as offloading
+    does between calls; a call there makes it a network of the `cpu` runtime.
     """
     glue: Glue = network.__dict__["_dqtool_current_step"]
     probe = fn(torch.empty(0, dtype=glue.dtype))
-    if probe.device.type not in ("cuda", "meta") and not _interpreted():
+    if probe.device.type not in ("cuda", "cpu", "meta"):
         return _elsewhere(network, probe.device)._apply(fn, recurse)
     fixed = {
         id(t)
@@ -161,11 +165,11 @@ def _elsewhere(network: nn.Module, device: torch.device) -> nn.Module:
 
     packed = simulated_again(network)
     if device.type == "cpu" and cpu.available() is None:
-        report.say("runtime: cpu from here on: the network moves to the CPU")
+        report.say("runtime: cpu from here on: the network is called on the CPU")
         converted = cpu.convert(packed)
         converted.runtime = "cpu"  # type: ignore[assignment]
         return converted
-    report.say(f"runtime: simulate from here on: the network moves to {device}")
+    report.say(f"runtime: simulate from here on: the network computes on {device}")
     return packed
 
 

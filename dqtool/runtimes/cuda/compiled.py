@@ -41,7 +41,7 @@ class _Driver:
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return int(self.target.arch)  # kernels are cached for each device
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -71,13 +71,14 @@ def compiled_for(capability: int) -> Iterator[list[Compiled]]:
         return launch
 
     before: Any = JITFunction.__getitem__
+    before_driver: Any = driver._active  # None before the first use: asking for it would look for a GPU
     JITFunction.__getitem__ = getitem
     driver.set_active(_Driver(capability))
     try:
         yield made
     finally:
         JITFunction.__getitem__ = before
-        driver.reset_active()
+        driver.set_active(before_driver)
 
 
 def _described(name: str, kernel: Any) -> Compiled:

@@ -53,7 +53,7 @@ def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, int]:
     with on_device_of(x):
         group_statistics_kernel[(n * groups, split)](
             x, out, h * w, w, *strides, groups, width, chunk, S=split, BP=_rows(block, h * w), BC=block,
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out, chunk
 
@@ -95,7 +95,7 @@ def quantize_image(
             blocks, samples_per_row(rows, n), chunk, groups, max(1, channels // groups), eps,
             ACT=0 if act == GEGLU else act, GEGLU=act == GEGLU, STATIC=len(steps) == 1, DIVIDED=divisor is not None,
             NORM=norm is not None, AFFINE=weight is not None, EXTRA=scale is not None,
-            S=statistics.shape[2] if norm is not None else 1, BP=tall, BC=wide, num_warps=4,
+            S=statistics.shape[2] if norm is not None else 1, BP=tall, BC=wide, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -131,7 +131,7 @@ def layer_norm_codes(
             none if bias is None else bias, none if scale is None else scale, none if shift is None else shift,
             n * s, s, samples_per_row(rows, n), c, channel_bytes, stride, eps,
             AFFINE=weight is not None, EXTRA=scale is not None, STATIC=len(steps) == 1, DIVIDED=divisor is not None,
-            BR=tall, BC=block, num_warps=4 if block <= 2048 else 8,
+            BR=tall, BC=block, num_warps=4 if block <= 2048 else 8, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -233,11 +233,12 @@ def attend(
             operand_kernel[(cdiv(made.shape[1], block), n * h)](
                 x, made, sums, tables, rows, *x.stride(), h, x.shape[2], made.shape[1], d, per, which,
                 STATIC=static, TRANSPOSED=which == 2, SUMS=which == 2 and offset > 0, BS=block, DP=width, num_warps=4,
+                enable_fp_fusion=False,
             )  # fmt: skip
         attention_kernel[(sqp // tile.rows, n * h)](
             *codes, sums, tables, scores, results, rows, query if mask is None else mask, out,
             *((0, 0, 0, 0) if mask is None else mask.stride()), h, sq, sqp, sk, skp, d, per, factor,
             STATIC=static, MASK=mask is not None, OFFSET=offset, BM=tile.rows, BN=tile.columns, DP=width,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out

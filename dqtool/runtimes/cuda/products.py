@@ -238,7 +238,7 @@ def _stored(layer: IntegerLayer) -> tuple[Tensor, Tensor, int]:
 
     source = layer.source
     if source is None:  # centred codes alone: as bytes
-        zeros = torch.full((layer.weight.shape[0],), 128, dtype=torch.uint8)
+        zeros = torch.full((layer.weight.shape[0],), 128, dtype=torch.uint8, device=layer.weight.device)
         return (layer.weight.view(torch.uint8) ^ 128), zeros, 8
     bits = source.bits
     codes = unpack(source.words, bits, source.shape[1:].numel()).view(source.shape)

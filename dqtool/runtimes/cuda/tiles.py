@@ -69,6 +69,8 @@ def attention_tile(queries: int, keys: int, width: int) -> Tile:
     """Return the block of queries and keys for heads of `width` channels."""
     if _interpreted():
         return Tile(_between(queries, 16, 64), _between(keys, 32, 64), 4, 1)
+    if width > 128:
+        return Tile(64, 32, 8, 2)
     return Tile(128, 64, 8, 2) if queries > 64 else Tile(64, 64, 4, 2)
 
 
