@@ -120,6 +120,18 @@ def test_step_tables_are_read_on_the_device_alone(packed: nn.Module, monkeypatch
         assert ours(**meta)[0].device.type == "meta"  # a read of a meta tensor raises
 
 
+def test_a_network_is_one_graph(packed: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqtool.runtimes.cuda import launch
+
+    for name in ("quantize_image", "layer_norm_codes", "multiply_codes", "attend"):
+        monkeypatch.setattr(launch, name, _filled(getattr(launch, name)))
+    ours = cuda.convert(copy.deepcopy(packed))
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    told = example(packed) | {"timestep": packed.timesteps[torch.tensor([1, 1])]}  # type: ignore[index]
+    with torch.no_grad():
+        assert compiled(**told)[0].shape[0] == 2
+
+
 def _filled(function: Any) -> Any:
     """Return the fake result of a launch."""
 
