@@ -8,7 +8,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 __all__ = ["HashedFile"]
 
@@ -34,8 +34,8 @@ class HashedFile:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by __exit__)
         self._digest = hashlib.sha256()
         self._writer, self._hasher, self._flusher = (ThreadPoolExecutor(1) for _ in range(3))
-        self._pending: deque[Future] = deque()
-        self._flushes: list[Future] = []
+        self._pending: deque[Future[Any]] = deque()
+        self._flushes: list[Future[Any]] = []
         self._unflushed = 0
 
     def write(self, data: bytes | memoryview) -> None:

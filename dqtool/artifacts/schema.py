@@ -142,7 +142,8 @@ def record(value: Any, kind: type[R], key: str = "") -> R:
     found = find_mismatch(value, kind, key)
     if found is not None:
         raise ValueError(found)
-    return _built(value, kind)
+    result: R = _built(value, kind)
+    return result
 
 
 def unchecked(value: JsonObject, kind: type[R]) -> R:

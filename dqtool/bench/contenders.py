@@ -43,7 +43,8 @@ def load_runtime(subject: Subject, runtime: str) -> Loaded:
 
     def run(arguments: Arguments) -> Tensor:
         with torch.no_grad():
-            return network(**arguments, return_dict=False)[0]
+            result: Tensor = network(**arguments, return_dict=False)[0]
+            return result
 
     taken = getattr(network, "runtime", None)
     return Loaded(run, note=f"took {taken}" if runtime == "auto" and isinstance(taken, str) else "")

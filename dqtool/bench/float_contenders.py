@@ -37,7 +37,8 @@ def load_float(subject: Subject, dtype: str, channels_last: bool = False, compil
 
     def run(arguments: Arguments) -> Tensor:
         with torch.no_grad():
-            return network(**arguments, return_dict=False)[0]
+            result: Tensor = network(**arguments, return_dict=False)[0]
+            return result
 
     return Loaded(run, lambda arguments: Subject.cast(arguments, kind, channels_last))
 

@@ -114,4 +114,5 @@ def _input(form: IntegerLayer, step: int) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     row = form.input.row(step)
     x = torch.randn(shape, generator=generator) * float(form.input.scale[row]) * 2 ** (form.input.bits - 1)
-    return x if form.divisor is None else x * form.divisor.view(-1, *(1,) * (2 if form.is_conv else 0))
+    result: Tensor = x if form.divisor is None else x * form.divisor.view(-1, *(1,) * (2 if form.is_conv else 0))
+    return result

@@ -64,7 +64,7 @@ def load_ir(subject: Subject, quantized: bool, precision: str | None) -> Loaded:
             fix="Leave it out",
         )
     path = _ir_path(subject, quantized)
-    compiled: dict[tuple, Any] = {}
+    compiled: dict[tuple[Any, ...], Any] = {}
 
     def request(feed: list[Any]) -> Any:
         shapes = tuple(array.shape for array in feed)
@@ -123,7 +123,8 @@ def _convert(subject: Subject) -> Any:
         def forward(self, *given: torch.Tensor) -> torch.Tensor:
             queue = iter(given)
             filled = [next(queue) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            return self.network(**tree_unflatten(filled, structure), return_dict=False)[0]
+            result: torch.Tensor = self.network(**tree_unflatten(filled, structure), return_dict=False)[0]
+            return result
 
     return to_openvino(Positional(), tuple(tensors))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import open_artifact
 from dqtool.bench.subject import Subject
@@ -60,7 +60,7 @@ def _same_shapes(network: nn.Module, subject: Subject) -> None:
         )
 
 
-def _exported_state(subject: Subject) -> dict:
+def _exported_state(subject: Subject) -> dict[str, Any]:
     from dqtool.formats.dense import dense_state
     from dqtool.models.components.export_layout import weights_file
 

@@ -58,7 +58,8 @@ def prepare(name: str, distilled: Artifact) -> Exported:
         ArtifactError: the format can't hold this network.
         EnvironmentFault: the format needs an extra that is not installed.
     """
-    return import_module(FORMATS[name]).prepare(distilled)
+    result: Exported = import_module(FORMATS[name]).prepare(distilled)
+    return result
 
 
 def require(package: str, extra: str) -> None:

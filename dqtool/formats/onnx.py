@@ -97,16 +97,21 @@ class IntegerProduct(ProductForm):
         unsigned, zero_point = unsigned_codes(codes, signed)
         if layer.is_conv:
             padding = layer.padding if signed else (0, 0)
-            y = ConvInteger.apply(
+            y = ConvInteger.apply(  # type: ignore[no-untyped-call]
                 unsigned, weight, zero_point, layer.stride, padding, layer.taps_dilation, layer.groups
             )
-            return y.to(torch.float32) * weight_scale.view(-1, 1, 1)
-        return MatMulInteger.apply(unsigned, weight.t().contiguous(), zero_point).to(torch.float32) * weight_scale
+            result: Tensor = y.to(torch.float32) * weight_scale.view(-1, 1, 1)
+            return result
+        result: Tensor = (
+            MatMulInteger.apply(unsigned, weight.t().contiguous(), zero_point).to(torch.float32) * weight_scale  # type: ignore[no-untyped-call]
+        )
+        return result
 
     def matmul(self, a: Tensor, b: Tensor, signed: bool) -> Tensor:
         """Multiply two tensors of codes by MatMulInteger; see `ProductForm.matmul`."""
         unsigned, zero_point = unsigned_codes(a, signed)
-        return MatMulInteger.apply(unsigned, b.to(torch.int8), zero_point).to(torch.float32)
+        result: Tensor = MatMulInteger.apply(unsigned, b.to(torch.int8), zero_point).to(torch.float32)  # type: ignore[no-untyped-call]
+        return result
 
 
 def unsigned_codes(codes: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

@@ -149,4 +149,5 @@ class AestheticScore(_Mean):
 
     @torch.no_grad()
     def scores(self, features: Mapping[str, Tensor]) -> Tensor:
-        return self._head(features["image"])[:, 0]
+        result: Tensor = self._head(features["image"])[:, 0]
+        return result

@@ -138,7 +138,8 @@ def _load_model(root: Path) -> CLIPModel:
     if problems["missing_keys"]:
         missing = sorted(problems["missing_keys"])[0]
         raise ArtifactError(f"The CLIP model lacks weights, {missing} among them", where=str(root), fix=_DIRECTORY)
-    return model.float().eval().requires_grad_(False)
+    result: CLIPModel = model.float().eval().requires_grad_(False)
+    return result
 
 
 def _load_tokenizer(given: str) -> Any:

@@ -94,7 +94,8 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     product = root1 @ cov2 @ root1
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return max(0.0, distance.item())
+    result: float = max(0.0, distance.item())
+    return result
 
 
 def minimum_samples(dim: int) -> int:

@@ -38,10 +38,10 @@ def graph_constants(data: bytes) -> dict[str, np.ndarray]:
             if field == 1:
                 name = bytes(value).decode("utf-8")
             elif field == 2:
-                is_constant = value == b"Const"
+                is_constant = bytes(value) == b"Const"
             elif field == 5:
                 entry = dict(_fields(value, budget))
-                if entry.get(1) == b"value" and not isinstance(entry.get(2, 0), int):
+                if entry.get(1) == memoryview(b"value") and not isinstance(entry.get(2, 0), int):
                     tensor = dict(_fields(entry[2], budget)).get(8)  # type: ignore[arg-type]
         if is_constant and tensor is not None and not isinstance(tensor, int):
             array = _array(tensor, _VALUES - values, budget)
@@ -68,7 +68,7 @@ def _array(tensor: memoryview, limit: int, budget: Iterator[int]) -> np.ndarray 
                     sizes = [size for key, size in _fields(dim, budget) if key == 1]
                     if not all(isinstance(size, int) for size in sizes):
                         raise ValueError("a dimension is not a number")
-                    shape.append(int(sizes[0]) if sizes else 0)  # type: ignore[arg-type]
+                    shape.append(int(sizes[0]) if sizes else 0)
         elif field == 4 and not isinstance(value, int):
             content = np.frombuffer(value, dtype="<f4")
         elif field == 5 and not isinstance(value, int):  # packed, or one at a time with wire type 5

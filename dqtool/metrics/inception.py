@@ -172,7 +172,8 @@ class MixedBlock(nn.Module):
         if isinstance(step, tuple):
             return torch.cat([self.get_submodule(spec.name)(x) for spec in step], dim=1)
         if isinstance(step, Conv):
-            return self.get_submodule(step.name)(x)
+            result: Tensor = self.get_submodule(step.name)(x)
+            return result
         if step == "avg":
             return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         if step == "max":

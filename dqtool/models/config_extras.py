@@ -47,14 +47,14 @@ def apply_config_extras(network: nn.Module, config: ForeignConfig) -> nn.Module:
     heads, shift = changes.get("attention_heads"), changes.get("time_freq_shift")
     for name, module in network.named_modules():
         if heads is not None and hasattr(module, "to_q") and hasattr(module, "heads"):
-            inner: int = module.to_q.out_features  # type: ignore[union-attr,assignment]
+            inner: int = module.to_q.out_features
             if inner % heads:
                 raise ArtifactError(
                     f"{inner} channels can't be split into {heads} heads", where=f"model config, key {KEY}; {name}"
                 )
             module.heads = heads
-            module.sliceable_head_dim = heads  # type: ignore[assignment]
-            module.scale = (inner // heads) ** -0.5  # type: ignore[assignment]
+            module.sliceable_head_dim = heads
+            module.scale = (inner // heads) ** -0.5
         if shift is not None and hasattr(module, "downscale_freq_shift"):
             module.downscale_freq_shift = shift
         if hasattr(module, "embedding_table") and getattr(module, "num_classes", _NO_CLASS) < _NO_CLASS:

@@ -229,7 +229,7 @@ def _lenient(kind: Any) -> Any:
         if not inner or None in inner:
             return list[Any]
         entry: Any = Union[(*inner, type(None))]
-        return list[Union[entry, list[entry]]]  # type: ignore[valid-type]  # noqa: UP007
+        return list[Union[entry, list[entry]]]  # noqa: UP007
     if isinstance(kind, type) and kind.__module__.split(".")[0] in ("numpy", "torch"):
         return type(None)  # no JSON value has this type
     return None

@@ -31,7 +31,8 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
 
     def forward(self, labels: Tensor) -> Tensor:
         """Return the context `[N, 1, dim]` in the embedding's dtype."""
-        return self.embedding(labels)[:, None]
+        result: Tensor = self.embedding(labels)[:, None]
+        return result
 
 
 class LatentClassPipeline(DiffusionPipeline):

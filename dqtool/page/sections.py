@@ -11,7 +11,7 @@ from dqtool.page.comparison import REFERENCE
 from dqtool.page.dilated_inputs import DilatedInput
 from dqtool.page.document import Block, Charts, Note, Omission, Paragraph, Picture, Pictures, Section
 from dqtool.page.figures import COSTS, extractors, figure, figures_of, quality_key
-from dqtool.page.quantization_errors import Errors
+from dqtool.page.quantization_errors import Errors, Parts
 from dqtool.page.results import Bench, Result, differences
 from dqtool.page.svg import SERIES
 from dqtool.page.tables import error_table, extractor_text, layer_table, result_table
@@ -245,7 +245,7 @@ def _step_charts(known: Sequence[tuple[int, Result, Errors]]) -> list[tuple[str,
             continue
         label, t = f"{number} {result.name}", errors.timesteps
 
-        def mean(part: str, rows: Sequence = activations, steps: int = len(t)) -> list[float]:
+        def mean(part: str, rows: Sequence[Sequence[Parts]] = activations, steps: int = len(t)) -> list[float]:
             return [statistics.mean(getattr(row[i], part) for row in rows) for i in range(steps)]
 
         together.append(Line(label, t, mean("total"), number - 1))

@@ -111,7 +111,8 @@ def _careful_mean(values: Sequence[float]) -> float:
     """Return the mean and one standard error: of many estimates, those that are too low by chance would be chosen."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return mean + (variance / len(values)) ** 0.5
+    result: float = mean + (variance / len(values)) ** 0.5
+    return result
 
 
 def _tap(
@@ -141,7 +142,8 @@ def _tap(
 
 def _watch(x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
     """Return `x`, whose gradient `see` will be shown."""
-    return _Tap.apply(x if x.requires_grad else x.detach().requires_grad_(), see)
+    result: Tensor = _Tap.apply(x if x.requires_grad else x.detach().requires_grad_(), see)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _watch_input(layer: FakeQuantLayer, see: Callable[[Tensor, Tensor], None], x: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def _ready(runtime: Runtime) -> Runtime:
 
 
 def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
-    network = runtime.engine().load(artifact)
+    network: nn.Module = runtime.engine().load(artifact)
     network.runtime = runtime.name  # reports name the engine that `auto` took
     if "_dqtool_steps" in network.__dict__:
         from dqtool.models.network_methods import add_methods, origin_of
@@ -212,7 +212,8 @@ def _load_fastest(artifact: Artifact, batch: int | None) -> nn.Module:
 
 def _unavailable(runtime: Runtime) -> str | None:
     try:
-        return runtime.engine().available()
+        result: str | None = runtime.engine().available()
+        return result
     except ImportError as e:
         return f"{e.name or e} is not installed"
     except DqtoolError as e:

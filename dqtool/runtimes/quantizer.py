@@ -188,7 +188,7 @@ class DqtoolQuantizer(DiffusersQuantizer):
         family = FAMILIES.get(type(model).__name__)
         if family is not None and self.loaded:
             tie_modules(model, self.loaded, family.tied_modules(model.config))  # type: ignore[arg-type]
-        insert_packed(model, plans, ours.timesteps, ours.prediction)  # type: ignore[arg-type]
+        insert_packed(model, plans, ours.timesteps, ours.prediction)
         model.config.quantization_config = ours  # type: ignore[union-attr]
         expected = set(model.state_dict())
         if self.loaded and self.loaded != expected:
@@ -272,7 +272,8 @@ class DqtoolQuantizer(DiffusersQuantizer):
         }, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        return to_float(model)
+        result: nn.Module = to_float(model)
+        return result
 
     @property
     def is_serializable(self) -> bool:
@@ -359,8 +360,8 @@ def chosen_runtime(asked: str | None, device_map: Any = None, artifact: Artifact
 def register(auto: ModuleType) -> None:
     """Enter dqtool in diffusers' tables of quantizers (`diffusers.quantizers.auto`)."""
     _offer_pipeline()
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = DqtoolQuantizer  # type: ignore[attr-defined]
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DqtoolConfig  # type: ignore[attr-defined]
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = DqtoolQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DqtoolConfig
     transformers = sys.modules.get("transformers.quantizers.auto")
     if transformers is not None:
         register_in_transformers(transformers)
@@ -406,7 +407,7 @@ def _offer_pipeline() -> None:
 def register_in_transformers(auto: ModuleType) -> None:
     """Enter the config in transformers' table (`transformers.quantizers.auto`): a `PipelineQuantizationConfig` with
     `quant_backend="dqtool"` looks it up in both libraries."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DqtoolConfig  # type: ignore[attr-defined]
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DqtoolConfig
 
 
 READY = True

@@ -50,7 +50,8 @@ def quantize(options: Any, settings: RunSettings) -> str:
     evaluated = run_steps(steps, settings)
     settings.summary.update(_summary(options, settings, evaluated))
     _print_summary(options.output, settings.summary)
-    return options.output
+    result: str = options.output
+    return result
 
 
 def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
@@ -191,9 +192,9 @@ def _steps(options: Any) -> int:
 
 
 def _source(options: Any) -> ModelSource:
-    return make_options(
-        "dilate", stage_values(options, "dilate") | {"model": options.apply_to or options.model}
-    ).source()
+    model = options.apply_to or options.model
+    source: ModelSource = make_options("dilate", stage_values(options, "dilate") | {"model": model}).source()
+    return source
 
 
 def _show(planned: Mapping[str, Any]) -> None:

@@ -172,19 +172,22 @@ def chained_stages() -> tuple[str, ...]:
 
 def options_class(name: str) -> type:
     """Return the options class of a stage."""
-    return _named(STAGES[name].options)
+    result: type = _named(STAGES[name].options)
+    return result
 
 
 def stage_function(name: str) -> Callable[[Any, RunSettings], str]:
     """Return the function that runs a stage; it returns the path of what was written, as given."""
-    return _named(STAGES[name].function)
+    result: Callable[[Any, RunSettings], str] = _named(STAGES[name].function)
+    return result
 
 
 def work_function(name: str) -> Callable[[Execution, Any], dict[str, Any]]:
     """Return the function that counts the work of a run of the stage. A stage with a plan has none."""
     work = STAGES[name].work
     assert work is not None, name
-    return _named(work)
+    result: Callable[[Execution, Any], dict[str, Any]] = _named(work)
+    return result
 
 
 def plan_function(name: str) -> Callable[[Any, RunSettings], dict[str, Any]] | None:
@@ -195,7 +198,8 @@ def plan_function(name: str) -> Callable[[Any, RunSettings], dict[str, Any]] | N
 
 def default_output(name: str) -> str:
     """Return the path that a stage writes to by default."""
-    return next(each.default for each in declared_options(options_class(name)) if each.name == "output")
+    result: str = next(each.default for each in declared_options(options_class(name)) if each.name == "output")
+    return result
 
 
 def make_options(name: str, values: Mapping[str, Any]) -> Any:

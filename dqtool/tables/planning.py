@@ -214,7 +214,7 @@ def _shortened(values: Mapping[str, Any], share: float) -> dict[str, Any]:
 def _chain(model: str, options: Options, stages: Sequence[str]) -> Iterator[Step]:
     """Yield the steps of one cell. Scaling methods that compare outputs do so at the bits of the cell."""
     from dqtool.scaling.methods import scaling_method
-    from dqtool.stages.calibrate import AUTO, KEEP
+    from dqtool.stages.options.calibrate import AUTO, KEEP
 
     options = {stage: dict(values) for stage, values in options.items()}
     scaling = options["calibrate"].get("scaling", AUTO)
@@ -257,14 +257,16 @@ def _parameters(stage: str, options: Any) -> dict[str, Any]:
         return {"format": options.format}
     of_stage = import_module(f"dqtool.stages.{stage}").fingerprint_parameters
     if stage != "eval":
-        return of_stage(options)
+        result: dict[str, Any] = of_stage(options)
+        return result
     parameters = of_stage(options, options.metrics or ())
     return {name: value for name, value in parameters.items() if name != "figures_added"}
 
 
 @lru_cache
 def _source(model: str, dilate: str) -> ModelSource:
-    return make_options("dilate", {"model": model, **json.loads(dilate)}).source()
+    result: ModelSource = make_options("dilate", {"model": model, **json.loads(dilate)}).source()
+    return result
 
 
 def model_digest(model: str, dilate: Mapping[str, Any]) -> str:

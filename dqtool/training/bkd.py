@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from dqtool.artifacts.jsonvalues import Json
 from dqtool.training.block_loop import Learner, make_trainable, train_blocks
 from dqtool.training.data import DistillationTask, Reporter
 from dqtool.training.optimizer import QuantAdam, cosine
@@ -28,7 +29,7 @@ class BkdLearner(Learner):
         return cosine(step, self.iters)
 
 
-def distill_blocks(task: DistillationTask, options: BkdOptions, progress: Reporter) -> dict:
+def distill_blocks(task: DistillationTask, options: BkdOptions, progress: Reporter) -> dict[str, Json]:
     """Train every block of `task.student` in place; return the metrics of `train_blocks`."""
     return train_blocks(
         task,

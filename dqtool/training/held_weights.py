@@ -61,7 +61,10 @@ def _codes(layer: FakeQuantLayer) -> tuple[Tensor, Tensor]:
 
 def _expanded(layer: FakeQuantLayer, codes: Tensor, scale: Tensor) -> Tensor:
     """Return the quantized weight of these codes, with a gradient to the float weight where gradients are enabled."""
-    return _Expand.apply(layer.weight, codes, scale) if torch.is_grad_enabled() else codes * scale
+    if not torch.is_grad_enabled():
+        return codes * scale
+    expanded: Tensor = _Expand.apply(layer.weight, codes, scale)  # type: ignore[no-untyped-call]
+    return expanded
 
 
 class _Expand(torch.autograd.Function):

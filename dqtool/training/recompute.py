@@ -28,7 +28,7 @@ def recomputed_blocks(model: nn.Module, trace: Trace) -> Iterator[None]:
     """
     modules = [model.get_submodule(block.name) for block in trace.blocks]
     for module in modules:
-        module.forward = _recomputing(module.forward)  # type: ignore[method-assign]
+        module.forward = _recomputing(module.forward)
     try:
         yield
     finally:
@@ -36,7 +36,7 @@ def recomputed_blocks(model: nn.Module, trace: Trace) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def _recomputing(forward: Callable) -> Callable:
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a forward function so that its backward pass runs it again."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

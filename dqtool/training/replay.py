@@ -37,10 +37,11 @@ class BlockInputs:
     def __init__(self, structure: Any, leaves: list[Any], owned: list[bool], device: torch.device) -> None:
         self.structure, self.leaves, self.owned, self.device = structure, leaves, owned, device
 
-    def batch(self, rows: Tensor | slice) -> tuple[tuple, dict[str, Any]]:
+    def batch(self, rows: Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return `args, kwargs` of the samples `rows`, on the device of the network."""
         picked = [x[rows].to(self.device) if own else x for x, own in zip(self.leaves, self.owned, strict=True)]
-        return tree_unflatten(picked, self.structure)
+        result: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(picked, self.structure)
+        return result
 
 
 class Replay:
@@ -81,7 +82,7 @@ class Replay:
         alone: list[Any] = []
         owned: list[bool] = []
 
-        def capture(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def capture(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal gathered, structure, owned
             leaves, structure = tree_flatten((args, kwargs))
             size = rows.stop - rows.start
@@ -222,7 +223,7 @@ class _Answers:
 
     def __enter__(self) -> None:
         for name, module in self.modules.items():
-            module.forward = lambda *a, _name=name, **k: self.replay.answer(_name, (a, k))  # type: ignore[method-assign]
+            module.forward = lambda *a, _name=name, **k: self.replay.answer(_name, (a, k))
 
     def __exit__(self, *_: object) -> None:
         for module in self.modules.values():

@@ -37,7 +37,7 @@ class TemporalPath:
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
+            def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
                 found[name] = output
 
             return hook
@@ -45,7 +45,7 @@ class TemporalPath:
         handles = [self.model.get_submodule(n).register_forward_hook(keep(n)) for n in self.roles.temporal_ends]
         try:
             for module, answer in self._answers:
-                module.forward = lambda *_a, _y=answer, **_k: tree_map(lambda t: _stretch(t, len(rows)), _y)  # type: ignore[method-assign]
+                module.forward = lambda *_a, _y=answer, **_k: tree_map(lambda t: _stretch(t, len(rows)), _y)
             self.task.predict(self.model, rows)
         finally:
             for module, _ in self._answers:

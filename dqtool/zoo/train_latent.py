@@ -142,7 +142,7 @@ def pipeline_of(kind: str, parts: Conditioned, autoencoder: Any, out: Path) -> A
     scheduler = DDIMScheduler(**LATENT_SCHEDULE)
     if kind == "dit":
         names = {i: str(i) for i in range(CLASSES)}
-        return DiTPipeline(parts.denoiser, autoencoder, scheduler, id2label=names)  # type: ignore[arg-type]
+        return DiTPipeline(parts.denoiser, autoencoder, scheduler, id2label=names)
     if kind == "ldm":
         from dqtool.models.latent_class import LatentClassPipeline
 
@@ -153,9 +153,9 @@ def pipeline_of(kind: str, parts: Conditioned, autoencoder: Any, out: Path) -> A
 
     return StableDiffusionPipeline(
         vae=autoencoder,
-        text_encoder=parts.conditioner,  # type: ignore[arg-type]
+        text_encoder=parts.conditioner,
         tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"),
-        unet=parts.denoiser,  # type: ignore[arg-type]
+        unet=parts.denoiser,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

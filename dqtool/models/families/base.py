@@ -152,7 +152,8 @@ class Family(ABC):
 
         Inputs may be on any device; the prediction is on the network's.
         """
-        return model(**to_device_of(model, self.arguments(x, timestep, conditions)), return_dict=False)[0]
+        result: Tensor = model(**to_device_of(model, self.arguments(x, timestep, conditions)), return_dict=False)[0]
+        return result
 
     def example(self, config: ForeignConfig, batch: int = 1, seed: int = 0) -> dict[str, Any]:
         """Return the arguments of one forward on random input, for tracing and comparing networks."""

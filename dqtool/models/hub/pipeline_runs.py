@@ -21,7 +21,7 @@ def register(pipeline_utils: ModuleType) -> None:
     if "__init_subclass__" in vars(base) and getattr(base.__init_subclass__, "_dqtool", False):
         return
 
-    def watch(cls: Any, **kwargs: Any) -> None:
+    def watch(cls: Any, /, **kwargs: Any) -> None:
         super(base, cls).__init_subclass__(**kwargs)
         _wrap(cls)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +165,7 @@ def _assigned(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
     Changes nothing and returns False where names or shapes differ or a module has loading hooks; the caller then uses
     `load_state_dict`.
     """
-    places: dict[str, tuple[dict, str, Tensor, bool]] = {}
+    places: dict[str, tuple[dict[str, Any], str, Tensor, bool]] = {}
     for prefix, module in network.named_modules(remove_duplicate=False):
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
             return False

@@ -113,13 +113,13 @@ def noise_scale(scheduler: Any, timestep: Tensor, eta: float) -> float:
     name, t = type(scheduler).__name__, int(timestep)
     if name == "DDIMScheduler":
         before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        return eta * float(scheduler._get_variance(t, before)) ** 0.5
+        return float(eta * float(scheduler._get_variance(t, before)) ** 0.5)
     if name == "ListedDDIMScheduler":
-        return eta * float(scheduler._get_variance(t, scheduler.before(t))) ** 0.5
+        return float(eta * float(scheduler._get_variance(t, scheduler.before(t))) ** 0.5)
     if name == "DDPMScheduler" and t > 0:
         kind = scheduler.config.variance_type
         if kind in ("fixed_small", "fixed_large"):
-            return float(scheduler._get_variance(t)) ** 0.5
+            return float(float(scheduler._get_variance(t)) ** 0.5)
         if kind == "fixed_small_log":  # diffusers returns the deviation here
             return float(scheduler._get_variance(t))
     return 0.0

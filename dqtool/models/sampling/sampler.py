@@ -245,7 +245,7 @@ class Sampler:
         return guided
 
     def _corrected_step(
-        self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, x_in: Tensor, extra: dict
+        self, scheduler: Any, prediction: Tensor, timestep: Tensor, x: Tensor, x_in: Tensor, extra: dict[str, Any]
     ) -> Tensor:
         """Take a step from the corrected prediction, with the sampler's noise reduced by the residual quantization error."""
         assert self.correction is not None
@@ -256,7 +256,8 @@ class Sampler:
         sigma = noise_scale(scheduler, timestep, self.eta)
         generators = extra.get("generator")
         if not sigma or not generators:
-            return scheduler.step(prediction, timestep, x, **extra).prev_sample
+            result: Tensor = scheduler.step(prediction, timestep, x, **extra).prev_sample
+            return result
         states = [generator.get_state() for generator in generators]
         brought = response(scheduler, timestep, extra) ** 2 * self.correction.variance(given)
         after = scheduler.step(prediction, timestep, x, **extra).prev_sample
@@ -265,7 +266,8 @@ class Sampler:
         for generator, state in zip(copies, states, strict=True):
             generator.set_state(state)
         noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=generator, dtype=x.dtype) for generator in copies])
-        return after - (sigma - max(sigma**2 - brought, 0.0) ** 0.5) * noise.to(after.device)
+        result: Tensor = after - (sigma - max(sigma**2 - brought, 0.0) ** 0.5) * noise.to(after.device)
+        return result
 
     def batches(
         self,
@@ -362,7 +364,8 @@ def _shift(config: ForeignConfig, tokens: int) -> float:
     """Return `mu` of a dynamically shifted flow schedule (Flux, SD3.5), which is linear in the number of image tokens."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return least + (tokens - low) * (most - least) / (high - low)
+    result: float = least + (tokens - low) * (most - least) / (high - low)
+    return result
 
 
 def _step_arguments(scheduler: Any, eta: float, generators: list[torch.Generator] | None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Patterns:
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._left = TOTAL
-        self._matchers: list[tuple[str, re.Pattern | Pattern]] = []
+        self._matchers: list[tuple[str, re.Pattern[str] | Pattern]] = []
         for text in texts:
             # PEFT's rule: a match may begin after any dot.
             whole = rf"(.*\.)?({text})"
@@ -125,9 +125,9 @@ class Pattern:
 
     def _matches(self, kind: Any, argument: Any, char: str) -> bool:
         if kind is op.LITERAL:
-            return ord(char) == argument
+            return bool(ord(char) == argument)
         if kind is op.NOT_LITERAL:
-            return ord(char) != argument
+            return bool(ord(char) != argument)
         if kind is op.ANY:
             return char != "\n"
         if kind is op.IN:
@@ -135,7 +135,7 @@ class Pattern:
             negated = argument[0][0] is op.NEGATE
             return negated != any(self._matches(kind, inner, char) for kind, inner in argument if kind is not op.NEGATE)
         if kind is op.RANGE:
-            return argument[0] <= ord(char) <= argument[1]
+            return bool(argument[0] <= ord(char) <= argument[1])
         if kind is op.CATEGORY and argument in _CLASSES:
             return _CLASSES[argument](char)
         raise ValueError(f"{str(kind).lower()} in a regular expression is not supported")

@@ -291,7 +291,7 @@ class FusedAttention(Attention):
         processor: Any = self.processor
         if not own or not cross_attention_kwargs.keys() <= {"temb"}:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
-        return processor(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)  # type: ignore[return-value]
+        return processor(self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
 
 
 class HeadNorm(nn.GroupNorm):

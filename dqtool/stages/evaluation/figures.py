@@ -82,7 +82,7 @@ def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, se
         return lambda _m, _a, y: seen.__setitem__(name, y)
 
     def compare(name: str) -> Any:
-        def hook(_m: nn.Module, _a: tuple, y: Tensor) -> None:
+        def hook(_m: nn.Module, _a: tuple[Any, ...], y: Tensor) -> None:
             error[name] = error.get(name, 0.0) + float((y - seen[name]).double().square().sum())
             power[name] = power.get(name, 0.0) + float(seen[name].double().square().sum())
 

@@ -57,7 +57,8 @@ def convert_spatial(state: Mapping[str, Tensor], config: ForeignConfig) -> dict[
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     prefixed = {PREFIX + name: tensor for name, tensor in network_tensors(state).items()}
-    return convert_ldm_unet_checkpoint(prefixed, dict(config))
+    result: dict[str, Tensor] = convert_ldm_unet_checkpoint(prefixed, dict(config))
+    return result
 
 
 def _heads(found: Structure, given: ForeignConfig, where: str) -> int | list[int]:

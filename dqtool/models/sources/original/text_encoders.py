@@ -152,8 +152,9 @@ def _converted(own: Mapping[str, Tensor], which: TextEncoder, model: Any) -> dic
     from diffusers.loaders import single_file_utils as conversion
 
     if which.kind == "openclip":
-        return conversion.convert_open_clip_checkpoint(model, dict(own), prefix=which.prefix)
-    plain = conversion.convert_ldm_clip_checkpoint(dict(own), which.prefix)
+        result: dict[str, Tensor] = conversion.convert_open_clip_checkpoint(model, dict(own), prefix=which.prefix)
+        return result
+    plain: dict[str, Tensor] = conversion.convert_ldm_clip_checkpoint(dict(own), which.prefix)
     if which.projects and "text_projection.weight" not in plain:  # files of SD 3 lack CLIP-L's, which has no effect
         width = own[which.marker].shape[1]
         plain["text_projection.weight"] = torch.eye(width, dtype=own[which.marker].dtype)

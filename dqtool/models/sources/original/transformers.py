@@ -53,7 +53,8 @@ class SingleFileTransformer(Layout):
 
         network = {name.removeprefix(PREFIX): state[name] for name in self.network(state)}
         functions: Any = SINGLE_FILE_LOADABLE_CLASSES[self.class_name]
-        return functions["checkpoint_mapping_fn"](network, config=dict(config))
+        result: dict[str, Tensor] = functions["checkpoint_mapping_fn"](network, config=dict(config))
+        return result
 
     @abstractmethod
     def config(self, network: Shapes, where: str) -> ForeignConfig:
