@@ -52,7 +52,7 @@ def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
     """
     import openvino
 
-    from dqtool.formats.openvino import OpenVINOProduct, compile_settings, saturates
+    from dqtool.formats.openvino import OpenVINOProduct, compile_settings, saturates, to_openvino
     from dqtool.nn.traceable import TraceableLayer
     from dqtool.nn.traceable_codes import StepTables
 
@@ -78,8 +78,7 @@ def count_openvino(network: nn.Module) -> Iterator[tuple[str, int, int]]:
             return tuple(outputs)
 
     inputs = [torch.cat([_input(layer.form, step)[:1] for step in range(steps)]) for layer in traceable]
-    with torch.no_grad():
-        model = openvino.convert_model(Probe().eval(), example_input=(timesteps, *inputs))
+    model = to_openvino(Probe().eval(), (timesteps, *inputs))
     compiled = openvino.Core().compile_model(model, "CPU", compile_settings())
     results = compiled([timesteps.numpy(), *(x.numpy() for x in inputs)])
     for index, (name, layer, x) in enumerate(zip(names, traceable, inputs, strict=True)):
