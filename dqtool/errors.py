@@ -22,7 +22,7 @@ LONGEST = 500
 
 
 class DqtoolError(Exception):
-    """A failure said in one paragraph: what happened, where (file, key, layer) and what to do about it."""
+    """A failure, reported in one paragraph: what happened, where (file, key, layer) and what to do about it."""
 
     exit_code = 1
 
@@ -45,19 +45,19 @@ class DqtoolError(Exception):
 
 
 class UsageError(DqtoolError):
-    """The command line or the recipe asks for something that is not offered (exit code 2)."""
+    """The command line or the recipe asks for something that dqtool does not offer (exit code 2)."""
 
     exit_code = 2
 
 
 class ArtifactError(DqtoolError):
-    """A file exists and is not what it should be: damaged, foreign, or of another stage (exit code 3)."""
+    """A file exists and is not the expected one: it is damaged, foreign, or of another stage (exit code 3)."""
 
     exit_code = 3
 
 
 class EnvironmentFault(DqtoolError):
-    """The surroundings are in the way: missing file, full or read-only disk, missing extra, lock held (exit code 4)."""
+    """The environment prevents the command: missing file, full or read-only disk, missing extra, lock held (exit code 4)."""
 
     exit_code = 4
 
@@ -73,8 +73,11 @@ class DqtoolWarning(UserWarning):
 
 
 def plain(text: str) -> str:
-    """Return a text in one line without control characters, which files may hold: escape sequences would act on the
-    terminal, and marks of direction hide what a name is. Spaces inside a path stay."""
+    """Return a text as one line without control characters. Spaces inside a path stay.
+
+    Names and values from files may hold such characters: escape sequences would act on the terminal, and marks of direction
+    disguise a name.
+    """
     if len(text) > 20 * LONGEST:
         text = _shortened(text, 20 * LONGEST)
     return shown(" ".join(part.strip() for part in text.splitlines() if part.strip()))

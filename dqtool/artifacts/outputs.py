@@ -34,7 +34,7 @@ _ELSEWHERE = "Choose a place outside it for the output"
 def check_outputs(
     outputs: Sequence[tuple[str, OutputKind]], inputs: Iterable[str | os.PathLike[str]] = (), *, overwrite: bool = False
 ) -> None:
-    """Raise what `check_writable` raises for any output (path, kind) of a command; `UsageError` where two are one file."""
+    """Raise what `check_writable` raises for any output (path, kind) of a command; `UsageError` if two are one file."""
     sources = list(inputs)
     seen: set[str] = set()
     for path, kind in outputs:
@@ -89,7 +89,7 @@ def check_results(
 ) -> None:
     """Raise what `check_writable` raises for a JSON report, and for the texts and figures of it beside it.
 
-    A text or figure that exists is dqtool's if its report is there: nothing in it says so.
+    A text or figure holds no mark of dqtool, so that it counts as dqtool's if its report exists.
     """
     check_writable(report, "report", inputs=inputs)
     sources = list(inputs)

@@ -11,7 +11,7 @@ __all__ = ["input_of", "is_quantizable", "zero_padding"]
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Say whether `module` is a leaf that dqtool quantizes."""
+    """Return whether `module` is a leaf that dqtool quantizes."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and zero_padding(module) is not None)
 
 
@@ -24,7 +24,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def zero_padding(layer: nn.Conv2d) -> tuple[int, int] | None:
     """Return the rows and columns of zeros on either side of a convolution's input.
 
-    None where the two sides differ or the padding holds other values: neither is exact in integers.
+    Return None if the two sides differ or the padding holds other values: neither is exact in integers.
     """
     if layer.padding_mode != "zeros":
         return None

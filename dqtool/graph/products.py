@@ -1,7 +1,9 @@
-"""Attention of any other kind: calls of `scaled_dot_product_attention`, found while a network is recorded.
+"""Calls of `scaled_dot_product_attention`, counted by module while a network is recorded.
 
-A call belongs to the innermost module that was running. A module whose every run makes exactly one such call, and none in the
-modules that it runs, can have the operands of its two products quantized whatever surrounds them: rotary embeddings, norms,
+Attention modules whose processors dqtool does not know are quantized by intercepting these calls (`nn/products.py`).
+
+A call belongs to the innermost module that was running. A module whose every run makes exactly one such call, and none in
+the modules that it runs, can have the operands of its two products quantized whatever surrounds them: rotary embeddings, norms,
 several streams, gates.
 """
 
@@ -39,7 +41,7 @@ class Calls:
 
 
 class ProductWatch(TorchFunctionMode):
-    """Counts the calls of attention products of a network in `calls`, and passes (module, q, k, v) of each to `see`."""
+    """Context manager that counts a network's attention calls in `calls`, and calls `see(module, (q, k, v))` each time."""
 
     def __init__(self, network: nn.Module, see: Callable[[str, tuple[Tensor, Tensor, Tensor]], None]) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class ProductWatch(TorchFunctionMode):
             self._watch(name, module)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Count a call of the products; run everything."""
+        """Count the call if it is an attention product, then run it."""
         if func is F.scaled_dot_product_attention:
             self._count(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

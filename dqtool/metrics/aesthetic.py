@@ -1,4 +1,4 @@
-"""Aesthetic score: LAION's predictors of how much people like an image, small heads on CLIP image embeddings.
+"""Aesthetic score: LAION's small networks that predict from a CLIP image embedding how much people like an image.
 
 V1 is one linear layer (LAION-AI/aesthetic-predictor, `sa_0_4_vit_*_linear.pth`). V2 has five
 (improved-aesthetic-predictor), without ReLU in `sac+logos+ava1-l14-linearMSE.pth` and with ReLU in

@@ -20,7 +20,7 @@ from dqtool.nn.products import intercept_products, release_products
 
 __all__ = ["keep_quantized", "lend_processor", "runs_own", "set_own", "without_hook"]
 
-REPEATS = {
+EQUIVALENT = {
     "single": ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"),
     "joint": ("JointAttnProcessor2_0", "XFormersJointAttnProcessor"),
     "flux": ("FluxAttnProcessor",),
@@ -41,7 +41,7 @@ def set_own(attn: Any, processor: Any) -> None:
 
 
 def lend_processor(attn: Any, processor: Any) -> Callable[[], None]:
-    """Install a processor in a module of a float network for a while; return the function that removes it."""
+    """Install a processor in a module of a float network; return the function that restores the one before."""
     before = getattr(attn, "processor", None)
     set_own(attn, processor)
 
@@ -67,13 +67,16 @@ def keep_quantized(attn: Any, *_: object) -> None:
 
 
 def runs_own(attn: Any) -> bool:
-    """Reinstall the quantizing processor where it belongs; return whether `attn` runs it."""
+    """Return whether `attn` runs its quantizing processor; reinstall that first if diffusers' default replaced it.
+
+    Warn once for each network whose processor computes another attention.
+    """
     own, processor = attn.__dict__.get(OWN), attn.processor
     if processor is own or own is None:
         return True
     if hasattr(processor, "layout") and getattr(processor, "steps", own.steps) is not None:
         return True  # a processor of dqtool, made for this module
-    if not hasattr(processor, "layout") and not _repeats(processor, own.layout):
+    if not hasattr(processor, "layout") and not _is_equivalent(processor, own.layout):
         if not torch.compiler.is_compiling() and own.steps not in _warned:
             _warned.add(own.steps)
             warnings.warn(
@@ -88,6 +91,6 @@ def runs_own(attn: Any) -> bool:
     return True
 
 
-def _repeats(processor: Any, layout: str) -> bool:
+def _is_equivalent(processor: Any, layout: str) -> bool:
     kind = type(processor)
-    return kind.__name__ in REPEATS.get(layout, ()) and kind.__module__.startswith("diffusers.")
+    return kind.__name__ in EQUIVALENT.get(layout, ()) and kind.__module__.startswith("diffusers.")

@@ -23,9 +23,9 @@ VERSION = 1
 
 
 def kept_errors(about: Mapping[str, Any], make: Callable[[], Errors]) -> Errors:
-    """Return the errors of `make()`, from the cache where it holds some of the same `about` and of the same versions.
+    """Return the errors of `make()`, from the cache if it holds those of an equal `about` and of the same versions.
 
-    A cache that can't be read or written changes nothing but the time.
+    `about` identifies the measurement. A cache that can't be read or written costs time and nothing else.
     """
     versions = {
         "version": VERSION,

@@ -154,7 +154,7 @@ def undilated_weights(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict
 
 
 def _present_factors(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, ScalingResult]:
-    """Return the factors that groups have in the artifact, by owner, under the method that gave them."""
+    """Return the factors of each group in the artifact, by its owner, with the method that chose them."""
     return {
         owner: ScalingResult(tensors[f"{owner}.dilation"], method=scaling_of(manifest, owner).method)
         for owner in scaling_groups(layer_infos(manifest.layers))

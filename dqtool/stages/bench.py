@@ -1,6 +1,6 @@
-"""`dqtool bench`: how fast, how large in memory and how quick to load, next to what one would use instead.
+"""`dqtool bench`: compare speed, memory and load time of an exported network with float and with other quantizers.
 
-A report: nothing is written but, with `-o`, its JSON. All contenders run in one process, turn by turn.
+The report goes to standard output, and with `-o` to a JSON file. All contenders run in one process, in turns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["BenchPlan", "bench", "render"]
 BATCHES = (1, 4, 16)
 MIB = 1 << 20
 STEADY = 1.5
-"""p90 may be this many times p10; beyond, the report says that the figures are not to be trusted."""
+"""Largest ratio of p90 to p10 of trustworthy figures; above it, the report warns."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _prepare(names: Sequence[str], subject: Subject) -> None:
 
 
 def _probes(names: Sequence[str], subject: Subject, batch: int) -> list[LoadRow]:
-    """Load time and memory of every contender for which they differ."""
+    """Return load time and memory of the contenders, each measured in a fresh process."""
     from dqtool.bench.contenders import contender_of
     from dqtool.bench.probe import probe
 

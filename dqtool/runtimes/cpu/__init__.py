@@ -3,8 +3,9 @@
 In memory a weight takes one byte, 16/9 of a byte where a 3x3 convolution of up to 5 bits runs as a Winograd transform.
 Nothing is recompiled when the step, the batch or the resolution changes.
 
-A network computes in float32 around its products. `.to(torch.float16)` and the like, of a whole pipeline say, are accepted
-and change what its `dtype` says, not its tensors; outputs have the dtype of the input. A sample with a NaN gives NaN alone.
+A network computes in float32 around its products. `.to(torch.float16)`, for example of a whole pipeline, changes the
+attribute `dtype` and no tensor; outputs have the dtype of the input. A NaN in one sample leaves the other samples of the
+batch as they are.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def load(artifact: Artifact) -> nn.Module:
 def convert(network: nn.Module) -> nn.Module:
     """Replace the packed layers of a network by integer ones, in place. `integer_report` returns the arithmetic of each.
 
-    The network's tensors then keep their dtypes and stay on the CPU; its `dtype` is the one that `.to` asked for last.
+    The network's tensors then keep their dtypes and stay on the CPU; its attribute `dtype` is the last one that `.to` got.
     """
     if library.get() is None:
         report.warn(f"cpu: the compiled kernels are missing, and products run slower: {library.problem()}")
@@ -157,7 +158,7 @@ def choose_product(layer: IntegerLayer, current_step: CurrentStep) -> Product | 
 
 
 def _convert_attention(name: str, attn: Any, current_step: CurrentStep, kinds: dict[str, str], merged: set[str]) -> str:
-    """Give one attention module the integer processor, and merge projections that share their input."""
+    """Give one attention module the integer processor, and merge projections of one input; return its arithmetic."""
     operands = integer_attention(attn)
     native = library.has_products() and operands.is_integer
     native = native and all(operands.operands[n].signed for n in "qkv") and operands.operands["probs"].bits <= 8
@@ -222,7 +223,7 @@ def _engine_on(device: torch.device) -> ModuleType | None:
 
 
 def simulated_again(network: nn.Module) -> nn.Module:
-    """Make a converted network a packed one that simulates, in place, in the dtype that it was asked for last."""
+    """Turn a converted network back into a packed one, in place, which simulates in the last dtype that `.to` got."""
     dtype, packed = _dtype(network), packed_form(network)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_dqtool_steps"):
         network.__dict__[name] = packed.__dict__[name]
@@ -344,7 +345,7 @@ def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _offer_dtype() -> None:
-    """Let `dtype` of diffusers' networks be what a converted network was asked for: its tensors stay float32."""
+    """Make `dtype` of diffusers' networks return, for a converted network, the last one that `.to` got."""
     from diffusers import ModelMixin
 
     base: Any = ModelMixin
