@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dqtool import report
 from dqtool.artifacts.files import write_text
@@ -20,7 +19,7 @@ from dqtool.stages.registry import option_types
 from dqtool.stages.shared.settings import RunSettings
 from dqtool.tables.cell_figures import FIGURES_VERSION
 from dqtool.tables.cells import CellStore
-from dqtool.tables.forecast import forecast
+from dqtool.tables.forecast import Forecast, forecast
 from dqtool.tables.naming import variant_of
 from dqtool.tables.planning import Cell, Target, plan_table
 from dqtool.tables.rendering import curve_figure, render_markdown, summarise, table_name
@@ -169,27 +168,22 @@ def _overrides(given: Sequence[str]) -> Options:
 
 
 def _print_plan(tables: Sequence[Table], plans: Sequence[Sequence[Cell]], store: CellStore) -> None:
-    rows: list[tuple[Any, ...]] = []
+    rows = []
     for table, cells in zip(tables, plans, strict=True):
         found = forecast(cells, store)
         rows.append(_plan_row(table.name, found))
     everything = forecast([cell for cells in plans for cell in cells], store)
     rows.append(_plan_row("all (shared cells once)", everything))
     print("\n".join(report.table_lines(["table", "cells", "finished", "can't run", "core hours left", "in all"], rows)))
-    left, whole = (everything[each] / 3600 / WORKERS for each in ("seconds", "whole_seconds"))
+    left, whole = (each / 3600 / WORKERS for each in (everything.seconds, everything.whole_seconds))
     print(f"`make bench-all` on {WORKERS} cores: {left:.1f} hours left, {whole:.1f} in all")
     for text in sorted({cell.problem for cells in plans for cell in cells if cell.problem}):
         print(f"can't run: {text}")
 
 
-def _plan_row(name: str, found: dict[str, Any]) -> tuple[Any, ...]:
-    return (
-        name,
-        found["cells"],
-        found["finished"],
-        found["problems"],
-        *(f"{found[each] / 3600:.2f}" for each in ("seconds", "whole_seconds")),
-    )
+def _plan_row(name: str, found: Forecast) -> tuple[object, ...]:
+    hours = (f"{each / 3600:.2f}" for each in (found.seconds, found.whole_seconds))
+    return (name, found.cells, found.finished, found.problems, *hours)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dqtool.tables.cells import CellStore
 from dqtool.tables.planning import Cell, Step
 
-__all__ = ["forecast"]
+__all__ = ["Forecast", "forecast"]
 
 PRIOR = {
     "dilate": 2.0,
@@ -24,11 +25,27 @@ The unit is an artifact in dilate and export, a trajectory point in calibrate, a
 all blocks) in distill, and a sampling step of an image in eval."""
 
 
-def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
-    """Return the number of different `cells`, of `finished` ones and of `problems`, which can't run, and times of one worker.
+@dataclass(frozen=True)
+class Forecast:
+    """Numbers of cells, and the time that one worker needs for them.
 
-    `seconds` is the time of the cells that are left, `whole_seconds` that of all cells.
+    Attributes:
+        cells: different cells.
+        finished: finished cells.
+        problems: cells that can't run.
+        seconds: time of the cells that are left.
+        whole_seconds: time of all cells.
     """
+
+    cells: int
+    finished: int
+    problems: int
+    seconds: float
+    whole_seconds: float
+
+
+def forecast(cells: Sequence[Cell], store: CellStore) -> Forecast:
+    """Return the forecast for some cells; `store` holds the finished ones."""
     rates = _rates(store.every())
     unique = {cell.key: cell for cell in cells if cell.key}
     done = {key for key in unique if store.finished(key)}
@@ -43,14 +60,7 @@ def forecast(cells: Sequence[Cell], store: CellStore) -> dict[str, Any]:
             seconds = _seconds(step, _sampling_steps(step.parameters for step in cell.steps), rates)
             whole += seconds
             left += seconds if step.key not in made else 0.0
-    problems = [cell for cell in cells if cell.problem]
-    return {
-        "cells": len(unique),
-        "finished": len(done),
-        "problems": len(problems),
-        "seconds": left,
-        "whole_seconds": whole,
-    }
+    return Forecast(len(unique), len(done), sum(bool(cell.problem) for cell in cells), left, whole)
 
 
 def _seconds(step: Step, sampling_steps: int, rates: Mapping[tuple[str, ...], float]) -> float:

@@ -327,7 +327,7 @@ def test_a_row_that_the_version_can_not_run_is_said(tiny: Path, tmp_path: Path) 
     cells = plan_table(load_table(path), Target())
     problems = [cell for cell in cells if cell.problem]
     assert {cell.row for cell in problems} == {"SmoothQuant"}
-    assert forecast(cells, CellStore(tmp_path / "none"))["problems"] == len(problems) == 1
+    assert forecast(cells, CellStore(tmp_path / "none")).problems == len(problems) == 1
 
 
 def test_keys_tell_the_components_of_a_model_apart() -> None:
@@ -351,12 +351,12 @@ def test_what_is_left_and_all_of_it_are_the_same_until_a_cell_is_finished(tiny: 
     cells = plan_table(load_table(tiny), Target(seeds=(0,)))
     store = CellStore(tmp_path / "cells")
     before = forecast(cells, store)
-    assert before["seconds"] == before["whole_seconds"] > 0
+    assert before.seconds == before.whole_seconds > 0
     entries = [{"stage": s.stage, "parameters": dict(s.parameters), "cpu_seconds": 1000.0} for s in cells[0].steps]
     store.save(cells[0].key, {"model": "another", "environment": {"device": "cuda:0"}, "stages": entries})
     after = forecast(cells, store)
-    assert after["finished"] == 1
-    assert 0 < after["seconds"] < after["whole_seconds"] == before["whole_seconds"]
+    assert after.finished == 1
+    assert 0 < after.seconds < after.whole_seconds == before.whole_seconds
 
 
 def test_hours_come_from_the_same_model_and_from_the_cpu() -> None:
