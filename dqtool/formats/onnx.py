@@ -100,8 +100,8 @@ class IntegerProduct(ProductForm):
             y = ConvInteger.apply(  # type: ignore[no-untyped-call]
                 unsigned, weight, zero_point, layer.stride, padding, layer.taps_dilation, layer.groups
             )
-            result: Tensor = y.to(torch.float32) * weight_scale.view(-1, 1, 1)
-            return result
+            convolved: Tensor = y.to(torch.float32) * weight_scale.view(-1, 1, 1)
+            return convolved
         result: Tensor = (
             MatMulInteger.apply(unsigned, weight.t().contiguous(), zero_point).to(torch.float32) * weight_scale  # type: ignore[no-untyped-call]
         )

@@ -176,7 +176,7 @@ def _ready(runtime: Runtime) -> Runtime:
 
 def _load(runtime: Runtime, artifact: Artifact) -> nn.Module:
     network: nn.Module = runtime.engine().load(artifact)
-    network.runtime = runtime.name  # reports name the engine that `auto` took
+    network.runtime = runtime.name  # type: ignore[assignment]  # reports name the engine that `auto` took
     if "_dqtool_steps" in network.__dict__:
         from dqtool.models.network_methods import add_methods, origin_of
         from dqtool.nn.packed_form import packed_form

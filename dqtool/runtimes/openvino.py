@@ -81,7 +81,7 @@ class OpenVINONetwork(Fixed, ModelMixin):
     """
 
     def __init__(self, artifact: Artifact, precision: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         import diffusers
         from diffusers.configuration_utils import FrozenDict
 

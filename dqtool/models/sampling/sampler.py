@@ -256,8 +256,8 @@ class Sampler:
         sigma = noise_scale(scheduler, timestep, self.eta)
         generators = extra.get("generator")
         if not sigma or not generators:
-            result: Tensor = scheduler.step(prediction, timestep, x, **extra).prev_sample
-            return result
+            plain: Tensor = scheduler.step(prediction, timestep, x, **extra).prev_sample
+            return plain
         states = [generator.get_state() for generator in generators]
         brought = response(scheduler, timestep, extra) ** 2 * self.correction.variance(given)
         after = scheduler.step(prediction, timestep, x, **extra).prev_sample
