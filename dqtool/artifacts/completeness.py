@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dqtool.artifacts.manifest import REPORTS, Manifest
-from dqtool.artifacts.records import refuse
+from dqtool.artifacts.manifest_reading import refuse
 from dqtool.artifacts.schema import Mismatch
 
 __all__ = ["check_complete"]

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dqtool.artifacts.jsonvalues import JsonObject
+from dqtool.artifacts.manifest_reading import records_of
 from dqtool.artifacts.reading import parse_json
 from dqtool.artifacts.records import (
     EnvironmentRecord,
@@ -25,7 +26,6 @@ from dqtool.artifacts.records import (
     ParametersRecord,
     PipelineRecord,
     SamplingRecord,
-    records_of,
 )
 from dqtool.artifacts.schema import json_of, unchecked
 from dqtool.errors import ArtifactError, NumericError

@@ -1,19 +1,17 @@
 """Contents of a manifest as typed records: model, pipeline, sampling, layers, inputs, metrics, parameters, environment.
 
-A manifest's checksum shows that nobody edited it, but an attacker can compute one. `records_of` checks every value that a
+A manifest's checksum shows that nobody edited it, but an attacker can compute one. `manifest_reading.records_of` checks every value that a
 stage relies on before any use, and an error names the key. Keys that no record names are kept (`Record.as_read`) and
 written again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from dqtool.artifacts.jsonvalues import ForeignConfig, JsonObject
-from dqtool.artifacts.schema import Bounds, Count, Mismatch, Name, OneOf, Record, Size, Step, record
-from dqtool.errors import ArtifactError
+from dqtool.artifacts.jsonvalues import ForeignConfig
+from dqtool.artifacts.schema import Bounds, Count, Name, OneOf, Record, Size, Step
 
 __all__ = [
     "METRICS",
@@ -36,8 +34,6 @@ __all__ = [
     "ScalingRecord",
     "SensitivityRecord",
     "StageRecord",
-    "records_of",
-    "refuse",
 ]
 
 Bits = Annotated[int, OneOf((2, 3, 4, 5, 6, 7, 8, 16, 32))]
@@ -353,57 +349,3 @@ class Records:
     parameters: ParametersRecord
     file: FileRecord | None = None
     files: dict[str, FileRecord] | None = None
-
-
-def records_of(payload: JsonObject, stage: str, where: str) -> Records:
-    """Return the records of a manifest's object; `where` is its path, for messages.
-
-    Raises:
-        ArtifactError: names the key of the first value that is not what it must be.
-    """
-    payload = {**payload, "model": payload["model"] or None}
-    kind = METRICS.get(stage, MetricsRecord)
-    try:
-        metrics = record(payload["metrics"], kind, "metrics")
-        found = record({**payload, "metrics": {}}, Records)
-        found = dataclasses.replace(found, metrics=metrics)
-        refuse(_crossed(found), where)
-    except ValueError as error:
-        refuse(error.args[0], where)
-        raise
-    return found
-
-
-def refuse(problem: Mismatch | None, where: str) -> None:
-    """Raise `ArtifactError` for a problem of the manifest at `where`."""
-    if problem is not None:
-        raise ArtifactError(
-            f"The manifest is malformed: {problem.key} must be {problem.what}",
-            where=f"{where}, key {problem.key}",
-            fix="Make the artifact again, or restore the manifest that was written with it",
-        )
-
-
-def _crossed(found: Records) -> Mismatch | None:
-    """Return what is wrong with records that each are right."""
-    names: set[str] = set()
-    for number, layer in enumerate(found.layers):
-        key = f"layers[{number}]"
-        if layer.name in names:
-            return Mismatch(f"{key}.name", "a name that no layer before has")
-        names.add(layer.name)
-        if layer.kind != "attention" and len(layer.shape) != (4 if layer.kind == "conv2d" else 2):
-            return Mismatch(f"{key}.shape", f"that of a {layer.kind} layer's weight")
-        if layer.kind == "attention" and layer.heads < 1:
-            return Mismatch(f"{key}.heads", "1 or more")
-    for number, layer in enumerate(found.layers):
-        if layer.shares is not None and layer.shares not in names:
-            return Mismatch(f"layers[{number}].shares", "the name of a layer")
-    blocks: set[str] = set()
-    for number, block in enumerate(found.metrics.blocks or ()):
-        if not blocks.issuperset(block.reads):
-            return Mismatch(f"metrics.blocks[{number}].reads", "names of earlier blocks")
-        blocks.add(block.name)
-    if found.metrics.output_reads is not None and not blocks.issuperset(found.metrics.output_reads):
-        return Mismatch("metrics.output_reads", "names of blocks")
-    return None

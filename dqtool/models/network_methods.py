@@ -169,7 +169,7 @@ def float_copy(network: Any) -> Any:
     return nn.Module.to(fresh, next(iter(packed.buffers())).device, dtype).eval()
 
 
-def to_float(network: Any) -> Any:
+def to_float(network: Any) -> nn.Module:
     """Convert a quantized network in place into one of diffusers' float layers, with dequantized weights.
 
     Activations are no longer quantized, and predictions no longer corrected.
@@ -180,4 +180,5 @@ def to_float(network: Any) -> Any:
     network.__dict__.update(fresh.__dict__ | kept)
     network._internal_dict = type(network.config)({k: v for k, v in network.config.items() if k not in OURS})
     network.is_quantized = False
-    return network
+    converted: nn.Module = network
+    return converted

@@ -272,8 +272,7 @@ class DqtoolQuantizer(DiffusersQuantizer):
         }, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        result: nn.Module = to_float(model)
-        return result
+        return to_float(model)
 
     @property
     def is_serializable(self) -> bool:
