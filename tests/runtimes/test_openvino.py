@@ -195,7 +195,7 @@ def test_a_full_disk_is_no_bug(
 
     graph = exported["openvino"] / "unet" / "openvino_model.xml"
     for module in ("dqtool.formats.openvino", "dqtool.runtimes.openvino_graphs"):  # tracing again takes seconds
-        monkeypatch.setattr(f"{module}.build_ir", lambda *_: openvino.Core().read_model(graph))
+        monkeypatch.setattr(f"{module}.build_ir", lambda *_, **__: openvino.Core().read_model(graph))
     monkeypatch.setattr(openvino, "save_model", full)
     monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path / "cache"))
     assert dqtool.load(str(exported["dq"]), "openvino")(torch.randn(1, 1, 8, 8), 0).sample.shape == (1, 1, 8, 8)
