@@ -56,7 +56,7 @@ def main() -> int:
     except KeyboardInterrupt as stop:
         return _stopped(arguments, type(stop))
     except Exception as error:
-        asked = stopping.asked()  # a library may raise an error of its own where a signal interrupts it
+        asked = stopping.pending_stop()  # a library may raise an error of its own where a signal interrupts it
         return _fail(arguments, error, debug) if asked is None else _stopped(arguments, asked)
 
 

@@ -1,14 +1,14 @@
 """Requests to stop: Ctrl-C and SIGTERM.
 
 Each raises an exception in the main thread, and is remembered. Libraries written in C may turn the exception into one of
-their own, or swallow it. `raise_if_asked` raises it again at the next unit of work.
+their own, or swallow it. `raise_pending_stop` raises it again at the next unit of work.
 """
 
 from __future__ import annotations
 
 import signal
 
-__all__ = ["Terminated", "asked", "raise_if_asked", "watch"]
+__all__ = ["Terminated", "pending_stop", "raise_pending_stop", "watch"]
 
 _asked: type[KeyboardInterrupt] | None = None
 
@@ -33,12 +33,12 @@ def watch() -> None:
         return
 
 
-def asked() -> type[KeyboardInterrupt] | None:
+def pending_stop() -> type[KeyboardInterrupt] | None:
     """Return the exception of a signal that arrived since `watch`; None if there was none."""
     return _asked
 
 
-def raise_if_asked() -> None:
+def raise_pending_stop() -> None:
     """Raise the exception of a signal that arrived, if something swallowed it.
 
     Raises:

@@ -15,7 +15,7 @@ from dqtool.artifacts.files import fsync_path, os_fault, partial_of, sha256_file
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.artifacts.tensorfile import load_tensors, save_tensors
 from dqtool.errors import DqtoolError
-from dqtool.stopping import raise_if_asked
+from dqtool.stopping import raise_pending_stop
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ class Workspace:
 
     def save(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep `tensors` under `key`. An interrupt leaves the key as it was, or makes `load` answer None."""
-        raise_if_asked()
+        raise_pending_stop()
         try:
             self.directory.mkdir(exist_ok=True)
             with staging(self._target) as area:

@@ -173,9 +173,9 @@ def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None
     """
     if len(images) < minimum_samples(FEATURES):
         report.warn(f"fd.digits of {len(images)} images is biased upwards; use {minimum_samples(FEATURES)} or more")
-    figures = _with_asked(images, asked)
+    figures = _with_requested(images, asked)
     if expected is not None:
-        figures["reference"] = reference = _with_asked(expected, asked)
+        figures["reference"] = reference = _with_requested(expected, asked)
         figures["fd.digits_from_reference"] = distance(images, expected)
         own, full = value_of(figures, "fd.digits"), value_of(reference, "fd.digits")
         if own is not None and full:
@@ -185,7 +185,7 @@ def compare_digits(images: Tensor, expected: Tensor | None, asked: Tensor | None
     return figures
 
 
-def _with_asked(images: Tensor, asked: Tensor | None) -> dict[str, Json]:
+def _with_requested(images: Tensor, asked: Tensor | None) -> dict[str, Json]:
     """Return the digit figures of `images`, and the share that shows the digit asked for."""
     figures = evaluate_digits(images)
     if asked is not None:

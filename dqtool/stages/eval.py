@@ -21,7 +21,7 @@ from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.sampling.fitted import AUTO
 from dqtool.runtimes.names import runtime_name
 from dqtool.stages.evaluation.correction import switch_correction
-from dqtool.stages.evaluation.engines import asked_runtime, run_exported
+from dqtool.stages.evaluation.engines import requested_runtime, run_exported
 from dqtool.stages.evaluation.figures import cost_figures, image_figures, layer_errors
 from dqtool.stages.evaluation.image_metrics import (
     choose_metrics,
@@ -63,7 +63,7 @@ def evaluate(options: EvalOptions, settings: RunSettings) -> str:
     artifact = input_artifact(options.artifact, ["dilate", "calibrate", "distill", "export"], "export")
     if artifact.stage in ("distill", "export"):
         check_steps(artifact, options.steps)
-    options = replace(options, runtime=asked_runtime(artifact, options.runtime))
+    options = replace(options, runtime=requested_runtime(artifact, options.runtime))
     metrics = chosen_metrics(options, artifact)
     reference = find_reference(options.reference, artifact)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
@@ -220,7 +220,7 @@ def produce(
         images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples", kept)
         if artifact.stage == "export":
             figures["runtime"] = str(network.runtime)
-        figures |= image_figures(images, expected, metrics, maker.conditions.asked(len(images)))
+        figures |= image_figures(images, expected, metrics, maker.conditions.requested_digits(len(images)))
         if isinstance(known := figures.get("reference"), dict):
             of_reference = known
         if options.floor and "digits" in metrics and float_network is not None and reference is not None:

@@ -153,7 +153,7 @@ class Conditions:
             found.update(name.encode() + self.table[name].contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    def asked(self, images: int) -> Tensor | None:
+    def requested_digits(self, images: int) -> Tensor | None:
         """Return the digit that each image should show, `[images]`; None where that is unknown."""
         return None if self.digits is None else self.digits[self.rows(0, images)]
 

@@ -11,10 +11,10 @@ from dqtool.runtimes.names import runtime_name
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["asked_runtime", "run_exported"]
+__all__ = ["requested_runtime", "run_exported"]
 
 
-def asked_runtime(artifact: Artifact, runtime: str) -> str:
+def requested_runtime(artifact: Artifact, runtime: str) -> str:
     """Return the present name of the runtime that `--runtime` asks for. Artifacts before the export run in `simulate`.
 
     Raises:
