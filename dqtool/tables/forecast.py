@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dqtool.tables.cells import CellStore
+from dqtool.tables.cells import CellRecord, CellStore
 from dqtool.tables.planning import Cell, Step
 
 __all__ = ["Forecast", "forecast"]
@@ -91,19 +91,19 @@ def _work(stage: str, parameters: Mapping[str, Any], sampling_steps: int) -> flo
     return samples * sampling_steps if stage == "eval" else samples
 
 
-def _rates(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
+def _rates(records: Iterable[CellRecord]) -> dict[tuple[str, ...], float]:
     """Return mean seconds for each unit of work, by each start of a kind (`_kind`)."""
     sums: dict[tuple[str, ...], tuple[float, float]] = {}
     for record in records:
-        if record["environment"]["device"] != "cpu":
+        if record.environment.device != "cpu":
             continue
-        steps = _sampling_steps(entry["parameters"] for entry in record["stages"])
-        for entry in record["stages"]:
-            stage, seconds = entry["stage"], entry.get("cpu_seconds")
+        steps = _sampling_steps(run.parameters for run in record.stages)
+        for run in record.stages:
+            seconds = run.cpu_seconds
             if seconds is None:
                 continue
-            work = _work(stage, entry["parameters"], steps)
-            whole = _kind(stage, record["model"], entry["parameters"])
+            work = _work(run.stage, run.parameters, steps)
+            whole = _kind(run.stage, record.model, run.parameters)
             for kind in (whole, whole[:2], whole[:1]):
                 before = sums.get(kind, (0.0, 0.0))
                 sums[kind] = (before[0] + seconds, before[1] + work)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dqtool.artifacts import dqtool_version
 from dqtool.page.comparison import ARROWS, FORMAT, REFERENCE, curve_chart, figure_text, is_best
 from dqtool.page.style import CHART_STYLE
-from dqtool.tables.cells import CellStore
+from dqtool.tables.cells import CellRecord, CellStore
 from dqtool.tables.columns import COLUMNS, Column
 from dqtool.tables.planning import Cell, Target
 from dqtool.tables.provenance import iterations, provenance
@@ -84,7 +84,7 @@ def _row(
     row: Row,
     columns: Sequence[str],
     cells: Sequence[Cell],
-    records: Mapping[str, dict[str, Any] | None],
+    records: Mapping[str, CellRecord | None],
 ) -> dict[str, Any]:
     mine = [cell for cell in cells if cell.row == row.name]
     finished = [(cell, record) for cell in mine if (record := records.get(cell.key)) is not None]
@@ -92,9 +92,9 @@ def _row(
     def metrics_of(name: str | None) -> dict[int, Any]:
         """Return the metrics of the row of this name by seed."""
         return {
-            cell.seed: record["metrics"]
+            cell.seed: record.metrics
             for cell in cells
-            if cell.row == name and (record := records.get(cell.key)) is not None and "metrics" in record
+            if cell.row == name and (record := records.get(cell.key)) is not None and record.metrics is not None
         }
 
     base, above = metrics_of(table.baseline), metrics_of(_above(table, row))
@@ -110,9 +110,9 @@ def _row(
         if found:
             values[key] = _spread(list(found.values()))
     curves = [
-        record["metrics"]["distill"].get(table.curve)
+        record.metrics["distill"].get(table.curve)
         for _, record in finished
-        if table.curve and "distill" in record.get("metrics", {})
+        if table.curve and record.metrics is not None and "distill" in record.metrics
     ]
     return {
         "name": row.name,
@@ -121,7 +121,7 @@ def _row(
         "paper": row.paper.get(group.name, ""),
         "note": row.note,
         "seeds": [cell.seed for cell, _ in finished],
-        "failed": [record["failed"] for _, record in finished if "failed" in record],
+        "failed": [record.failed for _, record in finished if record.failed is not None],
         "problem": next((cell.problem for cell in mine if cell.problem), None),
         "keys": [cell.key for cell, _ in finished],
         "paper_only": row.paper_only,
@@ -138,12 +138,14 @@ def _above(table: Table, row: Row) -> str | None:
     return names[at - 1] if at else None
 
 
-def _reference(columns: Sequence[str], finished: Sequence[Any], group: Group) -> dict[str, Any] | None:
+def _reference(
+    columns: Sequence[str], finished: Sequence[tuple[Cell, CellRecord]], group: Group
+) -> dict[str, Any] | None:
     """Return the row of the full-precision model, whose images all rows of a group and seed share; None without figures."""
-    by_seed = {cell.seed: record for cell, record in finished if "metrics" in record}
+    by_seed = {cell.seed: record.metrics for cell, record in finished if record.metrics is not None}
     values = {}
     for key in columns:
-        found = [v for r in by_seed.values() if (v := COLUMNS[key].of_reference(r["metrics"])) is not None]
+        found = [v for metrics in by_seed.values() if (v := COLUMNS[key].of_reference(metrics)) is not None]
         if found:
             values[key] = _spread(found)
     if not values and not group.paper_reference:
@@ -163,8 +165,8 @@ def _reference(columns: Sequence[str], finished: Sequence[Any], group: Group) ->
     }
 
 
-def _value(column: Column, record: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> float | None:
-    metrics = record.get("metrics")
+def _value(column: Column, record: CellRecord, baseline: Mapping[str, Any] | None) -> float | None:
+    metrics = record.metrics
     if metrics is None:
         return None
     if column.relative is None:
@@ -207,9 +209,10 @@ def _settings(table: Table, target: Target, cells: Sequence[Cell]) -> str:
     return "; ".join(parts) + "."
 
 
-def _versions(records: Any) -> list[str]:
+def _versions(records: Iterable[CellRecord | None]) -> list[str]:
+    """Return the different sets of package versions that computed these cells."""
     found = {
-        " ".join(f"{name} {version}" for name, version in sorted(record["environment"].get("versions", {}).items()))
+        " ".join(f"{name} {version}" for name, version in sorted(record.environment.versions.items()))
         for record in records
         if record is not None
     }

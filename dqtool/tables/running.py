@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dqtool.errors import NumericError
 from dqtool.stages.registry import make_options, stage_function
 from dqtool.stages.shared.settings import RunSettings
 from dqtool.tables.cell_figures import FIGURES_VERSION, cell_figures
-from dqtool.tables.cells import CellStore, claim
+from dqtool.tables.cells import CellRecord, CellStore, StageRun, claim
 from dqtool.tables.planning import Cell, Step
 from dqtool.tables.provenance import provenance
 
@@ -74,46 +74,38 @@ class Runner:
 
         start = time.perf_counter()
         artifacts: dict[str, Path] = {}
-        record: dict[str, Any] = {
-            "stages": [
-                {"stage": step.stage, "parameters": dict(step.parameters), "key": step.key} for step in cell.steps
-            ],
-            "model": cell.steps[0].model,
-            "environment": environment(str(resolve_device(self.settings.device)), torch.get_num_threads()).to_json(),
-            "dqtool": dqtool_version(),
-            "measures": FIGURES_VERSION,
-            **provenance(cell),
-        }
+        runs = [StageRun(step.stage, dict(step.parameters), step.key) for step in cell.steps]
+        metrics: dict[str, Any] | None = None
+        failed: str | None = None
         try:
-            for step, entry in zip(cell.steps, record["stages"], strict=True):
+            for number, step in enumerate(cell.steps):
                 artifacts[step.stage], seconds = self._make(step)
                 if seconds is not None:
-                    entry["cpu_seconds"] = round(seconds, 1)
+                    runs[number] = replace(runs[number], cpu_seconds=round(seconds, 1))
             bits = next((str(step.parameters["bits"]) for step in cell.steps if step.stage == "distill"), "4/4")
-            record["metrics"] = cell_figures(artifacts, bits)
-            self._count_earlier_runs(record)
-            self._keep_times(cell.key, record)
+            metrics = {**cell_figures(artifacts, bits)}
+            runs = self._with_earlier_times(cell.key, _with_earlier_runs(runs, metrics))
         except NumericError as error:
-            record["failed"] = str(error)
+            failed = str(error)
             log(f"  the numbers failed: {error}")
-        record["seconds"] = round(time.perf_counter() - start, 1)
+        record = CellRecord(
+            stages=runs,
+            model=cell.steps[0].model,
+            environment=environment(str(resolve_device(self.settings.device)), torch.get_num_threads()),
+            dqtool=dqtool_version(),
+            measures=FIGURES_VERSION,
+            metrics=metrics,
+            failed=failed,
+            seconds=round(time.perf_counter() - start, 1),
+            as_read=provenance(cell),
+        )
         self.store.save(cell.key, record)
 
-    @staticmethod
-    def _count_earlier_runs(record: dict[str, Any]) -> None:
-        """Take the processor time of a training that was interrupted from its metrics, which add up all runs."""
-        whole = record["metrics"].get("distill", {}).get("training_cpu_seconds", 0.0)
-        for entry in record["stages"]:
-            if entry["stage"] == "distill" and "cpu_seconds" in entry:
-                entry["cpu_seconds"] = round(max(entry["cpu_seconds"], whole), 1)
-
-    def _keep_times(self, key: str, record: dict[str, Any]) -> None:
-        """Take the times of stages that were cached from the earlier record of the cell."""
-        earlier = {entry["key"]: entry for entry in (self.store.load(key) or {}).get("stages", ())}
-        for entry in record["stages"]:
-            known = earlier.get(entry["key"], {})
-            if "cpu_seconds" not in entry and "cpu_seconds" in known:
-                entry["cpu_seconds"] = known["cpu_seconds"]
+    def _with_earlier_times(self, key: str, runs: Sequence[StageRun]) -> list[StageRun]:
+        """Return the runs with the times of cached stages that the earlier record of the cell holds."""
+        earlier = self.store.load(key)
+        known = {} if earlier is None else {run.key: run.cpu_seconds for run in earlier.stages}
+        return [replace(run, cpu_seconds=known.get(run.key)) if run.cpu_seconds is None else run for run in runs]
 
     def _make(self, step: Step) -> tuple[Path, float | None]:
         """Run a step unless its artifact exists. Return its path and processor seconds; None for one that existed."""
@@ -141,3 +133,14 @@ class Runner:
     def _at(self, stage: str, key: str) -> Path:
         suffix = {"eval": ".json", "export": ""}.get(stage, ".safetensors")
         return self.work / f"{stage}-{key[:20]}{suffix}"
+
+
+def _with_earlier_runs(runs: Sequence[StageRun], metrics: Mapping[str, Any]) -> list[StageRun]:
+    """Return the runs; an interrupted training gets the processor time of its metrics, which add up all its runs."""
+    whole = float(metrics.get("distill", {}).get("training_cpu_seconds", 0.0))
+    return [
+        replace(run, cpu_seconds=round(max(run.cpu_seconds, whole), 1))
+        if run.stage == "distill" and run.cpu_seconds is not None
+        else run
+        for run in runs
+    ]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from helpers import tiny_pipeline
 
+from dqtool.artifacts.records import EnvironmentRecord
 from dqtool.page.results import find_tables
 from dqtool.tables.__main__ import main
-from dqtool.tables.cells import CellStore
+from dqtool.tables.cells import CellRecord, CellStore, StageRun
 from dqtool.tables.forecast import _rates, forecast
 from dqtool.tables.naming import variant_of
 from dqtool.tables.planning import Target, plan_table
@@ -53,18 +54,17 @@ def test_what_is_left_and_all_of_it_are_the_same_until_a_cell_is_finished(tiny: 
     store = CellStore(tmp_path / "cells")
     before = forecast(cells, store)
     assert before.seconds == before.whole_seconds > 0
-    entries = [{"stage": s.stage, "parameters": dict(s.parameters), "cpu_seconds": 1000.0} for s in cells[0].steps]
-    store.save(cells[0].key, {"model": "another", "environment": {"device": "cuda:0"}, "stages": entries})
+    runs = [StageRun(s.stage, dict(s.parameters), cpu_seconds=1000.0) for s in cells[0].steps]
+    store.save(cells[0].key, CellRecord(runs, "another", EnvironmentRecord(device="cuda:0")))
     after = forecast(cells, store)
     assert after.finished == 1
     assert 0 < after.seconds < after.whole_seconds == before.whole_seconds
 
 
 def test_hours_come_from_the_same_model_and_from_the_cpu() -> None:
-    def record(model: str, seconds: float, device: str = "cpu") -> dict:
-        parameters = {"samples": 10, "runtime": "cpu"}
-        stage = {"stage": "eval", "parameters": parameters, "cpu_seconds": seconds}
-        return {"model": model, "environment": {"device": device}, "stages": [stage]}
+    def record(model: str, seconds: float, device: str = "cpu") -> CellRecord:
+        run = StageRun("eval", {"samples": 10, "runtime": "cpu"}, cpu_seconds=seconds)
+        return CellRecord([run], model, EnvironmentRecord(device=device))
 
     rates = _rates([record("a", 200.0), record("b", 600.0), record("b", 1e6, "cuda:0")])
     assert rates["eval by cpu", "a"] == rates["eval by cpu", "a", ""] == 1.0

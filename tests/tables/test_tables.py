@@ -15,7 +15,7 @@ from dqtool.metrics import METRICS
 from dqtool.stages.registry import option_types
 from dqtool.stages.shared.settings import RunSettings
 from dqtool.tables.__main__ import main
-from dqtool.tables.cells import CellStore, claim
+from dqtool.tables.cells import CellRecord, CellStore, claim
 from dqtool.tables.planning import Target, plan_table
 from dqtool.tables.rendering import render_markdown, summarise
 from dqtool.tables.running import Runner
@@ -238,7 +238,7 @@ def test_two_workers_share_cells_and_a_claimed_cell_is_waited_for(
     runner = Runner(tmp_path / "work", store, RunSettings(quiet=True))
     ran: list[str] = []
     monkeypatch.setattr(
-        Runner, "_finish", lambda _self, cell: (ran.append(cell.key), store.save(cell.key, {"stages": []}))
+        Runner, "_finish", lambda _self, cell: (ran.append(cell.key), store.save(cell.key, CellRecord([])))
     )
 
     def other_worker_finishes(_seconds: float) -> None:
