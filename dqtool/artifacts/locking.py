@@ -1,4 +1,8 @@
-"""One writer per output: an advisory lock that dies with its holder."""
+"""One writer per output: an advisory lock that dies with its holder.
+
+The lock is `flock`, as that of filelock is. It is written here because its file names the holder's process for the error message,
+and because the holder removes the file, so that no lock files remain beside outputs.
+"""
 
 from __future__ import annotations
 
