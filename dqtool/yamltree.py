@@ -1,4 +1,7 @@
-"""YAML with line numbers, for recipes and tables whose errors name the line."""
+"""YAML with line numbers, for recipes and tables whose errors name the line.
+
+PyYAML parses; its plain loader drops the lines, so that nodes are converted here.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
 """Checking plain JSON values against types: those of a record's fields, or of a function's parameters. Imports no torch.
 
 `find_mismatch` understands `None`, `bool`, `int`, `float`, `str`, `Any`, unions, `Literal`, lists and tuples, dicts, frozen
-dataclasses (records) and `Annotated[kind, Bounds(...)]` or `OneOf`. Numbers are always finite. `record` makes a record of an object.
+dataclasses (records) and `Annotated[kind, Bounds(...)]` or `OneOf`. Numbers are always finite. `record` makes a record of
+an object.
+
+A validation library would be one more dependency for these few kinds. Here keys without a field are kept and written again,
+and `dqtool --help` stays fast.
 """
 
 from __future__ import annotations

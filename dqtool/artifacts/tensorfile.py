@@ -1,4 +1,8 @@
-"""The safetensors file itself: its header without torch, and saving and loading with faults said plainly."""
+"""The safetensors file itself: its header without torch, and saving and loading with plain messages.
+
+The library writes a file from tensors that are all in memory. `save_tensors` writes the same bytes one tensor at a time
+where some are computed as they are written.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Parts of a chart as SVG text: scales, ticks, axes and legends.
 
 Colours are CSS variables, so that a chart follows the page into dark mode. Sizes are in units of the view box, which the
-page scales to the available width.
+page scales to the available width. Matplotlib's SVG has neither dark mode nor titles on
+points, and needs a plotting library in every installation, so that these few shapes are drawn here.
 """
 
 from __future__ import annotations
