@@ -43,6 +43,7 @@ ALLOWED = {
     "bench.float_contenders": _OWN,
     "bench.machine": _PROC,
     "bench.openvino_contenders": _OWN,
+    "bench.peer_contenders": _OWN,
     "bench.probe": _PROC + "; the parent's request on standard input",
     "core.allocator": _PROC,
     "core.memory": _PROC,
