@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published
+.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published
 
 setup: $(VENV)/.done
 
@@ -111,6 +111,21 @@ bench-sd14: setup
 
 bench-dit-xl2: setup
 	$(call bench,--arch dit-xl2 --against fp32$(,)bf16$(,)nncf-int8 --seconds 60)
+
+# Compares one step of Stable Diffusion v1.4 at 256x256 and 512x512 with other people's int8, each in a process of its own, and
+# writes recipes/results/bench-peers-ARCH-SIZE.md and .json. README's speed table is made of these two once they are there
+# (recipes/index_results.py). It needs two idle cores for two hours, and 16 GiB. `sd-cli` on the PATH adds stable-diffusion.cpp.
+# ARCH=ddpm-cifar10 SIZES=32 takes another network.
+SIZES ?= 32 64
+PEERS := fp32$(,)sdnq-int8$(,)torchao-int8$(,)quanto-int8$(,)onnxruntime-int8
+bench-peers: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check sdnq torchao optimum-quanto
+	for size in $(SIZES); do \
+		name=recipes/results/bench-peers-$(ARCH)-$$size; \
+		{ echo '```' && $(BIN)/dqtool bench --arch $(ARCH) --sample-size $$size --threads 2 --seconds 30 --no-memory --roofline \
+			--against $(PEERS)$(if $(shell command -v sd-cli),$(,)stable-diffusion.cpp-q8_0) -o $$name.json && echo '```'; } \
+			> $$name.md.part && mv $$name.md.part $$name.md || exit; \
+	done
 
 # Times `from_pretrained` and four steps of Stable Diffusion v1.4 with random weights, through the float and the quantized
 # pipeline, and writes recipes/results/pipeline-speed.md and .json (5 GB of disk, 10 GB of memory).

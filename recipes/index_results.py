@@ -325,8 +325,23 @@ def terrain_table() -> list[str]:
     return table(["one step, untrained", "PSNR", "worst map", "file", "maps"], rows)
 
 
+def peers_table(small: Path, large: Path) -> list[str]:
+    """Return the speed table of README.md from `make bench-peers`: one step at both sizes, each contender alone."""
+    alone = [{row["contender"]: row for row in next(iter(load(path)["alone"].values()))} for path in (small, large)]
+    rows = []
+    for name, row in sorted(alone[1].items(), key=lambda item: item[1]["wall"]):
+        other = alone[0].get(name)
+        cells = [f"{r['ratio']:.2f}x" if r else "" for r in (other, row)]
+        sizes = [f"{row[k] / 2**20:.0f} MiB" if row[k] else "" for k in ("peak_bytes", "file_bytes")]
+        rows.append([name, *cells, f"{row['wall']:.2f} s", f"{row['processor']:.2f} s", *sizes])
+    return table(["Stable Diffusion v1.4", "256x256", "512x512", "step", "processors", "peak memory", "file"], rows)
+
+
 def speed_table() -> list[str]:
     """Return the speed table of README.md."""
+    small, large = (RESULTS / f"bench-peers-sd14-{size}.json" for size in (32, 64))
+    if small.is_file() and large.is_file():
+        return peers_table(small, large)
     shown = {"cpu": "cpu", "openvino": "openvino", "NNCF int8": "nncf-int8", "bfloat16": "bf16-channels-last"}
     names = (("DDPM CIFAR-10", "bench-cifar10-vnni"), ("Stable Diffusion v1.4", "bench-sd14-vnni"))
     rows = []

@@ -7,7 +7,16 @@ from typing import Annotated, ClassVar
 
 from dqtool.artifacts.schema import Record
 
-__all__ = ["BENCH_FORMAT", "AloneRow", "BenchReport", "BenchedModel", "LoadRow", "MachineRecord", "SpeedRow"]
+__all__ = [
+    "BENCH_FORMAT",
+    "AloneRow",
+    "BenchReport",
+    "BenchedModel",
+    "LoadRow",
+    "MachineRecord",
+    "RooflineRow",
+    "SpeedRow",
+]
 
 BENCH_FORMAT = "dqtool-bench/1"
 
@@ -82,9 +91,25 @@ class AloneRow(Record):
 
 
 @dataclass(frozen=True)
+class RooflineRow(Record):
+    """One kind of kernel within a step: calls, share of the step, seconds, operations a second, the part of the measured
+    peak that the products done reach, bytes moved (None: does not apply), and what bounds it."""
+
+    kind: str
+    calls: int
+    share: float
+    seconds: float
+    rate: float | None
+    of_peak: float | None
+    moved: float | None
+    bound: str
+
+
+@dataclass(frozen=True)
 class BenchReport(Record):
     """All of a benchmark: a table of speed for each batch size, one of loading, and where peers are among the
-    contenders one of processes of their own for each batch size."""
+    contenders one of processes of their own for each batch size. `roofline` describes a step of the `cpu` runtime at `load_batch`,
+    `scaling` gives its seconds by number of threads."""
 
     written: ClassVar[frozenset[str]] = frozenset({"format", "load_batch", "weights_in_memory"})
 
@@ -97,4 +122,6 @@ class BenchReport(Record):
     load_batch: int = 1
     weights_in_memory: dict[str, str] = field(default_factory=dict)
     alone: dict[str, list[AloneRow]] = field(default_factory=dict)
+    roofline: list[RooflineRow] = field(default_factory=list)
+    scaling: dict[str, float] = field(default_factory=dict)
     format: str = BENCH_FORMAT

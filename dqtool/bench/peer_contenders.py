@@ -1,7 +1,7 @@
 """Other people's int8 as contenders, each quantized with the settings that its documentation recommends.
 
-Each is written to a file once and loaded from it, in a process of its own. Torch networks are saved whole, because the
-libraries differ in how they store tensors.
+Each is written to a file once and loaded from it, in a process of its own. Torch networks are saved whole where that is
+possible, because the libraries differ in how they store tensors.
 """
 
 from __future__ import annotations
@@ -112,6 +112,21 @@ QUANTIZERS: dict[str, Callable[[nn.Module, list[Arguments]], nn.Module]] = {
 }
 
 
+AS_STATE = ("torchao-int8",)
+"""Contenders whose networks can't be saved whole: their tensors are saved."""
+
+
+def _empty_network(subject: Subject) -> nn.Module:
+    """Return the network without storage for its parameters."""
+    import torch
+
+    from dqtool.models.families import family_of
+
+    with torch.device("meta"):
+        network = family_of(subject.class_name, subject.directory).build(subject.config)
+    return network.eval().requires_grad_(False)
+
+
 def prepare_torch(subject: Subject, name: str) -> None:
     """Quantize the float network with the library of a contender, and save it.
 
@@ -124,7 +139,7 @@ def prepare_torch(subject: Subject, name: str) -> None:
     network = QUANTIZERS[name](_float_network(subject), subject.inputs(1)[:CALIBRATION])
     path = saved_file(subject, name)
     path.parent.mkdir(exist_ok=True)
-    torch.save(network, path)
+    torch.save(network.state_dict() if name in AS_STATE else network, path)
 
 
 def load_torch(subject: Subject, name: str, compiled: bool = False) -> Loaded:
@@ -137,6 +152,9 @@ def load_torch(subject: Subject, name: str, compiled: bool = False) -> Loaded:
     importlib.import_module(PACKAGES[name][0])
     # The file was written by `prepare_torch` in a folder of this run.
     network: Any = torch.load(saved_file(subject, name), weights_only=False)
+    if name in AS_STATE:
+        state, network = network, _empty_network(subject)
+        network.load_state_dict(state, assign=True)
     if compiled:
         torch._dynamo.config.recompile_limit = COMPILATIONS
         network = torch.compile(network, dynamic=False)

@@ -12,6 +12,7 @@ from dqtool.stages.shared.settings import RunSettings
     BenchOptions,
     "dqtool bench exported --runtime all --against fp32,bf16,nncf-int8",
     "dqtool bench --arch ddpm-cifar10 --bits 4/4 --batch 1,4,16",
+    "dqtool bench exported --against none --roofline",
 )
 def bench(options: BenchOptions, settings: RunSettings) -> None:
     """Compare speed and memory with float and other quantizers.

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
-from dqtool.artifacts.bench_report import AloneRow, BenchedModel, BenchReport, LoadRow, SpeedRow
+from dqtool.artifacts.bench_report import AloneRow, BenchedModel, BenchReport, LoadRow, RooflineRow, SpeedRow
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import LayerRecord
-from dqtool.errors import ArtifactError, NumericError, UsageError
+from dqtool.bench.tables import report_lines
+from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
 from dqtool.stages.options.bench import BenchOptions
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import input_artifact
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["BenchPlan", "bench", "render"]
 
 BATCHES = (1, 4, 16)
-MIB = 1 << 20
-STEADY = 1.5
-"""Largest ratio of p90 to p10 of trustworthy figures; above it, the report warns."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
         notes = {name: each.note for name, each in loaded.items()}
         del loaded  # fresh processes measure memory: they need theirs
         alone = {batch: _alone(names, subject, batch, options.seconds) for batch in batches if apart}
+        roofline, scaling = _roofline(artifact, subject, batches[0], options) if options.roofline else ([], {})
         probes = _probes(names, subject, batches[0]) if options.memory else []
     from dqtool.runtimes.choice import remember_timings
 
@@ -105,6 +104,8 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
         batches[0],
         {name: RUNTIMES[name].weights_in_memory for name in names if name in RUNTIMES},
         {str(batch): rows for batch, rows in alone.items()},
+        roofline,
+        scaling,
     )
     if options.output is not None:
         commit_report(options.output, result.to_json(), overwrite=settings.overwrite)
@@ -113,43 +114,13 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
 
 def render(result: BenchReport | BenchPlan) -> list[str]:
     """Return the report, or the plan, as lines of text."""
-    if isinstance(result, BenchPlan):
-        what = result.arch or result.directory or "the exported directory"
-        return [
-            f"would time {', '.join(result.contenders)} on {what}",
-            f"batch {', '.join(map(str, result.batches))}, {result.seconds:g} s each after warm-up",
-        ]
-    model, machine = result.model, result.machine
-    flags = "unknown" if machine.flags is None else ", ".join(machine.flags) or "none of those that matter"
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    lines = [
-        f"network    {model.class_name}, {model.parameters / 1e6:.1f} M parameters, {model.bits}, "
-        f"{model.file_bytes / MIB:.1f} MiB on disk ({model.origin})",
-        f"processor  {machine.processor}, {machine.threads} of {machine.cores} cores; {flags}",
-        f"expect     {machine.expect}",
-        f"versions   {versions}",
-        f"command    {result.command}",
+    if isinstance(result, BenchReport):
+        return report_lines(result)
+    what = result.arch or result.directory or "the exported directory"
+    return [
+        f"would time {', '.join(result.contenders)} on {what}",
+        f"batch {', '.join(map(str, result.batches))}, {result.seconds:g} s each after warm-up",
     ]
-    for batch, rows in result.speed.items():
-        lines += ["", f"One step, batch {batch} ({_baseline_text(rows)})", *_speed_table(rows)]
-        if unsteady := [row.contender for row in rows if row.p90 > STEADY * row.p10]:
-            lines.append(f"unsteady, something else is running on this machine: {', '.join(unsteady)}")
-    for batch, alone in result.alone.items():
-        lines += [
-            "",
-            f"Each in a process of its own, batch {batch}; memory above the level after imports",
-            *_alone_table(alone),
-        ]
-    if result.load:
-        lines += [
-            "",
-            f"Loading and memory, each in a fresh process, caches warm, batch {result.load_batch}; memory above the level "
-            "after imports",
-            "float weights are mapped and read by the first step only, so loads compare by `with first step`",
-            *_load_table(result.load),
-        ]
-    lines += [f"{name}: in memory a weight takes {form}" for name, form in result.weights_in_memory.items()]
-    return lines
 
 
 def _runtimes(asked: Sequence[str], kind: str = "dq") -> list[str]:
@@ -202,10 +173,17 @@ def _subject(artifact: Artifact, options: BenchOptions, workspace: str, threads:
     timesteps = [0.0]
     if manifest.parameters.format == "dq":
         timesteps = artifact.tensors(file=weights_file(manifest.pipeline))["timesteps"].tolist()
+    config = dict(manifest.network.config)
+    if options.sample_size is not None:
+        if not manifest.network.class_name.startswith("UNet2D"):
+            raise UsageError(
+                f"A {manifest.network.class_name} has one input size", where="--sample-size", fix="Leave it out"
+            )
+        config["sample_size"] = options.sample_size
     return Subject(
         str(artifact.path),
         manifest.network.class_name,
-        dict(manifest.network.config),
+        config,
         timesteps,
         workspace,
         threads,
@@ -255,6 +233,26 @@ def _alone(names: Sequence[str], subject: Subject, batch: int, seconds: float) -
     base = min((found[name].wall for name in BASELINES if name in found), default=None)
     ordered = sorted(found.items(), key=lambda item: item[1].wall)
     return [AloneRow(name, **asdict(each), ratio=None if base is None else base / each.wall) for name, each in ordered]
+
+
+def _roofline(
+    artifact: Artifact, subject: Subject, batch: int, options: BenchOptions
+) -> tuple[list[RooflineRow], dict[str, float]]:
+    """Return the rows of the roofline and the seconds of a step by number of threads, both of the `cpu` runtime."""
+    from dqtool.bench.roofline import measure_roofline, measure_scaling
+    from dqtool.runtimes.cpu import library
+
+    if not library.has_products():
+        raise EnvironmentFault(
+            f"The roofline is that of the cpu runtime's kernels, and they are missing: {library.problem()}",
+            where="--roofline",
+            fix="Leave it out",
+        )
+    bits = _bits(artifact.manifest.layers).partition("/")[2]
+    if not bits.isdigit():
+        raise ArtifactError("This network has no quantized layers", where="--roofline", fix="Leave it out")
+    rows = measure_roofline(subject, batch, min(8, int(bits)), options.seconds)
+    return rows, measure_scaling(subject, batch, options.seconds)
 
 
 def _time(loaded: Mapping[str, Loaded], subject: Subject, batch: int, seconds: float) -> dict[str, Timing]:
@@ -331,11 +329,14 @@ def _command(options: BenchOptions) -> str:
     words += ["--against", ",".join(options.against) or "none"]
     if options.batch:
         words += ["--batch", ",".join(map(str, options.batch))]
+    if options.sample_size is not None:
+        words += ["--sample-size", str(options.sample_size)]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
     words += ["--seconds", f"{options.seconds:g}"]
     if options.reference is not None:
         words += ["--reference", options.reference]
+    words += ["--roofline"] if options.roofline else []
     return shlex.join(words if options.memory else [*words, "--no-memory"])
 
 
@@ -347,52 +348,3 @@ def _bits(layers: Sequence[LayerRecord]) -> str:
             bits = "/".join(map(str, layer.bits))
             counts[bits] = counts.get(bits, 0) + 1
     return max(counts, key=lambda bits: counts[bits], default="no quantized layers")
-
-
-def _baseline_text(rows: Sequence[SpeedRow]) -> str:
-    base = next((row.contender for row in rows if row.baseline), None)
-    return f"ratios to {base}" if base else "no ratios without fp32 in --against"
-
-
-def _speed_table(rows: Sequence[SpeedRow]) -> list[str]:
-    columns = ["contender", "median ms", "p10", "p90", "calls", "times faster"]
-    cells = [
-        [
-            f"{row.contender} ({row.note})" if row.note else row.contender,
-            *(f"{seconds * 1000:.1f}" for seconds in (row.median, row.p10, row.p90)),
-            row.calls,
-            None if row.ratio is None else f"{row.ratio:.2f}x",
-        ]
-        for row in rows
-    ]
-    return report.table_lines(columns, cells)
-
-
-def _alone_table(rows: Sequence[AloneRow]) -> list[str]:
-    columns = ["contender", "ms", "processor ms", "calls", "peak MiB", "file MiB", "times faster"]
-    cells = [
-        [
-            row.contender,
-            f"{row.wall * 1000:.1f}",
-            f"{row.processor * 1000:.1f}",
-            row.calls,
-            *(None if size is None else f"{size / MIB:.0f}" for size in (row.peak_bytes, row.file_bytes)),
-            None if row.ratio is None else f"{row.ratio:.2f}x",
-        ]
-        for row in rows
-    ]
-    return report.table_lines(columns, cells)
-
-
-def _load_table(rows: Sequence[LoadRow]) -> list[str]:
-    base = next((row for row in rows if row.contender == "fp32"), None)
-    columns = ["contender", "load s", "with first step s", "peak MiB", "of fp32's", "without mapped files MiB"]
-    cells = []
-    for row in rows:
-        line: list[object] = [row.contender, f"{row.load:.2f}", f"{row.ready:.2f}"]
-        peak, private = row.peak_bytes, row.private_bytes
-        line.append(None if peak is None else f"{peak / MIB:.0f}")
-        line.append(f"{peak / base.peak_bytes:.2f}x" if peak is not None and base and base.peak_bytes else None)
-        line.append(None if private is None else f"{private / MIB:.0f}")
-        cells.append(line)
-    return report.table_lines(columns, cells)

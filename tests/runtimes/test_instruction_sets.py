@@ -138,6 +138,7 @@ def test_attention_has_the_same_bits_on_every_instruction_set(use: Use, bits: in
         kernels = use(name)
         found[name] = [attend(kernels, each, bits, probs, masked) for each in sizes for masked in (False, True)]
     first, *others = found.values()
+    assert library.problem() is None
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 

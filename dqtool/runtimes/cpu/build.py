@@ -87,11 +87,11 @@ def compile_library(
     """Compile `text` in the folder `scratch`, and move the library to `output` when it is whole.
 
     Raises:
-        subprocess.SubprocessError: the compiler failed, with its messages in `stderr`, or took five minutes.
+        subprocess.SubprocessError: the compiler failed, with its messages in `stderr`, or took half an hour.
         OSError: the compiler is missing, or a file can't be written.
     """
     source, built = scratch / "all.cpp", scratch / output.name
     source.write_text(text, encoding="utf-8")
     command = [compiler, *flags, *INSTRUCTION_SETS[instruction_set], str(source), "-o", str(built)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
     os.replace(built, output)  # atomic: several processes may compile at once

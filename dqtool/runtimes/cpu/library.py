@@ -161,7 +161,9 @@ def _load() -> ctypes.CDLL | None:
             continue
         try:
             path = brought if brought.exists() else _compiled(str(compiler), wanted, text)
-            return _declare(ctypes.CDLL(str(path)))
+            found = _declare(ctypes.CDLL(str(path)))
+            _problem = None
+            return found
         except subprocess.CalledProcessError as e:  # an old compiler may know less than the processor
             lines = (
                 [line for line in e.stderr.splitlines() if "error" in line] or e.stderr.splitlines() or ["it failed"]

@@ -66,6 +66,15 @@ class BenchOptions:
             panel=INPUT,
         ),
     ] = ()
+    sample_size: Annotated[
+        int | None,
+        Option(
+            "Height and width of a UNet's input, latents where it has an autoencoder. Default: the model's own.",
+            "N",
+            least=8,
+            panel=INPUT,
+        ),
+    ] = None
     threads: Annotated[
         int | None, Option("Threads to compute with. Default: PyTorch's choice.", "N", least=1, panel=RESOURCES)
     ] = None
@@ -80,6 +89,13 @@ class BenchOptions:
     memory: Annotated[
         bool, Option("Measure load time and peak memory too, each in a fresh process.", panel=RESOURCES)
     ] = True
+    roofline: Annotated[
+        bool,
+        Option(
+            "Measure also what each kind of kernel of the cpu runtime reaches of the machine's peak, and the step by threads.",
+            panel=RESOURCES,
+        ),
+    ] = False
     output: Annotated[
         str | None, Option("File to write the report to, as JSON.", "FILE.json", short="-o", panel=INPUT)
     ] = None
