@@ -123,7 +123,7 @@ bench-peers: setup
 	for size in $(SIZES); do \
 		name=recipes/results/bench-peers-$(ARCH)-$$size; \
 		{ echo '```' && $(BIN)/dqtool bench --arch $(ARCH) --sample-size $$size --threads 2 --seconds 30 --no-memory --roofline \
-			--against $(PEERS)$(if $(shell command -v sd-cli),$(,)stable-diffusion.cpp-q8_0) -o $$name.json && echo '```'; } \
+			--against $(PEERS)$(if $(shell command -v sd-cli),$(,)sdcpp-q8_0) -o $$name.json && echo '```'; } \
 			> $$name.md.part && mv $$name.md.part $$name.md || exit; \
 	done
 

@@ -19,7 +19,7 @@ from dqtool.errors import ArtifactError, EnvironmentFault
 
 __all__ = ["NAME", "find_command", "measure_sdcpp", "prepare_sdcpp", "read_log"]
 
-NAME = "stable-diffusion.cpp-q8_0"
+NAME = "sdcpp-q8_0"
 COMMANDS = ("sd-cli", "sd")
 STEPS = 3
 MIB = 1 << 20
