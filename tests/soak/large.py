@@ -39,7 +39,7 @@ def stages(arch: str) -> dict[str, tuple[str, ...]]:
     """Return the arguments of each stage, without its output."""
     conditions = () if arch == "tiny" else ("--random-conditions",)
     size = ("--steps", "4", "--samples", "16") if arch == "tiny" else ("--steps", "2", "--samples", "2")
-    training = ("--iters", "40", "--refine-iters", "0", "--no-correct-noise")
+    training = ("--iters", "40" if arch == "tiny" else "8", "--refine-iters", "0", "--no-correct-noise")
     block = BLOCKS.get(arch, BLOCK)
     # Choosing factors for two hundred layers takes most of the time, and is saved layer by layer.
     scaling = ("--scaling", "auto" if arch == "tiny" else "keep")
