@@ -39,7 +39,7 @@ class QdqProduct(ProductForm):
         """Multiply marked codes with a dequantized weight; see `ProductForm.layer`."""
         signed = is_signed(layer)
         marked = _marked(codes, signed)
-        w = DequantizeWeight.apply(weight, weight_scale)
+        w = DequantizeWeight.apply(weight, weight_scale)  # type: ignore[no-untyped-call]
         if layer.is_conv:
             padding = layer.padding if signed else (0, 0)
             y = F.conv2d(marked, w, None, layer.stride, padding, layer.taps_dilation, layer.groups)

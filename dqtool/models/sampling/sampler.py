@@ -332,8 +332,10 @@ def noised(scheduler: Any, start: Tensor, noise: Tensor, skipped: int) -> Tensor
         scheduler.set_begin_index(skipped)
     at = scheduler.timesteps[skipped : skipped + 1].expand(len(start))
     if hasattr(scheduler, "add_noise"):
-        return scheduler.add_noise(start, noise, at)
-    return scheduler.scale_noise(start, at, noise)  # flow matching
+        result: Tensor = scheduler.add_noise(start, noise, at)
+    else:  # flow matching
+        result = scheduler.scale_noise(start, at, noise)
+    return result
 
 
 def initial_noise(shape: tuple[int, ...], indices: range, seed: int, use: str = IMAGES) -> Tensor:
