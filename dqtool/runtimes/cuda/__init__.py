@@ -58,7 +58,9 @@ def available() -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return 'Triton is not installed: pip install "dqtool[gpu]"'
-    return None
+    from dqtool.runtimes.cuda.self_check import fault_of
+
+    return None if _interpreted() else fault_of(f"cuda:{torch.cuda.current_device()}")
 
 
 def load(artifact: Artifact) -> nn.Module:
