@@ -26,14 +26,12 @@ from torch import Tensor, nn
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest, read_manifest
 from dqtool.artifacts.jsonvalues import Json, JsonObject
-from dqtool.artifacts.records import LayerRecord
-from dqtool.artifacts.schema import record
 from dqtool.errors import ArtifactError, DqtoolError, EnvironmentFault, UsageError
 from dqtool.models.hub.corrections import ASKED
 from dqtool.models.hub.quantizer import FORMAT, METHOD, quantization_config
 from dqtool.models.network_methods import MANIFEST, Origin, add_methods, to_float
-from dqtool.models.networks.packed import plans_from
-from dqtool.models.networks.packed_checks import check_plans, check_state, step_count
+from dqtool.models.networks.packed import checked_plans
+from dqtool.models.networks.packed_checks import check_state, step_count
 from dqtool.models.sampling.fitted import check_correction
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.branch import BRANCH
@@ -288,29 +286,6 @@ class DqtoolQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """True: `torch.compile` traces the network."""
         return True
-
-
-def checked_plans(records: Any, network: nn.Module) -> list[LayerPlan]:
-    """Return the layers that a `quantization_config` lists, found to be those of the network.
-
-    Raises:
-        ArtifactError: a record has a wrong type or size, or its layer is not the network's.
-    """
-    layers = []
-    try:
-        for number, each in enumerate(records):
-            layers.append(record(each, LayerRecord, f"quantization_config.layers[{number}]"))
-            if layers[-1].bits is None or layers[-1].dilated is None:
-                raise ValueError(
-                    f"quantization_config.layers[{number}] has no bits or does not say whether it is dilated"
-                )
-    except ValueError as error:
-        raise ArtifactError(
-            f"This export describes its layers wrongly: {error}", where="config.json", fix="Export the network again"
-        ) from error
-    plans = plans_from(layers)
-    check_plans(network, plans)
-    return plans
 
 
 def chosen_runtime(asked: str | None, device_map: Any = None, artifact: Artifact | None = None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dqtool.artifacts import Artifact, Manifest
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.records import LayerRecord
-from dqtool.artifacts.schema import unchecked
+from dqtool.artifacts.schema import record, unchecked
 from dqtool.core.bits import bits_from_json
 from dqtool.errors import ArtifactError
 from dqtool.graph.tied_modules import tie_modules
@@ -27,6 +27,7 @@ from dqtool.nn.prediction import NAME as PREDICTION
 from dqtool.nn.surgery import insert_packed, refresh_steps
 
 __all__ = [
+    "checked_plans",
     "empty_network",
     "exported_tensors",
     "is_static",
@@ -66,10 +67,33 @@ def plans_from(records: Sequence[LayerRecord]) -> list[LayerPlan]:
         ArtifactError: a layer has no bits yet.
     """
     plans = []
-    for info, record in zip(layer_infos(records), records, strict=True):
-        if record.bits is None:
-            raise ArtifactError("This layer has no bits yet", where=f"layer {record.name}", fix="Run `dqtool distill`")
-        plans.append(LayerPlan(info, bits_from_json(info.kind, record.bits), bool(record.dilated), record.low_rank))
+    for info, own in zip(layer_infos(records), records, strict=True):
+        if own.bits is None:
+            raise ArtifactError("This layer has no bits yet", where=f"layer {own.name}", fix="Run `dqtool distill`")
+        plans.append(LayerPlan(info, bits_from_json(info.kind, own.bits), bool(own.dilated), own.low_rank))
+    return plans
+
+
+def checked_plans(records: Any, network: nn.Module) -> list[LayerPlan]:
+    """Return the layers that a `quantization_config` lists, found to be those of the network.
+
+    Raises:
+        ArtifactError: a record has a wrong type or size, or its layer is not the network's.
+    """
+    layers = []
+    try:
+        for number, each in enumerate(records):
+            layers.append(record(each, LayerRecord, f"quantization_config.layers[{number}]"))
+            if layers[-1].bits is None or layers[-1].dilated is None:
+                raise ValueError(
+                    f"quantization_config.layers[{number}] has no bits or does not say whether it is dilated"
+                )
+    except ValueError as error:
+        raise ArtifactError(
+            f"This export describes its layers wrongly: {error}", where="config.json", fix="Export the network again"
+        ) from error
+    plans = plans_from(layers)
+    check_plans(network, plans)
     return plans
 
 
