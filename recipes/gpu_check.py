@@ -401,13 +401,15 @@ def main() -> int:
     parser.add_argument("--batch", default="2,8")
     parser.add_argument("-o", "--output", default=str(RESULTS))
     options = parser.parse_args()
+    from dqtool.artifacts.outputs import check_results
     from dqtool.runtimes import cuda
 
-    reason = "there is no CUDA device" if not torch.cuda.is_available() else cuda.available()
+    reason = cuda.missing()
     if reason is not None:
         print(f"gpu-check can't run here: {reason}", file=sys.stderr)
         return 4
     check = Check(options.minutes, Path(options.output))
+    check_results(check.path.with_suffix(".json"), [check.path.with_suffix(".md")])
     archs, batches = options.archs.split(","), [int(batch) for batch in options.batch.split(",")]
     check.say(f"{check.gpu}, PyTorch {torch.__version__}, Triton {__import__('triton').__version__}")
     check.part("Kernels against int64", check_kernels, 20)

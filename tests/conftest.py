@@ -121,3 +121,13 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path
         result = run(*arguments, cwd=directory)
         assert result.returncode == 0, result.stderr
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of a table of two rows, for the model of `made`."""
+    from table_text import TINY_TABLE
+
+    path = tmp_path_factory.mktemp("tables") / "tiny.yaml"
+    path.write_text(TINY_TABLE.format(model=made / "tiny"))
+    return path

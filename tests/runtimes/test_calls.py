@@ -236,7 +236,10 @@ def test_openvino_takes_the_residuals_of_other_networks(compiled: tuple[Any, Any
             expected = simulated(**example(simulated), **{k: v if k[0] == "m" else list(v) for k, v in extra.items()})[
                 0
             ]
-        assert float((network(**example(simulated), **extra)[0] - expected).norm() / expected.norm()) < 1e-4
+        found = network(**example(simulated), **extra)[0]
+        # Codes at a rounding boundary may differ by one; without the residuals the output is another one.
+        assert float((found - expected).norm() / expected.norm()) < 0.02
+        assert float((network(**example(simulated))[0] - expected).norm() / expected.norm()) > 0.2
 
 
 def test_openvino_says_what_a_graph_can_not(compiled: tuple[Any, Any]) -> None:

@@ -38,7 +38,7 @@ from dqtool.runtimes.cpu.blocks import fuse
 from dqtool.runtimes.cuda.attention import TABLES, AttentionTables, CudaAttnProcessor
 from dqtool.runtimes.cuda.products import CudaProduct, Glue, fits
 
-__all__ = ["available", "convert", "integer_report", "load"]
+__all__ = ["available", "convert", "integer_report", "load", "missing"]
 
 ON_CPU = "DQTOOL_CUDA_ON_CPU"
 
@@ -47,7 +47,17 @@ OLDEST = (8, 0)
 
 
 def available() -> str | None:
-    """Return the reason why this machine can't run the engine, or None."""
+    """Return the reason why this machine can't run the engine, or None. The first call compares some sums with exact ones."""
+    reason = missing()
+    if reason is not None or _interpreted():
+        return reason
+    from dqtool.runtimes.cuda.self_check import fault_of
+
+    return fault_of(f"cuda:{torch.cuda.current_device()}")
+
+
+def missing() -> str | None:
+    """Return what the machine lacks to run the engine, or None."""
     if not _interpreted():
         if not torch.cuda.is_available():
             return "there is no CUDA device"
@@ -58,9 +68,7 @@ def available() -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return 'Triton is not installed: pip install "dqtool[gpu]"'
-    from dqtool.runtimes.cuda.self_check import fault_of
-
-    return None if _interpreted() else fault_of(f"cuda:{torch.cuda.current_device()}")
+    return None
 
 
 def load(artifact: Artifact) -> nn.Module:

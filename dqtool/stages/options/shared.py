@@ -66,8 +66,8 @@ CORRECT_NOISE = Option(
     "full-precision model."
 )
 CORRECTION = Option(
-    "Whether the tables that distill fitted correct the predictions: on, off, or auto, which leaves them out for samplers that "
-    "they harm, such as plms in place of ddim. Give off to see what they gain.",
+    "Correction of predictions by the tables that distill fitted: on, off, or auto, which leaves it out for samplers that "
+    "it harms, such as plms in place of ddim. Give off to see what it gains.",
     "NAME",
 )
 OUTPUT = Option("File to write. Its manifest is written next to it.", "FILE", short="-o", panel=INPUT)

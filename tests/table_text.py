@@ -1,12 +1,6 @@
 """A tiny table for the tests of tables."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import pytest
-
-TINY = """
+TINY_TABLE = """
 title: A tiny table
 source: Table 0
 model: {model}
@@ -37,11 +31,3 @@ rows:
     paper-only: true
     paper: {{4/4: 30.69}}
 """
-
-
-@pytest.fixture(scope="session")
-def tiny(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the path of the table, for the model of `made`."""
-    path = tmp_path_factory.mktemp("tables") / "tiny.yaml"
-    path.write_text(TINY.format(model=made / "tiny"))
-    return path
