@@ -10,11 +10,13 @@ import os
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 
+from dqtool.artifacts.outputs import check_results
 from dqtool.runtimes.cuda.compiled import compiled_for
 from dqtool.runtimes.cuda.geometry import Geometry, Padding
 from dqtool.runtimes.cuda.launch import attend, layer_norm_codes, multiply_codes, quantize_image
@@ -94,6 +96,8 @@ def attention(width: int) -> None:
 
 def main() -> int:
     """Compile everything and write the table. Returns 1 if a kernel spills registers."""
+    check_results(RESULT.with_suffix(".json"), [RESULT])
+    compiled = []
     lines = [
         "# Kernels of the `cuda` runtime, compiled without a GPU",
         "",
@@ -116,6 +120,7 @@ def main() -> int:
                         kernel.registers,
                         kernel.spilled,
                     )
+                    compiled.append([*cells, kernel.shared])
                     lines.append(f"| {' | '.join(map(str, cells))} | {kernel.shared / 1024:.0f} |")
                     print(lines[-1], flush=True)
                     spills += kernel.spilled > 0
@@ -135,6 +140,8 @@ def main() -> int:
         lines.append(
             f"| {name} | {m} x {n * (2 if gated else 1)} x {k} | {block} | {e.seconds * 1e6:.1f} us | {e.reached:.0%} | {e.bound} |"
         )
+    about = {"command": "make gpu-kernels", "triton": __import__("triton").__version__, "kernels": compiled}
+    RESULT.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     RESULT.write_text("\n".join(lines) + "\n")
     print(RESULT)
     return int(spills > 0)
