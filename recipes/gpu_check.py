@@ -38,7 +38,8 @@ class Check:
         self.gpu = torch.cuda.get_device_name()
         self.path = folder / f"gpu-check-{re.sub(r'[^a-z0-9]+', '-', self.gpu.lower()).strip('-')}"
         self.lines: list[str] = []
-        self.found: dict[str, Any] = {"gpu": self.gpu, "torch": torch.__version__, "command": " ".join(sys.argv)}
+        self.found: dict[str, Any] = {"format": "dqtool-result/1", "gpu": self.gpu, "torch": torch.__version__}
+        self.found["command"] = " ".join(sys.argv)
         self.failures = 0
 
     def left(self) -> float:

@@ -140,7 +140,12 @@ def main() -> int:
         lines.append(
             f"| {name} | {m} x {n * (2 if gated else 1)} x {k} | {block} | {e.seconds * 1e6:.1f} us | {e.reached:.0%} | {e.bound} |"
         )
-    about = {"command": "make gpu-kernels", "triton": __import__("triton").__version__, "kernels": compiled}
+    about = {
+        "format": "dqtool-result/1",
+        "command": "make gpu-kernels",
+        "triton": __import__("triton").__version__,
+        "kernels": compiled,
+    }
     RESULT.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     RESULT.write_text("\n".join(lines) + "\n")
     print(RESULT)
