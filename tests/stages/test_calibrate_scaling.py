@@ -100,14 +100,20 @@ def test_auto_is_the_default_and_records_the_method_of_each_layer(root: Path) ->
 
 
 def test_auto_chooses_the_same_whether_or_not_the_model_was_dilated(root: Path) -> None:
-    """Undoing the dilation costs one unit in the last place of a weight, which moves a learned factor a little."""
+    """Undoing the dilation costs one unit in the last place of a weight.
+
+    One factor for all in-channels, as in a layer with a single one, changes no code: every factor is as good, and the choice may
+    differ from processor to processor.
+    """
     there, here = calibrated(root, "none", "auto"), calibrated(root, "wd", "auto")
     for key in ("method", "shifted_in"):
         assert {n: each.get(key) for n, each in scalings(here).items()} == {
             n: each.get(key) for n, each in scalings(there).items()
         }
     for name in original(root).keys() | {f"{name}.dilation" for name in scalings(here)}:
-        torch.testing.assert_close(here.tensors()[name], there.tensors()[name], rtol=0.03, atol=1e-6)
+        alone = name.startswith("conv_in.")  # one in-channel
+        rtol = 0.03 if alone else 1e-4
+        torch.testing.assert_close(here.tensors()[name], there.tensors()[name], rtol=rtol, atol=1e-6)
 
 
 def test_auto_keeps_the_tensors_of_layers_whose_dilation_is_best(root: Path) -> None:
