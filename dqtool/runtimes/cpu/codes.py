@@ -184,13 +184,17 @@ class InputCodes(Adaptable, nn.Module):
             known = self._quantizers[row] = (values, m)
         return known[0]
 
+    @property
+    def fuses_quantizer(self) -> bool:
+        """Return whether one kernel computes activation, upsampling and codes of the layer's input."""
+        return self.kernels is not None and self.is_bare
+
     def quantize(self, x: Tensor, act: int = NONE, up: int = 1, extra: tuple[int, int] = (0, 0)) -> Codes:
         """Return the codes of `act(x)`; `x` is `[N, C, H, W]` or `[..., C]`.
 
         An image is first upsampled `up` times (nearest), and gets `extra` zero rows below and zero columns to the right.
         """
-        kernels = self.kernels
-        if kernels is None or not self.is_bare:
+        if not self.fuses_quantizer:
             x = ACTIVATIONS[act](x)
             x = x.repeat_interleave(up, -1).repeat_interleave(up, -2) if up > 1 else x
             return self._from_float(x, extra)
@@ -232,13 +236,17 @@ class InputCodes(Adaptable, nn.Module):
 
         A linear layer reads the pixels as positions.
         """
-        kernels = self.kernels
-        if kernels is None or not self.is_bare:
+        if not self.fuses_quantizer:
             y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
             if scale is not None and shift is not None:
                 y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
             y = ACTIVATIONS[act](y)
             return self._from_float(y if self.is_conv else y.flatten(2).transpose(1, 2))
+        return self._group_norm(x, norm, act, scale, shift)
+
+    def _group_norm(self, x: Tensor, norm: nn.GroupNorm, act: int, scale: Tensor | None, shift: Tensor | None) -> Codes:
+        """Compute `group_norm` by one kernel."""
+        kernels: Any = self.kernels
         if is_compiling():
             wanted, shape, sizes = self._layout(x.shape, True, 1, (0, 0))
             of_norm = (norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift)
@@ -264,12 +272,16 @@ class InputCodes(Adaptable, nn.Module):
         self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Codes:
         """Return the codes of `norm(x) * (1 + scale) + shift` for a linear layer; `x` is `[N, S, C]`, `scale`, `shift` `[N, C]`."""
-        kernels = self.kernels
-        if kernels is None or not self.is_bare:
+        if not self.fuses_quantizer:
             y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
             if scale is not None and shift is not None:
                 y = y * (1 + scale[:, None]) + shift[:, None]
             return self._from_float(y)
+        return self._layer_norm(x, norm, scale, shift)
+
+    def _layer_norm(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None, shift: Tensor | None) -> Codes:
+        """Compute `layer_norm` by one kernel."""
+        kernels: Any = self.kernels
         n, s, c = x.shape
         if is_compiling():
             of_norm = (norm.weight, norm.bias, norm.eps, scale, shift)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.nn.integer import IntegerLayer
-from dqtool.runtimes.cpu.codes import ACTIVATIONS, NONE, Codes, CurrentStep
+from dqtool.runtimes.cpu.codes import NONE, Codes, CurrentStep
 from dqtool.runtimes.cpu.product import PLAIN, Epilogue, Product
 from dqtool.runtimes.cuda import ops
 from dqtool.runtimes.cuda.geometry import Geometry, Padding
@@ -114,13 +114,10 @@ class CudaProduct(KeepsDtype, Product):
         p, q = self.padding
         return p, p, q, q
 
-    def quantize(self, x: Tensor, act: int = NONE, up: int = 1, extra: tuple[int, int] = (0, 0)) -> Codes:
-        """See `Product.quantize`."""
-        if not self.is_bare:
-            x = ACTIVATIONS[act](x)
-            x = x.repeat_interleave(up, -1).repeat_interleave(up, -2) if up > 1 else x
-            return self._from_float(x, extra)
-        return self._quantize(x, act, up, extra)
+    @property
+    def fuses_quantizer(self) -> bool:
+        """See `InputCodes.fuses_quantizer`."""
+        return self.is_bare
 
     def _from_float(self, x: Tensor, extra: tuple[int, int] = (0, 0)) -> Codes:
         """See `Product._from_float`."""
@@ -138,16 +135,8 @@ class CudaProduct(KeepsDtype, Product):
         data = ops.quantize(image, *self._quantizer(), self._flat(image.shape[3]), act)
         return Codes(data.view(-1, self.channel_bytes), shape)
 
-    def group_norm(
-        self, x: Tensor, norm: nn.GroupNorm, act: int = NONE, scale: Tensor | None = None, shift: Tensor | None = None
-    ) -> Codes:
-        """See `Product.group_norm`."""
-        if not self.is_bare:
-            y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-            if scale is not None and shift is not None:
-                y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-            y = ACTIVATIONS[act](y)
-            return self._from_float(y if self.is_conv else y.flatten(2).transpose(1, 2))
+    def _group_norm(self, x: Tensor, norm: nn.GroupNorm, act: int, scale: Tensor | None, shift: Tensor | None) -> Codes:
+        """See `InputCodes._group_norm`."""
         of_norm = (norm.weight, norm.bias, norm.num_groups, norm.eps, scale, shift, act)
         if self.is_conv:
             padding, shape = self._image(x.shape, 1, (0, 0))
@@ -156,15 +145,8 @@ class CudaProduct(KeepsDtype, Product):
         data = ops.group_norm(x, *of_norm, *self._quantizer(), self._flat(w, h))
         return Codes(data.view(-1, self.channel_bytes), (n, h * w))
 
-    def layer_norm(
-        self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None = None, shift: Tensor | None = None
-    ) -> Codes:
-        """See `Product.layer_norm`."""
-        if not self.is_bare:
-            y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-            if scale is not None and shift is not None:
-                y = y * (1 + scale[:, None]) + shift[:, None]
-            return self._from_float(y)
+    def _layer_norm(self, x: Tensor, norm: nn.LayerNorm, scale: Tensor | None, shift: Tensor | None) -> Codes:
+        """See `InputCodes._layer_norm`."""
         of_norm = (norm.weight, norm.bias, norm.eps, scale, shift)
         return Codes(ops.layer_norm(x, *of_norm, *self._quantizer(), self.channel_bytes), tuple(x.shape[:2]))
 
