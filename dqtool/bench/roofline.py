@@ -82,7 +82,7 @@ def _of_conv(a: tuple) -> tuple[str, float, float, float]:
 
 
 def _of_winograd(a: tuple) -> tuple[str, float, float, float]:
-    n, hp, wp, cp, ho, wo, co = a[3:10]
+    n, hp, wp, cp, ho, wo, co = a[5:12]
     operations = 2.0 * n * ho * wo * co * cp * 9
     tiles = n * -(-ho // 2) * -(-wo // 2)
     return PRODUCTS[1], operations, 2.0 * tiles * 16 * co * cp, n * hp * wp * cp + 16 * co * cp + 4 * n * ho * wo * co

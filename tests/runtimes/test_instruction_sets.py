@@ -76,6 +76,35 @@ def test_codes_at_both_ends_do_not_overflow_on_avx2(use: Use) -> None:
             assert exact(layer, x), bits
 
 
+@pytest.mark.parametrize("bits", [2, 4, 5, 6])
+def test_winograd_transforms_are_exact_on_avx2(use: Use, bits: int) -> None:
+    """Channels that fill no register, outputs of odd size, and codes and weights at both ends."""
+    use("avx2")
+    torch.manual_seed(bits)
+    for co, ci, size in ((64, 32, (6, 6)), (20, 18, (5, 7)), (48, 100, (9, 8)), (17, 333, (3, 3)), (33, 64, (1, 1))):
+        layer = random_layer(co, ci, 3, bits, padding=(1, 1))
+        for x in (torch.randn(2, ci, *size) * 0.1 * 2**bits / 4, torch.full((1, ci, *size), 1e4)):
+            assert exact(layer, x), (co, ci)
+            layer.weight.fill_(-(2 ** (bits - 1)))
+            layer.weight[:, 1::2, 1] = 2 ** (bits - 1) - 1
+
+
+def test_sums_in_16_bits_are_as_long_as_the_weights_allow_on_avx2(use: Use) -> None:
+    """A window holds the most products that can't overflow: of codes up to 4 * 15 with weights of 4 * 7 in the first plane, of 7 in the eleventh."""
+    use("avx2")
+    layer = random_layer(16, 512, 3, 4, padding=(1, 1))
+    layer.weight.zero_()
+    layer.weight[3, :, 0, 0] = 7
+    product = NativeProduct(layer, CurrentStep())
+    x = torch.randn(1, 512, 4, 4)
+    product(x)
+    assert product.winograd and product.sums is not None
+    windows = product.sums[256:].tolist()
+    most = 32767 // (60 * 28 * 2)
+    assert windows[0] in (most, most - 1) and windows[10] == 32 and windows[15] == 128
+    assert exact(layer, x)
+
+
 @pytest.mark.parametrize("act", [GELU, GEGLU])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_of_the_next_layer_on_avx2(use: Use, act: int, bits: int) -> None:

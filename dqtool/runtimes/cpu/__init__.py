@@ -1,6 +1,6 @@
 """Runtime in int8 on the CPU, in eager PyTorch: compiled kernels where a C++ compiler is found, else oneDNN's operations.
 
-In memory a weight takes one byte, 16/9 of a byte where a 3x3 convolution of up to 5 bits runs as a Winograd transform.
+In memory a weight takes one byte, 16/9 of a byte where a 3x3 convolution of up to 5 or 6 bits runs as a Winograd transform.
 Nothing is recompiled when the step, the batch or the resolution changes.
 
 A network computes in float32 around its products. `.to(torch.float16)`, for example of a whole pipeline, changes the

@@ -36,6 +36,7 @@ SOURCES = (
     "operands.cpp",
     "attention.cpp",
     "winograd.cpp",
+    "winograd_avx2.cpp",
     "rotation.cpp",
 )
 """Files of the one translation unit, in their order."""

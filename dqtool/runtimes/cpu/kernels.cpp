@@ -181,7 +181,7 @@ void quantize_padded(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i
 }  // namespace
 
 // Returns a bit set: 1 if int8 products are compiled in; 2 if they use AVX512-VNNI, which multiplies codes of any width at the
-// same speed and has the Winograd form.
+// same speed.
 EXPORT int dq_features() {
 #if defined(__AVX512VNNI__)
   return 3;

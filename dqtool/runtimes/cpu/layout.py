@@ -25,20 +25,24 @@ class PackedWeight(NamedTuple):
 def worth_winograd(out_channels: int, in_channels: int, shape: tuple[int, ...]) -> bool:
     """Return whether a transformed weight is faster at the output size `(N, H, W)`.
 
-    Where weights outweigh activations, memory decides, and the transformed weight is larger.
+    With VNNI, where weights outweigh activations, memory decides, and the transformed weight is larger. On AVX2 the products
+    always take longer.
     """
+    if not library.has_vnni():
+        return True
     tiles = shape[0] * -(-shape[1] // 2) * -(-shape[2] // 2)
     return -(-out_channels // 16) * 16 * in_channels <= 1 << 19 or tiles >= 128
 
 
 def pack_weight(
-    weight: Tensor, zero_points: Tensor | None, bits: int, sizes: tuple[int, int, int, int], gates: int, winograd: bool
+    weight: Tensor, zero_points: Tensor | None, bits: int, sizes: tuple[int, int, int, int], gates: int, winograd: int
 ) -> PackedWeight:
     """Pack centred int8 codes `[C_out, ...]` (without `zero_points`), or packed words int32 of `bits` bits with their zero
     points, uint8 `[C_out]`.
 
     `sizes` are out-channels, in-channels, taps and the bytes of a pixel's codes. `gates` columns gate as many others that
-    come before them. `winograd` asks for a transform, which is not made where its codes would not fit a byte.
+    come before them. `winograd` is the largest code of an input whose transform is wanted, or 0. It is not made where
+    transformed weights would not fit a byte.
     """
     kernels: Any = library.get()
     assert kernels is not None
@@ -52,8 +56,9 @@ def pack_weight(
         given = (None, weight.data_ptr(), weight.shape[1] * 4, bits, zero_points.data_ptr())
     if winograd:
         packed = torch.empty(columns * channel_bytes * 16, dtype=torch.int8)
-        sums = torch.empty(columns * 16, dtype=torch.int32)
-        if kernels.dq_winograd_pack(*given, packed.data_ptr(), sums.data_ptr(), out_channels, in_channels):
+        sums = torch.empty(columns * 17, dtype=torch.int32)  # and how many channels each may add up in 16 bits
+        into = (packed.data_ptr(), sums.data_ptr())
+        if kernels.dq_winograd_pack(*given, *into, out_channels, in_channels, winograd):
             return PackedWeight(packed, sums, True, 128)
     packed = torch.empty(columns * channel_bytes * taps, dtype=torch.int8)
     sums = torch.empty(columns, dtype=torch.int32)

@@ -70,10 +70,8 @@ _PRODUCTS = {
     "dq_conv": [_P, _P, _P, *[_I] * 3, *[_L] * 13, _P, _F, _P, _L, _L, _P, _L, _P, _F, _L, _P],
     "dq_linear_codes": [_P, _P, _P, *[_I] * 3, *[_L] * 3, _P, _F, _P, _L, _P, _L, _I, *_QUANTIZER],
     "dq_attention": [_P, _P, _P, _P, _P, _P, *[_L] * 5, _P, _P, _P, _P, *[_L] * 3, _P],
-}
-_WINOGRAD = {
-    "dq_winograd_pack": [*_WEIGHT, _P, _P, *[_L] * 2],
-    "dq_winograd": [_P, _P, _P, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
+    "dq_winograd_pack": [*_WEIGHT, _P, _P, *[_L] * 2, _I],
+    "dq_winograd": [_P, _P, _P, *[_I] * 2, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
 }
 _INTEGERS = ("dq_on_tiles", "dq_pack", "dq_winograd_pack")  # functions that return an int
 
@@ -101,8 +99,7 @@ def has_products() -> bool:
 
 @functools.cache
 def has_vnni() -> bool:
-    """Return whether the products use AVX512-VNNI: codes of any width at one speed, and
-    Winograd transforms of narrow ones."""
+    """Return whether the products use AVX512-VNNI: codes of any width at one speed."""
     kernels = get()
     return kernels is not None and bool(kernels.dq_features() & 2)
 
@@ -200,7 +197,7 @@ def _compiled(compiler: str, wanted: str, text: str) -> Path:
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the argument types of the functions, and ask the system for matrix tiles, once per process."""
     features = library.dq_features()
-    signatures = {**_SIGNATURES, **(_PRODUCTS if features & 1 else {}), **(_WINOGRAD if features & 2 else {})}
+    signatures = {**_SIGNATURES, **(_PRODUCTS if features & 1 else {})}
     for name, arguments in signatures.items():
         function = getattr(library, name)
         function.argtypes = arguments

@@ -19,14 +19,15 @@ from dqtool.runtimes.cpu.product import PLAIN, Epilogue, Product
 
 __all__ = ["NativeProduct"]
 
-WINOGRAD_BITS = 5
-"""Most bits of input codes whose Winograd transform fits a byte: 4 * (2^5 - 1) = 124."""
+WINOGRAD_BITS = {True: 5, False: 6}
+"""Most bits of input codes whose Winograd transform fits a byte: a signed one with VNNI, 4 * (2^5 - 1) = 124, and an unsigned
+one on AVX2, 4 * (2^6 - 1) = 252."""
 
 
 class NativeProduct(Product):
     """On the compiled kernels. Weights go from packed codes to the kernels' layout at their first use: until then loading
     has read nothing of them, and the size of the problem decides where a Winograd transform is possible (3x3 convolutions
-    of narrow codes on AVX512-VNNI: 16 bytes for 9, 2.25x fewer products).
+    of narrow codes: 16 bytes for 9, 2.25x fewer products).
 
     A layer that feeds GEGLU has its values' and its gates' columns in turn, so that the codes of the next layer's input come
     out at once.
@@ -44,12 +45,12 @@ class NativeProduct(Product):
         self.channel_bytes = -(-self.in_channels // 4) * 4
         geometry = (self.kernel, self.stride, self.taps_dilation)
         self.may_winograd = (
-            library.has_vnni()
+            library.has_products()
             and not library.on_tiles(self.channel_bytes)  # these need no fewer products, and a smaller weight
             and self.is_conv
             and geometry == ((3, 3), (1, 1), (1, 1))
             and self.operand.signed
-            and self.operand.bits <= WINOGRAD_BITS
+            and self.operand.bits <= WINOGRAD_BITS[library.has_vnni()]
             and self.in_channels >= 16
             and self.out_channels >= 16
         )
@@ -118,8 +119,8 @@ class NativeProduct(Product):
             if self.winograd:
                 assert gate is None, "gates are for linear layers"
                 kernels.dq_winograd(
-                    data.data_ptr(), packed, sums, n, hp, wp, cp, ho, wo, co, scales, scale, own, per_sample, extra, post,
-                    out.data_ptr(),
+                    data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, n, hp, wp, cp, ho, wo, co, scales,
+                    scale, own, per_sample, extra, post, out.data_ptr(),
                 )  # fmt: skip
                 return out
             geometry = (n, hp, wp, cp, ho, wo, co, *self.kernel, *self.stride, *self.taps_dilation)
@@ -207,7 +208,7 @@ class NativeProduct(Product):
             8 if source is None else source.bits,
             (self.out_channels, self.in_channels, self.kernel[0] * self.kernel[1], self.channel_bytes),
             self.gates,
-            wanted,
+            self.largest_code * wanted,
         )
         if source is not None and self.pages is not None:
             self.pages.release(source.words.data_ptr(), source.words.nbytes)

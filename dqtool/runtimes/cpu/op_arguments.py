@@ -169,10 +169,13 @@ def packed_weight(weight: Tensor, sums: Tensor | None, g: Geometry, shape: list[
         return PackedWeight(weight, sums, g.form == WINOGRAD_LAYOUT, g.largest_weight)
     known = PACKED.get(weight)
     if known is None or known[0] != g.gates:
-        wanted = bool(g.may_winograd) and worth_winograd(g.out_channels, g.in_channels, tuple(shape))
+        wanted = g.may_winograd and worth_winograd(g.out_channels, g.in_channels, tuple(shape))
         sizes = (g.out_channels, g.in_channels, g.kernel_h * g.kernel_w, g.channel_bytes)
         bits = 8 if g.form == INT8 else g.form
-        known = (g.gates, pack_weight(weight, None if g.form == INT8 else sums, bits, sizes, g.gates, wanted))
+        known = (
+            g.gates,
+            pack_weight(weight, None if g.form == INT8 else sums, bits, sizes, g.gates, g.largest_code * wanted),
+        )
         PACKED[weight] = known
     held: PackedWeight = known[1]
     return held

@@ -206,7 +206,19 @@ def multiply(
             place = (1, 1, (stop - start) * each, g.channel_bytes, 1, (stop - start) * each, g.out_channels)
         inputs = (address(codes, start, units), pointer(held.packed), pointer(held.sums))
         if held.winograd:
-            kernels().dq_winograd(*inputs, *place, pointer(scales), scale, add, per_sample, extra, post, result)
+            kernels().dq_winograd(
+                *inputs,
+                int(zero_point),
+                g.largest_code,
+                *place,
+                pointer(scales),
+                scale,
+                add,
+                per_sample,
+                extra,
+                post,
+                result,
+            )
             continue
         taps = geometry[4:10] if g.is_conv else (1,) * 6
         gated = (address(gate, start, units), 0 if gate is None else g.out_channels)

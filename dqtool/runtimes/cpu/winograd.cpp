@@ -48,7 +48,7 @@ inline bool transform_weight(const int8_t* row, i64 Ci, i64 channels, int8_t* pl
 // Transforms a weight for Winograd F(2x2, 3x3) on integers: U = (2G) w (2G)^T, V = B^T d B, 4 y = A^T (U V) A, all exact.
 // Returns 0 if U does not fit int8. Needs |V| <= 127, which codes of at most 5 bits ensure.
 EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int bits, const uint8_t* zero_points,
-                            int8_t* packed, int32_t* starts, i64 Co, i64 Ci) {
+                            int8_t* packed, int32_t* starts, i64 Co, i64 Ci, int) {
   Weight weight{codes, words, row_bytes, bits, zero_points};
   i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16, channels = (Ci + 31) / 32 * 32;
   int ok = 1;
@@ -111,8 +111,8 @@ inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 s
 }  // namespace
 
 // Computes a 3x3 convolution with stride 1 of codes with zp 128, padded so that Hp >= 2 ceil(Ho / 2) + 2 and Wp likewise.
-EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* starts, i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho,
-                        i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias, i64 bias_stride,
+EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* starts, int, int, i64 N, i64 Hp, i64 Wp, i64 Cp,
+                        i64 Ho, i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias, i64 bias_stride,
                         const float* residual, float post, float* out) {
   Epilogue e{scale, input_scale * 0.25f, bias, bias_stride, nullptr, 0, residual, post};
   i64 rows = (Ho + 1) / 2, cols = (Wo + 1) / 2, tiles = N * rows * cols;
