@@ -127,11 +127,14 @@ def search_weight(
     `smallest`.
     """
     rows = weight.detach().flatten(1)
-    lo, hi = rows.amin(1), rows.amax(1)
     factors = torch.linspace(1.0, smallest, candidates).tolist()
-    lows, highs = (torch.stack([end * factor for factor in factors]) for end in (lo, hi))
-    _, _, scale, zero_point = _least_error(rows, None, lows, highs, bits, symmetric)
-    return scale, zero_point
+    found = []
+    for part in rows.split(max(1, AT_ONCE // rows.shape[1])):  # all candidates pass over values that the cache holds
+        lo, hi = part.amin(1), part.amax(1)
+        lows, highs = (torch.stack([end * factor for factor in factors]) for end in (lo, hi))
+        found.append(_least_error(part, None, lows, highs, bits, symmetric)[2:])
+    scales, zero_points = zip(*found, strict=True)
+    return torch.cat(scales), torch.cat(zero_points)
 
 
 def search_histogram(
@@ -164,7 +167,7 @@ def search_histogram(
     return torch.where(better, fine_scale, scale), torch.where(better, fine_zero_point, zero_point)
 
 
-AT_ONCE = 2**17
+AT_ONCE = 2**18
 """Values on which candidates are tried at once. Small quantizers take few operations, large ones no extra memory."""
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.checkpoints import Checkpoints
 from dqtool.core.affine import search_weight
 from dqtool.core.bits import AttentionBits
-from dqtool.core.device import device_of
+from dqtool.core.device import device_of, to_cpu
 from dqtool.graph.attention import is_attention
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.attention import OPERANDS, attach_operands, has_zero_point, operand_state, operands_shapes
@@ -171,12 +172,23 @@ def assign_tables(model: nn.Module, plans: Sequence[LayerPlan], tables: Mapping[
                 module.input_zero_point = nn.Parameter(zero_point.to(device, copy=True))
 
 
-def initialise_weights(model: nn.Module) -> None:
-    """Set every layer's weight quantizer to the grid of least squared error."""
-    for layer in quant_layers(model).values():
-        if isinstance(layer, FakeQuantLayer) and layer.bits.quantizes_weight:
+def initialise_weights(model: nn.Module, checkpoints: Checkpoints | None = None) -> None:
+    """Set every layer's weight quantizer to the grid of least squared error.
+
+    Large networks take minutes: `checkpoints` keeps the grids of layers, so that an interrupted run goes on from them.
+    """
+    known = {} if checkpoints is None else checkpoints.found
+    layers = [x for x in quant_layers(model).values() if isinstance(x, FakeQuantLayer) and x.bits.quantizes_weight]
+    for index, layer in enumerate(layers):
+        grid = known.get(index)
+        if grid is None:
             scale, zero_point = search_weight(layer.weight, layer.bits.weight, symmetric=layer.low == 1)
-            layer.weight_scale, layer.weight_zero_point = nn.Parameter(scale), nn.Parameter(zero_point)
+            grid = {"scale": scale, "zero_point": zero_point}
+            if checkpoints is not None:
+                checkpoints.add(index, to_cpu(grid))
+        device = layer.weight.device
+        layer.weight_scale = nn.Parameter(grid["scale"].to(device))
+        layer.weight_zero_point = nn.Parameter(grid["zero_point"].to(device))
 
 
 def _attach_steps(model: nn.Module, timesteps: Tensor) -> StepIndex:

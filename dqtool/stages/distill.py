@@ -157,6 +157,7 @@ def produce(
     """
     import torch
 
+    from dqtool.artifacts.checkpoints import Checkpoints
     from dqtool.core.allocator import return_freed_memory
     from dqtool.core.device import device_of, peak_bytes, restart_peak, to_cpu
     from dqtool.core.memory import MemoryMeter, resident
@@ -188,7 +189,8 @@ def produce(
     plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])
     plans = with_branches(plans, options.low_rank)
     require_branches(plans, options.low_rank)
-    student = student_of(manifest, tensors, plans, options.static)
+    grids = Checkpoints(workspace, "weight grids")
+    student = student_of(manifest, tensors, plans, options.static, grids)
     shifts = learn_scaling(manifest, student)
     report.say(
         f"distill: quantizers of {len(plans)} layers set in {report.format_seconds(time.perf_counter() - start)}"

@@ -135,3 +135,11 @@ def test_the_gradient_of_a_divisor_is_that_of_dividing_first() -> None:
         grads.append([leaf.grad for leaf in leaves])
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_search_weight_finds_the_same_grids_in_parts(monkeypatch: pytest.MonkeyPatch):
+    weight = torch.randn(37, 24, 3, 3)
+    whole = search_weight(weight, 4, symmetric=False)
+    monkeypatch.setattr("dqtool.core.affine.AT_ONCE", 5 * 24 * 9)
+    for found, expected in zip(search_weight(weight, 4, symmetric=False), whole, strict=True):
+        assert torch.equal(found, expected)

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from conftest import Run
 from helpers import listing
+from torch import Tensor
 
 from dqtool.models.families.unet2d import UNet2D
+from dqtool.nn import surgery
 from dqtool.training import block_loop
 
 ARGUMENTS = ("distill", "--iters", "12", "--refine-iters", "2", "--seed", "5")
@@ -65,6 +67,29 @@ def test_distill_goes_on_from_the_finished_blocks_to_the_same_bits(
     assert not set(trained) & set(kept)
     assert (chain / "parted.safetensors").read_bytes() == (chain / "whole.safetensors").read_bytes()
     assert not index.parent.exists()
+
+
+def test_distill_goes_on_from_the_grids_it_had_found(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("distill", "--iters", "0", "--refine-iters", "0", "--no-correct-noise")
+    assert run(*arguments, "-o", "whole.safetensors", cwd=chain).returncode == 0
+    monkeypatch.setattr("dqtool.artifacts.checkpoints.EVERY", 0.0)
+    search, left, searched = surgery.search_weight, [5], []
+
+    def counted(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+        if len(searched) == left[0]:
+            raise KeyboardInterrupt
+        searched.append(weight.shape)
+        return search(weight, bits, symmetric)
+
+    monkeypatch.setattr(surgery, "search_weight", counted)
+    assert run(*arguments, "-o", "parted.safetensors", cwd=chain).returncode == 130
+    assert len(searched) == 5
+    left[0] = -1
+    assert run(*arguments, "-o", "parted.safetensors", cwd=chain).returncode == 0
+    in_two_runs = len(searched)
+    assert run(*arguments, "-o", "other.safetensors", cwd=chain).returncode == 0
+    assert len(searched) == 2 * in_two_runs  # no layer was searched twice
+    assert (chain / "parted.safetensors").read_bytes() == (chain / "whole.safetensors").read_bytes()
 
 
 def test_an_interrupt_anywhere_is_one_line(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch):

@@ -147,8 +147,9 @@ def killed(
     row["with kills"] = time.monotonic() - begin
     if code != 0 or digest(target) != golden:
         row["faults"].append(f"code {code}, or another output than undisturbed")
-    if row["lost"] > LIMIT:
-        row["faults"].append(f"{row['lost']:.0f} s of work lost")
+    for when in ("lost", "before the first save"):
+        if row[when] > LIMIT:
+            row["faults"].append(f"{row[when]:.0f} s of work lost ({when})")
     if left := leftovers(home):
         row["faults"].append(f"left {left}")
     return row

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from dqtool.artifacts import Artifact, Manifest
+from dqtool.artifacts.checkpoints import Checkpoints
 from dqtool.artifacts.records import PipelineRecord, SamplingRecord
 from dqtool.core.device import place
 from dqtool.graph.trace import BlockInfo, Trace
@@ -67,11 +68,15 @@ def teacher_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def student_of(
-    manifest: Manifest, tensors: Mapping[str, Tensor], plans: Sequence[LayerPlan], static: bool = False
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    plans: Sequence[LayerPlan],
+    static: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> nn.Module:
     """Build the trainable quantized network of a calibrated artifact, its quantizers initialised (plain PTQ).
 
-    `static` gives all steps one activation quantizer.
+    `static` gives all steps one activation quantizer. `checkpoints` keeps the weights' grids for an interrupted run.
     """
     state, dilation = split_dilated(tensors)
     # The layers that are quantized below copy their weights; what stays as it is may be views of the artifact's file.
@@ -84,7 +89,7 @@ def student_of(
     insert_fake(network, plans, timesteps, dilation).static = static
     assign_tables(network, plans, initial_tables(plans, tensors, static))
     attach_low_rank(network, plans)
-    initialise_weights(network)
+    initialise_weights(network, checkpoints)
     return network
 
 
