@@ -76,7 +76,7 @@ def test_codes_at_both_ends_do_not_overflow_on_avx2(use: Use) -> None:
             assert exact(layer, x), bits
 
 
-@pytest.mark.parametrize("bits", [2, 4, 5, 6])
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
 def test_winograd_transforms_are_exact_on_avx2(use: Use, bits: int) -> None:
     """Channels that fill no register, outputs of odd size, and codes and weights at both ends."""
     use("avx2")
@@ -103,6 +103,18 @@ def test_sums_in_16_bits_are_as_long_as_the_weights_allow_on_avx2(use: Use) -> N
     most = 32767 // (60 * 28 * 2)
     assert windows[0] in (most, most - 1) and windows[10] == 32 and windows[15] == 128
     assert exact(layer, x)
+
+
+def test_products_that_do_not_fit_32_bits_four_times_are_not_transformed_on_avx2(use: Use) -> None:
+    use("avx2")
+    layer = random_layer(16, 1900, 3, 8, padding=(1, 1))
+    for weight, fits in ((-128, False), (-100, True)):  # 1900 * 9 * 128 * 255 * 4 > 2^31
+        layer.weight.fill_(weight)
+        product = NativeProduct(layer, CurrentStep())
+        x = torch.full((1, 1900, 2, 2), 1e4)
+        product(x)
+        assert product.winograd == fits
+        assert exact(layer, x) and exact(layer, -x)
 
 
 @pytest.mark.parametrize("act", [GELU, GEGLU])

@@ -12,6 +12,13 @@ from dqtool.runtimes.cpu import library
 __all__ = ["PackedWeight", "pack_weight", "worth_winograd"]
 
 
+NARROW = 63
+"""Largest code whose Winograd transform fits a byte on AVX2: 4 * 63 = 252. Above it, both operands are transformed in 16 bits."""
+
+MOST = 2**31 // (4 * 255) - 1
+"""Largest sum of the magnitudes of a column whose transformed sum, four times the product, fits 32 bits for codes of 8 bits."""
+
+
 class PackedWeight(NamedTuple):
     """A weight in the kernels' layout, int8; the sums of its columns, int32; whether it is Winograd-transformed; and its
     largest code."""
@@ -42,7 +49,8 @@ def pack_weight(
 
     `sizes` are out-channels, in-channels, taps and the bytes of a pixel's codes. `gates` columns gate as many others that
     come before them. `winograd` is the largest code of an input whose transform is wanted, or 0. It is not made where
-    transformed weights would not fit a byte.
+    transformed weights would not fit a byte. Above `NARROW` the weight is laid out as for other convolutions, and transformed
+    in each call.
     """
     kernels: Any = library.get()
     assert kernels is not None
@@ -54,7 +62,8 @@ def pack_weight(
     else:
         zero_points = zero_points.contiguous()
         given = (None, weight.data_ptr(), weight.shape[1] * 4, bits, zero_points.data_ptr())
-    if winograd:
+    in_call = winograd > NARROW and not library.has_vnni()
+    if winograd and not in_call:
         packed = torch.empty(columns * channel_bytes * 16, dtype=torch.int8)
         sums = torch.empty(columns * 17, dtype=torch.int32)  # and how many channels each may add up in 16 bits
         into = (packed.data_ptr(), sums.data_ptr())
@@ -63,4 +72,11 @@ def pack_weight(
     packed = torch.empty(columns * channel_bytes * taps, dtype=torch.int8)
     sums = torch.empty(columns, dtype=torch.int32)
     largest = kernels.dq_pack(*given, packed.data_ptr(), sums.data_ptr(), out_channels, in_channels, taps, gates)
-    return PackedWeight(packed, sums, False, int(largest))
+    return PackedWeight(packed, sums, in_call and _largest_sum(packed, columns) <= MOST, int(largest))
+
+
+def _largest_sum(packed: Tensor, columns: int) -> int:
+    """Return the largest sum of the magnitudes of a column."""
+    blocks = packed.view(columns // 16, -1, 16, 4)
+    above, below = (t.sum((1, 3), dtype=torch.int32) for t in (blocks.clamp(min=0), blocks.clamp(max=0)))
+    return int((above - below).max())

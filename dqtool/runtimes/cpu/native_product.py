@@ -19,15 +19,14 @@ from dqtool.runtimes.cpu.product import PLAIN, Epilogue, Product
 
 __all__ = ["NativeProduct"]
 
-WINOGRAD_BITS = {True: 5, False: 6}
-"""Most bits of input codes whose Winograd transform fits a byte: a signed one with VNNI, 4 * (2^5 - 1) = 124, and an unsigned
-one on AVX2, 4 * (2^6 - 1) = 252."""
+WINOGRAD_BITS = 5
+"""Most bits of input codes whose Winograd transform fits a byte with VNNI: 4 * (2^5 - 1) = 124. AVX2 has forms for all."""
 
 
 class NativeProduct(Product):
     """On the compiled kernels. Weights go from packed codes to the kernels' layout at their first use: until then loading
     has read nothing of them, and the size of the problem decides where a Winograd transform is possible (3x3 convolutions
-    of narrow codes: 16 bytes for 9, 2.25x fewer products).
+    on AVX2, or of narrow codes: 16 bytes for 9 where they are narrow, and 2.25x fewer products).
 
     A layer that feeds GEGLU has its values' and its gates' columns in turn, so that the codes of the next layer's input come
     out at once.
@@ -49,8 +48,7 @@ class NativeProduct(Product):
             and not library.on_tiles(self.channel_bytes)  # these need no fewer products, and a smaller weight
             and self.is_conv
             and geometry == ((3, 3), (1, 1), (1, 1))
-            and self.operand.signed
-            and self.operand.bits <= WINOGRAD_BITS[library.has_vnni()]
+            and (not library.has_vnni() or (self.operand.signed and self.operand.bits <= WINOGRAD_BITS))
             and self.in_channels >= 16
             and self.out_channels >= 16
         )

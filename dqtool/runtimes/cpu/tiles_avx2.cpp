@@ -146,6 +146,24 @@ __attribute__((noinline)) void tile_wide(const uint8_t* const* a, const i64* tap
   }
   DQ_ROWS(DQ_END)
 }
+
+// Multiplies 16-bit numbers of both operands. `quads` counts pairs of channels.
+template <int M, int NB>
+__attribute__((noinline)) void tile_words(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
+                                          const int32_t* start, int32_t* c, i64 stride, i64) {
+  DQ_ROWS(DQ_BEGIN)
+  for (int t = 0; t < n_taps; ++t) {
+    DQ_ROWS(DQ_POINT)
+    for (i64 k = 0; k < quads; ++k, b += 32 * NB) {
+      __m256i w0 = load(b), w1 = NB == 2 ? load(b + 32) : w0;
+#define DQ_ADD(i) \
+  if constexpr (M > i) add_words<NB>(r##i + 4 * k, w0, w1, x##i, y##i);
+      DQ_ROWS(DQ_ADD)
+#undef DQ_ADD
+    }
+  }
+  DQ_ROWS(DQ_END)
+}
 #undef DQ_POINT
 #undef DQ_BEGIN
 #undef DQ_END
@@ -156,8 +174,10 @@ using Tile = void (*)(const uint8_t* const*, const i64*, int, i64, const int8_t*
 #define DQ_FORMS(form)                                                                                         \
   {{form<1, 1>, form<1, 2>}, {form<2, 1>, form<2, 2>}, {form<3, 1>, form<3, 2>}, {form<4, 1>, form<4, 2>},     \
    {form<5, 1>, form<5, 2>}, {form<6, 1>, form<6, 2>}}
-constexpr Tile TILES[3][ROWS][2] = {DQ_FORMS(tile_wide), DQ_FORMS(tile_single), DQ_FORMS(tile_nested)};
+constexpr Tile TILES[4][ROWS][2] = {DQ_FORMS(tile_wide), DQ_FORMS(tile_single), DQ_FORMS(tile_nested), DQ_FORMS(tile_words)};
 #undef DQ_FORMS
+
+constexpr i64 WORDS = -1;  // a `group`: both operands have 16 bits already
 
 // Returns the bytes of a code in the rows that tiles read, where `group` pairs fit 16 bits.
 inline i64 code_bytes(i64 group) { return group ? 1 : 2; }
@@ -181,7 +201,7 @@ inline void widen_codes(const uint8_t* from, i64 count, uint8_t* to) {
 // Adds up all taps of one tile of `m` rows and `nb` registers of columns.
 inline void tile_taps(int m, int nb, const uint8_t* const* rows, const i64* taps, int n_taps, i64 quads, const int8_t* block,
                       const int32_t* start, int32_t* acc, i64 stride, i64, i64 group) {
-  TILES[group >= 4 ? 2 : group > 0][m - 1][nb - 1](rows, taps, n_taps, quads, block, start, acc, stride, group);
+  TILES[group == WORDS ? 3 : group >= 4 ? 2 : group > 0][m - 1][nb - 1](rows, taps, n_taps, quads, block, start, acc, stride, group);
 }
 
 // Finishes `count` rows of a block, from `first` on, `nb` registers of columns. PLAIN: there is no gate and no factor.

@@ -6,10 +6,15 @@
 //
 // Sums are added up in 16 bits over windows of channels. The longest window that can't overflow comes from the weights at
 // hand: V lies between 0 and 4L, so a sum lies between 4L times the negative and 4L times the positive ones of its weights.
+//
+// Codes above NARROW have a second form, in which V and U have 16 bits. U would take 32 bytes for 9 weights, so it is made of the
+// blocks that `dq_pack` makes, each time a group of tiles needs one. Sums may wrap: 4 y fits 32 bits.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 namespace {
 
-constexpr i64 LEAST_TILES = 24, MOST_TILES = 48, TILE_BYTES = 320 << 10;  // of a group, and of its transformed codes
+constexpr i64 TILES_AT_ONCE = 48, WIDE_AT_ONCE = 96;  // tiles of a group, for which blocks of weights are read once
+constexpr i64 WORTH_TRANSFORMING = 8;  // tiles from which on transforming a block of weights pays
+constexpr int NARROW = 63;  // largest code L whose 4L fits a byte
 constexpr int SUM_PLANE = 5;  // the plane whose V is a sum of four codes
 
 // Transforms one row of weights [Ci, 9] into u[x][channels], 16 planes `stride` bytes apart, and writes their sums. Returns
@@ -156,6 +161,62 @@ inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 s
   }
 }
 
+// The same in 16 bits, with the codes of each quad in the order of `widen_codes`. Nothing is added. Cp is a multiple of four.
+inline void transform_words(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 stride) {
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  for (i64 c = 0; c < Cp; c += 16) {
+    const i64 left = Cp - c;
+    auto get = [&](int r, int x) {
+      const uint8_t* from = in + (r * Wp + x) * Cp + c;
+      alignas(16) uint8_t bytes[16] = {};
+      if (left < 16) std::memcpy(bytes, from, size_t(left)), from = bytes;
+      return _mm256_cvtepu8_epi16(_mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), order));
+    };
+    __m256i t[4][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) {
+      __m256i d[4] = {get(0, x), get(1, x), get(2, x), get(3, x)};
+      t[0][x] = _mm256_sub_epi16(d[0], d[2]), t[1][x] = _mm256_add_epi16(d[1], d[2]);
+      t[2][x] = _mm256_sub_epi16(d[2], d[1]), t[3][x] = _mm256_sub_epi16(d[1], d[3]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      uint8_t* to = v + r * 4 * stride + 2 * c;
+      store(to, _mm256_sub_epi16(t[r][0], t[r][2])), store(to + stride, _mm256_add_epi16(t[r][1], t[r][2]));
+      store(to + 2 * stride, _mm256_sub_epi16(t[r][2], t[r][1])), store(to + 3 * stride, _mm256_sub_epi16(t[r][1], t[r][3]));
+    }
+  }
+}
+
+// Transforms a block of `dq_pack`, [tap][quads][16 columns][4] bytes, to U in 16 bits, [x][quads][even and odd channels][columns][2].
+void transform_block(const int8_t* block, i64 quads, int8_t* u) {
+  const i64 tap = quads * 64, plane = quads * 128;
+  for (i64 at = 0; at < tap; at += 32)
+    for (int odd = 0; odd < 2; ++odd) {
+      __m256i half[4][3];
+#pragma GCC unroll 3
+      for (int s = 0; s < 3; ++s) {
+        __m256i g[3];
+#pragma GCC unroll 3
+        for (int r = 0; r < 3; ++r) {
+          __m256i bytes = load(block + (r * 3 + s) * tap + at);
+          g[r] = _mm256_srai_epi16(odd ? bytes : _mm256_slli_epi16(bytes, 8), 8);
+        }
+        __m256i ends = _mm256_add_epi16(g[0], g[2]);
+        half[0][s] = _mm256_add_epi16(g[0], g[0]), half[1][s] = _mm256_add_epi16(ends, g[1]);
+        half[2][s] = _mm256_sub_epi16(ends, g[1]), half[3][s] = _mm256_add_epi16(g[2], g[2]);
+      }
+      int8_t* to = u + at / 64 * 128 + odd * 64 + at % 64;
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r, to += 4 * plane) {
+        const __m256i* h = half[r];
+        __m256i ends = _mm256_add_epi16(h[0], h[2]);
+        store(to, _mm256_add_epi16(h[0], h[0])), store(to + plane, _mm256_add_epi16(ends, h[1]));
+        store(to + 2 * plane, _mm256_sub_epi16(ends, h[1])), store(to + 3 * plane, _mm256_add_epi16(h[2], h[2]));
+      }
+    }
+}
+
 // Writes 4 y = A^T m A of one tile and 8 columns: four rows of `acc`, in the order of pixels. Planes of m are `plane` apart.
 inline void transform_output(const int32_t* m, i64 plane, int32_t* acc) {
   __m256i s[2][4];
@@ -175,17 +236,23 @@ inline void transform_output(const int32_t* m, i64 plane, int32_t* acc) {
 }  // namespace
 
 // Computes a 3x3 convolution with stride 1 of codes from 0 to `largest_code`, with the zero point zp, padded so that Hp >=
-// 2 ceil(Ho / 2) + 2 and Wp likewise.
+// 2 ceil(Ho / 2) + 2 and Wp likewise. The weight is that of `dq_winograd_pack`, or above NARROW that of `dq_pack`.
 EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, i64 N, i64 Hp, i64 Wp,
                         i64 Cp, i64 Ho, i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias,
                         i64 bias_stride, const float* residual, float post, float* out) {
   constexpr i64 TOGETHER = 8;  // tiles whose results are written together
+  const bool wide = largest_code > NARROW;
   const Epilogue e{scale, input_scale * 0.25f, bias, bias_stride, nullptr, 0, residual, post};
-  const Place place{nullptr, Co, true};
   const i64 rows = (Ho + 1) / 2, cols = (Wo + 1) / 2, tiles = N * rows * cols;
-  const i64 quads = Cp / 4, Cop = (Co + 15) / 16 * 16, blocks = Cop / 16, threads = omp_get_max_threads();
-  // The transforms of a group of tiles stay in the second cache if they fit, and each block of weights is read once a group.
-  const i64 most = std::max<i64>(LEAST_TILES, std::min<i64>(MOST_TILES, TILE_BYTES / (16 * Cp) / ROWS * ROWS));
+  if (wide && tiles < WORTH_TRANSFORMING) {
+    Results results{};
+    results.e = {scale, input_scale, bias, bias_stride, nullptr, 0, residual, post};
+    results.Co = Co, results.out = out;
+    return convolve(in, w, sums, zp, largest_code, 128, N, Hp, Wp, Cp, Ho, Wo, Co, 3, 3, 1, 1, 1, 1, 0, results);
+  }
+  const i64 row = wide ? 2 * Cp : Cp, steps = row / 4;  // bytes of a tile's row, and of four at a time
+  const i64 Cop = (Co + 15) / 16 * 16, blocks = Cop / 16, threads = omp_get_max_threads();
+  const i64 most = wide ? WIDE_AT_ONCE : TILES_AT_ONCE;
   const bool by_columns = tiles < 2 * ROWS * threads && blocks > 1;
   const i64 share = by_columns ? tiles : (tiles + threads - 1) / threads;
   const i64 passes = std::max<i64>(1, (share + most - 1) / most);
@@ -194,34 +261,40 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums,
 #pragma omp parallel for schedule(dynamic, 1) collapse(2)
   for (i64 group = 0; group < groups; ++group)
     for (i64 split = 0; split < splits; ++split) {
-      const i64 from = group * size, count = std::min(tiles - from, size), stride = size * Cp + 32, plane = size * BLOCK;
-      uint8_t* v = scratch_a.get<uint8_t>(16 * stride);
+      const i64 from = group * size, count = std::min(tiles - from, size), stride = size * row + 32, plane = size * BLOCK;
+      uint8_t* v = scratch_a.get<uint8_t>(16 * stride + (wide ? 16 * BLOCK * row : 0));
+      int8_t* u = reinterpret_cast<int8_t*>(v + 16 * stride);
       int32_t* m = scratch_b.get<int32_t>(16 * plane);
-      i64* at = scratch_c.get<i64>(2 * 4 * size);  // samples and pixels of the results, four for each tile
-      i64* pixels = at + 4 * size;
+      i64* samples = scratch_c.get<i64>(2 * 4 * size);  // of the results, four for each tile
+      i64* pixels = samples + 4 * size;
       for (i64 t = 0; t < count; ++t) {
         const i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols * 2, x = q % cols * 2;
-        transform_input(in + ((n * Hp + y) * Wp + x) * Cp, Wp, Cp, v + t * Cp, stride, 2 * largest_code);
+        const uint8_t* tile = in + ((n * Hp + y) * Wp + x) * Cp;
+        if (wide)
+          transform_words(tile, Wp, Cp, v + t * row, stride);
+        else
+          transform_input(tile, Wp, Cp, v + t * row, stride, 2 * largest_code);
         for (i64 i = 0; i < 4; ++i) {
           const i64 py = y + i / 2, px = x + i % 2;
-          at[t * 4 + i] = n;
+          samples[t * 4 + i] = n;
           pixels[t * 4 + i] = py < Ho && px < Wo ? (n * Ho + py) * Wo + px : -1;
         }
       }
       for (i64 blk = split; blk < blocks; blk += splits) {
         const i64 first = blk * BLOCK, none = 0;
+        if (wide) transform_block(w + blk * 9 * Cp * BLOCK, Cp / 4, u);
         for (int x = 0; x < 16; ++x) {
-          const int8_t* block = w + (blk * 16 + x) * Cp * BLOCK;
-          const int32_t* sum = sums + (blk * 16 + x) * BLOCK;
-          const i64 window = sums[Cop * 16 + blk * 16 + x];
-          const int offset = x == SUM_PLANE ? 4 * zp : 2 * largest_code;
+          const int8_t* block = wide ? u + x * row * BLOCK : w + (blk * 16 + x) * row * BLOCK;
+          const int32_t* sum = sums + (wide ? blk : blk * 16 + x) * BLOCK;  // of nine taps, which are those of SUM_PLANE
+          const i64 window = wide ? WORDS : sums[Cop * 16 + blk * 16 + x];
+          const int offset = x == SUM_PLANE ? 4 * zp : wide ? 0 : 2 * largest_code;
           alignas(32) int32_t start[BLOCK];
           for (int j = 0; j < BLOCK; ++j) start[j] = -offset * sum[j];
           for (i64 t = 0; t < count; t += ROWS) {
             const int left = int(std::min<i64>(ROWS, count - t));
             const uint8_t* a[ROWS];
-            for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * Cp;
-            tile_taps(left, 2, a, &none, 1, quads, block, start, m + x * plane + t * BLOCK, BLOCK, 0, window);
+            for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * row;
+            tile_taps(left, 2, a, &none, 1, steps, block, start, m + x * plane + t * BLOCK, BLOCK, 0, window);
           }
         }
         for (i64 t = 0; t < count; t += TOGETHER) {
@@ -229,12 +302,11 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums,
           alignas(32) int32_t acc[4 * TOGETHER * BLOCK];
           for (i64 i = 0; i < here; ++i)
             for (int j = 0; j < BLOCK; j += 8) transform_output(m + (t + i) * BLOCK + j, plane, acc + i * 4 * BLOCK + j);
-          Place to = place;
-          to.base = out + first;
+          const Place to{out + first, Co, true};
           if (post != 1.0f)
-            finish_block<false>(acc, int(4 * here), 2, e, at + 4 * t, pixels + 4 * t, first, Co, to);
+            finish_block<false>(acc, int(4 * here), 2, e, samples + 4 * t, pixels + 4 * t, first, Co, to);
           else
-            finish_block<true>(acc, int(4 * here), 2, e, at + 4 * t, pixels + 4 * t, first, Co, to);
+            finish_block<true>(acc, int(4 * here), 2, e, samples + 4 * t, pixels + 4 * t, first, Co, to);
         }
       }
     }
