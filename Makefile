@@ -9,7 +9,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published
+.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling
 
 setup: $(VENV)/.done
 
@@ -175,6 +175,11 @@ soak: setup
 ARCH ?= sd14
 soak-large: setup
 	$(BIN)/python tests/soak/large.py --arch $(ARCH) -o recipes/results/soak-large
+
+# Compares calibrate, distill and eval by one process and by two, kills processes and goes on with another number, and writes
+# recipes/results/scaling.md and .json. It needs an idle machine of two cores for about an hour.
+scaling: setup
+	$(BIN)/python recipes/scaling.py $(ARGS)
 
 # Runs every published architecture at full size with random weights, and writes recipes/results/full-size.md (24 GiB).
 full-size: setup

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
-from dqtool import stopping
+from dqtool import distributed, stopping
 
 if TYPE_CHECKING:
     from dqtool.errors import EnvironmentFault
@@ -62,8 +64,14 @@ def main() -> int:
 
 def _stopped(arguments: list[str], stop: type[KeyboardInterrupt]) -> int:
     terminated = issubclass(stop, stopping.Terminated)
-    _print_fault(arguments, f"{'terminated' if terminated else 'interrupted'}; {_what_is_kept()}")
-    return TERMINATED if terminated else INTERRUPTED
+    code = TERMINATED if terminated else INTERRUPTED
+    kept = _what_is_kept()
+    if not distributed.is_worker():
+        _print_fault(arguments, f"{'terminated' if terminated else 'interrupted'}; {kept}")
+        return code
+    if distributed.is_main() and kept[0].isdigit():  # the cause is another process, which reports it
+        _print_fault(arguments, kept)
+    os._exit(code)
 
 
 def _share_processors() -> None:
@@ -90,15 +98,30 @@ def _fail(arguments: list[str], error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
     fault = error if isinstance(error, DqtoolError) else _fault(error)
     if fault is not None:
-        _print_fault(arguments, str(fault))
-        return fault.exit_code
+        return _report(arguments, error, str(fault), fault.exit_code)
     from dqtool.errors import plain
 
     hint = "" if debug else " Run it again with --debug for the traceback."
-    _print_fault(
-        arguments, f"unexpected {type(error).__name__}: {plain(str(error))[:380]}. This is a bug in dqtool.{hint}"
-    )
-    return 1
+    text = f"unexpected {type(error).__name__}: {plain(str(error))[:380]}. This is a bug in dqtool.{hint}"
+    return _report(arguments, error, text, 1)
+
+
+def _report(arguments: list[str], error: Exception, text: str, code: int) -> int:
+    """Print the text of an error, or leave it to the process that started this one; return the exit code."""
+    if not distributed.is_worker():
+        _print_fault(arguments, text)
+        return code
+    from dqtool.distributed.failures import LAUNCHED, record_failure
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is ending already
+    if isinstance(error, distributed.LostPeer):
+        time.sleep(0.3)  # the process that caused it ends first
+    else:
+        record_failure(text, code)
+    if LAUNCHED not in os.environ:
+        _print_fault(arguments, f"[process {os.environ.get('RANK', distributed.rank())}] {text}")
+    sys.stderr.flush()
+    os._exit(code)  # others may wait for this process, and its libraries for them
 
 
 def _fault(error: Exception) -> EnvironmentFault | None:

@@ -17,19 +17,26 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Progress", "format_seconds", "progress", "say", "set_quiet", "table", "table_lines", "warn"]
+__all__ = ["Progress", "format_seconds", "mute", "progress", "say", "set_quiet", "table", "table_lines", "warn"]
 
 FIRST_LINE = 1.0  # seconds until a plain progress line appears
 LINE_EVERY = 5.0  # seconds between plain progress lines
 
 _quiet = False
+_mute = False
 _live: RichProgress | None = None  # the one live display of the terminal; nested bars are rows of it
 
 
 def set_quiet(quiet: bool) -> None:
     """Silence progress, `say` and `table`; warnings are still shown."""
     global _quiet
-    _quiet = quiet
+    _quiet = quiet or _mute
+
+
+def mute() -> None:
+    """Silence everything, warnings too, for the rest of this process: another process shows the same."""
+    global _quiet, _mute
+    _quiet = _mute = True
 
 
 def say(text: str) -> None:
@@ -40,7 +47,8 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Show one warning, even when quiet: a warning says that a result may not be what the user wants."""
-    _emit(f"warning: {text}", style="yellow")
+    if not _mute:
+        _emit(f"warning: {text}", style="yellow")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

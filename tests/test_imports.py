@@ -20,7 +20,7 @@ LAYERS = (
     {"nn"},
     {"graph"},
     {"core"},
-    {"artifacts", "report", "errors", "stopping"},
+    {"artifacts", "distributed", "report", "errors", "stopping"},
 )
 """Layers from the top down. A package may import its own layer and those below it; the last layer serves all the others."""
 

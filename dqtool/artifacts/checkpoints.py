@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from dqtool.distributed import world_size
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -60,6 +62,8 @@ class CallCheckpoints:
     """
 
     def __init__(self, workspace: Workspace, name: str, every: float | None = None) -> None:
+        processes = world_size()  # a batch has as many parts
+        name = name if processes == 1 else f"{name} by {processes} processes"
         self.workspace, self.key, self.every = workspace, f"calls of {name}", EVERY if every is None else every
         self._found = workspace.load(self.key) or {}
         self._calls: dict[str, Tensor] = {}

@@ -157,13 +157,15 @@ class Manifest:
         return cls(**{**payload, **own})
 
 
-def environment(device: str = "cpu", threads: int | None = None) -> EnvironmentRecord:
-    """Return the versions of packages, the platform, and the device and thread count of the caller."""
+def environment(device: str = "cpu", threads: int | None = None, processes: int = 1) -> EnvironmentRecord:
+    """Return the versions of packages, the platform, and the device, thread count and number of processes of the caller."""
     import platform
 
     versions = {"python": platform.python_version(), "dqtool": dqtool_version()}
     versions |= installed_versions(("torch", "diffusers"))
     found = {"versions": versions, "platform": platform.platform(), "device": device, "threads": threads}
+    if processes > 1:
+        found["processes"] = processes
     return unchecked(found, EnvironmentRecord)
 
 

@@ -328,12 +328,14 @@ METRICS: dict[str, type[MetricsRecord]] = {"eval": EvalRecord, "sensitivity": Se
 
 @dataclass(frozen=True)
 class EnvironmentRecord(Record):
-    """Environment that computed an artifact: versions of packages, platform, device, threads."""
+    """Environment that computed an artifact: versions of packages, platform, device, threads, and processes if several
+    shared the work."""
 
     versions: dict[str, str] = field(default_factory=dict)
     platform: str = ""
     device: str = ""
     threads: Count | None = None
+    processes: Count | None = None
 
 
 @dataclass(frozen=True)

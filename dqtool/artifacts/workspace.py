@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from dqtool import distributed
 from dqtool.artifacts.files import fsync_path, os_fault, partial_of, sha256_file, staging, target_of
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.artifacts.tensorfile import load_tensors, save_tensors
@@ -27,7 +28,7 @@ _last: Workspace | None = None
 
 def kept() -> tuple[int, str]:
     """Return how many pieces the workspace opened last holds, and its directory; 0 where none is open."""
-    return (0, "") if _last is None else (len(_last.keys()), str(_last.directory))
+    return (0, "") if _last is None else (_last.count, str(_last.directory))
 
 
 class Workspace:
@@ -36,7 +37,8 @@ class Workspace:
     Opening discards pieces of another fingerprint. With `forced`, which stands for a run that ignores the cache, it also
     discards pieces of runs that were not forced, so that a forced run goes on from its own pieces alone. The first `save`
     makes the directory, `clear` removes it after the commit. Files are written beside the directory and moved in whole.
-    Only the holder of the lock on `path` may use a workspace. Methods raise `EnvironmentFault` when the disk is in the way.
+    Only the holder of the lock on `path` may use a workspace. Where several processes share a command, the main one saves, and
+    all of them ask for keys and load pieces together. Methods raise `EnvironmentFault` when the disk is in the way.
 
     The index also records seconds and peaks, so that work done in several runs knows its whole cost (`spent`, `peaks`).
     """
@@ -52,33 +54,48 @@ class Workspace:
         self._pieces: dict[str, dict[str, Any]] = {}
         self._earlier, self._earlier_peaks = (0.0, 0.0), dict[str, int]()
         self.restart_clock()
-        if os.path.lexists(self.directory):
+        if distributed.is_main() and os.path.lexists(self.directory):
             pieces = self._read_index()
             if pieces is None:
                 self.clear()
             else:
                 self._pieces = pieces
 
+    @property
+    def count(self) -> int:
+        """Number of saved keys."""
+        return len(self._pieces)
+
     def keys(self) -> list[str]:
         """Return the saved keys in the order in which they were first saved."""
-        return list(self._pieces)
+        return distributed.broadcast(list(self._pieces))
 
     def load(self, key: str) -> dict[str, torch.Tensor] | None:
         """Return the tensors saved under `key`; None if there are none or their file is damaged."""
-        piece = self._pieces.get(key)
-        if piece is None:
-            return None
         file = self._file(key)
+        if not distributed.broadcast(distributed.is_main() and self._is_whole(key)):
+            return None
         try:
-            if sha256_file(file) != piece["sha256"]:
-                return None
             return load_tensors(file)
         except DqtoolError:
+            if distributed.world_size() > 1:
+                raise
             return None
+        finally:
+            distributed.barrier()  # before anything else is saved under the key
+
+    def _is_whole(self, key: str) -> bool:
+        piece = self._pieces.get(key)
+        try:
+            return piece is not None and sha256_file(self._file(key)) == piece["sha256"]
+        except DqtoolError:
+            return False
 
     def save(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep `tensors` under `key`. An interrupt leaves the key as it was, or makes `load` answer None."""
         raise_pending_stop()
+        if not distributed.is_main():
+            return
         try:
             self.directory.mkdir(exist_ok=True)
             with staging(self._target) as area:

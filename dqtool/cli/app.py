@@ -11,6 +11,7 @@ import typer
 from dqtool import report
 from dqtool.cli.help import PanelCommand
 from dqtool.cli.parameters import parameters_of
+from dqtool.cli.workers import SHARED_COMMANDS, ProcessOptions, run_in_processes
 from dqtool.stages.options.declared import build_options, declared_options
 from dqtool.stages.shared.settings import GeneralOptions, RunSettings
 
@@ -61,17 +62,24 @@ def command(options: type, *examples: str, group: typer.Typer = app, name: str |
     """
 
     def register(body: Body) -> Body:
+        called = name or body.__name__
+        shared = group is app and called in SHARED_COMMANDS
+
         def callback(**values: Any) -> None:
             settings = RunSettings(**{key: values.pop(key) for key in GENERAL_OPTIONS})
+            processes = build_options(ProcessOptions, {"nproc": values.pop("nproc", None)}).nproc
             report.set_quiet(settings.quiet)
-            body(build_options(options, values), settings)
+            chosen = build_options(options, values)
+            run_in_processes(lambda: body(chosen, settings), called, settings, processes)
 
         parameters = [*parameters_of(options), *parameters_of(GeneralOptions)]
+        if shared:
+            parameters += parameters_of(ProcessOptions)
         callback.__signature__ = introspect.Signature(parameters)  # type: ignore[attr-defined]
         callback.__annotations__ = {p.name: p.annotation for p in parameters}
         callback.__doc__, callback.__name__ = body.__doc__, body.__name__
         epilog = "\b\n" + "\n".join([f"Example{'s' * (len(examples) > 1)}:", *(f"  {each}" for each in examples)])
-        group.command(name or body.__name__, cls=PanelCommand, epilog=epilog)(callback)
+        group.command(called, cls=PanelCommand, epilog=epilog)(callback)
         return body
 
     return register

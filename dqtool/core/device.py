@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TypeVar
 
+from dqtool import distributed
 from dqtool.errors import EnvironmentFault
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def choose_device(text: str) -> torch.device:
 
 def resolve_device(text: str) -> torch.device:
     """Return the device named by `text` and make CUDA compute in full float32. `auto` is the first CUDA device, or else
-    the CPU.
+    the CPU. Processes of one command take a device each.
 
     Raises:
         EnvironmentFault: this machine has no such device.
@@ -58,7 +59,8 @@ def resolve_device(text: str) -> torch.device:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "cpu" or (text == "auto" and not there):
         return torch.device("cpu")
-    device = torch.device("cuda", 0) if text in ("auto", "cuda") else torch.device(text)
+    mine = distributed.local_rank() % max(1, there)
+    device = torch.device("cuda", mine) if text in ("auto", "cuda") else torch.device(text)
     if not there or (device.index or 0) >= there:
         found = f"{there} CUDA device{'s' * (there != 1)}" if torch.backends.cuda.is_built() else "no build for CUDA"
         raise EnvironmentFault(

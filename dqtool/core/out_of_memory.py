@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from dqtool import report
+from dqtool import distributed, report
 from dqtool.errors import EnvironmentFault
 
 __all__ = ["is_out_of_memory", "with_smaller_batches"]
@@ -36,6 +36,12 @@ def with_smaller_batches(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if distributed.world_size() > 1:  # the other processes are in the middle of their batch
+                raise EnvironmentFault(
+                    f"There is not enough memory for {what} with {batch} samples at a time",
+                    where=f"process {distributed.rank()} of {distributed.world_size()}",
+                    fix=fix or "Lower --batch-size, take fewer processes of a machine, or use a larger one",
+                ) from None
             if batch <= smallest:
                 raise EnvironmentFault(
                     f"There is not enough memory for {what}, even with {batch} samples at a time",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dqtool import report
 from dqtool.artifacts.jsonvalues import Json
+from dqtool.distributed import by_rows, shared_batches
 from dqtool.metrics.reference import Reference
 from dqtool.metrics.registry import EXTRACTORS, METRICS, Accumulator, Extractor, Files, check_needs
 
@@ -65,10 +67,10 @@ class Meter:
         running: dict[str, Accumulator] = {name: self._start(name) for name in self.names}
         count = 0
         with report.progress(what, total, "image") as progress:
-            for images, texts in batches:
+            for images, texts in shared_batches(batches):
                 rgb = images.expand(*images.shape[:3], 3)
                 for kind, extractor in self.extractors.items():
-                    features = extractor(rgb, texts)
+                    features = _shared_features(extractor, rgb, texts)
                     for name, accumulator in running.items():
                         if METRICS[name].extractor == kind:
                             accumulator.update(features)
@@ -95,3 +97,12 @@ class Meter:
         start = METRICS[name].start
         assert start is not None, f"{name} reads no features"
         return start(self)
+
+
+def _shared_features(extractor: Extractor, images: Tensor, texts: list[str] | None) -> Mapping[str, Tensor]:
+    """Return the features of `images` `[n, H, W, 3]`. Processes that share a command take a part of them each."""
+
+    def features(part: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        return dict(extractor(part, None if texts is None else [texts[row] for row in rows.tolist()]))
+
+    return by_rows(features, images, torch.arange(len(images)), rows=len(images))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dqtool.core.affine import search_histogram
 from dqtool.core.bits import AttentionBits
 from dqtool.core.rotation import rotate
+from dqtool.distributed import gather, rank, world_size
 from dqtool.graph.attention import PRODUCTS, attention_layout
 from dqtool.graph.leaves import input_of
 from dqtool.graph.trace import LayerInfo
@@ -111,21 +112,46 @@ def channel_ranges(
                 recorder.see_channels(name, input_of(args, kwargs), channel_dim)
 
             handles.append(model.get_submodule(info.name).register_forward_pre_hook(hook, with_kwargs=True))
-    found: list[Mapping[str, Tensor]] = []
+
+    def measure(run: Callable[[], None]) -> dict[str, Tensor]:
+        recorder.channels = {}
+        run()
+        return {name: span.cpu() for name, span in recorder.channels.items()}
+
     try:
-        for index, run in enumerate(steps):
-            if kept is not None and index in kept.found:
-                found.append(kept.found[index])
-                continue
-            recorder.channels = {}
-            run()
-            found.append({name: span.cpu() for name, span in recorder.channels.items()})
-            if kept is not None:
-                kept.add(index, found[-1])
+        found = _each_step(steps, measure, kept)
     finally:
         for handle in handles:
             handle.remove()
     return {f"{name}.channel_range": _widest([each[name] for each in found]) for name in (found[0] if found else {})}
+
+
+def _each_step(
+    steps: Iterable[Callable[[], None]], measure: Callable[[Callable[[], None]], dict[str, Tensor]], kept: Rows | None
+) -> list[Mapping[str, Tensor]]:
+    """Return what `measure` finds at each step, in order. Where several processes share a command, each takes a step at a
+    time."""
+    found: list[Mapping[str, Tensor]] = []
+    waiting: list[Callable[[], None]] = []
+
+    def take_turns() -> None:
+        mine = measure(waiting[rank()]) if rank() < len(waiting) else {}
+        for row in gather(mine)[: len(waiting)]:
+            if kept is not None:
+                kept.add(len(found), row)
+            found.append(row)
+        waiting.clear()
+
+    for index, run in enumerate(steps):
+        if kept is not None and index in kept.found:
+            found.append(kept.found[index])
+            continue
+        waiting.append(run)
+        if len(waiting) == world_size():
+            take_turns()
+    if waiting:
+        take_turns()
+    return found
 
 
 def _widest(spans: Sequence[Tensor]) -> Tensor:
@@ -180,22 +206,18 @@ def collect(
                 recorder.see(name, (x if divisor is None else x / divisor).reshape(1, -1))
 
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    rows: list[Mapping[str, Tensor]] = []
+
+    def measure(run: Callable[[], None]) -> dict[str, Tensor]:
+        recorder.ranges, recorder.counts, recorder.channels, recorder.counting = {}, {}, {}, False
+        run()
+        recorder.counting = True
+        run()
+        row = {f"{name}.range": span.cpu() for name, span in recorder.ranges.items()}
+        row |= {f"{name}.histogram": count.to(torch.int32).cpu() for name, count in recorder.counts.items()}
+        return row | {f"{name}.channel_range": span.cpu() for name, span in recorder.channels.items()}
+
     try:
-        for index, run in enumerate(steps):
-            if kept is not None and index in kept.found:
-                rows.append(kept.found[index])
-                continue
-            recorder.ranges, recorder.counts, recorder.channels, recorder.counting = {}, {}, {}, False
-            run()
-            recorder.counting = True
-            run()
-            row = {f"{name}.range": span.cpu() for name, span in recorder.ranges.items()}
-            row |= {f"{name}.histogram": count.to(torch.int32).cpu() for name, count in recorder.counts.items()}
-            row |= {f"{name}.channel_range": span.cpu() for name, span in recorder.channels.items()}
-            rows.append(row)
-            if kept is not None:
-                kept.add(index, row)
+        rows = _each_step(steps, measure, kept)
     finally:
         for handle in handles:
             handle.remove()

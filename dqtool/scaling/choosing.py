@@ -16,6 +16,7 @@ from dqtool.core.bits import LayerBits
 from dqtool.core.device import to_cpu, to_device_of
 from dqtool.core.dilation import CAP
 from dqtool.core.quantization import QuantizationSpec
+from dqtool.distributed import gather, rank, world_size
 from dqtool.graph.leaves import input_of
 from dqtool.graph.trace import LayerInfo
 from dqtool.nn.assignment import assign_bits
@@ -125,12 +126,14 @@ def _with_samples(
     bits: LayerBits,
     choose: Callable[[str, Samples | None], ScalingResult],
 ) -> dict[str, ScalingResult]:
-    """Run the network on the sampled points and choose as each group's first layer runs, when its input is at hand."""
+    """Run the network on the sampled points and choose as each group's first layer runs, when its input is at hand. Where
+    several processes share a command, they take the groups in turns."""
     plans = assign_bits(list(layers), QuantizationSpec(bits))
     planned = {plan.info.name: plan.bits for plan in plans if isinstance(plan.bits, LayerBits)}
     counts = activations.samples_per_step
     found: dict[str, ScalingResult] = {}
-    with report.progress("calibrate: scaling by output error", len(groups)) as progress:
+    mine = list(groups)[rank() :: world_size()]
+    with report.progress("calibrate: scaling by output error", len(mine)) as progress:
 
         def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], owner: str) -> None:
             if owner in found:
@@ -146,7 +149,7 @@ def _with_samples(
 
         handles = [
             network.get_submodule(owner).register_forward_pre_hook(partial(see, owner=owner), with_kwargs=True)
-            for owner in groups
+            for owner in mine
         ]
         try:
             with torch.no_grad():
@@ -154,7 +157,7 @@ def _with_samples(
         finally:
             for handle in handles:
                 handle.remove()
-    return found
+    return {owner: result for part in gather(found) for owner, result in part.items()}
 
 
 def _operation(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dqtool import report
+from dqtool import distributed, report
 from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.manifest import canonical_json
@@ -222,21 +222,23 @@ def produce(
     trajectory, seen = few.record(conditions, quotas, workspace)
     points = Trajectory.from_tensors({**seen, "timesteps": timesteps})
 
-    def per_step(what: str, runs: int = 1) -> Iterator[Callable[[], None]]:
-        """Yield a function for each step that runs the network over the step's samples; it is called `runs` times."""
+    def per_step(what: str, kept: Checkpoints, runs: int = 1) -> Iterator[Callable[[], None]]:
+        """Yield a function for each step that runs the network over the step's samples; it is called `runs` times, or not at
+        all where an earlier run had recorded the step in `kept`."""
         mine = [(points.rows == step).nonzero()[:STATISTICS_SAMPLES, 0] for step in range(len(timesteps))]
         with report.progress(f"calibrate: {what}", runs * sum(map(len, mine)), "sample") as progress:
             for step, timestep in enumerate(timesteps):
-                before = progress.done
 
                 def run(chosen: torch.Tensor = mine[step], timestep: torch.Tensor = timestep) -> None:
                     for part in chosen.split(together):
                         family.predict(network, points.x[part], timestep, points.conditions_of(part))
-                        progress.advance(len(part))
+                        progress.advance(
+                            min(len(part) * distributed.world_size(), (progress.total or 0) - progress.done)
+                        )
 
-                yield run
-                if progress.done == before:  # an earlier run had recorded it
+                if step in kept.found:
                     progress.skip(runs * len(mine[step]))
+                yield run
 
     everything, records, metrics = dict(tensors), manifest.layers, manifest.metrics.to_json()
     shifts: dict[str, torch.Tensor] = {}
@@ -247,9 +249,8 @@ def produce(
         if shifts:
             network = teacher_of(manifest, everything)  # its layers read the shifted inputs
     _, dilation = split_dilated(everything)
-    statistics = collect(
-        network, layer_infos(records), dilation, per_step("statistics", 2), Checkpoints(workspace, "statistics")
-    )
+    kept = Checkpoints(workspace, "statistics")
+    statistics = collect(network, layer_infos(records), dilation, per_step("statistics", kept, 2), kept)
     ratios = range_ratios(statistics, dilation)
     for name in shifts.keys() & {name.removesuffix(RANGE) for name in statistics}:
         statistics[name + RANGE] += shifts[name]  # the ranges of the inputs as the model makes them
@@ -283,7 +284,7 @@ def rescaled_by(
     tensors: Mapping[str, Tensor],
     network: nn.Module,
     points: Trajectory,
-    per_step: Callable[[str], Iterable[Callable[[], None]]],
+    per_step: Callable[[str, Checkpoints], Iterable[Callable[[], None]]],
     workspace: Workspace,
 ) -> Rescaled:
     """Return the dilated artifact with the factors of `--scaling`; `network` is the float one, without factors."""
@@ -299,7 +300,7 @@ def rescaled_by(
     ranges: dict[str, Tensor] = {}
     if method.needs_statistics:
         kept = Checkpoints(workspace, "channel ranges")
-        found = channel_ranges(network, layer_infos(manifest.layers), per_step("ranges of channels"), kept)
+        found = channel_ranges(network, layer_infos(manifest.layers), per_step("ranges of channels", kept), kept)
         ranges = {name.removesuffix(RANGE): span for name, span in found.items()}
     # All of them run at once: few, where memory ran out with more.
     steps = min(SCALING_STEPS, options.batch_size)

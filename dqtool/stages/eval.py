@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dqtool import report
+from dqtool import distributed, report
 from dqtool.artifacts import Artifact, Checkpoints, OutputKind, Workspace, read_manifest, sha256_file
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import EvalRecord, InputRecord
@@ -182,12 +182,15 @@ def produce(
     prompts: Sequence[str] | None = None,
     workspace: Workspace | None = None,
 ) -> StageOutput:
-    """Sample from both networks with the same seeds and compute every figure. Finished images go to `workspace`."""
+    """Sample from both networks with the same seeds and compute every figure. Finished images go to `workspace`.
+
+    Where several processes share the command, all sample and run the networks of metrics, and the main one computes the figures.
+    """
     from dqtool.metrics.digits import distance
     from dqtool.nn.surgery import steps_of
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact, makes_latents
 
-    manifest = artifact.manifest
+    manifest, main = artifact.manifest, distributed.is_main()
     files = files_of(options)
     if makes_latents(artifact):
         check_needs_no_pixels(metrics, options)
@@ -220,16 +223,18 @@ def produce(
         images = sampled.draw(network, options.samples, options.seed, options.batch_size, "eval: samples", kept)
         if artifact.stage == "export":
             figures["runtime"] = str(network.runtime)
-        figures |= image_figures(images, expected, metrics, maker.conditions.requested_digits(len(images)))
+        if main:
+            figures |= image_figures(images, expected, metrics, maker.conditions.requested_digits(len(images)))
         if isinstance(known := figures.get("reference"), dict):
             of_reference = known
         if options.floor and "digits" in metrics and float_network is not None and reference is not None:
             assert expected is not None
             other = replace(options, seed=options.seed + 1)
             others = reference_images(float_network, reference, maker, other, kept, "eval: floor")
-            of_reference["fd.digits_from_reference"] = distance(others, expected)
+            if main:
+                of_reference["fd.digits_from_reference"] = distance(others, expected)
         if meter is not None:
-            rows = maker.conditions.rows(0, len(images)).tolist()
+            rows = maker.conditions.rows(0, options.samples).tolist()
             texts = [maker.conditions.names[row] for row in rows] if maker.conditions.names else None
             size = options.image_size
             if expected is not None:
@@ -239,7 +244,7 @@ def produce(
                 figures["reference"] = of_reference
             figures |= metric_figures(meter, images, texts, size, "eval: metrics")
             figures["files"] = files.describe()
-        if options.save_samples is not None:
+        if main and options.save_samples is not None:
             about: dict[str, Json] = {"source": artifact.given, "seed": options.seed, "images": len(images)}
             save_samples(options.save_samples, images, options.image_size, about)
             figures["samples_file"] = {
@@ -248,7 +253,7 @@ def produce(
             }
         if "_dqtool_steps" in network.__dict__:
             figures["missed_timesteps"] = sorted(steps_of(network).missed)
-        if options.grid is not None:
+        if main and options.grid is not None:
             from dqtool.metrics.grid import save_grid
 
             columns = (
@@ -261,10 +266,11 @@ def produce(
             figures["grid"] = {"file": os.path.basename(options.grid), "sha256": sha256_file(options.grid)}
     if "cost" in metrics:
         figures["cost"] = cost_figures(artifact).to_json()
-    if "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
+    if main and "layers" in metrics and float_network is not None and not isinstance(reference, ExportedReference):
         if options.runtime != "simulate":  # engines fuse layers, and leave their outputs nowhere to compare
             network = network_of_artifact(artifact, "simulate")
-        figures["layer_errors"] = layer_errors(float_network, network, maker, options.seed)
+        with distributed.solo():
+            figures["layer_errors"] = layer_errors(float_network, network, maker, options.seed)
     return StageOutput(None, manifest.network, manifest.pipeline, manifest.layers, figures)
 
 

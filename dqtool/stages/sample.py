@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from dqtool import distributed
 from dqtool.artifacts import check_writable, open_artifact
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -36,12 +37,13 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
     if options.correct_noise:
         reference = find_reference(options.reference, artifact)
         needs_reference(reference, artifact)
-    check_writable(
-        options.output,
-        "picture",
-        inputs=[*read_paths(options), *model_places(reference)],
-        overwrite=settings.overwrite,
-    )
+    if distributed.is_main():
+        check_writable(
+            options.output,
+            "picture",
+            inputs=[*read_paths(options), *model_places(reference)],
+            overwrite=settings.overwrite,
+        )
     source = artifact.as_input()
     settings.log.append(Execution("sample", options.output, asdict(options), [source], cached=False))
     if settings.dry_run:
@@ -68,6 +70,8 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         correction = fit_correction(network, exact, maker, options.seed, options.batch_size)
         maker = with_correction(maker, correction)
     images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")
+    if not distributed.is_main():
+        return options.output
     panels = [(bits_label(artifact.manifest.layers), images)]
     side = max(1, round(options.number**0.5))
     save_grid(first_channels(panels) if maker.latents else panels, options.output, -(-options.number // side), side)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.allocator import return_freed_memory
+from dqtool.distributed import copy_main, gather
 from dqtool.graph.recording import tensors_in
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
@@ -26,6 +27,7 @@ from dqtool.training.data import DistillationTask, Reporter
 from dqtool.training.optimizer import QuantAdam
 from dqtool.training.recovery import BlockStates, Recovery
 from dqtool.training.replay import BlockInputs, Replay
+from dqtool.training.sharing import Share, add_gradients
 
 __all__ = ["Learner", "block_state", "make_trainable", "mean_square", "own_layers", "restore_block", "train_blocks"]
 
@@ -117,15 +119,15 @@ def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, 
     start = time.perf_counter()
     training_seconds = 0.0
     trace, only = task.trace, task.only
-    samples = len(task.trajectory)
+    share = Share(len(task.trajectory))
     generator = torch.Generator().manual_seed(task.seed)
 
     def run(model: nn.Module, rows: slice) -> None:
-        task.predict(model, rows)
+        task.predict(model, share.indices(rows))
 
     budget = task.cache_bytes // 2
-    teacher = Replay(task.teacher, trace, samples, run, task.replay_batch, budget)
-    student = Replay(task.student, trace, samples, run, task.replay_batch, budget)
+    teacher = Replay(task.teacher, trace, len(share), run, task.replay_batch, budget)
+    student = Replay(task.student, trace, len(share), run, task.replay_batch, budget)
     losses: dict[str, list[float]] = {}
     relative: list[list[float]] = []
     task.student.requires_grad_(False)
@@ -150,7 +152,7 @@ def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, 
             return_freed_memory()  # memory that was split up for a whole replay does not suit the sizes of one batch
             begin = time.perf_counter()
             known = len(task.warnings)
-            history = train_block(task, block, given, target, make, generator, progress, info.name, salt)
+            history = train_block(task, share, block, given, target, make, generator, progress, info.name, salt)
             training_seconds += time.perf_counter() - begin
             losses[info.name] = first_and_last(history, 20)
             relative.append(relative_losses(history, target))
@@ -162,7 +164,8 @@ def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, 
             task.store.save(salt + info.name, {**block_state(block), **extra})
         return_freed_memory()
         teacher.advance(index, target, wanted)
-        student.advance(index, student.outputs(index, given, task.select_rows), given)
+        copy_main(block.parameters())  # processors differ in their last bits
+        student.advance(index, student.outputs(index, given, lambda rows: task.select_rows(share.indices(rows))), given)
         return_freed_memory()
     total = time.perf_counter() - start
     return {
@@ -175,6 +178,7 @@ def train_blocks(task: DistillationTask, make: MakeLearner, progress: Reporter, 
 
 def train_block(
     task: DistillationTask,
+    share: Share,
     block: nn.Module,
     given: BlockInputs,
     target: Any,
@@ -184,7 +188,8 @@ def train_block(
     name: str,
     salt: str = "",
 ) -> list[float]:
-    """Minimise Eq. 27 for one block and return the finite losses of its iterations.
+    """Minimise Eq. 27 for one block and return the finite losses of its iterations. `given` and `target` are those of the
+    samples in `share`.
 
     A block that diverges returns to its best state, see `recovery.py`. Large blocks take hours: the state of the block at
     hand is saved every `task.checkpoint_seconds`, and an interrupted run goes on from it to the same bits.
@@ -213,13 +218,19 @@ def train_block(
     saved, cost = time.perf_counter(), 0.0
     for step in range(len(history), learner.iters):
         chosen = learner.draw_samples(step, generator)
-        task.select_rows(chosen)
-        args, kwargs = given.batch(chosen)
-        loss = output_loss(block(*args, **kwargs), target, chosen)
+        mine, rows = share.among(chosen)
         learner.optimizer.zero_grad()
-        learner.objective(loss, step).backward()
+        loss = 0.0
+        if len(mine):
+            task.select_rows(mine)
+            args, kwargs = given.batch(rows)
+            error = output_loss(block(*args, **kwargs), target, rows)
+            part = len(mine) / len(chosen)
+            (learner.objective(error, step) * part).backward()
+            loss = error.item() * part
+        loss = add_gradients(learner.optimizer, loss)
         learner.optimizer.step(task.trajectory.step_mask(chosen), learner.rate_factor(step) * recovery.rate)
-        history.append(loss.item())
+        history.append(loss)
         if not recovery.should_continue(history[-1], step):
             progress.skip(learner.iters - step - 1, name)
             break
@@ -246,9 +257,13 @@ def relative_losses(history: list[float], target: Any) -> list[float]:
 
 
 def mean_square(outputs: Sequence[Tensor]) -> float:
-    """Return the average of the mean squares of several tensors; 1 if it is 0."""
+    """Return the average of the mean squares of several tensors, over the samples of all processes; 1 if it is 0."""
     # In parts, since the square of all samples would be the largest tensor in memory.
-    totals = [sum(float(part.square().sum()) for part in y.split(32)) / max(1, y.numel()) for y in outputs]
+    sums = [(sum(float(part.square().sum()) for part in y.split(32)), y.numel()) for y in outputs]
+    totals = [
+        sum(square for square, _ in each) / max(1, sum(count for _, count in each))
+        for each in zip(*gather(sums), strict=True)
+    ]
     return sum(totals) / len(totals) or 1.0
 
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.artifacts.jsonvalues import Json
+from dqtool.distributed import by_rows
 from dqtool.nn.surgery import steps_of
 from dqtool.training.curve import curve, first_and_last
 from dqtool.training.data import DistillationTask, Reporter
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.recovery import Recovery, StoredStates
+from dqtool.training.sharing import add_gradients, part_of
 
 __all__ = ["accumulate_gradients", "mixed_steps", "one_step_at_a_time", "rows_by_step", "train_network"]
 
@@ -77,8 +80,9 @@ def train_network(
     start = time.perf_counter()
     trajectory = task.trajectory
     with torch.no_grad():
-        rows = [slice(i, i + batch_size) for i in range(0, len(trajectory), batch_size)]
-        targets = torch.cat([task.predict(task.teacher, part) for part in rows])
+        parts = torch.arange(len(trajectory)).split(batch_size)
+        exact = partial(task.predict, task.teacher)
+        targets = torch.cat([by_rows(exact, part, rows=len(part)) for part in parts])
     size = float(targets.square().mean()) or 1.0
     generator = torch.Generator().manual_seed(task.seed + 2)
     losses: list[float] = []
@@ -100,7 +104,7 @@ def train_network(
     for step in range(len(losses), iters):
         chosen = choose(step, generator)
         optimizer.zero_grad()
-        losses.append(accumulate_gradients(error, chosen, task.network_batch))
+        losses.append(add_gradients(optimizer, accumulate_gradients(error, chosen, task.network_batch)))
         optimizer.step(trajectory.step_mask(chosen), cosine(step, iters) * recovery.rate)
         if not recovery.should_continue(losses[-1], step):
             break
@@ -122,13 +126,15 @@ def train_network(
 
 
 def accumulate_gradients(loss: Callable[[Tensor], Tensor], rows: Tensor, together: int | None = None) -> float:
-    """Add the gradients of the mean `loss` over the samples `rows` `[N]` and return that mean.
+    """Add the gradients of the mean `loss` over the samples `rows` `[N]` and return that mean. Where several processes share
+    a command, each adds its part; the sum of the parts is that mean.
 
     The loss is called on `together` samples at a time (None: all), so that the memory is that of a part. The order of
     sums depends on `together`, so results agree up to rounding.
     """
     total = 0.0
-    for part in rows.split(together or len(rows)):
+    mine = part_of(rows)
+    for part in mine.split(together or len(rows)) if len(mine) else ():
         share = loss(part) * (len(part) / len(rows))
         share.backward()
         total += share.item()

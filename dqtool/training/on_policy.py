@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqtool.core.allocator import return_freed_memory
+from dqtool.distributed import by_rows
 from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.steps import look_up
@@ -30,6 +31,7 @@ from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import OnPolicyOptions
 from dqtool.training.recompute import recomputed_blocks
 from dqtool.training.recovery import Recovery, StoredStates
+from dqtool.training.sharing import add_gradients
 from dqtool.training.tensor_store import TensorStore
 
 __all__ = ["Refinement", "centre_weights", "refine", "student_trajectory"]
@@ -106,7 +108,8 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
         optimizer.zero_grad()
         together = held_weights(task.student) if task.low_memory else nullcontext()
         with together, recomputed_blocks(task.student, task.trace):
-            losses.append(accumulate_gradients(partial(_error, task, own, targets), chosen, task.network_batch))
+            error = partial(_error, task, own, targets)
+            losses.append(add_gradients(optimizer, accumulate_gradients(error, chosen, task.network_batch)))
         if recovery is None:
             size = float(targets.square().mean()) or 1.0
             recovery = Recovery(optimizer, states, "all blocks", size, strict=task.strict, warnings=task.warnings)
@@ -189,7 +192,7 @@ def _visited(
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-        answer = task.family.predict(task.teacher, x, timestep, everything)
+        answer = by_rows(partial(task.family.predict, task.teacher), x, timestep, everything, rows=len(x))
         row, _ = look_up(timestep.reshape(1).cpu(), trajectory.timesteps)
         seen.append((x.clone(), answer, row.expand(len(x)), subjects))
 

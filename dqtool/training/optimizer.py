@@ -83,6 +83,10 @@ class QuantAdam:
         """Parameters that are optimized."""
         return [parameter for group in self._groups for parameter in group.parameters]
 
+    def gradients(self) -> list[Tensor]:
+        """Return the buffers of all gradients, one for each kind of parameter."""
+        return [group.grad for group in self._groups if group.parameters]
+
     def zero_grad(self) -> None:
         """Set all gradients to 0."""
         for group in self._groups:

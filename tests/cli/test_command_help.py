@@ -19,6 +19,7 @@ from conftest import Run
 from dqtool import __version__
 from dqtool.cli import COMPLETION, GENERAL_OPTIONS, app
 from dqtool.cli.help import with_names
+from dqtool.cli.workers import SHARED_COMMANDS, ProcessOptions
 from dqtool.stages.options.bench import BenchOptions
 from dqtool.stages.options.declared import declared_options
 from dqtool.stages.options.inspect import InspectOptions
@@ -73,6 +74,8 @@ def test_the_command_offers_exactly_the_options_that_its_class_declares(name: st
         command = command.commands[part]
     offered = {p.name: p for p in command.params if p.name not in {*GENERAL_OPTIONS, "help"}}
     declared = {each.name: each for each in declared_options(OPTIONS[name])}
+    if name in SHARED_COMMANDS:
+        declared |= {each.name: each for each in declared_options(ProcessOptions)}
     assert set(offered) == set(declared)
     for key, parameter in offered.items():
         assert parameter.help

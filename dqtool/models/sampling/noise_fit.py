@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from dqtool.distributed import by_rows
 from dqtool.models.families import Family
 from dqtool.models.sampling.noise_correction import NoiseCorrection, StepNoise, fit_noise
 from dqtool.models.sampling.sampler import Sampler
@@ -44,7 +46,8 @@ class NoiseFit(NoiseCorrection):
     def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
         """Fit this step by comparing `prediction` with the float network's at the inputs `x` `[N, C, H, W]`."""
         with torch.no_grad():
-            exact = self.family.predict(self.exact, x, timestep, self.conditions)
+            network = partial(self.family.predict, self.exact)
+            exact = by_rows(network, x, timestep, self.conditions, rows=len(x))
         pair = [(each if self.guided is None else self.guided(each))[:, : x.shape[1]] for each in (prediction, exact)]
         self.steps[float(timestep)] = self.fit(pair[0], pair[1], x[-len(pair[0]) :])
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.records import SamplingRecord
 from dqtool.core.device import to_device_of
+from dqtool.distributed import by_rows
 from dqtool.errors import UsageError
 from dqtool.models.conditions.conditioning import IMAGE_CONDITION
 from dqtool.models.config_schema import built
@@ -175,6 +176,7 @@ class Sampler:
 
         `seeds` gives each sample its own noise source in stochastic samplers, so that a sample does not depend on its
         batch. `observer` is called at every step. `calls` answers for the network what it answered in an interrupted run.
+        Where several processes share a command, each runs the network on its part of the inputs.
         """
         scheduler = self._fresh()
         guided = self.guidance > 1 and null is not None
@@ -200,7 +202,8 @@ class Sampler:
                 images = [torch.zeros_like(behind)] * (copies - 2) + [behind] * min(copies, 2)
                 x_in = torch.cat([x_in, torch.cat(images)], 1)
             given = self._given(timestep)
-            predict = partial(self.family.predict, model, x_in, given, conditions)
+            network = partial(self.family.predict, model)
+            predict = partial(by_rows, network, x_in, given, conditions, rows=len(x_in))
             prediction = predict() if calls is None else to_device_of(model, calls.output(predict))
             if observer is not None:
                 observer(x_in, given, prediction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from dqtool import report
 from dqtool.artifacts import CallCheckpoints, Checkpoints, Workspace
 from dqtool.core.device import to_cpu
 from dqtool.core.draws import DrawInput, draw_method
+from dqtool.distributed import gather_rows, row_counts, world_size
 from dqtool.errors import NumericError
 from dqtool.models.conditions.conditioning import Conditions
 from dqtool.models.sampling.sampler import CALIBRATION, Sampler, image_seeds, initial_noise
@@ -60,8 +61,11 @@ class TrajectoryRecorder:
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
 
-        def see(_x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-            found.setdefault(self._row_of(timestep), to_cpu(latest[0].detach().clone()))
+        def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
+            seen = latest[0].detach()
+            if len(seen) < len(x):  # this process ran its own part
+                seen = gather_rows(seen, row_counts(len(x)))
+            found.setdefault(self._row_of(timestep), to_cpu(seen.clone()))
 
         images = min(options.batch_size, options.samples)
         handle = self.network.get_submodule(middle).register_forward_hook(keep)
@@ -88,7 +92,8 @@ class TrajectoryRecorder:
 
         Each holds `trajectory.x` `[N, C, H, W]` and `trajectory.rows` `[N]` (row of the step in `timesteps`), ordered by
         step; for a conditional network also one table `condition.NAME` `[K, ...]` for each condition, and
-        `trajectory.subjects` `[N]`, the row of each sample in them. Finished batches of images go to `workspace`.
+        `trajectory.subjects` `[N]`, the row of each sample in them. Finished batches of images go to `workspace`. Where
+        several processes share a command, each of them samples a batch at a time, and all of them return the same.
 
         Raises:
             NumericError: the model's own samples are not finite.
@@ -98,8 +103,10 @@ class TrajectoryRecorder:
         pools: list[list[Tensor]] = [[] for _ in range(steps)]
         owners: list[list[Tensor]] = [[] for _ in range(steps)]
         kept = Checkpoints(workspace, f"trajectory by {batch_size}")
-        batches = list(range(0, images, batch_size))
-        with report.progress("calibrate: trajectory", len(batches) * steps) as progress:
+        together, sampled = batch_size * world_size(), 0
+        finished = sum(_images_in(found) for found in kept.found.values())
+        batches = len(kept.found) + -(-(images - finished) // together)
+        with report.progress("calibrate: trajectory", batches * steps) as progress:
             seen: list[tuple[int, Tensor]] = []
 
             def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
@@ -107,19 +114,22 @@ class TrajectoryRecorder:
                 seen.append((self._row_of(timestep), to_cpu(torch.stack(x.chunk(halves), 1))))
                 progress.advance()
 
-            def pool(index: int, points: Iterable[tuple[int, Tensor]]) -> None:
+            def pool(points: Iterable[tuple[int, Tensor]]) -> None:
+                nonlocal sampled
+                count = 0
                 for row, x in points:
                     pools[row].append(x)
-                    owners[row].append(torch.arange(batches[index], batches[index] + len(x)))
+                    owners[row].append(torch.arange(sampled, sampled + len(x)))
+                    count = len(x)
+                sampled += count
 
-            for index, found in kept.found.items():
-                pool(index, [(int(name.split()[1]), x) for name, x in sorted(found.items())])
+            for found in kept.found.values():
+                pool([(int(name.split()[1]), x) for name, x in sorted(found.items())])
                 progress.skip(steps)
             calls = CallCheckpoints(workspace, kept.name)
-            first = batch_size * len(kept.found)
-            running = self._batches(images, batch_size, conditions, see, first, calls)
+            running = self._batches(images, together, conditions, see, sampled, calls)
             for index, batch in enumerate(running, len(kept.found)):
-                pool(index, seen)
+                pool(seen)
                 kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
                 seen.clear()
                 if not bool(torch.isfinite(batch).all()):
@@ -222,3 +232,8 @@ class TrajectoryRecorder:
                 fix="Choose another --sampler",
             )
         return int(row)
+
+
+def _images_in(found: Mapping[str, Tensor]) -> int:
+    """Return the number of images of a finished batch."""
+    return len(next(iter(found.values())))

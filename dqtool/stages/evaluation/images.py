@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dqtool import report
+from dqtool import distributed, report
 from dqtool.artifacts import Artifact, CallCheckpoints, Checkpoints
 from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.records import SamplingRecord
@@ -54,7 +54,8 @@ class ImageMaker:
 
         More than `IN_MEMORY` bytes of them (50,000 of 256 pixels are 39 GB) lie in a mapped temporary file. Where memory
         runs out, fewer are sampled together. `kept(name)` gives the batches that an earlier run finished, and takes in
-        those of this one.
+        those of this one. Where several processes share a command, each of them samples `batch_size` images at a time, and
+        the main one alone returns them; the others return an empty tensor.
         """
         return with_smaller_batches(
             lambda size: self._draw(network, count, seed, size, what, kept and kept(f"{what} by {size}")),
@@ -71,9 +72,10 @@ class ImageMaker:
 
             def take(batch: Tensor) -> None:
                 nonlocal images, done
-                if not done:
-                    images = TensorStore(IN_MEMORY).empty(count, batch)
-                images[done : done + len(batch)] = batch
+                if distributed.is_main():
+                    if not done:
+                        images = TensorStore(IN_MEMORY).empty(count, batch)
+                    images[done : done + len(batch)] = batch
                 done += len(batch)
 
             for part in found.values():
@@ -84,14 +86,20 @@ class ImageMaker:
                 self.shape,
                 count,
                 seed,
-                batch_size,
+                batch_size * distributed.world_size(),
                 self.conditions.given,
                 null=self.conditions.null,
                 first=done,
                 calls=None if kept is None else CallCheckpoints(kept.workspace, kept.name),
             )
             for index, x in enumerate(running, len(found)):
-                batch = to_cpu(x if self.latents else x.clamp(-1, 1) if self.decode is None else self.decode(x))
+                batch = to_cpu(
+                    x
+                    if self.latents
+                    else x.clamp(-1, 1)
+                    if self.decode is None
+                    else distributed.by_rows(self.decode, x, rows=len(x))
+                )
                 take(batch)
                 if kept is not None:
                     kept.add(index, {"images": batch})

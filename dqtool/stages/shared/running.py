@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dqtool import report
+from dqtool import distributed, report
 from dqtool.artifacts import (
     ATTACHMENT,
     Artifact,
@@ -61,6 +62,10 @@ __all__ = [
 ]
 
 
+SHARED = ("calibrate", "distill", "eval")
+"""Stages whose work the processes of a command share."""
+
+
 @dataclass
 class StageOutput:
     """Output of a stage before it is committed: tensors of a file, or `build` for a directory, or neither for a report."""
@@ -88,7 +93,7 @@ def input_artifact(given: str | None, stages: Collection[str], default: str) -> 
         EnvironmentFault: there is no such path.
     """
     if given is None:
-        given = _from_standard_input()
+        given = distributed.broadcast(_from_standard_input() if distributed.is_main() else None)
     if given is None:
         given = default_output(default)
         if not os.path.lexists(given):
@@ -159,7 +164,12 @@ def run_unless_cached(
     `produce(fingerprint)` does the work. `kind` is "artifact",
     "directory" or "report". `also` are side products (path, kind), such as pictures: they must exist for the cache to count.
     `reads` are files and directories that the command reads beside the inputs, which no output may touch.
+
+    Where several processes share the command, all of them do the work of the stages in `SHARED`, and the main one alone does
+    that of all others. It alone writes.
     """
+    if distributed.world_size() > 1 and not distributed.is_main():
+        return _accompany(stage, code_version, output, parameters, inputs, settings, produce)
     key = fingerprint(stage, code_version, parameters, [entry.sha256 for entry in inputs])
 
     def note(*, cached: bool) -> bool:
@@ -170,7 +180,7 @@ def run_unless_cached(
         return not settings.force and is_current(output, key) and all(os.path.exists(path) for path, _ in also)
 
     named = [output, *(path for path, _ in also), *(entry.name for entry in inputs), *reads, *settings.reads]
-    if is_cached():  # needs no lock: several runs may share the artifacts of their first stages
+    if distributed.broadcast(is_cached()):  # needs no lock: several runs may share the artifacts of their first stages
         if not settings.dry_run:
             clear_leftovers(output)
             remember_named(named)
@@ -183,7 +193,9 @@ def run_unless_cached(
     with lock(output):
         start = time.perf_counter()
         threads, device = set_up_torch(settings.device)
-        product = produce(key)
+        distributed.broadcast(key)
+        with nullcontext() if stage in SHARED else distributed.solo():
+            product = produce(key)
         manifest = Manifest(
             stage=stage,
             fingerprint=key,
@@ -193,7 +205,7 @@ def run_unless_cached(
             parameters=unchecked(parameters, ParametersRecord),
             layers=product.layers,
             metrics=unchecked(product.metrics, METRICS.get(stage, MetricsRecord)),
-            environment=environment(device, threads),
+            environment=environment(device, threads, distributed.world_size() if stage in SHARED else 1),
             seconds=round(product.earlier_seconds + time.perf_counter() - start, 3),
         )
         if product.build is not None:
@@ -208,8 +220,38 @@ def run_unless_cached(
             commit_report(output, manifest, overwrite=settings.overwrite)
         remove_pieces(output)
     remember_named(named)
+    distributed.barrier()
     report.say(f"{stage}: wrote {output} in {report.format_seconds(manifest.seconds)}")
     return note(cached=False)
+
+
+def _accompany(
+    stage: str,
+    code_version: int,
+    output: str,
+    parameters: JsonObject,
+    inputs: Sequence[InputRecord],
+    settings: RunSettings,
+    produce: Callable[[str], StageOutput],
+) -> bool:
+    """Take part in `run_unless_cached` as a process that is not the main one. Return True if the output was up to date."""
+    cached = distributed.broadcast(False)
+    settings.log.append(Execution(stage, output, parameters, list(inputs), cached))
+    if cached or settings.dry_run:
+        return cached
+    key = distributed.broadcast("")  # the main process holds the lock by now
+    mine = fingerprint(stage, code_version, parameters, [entry.sha256 for entry in inputs])
+    if key != mine:
+        raise EnvironmentFault(
+            f"This process reads other inputs than the main one (fingerprint {mine[:12]}, not {key[:12]})",
+            where=", ".join(entry.name for entry in inputs),
+            fix="Put the files where all machines read them under the same path, and install the same dqtool on each",
+        )
+    set_up_torch(settings.device)
+    if stage in SHARED:
+        produce(key)
+    distributed.barrier()  # the main process has written
+    return False
 
 
 def _timed(proof: Callable[[Written], JsonObject], manifest: Manifest, start: float, written: Written) -> JsonObject:
