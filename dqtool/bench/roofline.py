@@ -75,21 +75,21 @@ class _Proxy:
 
 
 def _of_conv(a: tuple) -> tuple[str, float, float, float]:
-    n, hp, wp, cp, ho, wo, co, kh, kw = a[6:15]
+    n, hp, wp, cp, ho, wo, co, kh, kw = a[7:16]
     operations = 2.0 * n * ho * wo * co * cp * kh * kw
-    moved = n * hp * wp * cp + co * cp * kh * kw + 4 * n * ho * wo * co * (2 if a[26] else 1)
+    moved = n * hp * wp * cp + co * cp * kh * kw + 4 * n * ho * wo * co * (2 if a[27] else 1)
     return (PRODUCTS[0] if kh * kw > 1 else PRODUCTS[2]), operations, operations, moved
 
 
 def _of_winograd(a: tuple) -> tuple[str, float, float, float]:
-    n, hp, wp, cp, ho, wo, co = a[5:12]
+    n, hp, wp, cp, ho, wo, co = a[6:13]
     operations = 2.0 * n * ho * wo * co * cp * 9
     tiles = n * -(-ho // 2) * -(-wo // 2)
     return PRODUCTS[1], operations, 2.0 * tiles * 16 * co * cp, n * hp * wp * cp + 16 * co * cp + 4 * n * ho * wo * co
 
 
 def _of_linear_codes(a: tuple) -> tuple[str, float, float, float]:
-    rows, cp, co, following = a[6], a[7], a[8], a[14]
+    rows, cp, co, following = a[7], a[8], a[9], a[15]
     operations = 2.0 * rows * cp * co
     return PRODUCTS[3], operations, operations, rows * cp + co * cp + rows * following
 
@@ -142,7 +142,7 @@ def peak_rate(bits: int) -> float:
 
     def run() -> None:
         kernels.dq_conv(
-            codes.data_ptr(), held.packed.data_ptr(), held.sums.data_ptr(), half, largest, held.largest, 1, 1, rows, depth,
+            codes.data_ptr(), held.packed.data_ptr(), held.sums.data_ptr(), None, half, largest, held.largest, 1, 1, rows, depth,
             1, rows, columns, 1, 1, 1, 1, 1, 1, scale.data_ptr(), 1.0, None, 0, 0, None, 0, None, 1.0, 0, out.data_ptr(),
         )  # fmt: skip
 

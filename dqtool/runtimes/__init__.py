@@ -59,7 +59,7 @@ RUNTIMES = {
             "cpu",
             "dqtool.runtimes.cpu",
             "int8 in eager PyTorch on x86 CPUs",
-            "one byte (16/9 of a byte in 3x3 convolutions that run as Winograd transforms)",
+            "one byte (16/9 of a byte in 3x3 convolutions that run as Winograd transforms; half a byte in large networks on AVX2)",
         ),
         Runtime("cuda", "dqtool.runtimes.cuda", "int8 on tensor cores of NVIDIA GPUs", "packed bits", ("triton",)),
         Runtime(

@@ -1,6 +1,7 @@
 """Runtime in int8 on the CPU, in eager PyTorch: compiled kernels where a C++ compiler is found, else oneDNN's operations.
 
-In memory a weight takes one byte, 16/9 of a byte where a 3x3 convolution of up to 5 or 6 bits runs as a Winograd transform.
+In memory a weight takes one byte, 16/9 of a byte where a 3x3 convolution of up to 5 or 6 bits runs as a Winograd transform. In
+large networks on AVX2, one of up to 4 bits takes half a byte (`memory.py`).
 Nothing is recompiled when the step, the batch or the resolution changes.
 
 A network computes in float32 around its products. `.to(torch.float16)`, for example of a whole pipeline, changes the
@@ -42,6 +43,7 @@ from dqtool.runtimes.cpu import library
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, merge_projections
 from dqtool.runtimes.cpu.blocks import fuse
 from dqtool.runtimes.cpu.codes import CurrentStep
+from dqtool.runtimes.cpu.memory import choose_memory
 from dqtool.runtimes.cpu.native_product import NativeProduct
 from dqtool.runtimes.cpu.onednn_product import OnednnProduct
 from dqtool.runtimes.cpu.product import Product
@@ -118,6 +120,7 @@ def convert(network: nn.Module) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, PackedLayer) and name not in merged:
             _replace(network, name, _product(name, module, current_step, kinds))
+    choose_memory(network)
     if library.get() is not None:
         fuse(network)
     network.__dict__["_dqtool_integer"] = kinds

@@ -71,6 +71,7 @@ class InputCodes(Adaptable, nn.Module):
     bias: Tensor | None
     packed: Tensor | None
     sums: Tensor | None
+    lowest: Tensor | None
     steps: Tensor
     """See `step_table`."""
 

@@ -67,13 +67,14 @@ _SIGNATURES = {
 _WEIGHT = [_P, _P, _L, _I, _P]  # int8 codes, or packed words, bytes of a row, bits, zero points
 _PRODUCTS = {
     "dq_pack": [*_WEIGHT, _P, _P, *[_L] * 4],
-    "dq_conv": [_P, _P, _P, *[_I] * 3, *[_L] * 13, _P, _F, _P, _L, _L, _P, _L, _P, _F, _L, _P],
-    "dq_linear_codes": [_P, _P, _P, *[_I] * 3, *[_L] * 3, _P, _F, _P, _L, _P, _L, _I, *_QUANTIZER],
+    "dq_compact": [_P, _P, _P, _L, _L],
+    "dq_conv": [*[_P] * 4, *[_I] * 3, *[_L] * 13, _P, _F, _P, _L, _L, _P, _L, _P, _F, _L, _P],
+    "dq_linear_codes": [*[_P] * 4, *[_I] * 3, *[_L] * 3, _P, _F, _P, _L, _P, _L, _I, *_QUANTIZER],
     "dq_attention": [_P, _P, _P, _P, _P, _P, *[_L] * 5, _P, _P, _P, _P, *[_L] * 3, _P],
     "dq_winograd_pack": [*_WEIGHT, _P, _P, *[_L] * 2, _I],
-    "dq_winograd": [_P, _P, _P, *[_I] * 2, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
+    "dq_winograd": [*[_P] * 4, *[_I] * 2, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
 }
-_INTEGERS = ("dq_on_tiles", "dq_pack", "dq_winograd_pack")  # functions that return an int
+_INTEGERS = ("dq_on_tiles", "dq_pack", "dq_compact", "dq_winograd_pack")  # functions that return an int
 
 _problem: str | None = None
 

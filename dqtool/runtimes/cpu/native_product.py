@@ -12,7 +12,7 @@ from dqtool.core.allocator import FilePages
 from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.codes import GEGLU, Codes, CurrentStep
-from dqtool.runtimes.cpu.layout import pack_weight, worth_winograd
+from dqtool.runtimes.cpu.layout import expanded, pack_weight, worth_winograd
 from dqtool.runtimes.cpu.library import pointer
 from dqtool.runtimes.cpu.op_arguments import INT8, KERNEL_LAYOUT, WINOGRAD_LAYOUT
 from dqtool.runtimes.cpu.product import PLAIN, Epilogue, Product
@@ -36,6 +36,8 @@ class NativeProduct(Product):
     stored: list[int] | None = None
     gates: int = 0
     """Columns that gate as many others, which come before them, where weights are packed for `feed` with GEGLU."""
+    compact = False
+    """Two codes share a byte of memory, where weights have up to 4 bits."""
     pages: FilePages | None = None
     """Pages of the file that maps the packed codes. They are released after the codes have been read."""
 
@@ -55,8 +57,10 @@ class NativeProduct(Product):
         self.winograd: bool | None = None if self.may_winograd else False
         self._held: tuple | None = None
         self.source = layer.source
+        self.narrow = layer.source is not None and layer.source.bits <= 4 and not library.has_vnni()
         self.register_buffer("packed", None)
         self.register_buffer("sums", None)
+        self.register_buffer("lowest", None)
         if not library.has_vnni() and self.operand.signed:
             self.stored = self.operand.zero_point.tolist()
         self.machine = library.layout_of_machine(self.channel_bytes)
@@ -91,7 +95,7 @@ class NativeProduct(Product):
             rest = (self.steps, self.current_step.rows, codes.shape, how, post)
             return ops.multiply(codes.data, *weight, bias, gate, residual, *rest)
         kernels: Any = self.kernels
-        _, packed, sums, scales, own = self._held or self._hold(codes)
+        _, packed, sums, lows, scales, own = self._held or self._hold(codes)
         co = self.out_channels
         per_sample, pixels = 0, 0
         if bias is not None:
@@ -117,8 +121,8 @@ class NativeProduct(Product):
             if self.winograd:
                 assert gate is None, "gates are for linear layers"
                 kernels.dq_winograd(
-                    data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, n, hp, wp, cp, ho, wo, co, scales,
-                    scale, own, per_sample, extra, post, out.data_ptr(),
+                    data.data_ptr(), packed, sums, lows, self.zero_point(), self.largest_code, n, hp, wp, cp, ho, wo, co,
+                    scales, scale, own, per_sample, extra, post, out.data_ptr(),
                 )  # fmt: skip
                 return out
             geometry = (n, hp, wp, cp, ho, wo, co, *self.kernel, *self.stride, *self.taps_dilation)
@@ -127,8 +131,8 @@ class NativeProduct(Product):
             gate = gate.expand(codes.shape[0], -1)
             gated = (gate.data_ptr(), gate.stride(0))
         kernels.dq_conv(
-            data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, self.largest_weight, *geometry, scales,
-            scale, own, per_sample, pixels, *gated, extra, post, self.gates, out.data_ptr(),
+            data.data_ptr(), packed, sums, lows, self.zero_point(), self.largest_code, self.largest_weight, *geometry,
+            scales, scale, own, per_sample, pixels, *gated, extra, post, self.gates, out.data_ptr(),
         )  # fmt: skip
         return out
 
@@ -142,12 +146,12 @@ class NativeProduct(Product):
             self.gates = half
         if bool(self.gates) != (act == GEGLU) or following.kernels is None or self.out_channels % 4:
             return super()._feed(codes, following, act)
-        _, packed, sums, scales, own = self._held or self._hold(codes)
+        _, packed, sums, lows, scales, own = self._held or self._hold(codes)
         scale = self.scales[self.row]
         rows = codes.data.shape[0]
         data = torch.empty(rows, following.channel_bytes, dtype=torch.uint8)
         kernels.dq_linear_codes(
-            codes.data.data_ptr(), packed, sums, self.zero_point(), self.largest_code, self.largest_weight, rows,
+            codes.data.data_ptr(), packed, sums, lows, self.zero_point(), self.largest_code, self.largest_weight, rows,
             self.channel_bytes, self.out_channels, scales, scale, own, self.gates, data.data_ptr(),
             following.channel_bytes, act,
             *following.quantizer(),
@@ -171,6 +175,8 @@ class NativeProduct(Product):
         if self.packed is not None:
             weight, beside, form = self.packed, self.sums, WINOGRAD_LAYOUT if self.winograd else KERNEL_LAYOUT
             machine = self.machine
+            if self.lowest is not None and self.sums is not None:
+                (weight, beside), form = expanded(self.packed, self.sums, self.lowest), KERNEL_LAYOUT
         elif source is not None:
             weight, beside, form = source.words, source.zero_points, source.bits
         geometry = self.geometry(
@@ -187,7 +193,7 @@ class NativeProduct(Product):
         """Return the layer's tensors, so that they stay, and their addresses."""
         if self.packed is None:
             self._pack(codes)
-        held = (self.packed, self.sums, self.weight_scale, self.bias)
+        held = (self.packed, self.sums, self.lowest, self.weight_scale, self.bias)
         self._held = (held, *(pointer(t) for t in held))
         return self._held
 
@@ -207,8 +213,9 @@ class NativeProduct(Product):
             (self.out_channels, self.in_channels, self.kernel[0] * self.kernel[1], self.channel_bytes),
             self.gates,
             self.largest_code * wanted,
+            self.compact,
         )
         if source is not None and self.pages is not None:
             self.pages.release(source.words.data_ptr(), source.words.nbytes)
-        self.packed, self.sums, self.winograd, self.largest_weight = held
+        self.packed, self.sums, self.winograd, self.largest_weight, self.lowest = held
         self.weight, self.source, self.pages = torch.empty(0, dtype=torch.int8), None, None

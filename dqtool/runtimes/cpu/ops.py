@@ -204,7 +204,7 @@ def multiply(
             place = (stop - start, *codes.shape[1:], *shape[1:], g.out_channels)
         else:
             place = (1, 1, (stop - start) * each, g.channel_bytes, 1, (stop - start) * each, g.out_channels)
-        inputs = (address(codes, start, units), pointer(held.packed), pointer(held.sums))
+        inputs = (address(codes, start, units), pointer(held.packed), pointer(held.sums), None)
         if held.winograd:
             kernels().dq_winograd(
                 *inputs,
@@ -253,7 +253,7 @@ def linear_codes(
     for start, stop, row, quantizer in quantized_runs(rows, units, next_steps, next_multipliers, next_divisor):
         _, _, zero_point, scale = step_values(steps, row)
         kernels().dq_linear_codes(
-            address(codes, start, units), pointer(held.packed), pointer(held.sums), int(zero_point), g.largest_code,
+            address(codes, start, units), pointer(held.packed), pointer(held.sums), None, int(zero_point), g.largest_code,
             held.largest, stop - start, g.channel_bytes, g.out_channels, pointer(scales), scale, pointer(own), g.gates,
             address(data, start, units), next_bytes, act, *quantizer,
         )  # fmt: skip

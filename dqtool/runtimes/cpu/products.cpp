@@ -104,10 +104,37 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
   return largest;
 }
 
+// Packs blocks of 16 columns of `dq_pack` again, `rows` of 64 codes each, into half of the bytes. Writes the lowest code of each
+// column. Returns 0 if the codes of a column lie further apart than 15, or where no product reads this form.
+EXPORT int dq_compact(const int8_t* packed, uint8_t* compact, int8_t* lows, i64 blocks, i64 rows) {
+#if defined(__AVX512VNNI__)
+  return 0;
+#else
+  int ok = 1;
+#pragma omp parallel for schedule(dynamic, 1) reduction(min : ok)
+  for (i64 blk = 0; blk < blocks; ++blk) {
+    const int8_t* from = packed + blk * rows * 64;
+    uint8_t* to = compact + blk * rows * 32;
+    int8_t low[64] = {}, high[64] = {};
+    for (i64 r = 0; r < rows; ++r)
+      for (int i = 0; i < 64; ++i) low[i] = std::min(low[i], from[r * 64 + i]), high[i] = std::max(high[i], from[r * 64 + i]);
+    for (int i = 0; i < 64; ++i) {
+      low[i / 4 * 4] = std::min(low[i / 4 * 4], low[i]), high[i / 4 * 4] = std::max(high[i / 4 * 4], high[i]);
+      if (i % 4 == 3 && high[i / 4 * 4] - low[i / 4 * 4] > 15) ok = 0;
+    }
+    for (int i = 0; i < 64; ++i) low[i] = low[i / 4 * 4], lows[blk * 16 + i / 4] = low[i];
+    for (i64 r = 0; r < rows; ++r)
+      for (int i = 0; i < 32; ++i)
+        to[r * 32 + i] = uint8_t((from[r * 64 + i] - low[i]) | (from[r * 64 + 32 + i] - low[32 + i]) << 4);
+  }
+  return ok;
+#endif
+}
+
 namespace {
 
-// Convolves padded codes [N, Hp, Wp, Cp] with a packed weight. Writes results [N, Ho, Wo, Co].
-void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight, i64 N,
+// Convolves padded codes [N, Hp, Wp, Cp] with a packed weight, which is compact if `lows` is given. Writes results [N, Ho, Wo, Co].
+void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, [[maybe_unused]] const int8_t* lows, int zp, int largest_code, int largest_weight, i64 N,
               i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
               i64 sample_pixels, const Results& results) {
   i64 group = pairs_in_16_bits(largest_code, largest_weight);
@@ -135,7 +162,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
   }
   int threads = omp_get_max_threads();
   i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * stripes / (4 * threads) / ROWS + 1) * ROWS));
-  if (n_taps == 1) run = std::min<i64>(run, 48);
+  if (n_taps == 1 && !lows) run = std::min<i64>(run, 48);
   i64 runs = (pixels + run - 1) / run;
   i64 image = Ho * Wo;
   bool parallel = pixels * Cop * Cp * n_taps > 200000;
@@ -147,6 +174,17 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
     alignas(64) int32_t start[WIDEST];
     alignas(64) float room[ROWS * WIDEST];
     for (i64 j = left; j < right; ++j) start[j - left] = -zp * sums[j];
+    const int8_t* weights = w + left * Cp * n_taps;
+#if !defined(__AVX512VNNI__)
+    if (lows) {
+      const i64 bytes_of_block = BLOCK * Cp * n_taps;
+      int8_t* unpacked = scratch_b.get<int8_t>((right - left) / BLOCK * bytes_of_block);
+      for (i64 first = left; first < right; first += BLOCK)
+        unpack_codes(reinterpret_cast<const uint8_t*>(w) + first / BLOCK * (bytes_of_block / 2), bytes_of_block / 64, lows + first,
+                     unpacked + (first - left) / BLOCK * bytes_of_block);
+      weights = unpacked;
+    }
+#endif
     i64 n = from / image, y = from % image / Wo, x = from % Wo;
     for (i64 p = from; p < to; p += ROWS) {
       int m = int(std::min<i64>(ROWS, to - p));
@@ -165,7 +203,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
       for (i64 first = left; first < right; first += BLOCK) {
         i64 columns = std::min<i64>(BLOCK, right - first), slice = Cp * columns;
         int nb = int(columns / LANES);
-        tile_taps(m, nb, rows, taps.data(), n_taps, quads, w + first * Cp * n_taps, start + first - left, acc, BLOCK,
+        tile_taps(m, nb, rows, taps.data(), n_taps, quads, weights + (first - left) * Cp * n_taps, start + first - left, acc, BLOCK,
                   p == from ? slice : 0, group);
         results.block(acc, m, nb, sample, pixel, first, left, right, room);
       }
@@ -178,20 +216,20 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, i
 
 // Convolves codes and writes float32 [N, Ho, Wo, Co]. A linear layer is a convolution with N = 1, Hp = 1, Wp = rows, and
 // `sample_pixels` rows in a sample. `largest_code` bounds the codes of `in`. `largest_weight` is the value that `dq_pack`
-// returned. `gate`: [N, Co] or null.
-EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, int largest_weight,
+// returned. `lows`: of a compact weight, or null. `gate`: [N, Co] or null.
+EXPORT void dq_conv(const uint8_t* in, const int8_t* w, const int32_t* sums, const int8_t* lows, int zp, int largest_code, int largest_weight,
                     i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, i64 kh, i64 kw, i64 sy, i64 sx, i64 dy, i64 dx,
                     const float* scale, float input_scale, const float* bias, i64 bias_stride, i64 sample_pixels,
                     const float* gate, i64 gate_stride, const float* residual, float post, i64 gates, float* out) {
   Results results{};
   results.e = {scale, input_scale, bias, bias_stride, gate, gate_stride, residual, post};
   results.Co = Co, results.gates = gates, results.out = out;
-  convolve(in, w, sums, zp, largest_code, largest_weight, N, Hp, Wp, Cp, Ho, Wo, Co, kh, kw, sy, sx, dy, dx, sample_pixels,
+  convolve(in, w, sums, lows, zp, largest_code, largest_weight, N, Hp, Wp, Cp, Ho, Wo, Co, kh, kw, sy, sx, dy, dx, sample_pixels,
            results);
 }
 
 // Applies a linear layer to codes [rows, Cp], then an activation and the next layer's quantizer. Writes codes [rows, next_Cp].
-EXPORT void dq_linear_codes(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code,
+EXPORT void dq_linear_codes(const uint8_t* in, const int8_t* w, const int32_t* sums, const int8_t* lows, int zp, int largest_code,
                             int largest_weight, i64 rows, i64 Cp, i64 Co, const float* scale, float input_scale,
                             const float* bias, i64 gates, uint8_t* codes, i64 next_Cp, int act, const float* m,
                             int per_channel, float lo, float hi, int next_zp) {
@@ -200,6 +238,6 @@ EXPORT void dq_linear_codes(const uint8_t* in, const int8_t* w, const int32_t* s
   results.Co = Co, results.gates = gates;
   results.codes = codes, results.Cp = next_Cp, results.act = act;
   results.m = m, results.per_channel = per_channel, results.lo = lo, results.hi = hi, results.zp = next_zp;
-  convolve(in, w, sums, zp, largest_code, largest_weight, 1, 1, rows, Cp, 1, rows, Co, 1, 1, 1, 1, 1, 1, 0, results);
+  convolve(in, w, sums, lows, zp, largest_code, largest_weight, 1, 1, rows, Cp, 1, rows, Co, 1, 1, 1, 1, 1, 1, 0, results);
 }
 #endif  // DQ_PRODUCTS

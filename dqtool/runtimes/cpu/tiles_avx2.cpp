@@ -177,6 +177,19 @@ using Tile = void (*)(const uint8_t* const*, const i64*, int, i64, const int8_t*
 constexpr Tile TILES[4][ROWS][2] = {DQ_FORMS(tile_wide), DQ_FORMS(tile_single), DQ_FORMS(tile_nested), DQ_FORMS(tile_words)};
 #undef DQ_FORMS
 
+// Writes rows of 64 codes, 16 columns of four, from compact ones: 32 bytes hold codes of the first eight columns in their lower
+// halves and of the others in their upper halves, counted from the lowest code of each column.
+inline void unpack_codes(const uint8_t* from, i64 rows, const int8_t* lows, int8_t* to) {
+  alignas(32) int8_t low[64];
+  for (int i = 0; i < 64; ++i) low[i] = lows[i / 4];
+  const __m256i first = load(low), second = load(low + 32), half = _mm256_set1_epi8(15);
+  for (i64 r = 0; r < rows; ++r) {
+    __m256i x = load(from + r * 32);
+    store(to + r * 64, _mm256_add_epi8(_mm256_and_si256(x, half), first));
+    store(to + r * 64 + 32, _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16(x, 4), half), second));
+  }
+}
+
 constexpr i64 WORDS = -1;  // a `group`: both operands have 16 bits already
 
 // Returns the bytes of a code in the rows that tiles read, where `group` pairs fit 16 bits.

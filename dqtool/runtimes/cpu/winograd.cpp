@@ -111,7 +111,7 @@ inline void transform_input(const uint8_t* in, i64 Wp, i64 Cp, uint8_t* v, i64 s
 }  // namespace
 
 // Computes a 3x3 convolution with stride 1 of codes with zp 128, padded so that Hp >= 2 ceil(Ho / 2) + 2 and Wp likewise.
-EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* starts, int, int, i64 N, i64 Hp, i64 Wp, i64 Cp,
+EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* starts, const int8_t*, int, int, i64 N, i64 Hp, i64 Wp, i64 Cp,
                         i64 Ho, i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias, i64 bias_stride,
                         const float* residual, float post, float* out) {
   Epilogue e{scale, input_scale * 0.25f, bias, bias_stride, nullptr, 0, residual, post};

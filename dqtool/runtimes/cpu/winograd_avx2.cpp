@@ -8,7 +8,8 @@
 // hand: V lies between 0 and 4L, so a sum lies between 4L times the negative and 4L times the positive ones of its weights.
 //
 // Codes above NARROW have a second form, in which V and U have 16 bits. U would take 32 bytes for 9 weights, so it is made of the
-// blocks that `dq_pack` makes, each time a group of tiles needs one. Sums may wrap: 4 y fits 32 bits.
+// blocks that `dq_pack` makes, each time a group of tiles needs one. Sums may wrap: 4 y fits 32 bits. U of a compact weight is
+// made in the same way.
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 namespace {
 
@@ -217,6 +218,29 @@ void transform_block(const int8_t* block, i64 quads, int8_t* u) {
     }
 }
 
+// Transforms a block of `dq_pack` to U in bytes, [x][quads][columns][4], which is known to fit them.
+void transform_bytes(const int8_t* block, i64 quads, int8_t* u) {
+  const i64 tap = quads * 64;
+  for (i64 at = 0; at < tap; at += 32) {
+    __m256i half[4][3];
+#pragma GCC unroll 3
+    for (int s = 0; s < 3; ++s) {
+      __m256i g[3] = {load(block + s * tap + at), load(block + (3 + s) * tap + at), load(block + (6 + s) * tap + at)};
+      __m256i ends = _mm256_add_epi8(g[0], g[2]);
+      half[0][s] = _mm256_add_epi8(g[0], g[0]), half[1][s] = _mm256_add_epi8(ends, g[1]);
+      half[2][s] = _mm256_sub_epi8(ends, g[1]), half[3][s] = _mm256_add_epi8(g[2], g[2]);
+    }
+    int8_t* to = u + at;
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r, to += 4 * tap) {
+      const __m256i* h = half[r];
+      __m256i ends = _mm256_add_epi8(h[0], h[2]);
+      store(to, _mm256_add_epi8(h[0], h[0])), store(to + tap, _mm256_add_epi8(ends, h[1]));
+      store(to + 2 * tap, _mm256_sub_epi8(ends, h[1])), store(to + 3 * tap, _mm256_add_epi8(h[2], h[2]));
+    }
+  }
+}
+
 // Writes 4 y = A^T m A of one tile and 8 columns: four rows of `acc`, in the order of pixels. Planes of m are `plane` apart.
 inline void transform_output(const int32_t* m, i64 plane, int32_t* acc) {
   __m256i s[2][4];
@@ -236,9 +260,10 @@ inline void transform_output(const int32_t* m, i64 plane, int32_t* acc) {
 }  // namespace
 
 // Computes a 3x3 convolution with stride 1 of codes from 0 to `largest_code`, with the zero point zp, padded so that Hp >=
-// 2 ceil(Ho / 2) + 2 and Wp likewise. The weight is that of `dq_winograd_pack`, or above NARROW that of `dq_pack`.
-EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums, int zp, int largest_code, i64 N, i64 Hp, i64 Wp,
-                        i64 Cp, i64 Ho, i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias,
+// 2 ceil(Ho / 2) + 2 and Wp likewise. The weight is that of `dq_winograd_pack`, above NARROW that of `dq_pack`, with `lows` that of
+// `dq_compact`; the sums are of `dq_winograd_pack`, above NARROW of `dq_pack`.
+EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums, const int8_t* lows, int zp, int largest_code,
+                        i64 N, i64 Hp, i64 Wp, i64 Cp, i64 Ho, i64 Wo, i64 Co, const float* scale, float input_scale, const float* bias,
                         i64 bias_stride, const float* residual, float post, float* out) {
   constexpr i64 TOGETHER = 8;  // tiles whose results are written together
   const bool wide = largest_code > NARROW;
@@ -248,11 +273,12 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums,
     Results results{};
     results.e = {scale, input_scale, bias, bias_stride, nullptr, 0, residual, post};
     results.Co = Co, results.out = out;
-    return convolve(in, w, sums, zp, largest_code, 128, N, Hp, Wp, Cp, Ho, Wo, Co, 3, 3, 1, 1, 1, 1, 0, results);
+    return convolve(in, w, sums, lows, zp, largest_code, 128, N, Hp, Wp, Cp, Ho, Wo, Co, 3, 3, 1, 1, 1, 1, 0, results);
   }
   const i64 row = wide ? 2 * Cp : Cp, steps = row / 4;  // bytes of a tile's row, and of four at a time
   const i64 Cop = (Co + 15) / 16 * 16, blocks = Cop / 16, threads = omp_get_max_threads();
-  const i64 most = wide ? WIDE_AT_ONCE : TILES_AT_ONCE;
+  const bool in_call = wide || lows;
+  const i64 block_bytes = 9 * Cp * BLOCK, most = in_call ? WIDE_AT_ONCE : TILES_AT_ONCE;
   const bool by_columns = tiles < 2 * ROWS * threads && blocks > 1;
   const i64 share = by_columns ? tiles : (tiles + threads - 1) / threads;
   const i64 passes = std::max<i64>(1, (share + most - 1) / most);
@@ -262,8 +288,9 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums,
   for (i64 group = 0; group < groups; ++group)
     for (i64 split = 0; split < splits; ++split) {
       const i64 from = group * size, count = std::min(tiles - from, size), stride = size * row + 32, plane = size * BLOCK;
-      uint8_t* v = scratch_a.get<uint8_t>(16 * stride + (wide ? 16 * BLOCK * row : 0));
+      uint8_t* v = scratch_a.get<uint8_t>(16 * stride + (in_call ? 16 * BLOCK * row + block_bytes : 0));
       int8_t* u = reinterpret_cast<int8_t*>(v + 16 * stride);
+      int8_t* unpacked = u + 16 * BLOCK * row;
       int32_t* m = scratch_b.get<int32_t>(16 * plane);
       i64* samples = scratch_c.get<i64>(2 * 4 * size);  // of the results, four for each tile
       i64* pixels = samples + 4 * size;
@@ -282,9 +309,14 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums,
       }
       for (i64 blk = split; blk < blocks; blk += splits) {
         const i64 first = blk * BLOCK, none = 0;
-        if (wide) transform_block(w + blk * 9 * Cp * BLOCK, Cp / 4, u);
+        const int8_t* source = w + blk * block_bytes;
+        if (lows) {
+          unpack_codes(reinterpret_cast<const uint8_t*>(w) + blk * (block_bytes / 2), block_bytes / 64, lows + first, unpacked);
+          source = unpacked;
+        }
+        if (in_call) (wide ? transform_block : transform_bytes)(source, Cp / 4, u);
         for (int x = 0; x < 16; ++x) {
-          const int8_t* block = wide ? u + x * row * BLOCK : w + (blk * 16 + x) * row * BLOCK;
+          const int8_t* block = in_call ? u + x * row * BLOCK : w + (blk * 16 + x) * row * BLOCK;
           const int32_t* sum = sums + (wide ? blk : blk * 16 + x) * BLOCK;  // of nine taps, which are those of SUM_PLANE
           const i64 window = wide ? WORDS : sums[Cop * 16 + blk * 16 + x];
           const int offset = x == SUM_PLANE ? 4 * zp : wide ? 0 : 2 * largest_code;
