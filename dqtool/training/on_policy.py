@@ -93,7 +93,7 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
     for step in range(len(losses), options.iters):
         if own is None or step % options.refresh == 0:
             begin = time.perf_counter()
-            own, targets = student_trajectory(task, options.images, step)
+            own, targets = student_trajectory(task, images_for(options, step, len(task.trajectory.timesteps)), step)
             if task.low_memory:
                 store = TensorStore(0)
                 own, targets = replace(own, x=store.keep(own.x)), store.keep(targets)
@@ -148,6 +148,15 @@ def centre_weights(module: nn.Module) -> None:
         for layer in module.modules():
             if isinstance(layer, FakeQuantLayer):
                 layer.weight.copy_(layer.quantized_weight())
+
+
+def images_for(options: OnPolicyOptions, step: int, steps: int) -> int:
+    """Return how many images to sample before iteration `step`: no more points than the iterations until the next sampling draw.
+
+    `steps` is the number of points that an image gives.
+    """
+    drawn = min(options.refresh, options.iters - step) * options.batch_size
+    return min(options.images, math.ceil(drawn / steps))
 
 
 def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[Trajectory, Tensor]:

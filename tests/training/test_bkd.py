@@ -11,8 +11,8 @@ import torch
 from dqtool.nn.surgery import packed_state
 from dqtool.training.bkd import distill_blocks
 from dqtool.training.data import DistillationTask
-from dqtool.training.on_policy import refine, student_trajectory
-from dqtool.training.options import BkdOptions
+from dqtool.training.on_policy import images_for, refine, student_trajectory
+from dqtool.training.options import BkdOptions, OnPolicyOptions
 
 OPTIONS = BkdOptions(iters=12, batch_size=8, refine_iters=6, refine_images=4, refine_refresh=3)
 SECOND = OPTIONS.second_pass()
@@ -52,6 +52,13 @@ def test_own_trajectory_is_the_students_and_its_targets_the_teachers(task: Disti
     with torch.no_grad():
         expected = task.family.predict(task.teacher, x, timestep, conditions)
     torch.testing.assert_close(targets[3:6], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_points_are_sampled_than_the_iterations_draw() -> None:
+    options = OnPolicyOptions(iters=300, batch_size=32, images=128, refresh=150)
+    assert images_for(options, 0, steps=20) == 128
+    assert images_for(options, 0, steps=100) == 48  # 150 iterations draw 4800 points
+    assert images_for(options, 299, steps=20) == 2
 
 
 def test_refine_trains_all_blocks_together(task: DistillationTask, silent: Any) -> None:
