@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import index_results
 
+from dqtool.artifacts.outputs import check_results
+
 
 def test_readme_and_index_are_made_from_the_results() -> None:
     assert index_results.problems() == []
@@ -18,6 +20,13 @@ def test_readme_stays_a_front_page() -> None:
     text = index_results.README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
     assert len(text.encode()) <= 12_000
+
+
+def test_every_result_may_be_made_again() -> None:
+    by_tests = {"classes", "fuzz", "mixins", "soak", "soak-large"}  # their drivers replace any file
+    for path in sorted(index_results.RESULTS.glob("*.json")):
+        if path.stem not in by_tests:
+            check_results(path, [each for each in (path.with_suffix(".md"),) if each.exists()])
 
 
 def test_a_number_without_a_result_is_found() -> None:
