@@ -183,6 +183,28 @@ def test_attention_has_the_same_bits_on_every_instruction_set(use: Use, bits: in
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("bits", "probs", "sharp"), [(4, 8, 1.0), (6, 8, 1.0), (8, 8, 1.0), (8, 8, 40.0), (4, 4, 40.0)]
+)
+def test_probabilities_at_their_largest_do_not_overflow_on_avx2(use: Use, bits: int, probs: int, sharp: float) -> None:
+    """Values at one end, and probabilities that are even, lie between two codes, or stand alone."""
+    kernels, heads, (sq, sk, d) = use("avx2"), 1, (7, 500, 24)
+    half, top, one = 2 ** (bits - 1), 2**probs - 1, torch.ones(1)
+    q, k, v = torch.ones(1, heads, sq, d) * 9, torch.zeros(1, heads, sk, d), torch.full((1, heads, sk, d), -9.0)
+    k[..., :2, :] = 9 * (sharp > 1)
+    low = -half if bits < 8 else -127
+    tables = torch.stack(
+        [torch.stack([one * m, one * a, one * b]) for m, a, b in (*[(half / 2.5, low, half - 1)] * 3, (top, 0, top))]
+    )
+    scores, results, out = one * 1e-3 * sharp, one, torch.empty(1, sq, d)
+    strides = [(ctypes.c_int64 * 3)(*t.stride()[:3]) for t in (q, k, v)]
+    kernels.dq_attention(
+        q.data_ptr(), strides[0], k.data_ptr(), strides[1], v.data_ptr(), strides[2], 1, heads, sq, sk, d,
+        tables.contiguous().data_ptr(), scores.data_ptr(), results.data_ptr(), None, 0, 0, 0, out.data_ptr(),
+    )  # fmt: skip
+    assert torch.equal(out, softmax_reference(q, k, v, tables, scores, results, None))
+
+
 def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DQTOOL_ISA", "neon9")
     with pytest.raises(UsageError, match="neon9"):

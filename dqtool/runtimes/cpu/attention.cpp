@@ -47,7 +47,7 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
     int zq = -int(tq[H + h]), largest_q = zq + int(tq[2 * H + h]);
     auto magnitude = [&](const float* t) { return i64(std::max(-t[H + h], t[2 * H + h])); };
     i64 group_k = pairs_in_16_bits(std::max(1, largest_q), magnitude(tk));
-    i64 group_v = pairs_in_16_bits(std::max<i64>(1, i64(tp[2 * H + h])), magnitude(tv));
+    i64 group_v = pairs_of_probabilities(i64(tp[2 * H + h]), tp[h], magnitude(tv), Sp / 4);
     for (i64 r = 0; r < count; ++r) {
       uint8_t* row = codes + r * Dp;
       quantize_row<NONE, false, false>(q + n * q_strides[0] + h * q_strides[1] + (from + r) * q_strides[2], row, D, nullptr,

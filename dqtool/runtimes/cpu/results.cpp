@@ -61,7 +61,20 @@ inline void multiply_rows(const uint8_t* a, i64 lda, i64 rows, const int8_t* pac
     for (i64 r = 0; r < rows; ++r) widen_codes(a + r * lda, quads * 4, wide + r * quads * 8);
     a = wide, lda = quads * 8;
   }
-  for (i64 first = 0; first < padded; first += BLOCK)
+  i64 from = 0;
+#if !defined(__AVX512VNNI__)
+  if (group >= std::max<i64>(4, quads)) {
+    const i64 blocks = padded / BLOCK;
+    from = blocks * BLOCK;
+    for (i64 r = 0; r < rows && blocks; r += ROWS) {
+      const int m = int(std::min<i64>(ROWS, rows - r));
+      const uint8_t* row[ROWS];
+      for (int i = 0; i < m; ++i) row[i] = a + (r + i) * lda;
+      BLOCKS[m - 1](row, quads, packed, starts, c + r * ldc, ldc, blocks);
+    }
+  }
+#endif
+  for (i64 first = from; first < padded; first += BLOCK)
     for (i64 r = 0; r < rows; r += ROWS) {
       int m = int(std::min<i64>(ROWS, rows - r)), nb = int(std::min<i64>(BLOCK, padded - first) / LANES);
       const uint8_t* row[ROWS];
@@ -72,6 +85,16 @@ inline void multiply_rows(const uint8_t* a, i64 lda, i64 rows, const int8_t* pac
 
 // Returns how many pairs of products of codes up to `largest` with weights up to `weight` fit 16 bits.
 inline i64 pairs_in_16_bits(i64 largest, i64 weight) { return weight ? 32767 / (2 * largest * weight) : 1 << 20; }
+
+// Returns the same for probabilities, codes up to `largest` of numbers that add up to `total`. A code is at most twice its number,
+// because smaller numbers than a half have the code 0, and two codes are at most one more than their numbers. All the sums of a
+// row of `pairs` fit if twice the total does. Numbers add up to the total but for the rounding of sums, far below 0.001.
+inline i64 pairs_of_probabilities(i64 largest, float total, i64 weight, i64 pairs) {
+  const i64 known = pairs_in_16_bits(std::max<i64>(1, largest), weight);
+  if (pairs > 1 << 15) return known;
+  if (2.001 * total * double(weight) <= 32767) return std::max(known, pairs);
+  return !known && (1.001 * total + 1) * double(weight) <= 32767 ? 1 : known;
+}
 
 }  // namespace
 #endif  // DQ_PRODUCTS

@@ -104,6 +104,36 @@ __attribute__((noinline)) void tile_nested(const uint8_t* const* a, const i64* t
 #undef DQ_WIDEN
 }
 
+// Computes the tiles of `blocks` blocks of 16 columns that lie one after another, for sums that fit 16 bits as a whole: the form of
+// few channels, where calls and long sums would take as long as products.
+template <int M>
+__attribute__((noinline)) void tile_blocks(const uint8_t* const* a, i64 quads, const int8_t* b, const int32_t* start, int32_t* c,
+                                           i64 stride, i64 blocks) {
+  constexpr int NB = 2;
+  const i64 none = 0, *taps = &none, t = 0;
+  DQ_ROWS(DQ_POINT)
+  for (i64 blk = 0; blk < blocks; ++blk, start += 16, c += 16) {
+#define DQ_CLEAR(i) __m256i x##i = _mm256_setzero_si256(), y##i = _mm256_setzero_si256();
+    DQ_ROWS(DQ_CLEAR)
+    for (i64 k = 0; k < quads; ++k, b += 64) {
+      __m256i w0 = load(b), w1 = load(b + 32);
+#define DQ_ADD(i) \
+  if constexpr (M > i) add_pairs<NB>(r##i + 4 * k, w0, w1, x##i, y##i);
+      DQ_ROWS(DQ_ADD)
+    }
+    const __m256i ones = load(ONES), first = load(start), second = load(start + 8);
+#define DQ_WIDEN(i)                                                                       \
+  if constexpr (M > i) {                                                                  \
+    store(c + i * stride, _mm256_add_epi32(first, _mm256_madd_epi16(x##i, ones)));        \
+    store(c + i * stride + 8, _mm256_add_epi32(second, _mm256_madd_epi16(y##i, ones)));   \
+  }
+    DQ_ROWS(DQ_WIDEN)
+  }
+#undef DQ_CLEAR
+#undef DQ_ADD
+#undef DQ_WIDEN
+}
+
 // Widens every pair at once, for codes of which fewer than four pairs fit 16 bits.
 template <int M, int NB>
 __attribute__((noinline)) void tile_single(const uint8_t* const* a, const i64* taps, int n_taps, i64 quads, const int8_t* b,
@@ -191,6 +221,9 @@ inline void unpack_codes(const uint8_t* from, i64 rows, const int8_t* lows, int8
 }
 
 constexpr i64 WORDS = -1;  // a `group`: both operands have 16 bits already
+
+using Blocks = void (*)(const uint8_t* const*, i64, const int8_t*, const int32_t*, int32_t*, i64, i64);
+constexpr Blocks BLOCKS[ROWS] = {tile_blocks<1>, tile_blocks<2>, tile_blocks<3>, tile_blocks<4>, tile_blocks<5>, tile_blocks<6>};
 
 // Returns the bytes of a code in the rows that tiles read, where `group` pairs fit 16 bits.
 inline i64 code_bytes(i64 group) { return group ? 1 : 2; }
