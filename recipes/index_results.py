@@ -27,7 +27,6 @@ EARLIER_NAMES = {"onednn": "cpu"}
 """Runtimes that committed results know by an earlier name."""
 
 COMMANDS = {
-    "digits-ddpm-w4a4-new-noise": "make digits-ddpm-w4a4",
     "digits-ddpm-w6a6-onednn": "dqtool eval exported --runtime cpu --reference exported --samples 2048 --metrics digits,similarity",
     "digits-ddpm-w6a6-openvino": "dqtool eval exported --runtime openvino --reference exported --samples 2048 --metrics digits,similarity",
     "digits-ddpm-w6a6-openvino-bf16": "dqtool eval exported --runtime openvino-bf16 --reference exported --samples 4096",
