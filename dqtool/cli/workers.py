@@ -18,7 +18,7 @@ from dqtool.stages.shared.settings import GeneralOptions
 
 __all__ = ["SHARED_COMMANDS", "ProcessOptions", "run_in_processes"]
 
-SHARED_COMMANDS = ("run", "calibrate", "distill", "eval", "sample")
+SHARED_COMMANDS = ("quantize", "run", "calibrate", "distill", "eval", "sample")
 """Commands that several processes share. The main process runs all other commands alone."""
 
 

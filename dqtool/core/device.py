@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, TypeVar
 
 from dqtool import distributed
-from dqtool.errors import EnvironmentFault
+from dqtool.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ def resolve_device(text: str) -> torch.device:
 
     Raises:
         EnvironmentFault: this machine has no such device.
+        UsageError: several processes share the command, and `text` names one device.
     """
     import torch
 
@@ -61,6 +62,12 @@ def resolve_device(text: str) -> torch.device:
         return torch.device("cpu")
     mine = distributed.local_rank() % max(1, there)
     device = torch.device("cuda", mine) if text in ("auto", "cuda") else torch.device(text)
+    if device.index is not None and text.startswith("cuda:") and distributed.world_size() > 1:
+        raise UsageError(
+            "Several processes take a GPU each, and one is named for all",
+            where=f"--device {text}",
+            fix="Give cuda or auto, and choose GPUs by CUDA_VISIBLE_DEVICES",
+        )
     if not there or (device.index or 0) >= there:
         found = f"{there} CUDA device{'s' * (there != 1)}" if torch.backends.cuda.is_built() else "no build for CUDA"
         raise EnvironmentFault(

@@ -117,7 +117,7 @@ def _join_devices(device: str, processes_here: int) -> None:
     import torch
     import torch.distributed as dist
 
-    able = device != "cpu" and torch.cuda.is_available() and dist.is_nccl_available()
+    able = device in ("auto", "cuda") and torch.cuda.is_available() and dist.is_nccl_available()
     able = able and torch.cuda.device_count() >= processes_here
     votes: list[bool] = [False] * _size
     dist.all_gather_object(votes, able)

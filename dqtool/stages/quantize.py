@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dqtool import report
+from dqtool import distributed, report
 from dqtool.artifacts import manifest_path, open_artifact, read_manifest
 from dqtool.artifacts.bench_report import BenchReport
 from dqtool.artifacts.jsonvalues import Json
@@ -45,11 +45,14 @@ def quantize(options: Any, settings: RunSettings) -> str:
     steps = steps_of(options)
     settings = replace(settings, reads=tuple(filter(None, (options.model, options.apply_to))))
     planned = plan(options, settings)
+    distributed.barrier()  # all have looked at what is there
     if not all(stage["cached"] for stage in planned["stages"]):
         _show(planned)
     evaluated = run_steps(steps, settings)
-    settings.summary.update(_summary(options, settings, evaluated))
-    _print_summary(options.output, settings.summary)
+    if distributed.is_main():
+        with distributed.solo():
+            settings.summary.update(_summary(options, settings, evaluated))
+        _print_summary(options.output, settings.summary)
     result: str = options.output
     return result
 
