@@ -9,9 +9,10 @@ Calls of one network run one after another, because all its quantizers share the
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -20,11 +21,36 @@ from torch.compiler import is_compiling
 __all__ = ["CallLock", "Method", "give", "one_call_at_a_time"]
 
 
-class Method:
-    """A function bound to one network. `function` must be defined at module level, so that it can be pickled."""
+_COUNT = itertools.count()
 
-    def __init__(self, network: nn.Module, function: Callable[..., Any], name: str) -> None:
-        self.network, self.function, self.name = network, function, name
+
+class Method:
+    """A function bound to one network. `function` must be defined at module level, so that it can be pickled.
+
+    Each instance has a class of its own, whose `__call__` has a code object and a name of its own: `torch.compile` keeps graphs by
+    the one, and the sizes that it has seen by the other. With shared ones a second network is compiled for changing sizes, and a
+    ninth is not compiled.
+    """
+
+    network: nn.Module
+    function: Callable[..., Any]
+    name: str
+
+    def __new__(cls, *_: Any) -> Method:
+        """Make the instance and its class."""
+        call: Any = Method.__call__
+        code = call.__code__.replace(co_name=f"__call___{next(_COUNT)}")
+        own = FunctionType(code, call.__globals__, call.__name__)
+        return object.__new__(type(cls.__name__, (Method,), {"__call__": own}))
+
+    def __init__(self, *given: Any) -> None:
+        """Bind: `network`, `function`, `name`. Without arguments the instance waits for its state."""
+        if given:
+            self.network, self.function, self.name = given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how a copy is made: with a class of its own."""
+        return Method, (), self.__dict__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function with the network as its first argument."""
