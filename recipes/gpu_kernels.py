@@ -21,7 +21,7 @@ from dqtool.runtimes.cuda.compiled import compiled_for
 from dqtool.runtimes.cuda.geometry import Geometry, Padding
 from dqtool.runtimes.cuda.launch import attend, layer_norm_codes, multiply_codes, quantize_image
 from dqtool.runtimes.cuda.model import GPUS, best_tile, candidates, estimate
-from dqtool.runtimes.cuda.planes import padded_channels, plane_bytes
+from dqtool.runtimes.cuda.planes import chunk_of, padded_channels, plane_bytes
 from dqtool.runtimes.cuda.tiles import Tile
 
 RESULT = Path(__file__).parent / "results" / "gpu-kernels.md"
@@ -56,7 +56,7 @@ def product(
     g = Geometry(co, ci, 1, padded_channels(ci), int(conv), *kernel, 1, 1, 1, 1, bits, signed)
     shape = (2, 32, 32) if conv else (2, 1024)
     codes = torch.empty((2, 34, 34, g.row) if conv else (2048, g.row), dtype=torch.int8)
-    planes = torch.empty(plane_bytes(co, g.k, bits), dtype=torch.uint8)
+    planes = torch.empty(plane_bytes(co, g.k, bits, chunk_of(g.channel_bytes)), dtype=torch.uint8)
     weight = (planes, torch.empty(co, dtype=torch.uint8), torch.empty(co, dtype=torch.int32), torch.empty(co))
     out = torch.empty((*shape, n), dtype=torch.int8 if codes_out else torch.float16)
     following = (STEPS, torch.ones(n)) if codes_out else None
@@ -134,9 +134,9 @@ def main() -> int:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, m, n, k, taps, gated in SHAPES:
-        tile = best_tile(gpu, m, n, k, 4, gated)
-        e = estimate(gpu, m, n, k, 4, gated, tile, 2, taps)
-        block = f"{tile[0]}x{tile[1]}, {tile[2]} warps"
+        *tile, splits = best_tile(gpu, m, n, k, 4, gated)
+        e = estimate(gpu, m, n, k, 4, gated, tuple(tile), 2, taps, splits)
+        block = f"{tile[0]}x{tile[1]}, {tile[2]} warps" + (f", codes in {splits} parts" if splits > 1 else "")
         lines.append(
             f"| {name} | {m} x {n * (2 if gated else 1)} x {k} | {block} | {e.seconds * 1e6:.1f} us | {e.reached:.0%} | {e.bound} |"
         )

@@ -192,8 +192,10 @@ class StepIndex:
         if run is not None:
             run.calibrated = len(self.timesteps)
             run.indices[id(self)] = self
+        if _capturing():  # the graph owns this memory, and overwrites it in each replay
+            return rows
         self._pending.append((timestep, missed))
-        if timestep.device.type == "cpu" or (run is None and len(self._pending) >= PENDING and not _capturing()):
+        if timestep.device.type == "cpu" or (run is None and len(self._pending) >= PENDING):
             self.read_pending(run)
         return rows
 
@@ -269,9 +271,15 @@ def _register(index: StepIndex) -> int:
 
 @torch.library.custom_op("dqtool::step_rows", mutates_args=())
 def _step_rows(timestep: Tensor, table: Tensor, key: int) -> Tensor:
-    """Run `StepIndex.find` as one operation of a compiled graph."""
+    """Run `StepIndex.find` as one operation of a compiled graph.
+
+    On an accelerator missed timesteps are not noted: `torch.compile(mode="reduce-overhead")` gives the operation memory that a CUDA
+    graph owns, and refuses to go on while someone keeps some of it.
+    """
     index = _INDICES.get(key)
-    return look_up(timestep, table)[0] if index is None else index.find(timestep)
+    if index is None or timestep.device.type != "cpu":
+        return look_up(timestep, table)[0]
+    return index.find(timestep)
 
 
 @_step_rows.register_fake

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.errors import DqtoolWarning, NumericError
+from dqtool.nn import steps
 from dqtool.nn.steps import StepIndex, look_up, nearest_rows, step_run
 
 TABLE = torch.tensor([900.0, 500.0, 100.0])
@@ -176,3 +177,17 @@ def test_compiled_graphs_look_up_and_warn() -> None:
             found = [float(network(x, torch.tensor(float(t)))) for t in (900, 500, 100, 480)]
     assert found == [1.0, 2.0, 3.0, 2.0]
     assert ["1 of the 4 timesteps" in str(each.message) for each in caught] == [True]
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_lookups_inside_of_graphs_keep_no_memory(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph owns what its operations make. Shapes stand for an accelerator here."""
+    index = steps.StepIndex(torch.arange(5) * 10.0)
+    timestep = torch.empty(1, device="meta")
+    if capturing:
+        monkeypatch.setattr(steps, "_capturing", lambda: True)
+        assert index.find(timestep).shape == (1,)
+    else:
+        found = steps._step_rows._init_fn(timestep, index.timesteps.to("meta"), index._key)
+        assert found.shape == (1,)
+    assert not index._pending

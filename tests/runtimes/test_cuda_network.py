@@ -21,6 +21,7 @@ from dqtool.nn.integer import integer_attention
 from dqtool.nn.steps import StepIndex
 from dqtool.runtimes import cuda
 from dqtool.runtimes.cuda.attention import TABLES, AttentionTables, CudaAttnProcessor
+from dqtool.runtimes.cuda.planes import chunk_of, plane_bytes
 from dqtool.runtimes.cuda.products import CudaProduct, Glue
 
 
@@ -89,12 +90,34 @@ def test_networks_compute_what_the_simulation_does(packed: nn.Module) -> None:
     assert got.shape == expected.shape and relative_error(got, expected) < 0.03
 
 
+def test_half_precision_between_products_costs_little(packed: nn.Module) -> None:
+    """One layer stays float, as `--keep` leaves it, and takes the dtype of the network."""
+    ours: Any = cuda.convert(copy.deepcopy(packed))
+    for module in ours.modules():
+        if hasattr(module, "time_emb_proj"):
+            old = module.time_emb_proj
+            module.time_emb_proj = nn.Linear(old.in_features, old.out_features)
+    given = example(packed) | {"timestep": packed.timesteps[torch.tensor([1, 1])]}  # type: ignore[index]
+    half = {
+        k: v.half() if isinstance(v, torch.Tensor) and v.is_floating_point() and k != "timestep" else v
+        for k, v in given.items()
+    }
+    with torch.no_grad():
+        wide = ours(**given)[0]
+        narrow = ours.to(torch.float16)(**half)[0]
+    assert narrow.dtype == torch.float16
+    peak, error = wide.abs().max(), (narrow.float() - wide).square().mean()
+    assert 20 * torch.log10(peak / error.sqrt()) > 12  # random weights spread the few codes beyond a rounding boundary
+
+
 def test_weights_take_their_bits_and_scales_keep_their_dtype(packed: nn.Module) -> None:
     ours: Any = cuda.convert(copy.deepcopy(packed)).to(torch.float16)
     products = [module for module in ours.modules() if isinstance(module, CudaProduct)]
     for product in products:
-        rows = product.sizes.out_channels * product.sizes.k
-        assert product.planes.numel() == rows * product.sizes.bits // 8
+        sizes = product.sizes
+        chunk = chunk_of(sizes.channel_bytes)
+        assert product.planes.numel() == plane_bytes(sizes.out_channels, sizes.k, sizes.bits, chunk)
+        assert sizes.bits != 4 or product.planes.numel() == sizes.out_channels * sizes.k // 2
         assert product.steps.dtype == product.weight_scale.dtype == torch.float32
     assert ours.dtype == torch.float16
     kept = ours.state_dict()

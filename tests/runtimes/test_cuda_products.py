@@ -14,17 +14,21 @@ from dqtool.nn.integer import IntegerLayer, Operand, accumulate
 from dqtool.runtimes.cpu import library
 from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, CurrentStep
 from dqtool.runtimes.cpu.native_product import NativeProduct
-from dqtool.runtimes.cuda.planes import PLANES, arrange, pack_planes, padded_channels, plane_bytes, unpack_planes
+from dqtool.runtimes.cuda.model import GPUS, best_tile, shared_bytes
+from dqtool.runtimes.cuda.planes import PLANES, arrange, chunk_of, pack_planes, padded_channels, plane_bytes, unpack_planes
 from dqtool.runtimes.cuda.products import fits
 
 
 @pytest.mark.parametrize("bits", PLANES)
 @pytest.mark.parametrize("chunk", [64, 128])
 def test_planes_take_the_bits_of_their_codes(bits: int, chunk: int) -> None:
-    codes = torch.randint(0, 2**bits, (5, 3 * chunk), dtype=torch.uint8)
-    packed = pack_planes(codes, bits, chunk)
-    assert packed.numel() == plane_bytes(5, 3 * chunk, bits) == 5 * 3 * chunk * bits // 8
-    assert torch.equal(unpack_planes(packed, bits, chunk, 5, 3 * chunk), codes)
+    for count in (3, 4):
+        k = count * chunk
+        codes = torch.randint(0, 2**bits, (5, k), dtype=torch.uint8)
+        packed = pack_planes(codes, bits, chunk)
+        assert packed.numel() == plane_bytes(5, k, bits, chunk)
+        assert torch.equal(unpack_planes(packed, bits, chunk, 5, k), codes)
+    assert packed.numel() == 5 * k * bits // 8  # eight halves of a chunk fill whole bytes of every plane
 
 
 def test_rows_of_a_weight_follow_the_pixels() -> None:
@@ -183,3 +187,98 @@ def test_a_weight_without_packed_words_is_multiplied_as_bytes() -> None:
     operand = Operand(4, torch.tensor([0.1]), torch.tensor([5], dtype=torch.int32))
     weight = torch.randint(-15, 16, (7, 20), dtype=torch.int8)
     check(IntegerLayer(operand, weight, torch.rand(7), None, None, False), torch.randn(1, 3, 20), [0])
+
+
+def test_machine_instructions_unpack_every_code() -> None:
+    """They run here on integers, one by one: Triton's interpreter has no machine instructions."""
+    from dqtool.runtimes.cuda.kernels.product import operands, unpacking
+
+    for bits, widths in PLANES.items():
+        if bits == 8:
+            continue
+        codes = torch.arange(2**bits).repeat(2, 2)[:, : max(4, 2**bits)].flatten().tolist()
+        for half, slot, zero in ((0, 0, 0), (1, 5, 2**bits - 1), (1, 3, 2 ** (bits - 1))):
+            moved = [width for width in widths if width != 4]
+            shifts = [slot % (8 // width) * width if width != 4 else 4 * half for width in widths]
+            for four in zip(*[iter(codes)] * 4, strict=False):
+                registers, low = [0], 0
+                for width, shift in zip(widths, shifts, strict=True):
+                    parts = [(code >> low & (1 << width) - 1) << shift | 0xA5 & ~(((1 << width) - 1) << shift) for code in four]
+                    registers.append(int.from_bytes(parts, "little"))
+                    low += width
+                registers.append(int.from_bytes([zero] * 4, "little"))
+                registers += [s for w, s in zip(widths, shifts, strict=True) if w != 4 for _ in range(4)]
+                assert len(registers) == len(operands(len(widths), len(moved)).split(","))
+                found = run_instructions(unpacking(widths, half), registers)
+                expected = [(code - zero) % 256 for code in four]
+                assert list(found.to_bytes(4, "little")) == expected
+
+
+def run_instructions(text: str, registers: list[int]) -> int:
+    """Return `$0` after PTX instructions on registers of 32 bits."""
+    held = {f"${i}": value for i, value in enumerate(registers)}
+    apply = {
+        "shr": lambda a, b: a >> b,
+        "shl": lambda a, b: a << b,
+        "and": lambda a, b: a & b,
+        "or": lambda a, b: a | b,
+        "xor": lambda a, b: a ^ b,
+        "sub": lambda a, b: a - b,
+    }
+    for line in text.strip("{} ").split(";"):
+        words = line.replace(",", " ").split()
+        if not words or words[0] == ".reg":
+            continue
+        a, b = (held[word] if word in held else int(word, 0) for word in words[2:])
+        held[words[1]] = apply[words[0].split(".")[0]](a, b) % 2**32
+    return held["$0"]
+
+
+def test_blocks_that_share_the_codes_of_a_result_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dqtool.runtimes.cuda import launch
+    from dqtool.runtimes.cuda.tiles import Tile
+
+    torch.manual_seed(0)
+    layer, following = packed_layer_of(20, 500, 4, 8), stepped(packed_layer_of(9, 20, 4), 1)
+    conv = packed_layer_of(9, 70, 8, kernel=3, padding=(1, 1))
+    x, image, residual = torch.randn(2, 3, 500) * 3, torch.randn(2, 70, 3, 2) * 20, torch.randn(2, 3, 20)
+    product = stepped(layer, 1)
+    codes = product.quantize(x)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            product.multiply(codes, residual=residual, post=0.5),
+            product.feed(codes, following, SILU).data[:, :20],
+        ]
+
+    found = []
+    for splits in (1, 3):
+        tile = Tile(16, 32, 4, 1, splits, assembly=False)
+        monkeypatch.setattr(launch, "product_tile", lambda *_, tile=tile: tile)
+        found.append(results())
+        check(layer, x, [2, 0])
+        check(conv, image, [1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_norms_without_bias_are_those_with_a_bias_of_zero() -> None:
+    torch.manual_seed(3)
+    product, x = stepped(packed_layer_of(9, 24, 4), 1), torch.randn(2, 3, 24) * 3
+    norm, plain = nn.LayerNorm(24), nn.LayerNorm(24, bias=False)
+    plain.weight = norm.weight
+    assert torch.equal(product.layer_norm(x, plain).data, product.layer_norm(x, norm).data)
+    image, group = x.transpose(1, 2).unsqueeze(-1), nn.GroupNorm(2, 24)
+    expected = product.group_norm(image, group).data
+    group.bias = None
+    assert torch.equal(product.group_norm(image, group).data, expected)
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("bits", PLANES)
+def test_chosen_blocks_fit_the_shared_memory(name: str, bits: int) -> None:
+    gpu = GPUS[name]
+    for m, n, k in ((8192, 320, 2880), (128, 1280, 11520), (2, 1280, 1280), (4608, 12288, 3072)):
+        for gated in (False, True):
+            *tile, splits = best_tile(gpu, m, n, k, bits, gated)
+            assert shared_bytes(gpu, tuple(tile), bits, gated, chunk_of(k)) <= gpu.shared * 1024
+            assert splits == 1 or (m <= 512 and not gated)

@@ -71,7 +71,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
             if isinstance(proj, Product):
                 emb = proj.multiply(proj.quantize(proj.glue(temb), NONE if self.skip_time_act else SILU))
             else:
-                emb = proj(temb.float() if self.skip_time_act else F.silu(temb.float()))
+                wide = temb.float() if self.skip_time_act else F.silu(temb.float())
+                emb = proj(wide.to(next((p.dtype for p in proj.parameters() if p.is_floating_point()), wide.dtype)))
             if self.time_embedding_norm == "scale_shift":
                 scale, shift = emb.chunk(2, dim=1)
             else:

@@ -19,6 +19,10 @@ TABLES = "dqtool_tables"
 """Name of the tables' module in the attention module."""
 
 
+WIDEST = 512
+"""Channels of the widest heads that fit a GPU's registers."""
+
+
 class AttentionTables(KeepsDtype):
     """The quantizers of an attention module's operands as its kernel reads them.
 
@@ -71,7 +75,7 @@ class CudaAttnProcessor(IntegerAttnProcessor):
         """See `QuantAttnProcessor.attend`."""
         scale = self.scale_of(attn) if scale is None else scale
         held = getattr(attn, TABLES, None)
-        if held is None or value.shape[3] != query.shape[3]:
+        if held is None or value.shape[3] != query.shape[3] or query.shape[3] > WIDEST:
             return QuantAttnProcessor.attend(self, attn, query, key, value, mask, scale)
         factor = query.shape[3] ** -0.5 if scale is None else float(scale)
         rest = (held.tables, held.scores, held.results, self.current_step.rows, factor, held.largest)

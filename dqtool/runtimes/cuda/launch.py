@@ -36,9 +36,10 @@ def on_device_of(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _rows(width: int, rows: int) -> int:
-    """Return the rows of a block of `width` columns of an element-wise kernel, at most as many as there are."""
-    return max(1, min(block_elements() // width, power_of_two(rows)))
+def _rows(width: int, rows: int, times: int = 1) -> int:
+    """Return the rows of a block of `width` columns of an element-wise kernel, at most as many as there are. The block has up to
+    `times` the usual elements."""
+    return max(1, min(times * block_elements() // width, power_of_two(rows)))
 
 
 def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, int]:
@@ -77,7 +78,8 @@ def quantize_image(
     if not out.numel():
         return out
     wide = min(128, power_of_two(total))
-    tall = _rows(wide, p.height * p.width_padded)
+    # Each block merges the statistics of its channels: a tall one does so for more pixels.
+    tall = _rows(wide, p.height * p.width_padded, 1 if norm is None else 4)
     blocks = cdiv(p.height * p.width_padded, tall)
     statistics, chunk, groups, weight, bias, eps = x, 1, 1, None, None, 0.0
     if norm is not None:
@@ -85,6 +87,8 @@ def quantize_image(
         statistics, chunk = group_statistics(x, groups)
     channels = p.width * p.groups
     strides = (x.stride(0), x.stride(2), x.stride(3), x.stride(1))
+    if weight is not None and bias is None:
+        bias = torch.zeros_like(weight)
     none = steps
     with on_device_of(x):
         quantize_kernel[(n * blocks, cdiv(total, wide))](
@@ -95,7 +99,8 @@ def quantize_image(
             blocks, samples_per_row(rows, n), chunk, groups, max(1, channels // groups), eps,
             ACT=0 if act == GEGLU else act, GEGLU=act == GEGLU, STATIC=len(steps) == 1, DIVIDED=divisor is not None,
             NORM=norm is not None, AFFINE=weight is not None, EXTRA=scale is not None,
-            S=statistics.shape[2] if norm is not None else 1, BP=tall, BC=wide, num_warps=4, enable_fp_fusion=False,
+            S=statistics.shape[2] if norm is not None else 1, BP=tall, BC=wide, num_warps=4 if norm is None else 8,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -124,6 +129,8 @@ def layer_norm_codes(
     if scale is not None and shift is not None:
         scale, shift = (t.expand(n, c).contiguous() for t in (scale, shift))
         stride = c
+    if weight is not None and bias is None:
+        bias = torch.zeros_like(weight)
     none = steps
     with on_device_of(x):
         layer_norm_kernel[(cdiv(n * s, tall),)](
@@ -178,10 +185,11 @@ def multiply_codes(
     tile = tile or product_tile(m, n, g.k, g.bits, gated, codes)
     tiles_m = cdiv(m, tile.rows)
     none = steps
-    with on_device_of(codes):
-        product_kernel[(tiles_m * cdiv(n, tile.columns), g.groups)](
-            codes, planes, zeros, sums, w_scale, steps, rows, none if bias is None else bias,
-            none if gate is None else gate, none if residual is None else residual, out,
+
+    def start(x: Tensor, to: Tensor, part: int, splits: int) -> None:
+        product_kernel[(tiles_m * cdiv(n, tile.columns), g.groups, splits)](
+            x, planes, zeros, sums, w_scale, steps, rows, none if bias is None else bias,
+            none if gate is None else gate, none if residual is None else residual, to,
             none if following is None else following[0],
             none if following is None or following[1] is None else following[1],
             m, n, n * g.groups, g.k, g.row, g.channel_bytes, hp, wp, ho, wo, pixels, samples_per_row(rows, samples), tiles_m,
@@ -191,10 +199,18 @@ def multiply_codes(
             BIAS=0 if bias is None else bias.dim(), GATE=gate is not None, RESIDUAL=residual is not None, POST=post != 1.0,
             GEGLU=gated, ACT=0 if gated else act, CODES=following is not None,
             NEXT_STATIC=following is None or len(following[0]) == 1,
-            NEXT_DIVIDED=following is not None and following[1] is not None, RAW=raw,
+            NEXT_DIVIDED=following is not None and following[1] is not None, RAW=raw, PART=part,
             BM=tile.rows, BN=tile.columns, BK=chunk_of(g.channel_bytes), GROUP=8, ASM=tile.assembly,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
+
+    with on_device_of(codes):
+        if tile.splits == 1 or gated:
+            start(codes, out, 0, 1)
+        else:  # too few blocks for the device: several share the codes of each
+            total = codes.new_zeros((m, n * g.groups), dtype=torch.int32)
+            start(codes, total, 1, tile.splits)
+            start(total, out, 2, 1)
     return out
 
 
@@ -230,12 +246,12 @@ def attend(
     with on_device_of(query):
         for which, (x, made) in enumerate(zip(operands, codes, strict=True)):
             block = max(16, min(64, 4096 // width))
-            operand_kernel[(cdiv(made.shape[1], block), n * h)](
+            operand_kernel[(cdiv(made.shape[1], block) * n * h,)](
                 x, made, sums, tables, rows, *x.stride(), h, x.shape[2], made.shape[1], d, per, which,
                 STATIC=static, TRANSPOSED=which == 2, SUMS=which == 2 and offset > 0, BS=block, DP=width, num_warps=4,
                 enable_fp_fusion=False,
             )  # fmt: skip
-        attention_kernel[(sqp // tile.rows, n * h)](
+        attention_kernel[(sqp // tile.rows * n * h,)](
             *codes, sums, tables, scores, results, rows, query if mask is None else mask, out,
             *((0, 0, 0, 0) if mask is None else mask.stride()), h, sq, sqp, sk, skp, d, per, factor,
             STATIC=static, MASK=mask is not None, OFFSET=offset, BM=tile.rows, BN=tile.columns, DP=width,

@@ -9,9 +9,9 @@ import functools
 import math
 from dataclasses import dataclass
 
-from dqtool.runtimes.cuda.planes import chunk_of
+from dqtool.runtimes.cuda.planes import PLANES, chunk_of
 
-__all__ = ["GPUS", "Estimate", "Gpu", "best_tile", "candidates", "estimate", "gpu_of"]
+__all__ = ["GPUS", "Estimate", "Gpu", "best_tile", "candidates", "estimate", "gpu_of", "shared_bytes"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ GPUS = {
         Gpu("L40S", 142, 2.52, 1024, 0.86, 4.0, 99),
         Gpu("RTX 4090", 128, 2.52, 1024, 1.01, 5.0, 99),
         Gpu("A10", 72, 1.70, 1024, 0.60, 2.0, 99),
-        Gpu("T4", 40, 1.59, 512, 0.32, 1.0, 64),
     )
 }
 """Known GPUs by a part of their names."""
@@ -55,8 +54,14 @@ REGISTERS = 65536
 LATENCY = 1200
 """Cycles until the first chunk of a block has arrived, and after the last multiplication."""
 
-UNPACK = {2: 4.0, 3: 8.0, 4: 1.2, 5: 8.0, 6: 9.0, 7: 13.0, 8: 0.0}
-"""Instructions that unpack one code, counted in compiled inner loops at 4 and 6 bits."""
+UNPACK = {2: 1.3, 3: 2.2, 4: 1.2, 5: 2.0, 6: 2.0, 7: 2.8, 8: 0.0}
+"""Instructions that unpack one code, counted in compiled inner loops at 4 bits; at others from the instructions for four codes."""
+
+SPLITS = (1, 2, 3, 4, 6, 8)
+"""Numbers of blocks that may share the codes of a result."""
+
+SPLIT_COST = 4e-6
+"""Seconds for clearing the sums of shared results and for the kernel that finishes them, beside their traffic."""
 
 LOOP = 80
 """Other instructions of a warp in each chunk."""
@@ -88,10 +93,21 @@ def gpu_of(name: str) -> Gpu:
 
 def candidates(bits: int, gated: bool) -> list[tuple[int, int, int, int]]:
     """Return the blocks to choose from: rows, columns, warps, stages. All of them compile for sm_80 and sm_90 without spills."""
-    if bits not in (4, 8):  # several planes take more registers
-        return [(16, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)]
     small = [(16, 64, 4, 4), (32, 64, 4, 4), (64, 64, 4, 4), (128, 64, 8, 4)]
-    return small if gated else [*small, (64, 128, 4, 4), (128, 128, 8, 3), (256, 128, 8, 3)]
+    if gated:
+        return small
+    large = [(64, 128, 4, 4), (128, 128, 8, 3)]
+    return [*small, *large, (256, 128, 8, 3)] if bits in (4, 8) else [*small, *large]
+
+
+def shared_bytes(gpu: Gpu, tile: tuple[int, int, int, int], bits: int, gated: bool, chunk: int) -> int:
+    """Return the shared memory of a block, as Triton's compiler lays it out: loads in flight, and unpacked weights."""
+    rows, columns, _, stages = tile
+    across = columns * (2 if gated else 1)
+    if bits == 8:
+        return (stages if gpu.warp_groups else stages - 1) * chunk * (rows + across)
+    planes = chunk // 2 * across * len(PLANES[bits])
+    return (stages - 1) * (chunk * rows + planes) + chunk * across * (3 if gpu.warp_groups else 1) // 2
 
 
 def estimate(
@@ -104,26 +120,28 @@ def estimate(
     tile: tuple[int, int, int, int],
     out_bytes: int = 2,
     taps: int = 1,
+    splits: int = 1,
 ) -> Estimate:
     """Return the predicted time of a product of `m` rows and `n` columns over `k` codes (`taps` of a convolution read each
-    pixel again)."""
+    pixel again), whose results `splits` blocks share."""
     rows, columns, warps, stages = tile
     chunk, twice = chunk_of(k // taps), 2 if gated else 1
     across = columns * twice
-    shared = stages * chunk * (rows + across * bits / 8) + chunk * across * (bits < 8)
-    registers = min(255, 56 + rows * across // (warps * 32) + (40 if bits not in (4, 8) else 0)) * warps * 32
-    held = max(1, min(int(gpu.shared * 1024 // shared), REGISTERS // registers, 64 // warps, 32))
+    shared = shared_bytes(gpu, tile, bits, gated, chunk)
+    registers = min(255, 56 + rows * across // (warps * 32) + (24 if bits not in (4, 8) else 0)) * warps * 32
+    held = max(1, min(gpu.shared * 1024 // shared, REGISTERS // registers, 64 // warps, 32))
     # Arithmetic units are busy less than always: warps wait for each other, and narrow blocks for their operands.
     busy = 0.8 if gpu.warp_groups and rows >= 64 else 0.5 if gpu.warp_groups else 0.7
     busy *= min(1.0, 0.5 + min(rows, across) / 256)
     multiply = rows * across * chunk / (gpu.multiplies * busy)
     issue = (across * chunk * UNPACK[bits] / 32 + LOOP * warps) / 4
-    load = chunk * (rows + across * bits / 8) / (gpu.cache * 1e3 / gpu.processors / gpu.clock)
+    planes = 1 if bits == 8 else len(PLANES[bits]) / 2  # bytes of a code that a block loads
+    load = chunk * (rows + across * planes) / (gpu.cache * 1e3 / gpu.processors / gpu.clock)
     finish = rows * across * EPILOGUE / 32 / 4
-    chunks = math.ceil(k / chunk)
+    chunks = math.ceil(k / chunk / splits)
     parts = {"arithmetic": multiply, "instructions": issue, "cache": load}
     work = chunks * max(parts.values()) + finish
-    blocks = math.ceil(m / rows) * math.ceil(n / columns)
+    blocks = math.ceil(m / rows) * math.ceil(n / columns) * splits
     waves = blocks / (gpu.processors * held)
     full, rest = divmod(blocks, gpu.processors * held)
     last = math.ceil(rest / gpu.processors)
@@ -132,6 +150,8 @@ def estimate(
     by_memory = traffic / (gpu.memory * 1e12)
     by_arithmetic = m * n * twice * k / gpu.peak
     seconds = max(cycles / (gpu.clock * 1e9), by_memory)
+    if splits > 1:
+        seconds += SPLIT_COST + 4 * m * n * (2 * splits + 1) / (gpu.cache * 1e12)
     bound = max(parts, key=lambda name: parts[name])
     if seconds == by_memory:
         bound = "memory"
@@ -141,6 +161,12 @@ def estimate(
 
 
 @functools.lru_cache(maxsize=4096)
-def best_tile(gpu: Gpu, m: int, n: int, k: int, bits: int, gated: bool) -> tuple[int, int, int, int]:
-    """Return the block with the least predicted time. Sizes that grow by less than a block give the same one."""
-    return min(candidates(bits, gated), key=lambda tile: estimate(gpu, m, n, k, bits, gated, tile).seconds)
+def best_tile(gpu: Gpu, m: int, n: int, k: int, bits: int, gated: bool) -> tuple[int, int, int, int, int]:
+    """Return the block with the least predicted time among those that fit the shared memory, and by how many its results are
+    shared. Sizes that grow by less than a block give the same one."""
+    chunk = chunk_of(k)
+    fitting = [t for t in candidates(bits, gated) if shared_bytes(gpu, t, bits, gated, chunk) <= gpu.shared * 1024]
+    splits = [s for s in ((1,) if gated else SPLITS) if s == 1 or 4 * s <= k // chunk]
+    pairs = [(tile, split) for tile in fitting for split in splits]
+    tile, split = min(pairs, key=lambda p: estimate(gpu, m, n, k, bits, gated, p[0], splits=p[1]).seconds)
+    return (*tile, split)

@@ -6,6 +6,7 @@ Under Triton's interpreter a block is about as large as the problem: every block
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,16 @@ __all__ = ["Tile", "attention_tile", "block_elements", "power_of_two", "product_
 
 
 class Tile(NamedTuple):
-    """A block of `rows` times `columns` results, computed by `warps` warps with `stages` loads in flight."""
+    """A block of `rows` times `columns` results, computed by `warps` warps with `stages` loads in flight. `splits` blocks share the
+    codes of each result."""
 
     rows: int
     columns: int
     warps: int
     stages: int
+    splits: int = 1
     assembly: bool = True
-    """Unpack 4-bit codes by machine instructions."""
+    """Unpack codes by machine instructions, four at once."""
 
 
 AT_ONCE = 2048
@@ -55,13 +58,19 @@ def _between(n: int, least: int, most: int) -> int:
 
 @functools.cache
 def _gpu(device: torch.device) -> Gpu:
-    return gpu_of(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+    """Return the rates of a device: the known ones of its model, with the device's own processors and shared memory."""
+    if device.type != "cuda":
+        return gpu_of("")
+    found = torch.cuda.get_device_properties(device)
+    shared = found.shared_memory_per_block_optin // 1024
+    return replace(gpu_of(found.name), processors=found.multi_processor_count, shared=shared)
 
 
 def product_tile(m: int, n: int, k: int, bits: int, gated: bool, codes: Tensor) -> Tile:
     """Return the block for a product of `m` rows and `n` columns over `k` codes."""
     if _interpreted():
-        return Tile(_between(m, 16, 128), _between(n, 16, 64), 4, 1, assembly=False)
+        splits = 1 if m > 16 or gated or k < 512 else 2
+        return Tile(_between(m, 16, 128), _between(n, 16, 64), 4, 1, splits, assembly=False)
     return Tile(*best_tile(_gpu(codes.device), m, n, k, bits, gated))
 
 

@@ -26,13 +26,14 @@ def operand_kernel(
     `tables` `[T, 4, 3, H]` hold multiplier, smallest and largest code; `which` is the operand. `sums` int32 `[N, H, DP]` gain
     the sums over positions.
     """
-    nh = tl.program_id(1)
+    blocks = tl.cdiv(SP, BS)
+    nh = tl.program_id(0) // blocks  # one axis: a grid's second one ends at 65535, and temporal attention has more heads
     n = nh // H
     h = nh % H
-    s = tl.program_id(0) * BS + tl.arange(0, BS)
+    s = tl.program_id(0) % blocks * BS + tl.arange(0, BS)
     d = tl.arange(0, DP)
     live = (s < S)[:, None] & (d < D)[None, :]
-    at = n.to(tl.int64) * sn + h.to(tl.int64) * sh + s.to(tl.int64)[:, None] * ss + (d * sd)[None, :]
+    at = n.to(tl.int64) * sn + h.to(tl.int64) * sh + s.to(tl.int64)[:, None] * ss + (d.to(tl.int64) * sd)[None, :]
     y = tl.load(x + at, mask=live, other=0).to(tl.float32)
     table = tables + ((step_at(rows, n, per, STATIC) * 4 + which) * 3) * H + h
     m, low, high = tl.load(table), tl.load(table + H), tl.load(table + 2 * H)
@@ -58,7 +59,7 @@ def scores_of(
     z = tl.dot(q, keys, out_dtype=tl.int32).to(tl.float32) * scale
     live = key < SK
     if MASK:
-        added = tl.load(mask + (mask_at[:, None] + (key * mask_k)[None, :]), mask=live[None, :], other=0)
+        added = tl.load(mask + (mask_at[:, None] + (key.to(tl.int64) * mask_k)[None, :]), mask=live[None, :], other=0)
         z = tl.fma(added.to(tl.float32), LOG2E + tl.zeros_like(z), z)
     return tl.where(live[None, :], z, float("-inf"))
 
@@ -75,16 +76,16 @@ def attention_kernel(
     `results` `[T, H]`, are the scales of both products. Codes of probabilities are stored minus
     `OFFSET`, so that they fit int8; `sums` restore it.
     """
-    nh = tl.program_id(1)
+    nh = tl.program_id(0) // (SQP // BM)
     n = nh // H
     h = nh % H
     step = step_at(rows, n, per, STATIC)
     scale = tl.load(scores + step * H + h) * factor * LOG2E
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m = tl.program_id(0) % (SQP // BM) * BM + tl.arange(0, BM)
     d = tl.arange(0, DP)
     codes = tl.load(q + (nh.to(tl.int64) * SQP * DP + m[:, None] * DP + d[None, :]))
     base = nh.to(tl.int64) * SKP * DP
-    mask_at = n.to(tl.int64) * mask_n + h * mask_h + tl.minimum(m, SQ - 1).to(tl.int64) * mask_q
+    mask_at = n.to(tl.int64) * mask_n + h.to(tl.int64) * mask_h + tl.minimum(m, SQ - 1).to(tl.int64) * mask_q
 
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)

@@ -28,12 +28,12 @@ def group_statistics_kernel(
     first = s * chunk
     last = tl.minimum(first + chunk, pixels)
     c = tl.arange(0, BC)
-    base = x + n.to(tl.int64) * sn + (g * width + c)[None, :] * sc
+    base = x + n.to(tl.int64) * sn + (g * width + c).to(tl.int64)[None, :] * sc
     total = tl.zeros((BP, BC), tl.float32)
     for start in range(first, last, BP):
         p = start + tl.arange(0, BP)
         live = (p < last)[:, None] & (c < width)[None, :]
-        at = (p // W).to(tl.int64) * sh + (p % W) * sw
+        at = (p // W).to(tl.int64) * sh + (p % W).to(tl.int64) * sw
         total += tl.load(base + at[:, None], mask=live, other=0).to(tl.float32)
     count = tl.maximum((last - first) * width, 1).to(tl.float32)
     mean = tl.sum(tl.sum(total, 1), 0) / count
@@ -41,7 +41,7 @@ def group_statistics_kernel(
     for start in range(first, last, BP):  # the second pass reads the cache
         p = start + tl.arange(0, BP)
         live = (p < last)[:, None] & (c < width)[None, :]
-        at = (p // W).to(tl.int64) * sh + (p % W) * sw
+        at = (p // W).to(tl.int64) * sh + (p % W).to(tl.int64) * sw
         d = tl.load(base + at[:, None], mask=live, other=0).to(tl.float32) - mean
         total += tl.where(live, d * d, 0.0)
     to = out + ((n * G + g) * S + s) * 2
@@ -70,8 +70,8 @@ def quantize_kernel(
     row, column = p // WP - top, p % WP - left
     inside = (p < HP * WP) & (row >= 0) & (row < H * up) & (column >= 0) & (column < W * up)
     live = inside[:, None] & real[None, :]
-    at = n.to(tl.int64) * sn + (row // up).to(tl.int64) * sh + (column // up) * sw
-    at = at[:, None] + (c * sc)[None, :]
+    at = n.to(tl.int64) * sn + (row // up).to(tl.int64) * sh + (column // up).to(tl.int64) * sw
+    at = at[:, None] + (c.to(tl.int64) * sc)[None, :]
     y = tl.load(x + at, mask=live, other=0).to(tl.float32)
     if NORM:
         s = tl.arange(0, S)
@@ -94,7 +94,7 @@ def quantize_kernel(
             b = b * e + tl.load(extra_shift + n * C + c, mask=real, other=0).to(tl.float32)
         y = tl.fma(y, a[None, :] + tl.zeros_like(y), b[None, :] + tl.zeros_like(y))
     if GEGLU:
-        gate = tl.load(x + at + C * sc, mask=live, other=0).to(tl.float32)
+        gate = tl.load(x + at + tl.cast(C, tl.int64) * sc, mask=live, other=0).to(tl.float32)
         y = y * activate(gate, 3)
     else:
         y = activate(y, ACT)
