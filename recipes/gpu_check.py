@@ -107,7 +107,7 @@ def differences(layer: Any, x: Tensor, rows: list[int]) -> tuple[int, int]:
 def check_kernels(check: Check) -> None:
     """Compare accumulators of random layers: every width, block and geometry."""
     from dqtool.runtimes.cuda import launch
-    from dqtool.runtimes.cuda.model import candidates
+    from dqtool.runtimes.cuda.model import candidates, gpu_of
     from dqtool.runtimes.cuda.tiles import Tile
 
     torch.manual_seed(0)
@@ -127,10 +127,10 @@ def check_kernels(check: Check) -> None:
         total, wrong = total + count, wrong + bad
     check.say(f"widths and geometries: {total} accumulators, {wrong} differ from int64")
     own = launch.product_tile
-    for bits in (4, 8, 6):
-        for sizes in candidates(bits, False):
-            for assembly in (True, False) if bits == 4 else (True,):
-                tile = Tile(*sizes, assembly=assembly)
+    for bits in (4, 8, 6, 7):
+        for sizes in candidates(bits, False, gpu_of(check.gpu).warp_groups):
+            for assembly, splits in ((True, 1), (False, 1), (True, 3)):
+                tile = Tile(*sizes, splits, assembly)
                 launch.product_tile = lambda *_, tile=tile: tile
                 try:
                     count, bad = differences(layer_of(300, 640, bits, bits), torch.randn(2, 200, 640), [1])
@@ -242,7 +242,9 @@ def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
     from dqtool.artifacts import open_artifact
     from dqtool.bench.gpu_contenders import (
         GPU_CONTENDERS,
+        PEERS,
         contender_network,
+        dtype_of,
         float_network,
         measured,
         on_device,
@@ -271,7 +273,10 @@ def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
             else:
                 with torch.device("cuda"):
                     made = family_of(subject.class_name, subject.directory).build(subject.config)
-                networks[arch, kind] = float_network(made, torch.float32 if kind == "fp32" else torch.float16)
+                network = float_network(made, dtype_of(kind))
+                networks[arch, kind] = (
+                    contender_network(kind, network) if kind in PEERS else network
+                )  # it changes the network
             torch.cuda.synchronize()
             size = weight_bytes(networks[arch, kind])
             results.setdefault(arch, {})[kind] = {"weight_bytes": size, "load_seconds": time.perf_counter() - start}
@@ -280,7 +285,7 @@ def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
 
     # A contender on all networks before the next one: a script that is cut short still compares.
     for name, title in GPU_CONTENDERS.items():
-        slow = any(word in name for word in ("compile", "autotune", "torchao"))
+        slow = any(word in name for word in ("compile", "autotune", "torchao", "sdnq"))
         for arch in archs:
             for batch in batches:
                 if check.left() < (90 if slow else 20):
@@ -288,12 +293,12 @@ def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
                     continue
                 try:
                     subject = subjects.setdefault(arch, subject_of(arch))
-                    kind = name.split("-")[0] if name.startswith(("ours", "fp32")) else "fp16"
-                    inputs = [
-                        on_device(each, torch.float32 if kind == "fp32" else torch.float16)
-                        for each in subject.inputs(batch)
-                    ]
-                    found = measured(name, contender_network(name, network_of(arch, kind)), inputs, 1.5)
+                    own = name in PEERS or name.startswith(("ours", "fp32", "bf16"))
+                    kind = name if name in PEERS else name.split("-")[0] if own else "fp16"
+                    inputs = [on_device(each, dtype_of(name)) for each in subject.inputs(batch)]
+                    network = network_of(arch, kind)
+                    network = network if name in PEERS else contender_network(name, network)
+                    found = measured(name, network, inputs, 1.5)
                 except Exception as e:
                     check.say(f"{arch}, batch {batch}, {name} ({title}): FAILED {type(e).__name__}: {str(e)[:200]}")
                     check.failures += name.startswith("ours")
@@ -303,7 +308,7 @@ def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
                 ratio = f", {row['fp32']['median'] / found.median:.2f}x fp32" if "fp32" in row else ""
                 check.say(
                     f"{arch}, batch {batch}, {name}: {found.median:.2f} ms ({found.p10:.2f} to {found.p90:.2f}){ratio}, beside "
-                    f"weights {found.peak_bytes / 2**20:.0f} MiB, first step after {found.ready:.1f} s"
+                    f"weights {(found.peak_bytes or 0) / 2**20:.0f} MiB, first step after {found.ready:.1f} s"
                 )
 
 
@@ -339,7 +344,7 @@ def time_blocks(check: Check) -> None:
         for bits in (4, 8):
             product = CudaProduct(layer_of(n, k, bits, bits), glue).cuda()
             codes = product.quantize(half.view(2, -1, k))
-            for sizes in candidates(bits, False):
+            for sizes in candidates(bits, False, gpu_of(check.gpu).warp_groups):
                 launch.product_tile = lambda *_, sizes=sizes: Tile(*sizes)
                 try:
                     line[f"{bits} bits {sizes}"] = milliseconds(lambda: product.multiply(codes))  # noqa: B023

@@ -83,7 +83,7 @@ def prologues() -> None:
     quantize_image(image, STEPS, torch.ones(320), ROWS, padding, 0)
     rows = torch.empty(2, 256, 1152, dtype=torch.float16)
     layer_norm_codes(rows, None, None, 1e-6, rows[:, 0], rows[:, 0], STEPS, torch.ones(1152), ROWS, 1152)
-    for width in (40, 72, 128, 160):
+    for width in (40, 72, 128, 160, 512):
         attention(width)
 
 
@@ -109,7 +109,7 @@ def main() -> int:
     spills = 0
     for capability in (90, 80):
         with compiled_for(capability) as made:
-            for label, run in _runs():
+            for label, run in _runs(capability == 90):
                 before = len(made)
                 run()
                 for kernel in made[before:]:
@@ -152,15 +152,18 @@ def main() -> int:
     return int(spills > 0)
 
 
-def _runs() -> list:
+def _runs(warp_groups: bool) -> list:
     runs: list = []
-    for bits in (4, 8, 6, 3):
+    for bits in (4, 8, 6, 7):
         for gated in (False, True) if bits == 4 else (False,):
-            for sizes in candidates(bits, gated):
+            for sizes in candidates(bits, gated, warp_groups):
                 tile = Tile(*sizes)
                 label = f"product {bits} bits{' GEGLU' if gated else ''} {sizes[0]}x{sizes[1]}, {sizes[2]} warps"
                 runs.append((label, lambda b=bits, t=tile, g=gated: product(b, t, gated=g, codes_out=g)))
+    for bits in (2, 3, 5):
+        runs.append((f"product {bits} bits 128x128, 8 warps", lambda b=bits: product(b, Tile(128, 128, 8, 3))))
     runs.append(("convolution 4 bits", lambda: product(4, Tile(128, 128, 8, 3), conv=True)))
+    runs.append(("convolution 4 bits in 4 parts", lambda: product(4, Tile(64, 64, 4, 4, 4), conv=True)))
     runs.append(("convolution 8 bits, unsigned", lambda: product(8, Tile(128, 128, 8, 3), conv=True, signed=0)))
     runs.append(("convolution 8 bits, one out-channel", one_channel))
     runs.append(("", prologues))

@@ -12,6 +12,7 @@ __all__ = [
     "AloneRow",
     "BenchReport",
     "BenchedModel",
+    "KernelRow",
     "LoadRow",
     "MachineRecord",
     "RooflineRow",
@@ -67,13 +68,15 @@ class SpeedRow(Record):
 
 @dataclass(frozen=True)
 class LoadRow(Record):
-    """Seconds to load a contender and to end its first step, and bytes at the peak (None: the system keeps no count)."""
+    """Seconds to load a contender and to end its first step, and bytes at the peak (None: the system keeps no count). On a GPU
+    the bytes are those of its memory, and `weight_bytes` those of weights and tables."""
 
     contender: str
     load: float
     ready: float
     peak_bytes: int | None
     private_bytes: int | None
+    weight_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,26 @@ class RooflineRow(Record):
 
 
 @dataclass(frozen=True)
+class KernelRow(Record):
+    """One shape of product within a step on a GPU: how many of them, rows, columns and codes of each, the block that computes it,
+    predicted seconds of all, the share of the device's limit that the design reaches, and what bounds it."""
+
+    count: int
+    rows: int
+    columns: int
+    codes: int
+    block: str
+    seconds: float
+    reached: float
+    bound: str
+
+
+@dataclass(frozen=True)
 class BenchReport(Record):
     """All of a benchmark: a table of speed for each batch size, one of loading, and where peers are among the
     contenders one of processes of their own for each batch size. `roofline` describes a step of the `cpu` runtime at `load_batch`,
-    `scaling` gives its seconds by number of threads."""
+    `scaling` gives its seconds by number of threads. `gpu` names the device of a benchmark on one, `left_out` says why contenders
+    were not measured there, and `kernels` how far the design of its products is from the device's limit."""
 
     written: ClassVar[frozenset[str]] = frozenset({"format", "load_batch", "weights_in_memory"})
 
@@ -124,4 +143,7 @@ class BenchReport(Record):
     alone: dict[str, list[AloneRow]] = field(default_factory=dict)
     roofline: list[RooflineRow] = field(default_factory=list)
     scaling: dict[str, float] = field(default_factory=dict)
+    gpu: str = ""
+    left_out: dict[str, str] = field(default_factory=dict)
+    kernels: list[KernelRow] = field(default_factory=list)
     format: str = BENCH_FORMAT

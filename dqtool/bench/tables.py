@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dqtool import report
-from dqtool.artifacts.bench_report import AloneRow, BenchReport, LoadRow, RooflineRow, SpeedRow
+from dqtool.artifacts.bench_report import AloneRow, BenchReport, KernelRow, LoadRow, RooflineRow, SpeedRow
 
 __all__ = ["report_lines"]
 
@@ -27,6 +27,8 @@ def report_lines(result: BenchReport) -> list[str]:
         f"versions   {versions}",
         f"command    {result.command}",
     ]
+    if result.gpu:
+        lines.insert(1, f"gpu        {result.gpu}")
     for batch, rows in result.speed.items():
         lines += ["", f"One step, batch {batch} ({_baseline_text(rows)})", *_speed_table(rows)]
         if unsteady := [row.contender for row in rows if row.p90 > STEADY * row.p10]:
@@ -45,7 +47,16 @@ def report_lines(result: BenchReport) -> list[str]:
         lines += _roofline_table(result.roofline)
     if result.scaling:
         lines += ["", "One step of the cpu runtime by threads", *_scaling_table(result.scaling)]
-    if result.load:
+    lines += [f"left out: {name}: {why}" for name, why in result.left_out.items()]
+    if result.kernels:
+        lines += [
+            "",
+            f"Products of one step, batch {result.load_batch}: predicted by occupancy and bytes, with the share of the device's limit",
+            *_kernel_table(result.kernels),
+        ]
+    if result.load and result.gpu:
+        lines += ["", f"Loading and memory of the GPU, batch {result.load_batch}", *_gpu_table(result.load)]
+    elif result.load:
         lines += [
             "",
             f"Loading and memory, each in a fresh process, caches warm, batch {result.load_batch}; memory above the level "
@@ -104,6 +115,39 @@ def _roofline_table(rows: Sequence[RooflineRow]) -> list[str]:
             None if row.of_peak is None else f"{row.of_peak:.0%}",
             None if row.moved is None else f"{row.moved / MIB:.0f}",
             row.bound,
+        ]
+        for row in rows
+    ]
+    return report.table_lines(columns, cells)
+
+
+def _kernel_table(rows: Sequence[KernelRow]) -> list[str]:
+    columns = ["products", "rows x columns x codes", "block", "us", "of the limit", "bound by"]
+    cells = [
+        [
+            row.count,
+            f"{row.rows} x {row.columns} x {row.codes}",
+            row.block,
+            f"{row.seconds * 1e6:.1f}",
+            f"{row.reached:.0%}",
+            row.bound,
+        ]
+        for row in rows
+    ]
+    total = sum(row.seconds for row in rows)
+    least = sum(row.seconds * row.reached for row in rows)
+    cells.append([sum(row.count for row in rows), "all", "", f"{total * 1e6:.1f}", f"{least / total:.0%}", ""])
+    return report.table_lines(columns, cells)
+
+
+def _gpu_table(rows: Sequence[LoadRow]) -> list[str]:
+    columns = ["contender", "load s", "with first step s", "weights MiB", "peak MiB"]
+    cells = [
+        [
+            row.contender,
+            f"{row.load:.2f}",
+            f"{row.ready:.2f}",
+            *(None if size is None else f"{size / MIB:.0f}" for size in (row.weight_bytes, row.peak_bytes)),
         ]
         for row in rows
     ]

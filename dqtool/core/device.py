@@ -27,6 +27,7 @@ __all__ = [
     "resolve_device",
     "restart_peak",
     "to_cpu",
+    "to_device",
     "to_device_of",
 ]
 
@@ -126,6 +127,13 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device. A copy from main memory to a GPU takes its turn there, and nobody waits for it."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)  # PyTorch keeps the pinned memory until the copy is done
+
+
 def to_device_of(module: nn.Module, values: T) -> T:
     """Return `values` (a tensor, or lists, tuples and dicts of tensors) on the device of `module`."""
     return _moved(values, device_of(module))
@@ -143,5 +151,5 @@ def _moved(values: T, device: torch.device) -> T:
     from torch import Tensor
     from torch.utils._pytree import tree_map
 
-    moved: T = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)
+    moved: T = tree_map(lambda v: to_device(v, device) if isinstance(v, Tensor) else v, values)
     return moved

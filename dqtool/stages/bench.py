@@ -24,12 +24,14 @@ from dqtool.stages.shared.running import input_artifact
 from dqtool.stages.shared.settings import RunSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from dqtool.bench.alone import Alone
     from dqtool.bench.contender import Loaded
     from dqtool.bench.measure import Timing
     from dqtool.bench.subject import Arguments, Subject
 
-__all__ = ["BenchPlan", "bench", "render"]
+__all__ = ["BenchPlan", "bench", "on_one_device", "render"]
 
 BATCHES = (1, 4, 16)
 
@@ -65,6 +67,8 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
 
     if options.output is not None:
         check_writable(options.output, "report", inputs=read_paths(options), overwrite=settings.overwrite)
+    if settings.device.startswith("cuda"):
+        return _bench_gpu(options, settings)
     names = [*_runtimes(options.runtime), *contender_names(options.against)]
     batches = options.batch or _own_batches(options.arch)
     if settings.dry_run:
@@ -110,6 +114,60 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
     if options.output is not None:
         commit_report(options.output, result.to_json(), overwrite=settings.overwrite)
     return result
+
+
+def _bench_gpu(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPlan:
+    """Measure on the CUDA device that the settings name."""
+    import torch
+
+    from dqtool.bench.gpu_bench import device_contenders
+    from dqtool.core.device import choose_device
+
+    asked = () if options.against == BenchOptions().against else options.against
+    batches = list(options.batch or _own_batches(options.arch))
+    if settings.dry_run:
+        names = device_contenders(asked, torch.device("cuda"))
+        return BenchPlan(names, batches, options.seconds, options.arch, options.artifact)
+    device = choose_device(settings.device)
+    names = device_contenders(asked, device)
+    result = on_one_device(_subject_artifact(options, settings), options, device, names, batches)
+    if options.output is not None:
+        commit_report(options.output, result.to_json(), overwrite=settings.overwrite)
+    return result
+
+
+def on_one_device(
+    artifact: Artifact, options: BenchOptions, device: torch.device, names: Sequence[str], batches: Sequence[int]
+) -> BenchReport:
+    """Measure the contenders `names` on one device, and predict the times of the network's products there."""
+    import torch
+
+    from dqtool.bench.gpu_bench import measure_on
+    from dqtool.bench.gpu_contenders import on_device, quantized_network
+    from dqtool.bench.gpu_model import kernel_rows, recorded_products
+    from dqtool.bench.machine import describe_machine
+    from dqtool.runtimes import RUNTIMES, load
+    from dqtool.runtimes.cuda.tiles import gpu_at
+
+    with tempfile.TemporaryDirectory(prefix="dqtool-bench-") as workspace:
+        subject = _subject(artifact, options, workspace, torch.get_num_threads())
+        speed, loads, left_out = measure_on(device, subject, names, batches, options.seconds)
+        network = quantized_network(load(subject.directory, "simulate"), device)
+        products = recorded_products(network, on_device(subject.inputs(batches[0])[0], torch.float16, device))
+    gpu = gpu_at(device)
+    return BenchReport(
+        f"{_command(options)} --device {device.type}",
+        _model(artifact, options),
+        describe_machine(torch.get_num_threads()),
+        options.seconds,
+        speed,
+        loads,
+        batches[0],
+        {"ours": RUNTIMES["cuda"].weights_in_memory},
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, model of {gpu.name}",
+        left_out=left_out,
+        kernels=kernel_rows(gpu, products),
+    )
 
 
 def render(result: BenchReport | BenchPlan) -> list[str]:

@@ -15,6 +15,7 @@ from dqtool.core.cost import bops, bops_ratio
 from dqtool.models.sampling.fitted import FITTED, sentence
 from dqtool.models.sources.resolve import ModelSource, resolve_model
 from dqtool.report import format_seconds, table_lines
+from dqtool.runtimes.attention_times import summary as attention_times
 
 __all__ = ["describe", "render"]
 
@@ -251,6 +252,7 @@ def _runs(layers: Sequence[LayerRecord]) -> list[str]:
         if told:
             count = sum(layer.runs == "int8" for layer in told)
             lines.append(f"integer runtimes: {count} of {len(told)} {what} in int8")
+            lines += attention_times() if what != "layers" else []
     reasons: dict[str, list[str]] = {}
     for layer in layers:
         if layer.runs not in (None, "int8"):

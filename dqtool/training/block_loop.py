@@ -18,12 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.allocator import return_freed_memory
+from dqtool.core.device import to_device
 from dqtool.distributed import copy_main, gather
 from dqtool.graph.recording import tensors_in
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.training.curve import first_and_last, mean_curve
 from dqtool.training.data import DistillationTask, Reporter
+from dqtool.training.losses import Losses
 from dqtool.training.optimizer import QuantAdam
 from dqtool.training.recovery import BlockStates, Recovery
 from dqtool.training.replay import BlockInputs, Replay
@@ -216,27 +218,28 @@ def train_block(
         recovery.load(kept)
         progress.skip(len(history), name)
     saved, cost = time.perf_counter(), 0.0
+    losses = Losses(history, recovery)
     for step in range(len(history), learner.iters):
         chosen = learner.draw_samples(step, generator)
         mine, rows = share.among(chosen)
         learner.optimizer.zero_grad()
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64)
         if len(mine):
             task.select_rows(mine)
             args, kwargs = given.batch(rows)
             error = output_loss(block(*args, **kwargs), target, rows)
             part = len(mine) / len(chosen)
             (learner.objective(error, step) * part).backward()
-            loss = error.item() * part
+            loss = error.detach().double() * part
         loss = add_gradients(learner.optimizer, loss)
         learner.optimizer.step(task.trajectory.step_mask(chosen), learner.rate_factor(step) * recovery.rate)
-        history.append(loss)
-        if not recovery.should_continue(history[-1], step):
+        going = losses.add(loss) and (step + 1 < learner.iters or losses.read())
+        if not going:
             progress.skip(learner.iters - step - 1, name)
             break
         progress.advance(1, name)
         begin = time.perf_counter()
-        if begin - saved >= max(task.checkpoint_seconds, 10 * cost) and learner.optimizer.is_finite():
+        if begin - saved >= max(task.checkpoint_seconds, 10 * cost) and losses.read() and learner.optimizer.is_finite():
             state = {
                 "name": encode_lines([name]),
                 "generator": generator.get_state(),
@@ -273,7 +276,7 @@ def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:
     A block with several outputs (text and image streams) has the mean of their errors.
     """
     losses = [
-        F.mse_loss(y, wanted[rows].to(y.device))
+        F.mse_loss(y, to_device(wanted[rows], y.device))
         for y, wanted in zip(tree_leaves(output), tree_leaves(target), strict=True)
         if isinstance(y, Tensor)
     ]

@@ -19,6 +19,7 @@ from dqtool.distributed import by_rows
 from dqtool.nn.surgery import steps_of
 from dqtool.training.curve import curve, first_and_last
 from dqtool.training.data import DistillationTask, Reporter
+from dqtool.training.losses import Losses
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.recovery import Recovery, StoredStates
 from dqtool.training.sharing import add_gradients, part_of
@@ -96,7 +97,7 @@ def train_network(
     if kept is None:
         states.begin()
     recovery = Recovery(optimizer, states, "the network", size, strict=task.strict, warnings=task.warnings)
-    saved = time.perf_counter()
+    saved, reader = time.perf_counter(), Losses(losses, recovery)
 
     def error(part: Tensor) -> Tensor:
         return F.mse_loss(task.predict(task.student, part), targets[part])
@@ -104,12 +105,12 @@ def train_network(
     for step in range(len(losses), iters):
         chosen = choose(step, generator)
         optimizer.zero_grad()
-        losses.append(add_gradients(optimizer, accumulate_gradients(error, chosen, task.network_batch)))
+        loss = add_gradients(optimizer, accumulate_gradients(error, chosen, task.network_batch))
         optimizer.step(trajectory.step_mask(chosen), cosine(step, iters) * recovery.rate)
-        if not recovery.should_continue(losses[-1], step):
+        if not (reader.add(loss) and (step + 1 < iters or reader.read())):
             break
-        progress.advance(1, f"loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
-        if time.perf_counter() - saved >= task.checkpoint_seconds and optimizer.is_finite():
+        progress.advance(1, f"loss {sum(losses[-50:]) / max(1, len(losses[-50:])):.3g}")
+        if time.perf_counter() - saved >= task.checkpoint_seconds and reader.read() and optimizer.is_finite():
             state = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
             task.store.save(key, {**optimizer.state(), **state})
             saved = time.perf_counter()
@@ -125,17 +126,17 @@ def train_network(
     }
 
 
-def accumulate_gradients(loss: Callable[[Tensor], Tensor], rows: Tensor, together: int | None = None) -> float:
-    """Add the gradients of the mean `loss` over the samples `rows` `[N]` and return that mean. Where several processes share
-    a command, each adds its part; the sum of the parts is that mean.
+def accumulate_gradients(loss: Callable[[Tensor], Tensor], rows: Tensor, together: int | None = None) -> Tensor:
+    """Add the gradients of the mean `loss` over the samples `rows` `[N]` and return that mean, float64, on the loss's device. Where
+    several processes share a command, each adds its part; the sum of the parts is that mean.
 
     The loss is called on `together` samples at a time (None: all), so that the memory is that of a part. The order of
     sums depends on `together`, so results agree up to rounding.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     mine = part_of(rows)
     for part in mine.split(together or len(rows)) if len(mine) else ():
         share = loss(part) * (len(part) / len(rows))
         share.backward()
-        total += share.item()
+        total = share.detach().double() + total
     return total

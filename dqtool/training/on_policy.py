@@ -26,6 +26,7 @@ from dqtool.nn.surgery import steps_of
 from dqtool.training.block_loop import make_trainable
 from dqtool.training.data import DistillationTask, Reporter, Trajectory
 from dqtool.training.held_weights import held_weights
+from dqtool.training.losses import Losses
 from dqtool.training.network_loop import accumulate_gradients
 from dqtool.training.optimizer import QuantAdam, cosine
 from dqtool.training.options import OnPolicyOptions
@@ -109,17 +110,18 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
         together = held_weights(task.student) if task.low_memory else nullcontext()
         with together, recomputed_blocks(task.student, task.trace):
             error = partial(_error, task, own, targets)
-            losses.append(add_gradients(optimizer, accumulate_gradients(error, chosen, task.network_batch)))
+            loss = add_gradients(optimizer, accumulate_gradients(error, chosen, task.network_batch))
         if recovery is None:
             size = float(targets.square().mean()) or 1.0
             recovery = Recovery(optimizer, states, "all blocks", size, strict=task.strict, warnings=task.warnings)
+            reader = Losses(losses, recovery)
         optimizer.step(own.step_mask(chosen), cosine(step, options.iters) * recovery.rate)
         if task.low_memory and step % ITERATIONS_A_TRIM == 0:
             return_freed_memory()  # freed tensors fragment the memory, and the next batches do not fit into the holes
-        if not recovery.should_continue(losses[-1], step):
+        if not (reader.add(loss) and (step + 1 < options.iters or reader.read())):
             break
-        progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / len(losses[-50:]):.3g}")
-        if time.perf_counter() - saved >= task.checkpoint_seconds and optimizer.is_finite():
+        progress.advance(1, f"all blocks, loss {sum(losses[-50:]) / max(1, len(losses[-50:])):.3g}")
+        if time.perf_counter() - saved >= task.checkpoint_seconds and reader.read() and optimizer.is_finite():
             state = {"generator": generator.get_state(), "losses": torch.tensor(losses, dtype=torch.float64)}
             task.store.save("refine", {**optimizer.state(), **state})
             saved = time.perf_counter()

@@ -18,7 +18,7 @@ from dqtool.errors import NumericError
 from dqtool.training.data import BlockStore
 from dqtool.training.optimizer import QuantAdam
 
-__all__ = ["BlockStates", "Recovery", "States", "StoredStates"]
+__all__ = ["WINDOW", "BlockStates", "Recovery", "States", "StoredStates"]
 
 BACKOFF = 0.25
 """Factor of the rates after each divergence."""
@@ -93,6 +93,11 @@ class Recovery:
         self._retries = 0
         self._first: float | None = None
         self._recent: list[float] = []
+
+    @property
+    def retries(self) -> int:
+        """Return how often training went back to an earlier state."""
+        return self._retries
 
     def should_continue(self, loss: float, step: int) -> bool:
         """Record the loss of iteration `step` after its update; return False if training must stop.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from dqtool.core.device import device_of
+from dqtool.core.device import device_of, to_device
 from dqtool.errors import UsageError
 from dqtool.graph.trace import Trace
 from dqtool.training.tensor_store import TensorStore
@@ -39,7 +39,7 @@ class BlockInputs:
 
     def batch(self, rows: Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return `args, kwargs` of the samples `rows`, on the device of the network."""
-        picked = [x[rows].to(self.device) if own else x for x, own in zip(self.leaves, self.owned, strict=True)]
+        picked = [to_device(x[rows], self.device) if own else x for x, own in zip(self.leaves, self.owned, strict=True)]
         result: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(picked, self.structure)
         return result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dqtool.distributed import add_up, rank, row_counts, world_size
@@ -65,6 +66,8 @@ def part_of(chosen: Tensor) -> Tensor:
     return chosen[start : start + counts[rank()]]
 
 
-def add_gradients(optimizer: QuantAdam, loss: float) -> float:
-    """Add up the gradients and the losses of all processes; return the sum of the losses."""
-    return loss if world_size() == 1 else add_up(optimizer.gradients(), loss)
+def add_gradients(optimizer: QuantAdam, loss: Tensor) -> Tensor:
+    """Add up the gradients and the losses of all processes; return the sum of the losses, float64. Alone, nobody reads the loss."""
+    if world_size() == 1:
+        return loss
+    return torch.tensor(add_up(optimizer.gradients(), float(loss)), dtype=torch.float64)

@@ -15,7 +15,15 @@ from dqtool.runtimes.cpu import library
 from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes, CurrentStep
 from dqtool.runtimes.cpu.native_product import NativeProduct
 from dqtool.runtimes.cuda.model import GPUS, best_tile, shared_bytes
-from dqtool.runtimes.cuda.planes import PLANES, arrange, chunk_of, pack_planes, padded_channels, plane_bytes, unpack_planes
+from dqtool.runtimes.cuda.planes import (
+    PLANES,
+    arrange,
+    chunk_of,
+    pack_planes,
+    padded_channels,
+    plane_bytes,
+    unpack_planes,
+)
 from dqtool.runtimes.cuda.products import fits
 
 
@@ -190,7 +198,7 @@ def test_a_weight_without_packed_words_is_multiplied_as_bytes() -> None:
 
 
 def test_machine_instructions_unpack_every_code() -> None:
-    """They run here on integers, one by one: Triton's interpreter has no machine instructions."""
+    """Run the instructions on integers, since Triton's interpreter has none."""
     from dqtool.runtimes.cuda.kernels.product import operands, unpacking
 
     for bits, widths in PLANES.items():
@@ -203,7 +211,10 @@ def test_machine_instructions_unpack_every_code() -> None:
             for four in zip(*[iter(codes)] * 4, strict=False):
                 registers, low = [0], 0
                 for width, shift in zip(widths, shifts, strict=True):
-                    parts = [(code >> low & (1 << width) - 1) << shift | 0xA5 & ~(((1 << width) - 1) << shift) for code in four]
+                    parts = [
+                        (code >> low & (1 << width) - 1) << shift | 0xA5 & ~(((1 << width) - 1) << shift)
+                        for code in four
+                    ]
                     registers.append(int.from_bytes(parts, "little"))
                     low += width
                 registers.append(int.from_bytes([zero] * 4, "little"))

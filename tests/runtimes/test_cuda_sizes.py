@@ -36,7 +36,9 @@ def test_offsets_beyond_two_to_the_31(tmp_path: Path, strides: tuple[int, ...], 
     else:
         padding = product._flat(4)
         padding[4] = 4
-        got, expected = (launch.quantize_image(t, *product._quantizer(), launch.Padding(*padding), 0) for t in (x, values))
+        got, expected = (
+            launch.quantize_image(t, *product._quantizer(), launch.Padding(*padding), 0) for t in (x, values)
+        )
         assert torch.equal(got, expected)
 
 

@@ -34,7 +34,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole(together: int | None) -> None
         seen.append(len(part))
         return F.mse_loss(layer(x[part]), y[part])
 
-    assert accumulate_gradients(loss, rows, together) == pytest.approx(whole.item(), rel=1e-6)
+    assert float(accumulate_gradients(loss, rows, together)) == pytest.approx(whole.item(), rel=1e-6)
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-7)
     assert sum(seen) == 10
     assert max(seen) <= (together or 10)

@@ -91,13 +91,14 @@ def gpu_of(name: str) -> Gpu:
     return next((gpu for known, gpu in GPUS.items() if known in name), OTHER)
 
 
-def candidates(bits: int, gated: bool) -> list[tuple[int, int, int, int]]:
-    """Return the blocks to choose from: rows, columns, warps, stages. All of them compile for sm_80 and sm_90 without spills."""
-    small = [(16, 64, 4, 4), (32, 64, 4, 4), (64, 64, 4, 4), (128, 64, 8, 4)]
+def candidates(bits: int, gated: bool, warp_groups: bool = True) -> list[tuple[int, int, int, int]]:
+    """Return the blocks to choose from: rows, columns, warps, stages. All of them compile without spills, those with `warp_groups`
+    for sm_90 and those without for sm_80."""
+    small = [(16, 64, 4, 4), (32, 64, 4, 4), (64, 64, 4 if warp_groups or not gated else 8, 4), (128, 64, 8, 4)]
     if gated:
         return small
     large = [(64, 128, 4, 4), (128, 128, 8, 3)]
-    return [*small, *large, (256, 128, 8, 3)] if bits in (4, 8) else [*small, *large]
+    return [*small, *large, (256, 128, 8, 3)] if bits in (4, 8) and warp_groups else [*small, *large]
 
 
 def shared_bytes(gpu: Gpu, tile: tuple[int, int, int, int], bits: int, gated: bool, chunk: int) -> int:
@@ -124,7 +125,7 @@ def estimate(
 ) -> Estimate:
     """Return the predicted time of a product of `m` rows and `n` columns over `k` codes (`taps` of a convolution read each
     pixel again), whose results `splits` blocks share."""
-    rows, columns, warps, stages = tile
+    rows, columns, warps, _ = tile
     chunk, twice = chunk_of(k // taps), 2 if gated else 1
     across = columns * twice
     shared = shared_bytes(gpu, tile, bits, gated, chunk)
@@ -165,7 +166,11 @@ def best_tile(gpu: Gpu, m: int, n: int, k: int, bits: int, gated: bool) -> tuple
     """Return the block with the least predicted time among those that fit the shared memory, and by how many its results are
     shared. Sizes that grow by less than a block give the same one."""
     chunk = chunk_of(k)
-    fitting = [t for t in candidates(bits, gated) if shared_bytes(gpu, t, bits, gated, chunk) <= gpu.shared * 1024]
+    fitting = [
+        t
+        for t in candidates(bits, gated, gpu.warp_groups)
+        if shared_bytes(gpu, t, bits, gated, chunk) <= gpu.shared * 1024
+    ]
     splits = [s for s in ((1,) if gated else SPLITS) if s == 1 or 4 * s <= k // chunk]
     pairs = [(tile, split) for tile in fitting for split in splits]
     tile, split = min(pairs, key=lambda p: estimate(gpu, m, n, k, bits, gated, p[0], splits=p[1]).seconds)

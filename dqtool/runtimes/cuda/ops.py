@@ -177,8 +177,16 @@ def attention(
 ) -> Tensor:
     """Both products and the softmax of `[N, H, S, D]` operands, `[N, S, H * D]`, with the tensors of `AttentionTables`.
 
-    `factor` multiplies the scores, `largest` is the largest code of a probability.
+    `factor` multiplies the scores, `largest` is the largest code of a probability. Half precision takes the place of int8 where it
+    is faster, see `attention_choice.py`.
     """
+    from dqtool.runtimes.cuda.attention_choice import half_is_faster, half_precision
     from dqtool.runtimes.cuda.launch import attend
 
-    return attend((q, k, v), mask, tables, scores, results, rows, factor, largest)
+    def int8() -> Tensor:
+        return attend((q, k, v), mask, tables, scores, results, rows, factor, largest)
+
+    def half() -> Tensor:
+        return half_precision(q, k, v, mask, factor)
+
+    return half() if half_is_faster(q, k, mask, int8, half) else int8()

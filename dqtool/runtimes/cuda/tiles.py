@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dqtool.runtimes.cuda.model import Gpu, best_tile, gpu_of
 
-__all__ = ["Tile", "attention_tile", "block_elements", "power_of_two", "product_tile", "statistics_split"]
+__all__ = ["Tile", "attention_tile", "block_elements", "gpu_at", "power_of_two", "product_tile", "statistics_split"]
 
 
 class Tile(NamedTuple):
@@ -57,13 +57,16 @@ def _between(n: int, least: int, most: int) -> int:
 
 
 @functools.cache
-def _gpu(device: torch.device) -> Gpu:
+def gpu_at(device: torch.device) -> Gpu:
     """Return the rates of a device: the known ones of its model, with the device's own processors and shared memory."""
     if device.type != "cuda":
         return gpu_of("")
-    found = torch.cuda.get_device_properties(device)
-    shared = found.shared_memory_per_block_optin // 1024
-    return replace(gpu_of(found.name), processors=found.multi_processor_count, shared=shared)
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found: Any = driver.active.utils.get_device_properties(index)  # what Triton itself compares a kernel with
+    known = gpu_of(torch.cuda.get_device_name(device))
+    return replace(known, processors=found["multiprocessor_count"], shared=found["max_shared_mem"] // 1024)
 
 
 def product_tile(m: int, n: int, k: int, bits: int, gated: bool, codes: Tensor) -> Tile:
@@ -71,7 +74,7 @@ def product_tile(m: int, n: int, k: int, bits: int, gated: bool, codes: Tensor) 
     if _interpreted():
         splits = 1 if m > 16 or gated or k < 512 else 2
         return Tile(_between(m, 16, 128), _between(n, 16, 64), 4, 1, splits, assembly=False)
-    return Tile(*best_tile(_gpu(codes.device), m, n, k, bits, gated))
+    return Tile(*best_tile(gpu_at(codes.device), m, n, k, bits, gated))
 
 
 def attention_tile(queries: int, keys: int, width: int) -> Tile:

@@ -50,7 +50,8 @@ class BenchOptions:
     against: Annotated[
         tuple[str, ...],
         Option(
-            "Alternatives to compare with: {dqtool.bench.contenders:CONTENDERS}, or none.",
+            "Alternatives to compare with: {dqtool.bench.contenders:CONTENDERS}, or none. With --device cuda: "
+            "{dqtool.bench.gpu_names:GPU_CONTENDERS}; default there: all that are installed.",
             "A,B,...",
             separated=True,
             panel=INPUT,
@@ -103,9 +104,10 @@ class BenchOptions:
     def __post_init__(self) -> None:
         """Raise `UsageError` for bits or contenders that don't exist, and for options that contradict --arch."""
         from dqtool.bench.contenders import contender_names
+        from dqtool.bench.gpu_names import GPU_CONTENDERS
 
         _ = self.spec
-        contender_names(self.against)
+        contender_names([name for name in self.against if name not in GPU_CONTENDERS])
         if self.arch is not None and self.artifact is not None:
             raise UsageError("A directory and --arch were given", where="--arch", fix="Give one of them")
         if self.arch is not None and self.reference is not None:

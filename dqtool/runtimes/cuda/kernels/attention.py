@@ -27,7 +27,9 @@ def operand_kernel(
     the sums over positions.
     """
     blocks = tl.cdiv(SP, BS)
-    nh = tl.program_id(0) // blocks  # one axis: a grid's second one ends at 65535, and temporal attention has more heads
+    nh = (
+        tl.program_id(0) // blocks
+    )  # one axis: a grid's second one ends at 65535, and temporal attention has more heads
     n = nh // H
     h = nh % H
     s = tl.program_id(0) % blocks * BS + tl.arange(0, BS)
