@@ -64,7 +64,7 @@ def gpu_at(device: torch.device) -> Gpu:
     from triton.runtime import driver
 
     index = torch.cuda.current_device() if device.index is None else device.index
-    found: Any = driver.active.utils.get_device_properties(index)  # what Triton itself compares a kernel with
+    found: Any = driver.active.utils.get_device_properties(index)  # the limit that Triton itself checks
     known = gpu_of(torch.cuda.get_device_name(device))
     return replace(known, processors=found["multiprocessor_count"], shared=found["max_shared_mem"] // 1024)
 
