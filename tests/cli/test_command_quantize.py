@@ -67,7 +67,7 @@ def test_another_width_begins_at_distill_and_the_plan_says_so(quantized: Path, r
     assert result.returncode == 0, result.stderr
     plan = load_json(result.stdout)
     assert [stage["cached"] for stage in plan["stages"]] == [True, True, False, False, False]
-    assert set(plan["estimate"]) == {"time", "memory", "disk"}
+    assert set(plan["estimate"]) == {"time", "memory", "gpus", "disk"}
     assert plan["work_directory"] == "out.work"
     assert listing(quantized) == before
 

@@ -17,7 +17,8 @@ __all__ = ["GPUS", "Estimate", "Gpu", "best_tile", "candidates", "estimate", "gp
 @dataclass(frozen=True)
 class Gpu:
     """Rates of a GPU: processors, their clock in GHz, int8 multiply-adds of one per cycle, memory and L2 cache in TB/s,
-    shared memory of a processor in KiB, and whether warp groups multiply from shared memory (compute capability 9.0)."""
+    shared memory of a processor in KiB, whether warp groups multiply from shared memory (compute capability 9.0), float32
+    multiply-adds of a processor per cycle, and memory in GB."""
 
     name: str
     processors: int
@@ -27,6 +28,13 @@ class Gpu:
     cache: float
     shared: int = 100
     warp_groups: bool = False
+    floats: int = 128
+    size: int = 24
+
+    @property
+    def float_peak(self) -> float:
+        """Return float32 multiply-adds per second, all processors together, without TensorFloat-32."""
+        return self.processors * self.clock * 1e9 * self.floats
 
     @property
     def peak(self) -> float:
@@ -37,10 +45,10 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H200", 132, 1.755, 4096, 4.8, 7.0, 227, True),
-        Gpu("H100", 132, 1.755, 4096, 3.35, 5.5, 227, True),
-        Gpu("A100", 108, 1.41, 2048, 1.94, 4.0, 163),
-        Gpu("L40S", 142, 2.52, 1024, 0.86, 4.0, 99),
+        Gpu("H200", 132, 1.755, 4096, 4.8, 7.0, 227, True, size=141),
+        Gpu("H100", 132, 1.755, 4096, 3.35, 5.5, 227, True, size=80),
+        Gpu("A100", 108, 1.41, 2048, 1.94, 4.0, 163, floats=64, size=80),
+        Gpu("L40S", 142, 2.52, 1024, 0.86, 4.0, 99, size=48),
         Gpu("RTX 4090", 128, 2.52, 1024, 1.01, 5.0, 99),
         Gpu("A10", 72, 1.70, 1024, 0.60, 2.0, 99),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from dqtool.report import format_seconds
 from dqtool.stages.registry import make_options
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "on_gpus"]
 
 START = 8.0
 """Seconds to import the libraries and load a model."""
@@ -31,9 +31,9 @@ LIBRARIES = 700 << 20
 def estimate(
     stages: Mapping[str, Mapping[str, Any]], cached: Collection[str], device: str, packed: int
 ) -> dict[str, str]:
-    """Return texts on time, memory and disk that the stages which are not cached will take.
+    """Return texts on time, memory and disk that the stages which are not cached will take, here and on known GPUs.
 
-    Time is counted in forward passes at the rate of this machine, measured by a matrix product. The order of magnitude is
+    Time is counted in forward passes at the rate of this machine, measured by a matrix product; on other GPUs at the float32 rates of their data sheets. The order of magnitude is
     right, the second digit is not: training, scaling and file systems differ.
 
     Args:
@@ -68,16 +68,39 @@ def estimate(
         "eval": evaluate.samples * steps * (1 + SIMULATED),
     }
     rate = CONVOLUTIONS * _matmul_rate(resolve_device(device))
-    seconds = START + sum(n * (macs / rate + layers * PER_LAYER / BATCH) for s, n in passes.items() if s not in cached)
+    left = {stage: n for stage, n in passes.items() if stage not in cached}
+    seconds = _seconds(left, macs, layers, rate)
     trains = bool(trained or refined)
-    memory = LIBRARIES + 4 * weights * (5 if trains else 3) + (distill.cache_memory << 20 if trains else 0)
+    tensors = 4 * weights * (5 if trains else 3)
+    memory = LIBRARIES + tensors + (distill.cache_memory << 20 if trains else 0)
     pairs = 4 * calibrate.samples * prod(_sample_shape(source))
     disk = 2 * 4 * weights + pairs + 2 * packed
     return {
         "time": f"about {format_seconds(seconds)} on this machine",
         "memory": f"up to {memory / 1e9:.1f} GB",
+        "gpus": on_gpus(left, macs, layers, tensors),
         "disk": f"about {disk / 1e6:,.0f} MB, of which {packed / 1e6:,.1f} MB are the quantized network",
     }
+
+
+def on_gpus(passes: Mapping[str, float], macs: int, layers: int, tensors: int) -> str:
+    """Return the projected time of forward `passes` on each known GPU, and the memory there that `tensors` bytes of weights,
+    gradients and moments take. A GPU that is too small for them is left out."""
+    from dqtool.runtimes.cuda.model import GPUS
+
+    times = [
+        f"{gpu.name} {format_seconds(_seconds(passes, macs, layers, CONVOLUTIONS * gpu.float_peak))}"
+        for gpu in GPUS.values()
+        if tensors < gpu.size * 1e9
+    ]
+    if not times:
+        return f"none of the known ones has {tensors / 1e9:.1f} GB"
+    return f"about {', '.join(times)} by their data sheets, with {tensors / 1e9:.1f} GB of weights and moments"
+
+
+def _seconds(passes: Mapping[str, float], macs: int, layers: int, rate: float) -> float:
+    """Return the seconds of forward passes of a network at `rate` multiply-accumulates a second."""
+    return START + sum(n * (macs / rate + layers * PER_LAYER / BATCH) for n in passes.values())
 
 
 def _network(source: Any) -> tuple[int, int]:
