@@ -17,6 +17,7 @@ from dqtool.training.losses import Losses
 from dqtool.training.optimizer import QuantAdam, Rates
 from dqtool.training.recovery import WINDOW, BlockStates, Recovery
 from dqtool.training.replay import Replay
+from dqtool.training.sharing import Share
 
 
 class Reads(TorchDispatchMode):
@@ -62,7 +63,7 @@ def test_an_iteration_reads_no_number_of_the_device(task: DistillationTask, monk
 
         task.checkpoint_seconds = 1e9
         with Reads() as reads:
-            history = train_block(task, block, given, target, make, torch.Generator(), Silent(), info.name)
+            history = train_block(task, Share(samples), block, given, target, make, torch.Generator(), Silent(), info.name)
         assert len(history) == iters
         counts.append(reads.count)
     # A window of iterations more costs one look at whether the parameters are finite (one number for each kind).
