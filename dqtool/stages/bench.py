@@ -15,8 +15,8 @@ from dqtool import report
 from dqtool.artifacts import Artifact, check_writable, commit_report, open_artifact
 from dqtool.artifacts.bench_report import AloneRow, BenchedModel, BenchReport, LoadRow, RooflineRow, SpeedRow
 from dqtool.artifacts.jsonvalues import Json
-from dqtool.artifacts.records import LayerRecord
 from dqtool.bench.tables import report_lines
+from dqtool.bench.usual_bits import usual_bits
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
 from dqtool.stages.options.bench import BenchOptions
 from dqtool.stages.shared.paths import read_paths
@@ -306,7 +306,7 @@ def _roofline(
             where="--roofline",
             fix="Leave it out",
         )
-    bits = _bits(artifact.manifest.layers).partition("/")[2]
+    bits = usual_bits(artifact.manifest.layers).partition("/")[2]
     if not bits.isdigit():
         raise ArtifactError("This network has no quantized layers", where="--roofline", fix="Leave it out")
     rows = measure_roofline(subject, batch, min(8, int(bits)), options.seconds)
@@ -370,7 +370,7 @@ def _model(artifact: Artifact, options: BenchOptions) -> BenchedModel:
     return BenchedModel(
         manifest.network.class_name,
         manifest.network.parameters,
-        _bits(manifest.layers),
+        usual_bits(manifest.layers),
         sum(sizes),
         f"{options.arch}, random weights" if options.arch else artifact.given,
         options.arch,
@@ -396,13 +396,3 @@ def _command(options: BenchOptions) -> str:
         words += ["--reference", options.reference]
     words += ["--roofline"] if options.roofline else []
     return shlex.join(words if options.memory else [*words, "--no-memory"])
-
-
-def _bits(layers: Sequence[LayerRecord]) -> str:
-    """Return the bits of most layers, as `W/A`."""
-    counts: dict[str, int] = {}
-    for layer in layers:
-        if layer.kind != "attention" and layer.bits is not None:
-            bits = "/".join(map(str, layer.bits))
-            counts[bits] = counts.get(bits, 0) + 1
-    return max(counts, key=lambda bits: counts[bits], default="no quantized layers")

@@ -126,6 +126,23 @@ def test_weights_take_their_bits_and_scales_keep_their_dtype(packed: nn.Module) 
     assert all(p.dtype == torch.float16 for p in floats)
 
 
+def test_offloading_moves_tensors_and_changes_nothing(packed: nn.Module) -> None:
+    """The hooks of `enable_model_cpu_offload`, and those of `enable_sequential_cpu_offload`, with the CPU as the accelerator."""
+    accelerate = pytest.importorskip("accelerate")
+    ours: Any = cuda.convert(copy.deepcopy(packed))
+    given = example(packed, 1) | {"timestep": packed.timesteps[torch.tensor([1])]}  # type: ignore[index]
+    with torch.no_grad():
+        expected = ours(**given)[0]
+        network, hook = accelerate.cpu_offload_with_hook(copy.deepcopy(ours), execution_device="cpu")
+        assert torch.equal(network(**given)[0], expected)
+        hook.offload()
+        network = accelerate.cpu_offload(copy.deepcopy(ours), torch.device("cpu"))
+        norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm) and m.weight is not None]
+        for _ in range(2):
+            assert all(norm.weight.device.type == "meta" for norm in norms)
+            assert relative_error(network(**given)[0], expected) < 0.03
+
+
 def test_step_tables_are_read_on_the_device_alone(packed: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """No forward reads a number of a tensor: it would wait for a GPU."""
     ours = cuda.convert(copy.deepcopy(packed))

@@ -63,7 +63,9 @@ def test_an_iteration_reads_no_number_of_the_device(task: DistillationTask, monk
 
         task.checkpoint_seconds = 1e9
         with Reads() as reads:
-            history = train_block(task, Share(samples), block, given, target, make, torch.Generator(), Silent(), info.name)
+            history = train_block(
+                task, Share(samples), block, given, target, make, torch.Generator(), Silent(), info.name
+            )
         assert len(history) == iters
         counts.append(reads.count)
     # A window of iterations more costs one look at whether the parameters are finite (one number for each kind).

@@ -18,7 +18,7 @@ from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.codes import Codes, CurrentStep
 from dqtool.runtimes.cpu.library import pointer
 from dqtool.runtimes.cpu.merging import merge
-from dqtool.runtimes.cpu.product import Product
+from dqtool.runtimes.cpu.product import Product, plain
 
 __all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare", "merge_projections"]
 
@@ -80,11 +80,10 @@ def merge_projections(
 
 
 def is_bare(attn: Any) -> bool:
-    """Return whether no projection into a module's attention has something around it, such as a LoRA branch."""
-    return (
-        isinstance(attn.to_q, SharedInput | Product)
-        and isinstance(attn.to_k, SharedInput | Product)
-        and isinstance(attn.to_v, SharedInput | Product)
+    """Return whether no projection into a module's attention has something around it, such as a LoRA branch or a hook."""
+    merged = (getattr(attn, name, None) for name in ("to_qkv", "to_kv"))
+    return all(isinstance(each, SharedInput) or plain(each) for each in (attn.to_q, attn.to_k, attn.to_v)) and not any(
+        hasattr(each, "_hf_hook") for each in merged
     )
 
 
@@ -216,7 +215,7 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         key = key if attn.norm_k is None else attn.norm_k(key)
         mixed = self.attend(attn, query, key, value, mask)
         out = attn.to_out[0]
-        if isinstance(out, Product):
+        if plain(out):
             return out.multiply(out.quantize(mixed), residual=residual, post=post, gate=gate)
         mixed = out(mixed) if gate is None else out(mixed) * gate.unsqueeze(1)
         return (mixed if residual is None else mixed + residual) * post

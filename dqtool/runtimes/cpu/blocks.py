@@ -22,7 +22,7 @@ from dqtool.nn.adaptable import Adaptable
 from dqtool.nn.processors import runs_own, without_hook
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, is_bare
 from dqtool.runtimes.cpu.codes import GEGLU, GELU, GELU_TANH, NONE, SILU, Codes
-from dqtool.runtimes.cpu.product import Product
+from dqtool.runtimes.cpu.product import Product, plain
 
 __all__ = ["fuse"]
 
@@ -61,14 +61,14 @@ class FusedResnetBlock2D(ResnetBlock2D):
         """Compute the output of the original class."""
         conv1: Any = self.conv1
         conv2: Any = self.conv2
-        if not (isinstance(conv1, Product) and isinstance(conv2, Product)):
+        if not (plain(conv1) and plain(conv2)):
             return super().forward(input_tensor, temb)  # type: ignore[arg-type]
         x = conv1.glue(input_tensor)
         codes = conv1.group_norm(x, self.norm1, SILU)
         bias = scale = shift = None
         if self.time_emb_proj is not None and temb is not None:
             proj: Any = self.time_emb_proj
-            if isinstance(proj, Product):
+            if plain(proj):
                 emb = proj.multiply(proj.quantize(proj.glue(temb), NONE if self.skip_time_act else SILU))
             else:
                 wide = temb.float() if self.skip_time_act else F.silu(temb.float())
@@ -98,7 +98,7 @@ class FusedDownsample2D(Downsample2D):
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """Compute the output of the original class."""
         conv: Any = self.conv
-        if not isinstance(conv, Product):
+        if not plain(conv):
             return super().forward(hidden_states)
         extra = (1, 1) if self.padding == 0 else (0, 0)
         return conv.multiply(conv.quantize(conv.glue(hidden_states), extra=extra)).to(hidden_states.dtype)
@@ -122,7 +122,7 @@ class FusedUpsample2D(Upsample2D):
     def forward(self, hidden_states: Tensor, output_size: Any = None, *_: object, **__: object) -> Tensor:
         """Compute the output of the original class."""
         conv: Any = self.conv
-        if not isinstance(conv, Product):
+        if not plain(conv):
             return super().forward(hidden_states, output_size)
         x = conv.glue(hidden_states)
         if output_size is not None:
@@ -154,7 +154,7 @@ class FusedFeedForward(FeedForward):
     def is_bare(self) -> bool:
         """Return whether neither layer has something around it."""
         act: Any = self.net[0]
-        return isinstance(act.proj, Product) and isinstance(self.net[2], Product)
+        return plain(act.proj) and plain(self.net[2])
 
     def from_codes(self, codes: Codes, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """Return the result from the codes of the first layer's input, times `gate` `[N, C]`, plus `residual`."""
@@ -250,7 +250,7 @@ class FusedTransformer2DModel(Transformer2DModel):
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         proj_in: Any = self.proj_in
-        if not (isinstance(proj_in, Product) and isinstance(self.proj_out, Product)):
+        if not (plain(proj_in) and plain(self.proj_out)):
             return super()._operate_on_continuous_inputs(hidden_states)
         h = proj_in.multiply(proj_in.group_norm(proj_in.glue(hidden_states), self.norm))
         if proj_in.is_conv:
@@ -261,7 +261,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
         proj_out: Any = self.proj_out
-        if not (isinstance(proj_out, Product) and isinstance(self.proj_in, Product)):
+        if not (plain(proj_out) and plain(self.proj_in)):
             sizes = (batch_size, height, width, inner_dim)
             return super()._get_output_for_continuous_inputs(hidden_states, residual, *sizes)
         h, whole = proj_out.glue(hidden_states), proj_out.glue(residual)
@@ -300,7 +300,8 @@ class HeadNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` if `conv_out` is fused with this norm and activation, else compute the original class's output."""
-        if isinstance(self.__dict__["network"].conv_out, NormActProduct):
+        out = self.__dict__["network"].conv_out
+        if isinstance(out, NormActProduct) and plain(out.product):
             return input
         return F.silu(super().forward(input.to(self.weight.dtype))).to(input.dtype)
 
@@ -327,8 +328,9 @@ class NormActProduct(Adaptable, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, C, H, W]` to `[N, C_out, H, W]`, with the norm and the activation before the layer."""
-        if self.__dict__["network"].conv_out is not self:
-            return self.product(x)
+        if self.__dict__["network"].conv_out is not self or not plain(self.product):
+            found: Tensor = self.product(x)
+            return found
         return self.product.multiply(self.product.group_norm(self.product.glue(x), self.__dict__["norm"], SILU)).to(
             x.dtype
         )

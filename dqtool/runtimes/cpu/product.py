@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from dqtool.runtimes.cpu import ops
 from dqtool.runtimes.cpu.codes import GEGLU, Codes, InputCodes
 
-__all__ = ["PLAIN", "Epilogue", "Product", "per_sample"]
+__all__ = ["PLAIN", "Epilogue", "Product", "per_sample", "plain"]
 
 PIECE = 8 << 20
 """Bytes of floats between two linear layers that are made at a time."""
@@ -36,6 +36,12 @@ class Epilogue(NamedTuple):
 
 
 PLAIN = Epilogue()
+
+
+def plain(layer: object) -> TypeGuard[Product]:
+    """Return whether a module is a product with nothing around it: no adapter, and no hook of accelerate, which fetches the tensors
+    of a module when it is called."""
+    return isinstance(layer, Product) and not hasattr(layer, "_hf_hook")
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

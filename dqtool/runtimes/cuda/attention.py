@@ -47,6 +47,10 @@ class AttentionTables(KeepsDtype):
         self.register_buffer("results", (probs * v).expand(steps, -1).contiguous(), persistent=False)
         self.largest = 2 ** products.operands["probs"].bits - 1
 
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tensors. Where they are offloaded, a hook fetches them for this call."""
+        return self.tables, self.scores, self.results
+
 
 class CudaAttnProcessor(IntegerAttnProcessor):
     """`IntegerAttnProcessor` on a GPU. Without `products` the two attention products stay float."""
@@ -78,5 +82,4 @@ class CudaAttnProcessor(IntegerAttnProcessor):
         if held is None or value.shape[3] != query.shape[3] or query.shape[3] > WIDEST:
             return QuantAttnProcessor.attend(self, attn, query, key, value, mask, scale)
         factor = query.shape[3] ** -0.5 if scale is None else float(scale)
-        rest = (held.tables, held.scores, held.results, self.current_step.rows, factor, held.largest)
-        return ops.attention(query, key, value, mask, *rest)
+        return ops.attention(query, key, value, mask, *held(), self.current_step.rows, factor, held.largest)
