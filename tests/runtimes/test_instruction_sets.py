@@ -14,7 +14,7 @@ from torch import Tensor
 from dqtool.errors import UsageError
 from dqtool.nn.integer import IntegerLayer, accumulate
 from dqtool.runtimes.cpu import library
-from dqtool.runtimes.cpu.codes import GEGLU, GELU, CurrentStep
+from dqtool.runtimes.cpu.codes import GEGLU, GELU, SILU, CurrentStep
 from dqtool.runtimes.cpu.native_product import NativeProduct
 from dqtool.runtimes.cpu.product import Product
 
@@ -203,6 +203,21 @@ def test_probabilities_at_their_largest_do_not_overflow_on_avx2(use: Use, bits: 
         tables.contiguous().data_ptr(), scores.data_ptr(), results.data_ptr(), None, 0, 0, 0, out.data_ptr(),
     )  # fmt: skip
     assert torch.equal(out, softmax_reference(q, k, v, tables, scores, results, None))
+
+
+def test_codes_after_a_group_norm_do_not_depend_on_threads(use: Use) -> None:
+    use("avx2")
+    torch.manual_seed(0)
+    product, norm = NativeProduct(linear_layer(8, 64, 8), CurrentStep()), torch.nn.GroupNorm(8, 64)
+    x, before = torch.randn(1, 64, 90, 90) * 3 + 1, torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(product.group_norm(x, norm, SILU).data)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

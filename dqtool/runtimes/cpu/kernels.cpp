@@ -204,8 +204,8 @@ EXPORT void dq_group_norm_quantize(const float* x, uint8_t* out, i64 N, i64 H, i
                                    const float* extra_scale, const float* extra_shift, int act, const float* m,
                                    int per_channel, float lo, float hi, int zp) {
   i64 pixels = H * W;
-  i64 chunks = std::max<i64>(1, std::min<i64>((pixels + 31) / 32, (2 * omp_get_max_threads() + N - 1) / N));
-  i64 per = (pixels + chunks - 1) / chunks;
+  // Chunks do not depend on the number of threads, so that sums have the same bits with any.
+  i64 per = std::max<i64>(1, (pixels + 16 * 32 - 1) / (16 * 32)) * 32, chunks = std::max<i64>(1, (pixels + per - 1) / per);
   std::vector<double> sums(N * chunks * 2 * C, 0.0);
 #pragma omp parallel for schedule(static) if (N * pixels * C > 16384)
   for (i64 i = 0; i < N * chunks; ++i) {
