@@ -163,7 +163,7 @@ def test_stages_go_on_with_smaller_batches_where_memory_runs_out(
 
     monkeypatch.setattr(UNet2D, "predict", small)
     for arguments in (
-        ("calibrate", "--steps", "4", "--samples", "16", "--scaling", "keep"),
+        ("calibrate", "--steps", "4", "--samples", "32", "--scaling", "keep"),
         ("distill", "--iters", "2", "--refine-iters", "2", "--no-correct-noise"),
         ("export",),
         ("eval", "--samples", "8", "--metrics", "similarity"),
