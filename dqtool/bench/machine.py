@@ -9,7 +9,7 @@ from pathlib import Path
 from dqtool.artifacts.bench_report import MachineRecord
 from dqtool.artifacts.manifest import installed_versions
 
-__all__ = ["FLAGS", "describe_machine", "expectation"]
+__all__ = ["FLAGS", "describe_machine", "expectation", "has_int8_dot_products"]
 
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 """Instruction sets that determine the speed of int8 and bf16 products, under the names that Linux uses."""
@@ -51,6 +51,11 @@ def expectation(flags: list[str] | None) -> str:
         "Neither AMX nor VNNI: an int8 product takes several instructions here and reaches two to four times float32's rate. "
         "Expect steps about three times as fast as float32's at 4 bits and twice at 8; bf16 is no faster than float32."
     )
+
+
+def has_int8_dot_products() -> bool:
+    """Return whether int8 products add up in 32 bits (VNNI, AMX, ARM). AVX2's own saturate in 16 bits."""
+    return bool({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp"} & set(_cpuinfo()[1] or ()))
 
 
 def _cpuinfo() -> tuple[str | None, list[str] | None]:

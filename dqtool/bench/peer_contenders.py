@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqtool.bench.contender import Loaded
 from dqtool.bench.float_contenders import COMPILATIONS, prepare_float
+from dqtool.bench.machine import has_int8_dot_products
 from dqtool.bench.subject import Arguments, Subject
 from dqtool.errors import EnvironmentFault
 
@@ -180,6 +181,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Tensor]:
 def prepare_onnxruntime(subject: Subject) -> None:
     """Export the float network to ONNX and quantize it statically: per channel, ranges by minimum and maximum.
 
+    Weights have 7 bits on processors whose int8 products saturate, as ONNX Runtime's documentation recommends.
+
     Raises:
         EnvironmentFault: onnx or onnxruntime is not installed.
     """
@@ -219,7 +222,7 @@ def prepare_onnxruntime(subject: Subject) -> None:
         )  # fmt: skip
     quantize_static(
         given, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, weight_type=QuantType.QInt8,
-        activation_type=QuantType.QUInt8, use_external_data_format=size > LARGE,
+        activation_type=QuantType.QUInt8, reduce_range=not has_int8_dot_products(), use_external_data_format=size > LARGE,
     )  # fmt: skip
     for left in path.parent.iterdir():
         if not left.name.startswith("model.onnx"):

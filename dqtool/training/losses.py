@@ -32,7 +32,7 @@ class Losses:
 
     def read(self) -> bool:
         """Read what is pending, and return what `add` does. Call it before a checkpoint and after the last iteration."""
-        values = torch.stack(self._pending).tolist() if self._pending else []
+        values = torch.stack(self._pending).cpu().tolist() if self._pending else []
         self._pending.clear()
         before, going = self.recovery.retries, True
         for value in values:

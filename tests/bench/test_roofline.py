@@ -31,12 +31,12 @@ def layer(co: int, ci: int, kernel: int, bits: int) -> IntegerLayer:
 @needs_kernels
 def test_operations_of_the_calls() -> None:
     with counted() as found:
-        conv = NativeProduct(layer(32, 16, 3, 8), CurrentStep())
+        conv = NativeProduct(layer(32, 16, 5, 8), CurrentStep())  # never a Winograd transform
         conv(torch.randn(2, 16, 6, 5))
         first, second = (NativeProduct(layer(co, ci, 0, 4), CurrentStep()) for co, ci in ((64, 32), (8, 64)))
         second.multiply(first.feed(first.quantize(torch.randn(10, 32)), second, GELU))
-    assert found["3x3 convolution"].operations == 2 * 2 * 6 * 5 * 32 * 16 * 9
-    assert found["3x3 convolution"].moved == 2 * 8 * 7 * 16 + 32 * 16 * 9 + 4 * 2 * 6 * 5 * 32
+    assert found["3x3 convolution"].operations == 2 * 2 * 6 * 5 * 32 * 16 * 25
+    assert found["3x3 convolution"].moved == 2 * 10 * 9 * 16 + 32 * 16 * 25 + 4 * 2 * 6 * 5 * 32
     assert found["linear to codes"].operations == 2 * 10 * 32 * 64
     assert found["1x1 convolution and linear"].operations == 2 * 10 * 64 * 8
     assert found["quantizer"].calls == 2 and found["quantizer"].operations == 0
