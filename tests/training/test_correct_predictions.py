@@ -26,6 +26,7 @@ from dqtool.stages.distill import CORRECT_IMAGES, DistillOptions, corrects_predi
 from dqtool.stages.export import ExportOptions, export
 from dqtool.stages.planning.plan import plan_stage
 from dqtool.stages.shared.settings import RunSettings
+from dqtool.training import on_policy
 from dqtool.training.data import DistillationTask
 from dqtool.training.prediction import SEED_OFFSET, correct_predictions, fit_tables
 
@@ -181,7 +182,11 @@ def test_static_quantizers_have_no_steps_to_correct() -> None:
         DistillOptions(static=True, correct_noise=True)
 
 
-def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) -> None:
+def test_low_memory_fetches_the_float_network_again(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two iterations on few images would train the two networks apart.
+    monkeypatch.setattr(on_policy, "images_for", lambda options, _step, _steps: options.images)
     given = {"iters": 1, "refine_iters": 2, "bits": "4/4"}
     found = {}
     for low in (False, True):
@@ -190,7 +195,7 @@ def test_low_memory_fetches_the_float_network_again(made: Path, tmp_path: Path) 
         found[low] = open_artifact(distill(options, RunSettings(quiet=True)))
         assert found[low].manifest.parameters.as_read["correct_images"] == CORRECT_IMAGES
     scales = [found[low].tensors()["prediction.scale"] for low in (False, True)]
-    assert torch.allclose(*scales, atol=0.06)  # trainings in other batches round differently
+    assert torch.allclose(*scales, atol=0.04)  # other batches round differently; without tables the largest is 0.1 off
     assert float((scales[0] - 1).abs().max()) > 1e-3
 
 
