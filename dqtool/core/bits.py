@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dqtool.artifacts.records import LayerRecord
 from dqtool.errors import UsageError
+
+if TYPE_CHECKING:  # `dqtool --help` parses no records.
+    from dqtool.artifacts.records import LayerRecord
 
 __all__ = [
     "FLOAT_BITS",

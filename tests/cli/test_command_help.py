@@ -190,7 +190,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy():
     modules = subprocess.run(
         [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True
     ).stderr.split()
-    assert not {"torch", "diffusers", "numpy", "rich.console", "yaml", "safetensors"} & set(modules)
+    assert not {"torch", "diffusers", "numpy", "rich.console", "yaml", "safetensors", "dqtool.artifacts"} & set(modules)
 
 
 def test_the_package_imports_at_once_and_without_torch():

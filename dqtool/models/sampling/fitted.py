@@ -7,11 +7,13 @@ timesteps, the number of steps, eta, and the weight of classifier-free guidance 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dqtool.artifacts.jsonvalues import Json
-from dqtool.artifacts.records import SamplingRecord
 from dqtool.errors import UsageError
+
+if TYPE_CHECKING:  # `dqtool --help` reads the names of the corrections, and needs no records.
+    from dqtool.artifacts.jsonvalues import Json
+    from dqtool.artifacts.records import SamplingRecord
 
 __all__ = [
     "AUTO",

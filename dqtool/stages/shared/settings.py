@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dqtool.artifacts.jsonvalues import JsonObject
-from dqtool.artifacts.records import InputRecord
 from dqtool.errors import UsageError
 from dqtool.stages.options.declared import GENERAL, RESOURCES, Option
+
+if TYPE_CHECKING:  # `dqtool --help` needs no records, and their classes take 50 ms.
+    from dqtool.artifacts.jsonvalues import JsonObject
+    from dqtool.artifacts.records import InputRecord
 
 __all__ = ["Execution", "GeneralOptions", "RunSettings"]
 
