@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dqtool.distributed import world_size
 
@@ -13,12 +13,22 @@ if TYPE_CHECKING:
 
     from dqtool.artifacts.workspace import Workspace
 
-__all__ = ["CallCheckpoints", "Checkpoints"]
+__all__ = ["CallCheckpoints", "Checkpoints", "PieceStore"]
 
 EVERY = 20.0
 """Seconds between two saves."""
 CALL_BYTES = 1 << 30
 """Most bytes of the outputs that one iteration keeps for this purpose; an iteration that makes more starts again."""
+
+
+class PieceStore(Protocol):
+    """Storage of finished pieces, from which an interrupted run continues, such as a `Workspace`."""
+
+    def load(self, key: str) -> Mapping[str, Tensor] | None:
+        """Return the tensors saved under `key`, or None."""
+
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Save tensors under `key`."""
 
 
 class Checkpoints:
@@ -61,7 +71,7 @@ class CallCheckpoints:
     called is answered from the file, so that it comes to the same bits without the work. Only the iteration at hand is kept.
     """
 
-    def __init__(self, workspace: Workspace, name: str, every: float | None = None) -> None:
+    def __init__(self, workspace: PieceStore, name: str, every: float | None = None) -> None:
         processes = world_size()  # a batch has as many parts
         name = name if processes == 1 else f"{name} by {processes} processes"
         self.workspace, self.key, self.every = workspace, f"calls of {name}", EVERY if every is None else every

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.checkpoints import Checkpoints
 from dqtool.core.affine import fake_quantize, search_weight
+from dqtool.core.device import to_cpu
 from dqtool.nn.assignment import LayerPlan
 from dqtool.nn.branch import LowRankBranch
 from dqtool.nn.layers import FakeQuantLayer
@@ -21,16 +23,25 @@ CANDIDATES = 20
 """Shrink factors tried for the range of a residual: fewer than its quantizer gets, the same in every round."""
 
 
-def attach_low_rank(network: nn.Module, plans: Iterable[LayerPlan]) -> None:
-    """Give the planned layers their branches, in place: their weights become the residuals that are quantized."""
-    for plan in plans:
-        if plan.low_rank:
-            layer = network.get_submodule(plan.info.name)
-            assert isinstance(layer, FakeQuantLayer)
-            factors = split_weight(layer.weight.detach(), layer.dilation, plan.low_rank, layer.bits.weight)
-            layer.low_rank = LowRankBranch(*factors, layer.geometry)
-            with torch.no_grad():
-                layer.weight.sub_(layer.low_rank.weight(layer.dilation))
+def attach_low_rank(network: nn.Module, plans: Iterable[LayerPlan], checkpoints: Checkpoints | None = None) -> None:
+    """Give the planned layers their branches, in place: their weights become the residuals that are quantized.
+
+    Large networks take minutes: `checkpoints` keeps the branches of layers, so that an interrupted run goes on from them.
+    """
+    known = {} if checkpoints is None else checkpoints.found
+    for index, plan in enumerate(plan for plan in plans if plan.low_rank):
+        layer = network.get_submodule(plan.info.name)
+        assert isinstance(layer, FakeQuantLayer)
+        found = known.get(index)
+        if found is None:
+            down, up = split_weight(layer.weight.detach(), layer.dilation, plan.low_rank, layer.bits.weight)
+            if checkpoints is not None:
+                checkpoints.add(index, to_cpu({"down": down, "up": up}))
+        else:
+            down, up = (found[name].to(layer.weight.device) for name in ("down", "up"))
+        layer.low_rank = LowRankBranch(down, up, layer.geometry)
+        with torch.no_grad():
+            layer.weight.sub_(layer.low_rank.weight(layer.dilation))
 
 
 def split_weight(weight: Tensor, dilation: Tensor | None, rank: int, bits: int) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.checkpoints import Checkpoints
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code, search_weight
 from dqtool.core.bits import AttentionBits
+from dqtool.core.device import to_cpu
 from dqtool.core.quantization import SOFTMAX_BITS
 from dqtool.graph.attention import own_processor
 from dqtool.nn.assignment import LayerPlan
@@ -31,6 +33,9 @@ __all__ = ["INPUT", "PRODUCTS", "WEIGHT", "Errors", "Tables", "measure_errors"]
 WEIGHT, INPUT = "weights", "input"
 PRODUCTS = {"q": "q·k", "k": "q·k", "v": "softmax·v", "probs": "softmax·v"}
 """Operands of attention, each with the product that it belongs to."""
+
+GENERATOR = "generator"
+"""Name of the random state after a pass, where passes are kept."""
 
 CANDIDATES = 24
 """Ranges that are tried for a weight row here; the real initialisation tries more."""
@@ -52,6 +57,25 @@ class _Pass:
         """Add to the product of one operand; several layers that read one quantized input add up."""
         key = (layer, operand, bits)
         self.products[key] = self.products.get(key, 0.0) + float(value)
+
+    def tensors(self, widths: Sequence[int]) -> dict[str, Tensor]:
+        """Return the products as tensors `[widths]` by operand and layer; `load` reads them."""
+        pairs = dict.fromkeys((layer, operand) for layer, operand, _bits in self.products)
+        return {
+            f"{operand} of {layer}": torch.tensor(
+                [self.products[layer, operand, bits] for bits in widths], dtype=torch.float64
+            )
+            for layer, operand in pairs
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], widths: Sequence[int]) -> None:
+        """Take the products from `tensors`."""
+        self.products.clear()
+        for name, values in tensors.items():
+            operand, of, layer = name.partition(" of ")
+            if of:
+                for bits, value in zip(widths, values.tolist(), strict=True):
+                    self.products[layer, operand, bits] = value
 
 
 class _Tap(torch.autograd.Function):
@@ -76,35 +100,60 @@ def measure_errors(
     tables: Tables,
     widths: Sequence[int],
     passes: Iterable[tuple[float, Callable[[], Tensor]]],
+    kept: Checkpoints | None = None,
+    grids: Checkpoints | None = None,
 ) -> Errors:
     """Return the error of the samples by layer, operand and bits, for each of `widths`.
 
     `network` is a quantized one of the layers `plans` at integer bits, whose quantizers this function takes out of use: give
     it a network of its own. `passes` yields the weight of a step's error in the sample and what runs the network at that
-    step, on one trajectory point. The softmax output has 8 bits at every width.
+    step, on one trajectory point. The softmax output has 8 bits at every width. `kept` and `grids` keep the products of
+    finished passes and the grids of weights for an interrupted run.
     """
     found = _Pass({})
     weights = _tap(network, plans, tables, widths, found)
-    rounding = {name: _weight_errors(layer, widths) for name, layer in weights.items()}
+    rounding = {
+        name: _weight_errors(layer, widths, index, grids) for index, (name, layer) in enumerate(weights.items())
+    }
     generator = torch.Generator().manual_seed(0)
     squares: dict[tuple[str, str, int], list[float]] = {}
-    for weight, run in passes:
-        found.products.clear()
-        with torch.enable_grad():
-            output = run()
-            signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
-            (output * signs).sum().mul(weight / output.numel() ** 0.5).backward()
-        for name, layer in weights.items():
-            if layer.weight.grad is not None:
-                for bits, error in zip(widths, rounding[name], strict=True):
-                    found.add(name, WEIGHT, bits, torch.sum(layer.weight.grad * error, dtype=torch.float64))
-                layer.weight.grad = None
+    done = {} if kept is None else kept.found
+    for index, (weight, run) in enumerate(passes):
+        if index in done:
+            generator.set_state(done[index][GENERATOR])
+            found.load(done[index], widths)
+        else:
+            _run(weights, rounding, widths, weight, run, generator, found)
+            if kept is not None:
+                kept.add(index, found.tensors(widths) | {GENERATOR: generator.get_state()})
         for key, value in found.products.items():
             squares.setdefault(key, []).append(value**2)
     errors: Errors = {}
     for (name, operand, bits), values in squares.items():
         errors.setdefault((name, operand), {})[bits] = _careful_mean(values)
     return errors
+
+
+def _run(
+    weights: Mapping[str, FakeQuantLayer],
+    rounding: Mapping[str, Sequence[Tensor]],
+    widths: Sequence[int],
+    weight: float,
+    run: Callable[[], Tensor],
+    generator: torch.Generator,
+    found: _Pass,
+) -> None:
+    """Fill `found` with the products of one backward pass through what `run` computes, times the step's `weight`."""
+    found.products.clear()
+    with torch.enable_grad():
+        output = run()
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+        (output * signs).sum().mul(weight / output.numel() ** 0.5).backward()
+    for name, layer in weights.items():
+        if layer.weight.grad is not None:
+            for bits, error in zip(widths, rounding[name], strict=True):
+                found.add(name, WEIGHT, bits, torch.sum(layer.weight.grad * error, dtype=torch.float64))
+            layer.weight.grad = None
 
 
 def _careful_mean(values: Sequence[float]) -> float:
@@ -182,14 +231,22 @@ def _see_product(
         found.add(layer, PRODUCTS[name], bits, torch.vdot(error.flatten(), grad.flatten()))
 
 
-def _weight_errors(layer: FakeQuantLayer, widths: Sequence[int]) -> list[Tensor]:
-    """Return the rounding error of a layer's weights at each width, in bfloat16: estimates need no more."""
+def _weight_errors(layer: FakeQuantLayer, widths: Sequence[int], index: int, grids: Checkpoints | None) -> list[Tensor]:
+    """Return the rounding error of a layer's weights at each width, in bfloat16: estimates need no more.
+
+    `grids` holds the layer's grids as those of iteration `index`, or takes them in.
+    """
     weight = layer.weight.detach()
+    known = None if grids is None else grids.found.get(index)
+    if known is None:
+        found = {bits: search_weight(weight, bits, bits == SYMMETRIC_BITS, CANDIDATES) for bits in widths}
+        known = {f"{bits} {part}": pair[part] for bits, pair in found.items() for part in range(2)}
+        if grids is not None:
+            grids.add(index, to_cpu(known))
+    shape = (-1, *(1,) * (weight.dim() - 1))
     errors = []
     for bits in widths:
-        symmetric = bits == SYMMETRIC_BITS
-        scale, zero_point = search_weight(weight, bits, symmetric, CANDIDATES)
-        shape = (-1, *(1,) * (weight.dim() - 1))
-        rounded = fake_quantize(weight, scale.view(shape), zero_point.view(shape), bits, lowest_code(bits, symmetric))
+        scale, zero_point = (known[f"{bits} {part}"].to(weight.device).view(shape) for part in range(2))
+        rounded = fake_quantize(weight, scale, zero_point, bits, lowest_code(bits, bits == SYMMETRIC_BITS))
         errors.append((rounded - weight).bfloat16())
     return errors

@@ -157,7 +157,6 @@ def produce(
     """
     import torch
 
-    from dqtool.artifacts.checkpoints import Checkpoints
     from dqtool.core.allocator import return_freed_memory
     from dqtool.core.device import device_of, peak_bytes, restart_peak, to_cpu
     from dqtool.core.memory import MemoryMeter, resident
@@ -184,13 +183,12 @@ def produce(
     return_freed_memory()
     level = resident()
     tensors = checked_tensors(calibrated)
-    spec, choice = chosen_bits(calibrated, tensors, options, spec)
+    spec, choice = chosen_bits(calibrated, tensors, options, spec, workspace)
     start = time.perf_counter()
     plans = assign_bits(layer_infos(manifest.layers), spec, dilated=split_dilated(tensors)[1])
     plans = with_branches(plans, options.low_rank)
     require_branches(plans, options.low_rank)
-    grids = Checkpoints(workspace, "weight grids")
-    student = student_of(manifest, tensors, plans, options.static, grids)
+    student = student_of(manifest, tensors, plans, options.static, workspace)
     shifts = learn_scaling(manifest, student)
     report.say(
         f"distill: quantizers of {len(plans)} layers set in {report.format_seconds(time.perf_counter() - start)}"

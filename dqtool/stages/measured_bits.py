@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from dqtool import report
-from dqtool.artifacts import Artifact, Manifest
+from dqtool.artifacts import Artifact, Manifest, Workspace
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.stages.options.distill import AUTO, DistillOptions, corrects_predictions
@@ -51,30 +51,39 @@ def weight_count(manifest: Manifest) -> int:
 
 
 def chosen_bits(
-    calibrated: Artifact, tensors: Mapping[str, Tensor], options: DistillOptions, spec: QuantizationSpec
+    calibrated: Artifact,
+    tensors: Mapping[str, Tensor],
+    options: DistillOptions,
+    spec: QuantizationSpec,
+    workspace: Workspace,
 ) -> tuple[QuantizationSpec, dict[str, Json]]:
-    """Return the bits of every layer, measured where the options ask for it, and what the manifest says of the choice."""
+    """Return the bits of every layer, measured where the options ask for it, and what the manifest says of the choice.
+
+    `workspace` keeps the measurements at hand for an interrupted run.
+    """
     manifest = calibrated.manifest
     if options.bits == AUTO:
-        return _chosen(manifest, tensors, options, spec)
+        return _chosen(manifest, tensors, options, spec, workspace)
     percent = options.protect
-    if looks_first(options, manifest) and _needs_protection(manifest, tensors, spec):
+    if looks_first(options, manifest) and _needs_protection(manifest, tensors, spec, workspace):
         percent = PROTECTED
     if not percent:
         return spec, {}
     from dqtool.stages.precision import measure, protected_bits
 
-    spec, about = protected_bits(measure(manifest, tensors, options.passes), spec, percent / 100)
+    spec, about = protected_bits(measure(manifest, tensors, options.passes, workspace=workspace), spec, percent / 100)
     return spec, {"protected": about}
 
 
-def _needs_protection(manifest: Manifest, tensors: Mapping[str, Any], spec: QuantizationSpec) -> bool:
+def _needs_protection(
+    manifest: Manifest, tensors: Mapping[str, Any], spec: QuantizationSpec, workspace: Workspace
+) -> bool:
     """Return whether these bits are predicted to give samples of less than `ENOUGH` dB."""
     from dqtool.precision.frontier import psnr_of
     from dqtool.stages.precision import measure, uniform_plan
 
     widths = {bits for bits in (spec.bits.weight, spec.bits.input) if bits <= 8}
-    predicted = psnr_of(uniform_plan(measure(manifest, tensors, LOOKS, sorted(widths)), spec).error)
+    predicted = psnr_of(uniform_plan(measure(manifest, tensors, LOOKS, sorted(widths), workspace), spec).error)
     if predicted < ENOUGH:
         report.say(
             f"distill: {spec.bits} is predicted to give {predicted:.1f} dB before training: the costliest operands get more "
@@ -84,7 +93,11 @@ def _needs_protection(manifest: Manifest, tensors: Mapping[str, Any], spec: Quan
 
 
 def _chosen(
-    manifest: Manifest, tensors: Mapping[str, Any], options: DistillOptions, spec: QuantizationSpec
+    manifest: Manifest,
+    tensors: Mapping[str, Any],
+    options: DistillOptions,
+    spec: QuantizationSpec,
+    workspace: Workspace,
 ) -> tuple[QuantizationSpec, dict[str, Any]]:
     """Return the bits that reach the targets of `--bits auto`."""
     from dqtool.nn.assignment import with_branches
@@ -92,7 +105,7 @@ def _chosen(
     from dqtool.stages.planning.packed_size import packed_size, prediction_rows_of, without_folds
     from dqtool.stages.precision import choose_bits, measure
 
-    measured = measure(manifest, tensors, options.passes)
+    measured = measure(manifest, tensors, options.passes, workspace=workspace)
     steps = 1 if options.static else len(tensors["timesteps"])
     rows = prediction_rows_of(manifest) if corrects_predictions(options) else {}
     divided = dilated_layers(manifest)
@@ -103,5 +116,5 @@ def _chosen(
         work = packed_size(manifest, plans, steps, rows)
         return work["bytes"], work["bops"]
 
-    spec, about = choose_bits(measured, options.targets, spec.kept, size)
+    spec, about = choose_bits(measured, options.targets, spec.kept, size, workspace)
     return spec, {"precision": about | {"keep": [str(kept) for kept in spec.kept]}}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dqtool import report
-from dqtool.artifacts import Manifest
+from dqtool.artifacts import CallCheckpoints, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import PlanRecord
 from dqtool.core.bits import LayerBits
@@ -37,7 +38,7 @@ from dqtool.precision.sensitivity import Errors, measure_errors
 from dqtool.precision.step_weights import step_weights
 from dqtool.precision.table import print_frontier
 from dqtool.stages.options.distill import Targets
-from dqtool.stages.shared.artifact_models import split_dilated, student_of, teacher_of
+from dqtool.stages.shared.artifact_models import split_dilated, student_of, student_without_grids, teacher_of
 from dqtool.training.data import Trajectory
 
 __all__ = ["UNIFORM", "MeasuredErrors", "choose_bits", "frontier_rows", "measure", "protected_bits", "uniform_plan"]
@@ -75,9 +76,16 @@ class MeasuredErrors:
 
 
 def measure(
-    manifest: Manifest, tensors: Mapping[str, Tensor], passes: int, widths: Sequence[int] = WIDTHS
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    passes: int,
+    widths: Sequence[int] = WIDTHS,
+    workspace: Workspace | None = None,
 ) -> MeasuredErrors:
-    """Return the error of every operand of a calibrated artifact, by `passes` backward passes; measured once and kept."""
+    """Return the error of every operand of a calibrated artifact, by `passes` backward passes; measured once and kept.
+
+    `workspace` keeps finished passes for an interrupted run.
+    """
     family, config = network_of(manifest.network)
     layers = layer_infos(manifest.layers)
     widths = sorted({*widths, 8})
@@ -87,7 +95,7 @@ def measure(
     trajectory = Trajectory.from_tensors(tensors)
 
     def measured() -> Errors:
-        return _measured_errors(manifest, tensors, sampler, trajectory, passes, widths)
+        return _measured_errors(manifest, tensors, sampler, trajectory, passes, widths, workspace)
 
     if manifest.file is None:
         errors = measured()
@@ -103,15 +111,17 @@ def _measured_errors(
     trajectory: Trajectory,
     passes: int,
     widths: Sequence[int],
+    workspace: Workspace | None,
 ) -> Errors:
     """Return the error of every operand, measured by `passes` backward passes."""
+    name = f"{passes} passes at {','.join(map(str, widths))} bits"
     family, layers = sampler.family, layer_infos(manifest.layers)
     tables, plans = {}, []
     for bits in widths:
         spec = QuantizationSpec(LayerBits(bits, bits), kept=(KeptLayers(".*", LayerBits(bits, bits)),))
         plans = assign_bits(layers, spec, split_dilated(tensors)[1])
         tables[bits] = initial_tables(plans, tensors)
-    network = student_of(manifest, tensors, plans)
+    network = student_without_grids(manifest, tensors, plans)
     weights = step_weights(sampler, trajectory)
     weights *= len(weights) ** 0.5  # the passes average over steps, and the steps' errors add up
     order = points_of_passes(trajectory, passes)
@@ -127,7 +137,8 @@ def _measured_errors(
                 yield float(weights[trajectory.rows[index]]), run
                 progress.advance()
 
-    return measure_errors(network, plans, tables, widths, runs())
+    kept = () if workspace is None else (Checkpoints(workspace, what) for what in (name, f"grids of {name}"))
+    return measure_errors(network, plans, tables, widths, runs(), *kept)
 
 
 def points_of_passes(trajectory: Trajectory, passes: int) -> list[int]:
@@ -176,9 +187,11 @@ def choose_bits(
     targets: Targets,
     own: Sequence[KeptLayers],
     size: Callable[[Sequence[LayerPlan]], tuple[int, int]],
+    workspace: Workspace,
 ) -> tuple[QuantizationSpec, dict[str, Json]]:
     """Return the cheapest plan that reaches the PSNR asked for, or the best within the size and bit operations asked for,
-    and what the manifest says of it. `own` are the user's `--keep` options; `size` counts a plan's bytes and bit operations.
+    and what the manifest says of it. `own` are the user's `--keep` options; `size` counts a plan's bytes and bit operations;
+    `workspace` keeps the plans' samples for an interrupted run.
 
     Raises:
         UsageError: no plan meets the targets.
@@ -200,7 +213,7 @@ def choose_bits(
             where="--target-size, --target-bops",
             fix="Allow more",
         )
-    reference = _Checks(measured)
+    reference = _Checks(measured, workspace)
     found: dict[int, float] = {}
     if targets.psnr is None:
         chosen = _best_of(allowed, specs, reference, found)
@@ -228,7 +241,7 @@ def _best_of(
 ) -> int:
     """Return the plan of greatest measured PSNR among the finest that are allowed."""
     for i in reversed(allowed[-2:]):
-        found[i] = checks.psnr(specs[i])
+        found[i] = checks.psnr(specs[i], f"plan {i}")
     return max(found, key=lambda i: found[i])
 
 
@@ -249,7 +262,7 @@ def _cheapest(
     low, high = -1, len(allowed)
     place = next((k for k, i in enumerate(allowed) if psnr_of(plans[i].error) >= target), high - 1)
     for step in range(CHECKS):
-        found[allowed[place]] = checks.psnr(specs[allowed[place]])
+        found[allowed[place]] = checks.psnr(specs[allowed[place]], f"plan {allowed[place]}")
         if found[allowed[place]] >= target:
             high = place
         else:
@@ -272,8 +285,8 @@ def _cheapest(
 class _Checks:
     """Samples of the full-precision network, and how near those of a plan are."""
 
-    def __init__(self, measured: MeasuredErrors) -> None:
-        self.measured = measured
+    def __init__(self, measured: MeasuredErrors, workspace: Workspace) -> None:
+        self.measured, self.workspace = measured, workspace
         trajectory, guided = measured.trajectory, measured.sampler.guidance > 1
         generator = torch.Generator().manual_seed(SEED_OFFSET)
         subjects = trajectory.draw_subjects(
@@ -282,26 +295,39 @@ class _Checks:
         self.given = trajectory.condition_rows(subjects)
         self.null = trajectory.null_conditions if guided else None
         self.shape = tuple(trajectory.x.shape[1:])
-        self.images = self.sample(teacher_of(measured.manifest, measured.tensors))
+        self.images = self.sample(partial(teacher_of, measured.manifest, measured.tensors), "the model")
         outside = float(self.images.abs().max()) > 1.5  # latents, whose range is their own
         self.range = float(self.images.max() - self.images.min()) if outside else 2.0
 
-    def sample(self, network: torch.nn.Module) -> Tensor:
-        """Return the samples `[N, C, H, W]` of a network."""
-        parts = []
+    def sample(self, make: Callable[[], nn.Module], name: str) -> Tensor:
+        """Return the samples `[N, C, H, W]` of the network of this name that `make` builds."""
+        kept = self.workspace.load(f"samples of {name}")
+        if kept is not None:
+            return kept["samples"]
+        network, parts = make(), []
+        calls = CallCheckpoints(self.workspace, f"samples of {name}")
         for start in range(0, CHECKED_IMAGES, CHECKED_TOGETHER):
             part = range(start, min(start + CHECKED_TOGETHER, CHECKED_IMAGES))
             noise = initial_noise(self.shape, part, SEED_STRIDE + SEED_OFFSET, CALIBRATION)
             seeds = image_seeds(part, SEED_STRIDE + SEED_OFFSET, CALIBRATION)
             given = {name: table[part.start : part.stop] for name, table in self.given.items()}
-            parts.append(self.measured.sampler.run(network, noise, given, seeds, None, self.null))
-        return torch.cat(parts)
+            parts.append(self.measured.sampler.run(network, noise, given, seeds, None, self.null, calls))
+        samples = torch.cat(parts)
+        self.workspace.save(f"samples of {name}", {"samples": samples})
+        return samples
 
-    def psnr(self, spec: QuantizationSpec) -> float:
+    def psnr(self, spec: QuantizationSpec, name: str) -> float:
         """Return the mean PSNR of the samples of the network with these bits, quantized without training."""
         measured = self.measured
-        network = student_of(measured.manifest, measured.tensors, measured.plans(spec))
-        found = float(psnr(self.sample(network), self.images, self.range).mean())
+        make = partial(
+            student_of,
+            measured.manifest,
+            measured.tensors,
+            measured.plans(spec),
+            workspace=self.workspace,
+            name=name,
+        )
+        found = float(psnr(self.sample(make, name), self.images, self.range).mean())
         report.say(f"distill: a plan measures {found:.1f} dB")
         return found
 

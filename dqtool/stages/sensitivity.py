@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dqtool import report
-from dqtool.artifacts import Artifact, read_manifest
+from dqtool.artifacts import Artifact, Workspace, read_manifest
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import OperandRecord, SensitivityRecord
 from dqtool.stages.options.sensitivity import SensitivityOptions
@@ -42,7 +42,7 @@ def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
         parameters,
         inputs,
         settings,
-        lambda _key: produce(calibrated, options),
+        lambda key: produce(calibrated, options, Workspace(options.output, key, forced=settings.force)),
         kind="report",
         reads=read_paths(options),
     )
@@ -53,8 +53,8 @@ def sensitivity(options: SensitivityOptions, settings: RunSettings) -> str:
     return options.output
 
 
-def produce(calibrated: Artifact, options: SensitivityOptions) -> StageOutput:
-    """Measure every operand and every plan."""
+def produce(calibrated: Artifact, options: SensitivityOptions, workspace: Workspace) -> StageOutput:
+    """Measure every operand and every plan. `workspace` keeps what is measured for an interrupted run."""
     from dqtool.core.quantization import QuantizationSpec
     from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.precision.frontier import find_frontier, psnr_of
@@ -63,7 +63,7 @@ def produce(calibrated: Artifact, options: SensitivityOptions) -> StageOutput:
 
     manifest, bits = calibrated.manifest, options.layer_bits
     widths = sorted({*WIDTHS, *(b for b in (bits.weight, bits.input) if b <= 8)})
-    measured = measure(manifest, checked_tensors(calibrated), options.passes, widths)
+    measured = measure(manifest, checked_tensors(calibrated), options.passes, widths, workspace)
     plan = uniform_plan(measured, QuantizationSpec.parse(options.bits))
     operands: list[OperandRecord] = []
     for (layer, operand), errors in measured.errors.items():

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.checkpoints import PieceStore
 from dqtool.graph.network import NetworkGraph
 from dqtool.graph.roles import Roles
 from dqtool.graph.trace import Trace
@@ -19,7 +20,7 @@ from dqtool.nn.surgery import steps_of
 from dqtool.scaling.folding import Fold
 from dqtool.scaling.learning import merge_learned
 
-__all__ = ["Bars", "BlockStore", "DistillationTask", "Reporter", "Trajectory"]
+__all__ = ["Bars", "DistillationTask", "Reporter", "Trajectory"]
 
 
 @dataclass
@@ -112,16 +113,6 @@ class Trajectory:
         return replace(self, x=self.x[chosen], rows=self.rows[chosen], subjects=subjects)
 
 
-class BlockStore(Protocol):
-    """Storage of finished blocks, from which an interrupted run continues."""
-
-    def load(self, key: str) -> Mapping[str, Tensor] | None:
-        """Return the tensors saved under `key`, or None."""
-
-    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Save tensors under `key`."""
-
-
 class Reporter(Protocol):
     """Receiver of training progress (`dqtool.report.Progress`, for instance)."""
 
@@ -134,6 +125,10 @@ class Reporter(Protocol):
 
 Bars = Callable[[str, int], AbstractContextManager[Reporter]]
 """Function (label, number of iterations) that opens a progress bar."""
+
+SAMPLED_TOGETHER = 16
+"""Inputs that a network gets at once where it samples without limited memory. More are not faster, and at the size of Stable
+Diffusion one call would take minutes on a CPU, which is what an interrupt can cost."""
 
 
 @dataclass
@@ -158,7 +153,7 @@ class DistillationTask:
     trajectory: Trajectory
     sampler: Sampler
     seed: int
-    store: BlockStore
+    store: PieceStore
     graph: NetworkGraph
     only: list[str] | None = None
     shifts: Mapping[str, Fold] = field(default_factory=dict)
@@ -173,6 +168,11 @@ class DistillationTask:
     def low_memory(self) -> bool:
         """True if memory is limited, so that tensors without an immediate use should be released."""
         return self.network_batch is not None
+
+    @property
+    def sampler_in_parts(self) -> Sampler:
+        """Sampler that gives a network as many inputs at once as memory allows."""
+        return replace(self.sampler, together=self.network_batch or SAMPLED_TOGETHER)
 
     def drop_teacher(self) -> None:
         """Free the weights of the float network, which must not be used afterwards."""

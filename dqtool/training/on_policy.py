@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dqtool.artifacts.checkpoints import CallCheckpoints
 from dqtool.core.allocator import return_freed_memory
-from dqtool.distributed import by_rows
 from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.steps import look_up
@@ -35,7 +35,7 @@ from dqtool.training.recovery import Recovery, StoredStates
 from dqtool.training.sharing import add_gradients
 from dqtool.training.tensor_store import TensorStore
 
-__all__ = ["Refinement", "centre_weights", "refine", "student_trajectory"]
+__all__ = ["Refinement", "centre_weights", "kept_trajectory", "refine", "student_trajectory"]
 
 ITERATIONS_A_TRIM = 10
 """Iterations between two returns of freed memory to the system in low-memory mode. A return costs up to a tenth of an
@@ -79,14 +79,13 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
     kept = task.store.load("refine")
     if kept is not None:
         done = len(kept["losses"])
-        points = task.store.load(f"refine {(done - 1) // options.refresh * options.refresh}")
-        if points is not None:
+        found = _loaded(task, f"refine {(done - 1) // options.refresh * options.refresh}")
+        if found is not None:
+            own, targets = found
             generator.set_state(kept["generator"])
             losses = kept["losses"].tolist()
             optimizer.load(kept)
             progress.skip(done)
-            own = replace(task.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
-            targets = points["targets"]
     states = StoredStates(task.store, "refine", optimizer)
     if not losses:
         states.begin()
@@ -94,15 +93,13 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
     for step in range(len(losses), options.iters):
         if own is None or step % options.refresh == 0:
             begin = time.perf_counter()
-            own, targets = student_trajectory(task, images_for(options, step, len(task.trajectory.timesteps)), step)
+            images = images_for(options, step, len(task.trajectory.timesteps))
+            own, targets = kept_trajectory(task, images, step, f"refine {step}")
             if task.low_memory:
                 store = TensorStore(0)
                 own, targets = replace(own, x=store.keep(own.x)), store.keep(targets)
                 if step + options.refresh >= options.iters:
                     task.drop_teacher()
-            points = {"x": own.x, "rows": own.rows, "targets": targets}
-            subjects = {} if own.subjects is None else {"subjects": own.subjects}
-            task.store.save(f"refine {step}", points | subjects)
             return_freed_memory()
             sampling_seconds += time.perf_counter() - begin
         chosen = torch.randint(len(own), (options.batch_size,), generator=generator)
@@ -161,54 +158,56 @@ def images_for(options: OnPolicyOptions, step: int, steps: int) -> int:
     return min(options.images, math.ceil(drawn / steps))
 
 
+def kept_trajectory(task: DistillationTask, images: int, salt: int, key: str) -> tuple[Trajectory, Tensor]:
+    """Return `student_trajectory`, which the store keeps under `key`."""
+    found = _loaded(task, key)
+    if found is None:
+        own, targets = found = student_trajectory(task, images, salt)
+        subjects = {} if own.subjects is None else {"subjects": own.subjects}
+        task.store.save(key, {"x": own.x, "rows": own.rows, "targets": targets} | subjects)
+    return found
+
+
+def _loaded(task: DistillationTask, key: str) -> tuple[Trajectory, Tensor] | None:
+    """Return the student's trajectory and the teacher's predictions that the store holds under `key`."""
+    points = task.store.load(key)
+    if points is None:
+        return None
+    own = replace(task.trajectory, x=points["x"], rows=points["rows"], subjects=points.get("subjects"))
+    return own, points["targets"]
+
+
 def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[Trajectory, Tensor]:
     """Return the points that the student visits when it samples `images` images, and the teacher's predictions there.
 
     With guidance half as many images are sampled, since each step evaluates the network twice. Conditions are drawn
-    from those of the calibration set. The number of images sampled together (`task.network_batch`) changes neither the
-    points nor their order. `salt` selects the noise.
+    from those of the calibration set. `salt` selects the noise. The predictions of both networks are kept from time to time
+    for an interrupted run.
+
+    The points `[N]` are ordered by step, then by condition (null first), then by image.
     """
-    trajectory = task.trajectory
+    sampler, trajectory = task.sampler_in_parts, task.trajectory
     seed = task.seed * 7919 + salt + 1_000_000
-    guided = task.sampler.guidance > 1 and trajectory.null_conditions is not None
-    halves = task.sampler.inputs_per_image(guided)
-    images, together = -(-images // halves), max(1, (task.network_batch or 2 * images) // halves)
+    guided = sampler.guidance > 1 and trajectory.null_conditions is not None
+    images = -(-images // sampler.inputs_per_image(guided))
     subjects = trajectory.draw_subjects(images, torch.Generator().manual_seed(seed), guided)
-    parts = [
-        _visited(task, subjects[start : start + together], start, seed, guided) for start in range(0, images, together)
-    ]
-    x, answers, rows, asked = (
-        torch.cat([each.unflatten(1, (halves, -1)) for each in kind], 2).flatten(0, 2)
-        for kind in zip(*parts, strict=True)
-    )
-    return Trajectory(x, rows, trajectory.timesteps, trajectory.conditions, asked), answers
-
-
-def _visited(
-    task: DistillationTask, subjects: Tensor, first: int, seed: int, guided: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample one image for each of `subjects`, the first of which has index `first`, and record every call of the
-    network.
-
-    Returns the network's inputs, the teacher's predictions, and the rows of the step tables and of the conditions, each
-    `[calls, inputs, ...]`.
-    """
-    trajectory = task.trajectory
-    images = range(first, first + len(subjects))
     given = trajectory.condition_rows(subjects)
     if guided:
-        null_subjects = [torch.full_like(subjects, trajectory.null_subject)] * (task.sampler.inputs_per_image() - 1)
+        null_subjects = [torch.full_like(subjects, trajectory.null_subject)] * (sampler.inputs_per_image() - 1)
         subjects = torch.cat([*null_subjects, subjects])
     everything = trajectory.condition_rows(subjects)
+    calls = CallCheckpoints(task.store, "the student's trajectory")
+    calls.begin(salt)
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-        answer = by_rows(partial(task.family.predict, task.teacher), x, timestep, everything, rows=len(x))
+        answer = sampler.predict(task.teacher, x, timestep, everything, calls)
         row, _ = look_up(timestep.reshape(1).cpu(), trajectory.timesteps)
         seen.append((x.clone(), answer, row.expand(len(x)), subjects))
 
-    noise = initial_noise(tuple(trajectory.x.shape[1:]), images, seed, CALIBRATION)
+    noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
     null = trajectory.null_conditions if guided else None
-    task.sampler.run(task.student, noise, given, image_seeds(images, seed, CALIBRATION), see, null)
-    x, answers, rows, asked = (torch.stack(each) for each in zip(*seen, strict=True))
-    return x, answers, rows, asked
+    seeds = image_seeds(range(images), seed, CALIBRATION)
+    sampler.run(task.student, noise, given, seeds, see, null, calls)
+    x, answers, rows, asked = (torch.cat(each) for each in zip(*seen, strict=True))
+    return Trajectory(x, rows, trajectory.timesteps, trajectory.conditions, asked), answers

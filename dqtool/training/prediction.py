@@ -8,18 +8,16 @@ most of all; more training on the same error does not change that.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dqtool.artifacts.checkpoints import CallCheckpoints
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.core.detail import detail
-from dqtool.models.families import Family
 from dqtool.models.sampling.noise_correction import LEAST_FACTOR, StepNoise, fit_noise
 from dqtool.models.sampling.noise_fit import NoiseFit
 from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
@@ -128,8 +126,7 @@ def correct_predictions(
     and `prediction_bias`, the root mean square of the biases; for images also `prediction_detail`, the mean factor of
     detail.
     """
-    family = task.family if task.network_batch is None else in_parts(task.family, task.network_batch)
-    sampler, trajectory = task.sampler, task.trajectory
+    sampler, trajectory = task.sampler_in_parts, task.trajectory
     guided = sampler.guidance > 1 and trajectory.null_conditions is not None
     images = -(-images // sampler.inputs_per_image(guided))
     seed = task.seed * SEED_STRIDE + SEED_OFFSET
@@ -138,9 +135,9 @@ def correct_predictions(
     null = trajectory.null_conditions if guided else None
     noise = initial_noise(tuple(trajectory.x.shape[1:]), range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)
-    names = tuple(row_shapes(family.prediction_row(config)))
+    names = tuple(row_shapes(task.family.prediction_row(config)))
     fit = NoiseFit.while_sampling(
-        replace(sampler, family=family),
+        sampler,
         task.student,
         task.teacher,
         noise,
@@ -149,11 +146,12 @@ def correct_predictions(
         null,
         progress.advance,
         partial(fit_step, of_images="detail" in names),
+        CallCheckpoints(task.store, "the correction"),
     )
     steps_of(task.student).select(torch.zeros(1, dtype=torch.long))
     found = [fit.steps[min(fit.steps, key=lambda t: abs(t - asked_at))] for asked_at in trajectory.timesteps.tolist()]
     rows = {name: torch.stack([step.rows[name].cpu() for step in found]) for name in names}  # type: ignore[attr-defined]
-    tables = {name: family.per_channel(row, float(name == "scale"), config) for name, row in rows.items()}
+    tables = {name: task.family.per_channel(row, float(name == "scale"), config) for name, row in rows.items()}
     attach_prediction(task.student, tables)
     metrics: dict[str, Json] = {
         "prediction_slope": sum(step.slope for step in found) / len(found),
@@ -162,18 +160,3 @@ def correct_predictions(
     if "detail" in rows:
         metrics["prediction_detail"] = float(rows["detail"].mean())
     return metrics
-
-
-def in_parts(family: Family, size: int) -> Family:
-    """Return a copy of the family that predicts `size` samples at a time."""
-    parts = copy.copy(family)
-
-    def predict(model: nn.Module, x: Tensor, timestep: Tensor, conditions: Any) -> Tensor:
-        pieces = [
-            family.predict(model, x[i : i + size], timestep, {k: v[i : i + size] for k, v in conditions.items()})
-            for i in range(0, len(x), size)
-        ]
-        return torch.cat(pieces)
-
-    parts.predict = predict  # type: ignore[method-assign]
-    return parts

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dqtool import report
+from dqtool.artifacts.checkpoints import PieceStore
 from dqtool.errors import NumericError
-from dqtool.training.data import BlockStore
 from dqtool.training.optimizer import QuantAdam
 
 __all__ = ["WINDOW", "BlockStates", "Recovery", "States", "StoredStates"]
@@ -160,7 +160,7 @@ class StoredStates(States):
     The checkpoint is stored under `key`. The network's values are therefore not in memory twice.
     """
 
-    def __init__(self, store: BlockStore, key: str, optimizer: QuantAdam) -> None:
+    def __init__(self, store: PieceStore, key: str, optimizer: QuantAdam) -> None:
         self.store, self.key, self.optimizer = store, key, optimizer
         super().__init__(self._checkpoint, self._before)
 

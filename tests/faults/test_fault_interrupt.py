@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Run
 from helpers import listing
-from torch import Tensor
 
 from dqtool.models.families.unet2d import UNet2D
-from dqtool.nn import surgery
 from dqtool.training import block_loop
 
 ARGUMENTS = ("distill", "--iters", "12", "--refine-iters", "2", "--seed", "5")
@@ -69,27 +68,70 @@ def test_distill_goes_on_from_the_finished_blocks_to_the_same_bits(
     assert not index.parent.exists()
 
 
-def test_distill_goes_on_from_the_grids_it_had_found(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("distill", "--iters", "0", "--refine-iters", "0", "--no-correct-noise")
-    assert run(*arguments, "-o", "whole.safetensors", cwd=chain).returncode == 0
-    monkeypatch.setattr("dqtool.artifacts.checkpoints.EVERY", 0.0)
-    search, left, searched = surgery.search_weight, [5], []
+UNTRAINED = ("--iters", "0", "--refine-iters", "0", "--no-correct-noise")
 
-    def counted(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-        if len(searched) == left[0]:
+PHASES = {
+    "grids of weights": (("distill", *UNTRAINED), "dqtool.nn.surgery.search_weight"),
+    "low-rank branches": (("distill", *UNTRAINED, "--low-rank", "2"), "dqtool.nn.low_rank.split_weight"),
+    "errors of operands": (
+        ("distill", *UNTRAINED, "--protect", "30", "--passes", "8"),
+        "dqtool.precision.sensitivity._run",
+    ),
+    "grids of operands": (
+        ("distill", *UNTRAINED, "--protect", "30", "--passes", "8"),
+        "dqtool.precision.sensitivity.search_weight",
+    ),
+    "a sensitivity report": (
+        ("sensitivity", "calibrated.safetensors", "--passes", "8"),
+        "dqtool.precision.sensitivity._run",
+    ),
+    "samples of plans": (
+        ("distill", *UNTRAINED, "--bits", "auto", "--target-size", "100", "--passes", "4"),
+        "dqtool.models.sampling.sampler.by_rows",
+    ),
+    "own trajectory": (
+        ("distill", "--iters", "0", "--refine-iters", "2", "--no-correct-noise"),
+        "dqtool.models.sampling.sampler.by_rows",
+    ),
+    "correction": (
+        ("distill", "--iters", "0", "--refine-iters", "0", "--correct-noise"),
+        "dqtool.models.sampling.sampler.by_rows",
+    ),
+}
+"""Commands, and the function whose calls are their work, by the part that is interrupted."""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_finished_call_is_made_again(
+    phase: str, run: Run, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, target = PHASES[phase]
+    suffix = ".json" if arguments[0] == "sensitivity" else ""
+    module, _, name = target.rpartition(".")
+    original, made, limit = getattr(import_module(module), name), [0], [-1]
+
+    def counted(*given: Any, **options: Any) -> Any:
+        if made[0] == limit[0]:
             raise KeyboardInterrupt
-        searched.append(weight.shape)
-        return search(weight, bits, symmetric)
+        made[0] += 1
+        return original(*given, **options)
 
-    monkeypatch.setattr(surgery, "search_weight", counted)
-    assert run(*arguments, "-o", "parted.safetensors", cwd=chain).returncode == 130
-    assert len(searched) == 5
-    left[0] = -1
-    assert run(*arguments, "-o", "parted.safetensors", cwd=chain).returncode == 0
-    in_two_runs = len(searched)
-    assert run(*arguments, "-o", "other.safetensors", cwd=chain).returncode == 0
-    assert len(searched) == 2 * in_two_runs  # no layer was searched twice
-    assert (chain / "parted.safetensors").read_bytes() == (chain / "whole.safetensors").read_bytes()
+    monkeypatch.setattr(target, counted)
+    monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path / "one"))
+    result = run(*arguments, "-o", f"whole{suffix}", cwd=chain)
+    assert result.returncode == 0, result.stderr
+    stop = 30 if phase == "samples of plans" else 6  # the weights of steps run the sampler, too
+    whole, made[0], limit[0] = made[0], 0, stop
+    assert whole > stop
+    monkeypatch.setattr("dqtool.artifacts.checkpoints.EVERY", 0.0)
+    monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path / "two"))
+    assert run(*arguments, "-o", f"parted{suffix}", cwd=chain).returncode == 130
+    assert made[0] == stop
+    limit[0] = -1
+    assert run(*arguments, "-o", f"parted{suffix}", cwd=chain).returncode == 0
+    assert made[0] == whole
+    if not suffix:  # a report holds times
+        assert (chain / "parted").read_bytes() == (chain / "whole").read_bytes()
 
 
 def test_an_interrupt_anywhere_is_one_line(run: Run, chain: Path, monkeypatch: pytest.MonkeyPatch):

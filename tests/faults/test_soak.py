@@ -32,5 +32,5 @@ def test_killed_stages_go_on_within_a_batch_and_a_block(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stdout + found.stderr
     rows = json.loads((tmp_path / "large.json").read_text())["stages"]
-    assert list(rows) == ["calibrate", "distill", "eval"]
+    assert list(rows) == ["calibrate", "distill", "second pass", "branches", "eval"]
     assert sum(row["kills"] for row in rows.values()) > 0

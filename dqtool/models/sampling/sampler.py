@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from dqtool.artifacts.checkpoints import CallCheckpoints
 from dqtool.artifacts.jsonvalues import ForeignConfig
 from dqtool.artifacts.records import SamplingRecord
 from dqtool.core.device import to_device_of
-from dqtool.distributed import by_rows
+from dqtool.distributed import by_rows, world_size
 from dqtool.errors import UsageError
 from dqtool.models.conditions.conditioning import IMAGE_CONDITION
 from dqtool.models.config_schema import built
@@ -48,16 +49,6 @@ CALIBRATION, IMAGES = "calibration", "images"
 """Uses of noise. `image_seeds` separates them, so that evaluated images never share noise with calibration samples."""
 
 
-class Calls(Protocol):
-    """Store for the network's outputs in an unfinished batch, such as `dqtool.artifacts.CallCheckpoints`."""
-
-    def begin(self, iteration: int) -> None:
-        """Begin the batch that starts with image `iteration`."""
-
-    def output(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the output of the batch's next call."""
-
-
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 """Function that is called with (model input, timestep, prediction) at every step."""
 
@@ -69,7 +60,8 @@ class Sampler:
     `image_guidance` is the second weight of networks that edit images: each step then runs the network without text and
     image, without text, and with both (InstructPix2Pix). `tokens` is the number of image tokens of a sample, by which some flow schedules are shifted. `correction` removes the
     quantization error from predictions. `time` converts timesteps for the network (None: as the family does). `listed`
-    holds the timesteps where the scheduler does not space them itself.
+    holds the timesteps where the scheduler does not space them itself. `together` is the number of inputs that a process
+    gives the network at once (None: all).
 
     Raises:
         UsageError: there are more steps than the schedule was trained with, or eta or guidance is not finite.
@@ -86,6 +78,7 @@ class Sampler:
     time: NetworkTime | None = None
     listed: Sequence[float] | None = None
     image_guidance: float | None = None
+    together: int | None = None
 
     @classmethod
     def calibrated(
@@ -161,7 +154,7 @@ class Sampler:
         seeds: list[int] | None = None,
         observer: Observer | None = None,
         null: Mapping[str, Tensor] | None = None,
-        calls: Calls | None = None,
+        calls: CallCheckpoints | None = None,
         start: Tensor | None = None,
         skipped: int = 0,
     ) -> Tensor:
@@ -202,9 +195,7 @@ class Sampler:
                 images = [torch.zeros_like(behind)] * (copies - 2) + [behind] * min(copies, 2)
                 x_in = torch.cat([x_in, torch.cat(images)], 1)
             given = self._given(timestep)
-            network = partial(self.family.predict, model)
-            predict = partial(by_rows, network, x_in, given, conditions, rows=len(x_in))
-            prediction = predict() if calls is None else to_device_of(model, calls.output(predict))
+            prediction = self.predict(model, x_in, given, conditions, calls)
             if observer is not None:
                 observer(x_in, given, prediction)
             if guided:
@@ -216,6 +207,29 @@ class Sampler:
             else:
                 x = scheduler.step(self._signed(prediction), timestep, x, **extra).prev_sample
         return x
+
+    def predict(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        timestep: Tensor,
+        conditions: Mapping[str, Tensor],
+        calls: CallCheckpoints | None = None,
+    ) -> Tensor:
+        """Return the network's prediction for the inputs `x` `[N, C, H, W]` at one timestep, with `conditions` `[N, ...]` each.
+
+        `calls` answers what the network answered in an interrupted run. Where several processes share a command, each of them
+        runs the network on its part of the inputs.
+        """
+        network = partial(self.family.predict, model)
+        size = len(x) if self.together is None else self.together * world_size()
+        parts = []
+        for start in range(0, len(x), size):
+            rows = slice(start, min(start + size, len(x)))
+            given = {name: values[rows] for name, values in conditions.items()}
+            call = partial(by_rows, network, x[rows], timestep, given, rows=rows.stop - rows.start)
+            parts.append(call() if calls is None else to_device_of(model, calls.output(call)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _signed(self, prediction: Tensor) -> Tensor:
         """Return the network's prediction with the sign that the scheduler expects."""
@@ -284,7 +298,7 @@ class Sampler:
         use: str = IMAGES,
         null: Mapping[str, Tensor] | None = None,
         first: int = 0,
-        calls: Calls | None = None,
+        calls: CallCheckpoints | None = None,
     ) -> Iterator[Tensor]:
         """Yield samples `[n, *shape]` in batches, from image `first` up to image `samples`.
 

@@ -50,13 +50,10 @@ def fit_correction(
     from dqtool.models.sampling.noise_correction import NoiseCorrection
     from dqtool.models.sampling.noise_fit import NoiseFit
     from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
-    from dqtool.training.prediction import in_parts
 
     sampler, conditions = maker.sampler, maker.conditions
     if batch_size < images:
-        sampler = replace(
-            sampler, family=in_parts(sampler.family, batch_size * sampler.inputs_per_image(conditions.guided))
-        )
+        sampler = replace(sampler, together=batch_size * sampler.inputs_per_image(conditions.guided))
     given = conditions.evenly(images).given(0, images)
     noise = initial_noise(maker.shape, range(images), seed, CALIBRATION)
     seeds = image_seeds(range(images), seed, CALIBRATION)

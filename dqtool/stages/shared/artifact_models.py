@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from dqtool.artifacts import Artifact, Manifest
-from dqtool.artifacts.checkpoints import Checkpoints
+from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.records import PipelineRecord, SamplingRecord
 from dqtool.core.device import place
 from dqtool.graph.trace import BlockInfo, Trace
@@ -31,6 +30,7 @@ __all__ = [
     "sampler_of",
     "split_dilated",
     "student_of",
+    "student_without_grids",
     "teacher_of",
     "trace_of",
 ]
@@ -72,12 +72,27 @@ def student_of(
     tensors: Mapping[str, Tensor],
     plans: Sequence[LayerPlan],
     static: bool = False,
-    checkpoints: Checkpoints | None = None,
+    workspace: Workspace | None = None,
+    name: str = "the student",
 ) -> nn.Module:
     """Build the trainable quantized network of a calibrated artifact, its quantizers initialised (plain PTQ).
 
-    `static` gives all steps one activation quantizer. `checkpoints` keeps the weights' grids for an interrupted run.
+    `static` gives all steps one activation quantizer. `workspace` keeps the weights' grids and branches for an interrupted
+    run, under the network's `name`.
     """
+    network = student_without_grids(manifest, tensors, plans, static)
+    branches, grids = (
+        None if workspace is None else Checkpoints(workspace, f"{what} of {name}") for what in ("branches", "grids")
+    )
+    attach_low_rank(network, plans, branches)
+    initialise_weights(network, grids)
+    return network
+
+
+def student_without_grids(
+    manifest: Manifest, tensors: Mapping[str, Tensor], plans: Sequence[LayerPlan], static: bool = False
+) -> nn.Module:
+    """Build the network of `student_of` without what takes long: branches, and grids of the weights."""
     state, dilation = split_dilated(tensors)
     # The layers that are quantized below copy their weights; what stays as it is may be views of the artifact's file.
     copied = {f"{info.name}.{leaf}" for info in layer_infos(manifest.layers) for leaf in ("weight", "bias")}
@@ -88,8 +103,6 @@ def student_of(
     timesteps = tensors["timesteps"][:1] if static else tensors["timesteps"]
     insert_fake(network, plans, timesteps, dilation).static = static
     assign_tables(network, plans, initial_tables(plans, tensors, static))
-    attach_low_rank(network, plans)
-    initialise_weights(network, checkpoints)
     return network
 
 

@@ -43,7 +43,7 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
 
     from dqtool.training.bkd import BkdLearner
     from dqtool.training.block_loop import train_blocks
-    from dqtool.training.on_policy import centre_weights, student_trajectory
+    from dqtool.training.on_policy import centre_weights, kept_trajectory
 
     task = replace(task, replay_batch=options.replay_batch, network_batch=task.network_batch or options.replay_batch)
     count = len(task.trace.blocks if task.only is None else task.only)
@@ -58,7 +58,7 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
     task.merge_scaling()
     if options.refine_iters:
         centre_weights(task.student)
-        own, _ = student_trajectory(task, options.refine_images, 0)
+        own, _ = kept_trajectory(task, options.refine_images, 0, "own points")
         there = replace(task, trajectory=own)
 
         def second(block: nn.Module) -> BkdLearner:
