@@ -11,7 +11,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling soak-processes
+.PHONY: setup demo test test-all fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling soak-processes
 
 setup: $(VENV)/.done
 
@@ -34,8 +34,12 @@ $(RECIPES): setup
 $(RECIPES:=-ptq): setup
 	$(BIN)/dqtool run recipes/$(@:-ptq=).yaml -o results/$@ --set dilate.scaling=none --set calibrate.scaling=keep --set distill.static=true --set distill.iters=0
 
+# Tests in at most ten minutes of two cores. `make test-all` runs those of tests/slow.txt too.
 test: setup
 	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest --slow
 
 # Opens a page of `dqtool report` in headless Chromium, wide, narrow and dark, and fails on any error in the console. A short
 # PTQ chain provides all sections; the committed results lack some, because their artifacts are not in the repository.

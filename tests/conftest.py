@@ -33,6 +33,31 @@ CHAIN = (
 """The five stages on the tiny model, with their default file names."""
 
 
+SLOW = Path(__file__).with_name("slow.txt")
+"""Names of the tests that run with `--slow` alone, or where files are named."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help=f"run the tests of {SLOW.name} too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run every test of the files that the command line names."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS and not hasattr(config, "workerinput"):
+        config.option.slow = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the slow tests out; refuse names of tests that are gone."""
+    if config.getoption("--slow"):
+        return
+    slow = {line for line in SLOW.read_text().splitlines() if line and not line.startswith("#")}
+    if gone := slow - {item.nodeid for item in items}:
+        raise pytest.UsageError(f"{SLOW} names tests that are gone: {', '.join(sorted(gone))}")
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in slow])
+    items[:] = [item for item in items if item.nodeid not in slow]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = tmp_path_factory.mktemp("cache")
