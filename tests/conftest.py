@@ -42,14 +42,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Run every test of the files that the command line names."""
-    if config.args_source is pytest.Config.ArgsSource.ARGS and not hasattr(config, "workerinput"):
-        config.option.slow = True
+    """Tell the workers, which inherit the environment, to run every test of the files that the command line names."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS and not hasattr(config, "workerinput")
+    if named or config.getoption("--slow"):
+        os.environ["RUN_SLOW_TESTS"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the slow tests out; refuse names of tests that are gone."""
-    if config.getoption("--slow"):
+    if os.environ.get("RUN_SLOW_TESTS"):
         return
     slow = {line for line in SLOW.read_text().splitlines() if line and not line.startswith("#")}
     if gone := slow - {item.nodeid for item in items}:
