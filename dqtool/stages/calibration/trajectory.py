@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +107,9 @@ class TrajectoryRecorder:
         together, sampled = batch_size * world_size(), 0
         finished = sum(_images_in(found) for found in kept.found.values())
         batches = len(kept.found) + -(-(images - finished) // together)
-        with report.progress("calibrate: trajectory", batches * steps) as progress:
+        begun = self._parts_from_images(images)
+        total = batches * steps + sum(steps - skipped for _part, skipped in begun)
+        with report.progress("calibrate: trajectory", total) as progress:
             seen: list[tuple[int, Tensor]] = []
 
             def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
@@ -123,29 +126,24 @@ class TrajectoryRecorder:
                     count = len(x)
                 sampled += count
 
-            for found in kept.found.values():
-                pool([(int(name.split()[1]), x) for name, x in sorted(found.items())])
-                progress.skip(steps)
-            calls = CallCheckpoints(workspace, kept.name)
-            running = self._batches(images, together, conditions, see, sampled, calls)
-            for index, batch in enumerate(running, len(kept.found)):
-                pool(seen)
-                kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
-                seen.clear()
-                if not bool(torch.isfinite(batch).all()):
-                    raise NumericError(
-                        "The full-precision model's own samples are not finite",
-                        where="calibrate",
-                        fix="Check the model's scheduler config and the sampler",
-                    )
+            def take(kept: Checkpoints, run: Callable[[CallCheckpoints], Iterator[Tensor]]) -> None:
+                for found in kept.found.values():
+                    pool([(int(name.split()[1]), x) for name, x in sorted(found.items())])
+                    progress.skip(len(found))
+                for index, batch in enumerate(run(CallCheckpoints(workspace, kept.name)), len(kept.found)):
+                    pool(seen)
+                    kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
+                    seen.clear()
+                    if not bool(torch.isfinite(batch).all()):
+                        raise NumericError(
+                            "The full-precision model's own samples are not finite",
+                            where="calibrate",
+                            fix="Check the model's scheduler config and the sampler",
+                        )
 
-        begun = images
-        for more in self._from_images(images, conditions, see):
-            for row, x in seen:
-                pools[row].append(x)
-                owners[row].append(torch.arange(begun, begun + len(x)))
-            begun += len(more)
-            seen.clear()
+            take(kept, lambda calls: self._batches(images, together, conditions, see, sampled, calls))
+            kept = Checkpoints(workspace, f"trajectory from images by {batch_size}")
+            take(kept, partial(self._from_images, begun[len(kept.found) :], conditions, see))
 
         def taken(wanted: Sequence[int]) -> dict[str, Tensor]:
             xs, rows, asked = [], [], []
@@ -153,7 +151,7 @@ class TrajectoryRecorder:
                 points = torch.cat(pools[row])
                 chosen = torch.randperm(len(points), generator=self.generator)[: -(-quota // halves)].sort().values
                 xs.append(points[chosen].flatten(0, 1)[:quota])
-                subjects = conditions.rows(0, begun)[torch.cat(owners[row])[chosen]]
+                subjects = conditions.rows(0, sampled)[torch.cat(owners[row])[chosen]]
                 if conditions.guided:
                     null = torch.full_like(subjects, len(conditions) - 1)
                     subjects = torch.stack([*[null] * (halves - 1), subjects], 1).flatten()
@@ -170,29 +168,42 @@ class TrajectoryRecorder:
             return points, points
         return points, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
 
-    def _from_images(
-        self, first: int, conditions: Conditions, see: Callable[[Tensor, Tensor, Tensor], None]
-    ) -> Iterator[Tensor]:
-        """Yield batches of samples that began at noised images; `first` is the index of the first. See `_batches`.
+    def _parts_from_images(self, first: int) -> list[tuple[range, int]]:
+        """Return the batches of samples that begin at noised images, as indices from `first` on, and the steps that each leaves out.
 
-        A quarter of them leaves out a fifth of the steps, the next two, three and four fifths.
+        A quarter of the samples leaves out a fifth of the steps, the next two, three and four fifths.
         """
         if self.starts is None or len(self.timesteps) == 1:
-            return
+            return []
         count, steps = -(-first // 2), len(self.timesteps)
-        for part, indices in enumerate(torch.arange(first, first + count).chunk(len(SKIPPED))):
-            for batch in indices.split(self.options.batch_size):
-                chosen = range(int(batch[0]), int(batch[-1]) + 1)
-                yield self.sampler.run(
-                    self.network,
-                    initial_noise(self.shape, chosen, self.options.seed, CALIBRATION),
-                    conditions.given(chosen.start, chosen.stop),
-                    image_seeds(chosen, self.options.seed, CALIBRATION),
-                    see,
-                    conditions.null,
-                    start=self.starts[batch % len(self.starts)],
-                    skipped=min(max(1, round(steps * SKIPPED[part])), steps - 1),
-                )
+        return [
+            (range(int(batch[0]), int(batch[-1]) + 1), min(max(1, round(steps * share)), steps - 1))
+            for share, indices in zip(SKIPPED, torch.arange(first, first + count).chunk(len(SKIPPED)), strict=False)
+            for batch in indices.split(self.options.batch_size)
+        ]
+
+    def _from_images(
+        self,
+        parts: Sequence[tuple[range, int]],
+        conditions: Conditions,
+        see: Callable[[Tensor, Tensor, Tensor], None],
+        calls: CallCheckpoints,
+    ) -> Iterator[Tensor]:
+        """Yield the samples of each of `parts`, see `_parts_from_images` and `_batches`."""
+        for chosen, skipped in parts:
+            assert self.starts is not None
+            calls.begin(chosen.start)
+            yield self.sampler.run(
+                self.network,
+                initial_noise(self.shape, chosen, self.options.seed, CALIBRATION),
+                conditions.given(chosen.start, chosen.stop),
+                image_seeds(chosen, self.options.seed, CALIBRATION),
+                see,
+                conditions.null,
+                calls,
+                self.starts[torch.tensor(chosen) % len(self.starts)],
+                skipped,
+            )
 
     def _batches(
         self,
