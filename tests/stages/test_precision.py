@@ -103,7 +103,7 @@ def test_bits_that_lose_the_samples_are_protected_by_default(
     _, plain = bits_of()  # a network too small to be measured
     monkeypatch.setattr(measured_bits, "WEIGHTS", range(1, 10**9))
     found, chosen = bits_of()
-    assert found["parameters"]["protect"] == {"below": 30.0, "percent": 30.0, "looks": 8}
+    assert found["parameters"]["protect"] == {"below": 40.0, "percent": 30.0, "looks": 8}
     about = found["metrics"]["protected"]
     before, after = about["predicted_psnr"]
     assert before < 30
