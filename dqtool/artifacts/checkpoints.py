@@ -18,7 +18,7 @@ __all__ = ["CallCheckpoints", "Checkpoints", "PieceStore"]
 EVERY = 20.0
 """Seconds between two saves."""
 CALL_BYTES = 1 << 30
-"""Most bytes of the outputs that one iteration keeps for this purpose; an iteration that makes more starts again."""
+"""Most bytes of the outputs that one iteration keeps for this purpose; what it makes after them is made again."""
 
 
 class PieceStore(Protocol):
@@ -68,33 +68,39 @@ class CallCheckpoints:
     """Saves the outputs of slow calls within one iteration of a loop, such as those of the network in one batch of a sampler.
 
     At the size of Stable Diffusion a batch takes an hour on a CPU. An interrupted iteration runs again, and what it had
-    called is answered from the file, so that it comes to the same bits without the work. Only the iteration at hand is kept.
+    called is answered from the file, so that it comes to the same bits without the work. Only the iteration at hand is
+    kept, up to `CALL_BYTES`. A name stands for calls of the same shapes: it holds the size of a batch.
     """
 
     def __init__(self, workspace: PieceStore, name: str, every: float | None = None) -> None:
         processes = world_size()  # a batch has as many parts
         name = name if processes == 1 else f"{name} by {processes} processes"
         self.workspace, self.key, self.every = workspace, f"calls of {name}", EVERY if every is None else every
-        self._found = workspace.load(self.key) or {}
+        self._found: Mapping[str, Tensor] | None = None
         self._calls: dict[str, Tensor] = {}
-        self._iteration, self._bytes = 0, 0
-        self._saved = time.monotonic()
+        self._iteration, self._count, self._bytes = 0, 0, 0
+        self._saved, self._cost = time.monotonic(), 0.0
 
     def begin(self, iteration: int) -> None:
         """Begin an iteration; its calls are numbered from 0."""
-        self._iteration, self._calls, self._bytes = iteration, {}, 0
+        self._iteration, self._count, self._calls, self._bytes = iteration, 0, {}, 0
 
     def output(self, compute: Callable[[], Tensor]) -> Tensor:
         """Return the output of the iteration's next call, which an earlier run may have saved (on the CPU)."""
-        name = f"{self._iteration}/{len(self._calls)}"
+        if self._found is None:
+            self._found = self.workspace.load(self.key) or {}
+        name = f"{self._iteration}/{self._count}"
+        self._count += 1
         found = self._found.get(name)
         made = compute() if found is None else found
         self._bytes += made.nbytes
         if self._bytes > CALL_BYTES:
-            self._calls[name] = made.new_empty(0)
+            self._calls.clear()
             return made
         self._calls[name] = made
-        if found is None and time.monotonic() - self._saved >= self.every:
+        begin = time.monotonic()
+        if found is None and begin - self._saved >= max(self.every, 10 * self._cost):
             self.workspace.save(self.key, {key: value.detach().cpu() for key, value in self._calls.items()})
             self._saved = time.monotonic()
+            self._cost = self._saved - begin if self.every else 0.0
         return made

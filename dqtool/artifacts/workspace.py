@@ -53,6 +53,8 @@ class Workspace:
         self._index = self.directory / "index.json"
         self._pieces: dict[str, dict[str, Any]] = {}
         self._earlier, self._earlier_peaks = (0.0, 0.0), dict[str, int]()
+        self._opened, self._earlier_seconds = time.perf_counter(), 0.0
+        self._began: tuple[float, float] | None = None
         self.restart_clock()
         if distributed.is_main() and os.path.lexists(self.directory):
             pieces = self._read_index()
@@ -109,6 +111,7 @@ class Workspace:
                     "fingerprint": self.fingerprint,
                     "forced": self.forced,
                     "pieces": self._pieces,
+                    "seconds": self._earlier_seconds + time.perf_counter() - self._opened,
                     "spent": self.spent(),
                     "peaks": self.peaks(),
                 }
@@ -119,6 +122,10 @@ class Workspace:
         except OSError as error:
             raise os_fault(error, self.directory) from error
 
+    def stop_clock(self) -> None:
+        """Count nothing as spent until `restart_clock`."""
+        self._began = None
+
     def restart_clock(self, figures: Callable[[], Mapping[str, int]] = dict) -> None:
         """Count this run's seconds from here (without it, since the workspace was opened). `figures` tells the peaks so far
         of what else is to be known of all runs."""
@@ -127,6 +134,8 @@ class Workspace:
 
     def spent(self) -> tuple[float, float]:
         """Return the wall-clock and processor seconds of this run and of earlier runs up to their last `save`."""
+        if self._began is None:
+            return self._earlier
         now = (time.perf_counter(), time.process_time())
         first, second = (e + n - b for e, n, b in zip(self._earlier, now, self._began, strict=True))
         return first, second
@@ -139,13 +148,13 @@ class Workspace:
         return found
 
     def earlier_seconds(self) -> float:
-        """Seconds that earlier runs spent."""
-        return self._earlier[0]
+        """Seconds that earlier runs took up to their last `save`."""
+        return self._earlier_seconds
 
     def clear(self) -> None:
         """Remove the workspace."""
         self._pieces = {}
-        self._earlier, self._earlier_peaks = (0.0, 0.0), {}
+        self._earlier, self._earlier_peaks, self._earlier_seconds = (0.0, 0.0), {}, 0.0
         try:
             shutil.rmtree(self.directory)
         except FileNotFoundError:
@@ -163,6 +172,7 @@ class Workspace:
                 return None
             seconds, processor = index.get("spent", (0.0, 0.0))
             self._earlier = (float(seconds), float(processor))
+            self._earlier_seconds = float(index.get("seconds", seconds))
             self._earlier_peaks = {str(name): int(value) for name, value in index.get("peaks", {}).items()}
             return {str(key): {"sha256": piece["sha256"]} for key, piece in index["pieces"].items()}
         except (DqtoolError, OSError, ValueError, KeyError, TypeError, AttributeError):

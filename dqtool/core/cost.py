@@ -9,12 +9,22 @@ from dqtool.artifacts.header import file_header
 from dqtool.artifacts.records import LayerRecord
 from dqtool.core.bits import FLOAT_BITS, bits_from_json
 
-__all__ = ["bops", "bops_ratio", "file_bytes", "float_bops", "size_ratio"]
+__all__ = ["bops", "bops_ratio", "file_bytes", "float_bops", "samples_together", "size_ratio"]
 
 FLOAT32 = (32, 32)
 
 BRANCH_COST = 16 * 32
 """Bit operations of a multiply-accumulate in a low-rank branch: 16-bit weights, float32 inputs."""
+
+
+WORK_TOGETHER = 64 * 10**9
+"""Multiply-accumulates of the samples that run together: large networks gain nothing from more and need memory for it."""
+
+
+def samples_together(layers: Iterable[LayerRecord], most: int) -> int:
+    """Return how many samples run together: `most` where the network is small, few where it is large."""
+    work = sum(layer.macs for layer in layers) or 1
+    return max(1, min(most, WORK_TOGETHER // work))
 
 
 def bops(layers: Iterable[LayerRecord]) -> int:

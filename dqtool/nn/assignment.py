@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from dqtool.errors import UsageError
 from dqtool.graph.roles import Roles
 from dqtool.graph.trace import LayerInfo
 
-__all__ = ["LayerPlan", "apply_preset", "assign_bits", "largest_rank", "require_branches", "with_branches"]
+__all__ = ["LayerPlan", "apply_preset", "assign_bits", "digest_of", "largest_rank", "require_branches", "with_branches"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class LayerPlan:
     bits: Bits
     dilated: bool = False
     low_rank: int = 0
+
+
+def digest_of(plans: Iterable[LayerPlan]) -> str:
+    """Return a digest of the layers with their bits and ranks."""
+    chosen = [(plan.info.name, str(plan.bits), plan.dilated, plan.low_rank) for plan in plans]
+    return hashlib.sha256(repr(chosen).encode()).hexdigest()[:16]
 
 
 def assign_bits(layers: Sequence[LayerInfo], spec: QuantizationSpec, dilated: Iterable[str] = ()) -> list[LayerPlan]:

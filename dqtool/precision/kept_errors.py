@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dqtool import report
+from dqtool import distributed, report
 from dqtool.artifacts import cache_directory, dqtool_version, keep_in_cache
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.core.device import chosen_device
@@ -25,7 +26,8 @@ VERSION = 1
 def kept_errors(about: Mapping[str, Any], make: Callable[[], Errors]) -> Errors:
     """Return the errors of `make()`, from the cache if it holds those of an equal `about` and of the same versions.
 
-    `about` identifies the measurement. A cache that can't be read or written costs time and nothing else.
+    `about` identifies the measurement. Where several processes share a command, all of them return those of the main one,
+    and so choose the same bits. A cache that can't be read or written costs time and nothing else.
     """
     versions = {
         "version": VERSION,
@@ -38,18 +40,27 @@ def kept_errors(about: Mapping[str, Any], make: Callable[[], Errors]) -> Errors:
     try:
         path = cache_directory("errors") / name
     except EnvironmentFault:
-        return make()
-    if path.is_file():
-        try:
-            found = _from_json(load_json(path, MANIFEST_BYTES)["errors"])
-            report.say("sensitivity: errors from the cache")
-            return found
-        except (DqtoolError, OSError, ValueError, KeyError, TypeError):
-            report.warn(f"the cached errors {path} can't be read and are measured again")
-    errors = make()
-    rows = [[layer, operand, by_bits] for (layer, operand), by_bits in errors.items()]
-    keep_in_cache(path, lambda new: new.write_text(json.dumps({"errors": rows}), encoding="utf-8"))
+        path = None
+    found = distributed.broadcast(_read(path) if distributed.is_main() and path is not None else None)
+    if found is not None:
+        report.say("sensitivity: errors from the cache")
+        return found
+    errors = distributed.broadcast(make())
+    if path is not None:
+        rows = [[layer, operand, by_bits] for (layer, operand), by_bits in errors.items()]
+        keep_in_cache(path, lambda new: new.write_text(json.dumps({"errors": rows}), encoding="utf-8"))
     return errors
+
+
+def _read(path: Path) -> Errors | None:
+    """Return the errors that a file holds; None where it is missing or can't be read."""
+    if not path.is_file():
+        return None
+    try:
+        return _from_json(load_json(path, MANIFEST_BYTES)["errors"])
+    except (DqtoolError, OSError, ValueError, KeyError, TypeError):
+        report.warn(f"the cached errors {path} can't be read and are measured again")
+        return None
 
 
 def _from_json(rows: Any) -> Errors:

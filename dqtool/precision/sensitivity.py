@@ -129,7 +129,7 @@ def measure_errors(
         for key, value in found.products.items():
             squares.setdefault(key, []).append(value**2)
     errors: Errors = {}
-    for (name, operand, bits), values in squares.items():
+    for (name, operand, bits), values in sorted(squares.items()):  # in one order, however passes were kept
         errors.setdefault((name, operand), {})[bits] = _careful_mean(values)
     return errors
 

@@ -11,7 +11,8 @@ from dqtool import distributed, report
 from dqtool.artifacts import Artifact, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.manifest import canonical_json
-from dqtool.artifacts.records import LayerRecord, PipelineRecord, SamplingRecord
+from dqtool.artifacts.records import PipelineRecord, SamplingRecord
+from dqtool.core.cost import samples_together
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -43,8 +44,6 @@ __all__ = ["CalibrateOptions", "calibrate"]
 CODE_VERSION = 2
 
 RANGE = ".channel_range"
-WORK_TOGETHER = 64 * 10**9
-"""Multiply-accumulates of the samples that run together: large networks gain nothing from more and need memory for it."""
 SCALING_VERSIONS = {AUTO: 2}
 """Methods whose results have changed: artifacts of an older version are made again."""
 SCALING_STEPS, SCALING_POINTS = 8, 2
@@ -217,7 +216,7 @@ def produce(
     recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator, starts)
     quotas = recorder.quotas(conditions, blocks)
     conditions = conditions.evenly(recorder.images(quotas, conditions))
-    together = samples_together(manifest.layers, options.batch_size)
+    together = samples_together(manifest.layers, 4 * options.batch_size)
     few = replace(recorder, options=replace(options, batch_size=min(options.batch_size, together)))
     trajectory, seen = few.record(conditions, quotas, workspace)
     points = Trajectory.from_tensors({**seen, "timesteps": timesteps})
@@ -307,12 +306,6 @@ def rescaled_by(
     index, counts = points.few_of_each_step(steps, min(SCALING_POINTS, options.batch_size // steps))
     activations = Activations(ranges, lambda: family.predict(network, *points.arguments(index)), counts)
     return rescale_network(manifest, tensors, network, method, options.layer_bits, activations)
-
-
-def samples_together(layers: Sequence[LayerRecord], batch_size: int) -> int:
-    """Return how many samples run together: all where the network is small, few where it is large."""
-    work = sum(layer.macs for layer in layers) or 1
-    return max(1, min(4 * batch_size, WORK_TOGETHER // work))
 
 
 def check_variance(scheduler: ForeignConfig, network: ForeignConfig) -> None:

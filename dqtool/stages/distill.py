@@ -37,6 +37,8 @@ CORRECT_IMAGES = 64
 
 TOGETHER = 256
 """Samples that run together where a block's inputs and outputs are computed, as long as memory does not run out."""
+SAMPLED_TOGETHER = 64
+"""Inputs that a network gets at once where it samples, as long as it is small and memory does not run out."""
 LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
 """Samples that run together with `--low-memory`: for a block's inputs and outputs, and for a whole network that learns or
 samples."""
@@ -158,6 +160,7 @@ def produce(
     import torch
 
     from dqtool.core.allocator import return_freed_memory
+    from dqtool.core.cost import samples_together
     from dqtool.core.device import device_of, peak_bytes, restart_peak, to_cpu
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.networks.checked_artifacts import checked_tensors
@@ -175,6 +178,7 @@ def produce(
     from dqtool.training.data import DistillationTask, Trajectory
     from dqtool.training.prediction import correct_predictions
 
+    workspace.stop_clock()
     method, recipe = method_and_options(options)
     manifest = calibrated.manifest
     family, config = network_of(manifest.network)
@@ -211,6 +215,7 @@ def produce(
         cache_bytes=0 if options.low_memory or together < TOGETHER else options.cache_memory << 20,
         replay_batch=min(together, LOW_MEMORY_BLOCK if options.low_memory else TOGETHER),
         network_batch=network_batch_of(options, together),
+        sampled_together=samples_together(manifest.layers, SAMPLED_TOGETHER),
         strict=options.strict,
     )
     return_freed_memory()

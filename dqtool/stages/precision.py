@@ -14,6 +14,7 @@ from dqtool.artifacts import CallCheckpoints, Checkpoints, Manifest, Workspace
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import PlanRecord
 from dqtool.core.bits import LayerBits
+from dqtool.core.device import to_cpu
 from dqtool.core.quantization import KeptLayers, QuantizationSpec
 from dqtool.errors import UsageError
 from dqtool.graph.trace import LayerInfo
@@ -21,7 +22,7 @@ from dqtool.metrics.similarity import psnr
 from dqtool.models.networks.loading import network_of
 from dqtool.models.networks.packed import layer_infos
 from dqtool.models.sampling.sampler import CALIBRATION, Sampler, image_seeds, initial_noise
-from dqtool.nn.assignment import LayerPlan, assign_bits
+from dqtool.nn.assignment import LayerPlan, assign_bits, digest_of
 from dqtool.nn.statistics import initial_tables
 from dqtool.precision.frontier import (
     Plan,
@@ -128,17 +129,21 @@ def _measured_errors(
 
     def runs() -> Iterator[tuple[float, Callable[[], Tensor]]]:
         with report.progress("sensitivity", len(order), "pass") as progress:
-            for index in order:
+            for number, index in enumerate(order):
                 point = slice(index, index + 1)
 
                 def run(point: slice = point) -> Tensor:
                     return family.predict(network, *trajectory.arguments(point))
 
                 yield float(weights[trajectory.rows[index]]), run
-                progress.advance()
+                if kept is not None and number in kept.found:
+                    progress.skip()
+                else:
+                    progress.advance()
 
-    kept = () if workspace is None else (Checkpoints(workspace, what) for what in (name, f"grids of {name}"))
-    return measure_errors(network, plans, tables, widths, runs(), *kept)
+    kept = None if workspace is None else Checkpoints(workspace, name)
+    grids = None if workspace is None else Checkpoints(workspace, f"grids of {name}")
+    return measure_errors(network, plans, tables, widths, runs(), kept, grids)
 
 
 def points_of_passes(trajectory: Trajectory, passes: int) -> list[int]:
@@ -312,22 +317,16 @@ class _Checks:
             seeds = image_seeds(part, SEED_STRIDE + SEED_OFFSET, CALIBRATION)
             given = {name: table[part.start : part.stop] for name, table in self.given.items()}
             parts.append(self.measured.sampler.run(network, noise, given, seeds, None, self.null, calls))
-        samples = torch.cat(parts)
+        samples = to_cpu(torch.cat(parts))  # where kept ones are
         self.workspace.save(f"samples of {name}", {"samples": samples})
         return samples
 
     def psnr(self, spec: QuantizationSpec, name: str) -> float:
         """Return the mean PSNR of the samples of the network with these bits, quantized without training."""
         measured = self.measured
-        make = partial(
-            student_of,
-            measured.manifest,
-            measured.tensors,
-            measured.plans(spec),
-            workspace=self.workspace,
-            name=name,
-        )
-        found = float(psnr(self.sample(make, name), self.images, self.range).mean())
+        plans = measured.plans(spec)
+        make = partial(student_of, measured.manifest, measured.tensors, plans, workspace=self.workspace, name=name)
+        found = float(psnr(self.sample(make, f"{name} {digest_of(plans)}"), self.images, self.range).mean())
         report.say(f"distill: a plan measures {found:.1f} dB")
         return found
 

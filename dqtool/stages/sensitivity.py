@@ -81,7 +81,14 @@ def produce(calibrated: Artifact, options: SensitivityOptions, workspace: Worksp
         keep=keep_lines(operands, plan.bits),
         frontier=frontier_rows(measured, find_frontier(measured.layers, measured.errors, widths), {}),
     )
-    return StageOutput(None, manifest.network, manifest.pipeline, [], metrics.to_json())
+    return StageOutput(
+        None,
+        manifest.network,
+        manifest.pipeline,
+        [],
+        metrics.to_json(),
+        earlier_seconds=workspace.earlier_seconds(),
+    )
 
 
 def keep_lines(operands: Sequence[OperandRecord], bits: Mapping[str, LayerBits]) -> list[str]:

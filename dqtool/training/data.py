@@ -126,10 +126,6 @@ class Reporter(Protocol):
 Bars = Callable[[str, int], AbstractContextManager[Reporter]]
 """Function (label, number of iterations) that opens a progress bar."""
 
-SAMPLED_TOGETHER = 16
-"""Inputs that a network gets at once where it samples without limited memory. More are not faster, and at the size of Stable
-Diffusion one call would take minutes on a CPU, which is what an interrupt can cost."""
-
 
 @dataclass
 class DistillationTask:
@@ -142,6 +138,7 @@ class DistillationTask:
         cache_bytes: memory for the activations that blocks read, of both networks together; the rest goes to disk.
         replay_batch: samples that run together where inputs and outputs of a block are computed.
         network_batch: samples that run together where the whole network learns or samples; None runs all of them.
+        sampled_together: inputs that the network gets at once where it samples; `network_batch` goes before it.
         strict: a divergence raises an error.
         warnings: receives a sentence about each part that could not be trained.
     """
@@ -161,6 +158,7 @@ class DistillationTask:
     cache_bytes: int = 6 << 30
     replay_batch: int = 256
     network_batch: int | None = None
+    sampled_together: int | None = None
     strict: bool = False
     warnings: list[str] = field(default_factory=list)
 
@@ -172,7 +170,7 @@ class DistillationTask:
     @property
     def sampler_in_parts(self) -> Sampler:
         """Sampler that gives a network as many inputs at once as memory allows."""
-        return replace(self.sampler, together=self.network_batch or SAMPLED_TOGETHER)
+        return replace(self.sampler, together=self.network_batch or self.sampled_together)
 
     def drop_teacher(self) -> None:
         """Free the weights of the float network, which must not be used afterwards."""

@@ -161,11 +161,12 @@ def images_for(options: OnPolicyOptions, step: int, steps: int) -> int:
 def kept_trajectory(task: DistillationTask, images: int, salt: int, key: str) -> tuple[Trajectory, Tensor]:
     """Return `student_trajectory`, which the store keeps under `key`."""
     found = _loaded(task, key)
-    if found is None:
-        own, targets = found = student_trajectory(task, images, salt)
-        subjects = {} if own.subjects is None else {"subjects": own.subjects}
-        task.store.save(key, {"x": own.x, "rows": own.rows, "targets": targets} | subjects)
-    return found
+    if found is not None:
+        return found
+    own, targets = student_trajectory(task, images, salt)
+    subjects = {} if own.subjects is None else {"subjects": own.subjects}
+    task.store.save(key, {"x": own.x, "rows": own.rows, "targets": targets} | subjects)
+    return own, targets
 
 
 def _loaded(task: DistillationTask, key: str) -> tuple[Trajectory, Tensor] | None:
@@ -196,7 +197,7 @@ def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[
         null_subjects = [torch.full_like(subjects, trajectory.null_subject)] * (sampler.inputs_per_image() - 1)
         subjects = torch.cat([*null_subjects, subjects])
     everything = trajectory.condition_rows(subjects)
-    calls = CallCheckpoints(task.store, "the student's trajectory")
+    calls = CallCheckpoints(task.store, f"the student's trajectory by {sampler.together}")
     calls.begin(salt)
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 

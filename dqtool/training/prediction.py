@@ -146,7 +146,7 @@ def correct_predictions(
         null,
         progress.advance,
         partial(fit_step, of_images="detail" in names),
-        CallCheckpoints(task.store, "the correction"),
+        CallCheckpoints(task.store, f"the correction by {sampler.together}"),
     )
     steps_of(task.student).select(torch.zeros(1, dtype=torch.long))
     found = [fit.steps[min(fit.steps, key=lambda t: abs(t - asked_at))] for asked_at in trajectory.timesteps.tolist()]

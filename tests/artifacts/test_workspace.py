@@ -50,6 +50,26 @@ def test_what_earlier_runs_spent_counts_up_to_their_last_save(tmp_path: Path, mo
     assert Workspace(tmp_path / "x", "g").spent() == (0.0, 0.0)
 
 
+def test_what_comes_before_the_clock_counts_as_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("dqtool.artifacts.workspace.time.perf_counter", lambda: now[0])
+    first = Workspace(tmp_path / "x", "f")
+    first.stop_clock()
+    now[0] = 130.0
+    first.save("measured", A)
+    again = Workspace(tmp_path / "x", "f")
+    assert again.earlier_seconds() == 30.0
+    again.stop_clock()
+    assert again.spent()[0] == 0.0
+    again.restart_clock()
+    now[0] = 135.0
+    assert again.spent()[0] == 5.0
+    again.save("trained", B)
+    third = Workspace(tmp_path / "x", "f")
+    third.stop_clock()
+    assert (third.earlier_seconds(), third.spent()[0]) == (35.0, 5.0)
+
+
 def test_peaks_are_the_largest_of_all_runs(tmp_path: Path):
     first = Workspace(tmp_path / "x", "f")
     first.restart_clock(lambda: {"bytes": 7, "more": 1})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distillation_tasks import Silent
 from processes import in_processes
@@ -18,6 +20,7 @@ from dqtool.artifacts import Workspace, open_artifact
 from dqtool.models.networks.loading import network_of
 from dqtool.models.networks.packed import layer_infos
 from dqtool.nn.statistics import collect
+from dqtool.precision.kept_errors import kept_errors
 from dqtool.stages.evaluation.images import maker_of_artifact
 from dqtool.stages.shared.artifact_models import split_dilated, teacher_of
 from dqtool.training.bkd import distill_blocks
@@ -53,6 +56,23 @@ def test_images_belong_to_seeds(made: Path) -> None:
     assert not len(nothing)
     uneven = in_processes(3, lambda: draw(7, 5))[0]
     torch.testing.assert_close(uneven, draw(8, 3)[:7], atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_one_machine_alone_decides_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def errors() -> tuple[dict[tuple[str, str], dict[int, float]], int]:
+        monkeypatch.setenv("DQTOOL_CACHE", str(tmp_path / str(distributed.rank())))
+        made = []
+
+        def make() -> dict[tuple[str, str], dict[int, float]]:
+            distributed.barrier()
+            made.append(1)
+            return {("layer", "input"): {4: 1.0 + distributed.rank()}}
+
+        return kept_errors({"artifact": "x"}, make), len(made)
+
+    assert in_processes(2, errors) == [({("layer", "input"): {4: 1.0}}, 1)] * 2
+    shutil.rmtree(tmp_path / "1")
+    assert in_processes(2, errors) == [({("layer", "input"): {4: 1.0}}, 0)] * 2
 
 
 def test_statistics_of_every_step_are_the_same_bits(made: Path) -> None:

@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from helpers import NETWORK
 
 from dqtool.artifacts import Workspace
+from dqtool.errors import NumericError
 from dqtool.models.conditions.conditioning import Conditions
 from dqtool.models.families import FAMILIES
 from dqtool.models.sampling.sampler import Sampler, make_sampler
@@ -59,6 +60,20 @@ def test_an_interrupted_recording_makes_no_call_twice(
     for mine, others in zip(found, whole, strict=True):
         assert mine.keys() == others.keys()
         assert all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def test_samples_that_are_not_finite_are_refused_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dqtool.artifacts.checkpoints.EVERY", 0.0)
+    monkeypatch.setattr(type(FAMILY), "predict", lambda _family, _network, x, *_given: x * float("nan"))
+    sampler = Sampler(FAMILY, make_sampler({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}), 5)
+    options = CalibrateOptions("dilated.safetensors", samples=10, batch_size=1)
+    network = UNet2DModel(**NETWORK).eval()
+    for _attempt in range(2):
+        recorder = TrajectoryRecorder(
+            network, NETWORK_SHAPE, sampler, sampler.timesteps(), options, torch.Generator().manual_seed(0)
+        )
+        with pytest.raises(NumericError):
+            recorder.record(Conditions({}), torch.full((5,), 2), Workspace(tmp_path / "x", "key"))
 
 
 NETWORK_SHAPE = FAMILY.sample_shape(dict(NETWORK))

@@ -216,7 +216,7 @@ class Sampler:
         conditions: Mapping[str, Tensor],
         calls: CallCheckpoints | None = None,
     ) -> Tensor:
-        """Return the network's prediction for the inputs `x` `[N, C, H, W]` at one timestep, with `conditions` `[N, ...]` each.
+        """Return the network's prediction for the inputs `x` `[N, C, H, W]` at one timestep; `conditions` are `[N, ...]` each.
 
         `calls` answers what the network answered in an interrupted run. Where several processes share a command, each of them
         runs the network on its part of the inputs.

@@ -131,15 +131,15 @@ class TrajectoryRecorder:
                     pool([(int(name.split()[1]), x) for name, x in sorted(found.items())])
                     progress.skip(len(found))
                 for index, batch in enumerate(run(CallCheckpoints(workspace, kept.name)), len(kept.found)):
-                    pool(seen)
-                    kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
-                    seen.clear()
                     if not bool(torch.isfinite(batch).all()):
                         raise NumericError(
                             "The full-precision model's own samples are not finite",
                             where="calibrate",
                             fix="Check the model's scheduler config and the sampler",
                         )
+                    pool(seen)
+                    kept.add(index, {f"{call:05d} {row}": x for call, (row, x) in enumerate(seen)})
+                    seen.clear()
 
             take(kept, lambda calls: self._batches(images, together, conditions, see, sampled, calls))
             kept = Checkpoints(workspace, f"trajectory from images by {batch_size}")
@@ -169,7 +169,9 @@ class TrajectoryRecorder:
         return points, taken([min(STATISTICS_SAMPLES, images * halves)] * steps)
 
     def _parts_from_images(self, first: int) -> list[tuple[range, int]]:
-        """Return the batches of samples that begin at noised images, as indices from `first` on, and the steps that each leaves out.
+        """Return the batches of samples that begin at noised images, and the number of steps that each leaves out.
+
+        A batch is a range of indices, which begin at `first`.
 
         A quarter of the samples leaves out a fifth of the steps, the next two, three and four fifths.
         """

@@ -18,7 +18,7 @@ from dqtool.models.networks.loading import build_network, network_of
 from dqtool.models.networks.packed import layer_infos
 from dqtool.models.networks.packed_checks import check_layers
 from dqtool.models.sampling.sampler import Sampler
-from dqtool.nn.assignment import LayerPlan
+from dqtool.nn.assignment import LayerPlan, digest_of
 from dqtool.nn.low_rank import attach_low_rank
 from dqtool.nn.statistics import initial_tables
 from dqtool.nn.surgery import assign_tables, initialise_weights, insert_fake
@@ -81,11 +81,9 @@ def student_of(
     run, under the network's `name`.
     """
     network = student_without_grids(manifest, tensors, plans, static)
-    branches, grids = (
-        None if workspace is None else Checkpoints(workspace, f"{what} of {name}") for what in ("branches", "grids")
-    )
-    attach_low_rank(network, plans, branches)
-    initialise_weights(network, grids)
+    name = f"{name} {digest_of(plans)}"
+    attach_low_rank(network, plans, None if workspace is None else Checkpoints(workspace, f"branches of {name}"))
+    initialise_weights(network, None if workspace is None else Checkpoints(workspace, f"grids of {name}"))
     return network
 
 

@@ -58,7 +58,7 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
     task.merge_scaling()
     if options.refine_iters:
         centre_weights(task.student)
-        own, _ = kept_trajectory(task, options.refine_images, 0, "own points")
+        own, _ = kept_trajectory(task, options.refine_images, 0, "trajectory of the second pass")
         there = replace(task, trajectory=own)
 
         def second(block: nn.Module) -> BkdLearner:
