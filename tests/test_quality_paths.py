@@ -29,8 +29,6 @@ def test_the_committed_table_is_within_the_tolerance() -> None:
     path = quality_paths.OUTPUT.with_suffix(".json")
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [row["model"] for row in rows] == sorted(quality_paths.MODELS)
-    # Eight steps of UniPC extrapolate errors further than the twenty steps that were calibrated.
-    beyond = [sentence.split(":")[0] for row in rows for sentence in quality_paths.losses(row)]
-    assert beyond == ["digits-ddpm, UniPC 8", "digits-dit, UniPC 8"]
+    assert not [sentence for row in rows for sentence in quality_paths.losses(row)]
     assert all(row["images"] >= 64 for row in rows)
     assert path.with_suffix(".md").read_text(encoding="utf-8") == quality_paths.text_of(rows)
