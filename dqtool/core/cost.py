@@ -17,14 +17,15 @@ BRANCH_COST = 16 * 32
 """Bit operations of a multiply-accumulate in a low-rank branch: 16-bit weights, float32 inputs."""
 
 
-WORK_TOGETHER = 64 * 10**9
-"""Multiply-accumulates of the samples that run together: large networks gain nothing from more and need memory for it."""
+WORK_TOGETHER, GPU_WORK_TOGETHER = 64 * 10**9, 4 * 10**12
+"""Multiply-accumulates of the samples that run together on a CPU and elsewhere: large networks gain nothing from more and need
+memory for it. On a GPU, a dozen samples of Stable Diffusion keep it busy."""
 
 
-def samples_together(layers: Iterable[LayerRecord], most: int) -> int:
-    """Return how many samples run together: `most` where the network is small, few where it is large."""
+def samples_together(layers: Iterable[LayerRecord], most: int, device: str = "cpu") -> int:
+    """Return how many samples run together on a kind of device: `most` where the network is small, few where it is large."""
     work = sum(layer.macs for layer in layers) or 1
-    return max(1, min(most, WORK_TOGETHER // work))
+    return max(1, min(most, (WORK_TOGETHER if device == "cpu" else GPU_WORK_TOGETHER) // work))
 
 
 def bops(layers: Iterable[LayerRecord]) -> int:

@@ -13,6 +13,7 @@ from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.artifacts.records import PipelineRecord, SamplingRecord
 from dqtool.core.cost import samples_together
+from dqtool.core.device import chosen_device
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -216,7 +217,7 @@ def produce(
     recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator, starts)
     quotas = recorder.quotas(conditions, blocks)
     conditions = conditions.evenly(recorder.images(quotas, conditions))
-    together = samples_together(manifest.layers, 4 * options.batch_size)
+    together = samples_together(manifest.layers, 4 * options.batch_size, chosen_device().type)
     few = replace(recorder, options=replace(options, batch_size=min(options.batch_size, together)))
     trajectory, seen = few.record(conditions, quotas, workspace)
     points = Trajectory.from_tensors({**seen, "timesteps": timesteps})

@@ -215,7 +215,7 @@ def produce(
         cache_bytes=0 if options.low_memory or together < TOGETHER else options.cache_memory << 20,
         replay_batch=min(together, LOW_MEMORY_BLOCK if options.low_memory else TOGETHER),
         network_batch=network_batch_of(options, together),
-        sampled_together=samples_together(manifest.layers, SAMPLED_TOGETHER),
+        sampled_together=samples_together(manifest.layers, SAMPLED_TOGETHER, device_of(student).type),
         strict=options.strict,
     )
     return_freed_memory()

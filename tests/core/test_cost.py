@@ -12,7 +12,7 @@ from safetensors.torch import save, save_file
 
 from dqtool.artifacts.header import DTYPES, TORCH_DTYPES
 from dqtool.artifacts.records import LayerRecord
-from dqtool.core.cost import bops, bops_ratio, file_bytes, float_bops, size_ratio
+from dqtool.core.cost import bops, bops_ratio, file_bytes, float_bops, samples_together, size_ratio
 
 
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -89,3 +89,11 @@ def test_bops_and_ratios() -> None:
 def test_the_cost_model_does_not_need_torch() -> None:
     code = "import sys, dqtool.core.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_large_networks_run_few_samples_together() -> None:
+    small, large = ([LayerRecord("a", "linear", (4, 4), macs)] for macs in (10**6, 340 * 10**9))
+    assert samples_together(small, 64) == 64
+    assert samples_together(large, 64) == 1
+    assert samples_together(large, 64, "cuda") == 11
+    assert samples_together([], 64) == 64
