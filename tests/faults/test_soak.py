@@ -12,7 +12,7 @@ DRIVER = Path(__file__).parents[1] / "soak" / "kills.py"
 
 
 def test_killed_commands_leave_nothing_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, str(DRIVER), "--models", "tiny", "--kills", "6", "--minutes", "0.2"]
+    command = [sys.executable, str(DRIVER), "--models", "tiny", "--kills", "4", "--minutes", "0.2"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     found = subprocess.run(
         [*command, "-o", str(tmp_path / "soak")], capture_output=True, text=True, env=environment, check=False
@@ -25,7 +25,7 @@ def test_killed_commands_leave_nothing_wrong(tmp_path: Path) -> None:
 
 
 def test_killed_stages_go_on_within_a_batch_and_a_block(tmp_path: Path) -> None:
-    command = [sys.executable, str(DRIVER.with_name("large.py")), "--arch", "tiny", "--kills", "3", "--at-once"]
+    command = [sys.executable, str(DRIVER.with_name("large.py")), "--arch", "tiny", "--kills", "1", "--at-once"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     found = subprocess.run(
         [*command, "-o", str(tmp_path / "large")], capture_output=True, text=True, env=environment, check=False
