@@ -21,7 +21,7 @@ __all__ = ["chosen_bits", "chosen_by_errors"]
 PROTECTED = 30.0
 """Percent of bytes and of bit operations that protection may add where it is the tool that decides."""
 ENOUGH = 40.0
-"""dB of predicted PSNR from which uniform bits need no protection. One hardly sees differences of that size."""
+"""dB of predicted PSNR from which uniform bits need no protection. There the root mean square error is a hundredth of the range."""
 LOOKS = 8
 """Backward passes of the first look, which decides whether bits need protection."""
 WEIGHTS = range(10**6, 2 * 10**8)

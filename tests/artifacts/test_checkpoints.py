@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_calls_of_an_unfinished_iteration_are_answered_from_the_file(tmp_path: P
     again.begin(16)
     assert int(again.output(lambda: call(7))[0]) == 7
     assert Checkpoints(workspace, "loop").found == {}
+
+
+def test_saves_that_take_long_are_forty_seconds_apart_at_most(tmp_path: Path) -> None:
+    calls = CallCheckpoints(Workspace(tmp_path / "x", "key"), "loop")
+    calls._cost = 1000.0
+    for age, saved in ((30.0, False), (41.0, True)):
+        calls._saved = time.monotonic() - age
+        calls.output(lambda: torch.ones(1))
+        assert (calls.workspace.load(calls.key) is not None) is saved
 
 
 def test_too_many_bytes_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
