@@ -135,7 +135,7 @@ bench-peers: setup
 	done
 
 # Times `from_pretrained` and four steps of Stable Diffusion v1.4 with random weights, through the float and the quantized
-# pipeline, and writes recipes/results/pipeline-speed.md and .json (5 GB of disk, 10 GB of memory).
+# pipeline, and writes recipes/results/pipeline-speed-avx2|vnni|amx.md and .json (5 GB of disk, 10 GB of memory).
 bench-pipeline: setup
 	$(BIN)/python recipes/bench_pipeline.py
 

@@ -3,8 +3,9 @@
     python recipes/bench_pipeline.py [--bits 4/8] [--guidance 1.0] [--rounds 2]
 
 All weights are random. Each measurement is a fresh process. Float and quantized runs take turns, and the fastest of each
-counts. The script writes recipes/results/pipeline-speed.md and .json with seconds on the clock and of the processor: on a
-machine that does other work, the latter are the fairer ones. The float pipeline needs 5 GB of disk under `$DQTOOL_CACHE`.
+counts. The script writes recipes/results/pipeline-speed-SET.md and .json with seconds on the clock and of the processor: on
+a machine that does other work, the latter are the fairer ones. SET is the instruction set of the integer kernels: the best
+that the processor has, or the one in `DQTOOL_ISA`. The float pipeline needs 5 GB of disk under `$DQTOOL_CACHE`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "pipeline-speed"
+RESULTS = Path(__file__).parent / "results"
 ARCH, STEPS, BAR = "sd14", 4, {True: 3.5, False: 2.0}
 """Architecture, steps of a call, and the speedup that is expected with VNNI and without."""
 FLOAT, QUANTIZED = "float32", "dqtool"
@@ -118,9 +119,9 @@ def text_of(result: Mapping[str, Any]) -> str:
     lines = [
         "# `from_pretrained` and four steps of Stable Diffusion v1.4",
         "",
-        f"`{result['command']}` on {machine['processor']} ({', '.join(machine['flags'] or [])}). Random weights at full size,",
-        f"{result['bits']}, 512 pixels, guidance {result['guidance']:g}, without decoding. Seconds on the clock, and of the processor in",
-        "brackets. *Speedup* is that of the four steps.",
+        f"`{result['command']}` on {machine['processor']} ({', '.join(machine['flags'] or [])}), with integer kernels",
+        f"for {result['kernels'].upper()}. Random weights at full size, {result['bits']}, 512 pixels, guidance {result['guidance']:g}, without",
+        "decoding. Seconds on the clock, and of the processor in brackets. *Speedup* is that of the four steps.",
         "",
         "| threads | pipeline | load | first step | four steps | speedup, clock | speedup, processor |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -193,21 +194,25 @@ def main() -> int:
         return 0
     from dqtool.artifacts.outputs import check_results
     from dqtool.bench.machine import describe_machine
+    from dqtool.runtimes.cpu.library import LIMIT, instruction_sets
 
-    check_results(RESULT.with_suffix(".json"), [RESULT.with_suffix(".md")])
+    kernels = instruction_sets()[0]
+    path = RESULTS / f"pipeline-speed-{kernels}"
+    check_results(path.with_suffix(".json"), [path.with_suffix(".md")])
     machine = describe_machine(max(options.threads)).to_json()
-    bar = BAR["avx512_vnni" in (machine["flags"] or [])]
+    bar = BAR[kernels != "avx2"]
     result = {
         "format": "dqtool-result/1",
-        "command": "make bench-pipeline",
+        "command": f"{LIMIT}={kernels} make bench-pipeline" if LIMIT in os.environ else "make bench-pipeline",
+        "kernels": kernels,
         "bits": options.bits,
         "guidance": options.guidance,
         "machine": machine,
         "bar": bar,
         "rows": rows_of(pipelines(options.bits), options.threads, options.guidance, options.rounds),
     }
-    RESULT.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    RESULT.with_suffix(".md").write_text(text_of(result), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text_of(result), encoding="utf-8")
     print(text_of(result))
     return int(any(row["speedup_cpu"] < bar for row in result["rows"] if "speedup_cpu" in row))
 
