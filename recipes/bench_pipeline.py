@@ -203,7 +203,7 @@ def main() -> int:
     bar = BAR[kernels != "avx2"]
     result = {
         "format": "dqtool-result/1",
-        "command": f"{LIMIT}={kernels} make bench-pipeline" if LIMIT in os.environ else "make bench-pipeline",
+        "command": f"make bench-pipeline {LIMIT}={kernels}" if LIMIT in os.environ else "make bench-pipeline",
         "kernels": kernels,
         "bits": options.bits,
         "guidance": options.guidance,
