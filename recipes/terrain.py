@@ -4,7 +4,8 @@
     python recipes/terrain.py --only '1-8/8 default.*'      measures the rows whose names match again
     python recipes/terrain.py --every 8 --steps 1           a smaller run, on every eighth map
 
-A row that was measured is kept in the work directory, so that an interrupted run goes on where it stopped.
+A row that was measured is kept in the work directory, so that an interrupted run goes on where it stopped. `--resume` keeps
+the rows of the result, too: those of as many maps that the same command made.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", default=["onnxruntime static", "onnxruntime dynamic", "NNCF", "SDNQ 8", "SDNQ 4"]
     )
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the result")
     parser.add_argument("--only", help="measure only the rows whose names match this pattern, whether measured or not")
     given = parser.parse_args()
     check(given.results)
@@ -115,6 +117,8 @@ def main() -> None:
         write_pipeline(find_graph(), given.work / "model")
     dqtool("dilate", given.work / "model", "-o", given.work / "dilated.safetensors")
     rows = rows_of(given)
+    if given.resume:
+        keep_rows(rows, given)
     for row in rows:
         record = given.work / f"{row.file}.row.json"
         wanted = not record.is_file() if given.only is None else re.fullmatch(given.only, row.key)
@@ -129,6 +133,25 @@ def main() -> None:
         write_results([*rows], given)
 
 
+def keep_rows(rows: list[Row], given: argparse.Namespace) -> None:
+    """Write the records of rows that the result holds and the work directory lacks."""
+    result = given.results / "terrain.json"
+    known = {row.key: row for row in rows}
+    for found in json.loads(result.read_text())["rows"] if result.is_file() else []:
+        row = known.get(f"{found['steps']}-{found['name']}")
+        if row is None or found["maps"] != len(range(0, given.maps, given.every)):
+            continue
+        record = given.work / f"{row.file}.row.json"
+        same = row.peer is not None or row.bops_of is not None or found["command"] == command_of(row, given)
+        if same and not record.is_file():
+            record.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def command_of(row: Row, given: argparse.Namespace) -> str:
+    """Return the command that quantizes a row, without its limit of bit operations."""
+    return " ".join(["dqtool distill", *row.options, "--passes", str(given.passes)])
+
+
 def measure(row: Row, given: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one row."""
     calibrated = calibrate(row.steps, given)
@@ -141,7 +164,9 @@ def measure(row: Row, given: argparse.Namespace) -> dict[str, Any]:
         maps = sample(peer.network, row.steps, given)
     else:
         about = {"what": row.what, **quantize(row, calibrated, given)}
-        maps = sample(load_distilled(given.work / f"{row.file}.safetensors"), row.steps, given)
+        network = load_exported(given.work / f"{row.file}.safetensors")
+        about["engine"] = network.runtime
+        maps = sample(network, row.steps, given)
     torch.save(maps, given.work / f"{row.file}.maps.pt")
     figures = figures_of(maps, full_precision(row.steps, given))
     return {
@@ -187,12 +212,13 @@ def quantize(row: Row, calibrated: Path, given: argparse.Namespace) -> dict[str,
     return found
 
 
-def load_distilled(path: Path) -> nn.Module:
-    """Return the quantized network of an artifact."""
-    from dqtool.artifacts import open_artifact
-    from dqtool.stages.eval import network_of_artifact
+def load_exported(distilled: Path) -> Any:
+    """Export a distilled network and return it on the fastest engine, as its users load it."""
+    from dqtool.stages.evaluation.engines import run_exported
 
-    return network_of_artifact(open_artifact(str(path), ["distill"]), "simulate")
+    exported = distilled.with_suffix("")
+    dqtool("export", distilled, "-o", exported)
+    return run_exported(str(exported), "auto", TOGETHER)
 
 
 def full_precision(steps: int, given: argparse.Namespace) -> Tensor:

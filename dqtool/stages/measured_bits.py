@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["chosen_bits", "chosen_by_errors"]
 
-PROTECTED = 30.0
-"""Percent of bytes and of bit operations that protection may add where it is the tool that decides."""
+PROTECTED = (30.0, 40.0, 50.0, 60.0)
+"""Percent of bytes and of bit operations that protection may add where it is the tool that decides: the first, or the least that
+is predicted to give `LEAST`, which heavy tails and few steps need."""
+LEAST = 30.0
+"""dB of predicted PSNR, before training, below which samples differ visibly from full precision's."""
 ENOUGH = 40.0
 """dB of predicted PSNR from which uniform bits need no protection. There the root mean square error is a hundredth of the range."""
 LOOKS = 8
@@ -36,7 +39,7 @@ def chosen_by_errors(options: DistillOptions, manifest: Manifest) -> dict[str, J
     if options.protect:
         return found | {"protect": options.protect}
     if looks_first(options, manifest):
-        return found | {"protect": {"below": ENOUGH, "percent": PROTECTED, "looks": LOOKS}}
+        return found | {"protect": {"below": ENOUGH, "percent": list(PROTECTED), "looks": LOOKS, "least": LEAST}}
     return {}
 
 
@@ -64,14 +67,15 @@ def chosen_bits(
     manifest = calibrated.manifest
     if options.bits == AUTO:
         return _chosen(manifest, tensors, options, spec, workspace)
-    percent = options.protect
+    shares: tuple[float, ...] = (options.protect,) if options.protect else ()
     if looks_first(options, manifest) and _needs_protection(manifest, tensors, spec, workspace):
-        percent = PROTECTED
-    if not percent:
+        shares = PROTECTED
+    if not shares:
         return spec, {}
     from dqtool.stages.precision import measure, protected_bits
 
-    spec, about = protected_bits(measure(manifest, tensors, options.passes, workspace=workspace), spec, percent / 100)
+    measured = measure(manifest, tensors, options.passes, workspace=workspace)
+    spec, about = protected_bits(measured, spec, [percent / 100 for percent in shares], LEAST)
     return spec, {"protected": about}
 
 

@@ -161,15 +161,20 @@ def uniform_plan(measured: MeasuredErrors, spec: QuantizationSpec) -> Plan:
 
 
 def protected_bits(
-    measured: MeasuredErrors, spec: QuantizationSpec, extra: float
+    measured: MeasuredErrors, spec: QuantizationSpec, shares: Sequence[float], least: float
 ) -> tuple[QuantizationSpec, dict[str, Json]]:
-    """Return `spec` with more bits for the operands that cost the samples most, for at most the share `extra` of its bytes
-    and of its bit operations on top, and what the manifest says of it."""
-    plain = uniform_plan(measured, spec)
-    limits = plain.weight_bytes * (1 + extra), plain.bops * (1 + extra)
-    best = best_within(measured.layers, measured.errors, WIDTHS, plain.bits, *limits)
-    if best is None or best.error >= plain.error:
-        best = plain
+    """Return `spec` with more bits for the operands that cost the samples most, and what the manifest says of it.
+
+    The first of `shares` is what they may add to its bytes and to its bit operations. Each further share is allowed where
+    the one before leaves the predicted PSNR below `least` dB.
+    """
+    plain = best = uniform_plan(measured, spec)
+    for share in shares:
+        limits = plain.weight_bytes * (1 + share), plain.bops * (1 + share)
+        found = best_within(measured.layers, measured.errors, WIDTHS, plain.bits, *limits)
+        best = best if found is None or found.error >= best.error else found
+        if psnr_of(best.error) >= least:
+            break
     changed = {name: bits for name, bits in best.bits.items() if bits != plain.bits[name]}
     more_bytes, more_bops = best.weight_bytes / max(plain.weight_bytes, 1) - 1, best.bops / max(plain.bops, 1) - 1
     report.say(

@@ -103,14 +103,24 @@ def test_bits_that_lose_the_samples_are_protected_by_default(
     _, plain = bits_of()  # a network too small to be measured
     monkeypatch.setattr(measured_bits, "WEIGHTS", range(1, 10**9))
     found, chosen = bits_of()
-    assert found["parameters"]["protect"] == {"below": 40.0, "percent": 30.0, "looks": 8}
-    about = found["metrics"]["protected"]
+    assert found["parameters"]["protect"] == {
+        "below": 40.0,
+        "percent": [30.0, 40.0, 50.0, 60.0],
+        "looks": 8,
+        "least": 30.0,
+    }
+    monkeypatch.setattr(measured_bits, "LEAST", 1.0)
+    about = bits_of()[0]["metrics"]["protected"]
     before, after = about["predicted_psnr"]
     assert before < 30
     assert after > before + 3
     assert 0 < about["more_bops"] <= 0.3
     assert about["more_bytes"] <= 0.3
     assert chosen != plain
+    monkeypatch.setattr(measured_bits, "LEAST", 99.0)
+    most = bits_of()[0]["metrics"]["protected"]
+    assert 0.3 < max(most["more_bops"], most["more_bytes"]) <= 0.6
+    assert most["predicted_psnr"][1] > after
     for chosen_by_the_user in (("--protect", "0"), ("--keep", "conv_in=8/8"), ("--static",)):
         found, kept = bits_of(*chosen_by_the_user)
         assert "protected" not in found["metrics"]
