@@ -10,7 +10,7 @@ embedder. `LatentClassPipeline` does, with the interface of `DiTPipeline`. Witho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -42,7 +42,7 @@ class LatentClassPipeline(DiffusionPipeline):
     samples are images in [-1, 1].
     """
 
-    _optional_components = ["vae"]
+    _optional_components: ClassVar[list[str]] = ["vae"]
     model_cpu_offload_seq = "class_embedder->unet->vae"
 
     def __init__(self, unet: Any, vae: Any, class_embedder: ClassEmbedder, scheduler: Any) -> None:

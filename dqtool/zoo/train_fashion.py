@@ -77,7 +77,8 @@ def train(args: argparse.Namespace) -> None:
     def save(average: Conditioned) -> None:
         parts = copy.deepcopy(average).cpu().half()
         scheduler = DDIMScheduler(**PIXEL_SCHEDULE)
-        LatentClassPipeline(parts.unet, None, parts.embedder, scheduler).save_pretrained(args.out)
+        pipeline: Any = LatentClassPipeline(parts.unet, None, parts.embedder, scheduler)
+        pipeline.save_pretrained(args.out)
         (args.out / "sampling.json").write_text(json.dumps({"guidance": GUIDANCE}, indent=1) + "\n")
         (args.out / "card.json").write_text(json.dumps(CARD, indent=1) + "\n")
 
