@@ -15,6 +15,8 @@ __all__ = ["FASHION", "GARMENTS", "digits", "fashion"]
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Directory of Debian's package dataset-fashion-mnist."""
+SPLITS = (("train", "train", 60_000), ("held_out", "t10k", 10_000))
+"""Name, stem of the files and number of images of each of its parts."""
 GARMENTS = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
@@ -49,7 +51,7 @@ def fashion(folder: Path = FASHION) -> dict[str, tuple[Tensor, Tensor]]:
         ArtifactError: a file is no table of bytes of the expected size.
     """
     found = {}
-    for split, stem, count in (("train", "train", 60_000), ("held_out", "t10k", 10_000)):
+    for split, stem, count in SPLITS:
         pixels = _bytes_of(folder / f"{stem}-images-idx3-ubyte.gz", (count, 28, 28))
         labels = _bytes_of(folder / f"{stem}-labels-idx1-ubyte.gz", (count,))
         images = F.pad(pixels[:, None].float() / 127.5 - 1, (2, 2, 2, 2), value=-1.0)

@@ -22,6 +22,9 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "
 """Training schedule: v-prediction under a cosine schedule. With such small images and 20 steps both matter more than
 the architecture."""
 
+SAVED_EVERY = 1000
+"""Iterations between two saves."""
+
 PIXEL_SCHEDULE = {**SCHEDULE, "timestep_spacing": "trailing"}
 LATENT_SCHEDULE = {**PIXEL_SCHEDULE, "clip_sample": False, "steps_offset": 1}
 """Schedules of the stored pipelines in pixels and in latents, which have no bounds."""
@@ -38,11 +41,11 @@ def fit(
     state: Path | None = None,
     half: bool = False,
 ) -> None:
-    """Train `modules` to predict the velocity; call `save` with the moving average every 1000 iterations and at the
+    """Train `modules` to predict the velocity; call `save` with the moving average every `SAVED_EVERY` iterations and at the
     end.
 
     `draw(n)` returns clean samples `[n, C, H, W]` and the function `(modules, x_t, t) -> prediction` for them. All are on
-    the device of `modules`. With `state` the run is kept in that file every 1000 iterations, and goes on from it. `half`
+    the device of `modules`. With `state` the run is kept in that file as often, and goes on from it. `half`
     computes products in bfloat16.
     """
     from diffusers import DDPMScheduler
@@ -84,7 +87,7 @@ def fit(
             rate = (step - first + 1) / (time.time() - start)
             print(f"{step}/{iters} loss {running / 100:.4f} eta {(iters - step) / rate:.0f} s", file=sys.stderr)
             running = 0.0
-        if step % 1000 == 0 or step == iters:
+        if step % SAVED_EVERY == 0 or step == iters:
             save(average)
             if state is not None:
                 kept = {name: part.state_dict() for name, part in parts.items()}
