@@ -11,7 +11,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test test-all fuzz fuzz-guided report-check lint zoo $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling soak-processes
+.PHONY: setup demo test test-all fuzz fuzz-guided report-check lint zoo fashion $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling soak-processes
 
 setup: $(VENV)/.done
 
@@ -77,6 +77,14 @@ zoo: setup
 	$(BIN)/python -m dqtool.zoo.train_latent sd
 	$(BIN)/python -m dqtool.zoo.train_latent dit --iters 6000
 	for name in ddpm ldm sd dit; do $(BIN)/python -m dqtool.zoo.measure digits-$$name || exit; done
+
+# Trains zoo:fashion and its classifier again, and measures it (three hours on one core with AMX). An interrupted run goes on.
+# It needs Debian's package dataset-fashion-mnist. ARGS="--device cuda --batch-size 128" trains on a GPU.
+fashion: setup
+	$(BIN)/python -m dqtool.zoo.train_garment_classifier
+	mkdir -p results
+	$(BIN)/python -m dqtool.zoo.train_fashion --state results/fashion-training.pt $(ARGS)
+	$(BIN)/python -m dqtool.zoo.measure fashion
 
 # Writes a comparison of the paper to recipes/results/NAME.md and .json. `make bench-plan` prints the time each takes, and the sum.
 # Comparisons run on the embedded models, or on a published one with MODEL=path/to/checkpoint. ARGS="--set

@@ -35,7 +35,7 @@ def measured(name: str, directory: str, images: int, runtime: str) -> Iterator[d
     import torch
 
     import dqtool
-    from dqtool.metrics.digits import distance, evaluate_digits
+    from dqtool.metrics.digits import DIGITS
     from dqtool.nn.prediction import set_correcting
     from dqtool.stages.evaluation.images import maker_of_artifact
     from dqtool.stages.evaluation.reference import find_reference, reference_network
@@ -64,8 +64,8 @@ def measured(name: str, directory: str, images: int, runtime: str) -> Iterator[d
             error = (found - expected).square().flatten(1).mean(1).clamp_min(1e-12)
             row["on" if on else "off"] = {
                 "psnr": float((10 * torch.log10(4 / error)).mean()),
-                "fd.digits_from_reference": distance(found, expected),
-                "fd.digits": evaluate_digits(found)["fd.digits"],
+                "fd.digits_from_reference": DIGITS.distance(found, expected),
+                "fd.digits": DIGITS.evaluate(found)["fd.digits"],
             }
         row["gain"] = row["on"]["psnr"] - row["off"]["psnr"]
         yield row

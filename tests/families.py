@@ -103,11 +103,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
 """Tiny configs by the adapter's name; SDXL is the UNet's with added conditions."""
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """The network with random weights, those that training starts at zero included."""
+def build(name: str, seed: int = 0, **changes: Any) -> Any:
+    """The network with random weights, those that training starts at zero included; `changes` are of its config."""
     from dqtool.models.families import FAMILIES
 
-    config = NETWORKS[name]
+    config = NETWORKS[name] | changes
     torch.manual_seed(seed)
     network = FAMILIES[config["_class_name"]].build({k: v for k, v in config.items() if k != "_class_name"}).eval()
     with torch.no_grad():
@@ -166,17 +166,17 @@ def dit_pipeline(path: Path, tied: bool = True) -> Path:
     return path
 
 
-def latent_class_pipeline(path: Path) -> Path:
-    """Classes as the context of a UNet, with guidance."""
+def latent_class_pipeline(path: Path, pixels: bool = False) -> Path:
+    """Classes as the context of a UNet, with guidance; on `pixels` without a decoder."""
     from diffusers import DDIMScheduler
 
     from dqtool.models.latent_class import ClassEmbedder, LatentClassPipeline
 
     torch.manual_seed(2)
     embedder = ClassEmbedder(classes=10, dim=UNET["cross_attention_dim"])
-    LatentClassPipeline(build("unet2d_condition"), tiny_vae(), embedder, DDIMScheduler(**SCHEDULER)).save_pretrained(
-        path
-    )
+    changes: dict[str, Any] = {"in_channels": 1, "out_channels": 1, "sample_size": 16} if pixels else {}
+    network, vae = build("unet2d_condition", **changes), None if pixels else tiny_vae()
+    LatentClassPipeline(network, vae, embedder, DDIMScheduler(**SCHEDULER)).save_pretrained(path)
     return path
 
 

@@ -4,6 +4,6 @@ report."""
 from __future__ import annotations
 
 from dqtool.metrics.figures import Figure, value_of
-from dqtool.metrics.registry import FIGURES, METRICS, Files, Metric, available
+from dqtool.metrics.registry import CLASSIFIERS, FIGURES, METRICS, Files, Metric, available
 
-__all__ = ["FIGURES", "METRICS", "Figure", "Files", "Metric", "available", "value_of"]
+__all__ = ["CLASSIFIERS", "FIGURES", "METRICS", "Figure", "Files", "Metric", "available", "value_of"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dqtool.metrics.reference import Reference
 
 __all__ = [
+    "CLASSIFIERS",
     "EXTRACTORS",
     "FIGURES",
     "METRICS",
@@ -115,6 +116,7 @@ class Metric:
         start: function that returns an accumulator of features.
         compare: function (images, reference images of the same noise or None, digit asked for each image or None) that
             returns the figures.
+        distance: function of two sets of images that returns their `fd.NAME_from_reference`, for `--floor`.
         needs: fields of `Files` in addition to the extractor's own.
         least_samples: with fewer images the metric reports nothing.
         minimum_samples: with fewer images the figure is biased, and a warning is shown.
@@ -122,6 +124,7 @@ class Metric:
         version: raised when figures change, so that older reports are computed again.
         added: raised when the metric gets another figure and the rest stays, so that reports without it are computed
             again. Unlike `version` it is not part of the name of a table's finished cells.
+        embedded: beginning of the names of the embedded models whose images the metric reads; it is measured by default there.
     """
 
     figures: tuple[Figure, ...]
@@ -134,6 +137,12 @@ class Metric:
     needs_prompts: bool = False
     version: int = 1
     added: int = 0
+    distance: Callable[[Tensor, Tensor], float] | None = None
+    embedded: str | None = None
+
+    def reads(self, source: str) -> bool:
+        """Return whether the metric reads images of the embedded model with this name."""
+        return self.embedded is not None and source.startswith(self.embedded)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -215,23 +224,33 @@ EXTRACTORS = {
     "clip": ExtractorEntry("clip", _later("extractors", "ClipExtractor")),
 }
 
-_POOL, _SPATIAL = 20480, 20230  # frechet.minimum_samples of 2048 and of 2023 features; without torch here
-METRICS = {
-    "digits": Metric(
-        (
-            Figure("fd.digits", "fd.digits", -1),
-            Figure("fd.digits_ratio", "of full precision", -1, compares=True),
-            Figure("fd.digits_from_reference", "fd.digits to full precision", -1, 3, compares=True),
-            Figure("is.digits", "is.digits", 1),
-            Figure("is.digits.std", "is.digits, deviation of the splits"),
-            Figure("confident_share", "confident, %", 1, 1, 100, column="confident"),
-            Figure("same_digit_share", "same digit, %", 1, 1, 100, column="same_digit", compares=True),
-            Figure("asked_digit_share", "digit asked for, %", 1, 1, 100, column="asked_digit"),
-        ),
-        compare=_later("digits", "compare_digits"),
+
+def _of_classifier(name: str, one: str, embedded: str) -> Metric:
+    """Return the metric of `metrics/NAME.py`'s classifier, whose classes are called `one`."""
+    figures = (
+        Figure(f"fd.{name}", f"fd.{name}", -1),
+        Figure(f"fd.{name}_ratio", "of full precision", -1, compares=True),
+        Figure(f"fd.{name}_from_reference", f"fd.{name} to full precision", -1, 3, compares=True),
+        Figure(f"is.{name}", f"is.{name}", 1),
+        Figure(f"is.{name}.std", f"is.{name}, deviation of the splits"),
+        Figure("confident_share", "confident, %", 1, 1, 100, column="confident"),
+        Figure(f"same_{one}_share", f"same {one}, %", 1, 1, 100, column=f"same_{one}", compares=True),
+        Figure(f"asked_{one}_share", f"{one} asked for, %", 1, 1, 100, column=f"asked_{one}"),
+    )
+    return Metric(
+        figures,
+        compare=_later(name, "compare"),
+        distance=_later(name, "distance"),
         least_samples=10,
         added=1,
-    ),
+        embedded=embedded,
+    )
+
+
+_POOL, _SPATIAL = 20480, 20230  # frechet.minimum_samples of 2048 and of 2023 features; without torch here
+METRICS = {
+    "digits": _of_classifier("digits", "digit", "zoo:digits-"),
+    "garments": _of_classifier("garments", "garment", "zoo:fashion"),
     "similarity": Metric(
         (
             Figure("psnr", "PSNR, dB", 1, compares=True),
@@ -281,6 +300,9 @@ METRICS = {
         needs=("aesthetic_weights",),
     ),
 }
+
+CLASSIFIERS = tuple(name for name, metric in METRICS.items() if metric.embedded is not None)
+"""Metrics that read images by a classifier of their own."""
 
 FIGURES = {figure.key: figure for metric in METRICS.values() for figure in metric.figures}
 """Every figure of a metric by key, in the order of pages and tables."""

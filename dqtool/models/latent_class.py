@@ -1,7 +1,7 @@
 """Latent diffusion pipeline conditioned on class labels through cross-attention, such as CompVis' LDM-4 for ImageNet.
 
 diffusers has the network (`UNet2DConditionModel`) and the decoders, but no pipeline that combines them with a class
-embedder. `LatentClassPipeline` does, with the interface of `DiTPipeline`.
+embedder. `LatentClassPipeline` does, with the interface of `DiTPipeline`. Without a decoder it works on pixels.
 """
 
 # mypy: disable-error-code="attr-defined"
@@ -10,7 +10,7 @@ embedder. `LatentClassPipeline` does, with the interface of `DiTPipeline`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -38,15 +38,17 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
 class LatentClassPipeline(DiffusionPipeline):
     """Class-conditional latent diffusion with classifier-free guidance.
 
-    `vae` is an `AutoencoderKL` or a `VQModel`; latents are scaled by its `scaling_factor`.
+    `vae` is an `AutoencoderKL` or a `VQModel`; latents are scaled by its `scaling_factor`. It is None for a network whose
+    samples are images in [-1, 1].
     """
 
+    _optional_components: ClassVar[list[str]] = ["vae"]
     model_cpu_offload_seq = "class_embedder->unet->vae"
 
     def __init__(self, unet: Any, vae: Any, class_embedder: ClassEmbedder, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(unet=unet, vae=vae, class_embedder=class_embedder, scheduler=scheduler)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
@@ -80,7 +82,9 @@ class LatentClassPipeline(DiffusionPipeline):
                 without, given = predicted.chunk(2)
                 predicted = without + guidance_scale * (given - without)
             latents = self.scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
-        images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        images = latents
+        if self.vae is not None:
+            images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
         images = self.image_processor.postprocess(images, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

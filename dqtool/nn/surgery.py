@@ -25,6 +25,7 @@ __all__ = [
     "initialise_weights",
     "insert_fake",
     "insert_packed",
+    "missed_timesteps",
     "packed_state",
     "quant_layers",
     "refresh_steps",
@@ -98,6 +99,12 @@ def steps_of(model: nn.Module) -> StepIndex:
     if not isinstance(steps, StepIndex):
         raise TypeError("not a model quantized by dqtool")
     return steps
+
+
+def missed_timesteps(model: nn.Module) -> list[float] | None:
+    """Return the timesteps that a network of any engine was called at without being calibrated for; None for a float network."""
+    steps = model.__dict__.get("_dqtool_steps", model.__dict__.get("steps"))
+    return sorted(steps.missed) if isinstance(steps, StepIndex) else None
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:

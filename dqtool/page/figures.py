@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.records import EvalRecord, ExtractorRecord, RecipeRecord
-from dqtool.metrics import FIGURES, Figure, value_of
+from dqtool.metrics import CLASSIFIERS, FIGURES, Figure, value_of
 from dqtool.page.results import Bench, Result
 from dqtool.runtimes import RUNTIMES, runtime_name
 
@@ -27,6 +27,8 @@ __all__ = [
 _NOT_FIGURES = ("samples", "missed_timesteps")
 FROM_REFERENCE = "_from_reference"
 """Suffix of a distance to images of the reference model, rather than real images."""
+OF_CLASSIFIERS = tuple(f".{name}" for name in CLASSIFIERS)
+"""Suffixes of figures of the embedded models' classifiers."""
 RATIO = "_ratio"
 """Suffix of a figure that gives another figure as a multiple of the reference's."""
 _PARTS = ("reference", "cost", "layer_errors", "extractor", "extractors", "grid")
@@ -62,7 +64,7 @@ def extractors(metrics: EvalRecord) -> Iterator[tuple[str, ExtractorRecord]]:
     """Yield (figure, description) for figures whose features a network extracted."""
     if metrics.extractor is not None:
         for key in figures_of(metrics.as_read):
-            if key.removesuffix(FROM_REFERENCE).endswith(".digits"):
+            if key.removesuffix(FROM_REFERENCE).endswith(OF_CLASSIFIERS):
                 yield key, metrics.extractor
     for key, each in metrics.extractors.items():
         if not key.endswith(".std"):

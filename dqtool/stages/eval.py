@@ -14,7 +14,7 @@ from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import EvalRecord, InputRecord
 from dqtool.core.bits import bits_label
 from dqtool.errors import UsageError
-from dqtool.metrics import FIGURES, METRICS, value_of
+from dqtool.metrics import CLASSIFIERS, FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.components.companions import companions_of_artifact
 from dqtool.models.conditions.external import ConditionSource
@@ -153,14 +153,15 @@ def chosen_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
 def applicable_metrics(options: EvalOptions, artifact: Artifact) -> tuple[str, ...]:
     """Return the metrics that were asked for, else all that apply to the model."""
     shape = image_shape(artifact)
-    is_digits = shape == (1, 16, 16)
+    own = [name for name in CLASSIFIERS if METRICS[name].reads(artifact.manifest.network.source)]
     companions = companions_of_artifact(artifact)
     texts = companions is not None and companions.encodes_text
     of_images = choose_metrics(options.metrics, files_of(options), prompts=texts or options.pipeline is not None)
     if options.metrics is None:
-        return (*(m for m in DEFAULT_METRICS if m != "digits" or is_digits), *of_images)
-    if "digits" in options.metrics and shape[0] != 1:
-        raise UsageError("the digit metrics read images of one channel", where="--metrics")
+        return (*own, *DEFAULT_METRICS, *of_images)
+    named = [name for name in CLASSIFIERS if name in options.metrics]
+    if named and shape[0] != 1:
+        raise UsageError(f"The metrics {', '.join(named)} read images of one channel", where="--metrics")
     return options.metrics
 
 
@@ -186,8 +187,7 @@ def produce(
 
     Where several processes share the command, all sample and run the networks of metrics, and the main one computes the figures.
     """
-    from dqtool.metrics.digits import distance
-    from dqtool.nn.surgery import steps_of
+    from dqtool.nn.surgery import missed_timesteps
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact, makes_latents
 
     manifest, main = artifact.manifest, distributed.is_main()
@@ -227,12 +227,14 @@ def produce(
             figures |= image_figures(images, expected, metrics, maker.conditions.requested_digits(len(images)))
         if isinstance(known := figures.get("reference"), dict):
             of_reference = known
-        if options.floor and "digits" in metrics and float_network is not None and reference is not None:
+        distances = {name: METRICS[name].distance for name in CLASSIFIERS if name in metrics}
+        if options.floor and distances and float_network is not None and reference is not None:
             assert expected is not None
             other = replace(options, seed=options.seed + 1)
             others = reference_images(float_network, reference, maker, other, kept, "eval: floor")
-            if main:
-                of_reference["fd.digits_from_reference"] = distance(others, expected)
+            for name, distance in distances.items() if main else ():
+                assert distance is not None
+                of_reference[f"fd.{name}_from_reference"] = distance(others, expected)
         if meter is not None:
             rows = maker.conditions.rows(0, options.samples).tolist()
             texts = [maker.conditions.names[row] for row in rows] if maker.conditions.names else None
@@ -251,8 +253,8 @@ def produce(
                 "file": os.path.basename(options.save_samples),
                 "sha256": sha256_file(options.save_samples),
             }
-        if "_dqtool_steps" in network.__dict__:
-            figures["missed_timesteps"] = sorted(steps_of(network).missed)
+        if (missed := missed_timesteps(network)) is not None:
+            figures["missed_timesteps"] = list(missed)
         if main and options.grid is not None:
             from dqtool.metrics.grid import save_grid
 

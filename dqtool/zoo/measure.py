@@ -1,6 +1,6 @@
-"""Quality of an embedded digits model next to its lower bound: `python -m dqtool.zoo.measure NAME`.
+"""Quality of an embedded model next to its lower bound: `python -m dqtool.zoo.measure NAME`.
 
-The lower bound is `fd.digits` of real digits outside the training set. A Fréchet distance depends on the number of
+The lower bound is `fd.digits` or `fd.garments` of real images outside the training set. A Fréchet distance depends on the number of
 samples, so the model is measured at that number and at `--samples`. The figures are stored in the model's card.
 """
 
@@ -10,14 +10,15 @@ import argparse
 import json
 
 from dqtool.core.allocator import keep_freed_memory
-from dqtool.metrics.digits import evaluate_digits
+from dqtool.metrics.digits import DIGITS
+from dqtool.metrics.garments import GARMENTS
 from dqtool.models.networks.loading import build_network, load_weights
 from dqtool.models.sources.resolve import ZOO, resolve_model
 from dqtool.stages.eval import EvalOptions, reference_images
 from dqtool.stages.evaluation.images import maker_of_source
-from dqtool.zoo.data import digits
+from dqtool.zoo.data import digits, fashion
 
-KEYS = ("samples", "fd.digits", "is.digits", "confident_share")
+KEYS = ("samples", "fd.digits", "fd.garments", "is.digits", "is.garments", "confident_share")
 
 
 def main() -> None:
@@ -32,12 +33,13 @@ def main() -> None:
     network = build_network(source.class_name, source.config, load_weights(source), source.given)
     maker = maker_of_source(source, args.samples, 0, args.steps)
     images = reference_images(network, source, maker, EvalOptions(samples=args.samples))
-    held_out = digits()["held_out"][0]
+    classifier, data = (GARMENTS, fashion) if args.name == "fashion" else (DIGITS, digits)
+    held_out = data()["held_out"][0][: args.samples]
     sets = {"real, held out": held_out, "model, as many": images[: len(held_out)], "model": images}
     figures = {}
     for name, each in sets.items():
-        found = evaluate_digits(each)
-        figures[name] = {key: found[key] for key in KEYS}
+        found = classifier.evaluate(each)
+        figures[name] = {key: found[key] for key in KEYS if key in found}
     print(json.dumps(figures, indent=1))
     card = ZOO / args.name / "card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"figures": figures}, indent=1) + "\n")

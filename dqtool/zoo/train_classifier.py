@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dqtool.metrics import digits as metric
+from dqtool.metrics.classifiers import CONFIDENT
+from dqtool.metrics.digits import DIGITS, DigitClassifier
 from dqtool.metrics.frechet import frechet_distance, statistics
 from dqtool.metrics.inception_score import inception_score
 from dqtool.zoo.data import digits
 
-__all__ = ["train"]
+__all__ = ["save", "train"]
 
 
 def augment(images: Tensor) -> Tensor:
@@ -63,12 +64,12 @@ def non_digits(images: Tensor, labels: Tensor, count: int) -> Tensor:
     return kinds[torch.randint(len(kinds), (count,)), torch.arange(count)].clamp(-1, 1)
 
 
-def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3) -> metric.DigitClassifier:
+def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3) -> DigitClassifier:
     """Train from scratch and set the reference buffers; on one thread, so that a seed always gives the same weights."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     images, labels = digits()["train"]
-    model = metric.DigitClassifier().train()
+    model = DigitClassifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     batches = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches, pct_start=0.1)
@@ -90,13 +91,13 @@ def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3) -> met
             eta = (time.time() - start) / epoch * (epochs - epoch)
             print(f"epoch {epoch}/{epochs} loss {running / batches:.4f} eta {eta:.0f} s", file=sys.stderr)
     model.eval().requires_grad_(False)
-    mean, cov = statistics(metric.features(images, model=model)[0])
+    mean, cov = statistics(DIGITS.features(images, model=model)[0])
     model.reference_mean.copy_(mean)
     model.reference_cov.copy_(cov)
     return model
 
 
-def save(model: metric.DigitClassifier, out: Path) -> None:
+def save(model: nn.Module, out: Path) -> None:
     """Write the weights atomically, since another process may have the old file mapped."""
     from safetensors.torch import save as to_bytes
 
@@ -106,7 +107,7 @@ def save(model: metric.DigitClassifier, out: Path) -> None:
     os.replace(partial, out)
 
 
-def judge(model: metric.DigitClassifier) -> None:
+def judge(model: DigitClassifier) -> None:
     """Print accuracy, confidence and both scores on real digits, and the confidence on images without a digit."""
     data = digits()
     generator = torch.Generator().manual_seed(0)
@@ -117,25 +118,25 @@ def judge(model: metric.DigitClassifier) -> None:
         "held out": data["held_out"],
     }
     for name, (images, labels) in splits.items():
-        hidden, logits = metric.features(images, model=model)
+        hidden, logits = DIGITS.features(images, model=model)
         distance = frechet_distance(*statistics(hidden), model.reference_mean, model.reference_cov)
         score, deviation = inception_score(logits)
         accuracy = (logits.argmax(1) == labels).double().mean().item()
-        confident = (logits.softmax(1).amax(1) > metric.CONFIDENT).double().mean().item()
+        confident = (logits.softmax(1).amax(1) > CONFIDENT).double().mean().item()
         print(
             f"{name}: {len(images)} images, accuracy {accuracy:.4f}, confident {confident:.4f}, "
             f"fd.digits {distance:.4f}, is.digits {score:.3f} +- {deviation:.3f}"
         )
     torch.manual_seed(12345)
-    logits = metric.features(non_digits(*data["held_out"], 1000), model=model)[1]
-    confident = (logits.softmax(1).amax(1) > metric.CONFIDENT).double().mean().item()
+    logits = DIGITS.features(non_digits(*data["held_out"], 1000), model=model)[1]
+    confident = (logits.softmax(1).amax(1) > CONFIDENT).double().mean().item()
     print(f"no digits: 1000 images, confident {confident:.4f}")
 
 
 def main() -> None:
     """Parse the command line, train, save, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=metric.WEIGHTS)
+    parser.add_argument("--out", type=Path, default=DIGITS.weights)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=80)
     args = parser.parse_args()

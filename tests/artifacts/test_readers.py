@@ -52,7 +52,7 @@ ALLOWED = {
     "formats.onnx": _OWN,
     "metrics.batches": "reads images and members of archives through `open_regular`, in listed formats, up to a size",
     "metrics.clip": _CHECKED,
-    "metrics.digits": _PACKAGED,
+    "metrics.classifiers": _PACKAGED,
     "metrics.measuring": "opens extractors by dqtool's own table of names",
     "models.components.companions": _CHECKED,
     "models.networks.recorded_graph": _OWN,

@@ -13,7 +13,7 @@ from helpers import NETWORK, load_json, refused
 
 from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.metrics import METRICS, Files
-from dqtool.metrics.digits import evaluate_digits
+from dqtool.metrics.digits import DIGITS
 from dqtool.metrics.frechet import statistics
 from dqtool.metrics.manifold import Manifold
 from dqtool.metrics.registry import path_digest
@@ -95,9 +95,9 @@ def test_too_few_samples_are_refused_before_any_is_drawn(run: Run, references: P
 
 def test_the_least_samples_are_those_the_metrics_accept() -> None:
     images = torch.randn(LEAST_SAMPLES["digits"], 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    evaluate_digits(images)
+    DIGITS.evaluate(images)
     with pytest.raises(UsageError):
-        evaluate_digits(images[1:])
+        DIGITS.evaluate(images[1:])
     Manifold.of(images[: LEAST_SAMPLES["pr"]].flatten(1), half=True)
     with pytest.raises(UsageError):
         Manifold.of(images[: LEAST_SAMPLES["pr"] - 1].flatten(1), half=True)

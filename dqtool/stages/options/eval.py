@@ -28,7 +28,7 @@ __all__ = ["DEFAULT_METRICS", "NETWORK_METRICS", "EvalOptions"]
 
 NETWORK_METRICS = ("layers", "cost")
 """Metrics of the network rather than its images: error of each layer; size and bit operations."""
-DEFAULT_METRICS = ("digits", "similarity", *NETWORK_METRICS)
+DEFAULT_METRICS = ("similarity", *NETWORK_METRICS)
 """Metrics that need no file. The others are computed when the files they need are given."""
 
 
@@ -131,7 +131,7 @@ class EvalOptions:
     floor: Annotated[
         bool,
         Option(
-            "Also measure fd.digits between two sets of full-precision images of different noise: the distance that equal "
+            "Also measure fd.digits or fd.garments between two sets of full-precision images of different noise: the distance that equal "
             "models have at this number of images. Give it to judge small distances."
         ),
     ] = False

@@ -34,6 +34,7 @@ PIPELINES: dict[str, Callable[[Path], Path]] = {
     "dit": dit_pipeline,
     "dit-untied": lambda path: dit_pipeline(path, tied=False),
     "latent-class": latent_class_pipeline,
+    "pixel-class": lambda path: latent_class_pipeline(path, pixels=True),
     "sd": lambda path: text_pipeline("sd", path),
 }
 
@@ -85,7 +86,14 @@ def test_companions_travel_and_the_export_is_a_whole_pipeline(chain: Path) -> No
 
 def test_eval_reads_the_digit_asked_for(chain: Path) -> None:
     output = evaluate(
-        EvalOptions(str(chain / "exported"), str(chain / "eval.json"), samples=12, grid=str(chain / "grid.png")), QUIET
+        EvalOptions(
+            str(chain / "exported"),
+            str(chain / "eval.json"),
+            metrics=("digits", "similarity", "cost"),
+            samples=12,
+            grid=str(chain / "grid.png"),
+        ),
+        QUIET,
     )
     figures = open_artifact(output).manifest.metrics.as_read
     assert figures["psnr"]["mean"] > 15  # 8/8
