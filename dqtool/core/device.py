@@ -23,6 +23,7 @@ __all__ = [
     "device_of",
     "gpu_wanted",
     "peak_bytes",
+    "pick",
     "place",
     "resolve_device",
     "restart_peak",
@@ -132,6 +133,11 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)  # PyTorch keeps the pinned memory until the copy is done
+
+
+def pick(values: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Return `values[rows]`. Indices in main memory move to the device of the values first, and nobody waits for them."""
+    return values[rows if isinstance(rows, slice) else to_device(rows, values.device)]
 
 
 def to_device_of(module: nn.Module, values: T) -> T:

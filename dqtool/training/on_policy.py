@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dqtool.artifacts.checkpoints import CallCheckpoints
 from dqtool.core.allocator import return_freed_memory
+from dqtool.core.device import pick, to_device
 from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.steps import look_up
@@ -133,7 +134,7 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
 def _error(task: DistillationTask, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
     """Return the student's mean squared error at the points `rows`."""
     predictions = task.family.predict(task.student, *points.arguments(rows))
-    return F.mse_loss(predictions, targets[rows].to(predictions.device))
+    return F.mse_loss(predictions, to_device(pick(targets, rows), predictions.device))
 
 
 def centre_weights(module: nn.Module) -> None:
