@@ -82,4 +82,5 @@ class CudaAttnProcessor(IntegerAttnProcessor):
         if held is None or value.shape[3] != query.shape[3] or query.shape[3] > WIDEST:
             return QuantAttnProcessor.attend(self, attn, query, key, value, mask, scale)
         factor = query.shape[3] ** -0.5 if scale is None else float(scale)
-        return ops.attention(query, key, value, mask, *held(), self.current_step.rows, factor, held.largest)
+        rows = self.current_step.rows_on(query.device)
+        return ops.attention(query, key, value, mask, *held(), rows, factor, held.largest)
