@@ -107,12 +107,12 @@ def convert(network: nn.Module) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, PackedLayer) and name not in merged:
             kinds[name] = _convert_layer(network, name, module, choose)
+    fuse(network)
     saved = packed_form(network).state_dict().keys()
     for name, module in network.named_modules():
         if isinstance(module, CudaProduct | AttentionTables):
             # accelerate's device maps pass over modules without a state. The scales are those of the packed form.
             keep_out_of_states(module, "weight_scale" if f"{name}.weight_scale" in saved else None)
-    fuse(network)
     kept = packed_form(network)
     type(kept)._apply(kept, lambda t: t.cpu())  # a network that was loaded on the GPU would hold its weights twice
     network.__dict__["_dqtool_integer"] = kinds

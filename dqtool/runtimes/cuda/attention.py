@@ -55,6 +55,8 @@ class AttentionTables(KeepsDtype):
 class CudaAttnProcessor(IntegerAttnProcessor):
     """`IntegerAttnProcessor` on a GPU. Without `products` the two attention products stay float."""
 
+    current_step: Glue
+
     def __init__(
         self,
         like: QuantAttnProcessor | None = None,
