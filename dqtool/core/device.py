@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "asked_teacher",
     "choose_device",
     "chosen_device",
     "device_of",
@@ -27,6 +28,7 @@ __all__ = [
     "place",
     "resolve_device",
     "restart_peak",
+    "teacher_parameters",
     "to_cpu",
     "to_device",
     "to_device_of",
@@ -34,6 +36,12 @@ __all__ = [
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound="nn.Module")
+
+TEACHER = "DQTOOL_TEACHER"
+"""Environment variable with the precision in which the float network samples: auto (measured on a GPU, float32 on the CPU), float32,
+float16 or bfloat16."""
+
+TEACHERS = ("auto", "float32", "float16", "bfloat16")
 
 _chosen: torch.device | None = None
 
@@ -96,6 +104,24 @@ def gpu_wanted() -> bool:
     import torch
 
     return (_chosen is None or _chosen.type == "cuda") and torch.cuda.is_available()
+
+
+def asked_teacher() -> str:
+    """Return the precision that `$DQTOOL_TEACHER` asks for, one of `TEACHERS`.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    asked = os.environ.get(TEACHER) or "auto"
+    if asked not in TEACHERS:
+        raise UsageError(f"'{asked}' is no precision", where=TEACHER, fix=f"Choose from {', '.join(TEACHERS)}")
+    return asked
+
+
+def teacher_parameters() -> dict[str, str]:
+    """Return what a stage's parameters record of a precision that was asked for; empty for `auto`."""
+    asked = asked_teacher()
+    return {} if asked == "auto" else {"teacher": asked}
 
 
 def place(module: Module) -> Module:
