@@ -19,7 +19,7 @@ def test_time_follows_the_rates_and_memory_the_weights() -> None:
 
 def test_activations_are_named_beside_the_weights() -> None:
     text = on_gpus({}, MACS, 0, 10**9, 2 * 10**9)
-    assert text.endswith("with 1.0 GB of weights and moments and up to 2.0 GB of activations")
+    assert text.endswith("with 1.0 GB of weights and moments, and up to 2.0 GB of activations, or what is free")
 
 
 def test_small_gpus_are_left_out() -> None:

@@ -81,14 +81,13 @@ def estimate(
         _working, _activations(source), macs, guided, calibrate, distill if trains else None, evaluate, cached
     )
     place = resolve_device(device).type
-    here = tensors + working(place)
-    memory = LIBRARIES + (here if place == "cpu" else 4 * weights) + (distill.cache_memory << 20 if trains else 0)
-    there = "" if place == "cpu" else f", and up to {here / 1e9:.1f} GB on the device"
+    memory = LIBRARIES + (tensors if place == "cpu" else 4 * weights) + (distill.cache_memory << 20 if trains else 0)
+    there = "" if place == "cpu" else f"; on the device {tensors / 1e9:.1f} GB"
     pairs = 4 * calibrate.samples * prod(_sample_shape(source))
     disk = 2 * 4 * weights + pairs + 2 * packed
     return {
         "time": f"about {format_seconds(seconds)} on this machine",
-        "memory": f"up to {memory / 1e9:.1f} GB{there}",
+        "memory": f"up to {memory / 1e9:.1f} GB{there}{_more(working(place))}",
         "gpus": on_gpus(left, macs, layers, tensors, working("cuda")),
         "disk": f"about {disk / 1e6:,.0f} MB, of which {packed / 1e6:,.1f} MB are the quantized network",
     }
@@ -109,8 +108,13 @@ def on_gpus(passes: Mapping[str, float], macs: int, layers: int, tensors: int, w
     ]
     if not times:
         return f"none of the known ones has {tensors / 1e9:.1f} GB"
-    more = f" and up to {working / 1e9:.1f} GB of activations" if working else ""
-    return f"about {', '.join(times)} by their data sheets, with {tensors / 1e9:.1f} GB of weights and moments{more}"
+    with_it = f"{tensors / 1e9:.1f} GB of weights and moments{_more(working)}"
+    return f"about {', '.join(times)} by their data sheets, with {with_it}"
+
+
+def _more(working: int) -> str:
+    """Return words on `working` bytes of activations. Where less is free, fewer samples run together."""
+    return f", and up to {working / 1e9:.1f} GB of activations, or what is free" if working else ""
 
 
 def _seconds(passes: Mapping[str, float], macs: int, layers: int, rate: float) -> float:
