@@ -9,7 +9,7 @@ from dqtool.artifacts.header import file_header
 from dqtool.artifacts.records import LayerRecord
 from dqtool.core.bits import FLOAT_BITS, bits_from_json
 
-__all__ = ["bops", "bops_ratio", "file_bytes", "float_bops", "samples_together", "size_ratio"]
+__all__ = ["bops", "bops_ratio", "file_bytes", "float_bops", "samples_together", "size_ratio", "together_for"]
 
 FLOAT32 = (32, 32)
 
@@ -24,7 +24,12 @@ memory for it. On a GPU, a dozen samples of Stable Diffusion keep it busy."""
 
 def samples_together(layers: Iterable[LayerRecord], most: int, device: str = "cpu") -> int:
     """Return how many samples run together on a kind of device: `most` where the network is small, few where it is large."""
-    work = sum(layer.macs for layer in layers) or 1
+    return together_for(sum(layer.macs for layer in layers), most, device)
+
+
+def together_for(work: int, most: int, device: str) -> int:
+    """Return `samples_together` of a network of `work` multiply-accumulates."""
+    work = work or 1
     return max(1, min(most, (WORK_TOGETHER if device == "cpu" else GPU_WORK_TOGETHER) // work))
 
 

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "asked_teacher",
     "choose_device",
     "chosen_device",
     "device_of",
     "gpu_wanted",
     "peak_bytes",
+    "pick",
     "place",
     "resolve_device",
     "restart_peak",
+    "teacher_parameters",
     "to_cpu",
     "to_device",
     "to_device_of",
@@ -33,6 +36,12 @@ __all__ = [
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound="nn.Module")
+
+TEACHER = "DQTOOL_TEACHER"
+"""Environment variable with the precision in which the float network samples: auto (measured on a GPU, float32 on the CPU), float32,
+float16 or bfloat16."""
+
+TEACHERS = ("auto", "float32", "float16", "bfloat16")
 
 _chosen: torch.device | None = None
 
@@ -97,6 +106,24 @@ def gpu_wanted() -> bool:
     return (_chosen is None or _chosen.type == "cuda") and torch.cuda.is_available()
 
 
+def asked_teacher() -> str:
+    """Return the precision that `$DQTOOL_TEACHER` asks for, one of `TEACHERS`.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    asked = os.environ.get(TEACHER) or "auto"
+    if asked not in TEACHERS:
+        raise UsageError(f"'{asked}' is no precision", where=TEACHER, fix=f"Choose from {', '.join(TEACHERS)}")
+    return asked
+
+
+def teacher_parameters() -> dict[str, str]:
+    """Return what a stage's parameters record of a precision that was asked for; empty for `auto`."""
+    asked = asked_teacher()
+    return {} if asked == "auto" else {"teacher": asked}
+
+
 def place(module: Module) -> Module:
     """Move `module` to the chosen device (the CPU before any choice) and return it."""
     return module if _chosen is None or _chosen.type == "cpu" else module.to(_chosen)
@@ -132,6 +159,11 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)  # PyTorch keeps the pinned memory until the copy is done
+
+
+def pick(values: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Return `values[rows]`. Indices in main memory move to the device of the values first, and nobody waits for them."""
+    return values[rows if isinstance(rows, slice) else to_device(rows, values.device)]
 
 
 def to_device_of(module: nn.Module, values: T) -> T:

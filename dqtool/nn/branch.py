@@ -76,7 +76,7 @@ def merge_branches(branches: Sequence[LowRankBranch | None], outputs: Sequence[i
     if not found:
         return None
     ups = [
-        torch.zeros(count, 0) if branch is None else branch.up.float()
+        found[0].up.new_zeros((count, 0), dtype=torch.float32) if branch is None else branch.up.float()
         for branch, count in zip(branches, outputs, strict=True)
     ]
     return LowRankBranch(torch.cat([branch.down.float() for branch in found]), torch.block_diag(*ups))

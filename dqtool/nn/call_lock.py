@@ -18,7 +18,10 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_compiling
 
-__all__ = ["CallLock", "Method", "give", "one_call_at_a_time"]
+__all__ = ["CallLock", "Method", "give", "give_forward", "one_call_at_a_time", "run_forward", "take_forward"]
+
+FORWARD = "_dqtool_forward"
+"""Attribute with the function that is a network's forward at present."""
 
 
 _COUNT = itertools.count()
@@ -70,6 +73,31 @@ class Method:
 def give(network: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Override the method `name` of this network alone with `function(network, ...)`."""
     network.__dict__[name] = Method(network, function, name)
+
+
+def give_forward(network: nn.Module, function: Callable[..., Any]) -> None:
+    """Override `forward` of this network with `function(network, ...)`, which may change while accelerate or diffusers wrap it."""
+    if FORWARD not in network.__dict__:
+        give(network, "forward", run_forward)
+    network.__dict__[FORWARD] = function
+
+
+def take_forward(network: nn.Module) -> None:
+    """Give the network the forward of its class back. What others have wrapped around `forward` stays."""
+    if isinstance(network.__dict__.get("forward"), Method):
+        del network.__dict__["forward"]
+        network.__dict__.pop(FORWARD, None)
+    else:
+        network.__dict__[FORWARD] = _own_forward
+
+
+def run_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the present forward of a network, without hooks."""
+    return network.__dict__.get(FORWARD, _own_forward)(network, *args, **kwargs)
+
+
+def _own_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(network).forward(network, *args, **kwargs)
 
 
 class CallLock:

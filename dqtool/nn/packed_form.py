@@ -27,6 +27,7 @@ __all__ = [
     "add_count_methods",
     "cast_unquantized",
     "is_quantized_tensor",
+    "keep_out_of_states",
     "keep_packed_form",
     "packed_form",
 ]
@@ -46,6 +47,16 @@ def keep_packed_form(network: nn.Module) -> None:
     network.__dict__[KEPT] = copy.deepcopy(network, shared)
     give(network, "state_dict", _state_dict)
     add_count_methods(network)
+
+
+def keep_out_of_states(layer: nn.Module, kept: str | None = None) -> None:
+    """Keep the buffers of an integer layer, but for its own buffer `kept`, out of state dicts, which hold the packed form.
+
+    accelerate leaves such buffers on the device that computes: it would look for the others in a state dict.
+    """
+    for module in layer.modules():
+        names = {name for name, buffer in module._buffers.items() if buffer is not None}
+        module._non_persistent_buffers_set.update(names - {kept} if module is layer else names)
 
 
 def packed_form(network: nn.Module) -> nn.Module:

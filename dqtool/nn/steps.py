@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqtool.core.device import to_device
 from dqtool.errors import DqtoolWarning, NumericError
 
 __all__ = [
@@ -243,9 +244,11 @@ class StepIndex:
         return self._rows
 
     def rows_for(self, x: Tensor) -> Tensor:
-        """Return the rows in use on the device of `x`. They move once for all layers, since a transfer waits for the device."""
+        """Return the rows in use on the device of `x`. They move once for all layers."""
         if self._moved.device != x.device:
-            self._moved = self._rows.to(x.device)
+            # A graph would keep the pinned memory of such a copy, and replay its numbers.
+            fixed = torch.compiler.is_compiling() or _capturing()
+            self._moved = self._rows.to(x.device) if fixed else to_device(self._rows, x.device)
         return self._moved
 
     def _steps_away(self, value: float) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 from dqtool.artifacts import Artifact, cache_directory, dqtool_version, keep_in_cache
 from dqtool.artifacts.manifest import package_version
 from dqtool.artifacts.reading import load_json
-from dqtool.core.device import gpu_wanted
+from dqtool.core.device import chosen_device, gpu_wanted
 from dqtool.errors import DqtoolError, EnvironmentFault
 from dqtool.runtimes.names import runtime_name
 
@@ -69,6 +69,9 @@ def preferred(artifact: Artifact) -> tuple[str, str]:
 
 
 def _default_order() -> tuple[str, ...]:
+    chosen = chosen_device().type
+    if chosen != "cpu":  # a command computes where `--device` says
+        return (GPU, "simulate") if chosen == GPU else ("simulate",)
     order = AMX_ORDER if "amx_int8" in _processor().split() else ORDER
     return (GPU, *order) if gpu_wanted() else order
 

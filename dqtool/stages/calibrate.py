@@ -13,7 +13,7 @@ from dqtool.artifacts.jsonvalues import ForeignConfig, Json
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.artifacts.records import PipelineRecord, SamplingRecord
 from dqtool.core.cost import samples_together
-from dqtool.core.device import chosen_device
+from dqtool.core.device import chosen_device, teacher_parameters
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
@@ -158,6 +158,7 @@ def fingerprint_parameters(options: CalibrateOptions, prompts: Sequence[str] | N
         "variance": options.variance,
     }
     parameters |= {key: value for key, value in chosen.items() if value is not None}
+    parameters |= teacher_parameters()
     return parameters | ConditionSource.of(options).parameters()
 
 
@@ -172,7 +173,8 @@ def produce(
     from dqtool.models.networks.checked_artifacts import checked_tensors
     from dqtool.models.networks.loading import network_of
     from dqtool.models.networks.packed import layer_infos
-    from dqtool.models.sampling.sampler import Sampler, make_sampler
+    from dqtool.models.sampling.sampler import CALIBRATION, Sampler, initial_noise, make_sampler
+    from dqtool.models.sampling.teacher_precision import SAMPLES, settle, sure_points
     from dqtool.nn.statistics import collect
     from dqtool.stages.calibration.trajectory import STATISTICS_SAMPLES, TrajectoryRecorder
     from dqtool.stages.shared.artifact_models import conditions_of, split_dilated, teacher_of
@@ -214,6 +216,9 @@ def produce(
     starts = None
     if source.images is not None and not family.condition_channels(config):
         starts = encoded_images(source.images, shape, companions_of_artifact(dilated)).starts()
+    few_images = min(SAMPLES, images)
+    noise = initial_noise(shape, range(few_images), options.seed, CALIBRATION)
+    precision = settle(network, family, sure_points(timesteps, noise, conditions.given(0, few_images)), "trajectory")
     recorder = TrajectoryRecorder(network, shape, sampler, timesteps, options, generator, starts)
     quotas = recorder.quotas(conditions, blocks)
     conditions = conditions.evenly(recorder.images(quotas, conditions))
@@ -240,7 +245,7 @@ def produce(
                     progress.skip(runs * len(mine[step]))
                 yield run
 
-    everything, records, metrics = dict(tensors), manifest.layers, manifest.metrics.to_json()
+    everything, records, metrics = dict(tensors), manifest.layers, manifest.metrics.to_json() | precision
     shifts: dict[str, torch.Tensor] = {}
     if options.scaling != KEEP:
         rescaled = rescaled_by(options, manifest, tensors, network, points, per_step, workspace)

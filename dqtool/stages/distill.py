@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dqtool import report
 from dqtool.artifacts import Artifact, Workspace
 from dqtool.artifacts.jsonvalues import ForeignConfig, Json
+from dqtool.core.device import teacher_parameters
 from dqtool.core.out_of_memory import with_smaller_batches
 from dqtool.core.quantization import NONSTANDARD, PAPER, STANDARD, QuantizationSpec
 from dqtool.errors import ArtifactError, UsageError
@@ -119,6 +120,7 @@ def fingerprint_parameters(options: DistillOptions) -> dict[str, Json]:
         chosen |= {"correct_images": CORRECT_IMAGES, "correct_detail": True}
     return (
         chosen
+        | teacher_parameters()
         | options.spec.to_json()
         | {
             "method": options.method,
@@ -169,6 +171,7 @@ def produce(
     from dqtool.models.networks.recorded_graph import graph_of
     from dqtool.models.sampling.fitted import FITTED, fitted_with
     from dqtool.models.sampling.sampler import Sampler
+    from dqtool.models.sampling.teacher_precision import POINTS, SAMPLES, settle
     from dqtool.nn.assignment import assign_bits, require_branches, with_branches
     from dqtool.nn.surgery import packed_state
     from dqtool.scaling.folding import fold_packed
@@ -218,6 +221,8 @@ def produce(
         sampled_together=samples_together(manifest.layers, SAMPLED_TOGETHER, device_of(student).type),
         strict=options.strict,
     )
+    index, _ = task.trajectory.few_of_each_step(POINTS, SAMPLES)
+    precision = settle(task.teacher, family, [task.trajectory.arguments(index)], "teacher")
     return_freed_memory()
     device = device_of(student)
     restart_peak(device)
@@ -228,6 +233,7 @@ def produce(
         if corrects_predictions(options):
             if task.low_memory:  # it dropped the float network
                 task = replace(task, teacher=teacher_of(manifest, tensors))
+                settle(task.teacher, family, [task.trajectory.arguments(index)], "teacher")
             used = time.process_time()
             with report.progress("distill: predictions", len(task.trajectory.timesteps), "step") as progress:
                 trained |= correct_predictions(task, config, CORRECT_IMAGES, progress)
@@ -250,7 +256,7 @@ def produce(
     layers = with_folds(with_learned_scales(layers, tensors, learned), folded)
     if task.warnings:
         trained |= {"warnings": task.warnings}
-    metrics = {**manifest.metrics.to_json(), **trained, **choice}
+    metrics = {**manifest.metrics.to_json(), **trained, **precision, **choice}
     return StageOutput(
         state,
         manifest.network,

@@ -13,6 +13,7 @@ from dqtool.artifacts import Artifact, Checkpoints, OutputKind, Workspace, read_
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import EvalRecord, InputRecord
 from dqtool.core.bits import bits_label
+from dqtool.core.device import teacher_parameters
 from dqtool.errors import UsageError
 from dqtool.metrics import CLASSIFIERS, FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
@@ -133,6 +134,7 @@ def fingerprint_parameters(
         parameters["correction"] = options.correction
     if options.floor:
         parameters["floor"] = True
+    parameters |= teacher_parameters()
     return parameters | ConditionSource.of(options).parameters()
 
 
@@ -187,6 +189,8 @@ def produce(
 
     Where several processes share the command, all sample and run the networks of metrics, and the main one computes the figures.
     """
+    from dqtool.models.sampling.sampler import IMAGES, initial_noise
+    from dqtool.models.sampling.teacher_precision import SAMPLES, settle, sure_points
     from dqtool.nn.surgery import missed_timesteps
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact, makes_latents
 
@@ -214,6 +218,11 @@ def produce(
     if needs_images:
         figures |= {} if correction is None else {"correction": correction}
         if float_network is not None and reference is not None:
+            if not isinstance(reference, ExportedReference):
+                few = min(SAMPLES, options.samples)
+                noise = initial_noise(maker.shape, range(few), options.seed, IMAGES)
+                points = sure_points(maker.sampler.timesteps(), noise, maker.conditions.given(0, few))
+                figures |= settle(float_network, maker.sampler.family, points, "reference")
             expected = reference_images(float_network, reference, maker, options, kept)
         sampled = maker
         if options.correct_noise and float_network is not None:
@@ -324,6 +333,7 @@ def reference_images(
     """
     from dqtool.models.sampling.image_cache import cached_images
     from dqtool.models.sampling.sampler import IMAGES
+    from dqtool.models.sampling.teacher_precision import precision_label
 
     sampler, conditions = maker.sampler, maker.conditions
     key = {
@@ -339,6 +349,8 @@ def reference_images(
     }
     if conditions.table:
         key |= {"guidance": conditions.guidance, "names": conditions.names, "digest": conditions.digest()}
+    if precision := precision_label(network):
+        key["precision"] = precision
     return cached_images(
         key, lambda: maker.draw(network, options.samples, options.seed, options.batch_size, what, kept)
     )

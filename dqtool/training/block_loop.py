@@ -31,7 +31,16 @@ from dqtool.training.recovery import BlockStates, Recovery
 from dqtool.training.replay import BlockInputs, Replay
 from dqtool.training.sharing import Share, add_gradients
 
-__all__ = ["Learner", "block_state", "make_trainable", "mean_square", "own_layers", "restore_block", "train_blocks"]
+__all__ = [
+    "Learner",
+    "block_state",
+    "device_mean_square",
+    "make_trainable",
+    "mean_square",
+    "own_layers",
+    "restore_block",
+    "train_blocks",
+]
 
 
 AT_HAND = "block at hand"
@@ -45,18 +54,19 @@ class Learner:
     Attributes:
         iters: number of iterations.
         batch_size: samples drawn at random for each iteration.
-        unit: factor from the error per value to the sum over channels relative to the target's mean square.
+        unit: factor from the error per value to the sum over channels relative to the target's mean square; a tensor where
+            reading it would wait for a device.
     """
 
     def __init__(self, task: DistillationTask, optimizer: QuantAdam, iters: int, batch_size: int) -> None:
         self.task, self.optimizer = task, optimizer
         self.iters, self.batch_size = iters, batch_size
-        self.unit = 1.0
+        self.unit: float | Tensor = 1.0
 
-    def observe_targets(self, outputs: Sequence[Tensor]) -> None:
-        """Set `unit` from the outputs that the block should learn."""
+    def observe_targets(self, outputs: Sequence[Tensor], size: Tensor | None = None) -> None:
+        """Set `unit` from the outputs that the block should learn. `size` is their mean square where it is known."""
         channels = sum(y.shape[1] if y.dim() == 4 else y.shape[-1] for y in outputs) / len(outputs)
-        self.unit = channels / mean_square(outputs)
+        self.unit = channels / mean_square(outputs) if size is None else torch.full_like(size, channels) / size
 
     def draw_samples(self, _step: int, generator: torch.Generator) -> Tensor:
         """Return the sample indices of this iteration."""
@@ -268,6 +278,14 @@ def mean_square(outputs: Sequence[Tensor]) -> float:
         for each in zip(*gather(sums), strict=True)
     ]
     return sum(totals) / len(totals) or 1.0
+
+
+def device_mean_square(outputs: Sequence[Tensor]) -> Tensor:
+    """Return `mean_square` of the samples of this process, float64 on their device. Nobody waits for it."""
+    zero = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    means = [sum((part.square().sum() for part in y.split(32)), zero) / max(1, y.numel()) for y in outputs]
+    mean = sum(means, zero) / len(means)
+    return torch.where(mean == 0, 1.0, mean)
 
 
 def output_loss(output: Any, target: Any, rows: Tensor) -> Tensor:

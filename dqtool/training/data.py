@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dqtool.artifacts.checkpoints import PieceStore
+from dqtool.core.device import pick
 from dqtool.graph.network import NetworkGraph
 from dqtool.graph.roles import Roles
 from dqtool.graph.trace import Trace
@@ -48,7 +49,7 @@ class Trajectory:
 
     def arguments(self, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return `x`, timesteps and conditions of the samples `rows` (a slice or an index tensor)."""
-        return self.x[rows], self.timesteps[self.rows[rows]], self.conditions_of(rows)
+        return pick(self.x, rows), self.timesteps[self.rows[rows]], self.conditions_of(rows)
 
     def conditions_of(self, rows: Any) -> dict[str, Tensor]:
         """Return the conditions of the samples `rows` (a slice or an index tensor)."""

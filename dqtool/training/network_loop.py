@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.artifacts.jsonvalues import Json
+from dqtool.core.device import pick
 from dqtool.distributed import by_rows
 from dqtool.nn.surgery import steps_of
 from dqtool.training.curve import curve, first_and_last
@@ -100,7 +101,7 @@ def train_network(
     saved, reader = time.perf_counter(), Losses(losses, recovery)
 
     def error(part: Tensor) -> Tensor:
-        return F.mse_loss(task.predict(task.student, part), targets[part])
+        return F.mse_loss(task.predict(task.student, part), pick(targets, part))
 
     for step in range(len(losses), iters):
         chosen = choose(step, generator)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from dqtool.artifacts.checkpoints import CallCheckpoints
 from dqtool.core.allocator import return_freed_memory
+from dqtool.core.device import pick, to_device
 from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
+from dqtool.models.sampling.teacher_precision import precision_label
 from dqtool.nn.layers import FakeQuantLayer
 from dqtool.nn.steps import look_up
 from dqtool.nn.surgery import steps_of
@@ -76,10 +78,11 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
     sampling_seconds = 0.0
     own: Trajectory | None = None
     targets = torch.empty(0)
+    label = precision_label(task.teacher)
     kept = task.store.load("refine")
     if kept is not None:
         done = len(kept["losses"])
-        found = _loaded(task, f"refine {(done - 1) // options.refresh * options.refresh}")
+        found = _loaded(task, f"refine {(done - 1) // options.refresh * options.refresh}{label}")
         if found is not None:
             own, targets = found
             generator.set_state(kept["generator"])
@@ -94,7 +97,7 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
         if own is None or step % options.refresh == 0:
             begin = time.perf_counter()
             images = images_for(options, step, len(task.trajectory.timesteps))
-            own, targets = kept_trajectory(task, images, step, f"refine {step}")
+            own, targets = kept_trajectory(task, images, step, f"refine {step}{label}")
             if task.low_memory:
                 store = TensorStore(0)
                 own, targets = replace(own, x=store.keep(own.x)), store.keep(targets)
@@ -133,7 +136,7 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
 def _error(task: DistillationTask, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
     """Return the student's mean squared error at the points `rows`."""
     predictions = task.family.predict(task.student, *points.arguments(rows))
-    return F.mse_loss(predictions, targets[rows].to(predictions.device))
+    return F.mse_loss(predictions, to_device(pick(targets, rows), predictions.device))
 
 
 def centre_weights(module: nn.Module) -> None:
@@ -197,7 +200,9 @@ def student_trajectory(task: DistillationTask, images: int, salt: int) -> tuple[
         null_subjects = [torch.full_like(subjects, trajectory.null_subject)] * (sampler.inputs_per_image() - 1)
         subjects = torch.cat([*null_subjects, subjects])
     everything = trajectory.condition_rows(subjects)
-    calls = CallCheckpoints(task.store, f"the student's trajectory by {sampler.together}")
+    calls = CallCheckpoints(
+        task.store, f"the student's trajectory by {sampler.together}{precision_label(task.teacher)}"
+    )
     calls.begin(salt)
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 

@@ -15,6 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from dqtool.core.device import to_device
 from dqtool.graph.attention import own_processor
 from dqtool.nn.attention import OPERANDS
 from dqtool.nn.layers import FakeQuantLayer
@@ -97,7 +98,9 @@ class QuantAdam:
         """Update the parameters at `factor` times the rates. `present` is the bool mask `[T]` of the steps in the
         batch."""
         for group in self._groups:
-            group.step(present, factor)
+            if group.parameters:
+                present = to_device(present, group.flat.device)
+                group.step(present, factor)
         for parameter, limit in self.zero_limits:
             parameter.clamp_(0, limit)
 
@@ -174,8 +177,6 @@ class _Group:
             parameter.grad = self.grad[where].view(parameter.shape)
 
     def step(self, present: Tensor, factor: float) -> None:
-        if not self.parameters:
-            return
         mask = self.flat.new_ones(1)
         if self.row is not None:
             static = len(self.parameters[0]) == 1

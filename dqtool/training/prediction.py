@@ -21,6 +21,7 @@ from dqtool.core.detail import detail
 from dqtool.models.sampling.noise_correction import LEAST_FACTOR, StepNoise, fit_noise
 from dqtool.models.sampling.noise_fit import NoiseFit
 from dqtool.models.sampling.sampler import CALIBRATION, image_seeds, initial_noise
+from dqtool.models.sampling.teacher_precision import precision_label
 from dqtool.nn.prediction import attach_prediction, corrected, row_shapes, same_channels
 from dqtool.nn.surgery import steps_of
 from dqtool.training.data import DistillationTask, Reporter
@@ -146,7 +147,7 @@ def correct_predictions(
         null,
         progress.advance,
         partial(fit_step, of_images="detail" in names),
-        CallCheckpoints(task.store, f"the correction by {sampler.together}"),
+        CallCheckpoints(task.store, f"the correction by {sampler.together}{precision_label(task.teacher)}"),
     )
     steps_of(task.student).select(torch.zeros(1, dtype=torch.long))
     found = [fit.steps[min(fit.steps, key=lambda t: abs(t - asked_at))] for asked_at in trajectory.timesteps.tolist()]

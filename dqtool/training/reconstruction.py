@@ -50,7 +50,7 @@ class RoundingLearner(Learner):
     def objective(self, loss: Tensor, step: int) -> Tensor:
         """Return the relative error summed over channels plus, after the warm-up, the regulariser summed over weights."""
         beta = self.annealing.beta(step, self.rounding_iters) if self.roundings else None
-        error = loss * self.unit
+        error = loss * (self.unit.to(loss.dtype) if isinstance(self.unit, Tensor) else self.unit)
         return error if beta is None else error + self.options.penalty * rounding_penalty(self.roundings, beta)
 
     def finish(self) -> None:

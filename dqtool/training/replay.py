@@ -183,7 +183,7 @@ class Replay:
             raise _untrainable(name, "it runs several times in a pass, on different inputs")
         held = self._cache[name]
         if held is not None:
-            return tree_map(lambda x: x[self._rows].to(self._device) if isinstance(x, Tensor) else x, held)
+            return tree_map(lambda x: to_device(x[self._rows], self._device) if isinstance(x, Tensor) else x, held)
         size = self._rows.stop - self._rows.start
         return tree_map(
             lambda x: (

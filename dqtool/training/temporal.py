@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map
 from dqtool.graph.leaves import is_quantizable
 from dqtool.graph.roles import Roles
 from dqtool.nn.layers import FakeQuantLayer
-from dqtool.training.block_loop import Learner, block_state, mean_square, restore_block
+from dqtool.training.block_loop import Learner, block_state, device_mean_square, restore_block
 from dqtool.training.data import DistillationTask, Reporter
+from dqtool.training.losses import Losses
 from dqtool.training.recovery import BlockStates, Recovery
 
 __all__ = ["TemporalPath", "temporal_layers", "train_temporal"]
@@ -117,18 +118,19 @@ def train_temporal(
         strict=task.strict,
         warnings=task.warnings,
     )
+    losses = Losses(history, recovery)
     for step in range(learner.iters):
         chosen = learner.draw_samples(step, generator)
         with torch.no_grad():
             wanted = teacher.outputs(chosen)
         got = student.outputs(chosen)
         errors = torch.stack([F.mse_loss(got[name], wanted[name]) for name in wanted])
-        learner.observe_targets(list(wanted.values()))
+        size = device_mean_square(list(wanted.values()))
+        learner.observe_targets(list(wanted.values()), size)
         learner.optimizer.zero_grad()
         learner.objective(errors.mean(), step).backward()
         learner.optimizer.step(task.trajectory.step_mask(chosen), learner.rate_factor(step) * recovery.rate)
-        history.append(errors.mean().item() / mean_square(list(wanted.values())))
-        if not recovery.should_continue(history[-1], step):
+        if not (losses.add(errors.mean().double() / size) and (step + 1 < learner.iters or losses.read())):
             break
         progress.advance(1, key)
     learner.finish()

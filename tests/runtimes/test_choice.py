@@ -10,6 +10,7 @@ import torch
 import dqtool
 from dqtool import runtimes
 from dqtool.artifacts import Artifact, open_artifact
+from dqtool.core import device as devices
 from dqtool.runtimes import choice
 from dqtool.runtimes.choice import AMX_ORDER, ORDER, recalled_timings, remember_timings, runtime_order
 
@@ -40,6 +41,14 @@ def test_with_amx_another_order(artifact: Artifact, tmp_path: Path, monkeypatch:
     assert runtime_order(artifact) == (["openvino", "simulate", "cpu"], "by default")
     remember_timings(artifact, {1: {"cpu": 0.5, "openvino": 3.0}})
     assert runtime_order(artifact)[0] == ["cpu", "simulate", "openvino"]
+
+
+@pytest.mark.parametrize(("device", "order"), [("cuda", ["cuda", "simulate"]), ("mps", ["simulate"])])
+def test_a_command_computes_on_the_device_that_it_was_given(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, device: str, order: list[str]
+) -> None:
+    monkeypatch.setattr(devices, "_chosen", torch.device(device))
+    assert runtime_order(artifact) == (order, "by default")
 
 
 def test_the_fastest_measured_at_the_nearest_batch_comes_first(artifact: Artifact) -> None:

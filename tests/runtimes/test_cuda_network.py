@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from families import component_directory
 from helpers import tiny_pipeline
 from synthetic import relative_error, synthetic_network
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from triton_layers import STEPS
 
 from dqtool.core.bits import AttentionBits
@@ -136,11 +140,71 @@ def test_offloading_moves_tensors_and_changes_nothing(packed: nn.Module) -> None
         network, hook = accelerate.cpu_offload_with_hook(copy.deepcopy(ours), execution_device="cpu")
         assert torch.equal(network(**given)[0], expected)
         hook.offload()
-        network = accelerate.cpu_offload(copy.deepcopy(ours), torch.device("cpu"))
+        network = accelerate.cpu_offload(copy.deepcopy(ours), torch.device("cpu"), offload_buffers=True)
         norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm) and m.weight is not None]
         for _ in range(2):
             assert all(norm.weight.device.type == "meta" for norm in norms)
             assert relative_error(network(**given)[0], expected) < 0.03
+
+
+@pytest.mark.parametrize("offload", ["whole", "one by one"])
+def test_a_cpu_network_changes_under_the_hooks_of_offloading(
+    packed: nn.Module, monkeypatch: pytest.MonkeyPatch, offload: str
+) -> None:
+    """A pipeline is loaded on the CPU and then offloaded from a GPU: the network changes in the middle of its first call."""
+    accelerate = pytest.importorskip("accelerate")
+    from dqtool.runtimes import cpu
+
+    if cpu.available() is not None:
+        pytest.skip("the cpu runtime can't run here")
+    given = example(packed, 1) | {"timestep": packed.timesteps[torch.tensor([2])]}  # type: ignore[index]
+    ours: Any = cpu.convert(copy.deepcopy(packed))
+    monkeypatch.setattr(cpu, "SERVED", ("meta",))  # the CPU plays the GPU
+    monkeypatch.setattr(cpu, "ENGINES", {"cpu": "dqtool.runtimes.cuda"})
+    if offload == "whole":
+        network, _ = accelerate.cpu_offload_with_hook(ours, execution_device="cpu")
+    else:
+        network = accelerate.cpu_offload(ours, torch.device("cpu"), offload_buffers=True)
+    with torch.no_grad():
+        expected = cuda.convert(copy.deepcopy(packed))(**given)[0]
+        assert torch.equal(network(**given)[0], expected)
+        assert network.runtime == "cpu"  # the name of the device, which is the CPU here
+        assert any(isinstance(module, CudaProduct) for module in network.modules())
+        accelerate.hooks.remove_hook_from_module(network, recurse=True)
+        assert torch.equal(network(**given)[0], expected)
+
+
+def test_layers_on_another_device_find_the_rows_there() -> None:
+    glue = Glue()
+    glue.rows = torch.tensor([2])
+    assert glue.rows_on(torch.device("cpu")) is glue.rows
+    moved = glue.rows_on(torch.device("meta"))
+    assert moved.device.type == "meta" and glue.rows_on(torch.device("meta")) is moved
+    glue.rows = torch.tensor([1, 0])
+    assert glue.rows_on(torch.device("meta")).shape == (2,)
+
+
+def test_a_network_is_converted_on_its_device() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("fenced_conversion.py"))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_network_spread_over_two_devices(packed: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks of a device map: what comes last is elsewhere, with its tables, and gets its rows there."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    from dqtool.runtimes.cuda import launch
+
+    for name in ("quantize_image", "layer_norm_codes", "multiply_codes", "attend"):
+        monkeypatch.setattr(launch, name, _on_one_device(getattr(launch, name)))
+    ours: Any = cuda.convert(copy.deepcopy(packed))
+    first = ("conv_in", "time_proj", "time_embedding", "down_blocks", "pos_embed")
+    devices = {name: "cpu" if name in first else "meta" for name, _ in ours.named_children()}
+    hooks.attach_align_device_hook_on_blocks(ours, execution_device=devices, offload=dict.fromkeys(devices, False))
+    hooks.remove_hook_from_module(ours)  # the root's, which brings the result back: there is no way from meta
+    told = example(packed, 1) | {"timestep": packed.timesteps[torch.tensor([1])]}  # type: ignore[index]
+    with torch.no_grad():
+        assert ours(**told)[0].device.type == "meta"
 
 
 def test_step_tables_are_read_on_the_device_alone(packed: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +234,18 @@ def test_a_network_is_one_graph(packed: nn.Module, monkeypatch: pytest.MonkeyPat
     told = example(packed) | {"timestep": packed.timesteps[torch.tensor([1, 1])]}  # type: ignore[index]
     with torch.no_grad():
         assert compiled(**told)[0].shape[0] == 2
+
+
+def _on_one_device(function: Any) -> Any:
+    """Return the fake result of a launch, which refuses tensors of several devices."""
+    fake = _filled(function)
+
+    def result(*args: Any, **kwargs: Any) -> torch.Tensor:
+        devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        assert len(devices) == 1, f"{function.__name__} got tensors on {devices}"
+        return fake(*args, **kwargs)
+
+    return result
 
 
 def _filled(function: Any) -> Any:

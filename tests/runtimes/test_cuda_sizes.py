@@ -57,3 +57,20 @@ def test_grids_have_one_axis_for_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     tables, each = torch.ones(1, 4, 3, 8), torch.ones(1, 8)
     launch.attend((q, q, q), None, tables, each, each, torch.zeros(1, dtype=torch.long), 0.1, 15)
     assert len(grids) == 4 and all(len(grid) == 1 and grid[0] >= 9000 * 8 for grid in grids)
+
+
+def test_a_group_of_more_than_two_to_the_31_values() -> None:
+    """The count of its values, by which the squares are divided, is no int32. One block of 16 pixels is computed."""
+    from dqtool.runtimes.cuda.kernels.prologue import quantize_kernel
+
+    side, group = 40_000, 2
+    x = torch.tensor([-3.0, 2.0]).view(1, group, 1, 1).expand(1, group, side, side)
+    steps = torch.tensor([[-8.0, 7.0, 0.0, 1.0]])
+    statistics = torch.tensor([0.0, 4.0 * group * side * side]).view(1, 1, 1, 2)  # a deviation of 2
+    out, none = torch.empty((1, 1, 16, 64), dtype=torch.int8), steps
+    quantize_kernel[(1, 1)](
+        x, out, steps, torch.zeros(1, dtype=torch.long), none, statistics, none, none, none, none,
+        side, side, 0, 0, 0, 1, group, group, 64, 64, 1, 16, 0, 0, 1, 1, 1, side * side, 1, group, 0.0,
+        ACT=0, GEGLU=False, STATIC=True, DIVIDED=False, NORM=True, AFFINE=False, EXTRA=False, S=1, BP=16, BC=64,
+    )  # fmt: skip
+    assert out[0, 0, 3, :2].tolist() == [-2, 1]  # -1.5 and 1.0

@@ -61,6 +61,17 @@ def test_layers_that_are_offloaded_one_by_one(made: Path) -> None:
         assert torch.equal(answer(network), expected)
 
 
+def test_integer_layers_keep_their_tensors_where_buffers_leave(made: Path) -> None:
+    """diffusers lets buffers leave where a network has parameters of its own, as PixArt has: accelerate then reads a state dict."""
+    from accelerate import cpu_offload
+
+    expected = answer(network_of(made, "cpu"))
+    network = cpu_offload(network_of(made, "cpu"), execution_device=torch.device("cpu"), offload_buffers=True)
+    assert network.conv_norm_out.weight.device.type == "meta"
+    for _ in range(2):
+        assert torch.equal(answer(network), expected)
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_group_offloading(made: Path, runtime: str) -> None:
     expected = answer(network_of(made, runtime))

@@ -17,6 +17,11 @@ def test_time_follows_the_rates_and_memory_the_weights() -> None:
     assert text.endswith("with 1.0 GB of weights and moments")
 
 
+def test_activations_are_named_beside_the_weights() -> None:
+    text = on_gpus({}, MACS, 0, 10**9, 2 * 10**9)
+    assert text.endswith("with 1.0 GB of weights and moments, and up to 2.0 GB of activations, or what is free")
+
+
 def test_small_gpus_are_left_out() -> None:
     text = on_gpus({}, MACS, 0, 60 * 10**9)
     assert "H200" in text and "A100" in text and "RTX 4090" not in text

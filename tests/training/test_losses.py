@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqtool.training import losses
-from dqtool.training.block_loop import Learner, make_trainable, train_block
+from dqtool.training.block_loop import Learner, device_mean_square, make_trainable, mean_square, own_layers, train_block
 from dqtool.training.data import DistillationTask
 from dqtool.training.losses import Losses
 from dqtool.training.optimizer import QuantAdam, Rates
+from dqtool.training.options import RoundingOptions
+from dqtool.training.reconstruction import RoundingLearner
 from dqtool.training.recovery import WINDOW, BlockStates, Recovery
 from dqtool.training.replay import Replay
 from dqtool.training.sharing import Share
@@ -71,6 +77,35 @@ def test_an_iteration_reads_no_number_of_the_device(task: DistillationTask, monk
     # A window of iterations more costs one look at whether the parameters are finite (one number for each kind).
     assert counts[1] - counts[0] <= 10 < WINDOW
     assert asked == [4, WINDOW, 4]
+
+
+def test_no_training_loop_waits_for_a_device(made: Path, tmp_path: Path) -> None:
+    """Blocks, the second pass, the time embedding and whole networks, on a device that counts what would wait for a GPU."""
+    command = [sys.executable, str(Path(__file__).with_name("waits.py")), made / "calibrated.safetensors", tmp_path]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert {method: each["waits"] for method, each in found.items()} == {"bkd": {}, "qat-partial": {}}
+    assert [each["iterations"] for each in found.values()] == [4, 4]
+
+
+def test_the_mean_square_on_a_device_is_that_of_the_host() -> None:
+    random = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(70, 3, generator=random), torch.randn(33, 5, 2, generator=random), torch.zeros(2, 2)]
+    assert float(device_mean_square(outputs)) == mean_square(outputs)
+    assert float(device_mean_square([torch.zeros(3, 3)])) == mean_square([torch.zeros(3, 3)]) == 1.0
+
+
+@pytest.mark.parametrize("error", [0.37, 1e-7, 12345.678])
+def test_a_unit_on_a_device_is_that_of_the_host(task: DistillationTask, error: float) -> None:
+    layer = own_layers(task.student)[0]
+    outputs = [torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(1))]
+    learner = RoundingLearner(task, layer, [layer], RoundingOptions())
+    learner.observe_targets(outputs)
+    host = learner.objective(torch.tensor(error), 0)
+    learner.observe_targets(outputs, device_mean_square(outputs))
+    assert isinstance(learner.unit, torch.Tensor)
+    assert torch.equal(learner.objective(torch.tensor(error), 0), host)
 
 
 def recovery_of(parameter: nn.Parameter) -> Recovery:

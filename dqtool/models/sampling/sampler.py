@@ -32,6 +32,7 @@ from dqtool.models.sampling.schedulers import (
     scheduler_class,
     set_listed,
 )
+from dqtool.models.sampling.teacher_precision import computed
 from dqtool.nn.steps import step_run
 
 __all__ = [
@@ -221,7 +222,7 @@ class Sampler:
         `calls` answers what the network answered in an interrupted run. Where several processes share a command, each of them
         runs the network on its part of the inputs.
         """
-        network = partial(self.family.predict, model)
+        network = partial(computed, model, self.family.predict, model)
         size = len(x) if self.together is None else self.together * world_size()
         parts = []
         for start in range(0, len(x), size):

@@ -33,9 +33,9 @@ from dqtool.models.components.export_layout import weights_files
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.attention import QuantAttnProcessor
-from dqtool.nn.call_lock import give, one_call_at_a_time
+from dqtool.nn.call_lock import give, give_forward, one_call_at_a_time, run_forward, take_forward
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
-from dqtool.nn.packed_form import PACKED_FORM, cast_unquantized, keep_packed_form, packed_form
+from dqtool.nn.packed_form import PACKED_FORM, cast_unquantized, keep_out_of_states, keep_packed_form, packed_form
 from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
@@ -120,6 +120,9 @@ def convert(network: nn.Module) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, PackedLayer) and name not in merged:
             _replace(network, name, _product(name, module, current_step, kinds))
+    for module in network.modules():
+        if isinstance(module, Product):
+            keep_out_of_states(module)
     choose_memory(network)
     if library.get() is not None:
         fuse(network)
@@ -129,7 +132,7 @@ def convert(network: nn.Module) -> nn.Module:
     repeated = list(getattr(type(network), "_repeated_blocks", None) or [])
     blocks = repeated + [f"Fused{name}" for name in repeated]  # class names for `compile_repeated_blocks`
     network.__dict__["_repeated_blocks"] = blocks
-    give(network, "forward", integer_forward)
+    give_forward(network, integer_forward)
     give(network, "_apply", integer_apply)
     return one_call_at_a_time(network).eval()
 
@@ -179,6 +182,10 @@ def integer_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
     original = type(network)
     given = args[0] if args else kwargs[list(inspect.signature(original.forward).parameters)[1]]
     given = given if isinstance(given, Tensor) else torch.stack(list(given))  # some networks take a list of samples
+    if given.device.type not in SERVED:
+        # Hooks that move the tensors of one layer after the other never move the network. It moves as a whole.
+        integer_apply(network, lambda t: t.to(given.device))
+        return run_forward(network, *args, **kwargs)
     if is_compiling():
         return _traced(original, network, given, tree_map(_float32, args), tree_map(_float32, kwargs))
     asked, network.__dict__["_dqtool_dtype"] = _dtype(network), torch.float32
@@ -227,11 +234,11 @@ def _engine_on(device: torch.device) -> ModuleType | None:
 
 def simulated_again(network: nn.Module) -> nn.Module:
     """Turn a converted network back into a packed one, in place, which simulates in the last dtype that `.to` got."""
-    dtype, packed = _dtype(network), packed_form(network)
+    dtype, packed, rows = _dtype(network), packed_form(network), steps_of(network).rows
+    take_forward(network)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_dqtool_steps"):
         network.__dict__[name] = packed.__dict__[name]
     for name in (
-        "forward",
         "_apply",
         *PACKED_FORM,
         "_dqtool_current_step",
@@ -240,6 +247,7 @@ def simulated_again(network: nn.Module) -> nn.Module:
         "_repeated_blocks",
     ):
         network.__dict__.pop(name, None)
+    steps_of(network).select(rows)  # a hook may change the form in the middle of a call
     network.runtime = "simulate"  # type: ignore[assignment]
     return cast_unquantized(network, dtype)
 
@@ -330,7 +338,7 @@ def _nan_samples(arguments: Any, batch: int) -> Tensor:
 
 def without(output: Tensor, lost: Tensor) -> Tensor:
     """Return `output` `[N, ...]` with NaN for the samples of the mask `lost` `[N]`."""
-    return output.masked_fill(lost.view(-1, *(1,) * (output.dim() - 1)), torch.nan)
+    return output.masked_fill(lost.to(output.device).view(-1, *(1,) * (output.dim() - 1)), torch.nan)
 
 
 def _one_of_zeros(value: Any) -> Any:

@@ -27,8 +27,10 @@ def merge(layers: list[IntegerLayer]) -> IntegerLayer | None:
             return None
         if a.divisor is not None and b.divisor is not None and not torch.equal(a.divisor, b.divisor):
             return None
+    like = first.input.scale
     biases = [
-        torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.to(torch.float32) for layer in layers
+        like.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.to(torch.float32)
+        for layer in layers
     ]
     source = _merge_packed([layer.source for layer in layers])
     if source is None:

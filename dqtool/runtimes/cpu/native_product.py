@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from dqtool.core.allocator import FilePages
 from dqtool.nn.integer import IntegerLayer
+from dqtool.nn.packed_form import keep_out_of_states
 from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.codes import GEGLU, Codes, CurrentStep
 from dqtool.runtimes.cpu.layout import expanded, pack_weight, worth_winograd
@@ -218,4 +219,5 @@ class NativeProduct(Product):
         if source is not None and self.pages is not None:
             self.pages.release(source.words.data_ptr(), source.words.nbytes)
         self.packed, self.sums, self.winograd, self.largest_weight, self.lowest = held
+        keep_out_of_states(self)
         self.weight, self.source, self.pages = torch.empty(0, dtype=torch.int8), None, None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from dqtool.nn.integer import IntegerLayer, Operand
+from dqtool.nn.packed_form import keep_out_of_states
 from dqtool.runtimes.cpu import ops
 from dqtool.runtimes.cpu.codes import Codes, CurrentStep
 from dqtool.runtimes.cpu.product import PLAIN, Epilogue, Product, per_sample
@@ -72,6 +73,7 @@ class OnednnProduct(Product):
             out = out.reshape(*codes.shape, self.out_channels)
         if self.weight.numel():
             self.weight = torch.empty(0, dtype=torch.int8)
+            keep_out_of_states(self)
         return self._finish(out, then)
 
     def _traced(self, codes: Codes, then: Epilogue) -> Tensor:

@@ -26,9 +26,9 @@ from dqtool.graph.attention import is_attention, own_processor
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
 from dqtool.models.networks.packed_checks import step_count
 from dqtool.nn.attention import QuantAttnProcessor
-from dqtool.nn.call_lock import give, one_call_at_a_time
+from dqtool.nn.call_lock import give, give_forward, one_call_at_a_time, run_forward
 from dqtool.nn.integer import IntegerLayer, integer_attention, integer_layer
-from dqtool.nn.packed_form import is_quantized_tensor, keep_packed_form, packed_form
+from dqtool.nn.packed_form import is_quantized_tensor, keep_out_of_states, keep_packed_form, packed_form
 from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
@@ -108,6 +108,11 @@ def convert(network: nn.Module) -> nn.Module:
         if isinstance(module, PackedLayer) and name not in merged:
             kinds[name] = _convert_layer(network, name, module, choose)
     fuse(network)
+    saved = packed_form(network).state_dict().keys()
+    for name, module in network.named_modules():
+        if isinstance(module, CudaProduct | AttentionTables):
+            # accelerate's device maps pass over modules without a state. The scales are those of the packed form.
+            keep_out_of_states(module, "weight_scale" if f"{name}.weight_scale" in saved else None)
     kept = packed_form(network)
     type(kept)._apply(kept, lambda t: t.cpu())  # a network that was loaded on the GPU would hold its weights twice
     network.__dict__["_dqtool_integer"] = kinds
@@ -115,7 +120,7 @@ def convert(network: nn.Module) -> nn.Module:
     network.__dict__["_dqtool_dtype"] = torch.float32
     repeated = list(getattr(type(network), "_repeated_blocks", None) or [])
     network.__dict__["_repeated_blocks"] = repeated + [f"Fused{name}" for name in repeated]
-    give(network, "forward", gpu_forward)
+    give_forward(network, gpu_forward)
     give(network, "_apply", gpu_apply)
     return one_call_at_a_time(network).eval()
 
@@ -131,7 +136,7 @@ def gpu_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
     given = args[0] if args else next(iter(kwargs.values()))
     leaf = next(t for t in tree_leaves(given) if isinstance(t, Tensor))
     if leaf.device.type == "cpu" and not _interpreted():
-        return _elsewhere(network, leaf.device)(*args, **kwargs)
+        return run_forward(_elsewhere(network, leaf.device), *args, **kwargs)
     glue: Glue = network.__dict__["_dqtool_current_step"]
     steps = steps_of(network)
     kept = glue.rows

@@ -55,6 +55,8 @@ class AttentionTables(KeepsDtype):
 class CudaAttnProcessor(IntegerAttnProcessor):
     """`IntegerAttnProcessor` on a GPU. Without `products` the two attention products stay float."""
 
+    current_step: Glue
+
     def __init__(
         self,
         like: QuantAttnProcessor | None = None,
@@ -82,4 +84,5 @@ class CudaAttnProcessor(IntegerAttnProcessor):
         if held is None or value.shape[3] != query.shape[3] or query.shape[3] > WIDEST:
             return QuantAttnProcessor.attend(self, attn, query, key, value, mask, scale)
         factor = query.shape[3] ** -0.5 if scale is None else float(scale)
-        return ops.attention(query, key, value, mask, *held(), self.current_step.rows, factor, held.largest)
+        rows = self.current_step.rows_on(query.device)
+        return ops.attention(query, key, value, mask, *held(), rows, factor, held.largest)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dqtool.nn.integer import IntegerLayer
 from dqtool.runtimes.cpu.codes import NONE, Codes, CurrentStep
@@ -23,11 +24,24 @@ LARGEST_SUM = 2**31 - 1
 
 
 class Glue(CurrentStep):
-    """The rows in use, on the device of the network, and the dtype in which it computes between products."""
+    """The rows in use, on the device of the sample, and the dtype in which the network computes between products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtype = torch.float32
+        self._moved: tuple[Tensor, dict[torch.device, Tensor]] = (self.rows, {})
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """Return the rows in use on the device of a layer. A network that is spread over devices moves them once to each."""
+        rows = self.rows
+        if rows.device == device or is_compiling():
+            return rows.to(device)
+        if self._moved[0] is not rows:
+            self._moved = (rows, {})
+        found = self._moved[1].get(device)
+        if found is None:
+            found = self._moved[1][device] = rows.to(device)
+        return found
 
 
 class KeepsDtype(nn.Module):
@@ -194,7 +208,11 @@ class CudaProduct(KeepsDtype, Product):
         return self.planes, self.zeros, self.sums, self.weight_scale
 
     def _rows(self) -> Tensor:
-        return self.current_step.rows
+        return (
+            self.current_step.rows_on(self.steps.device)
+            if isinstance(self.current_step, Glue)
+            else self.current_step.rows
+        )
 
     def _quantizer(self) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.steps, self.divisor, self._rows()

@@ -18,6 +18,7 @@ from dqtool.distributed import gather_rows, row_counts, world_size
 from dqtool.errors import NumericError
 from dqtool.models.conditions.conditioning import Conditions
 from dqtool.models.sampling.sampler import CALIBRATION, Sampler, image_seeds, initial_noise
+from dqtool.models.sampling.teacher_precision import precision_label
 from dqtool.nn.steps import look_up
 from dqtool.stages.options.calibrate import CalibrateOptions
 
@@ -63,7 +64,7 @@ class TrajectoryRecorder:
             latest[:] = [output if isinstance(output, torch.Tensor) else output[0]]
 
         def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-            seen = latest[0].detach()
+            seen = latest[0].detach().float()
             if len(seen) < len(x):  # this process ran its own part
                 seen = gather_rows(seen, row_counts(len(x)))
             found.setdefault(self._row_of(timestep), to_cpu(seen.clone()))
@@ -103,7 +104,8 @@ class TrajectoryRecorder:
         images, batch_size = self.images(quotas, conditions), self.options.batch_size
         pools: list[list[Tensor]] = [[] for _ in range(steps)]
         owners: list[list[Tensor]] = [[] for _ in range(steps)]
-        kept = Checkpoints(workspace, f"trajectory by {batch_size}")
+        precision = precision_label(self.network)
+        kept = Checkpoints(workspace, f"trajectory by {batch_size}{precision}")
         together, sampled = batch_size * world_size(), 0
         finished = sum(_images_in(found) for found in kept.found.values())
         batches = len(kept.found) + -(-(images - finished) // together)
@@ -142,7 +144,7 @@ class TrajectoryRecorder:
                     seen.clear()
 
             take(kept, lambda calls: self._batches(images, together, conditions, see, sampled, calls))
-            kept = Checkpoints(workspace, f"trajectory from images by {batch_size}")
+            kept = Checkpoints(workspace, f"trajectory from images by {batch_size}{precision}")
             take(kept, partial(self._from_images, begun[len(kept.found) :], conditions, see))
 
         def taken(wanted: Sequence[int]) -> dict[str, Tensor]:

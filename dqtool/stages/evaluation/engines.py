@@ -35,19 +35,15 @@ def requested_runtime(artifact: Artifact, runtime: str) -> str:
 def run_exported(directory: str, runtime: str, batch: int | None = None) -> nn.Module:
     """Load an exported directory to run `batch` samples at a time; its attribute `runtime` names the engine.
 
-    `auto` is the fastest engine of the chosen device: integer runtimes compute on the CPU, so a GPU runs `simulate`.
+    `auto` is the fastest engine of the chosen device.
 
     Raises:
         UsageError: an unknown runtime.
         ArtifactError: the directory is no intact export, or of a format that the runtime can't read.
         EnvironmentFault: the runtime that was asked for can't run here.
     """
-    from dqtool import report
-    from dqtool.core.device import chosen_device, place
+    from dqtool.core.device import place
     from dqtool.runtimes import load
 
-    if runtime == "auto" and chosen_device().type != "cpu":
-        report.say(f"runtime: simulate, on {chosen_device()}")
-        runtime = "simulate"
     network = load(directory, runtime, batch)
-    return place(network) if network.runtime == "simulate" else network
+    return place(network) if network.runtime in ("simulate", "cuda") else network

@@ -20,6 +20,7 @@ from dqtool.models.conditions.external import ConditionSource
 from dqtool.models.families import family_of
 from dqtool.models.networks.loading import network_of
 from dqtool.models.sampling.sampler import Sampler
+from dqtool.models.sampling.teacher_precision import precision_label
 from dqtool.models.sources.resolve import ModelSource
 from dqtool.stages.shared.artifact_models import conditions_of, sampler_of
 from dqtool.training.tensor_store import TensorStore
@@ -58,7 +59,9 @@ class ImageMaker:
         the main one alone returns them; the others return an empty tensor.
         """
         return with_smaller_batches(
-            lambda size: self._draw(network, count, seed, size, what, kept and kept(f"{what} by {size}")),
+            lambda size: self._draw(
+                network, count, seed, size, what, kept and kept(f"{what} by {size}{precision_label(network)}")
+            ),
             batch_size,
             what,
         )

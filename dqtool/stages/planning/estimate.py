@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dqtool.core.cost import together_for
 from dqtool.report import format_seconds
 from dqtool.stages.registry import make_options
+
+if TYPE_CHECKING:
+    from dqtool.stages.planning.activations import Activations
 
 __all__ = ["estimate", "on_gpus"]
 
@@ -72,20 +77,28 @@ def estimate(
     seconds = _seconds(left, macs, layers, rate)
     trains = bool(trained or refined)
     tensors = 4 * weights * (5 if trains else 3)
-    memory = LIBRARIES + tensors + (distill.cache_memory << 20 if trains else 0)
+    working = partial(
+        _working, _activations(source), macs, guided, calibrate, distill if trains else None, evaluate, cached
+    )
+    place = resolve_device(device).type
+    memory = LIBRARIES + (tensors if place == "cpu" else 4 * weights) + (distill.cache_memory << 20 if trains else 0)
+    there = "" if place == "cpu" else f"; on the device {tensors / 1e9:.1f} GB"
     pairs = 4 * calibrate.samples * prod(_sample_shape(source))
     disk = 2 * 4 * weights + pairs + 2 * packed
     return {
         "time": f"about {format_seconds(seconds)} on this machine",
-        "memory": f"up to {memory / 1e9:.1f} GB",
-        "gpus": on_gpus(left, macs, layers, tensors),
+        "memory": f"up to {memory / 1e9:.1f} GB{there}{_more(working(place))}",
+        "gpus": on_gpus(left, macs, layers, tensors, working("cuda")),
         "disk": f"about {disk / 1e6:,.0f} MB, of which {packed / 1e6:,.1f} MB are the quantized network",
     }
 
 
-def on_gpus(passes: Mapping[str, float], macs: int, layers: int, tensors: int) -> str:
+def on_gpus(passes: Mapping[str, float], macs: int, layers: int, tensors: int, working: int = 0) -> str:
     """Return the projected time of forward `passes` on each known GPU, and the memory there that `tensors` bytes of weights,
-    gradients and moments take. A GPU that is too small for them is left out."""
+    gradients and moments and `working` bytes of activations take.
+
+    A GPU that is too small for the former is left out. On one that is too small for both, fewer samples run together.
+    """
     from dqtool.runtimes.cuda.model import GPUS
 
     times = [
@@ -95,7 +108,13 @@ def on_gpus(passes: Mapping[str, float], macs: int, layers: int, tensors: int) -
     ]
     if not times:
         return f"none of the known ones has {tensors / 1e9:.1f} GB"
-    return f"about {', '.join(times)} by their data sheets, with {tensors / 1e9:.1f} GB of weights and moments"
+    with_it = f"{tensors / 1e9:.1f} GB of weights and moments{_more(working)}"
+    return f"about {', '.join(times)} by their data sheets, with {with_it}"
+
+
+def _more(working: int) -> str:
+    """Return words on `working` bytes of activations. Where less is free, fewer samples run together."""
+    return f", and up to {working / 1e9:.1f} GB of activations, or what is free" if working else ""
 
 
 def _seconds(passes: Mapping[str, float], macs: int, layers: int, rate: float) -> float:
@@ -115,6 +134,51 @@ def _network(source: Any) -> tuple[int, int]:
     config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
     found = forecast(source.class_name, config, QuantizationSpec.parse("4/4"), 1)
     return found.macs, len(found.layers)
+
+
+def _activations(source: Any) -> Activations:
+    """Return the memory of the activations of a model's network, which is built and run on shapes."""
+    import torch
+
+    from dqtool.models.components.companions import companions_of_source
+    from dqtool.models.families import family_of
+    from dqtool.stages.planning.activations import activations
+
+    companions = companions_of_source(source)
+    family = family_of(source.class_name, str(source.config_path))
+    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
+    with torch.device("meta"):
+        network = family.build(config)
+    blocks = [block.name for block in family.graph(network, config).trace.blocks]
+    return activations(network, blocks, family.example(config))
+
+
+def _working(
+    found: Activations,
+    macs: int,
+    guided: int,
+    calibrate: Any,
+    distill: Any,
+    evaluate: Any,
+    cached: Collection[str],
+    device: str,
+) -> int:
+    """Return the most bytes of activations on a kind of device of the stages that are not cached; `distill` is None where it trains
+    nothing."""
+    from dqtool.stages.distill import LOW_MEMORY_BLOCK, SAMPLED_TOGETHER, TOGETHER
+    from dqtool.stages.options.distill import method_and_options
+
+    together = together_for(macs, 4 * calibrate.batch_size, device)
+    sizes = {
+        "calibrate": found.calibrating(max(guided * min(calibrate.batch_size, together), together)),
+        "eval": found.calibrating(guided * evaluate.batch_size),
+    }
+    if distill is not None:
+        recipe: Any = method_and_options(distill)[1]
+        batch = max(getattr(recipe, "batch_size", 0), getattr(recipe, "refine_batch_size", 0))
+        replayed = LOW_MEMORY_BLOCK if distill.low_memory else TOGETHER
+        sizes["distill"] = found.distilling(replayed, batch, together_for(macs, SAMPLED_TOGETHER, device))
+    return max((size for stage, size in sizes.items() if stage not in cached), default=0)
 
 
 def _sample_shape(source: Any) -> tuple[int, ...]:

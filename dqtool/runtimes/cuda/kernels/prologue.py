@@ -35,7 +35,7 @@ def group_statistics_kernel(
         live = (p < last)[:, None] & (c < width)[None, :]
         at = (p // W).to(tl.int64) * sh + (p % W).to(tl.int64) * sw
         total += tl.load(base + at[:, None], mask=live, other=0).to(tl.float32)
-    count = tl.maximum((last - first) * width, 1).to(tl.float32)
+    count = tl.maximum((last - first).to(tl.float32) * width, 1.0)
     mean = tl.sum(tl.sum(total, 1), 0) / count
     total = tl.zeros((BP, BC), tl.float32)
     for start in range(first, last, BP):  # the second pass reads the cache
@@ -77,7 +77,7 @@ def quantize_kernel(
         s = tl.arange(0, S)
         each = statistics + (((n * G + c // group)[:, None] * S + s[None, :]) * 2)
         counts = tl.maximum(tl.minimum(H * W - s * chunk, chunk), 0).to(tl.float32)[None, :] * group
-        count = (H * W * group).to(tl.float32)
+        count = (H * W).to(tl.float32) * group  # in floats: the integers of large images end before it
         means = tl.load(each, mask=real[:, None], other=0)
         mean = tl.sum(means * counts, 1) / count
         d = means - mean[:, None]
