@@ -31,7 +31,20 @@ from dqtool.training.recovery import BlockStates, Recovery
 from dqtool.training.replay import BlockInputs, Replay
 from dqtool.training.sharing import Share, add_gradients
 
-__all__ = ["Learner", "block_state", "make_trainable", "mean_square", "own_layers", "restore_block", "train_blocks"]
+__all__ = [
+    "AT_HAND",
+    "Learner",
+    "MakeLearner",
+    "block_state",
+    "decode_lines",
+    "encode_lines",
+    "make_trainable",
+    "mean_square",
+    "own_layers",
+    "restore_block",
+    "train_block",
+    "train_blocks",
+]
 
 
 AT_HAND = "block at hand"
@@ -210,7 +223,7 @@ def train_block(
     history: list[float] = []
     key = f"{salt}{AT_HAND}"
     kept = task.store.load(key)
-    if kept is not None and decode_lines(kept["name"]) == [name]:
+    if kept is not None and decode_lines(kept.get("name")) == [name]:
         generator.set_state(kept["generator"])
         history = kept["history"].tolist()
         learner.optimizer.load(kept)
