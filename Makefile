@@ -11,7 +11,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test test-all fuzz fuzz-guided report-check lint zoo fashion $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling soak-processes
+.PHONY: setup demo test test-all fuzz fuzz-guided report-check lint zoo fashion $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling parallel-blocks soak-processes
 
 setup: $(VENV)/.done
 
@@ -195,6 +195,10 @@ soak-large: setup
 # recipes/results/scaling.md and .json. It needs an idle machine of two cores for about an hour.
 scaling: setup
 	$(BIN)/python recipes/scaling.py $(ARGS)
+
+# Measures what training blocks at once costs in quality, and writes recipes/results/parallel-blocks.md and .json.
+parallel-blocks: setup
+	$(BIN)/python recipes/parallel_blocks.py $(ARGS)
 
 # Kills processes of shared commands, and whole commands, at random times, and writes recipes/results/soak-processes.md.
 soak-processes: setup

@@ -30,6 +30,9 @@ class Memory:
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         self.kept[key] = {k: v.clone() for k, v in tensors.items()}
 
+    def alone(self) -> Memory:
+        return self
+
 
 class Silent:
     """Reporter without output, which can interrupt the run after a number of iterations."""

@@ -30,6 +30,9 @@ class PieceStore(Protocol):
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Save tensors under `key`."""
 
+    def alone(self) -> PieceStore:
+        """Return the storage of pieces that a process saves and loads without the others."""
+
 
 class Checkpoints:
     """Saves what the iterations of one loop made, as pieces `NAME FIRST` of a workspace, each of several iterations.

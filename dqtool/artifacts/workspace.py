@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from dqtool import distributed
 from dqtool.artifacts.files import fsync_path, os_fault, partial_of, sha256_file, staging, target_of
+from dqtool.artifacts.own_pieces import SUFFIX, OwnPieces
 from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.artifacts.tensorfile import load_tensors, save_tensors
 from dqtool.errors import DqtoolError
@@ -66,7 +67,7 @@ class Workspace:
     @property
     def count(self) -> int:
         """Number of saved keys."""
-        return len(self._pieces)
+        return len(self._pieces) + sum(1 for _ in self.directory.glob(f"*{SUFFIX}"))
 
     def keys(self) -> list[str]:
         """Return the saved keys in the order in which they were first saved."""
@@ -107,20 +108,44 @@ class Workspace:
                 digest = sha256_file(new)
                 os.replace(new, self._file(key))
                 self._pieces[key] = {"sha256": digest}
-                index = {
-                    "fingerprint": self.fingerprint,
-                    "forced": self.forced,
-                    "pieces": self._pieces,
-                    "seconds": self._earlier_seconds + time.perf_counter() - self._opened,
-                    "spent": self.spent(),
-                    "peaks": self.peaks(),
-                }
-                note.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-                fsync_path(note)
-                os.replace(note, self._index)
-                fsync_path(self.directory)
+                self._write_index(note)
         except OSError as error:
             raise os_fault(error, self.directory) from error
+
+    def alone(self) -> OwnPieces:
+        """Return storage of pieces that each process saves and loads by itself, for work that no other shares.
+
+        All processes call this together, and have the same pieces of earlier runs then. Their keys are apart from those of
+        `keys`.
+        """
+        if distributed.is_main():
+            self._note()
+        distributed.barrier()
+        return OwnPieces(self.directory, self._note if distributed.is_main() else lambda: None)
+
+    def _note(self) -> None:
+        """Write the index alone, so that a later run knows whose pieces there are and what they cost."""
+        try:
+            self.directory.mkdir(exist_ok=True)
+            with staging(self._target) as area:
+                self._write_index(area / "index.json")
+        except OSError as error:
+            raise os_fault(error, self.directory) from error
+
+    def _write_index(self, note: Path) -> None:
+        """Write the index to the new file `note`, and move it into place."""
+        index = {
+            "fingerprint": self.fingerprint,
+            "forced": self.forced,
+            "pieces": self._pieces,
+            "seconds": self._earlier_seconds + time.perf_counter() - self._opened,
+            "spent": self.spent(),
+            "peaks": self.peaks(),
+        }
+        note.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        fsync_path(note)
+        os.replace(note, self._index)
+        fsync_path(self.directory)
 
     def stop_clock(self) -> None:
         """Count nothing as spent until `restart_clock`."""

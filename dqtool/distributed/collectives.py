@@ -149,8 +149,8 @@ def add_up(tensors: Sequence[Tensor], value: float = 0.0) -> float:
     return float(flat[-1])
 
 
-def copy_main(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors by those of the main process, in place."""
+def copy_main(tensors: Iterable[Tensor], source: int = 0) -> None:
+    """Replace tensors by those of the main process, or of the process `source`, in place."""
     if world_size() == 1:
         return
     import torch
@@ -159,7 +159,7 @@ def copy_main(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             sent = tensor.detach().cpu().contiguous()
             if sent.numel():
-                dist.broadcast(_bytes(sent), src=0)
+                dist.broadcast(_bytes(sent), src=source)
                 tensor.copy_(sent)
 
 

@@ -19,6 +19,7 @@ from dqtool.stages.options.distill import (
     DistillOptions,
     corrects_predictions,
     method_and_options,
+    repair_iters_of,
     with_sampler_defaults,
 )
 from dqtool.stages.shared.paths import read_paths
@@ -116,6 +117,8 @@ def fingerprint_parameters(options: DistillOptions) -> dict[str, Json]:
         chosen["train_samples"] = options.train_samples
     if options.low_memory:  # sums in another order
         chosen["low_memory"] = [LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK]
+    if options.parallel_blocks:
+        chosen["parallel_blocks"] = {"repair_iters": repair_iters_of(options)}
     if corrects_predictions(options):
         chosen |= {"correct_images": CORRECT_IMAGES, "correct_detail": True}
     return (
@@ -214,6 +217,7 @@ def produce(
         store=workspace,
         graph=graph_of(manifest),
         only=chosen_blocks(trace, options.blocks),
+        repair_iters=repair_iters_of(options),
         shifts=shifts,
         cache_bytes=0 if options.low_memory or together < TOGETHER else options.cache_memory << 20,
         replay_batch=min(together, LOW_MEMORY_BLOCK if options.low_memory else TOGETHER),

@@ -32,13 +32,18 @@ from dqtool.training.replay import BlockInputs, Replay
 from dqtool.training.sharing import Share, add_gradients
 
 __all__ = [
+    "AT_HAND",
     "Learner",
+    "MakeLearner",
     "block_state",
+    "decode_lines",
     "device_mean_square",
+    "encode_lines",
     "make_trainable",
     "mean_square",
     "own_layers",
     "restore_block",
+    "train_block",
     "train_blocks",
 ]
 
@@ -220,7 +225,7 @@ def train_block(
     history: list[float] = []
     key = f"{salt}{AT_HAND}"
     kept = task.store.load(key)
-    if kept is not None and decode_lines(kept["name"]) == [name]:
+    if kept is not None and decode_lines(kept.get("name")) == [name]:
         generator.set_state(kept["generator"])
         history = kept["history"].tolist()
         learner.optimizer.load(kept)

@@ -134,6 +134,7 @@ class DistillationTask:
 
     Attributes:
         only: names of the blocks to train; None trains all.
+        repair_iters: iterations of the sweep in order that follows a sweep of all blocks at once; None trains in order alone.
         shifts: producers that absorb learned shifts.
         checkpoint_seconds: interval at which a method without finished blocks saves its state in `store`.
         cache_bytes: memory for the activations that blocks read, of both networks together; the rest goes to disk.
@@ -154,6 +155,7 @@ class DistillationTask:
     store: PieceStore
     graph: NetworkGraph
     only: list[str] | None = None
+    repair_iters: int | None = None
     shifts: Mapping[str, Fold] = field(default_factory=dict)
     checkpoint_seconds: float = 30.0
     cache_bytes: int = 6 << 30

@@ -15,7 +15,15 @@ from dqtool.stages.options.shared import ARTIFACT, LARGEST_SEED, OUTPUT
 if TYPE_CHECKING:
     from dqtool.training.methods import Method
 
-__all__ = ["AUTO", "DistillOptions", "Targets", "corrects_predictions", "method_and_options", "with_sampler_defaults"]
+__all__ = [
+    "AUTO",
+    "DistillOptions",
+    "Targets",
+    "corrects_predictions",
+    "method_and_options",
+    "repair_iters_of",
+    "with_sampler_defaults",
+]
 
 AUTO = "auto"
 """Value of `--bits` that chooses the bits of every layer by measured errors."""
@@ -180,6 +188,23 @@ class DistillOptions:
             "REGEX",
         ),
     ] = None
+    parallel_blocks: Annotated[
+        bool,
+        Option(
+            "Train blocks at once, each by one process from the float network's activations, then repair them in order. Give "
+            "it with many processes (--nproc, torchrun).",
+        ),
+    ] = False
+    repair_iters: Annotated[
+        int | None,
+        Option(
+            "Iterations of the repair of each block with --parallel-blocks. More improve quality and take longer, since they "
+            "go in order. Default: a quarter of --iters.",
+            "N",
+            least=0,
+            show_default=False,
+        ),
+    ] = None
     preset: Annotated[
         str,
         Option(
@@ -246,6 +271,18 @@ class DistillOptions:
                 where="--correct-noise",
                 fix="Leave one of the two out",
             )
+        if self.parallel_blocks and not method.at_once:
+            raise UsageError(
+                f"--method {method.name} does not train blocks apart from each other",
+                where="--parallel-blocks",
+                fix="Leave it out, or choose bkd or bkd-blockwise",
+            )
+        if self.repair_iters is not None and not self.parallel_blocks:
+            raise UsageError(
+                "Only blocks that were trained at once are repaired",
+                where="--repair-iters",
+                fix="Leave it out, or give --parallel-blocks",
+            )
         try:
             re.compile(self.blocks or "")
         except (re.error, RecursionError, OverflowError) as e:
@@ -271,6 +308,9 @@ class DistillOptions:
         plain = self.preset == STANDARD and not self.keep and not self.low_rank and not self.static
         return quantizes and self.protect is None and plain
 
+
+REPAIR_SHARE = 4
+"""Iterations of a block's training for one of its repair, by default."""
 
 DEFAULT_PSNR = 35.0
 """dB that `--bits auto` aims at when nothing else is said."""
@@ -306,6 +346,7 @@ def _check_paper(options: DistillOptions) -> None:
         "--rate": options.rate != 1,
         "--correct-noise": bool(options.correct_noise),
         "--static": options.static,
+        "--parallel-blocks": options.parallel_blocks,
     }
     for name, given in contradictions.items():
         if given:
@@ -365,3 +406,14 @@ def corrects_predictions(options: DistillOptions) -> bool:
     method, recipe = method_and_options(options)
     trains = any(getattr(recipe, name, 0) for name in ("iters", "refine_iters"))
     return method.corrects_predictions and trains and not options.static
+
+
+def repair_iters_of(options: DistillOptions) -> int | None:
+    """Return the iterations that repair each block after all were trained at once; None where they are trained in order."""
+    if not options.parallel_blocks:
+        return None
+    if options.repair_iters is not None:
+        return options.repair_iters
+    _, recipe = method_and_options(options)
+    iters: int = recipe.iters
+    return -(-iters // REPAIR_SHARE)

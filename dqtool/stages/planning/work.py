@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -14,6 +15,9 @@ from dqtool.stages.planning.records import PlannedLayer
 from dqtool.stages.shared.settings import Execution
 
 Work = dict[str, Json]
+
+PROCESSES = (1, 2, 4, 8, 16)
+"""Numbers of processes that a plan divides blocks among."""
 
 BACKWARD_COST = 4
 """Cost of a backward pass of `sensitivity` in forward passes. It includes its forward pass, the gradients of weights, and
@@ -47,7 +51,12 @@ def distill_work(execution: Execution, options: Any) -> Work:
     from dqtool.nn.assignment import assign_bits, require_branches, with_branches
     from dqtool.scaling.records import dilated_layers
     from dqtool.stages.distill import network_spec, scheduler_of
-    from dqtool.stages.options.distill import corrects_predictions, method_and_options, with_sampler_defaults
+    from dqtool.stages.options.distill import (
+        corrects_predictions,
+        method_and_options,
+        repair_iters_of,
+        with_sampler_defaults,
+    )
 
     calibrated = read_manifest(execution.inputs[0].name)
     options = with_sampler_defaults(options, str(scheduler_of(calibrated).get("_class_name")))
@@ -55,16 +64,29 @@ def distill_work(execution: Execution, options: Any) -> Work:
     plans = without_folds(calibrated, with_branches(plans, options.low_rank))
     require_branches(plans, options.low_rank)
     steps = 1 if _parameters(execution).static else _timesteps(execution.inputs[0].name)
-    blocks = len(calibrated.metrics.blocks or ())
+    blocks = [block.name for block in calibrated.metrics.blocks or ()]
     method, recipe = method_and_options(options)
     return {
-        "blocks": blocks,
-        "iterations": method.work(recipe, blocks),
+        "blocks": len(blocks),
+        "iterations": method.work(recipe, len(blocks)),
+        **_sweeps(blocks, calibrated, repair_iters_of(options)),
         **packed_size(
             calibrated, plans, steps, prediction_rows_of(calibrated) if corrects_predictions(options) else {}
         ),
         "layers": [PlannedLayer.of(plan).to_json() for plan in plans],
     }
+
+
+def _sweeps(blocks: Sequence[str], calibrated: Manifest, repair_iters: int | None) -> Work:
+    """Return the repair that follows a sweep of all blocks at once, and the part of that sweep which the process with the most
+    of it does, by the number of processes; nothing where blocks are trained in order alone."""
+    if repair_iters is None:
+        return {}
+    from dqtool.training.assignment import block_macs, longest_share
+
+    costs = block_macs(blocks, [(layer.name, layer.macs) for layer in calibrated.layers])
+    shares: Work = {str(count): round(longest_share(costs, count), 3) for count in PROCESSES}
+    return {"repair": f"{len(blocks)} x {repair_iters} in order", "first_sweep_by_processes": shares}
 
 
 def sensitivity_work(execution: Execution, _: Any) -> Work:

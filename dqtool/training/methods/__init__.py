@@ -36,6 +36,7 @@ class Method:
         train: function (task, options, bars) that trains `task.student` in place and returns metrics.
         work: function (options, number of blocks) that returns the iterations in words.
         by_blocks: blocks are trained one after another, so that a subset can be chosen.
+        at_once: blocks can be trained by different processes at once (`distill --parallel-blocks`).
         corrects_predictions: `distill --correct-noise` is the default after training (not for samplers that extrapolate).
         derive: function (options, given) that returns the options that follow from those the user gave.
     """
@@ -46,6 +47,7 @@ class Method:
     train: Callable[[DistillationTask, Any, Bars], dict[str, Json]]
     work: Callable[[Any, int], str]
     by_blocks: bool = False
+    at_once: bool = False
     corrects_predictions: bool = False
     derive: Callable[[Any, JsonObject], Any] = _as_given
 

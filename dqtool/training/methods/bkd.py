@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 def train(task: DistillationTask, options: BkdOptions, bars: Bars) -> dict[str, Json]:
     """Train block by block, then all blocks together; return metrics."""
-    from dqtool.training.bkd import distill_blocks
+    from dqtool.training.bkd import distill_at_once, distill_blocks
     from dqtool.training.curve import curve, first_and_last
     from dqtool.training.on_policy import refine
 
     metrics: dict[str, Json] = {}
-    if options.iters:
+    if options.iters and task.repair_iters is not None:
+        metrics |= distill_at_once(task, options, bars)
+    elif options.iters:
         count = len(task.trace.blocks if task.only is None else task.only)
         with bars("blocks", options.iters * count) as progress:
             metrics |= distill_blocks(task, options, progress)
@@ -43,6 +45,7 @@ METHOD = Method(
     train,
     lambda options, blocks: f"{blocks} x {options.iters} + {options.refine_iters} over all blocks",
     by_blocks=True,
+    at_once=True,
     derive=without_second_pass,
     corrects_predictions=True,
 )

@@ -41,14 +41,16 @@ def train(task: DistillationTask, options: BlockwiseOptions, bars: Bars) -> dict
     """Train block by block on the recorded trajectory, then on the student's own; return metrics."""
     from torch import nn
 
-    from dqtool.training.bkd import BkdLearner
+    from dqtool.training.bkd import BkdLearner, distill_at_once
     from dqtool.training.block_loop import train_blocks
     from dqtool.training.on_policy import centre_weights, kept_trajectory
 
     task = replace(task, replay_batch=options.replay_batch, network_batch=task.network_batch or options.replay_batch)
     count = len(task.trace.blocks if task.only is None else task.only)
     metrics: dict[str, Json] = {}
-    if options.iters:
+    if options.iters and task.repair_iters is not None:
+        metrics |= distill_at_once(task, options, bars)
+    elif options.iters:
 
         def first(block: nn.Module) -> BkdLearner:
             return BkdLearner(task, block, options.rates, options.iters, options.batch_size)
@@ -77,6 +79,7 @@ METHOD = Method(
     train,
     lambda options, blocks: f"{blocks} x {options.iters} + {blocks} x {options.refine_iters}",
     by_blocks=True,
+    at_once=True,
     derive=without_second_pass,
     corrects_predictions=True,
 )
