@@ -23,7 +23,7 @@ from dqtool.formats import require
 from dqtool.formats.openvino import EXTRA, integer_layers
 from dqtool.models.families import family_of
 from dqtool.models.families.examples import ARGUMENTS
-from dqtool.models.networks.packed import is_static
+from dqtool.models.networks.packed import empty_network, exported_tensors, is_static, plans_of
 from dqtool.nn.call_lock import CallLock
 from dqtool.nn.prediction import is_correcting
 from dqtool.nn.steps import StepIndex, nearest_rows
@@ -53,8 +53,14 @@ def load(artifact: Artifact, precision: str = "f32") -> nn.Module:
 
     Raises:
         EnvironmentFault: OpenVINO is not installed.
+        ArtifactError: the packed tensors don't fit the manifest, or hold values that no quantizer makes.
+        NumericError: a tensor holds a NaN or an infinity.
     """
     require("openvino", EXTRA)
+    manifest = artifact.manifest
+    if manifest.parameters.format == "dq":  # graphs are built from these tensors at the first call
+        network = manifest.network
+        empty_network(network.class_name, network.config, plans_of(manifest), exported_tensors(artifact))
     return OpenVINONetwork(artifact, precision).eval()
 
 

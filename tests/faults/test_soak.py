@@ -12,7 +12,7 @@ DRIVER = Path(__file__).parents[1] / "soak" / "kills.py"
 
 
 def test_killed_commands_leave_nothing_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, str(DRIVER), "--models", "tiny", "--kills", "4", "--minutes", "0.1"]
+    command = [sys.executable, str(DRIVER), "--models", "tiny", "--kills", "4", "--minutes", "0.2"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     found = subprocess.run(
         [*command, "-o", str(tmp_path / "soak")], capture_output=True, text=True, env=environment, check=False

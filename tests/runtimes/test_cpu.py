@@ -250,6 +250,8 @@ def test_convolutions_of_every_geometry_are_exact(co: int, ci: int, kernel: int,
 
 @needs_kernels
 def test_narrow_convolutions_run_as_winograd_transforms_where_they_fit_a_byte() -> None:
+    if library.on_tiles(32):
+        pytest.skip("tiles take the place of Winograd transforms")
     x = torch.randn(1, 32, 6, 6)
     narrow = NativeProduct(random_layer(32, 32, 3, 4, padding=(1, 1)), CurrentStep())
     narrow(x)

@@ -56,7 +56,7 @@ def rewritten(directory: Path, file: str, changes: dict[str, torch.Tensor | None
         ("timesteps", lambda _: None, ArtifactError),
     ],
 )
-@pytest.mark.parametrize("runtime", ["simulate", "auto"])
+@pytest.mark.parametrize("runtime", ["simulate", "cpu", "openvino"])
 def test_an_export_with_wrong_numbers(chain: Path, leaf: str, change, kind: type[DqtoolError], runtime: str):
     directory = chain / "exported"
     name = leaf if leaf == "timesteps" else f"{LAYER}.{leaf}"
