@@ -191,8 +191,8 @@ class DistillOptions:
     parallel_blocks: Annotated[
         bool,
         Option(
-            "Train blocks at once, each by one process from the float network's activations, then repair them in order. Give "
-            "it with many processes (--nproc, torchrun).",
+            "Train blocks at once, each by one process from the float network's activations, then repair them in order. It "
+            "costs quality; give it where many processes (--nproc, torchrun) save days.",
         ),
     ] = False
     repair_iters: Annotated[
