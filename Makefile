@@ -78,7 +78,7 @@ zoo: setup
 	$(BIN)/python -m dqtool.zoo.train_latent dit --iters 6000
 	for name in ddpm ldm sd dit; do $(BIN)/python -m dqtool.zoo.measure digits-$$name || exit; done
 
-# Trains zoo:fashion and its classifier again, and measures it (three hours on one core with AMX). An interrupted run goes on.
+# Trains zoo:fashion and its classifier again, and measures it (about two hours on one core with AMX). An interrupted run goes on.
 # It needs Debian's package dataset-fashion-mnist. ARGS="--device cuda --batch-size 128" trains on a GPU.
 fashion: setup
 	$(BIN)/python -m dqtool.zoo.train_garment_classifier
