@@ -274,6 +274,7 @@ PAYLOADS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "an artifact that is a list": ("artifact", lambda: header({})),
     "results of NaN": ("results", lambda: b'{"format": "dqtool/1", "stage": "eval", "metrics": {"a": NaN}}'),
 }
+AT_ONCE = 0.5  # seconds below which a run is not repeated
 SPECIAL = ("a device", "a pipe", "a link to a device", "a directory")
 
 
@@ -291,8 +292,21 @@ def tried(read: Reader, path: Path) -> list[Any]:
     return [said, round(time.process_time() - start, 3), round(grown, 1)]
 
 
-def measured(read: Reader, path: Path) -> list[Any]:
-    """Do the same in a fork of this process, whose peak of memory is its own."""
+def measured(read: Reader, path: Path, tries: int = 3) -> list[Any]:
+    """Do the same in a fork of this process, whose peak of memory is its own, and again where it is slow.
+
+    Busy machines make single runs several times slower, also in processor time: the fastest run counts.
+    """
+    found = []
+    for _ in range(tries):
+        found.append(in_fork(read, path))
+        if found[-1][1] < AT_ONCE:
+            break
+    return min(found, key=lambda answer: answer[1])
+
+
+def in_fork(read: Reader, path: Path) -> list[Any]:
+    """Read in a fork of this process and return its answer."""
     answer, done = os.pipe()
     child = os.fork()
     if not child:

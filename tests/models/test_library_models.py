@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timing import within
 from tiny_text import tiny_clip, tiny_stable_diffusion
 
 from dqtool.errors import ArtifactError
@@ -105,12 +105,15 @@ TOKENS: dict[str, Callable[[Path], object]] = {
 def test_a_clip_directory_is_refused(clip: Path, tmp_path: Path, name: str) -> None:
     root = Path(shutil.copytree(clip, tmp_path / "clip"))
     ({**HOSTILE, **{f"tokenizer: {key}": value for key, value in TOKENS.items()}}[name])(root)
-    start = time.process_time()
-    with pytest.raises(ArtifactError) as caught:
-        ClipEncoder(root).texts(["a" * 40 + "b"])
-    assert time.process_time() - start < 2  # a second on a free machine, and the imports of the first case
-    assert len(str(caught.value)) <= 500
-    assert str(caught.value).isprintable()
+
+    def read() -> str:
+        with pytest.raises(ArtifactError) as caught:
+            ClipEncoder(root).texts(["a" * 40 + "b"])
+        return str(caught.value)
+
+    said = within(1, read)
+    assert len(said) <= 500
+    assert said.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
+from timing import within
 
 from dqtool.models.sources.patterns import Pattern, Patterns
 
@@ -34,12 +34,13 @@ def test_as_pythons_engine(pattern: str):
 
 @pytest.mark.parametrize("pattern", [r"(a+)+b", r"(a|a)*b", r"(.*a){12}b", r"(a{0,1000}){0,1000}b", "((a*)*)*b"])
 def test_what_would_take_years(pattern: str):
-    start = time.monotonic()
-    try:
-        assert not Pattern(pattern).fullmatch("a" * 300)
-    except ValueError as error:
-        assert "too long" in str(error)
-    assert time.monotonic() - start < 1
+    def match() -> None:
+        try:
+            assert not Pattern(pattern).fullmatch("a" * 300)
+        except ValueError as error:
+            assert "too long" in str(error)
+
+    within(1, match)
 
 
 @pytest.mark.parametrize("pattern", [r"(a)\1", r"(?=a)", r"(?<!a)b", "(", "a" * 2000, "(?i:a)", "(" * 500 + ")" * 500])
