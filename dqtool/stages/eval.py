@@ -13,7 +13,8 @@ from dqtool.artifacts import Artifact, Checkpoints, OutputKind, Workspace, read_
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.artifacts.records import EvalRecord, InputRecord
 from dqtool.core.bits import bits_label
-from dqtool.core.device import teacher_parameters
+from dqtool.core.cost import samples_together
+from dqtool.core.device import chosen_device, teacher_parameters
 from dqtool.errors import UsageError
 from dqtool.metrics import CLASSIFIERS, FIGURES, METRICS, value_of
 from dqtool.metrics.prompts import read_prompts
@@ -23,7 +24,7 @@ from dqtool.models.sampling.fitted import AUTO
 from dqtool.runtimes.names import runtime_name
 from dqtool.stages.evaluation.correction import switch_correction
 from dqtool.stages.evaluation.engines import requested_runtime, run_exported
-from dqtool.stages.evaluation.figures import cost_figures, image_figures, layer_errors
+from dqtool.stages.evaluation.figures import LAYERS_VERSION, cost_figures, image_figures, layer_errors
 from dqtool.stages.evaluation.image_metrics import (
     choose_metrics,
     files_of,
@@ -112,7 +113,10 @@ def fingerprint_parameters(
         "runtime": runtime_name(options.runtime),
         "grid": options.grid,
     }
-    if versions := {name: METRICS[name].version for name in metrics if name in METRICS and METRICS[name].version > 1}:
+    versions = {name: METRICS[name].version for name in metrics if name in METRICS and METRICS[name].version > 1}
+    if "layers" in metrics:
+        versions["layers"] = LAYERS_VERSION
+    if versions:
         parameters["metric_versions"] = versions
     if added := {name: METRICS[name].added for name in metrics if name in METRICS and METRICS[name].added}:
         parameters["figures_added"] = added
@@ -195,6 +199,8 @@ def produce(
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact, makes_latents
 
     manifest, main = artifact.manifest, distributed.is_main()
+    together = samples_together(manifest.layers, options.batch_size, chosen_device().type)
+    options = replace(options, batch_size=together)
     files = files_of(options)
     if makes_latents(artifact):
         check_needs_no_pixels(metrics, options)

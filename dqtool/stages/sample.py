@@ -6,6 +6,8 @@ from dataclasses import asdict
 
 from dqtool import distributed
 from dqtool.artifacts import check_writable, open_artifact
+from dqtool.core.cost import samples_together
+from dqtool.core.device import chosen_device
 from dqtool.errors import UsageError
 from dqtool.metrics.prompts import read_prompts
 from dqtool.models.conditions.external import ConditionSource
@@ -53,6 +55,7 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
     from dqtool.metrics.grid import save_grid
     from dqtool.stages.evaluation.images import first_channels, maker_of_artifact
 
+    together = samples_together(artifact.manifest.layers, options.batch_size, chosen_device().type)
     prompts = None if options.prompts is None else read_prompts(options.prompts)
     maker = maker_of_artifact(
         artifact,
@@ -63,13 +66,13 @@ def sample(options: SampleOptions, settings: RunSettings) -> str:
         prompts=prompts,
         source=ConditionSource.of(options, artifact.manifest.sampling, artifact.given),
     )
-    network = run_exported(options.directory, options.runtime, options.batch_size)
+    network = run_exported(options.directory, options.runtime, together)
     switch_correction(network, artifact, maker, options.correction, "sample")
     if reference is not None:
         exact = reference_network(reference, artifact.manifest.network)
-        correction = fit_correction(network, exact, maker, options.seed, options.batch_size)
+        correction = fit_correction(network, exact, maker, options.seed, together)
         maker = with_correction(maker, correction)
-    images = maker.draw(network, options.number, options.seed, options.batch_size, "sample")
+    images = maker.draw(network, options.number, options.seed, together, "sample")
     if not distributed.is_main():
         return options.output
     panels = [(bits_label(artifact.manifest.layers), images)]

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
     from dqtool.stages.evaluation.images import ImageMaker
 
-__all__ = ["cost_figures", "image_figures", "layer_errors"]
+__all__ = ["LAYERS_VERSION", "cost_figures", "image_figures", "layer_errors"]
 
 LAYER_SAMPLES = 256
 """Points of the reference's trajectory that layers are compared at."""
+LAYERS_VERSION = 2
+"""Version of the errors of layers. Version 1 gave the two networks different conditions where there were more of them than images."""
+LAYER_BYTES = 1 << 29
+"""Bytes of the outputs of all layers that are held at once, unless those of a single image are larger."""
 
 
 def image_figures(
@@ -70,9 +74,7 @@ def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, se
 
     sampler, conditions = maker.sampler, maker.conditions
     images = max(1, LAYER_SAMPLES // (sampler.steps * sampler.inputs_per_image(conditions.guided)))
-    given = conditions.evenly(images).given(0, images)
-    if conditions.null is not None:
-        given = sampler.asked(given, conditions.null)
+    chosen = conditions.evenly(images)
     seen: dict[str, Tensor] = {}
     error: dict[str, float] = {}
     power: dict[str, float] = {}
@@ -91,17 +93,33 @@ def layer_errors(reference: nn.Module, network: nn.Module, maker: ImageMaker, se
     handles = [reference.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     handles += [network.get_submodule(name).register_forward_hook(compare(name)) for name in names]
     try:
-        with report.progress("eval: layers", sampler.steps) as progress:
+        with report.progress("eval: layers", images * sampler.steps, "point") as progress:
+            first, together = 0, 1
+            while first < images:
+                stop = min(images, first + together)
+                given = chosen.given(first, stop)
+                if conditions.null is not None:
+                    given = sampler.asked(given, conditions.null)
 
-            def see(x: Tensor, timestep: Tensor, _prediction: Tensor) -> None:
-                with torch.no_grad():
-                    sampler.family.predict(network, x, timestep, given)
-                progress.advance()
+                def see(x: Tensor, timestep: Tensor, _p: Tensor, given: Any = given, count: int = stop - first) -> None:
+                    with torch.no_grad():
+                        sampler.family.predict(network, x, timestep, given)
+                    progress.advance(count)
 
-            for _ in sampler.batches(
-                reference, maker.shape, images, seed, images, conditions.given, see, null=conditions.null
-            ):
-                pass
+                for _ in sampler.batches(
+                    reference,
+                    maker.shape,
+                    stop,
+                    seed,
+                    stop - first,
+                    chosen.given,
+                    see,
+                    null=conditions.null,
+                    first=first,
+                ):
+                    pass
+                held = sum(y.nbytes for y in seen.values()) // (stop - first)  # the first image tells how many fit
+                first, together = stop, max(1, LAYER_BYTES // max(1, held))
     finally:
         for handle in handles:
             handle.remove()

@@ -72,5 +72,5 @@ CORRECTION = Option(
 )
 OUTPUT = Option("File to write. Its manifest is written next to it.", "FILE", short="-o", panel=INPUT)
 OUTPUT_DIRECTORY = Option("Directory to write.", "DIR", short="-o", panel=INPUT)
-BATCH_HELP = "Images sampled together. Lower it when memory runs out."
+BATCH_HELP = "Images sampled together at most; large networks take fewer. Lower it when memory runs out."
 """Help of the option `--batch-size`, which each stage declares with its own default."""

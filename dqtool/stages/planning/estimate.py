@@ -171,7 +171,7 @@ def _working(
     together = together_for(macs, 4 * calibrate.batch_size, device)
     sizes = {
         "calibrate": found.calibrating(max(guided * min(calibrate.batch_size, together), together)),
-        "eval": found.calibrating(guided * evaluate.batch_size),
+        "eval": found.calibrating(guided * together_for(macs, evaluate.batch_size, device)),
     }
     if distill is not None:
         recipe: Any = method_and_options(distill)[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
@@ -141,3 +143,24 @@ def test_images_past_the_budget_are_the_same_from_a_file(model: nn.Module, monke
     spilled = maker.draw(model, 5, 0, 2, "test")
     assert torch.equal(held, spilled)
     assert held.shape == (5, 1, 8, 8)
+
+
+def test_errors_of_layers_compare_the_same_inputs_in_any_number_of_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dqtool.models.conditions.conditioning import Conditions
+    from dqtool.stages.evaluation import figures, images
+
+    torch.manual_seed(0)
+    network = UNet2DModel(**NETWORK, num_class_embeds=9).eval()
+    other = copy.deepcopy(network)
+    other.conv_in.weight.data *= 1.1
+    table = {"class_labels": torch.arange(9)}
+    maker = images.ImageMaker(Sampler(FAMILY, make_sampler(SCHEDULE), 2), Conditions(table), (1, 8, 8))
+    monkeypatch.setattr(figures, "LAYER_SAMPLES", 10)  # 5 images, for which classes are chosen evenly
+    assert set(figures.layer_errors(network, copy.deepcopy(network), maker, 0).values()) == {0.0}
+    together = figures.layer_errors(network, other, maker, 0)
+    monkeypatch.setattr(figures, "LAYER_BYTES", 1)
+    one_by_one = figures.layer_errors(network, other, maker, 0)
+    assert together["conv_in"] > 0
+    assert together == pytest.approx(one_by_one, rel=1e-4)
