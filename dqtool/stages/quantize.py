@@ -16,6 +16,7 @@ from dqtool.artifacts.reading import MANIFEST_BYTES, load_json
 from dqtool.artifacts.schema import record
 from dqtool.errors import DqtoolError, UsageError
 from dqtool.metrics import value_of
+from dqtool.stages.options.calibrate import CalibrateOptions
 from dqtool.stages.options.quantize import stage_values
 from dqtool.stages.planning.plan import plan_steps
 from dqtool.stages.registry import chained_stages, default_output, make_options
@@ -42,7 +43,7 @@ def quantize(options: Any, settings: RunSettings) -> str:
     Raises:
         DqtoolError: what a stage raises, with the stage's name in front.
     """
-    steps = steps_of(options)
+    steps = steps_of(options, settings.device)
     settings = replace(settings, reads=tuple(filter(None, (options.model, options.apply_to))))
     planned = plan(options, settings)
     distributed.barrier()  # all have looked at what is there
@@ -59,7 +60,7 @@ def quantize(options: Any, settings: RunSettings) -> str:
 
 def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
     """Return the plan: each stage as in a dry run, and estimates of time, memory and disk."""
-    steps = steps_of(options)
+    steps = steps_of(options, settings.device)
     stages = plan_steps(steps, settings)
     found: dict[str, Any] = {
         "recipe": f"quantize --effort {options.effort}",
@@ -68,6 +69,8 @@ def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
         "work_directory": work_directory(options.output),
         "stages": stages,
     }
+    if options.effort == "default" and (shorter := _shorter(options, dict(steps))):
+        found["effort"] = f"{shorter}, since the network is too large for more on a CPU (--effort best takes all)"
     if not all(stage["cached"] for stage in stages):
         from dqtool.stages.planning.estimate import estimate
 
@@ -79,22 +82,32 @@ def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
     return found
 
 
+def _shorter(options: Any, steps: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return words on the samples and iterations that `default` lowered; none where it lowered nothing."""
+    calibrate, distill = steps.get("calibrate", {}), steps.get("distill", {})
+    asked = "samples" in stage_values(options, "calibrate")
+    told = [f"{calibrate['samples']:,} calibration samples"] if "samples" in calibrate and not asked else []
+    if "iters" in distill:
+        told.append(f"{distill['iters']} iterations of {distill['batch_size']} samples")
+    return " and ".join(told)
+
+
 def work_directory(output: str) -> str:
     """Return the directory of the stages' files, `OUTPUT.work` beside the output."""
     return output.rstrip("/") + ".work"
 
 
-def steps_of(options: Any) -> list[Step]:
+def steps_of(options: Any, device: str) -> list[Step]:
     """Return the stages with their options, inputs and outputs filled in.
 
     Raises:
         UsageError: a stage refuses an option.
     """
     work = work_directory(options.output)
-    steps, statistics = _calibration_of_another(options)
+    steps, statistics = _calibration_of_another(options, device)
     previous = options.apply_to or options.model
     for name in chained_stages():
-        values = _effort_values(options, name) | stage_values(options, name)
+        values = _effort_values(options, name, device) | stage_values(options, name)
         if name == "calibrate" and statistics is not None:
             values = {key: value for key, value in values.items() if key == "batch_size"} | {"statistics": statistics}
         values["output"] = options.output if name == "export" else os.path.join(work, default_output(name))
@@ -108,7 +121,7 @@ def steps_of(options: Any) -> list[Step]:
     return steps
 
 
-def _calibration_of_another(options: Any) -> tuple[list[Step], str | None]:
+def _calibration_of_another(options: Any, device: str) -> tuple[list[Step], str | None]:
     """Return the stages that calibrate MODEL for `--apply-to`, and the calibrated artifact; none without that option.
 
     Raises:
@@ -131,7 +144,7 @@ def _calibration_of_another(options: Any) -> tuple[list[Step], str | None]:
     previous = ""
     for name in ("dilate", "calibrate"):
         output = os.path.join(work_directory(options.output), f"base-{default_output(name)}")
-        values = _effort_values(options, name) | stage_values(options, name)
+        values = _effort_values(options, name, device) | stage_values(options, name)
         values |= {"output": output, "model" if name == "dilate" else "artifact": previous or options.model}
         values.pop("lora", None)
         with stage_named_in_errors(name):
@@ -141,13 +154,13 @@ def _calibration_of_another(options: Any) -> tuple[list[Step], str | None]:
     return steps, previous
 
 
-def _effort_values(options: Any, stage: str) -> dict[str, Any]:
+def _effort_values(options: Any, stage: str, device: str) -> dict[str, Any]:
     """Return the options of a stage that the effort decides, by field name."""
     if stage == "export":
         return {}
     if options.effort == "fast":
         if stage == "calibrate":
-            return {"samples": max(256, 8 * _steps(options))}
+            return {"samples": _least_samples(options)}
         if stage == "distill":
             return {"method": "ptq", "correct_noise": _correction_is_cheap(options)}
         return {"samples": 64, "metrics": ("similarity", "cost")} if stage == "eval" else {}
@@ -164,7 +177,36 @@ def _effort_values(options: Any, stage: str) -> dict[str, Any]:
             "distill": longer,
             "eval": {"samples": 256},
         }[stage]
-    return {"dilate": {}, "calibrate": {}, "distill": {}, "eval": {"samples": 256}}[stage]
+    if stage in ("calibrate", "distill"):
+        return _fitting_values(options, stage, device)
+    return {"samples": 256} if stage == "eval" else {}
+
+
+def _fitting_values(options: Any, stage: str, device: str) -> dict[str, Any]:
+    """Return fewer samples and iterations than usual for a network that is too large for them on a CPU; nothing for others."""
+    from dqtool.core.device import resolve_device
+    from dqtool.stages.planning.estimate import network_size
+    from dqtool.stages.planning.training import Training, samples_that_fit, training_that_fits
+    from dqtool.training.options import BkdOptions
+
+    if resolve_device(device).type != "cpu":
+        return {}
+    macs, _layers = network_size(_source(options))
+    if stage == "calibrate":
+        usual_samples = CalibrateOptions.samples
+        fitting_samples = samples_that_fit(macs, usual_samples, _least_samples(options))
+        return {} if fitting_samples == usual_samples else {"samples": fitting_samples}
+    usual = Training(BkdOptions().iters, BkdOptions().batch_size)
+    fitting = training_that_fits(macs, usual)
+    if fitting == usual:
+        return {}
+    values = {"iters": fitting.iters, "batch_size": fitting.batch_size}
+    return values if _extrapolates(options) else values | {"refine_iters": fitting.iters}
+
+
+def _least_samples(options: Any) -> int:
+    """Return the number of samples that calibration takes at least."""
+    return max(256, 8 * _steps(options))
 
 
 def _extrapolates(options: Any) -> bool:
@@ -204,6 +246,8 @@ def _show(planned: Mapping[str, Any]) -> None:
     """Print the plan as one table on standard error."""
     rows = [(s["stage"], "cached" if s["cached"] else "to do", s["output"]) for s in planned["stages"]]
     report.table(f"{planned['recipe']}: {planned['model']}", ["stage", "state", "writes"], rows)
+    if "effort" in planned:
+        report.say(f"effort: {planned['effort']}")
     for key, value in planned.get("estimate", {}).items():
         report.say(f"{key}: {value}")
 

@@ -174,7 +174,7 @@ class DistillOptions:
     batch_size: Annotated[
         int | None,
         Option(
-            "Samples in each iteration. Default: 32. Lower it when memory runs out.",
+            "Samples in each iteration, of blocks and of all blocks. Default: 32. Lower it when memory runs out.",
             "N",
             least=1,
             show_default=False,
@@ -388,6 +388,8 @@ def method_and_options(options: DistillOptions) -> tuple[Method, Any]:
     given = {"iters": options.iters, "refine_iters": options.refine_iters, "batch_size": options.batch_size}
     if options.preset == PAPER:
         given["refine_iters"] = 0
+    if options.batch_size is not None and any(each.name == "refine_batch_size" for each in fields(method.options)):
+        given["refine_batch_size"] = options.batch_size
     found = method_options(method, given)
     if options.rate == 1:
         return method, found

@@ -123,6 +123,7 @@ def render(plan: Mapping[str, Any]) -> list[str]:
     """Return the plan as lines of text."""
     if "stages" in plan:
         lines = [f"{plan['recipe']}: model {plan['model']}"]
+        lines += [f"  effort  {plan['effort']}"] if "effort" in plan else []
         lines += [f"  {key}  {value}" for key, value in plan.get("estimate", {}).items()]
         for stage in plan["stages"]:
             lines += ["", *render(stage)]
