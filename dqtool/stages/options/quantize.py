@@ -70,8 +70,8 @@ OWN = (
         Annotated[
             str,
             Option(
-                "Time to spend. fast trains nothing and takes few samples, default trains as the recipes do, best takes "
-                "twice the samples and iterations.",
+                "Time to spend. fast trains nothing and takes few samples, default trains as the recipes do and less where "
+                "the network is too large for a CPU, best takes twice the samples and iterations.",
                 "fast|default|best",
                 panel=QUALITY,
             ),
