@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dqtool.metrics import FIGURES, Figure, value_of
+from dqtool.metrics import CLASSIFIERS, FIGURES, Figure, value_of
 
 __all__ = ["COLUMNS", "Column"]
 
@@ -72,13 +72,18 @@ def _of_figure(figure: Figure) -> Column:
     return Column(figure.label, value, figure.better, figure.decimals, of_reference)
 
 
+def _distance(metrics: Metrics, stage: str = "eval") -> float | None:
+    """Return the distance to the training images by the model's own classifier, among a stage's figures."""
+    found = (_at(stage, f"fd.{name}")(metrics) for name in CLASSIFIERS)
+    return next((value for value in found if value is not None), None)
+
+
 def _excess(metrics: Metrics, baseline: Metrics) -> float | None:
     """Return the distance that a cell adds to full precision's, in percent of the distance that the baseline adds.
 
     Return None if the baseline adds nothing.
     """
-    mine, full, base = _at("eval", "fd.digits")(metrics), _at("eval", "reference", "fd.digits")(metrics), None
-    base = _at("eval", "fd.digits")(baseline)
+    mine, base, full = _distance(metrics), _distance(baseline), _distance((metrics.get("eval") or {}), "reference")
     if mine is None or full is None or base is None or base <= full:
         return None
     return 100 * (mine - full) / (base - full)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool.artifacts import fingerprint
 from dqtool.artifacts.manifest import canonical_json
 from dqtool.errors import UsageError
+from dqtool.metrics import CLASSIFIERS, METRICS
 from dqtool.stages.evaluation.image_metrics import computable_metrics, files_of
 from dqtool.stages.registry import make_options
 from dqtool.tables.schedules import SCHEDULES
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "Step", "Target", "model_digest", "plan_table"]
 
-METRICS = ("digits", "similarity", "cost")
-"""Metrics of cells on embedded models."""
 ENGINE, SIMULATE = "cpu", "simulate"
 """Runtimes of cells: of the embedded models, and of published ones, which a GPU samples."""
 ITERATIONS = ("iters", "refine_iters")
 SOURCE_OPTIONS = ("config", "components", "lora", "prediction_type", "scheduler", "tokenizer", "pipeline", "variant")
 """Options of `dilate` that identify the model."""
-PUBLISHED_METRICS = ("similarity", "cost")
-"""Metrics of cells on published models, besides those that the given files allow."""
+ALWAYS = ("similarity", "cost")
+"""Metrics of cells on all models. Those on embedded models have the model's own classifier, too; those on published ones what the
+given files allow."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,11 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
         layers = [table.options, group.options, table.published.options, group.published, row.options]
     layers.append(target.overrides)
     schedule = SCHEDULES[target.schedule or table.schedule]
-    metrics = list(METRICS if target.model is None else PUBLISHED_METRICS)
+    model = target.model or group.model or table.model
+    own = [name for name in CLASSIFIERS if target.model is None and METRICS[name].reads(model)]
     # All cells of a table run in one arithmetic: embedded models on integers, which the processor samples much faster.
     runtime = ENGINE if target.model is None else SIMULATE
-    base: Options = {"eval": {"metrics": metrics, "runtime": runtime, "floor": "digits" in metrics}}
+    base: Options = {"eval": {"metrics": [*own, *ALWAYS], "runtime": runtime, "floor": bool(own)}}
     base["distill"] = {"protect": 0}  # all rows have the bits that they name
     if target.model is None or target.schedule is not None:
         base = _merged([base, {stage: dict(values) for stage, values in schedule.options.items()}])
@@ -136,7 +137,6 @@ def _cell(table: Table, group: Group, row: Row, seed: int, target: Target) -> Ce
     if missing:
         options = " ".join(f"--set {name}=FILE" for name in missing)
         return Cell(row.name, group.name, seed, problem=f"{table.name} needs {options}")
-    model = target.model or group.model or table.model
     try:
         asked = target.overrides.get("distill", {})
         merged["distill"] = _scaled_iterations(merged.get("distill", {}), row.options.get("distill", {}), asked)

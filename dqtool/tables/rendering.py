@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dqtool.artifacts import dqtool_version
+from dqtool.metrics import CLASSIFIERS
 from dqtool.page.comparison import ARROWS, FORMAT, REFERENCE, curve_chart, figure_text, is_best
 from dqtool.page.style import CHART_STYLE
 from dqtool.tables.cells import CellRecord, CellStore
@@ -18,6 +19,9 @@ from dqtool.tables.schedules import SCHEDULES
 from dqtool.tables.spec import CORRECTED, Group, Row, Table
 
 __all__ = ["curve_figure", "render_markdown", "summarise", "table_name"]
+
+FLOORS = tuple(f"fd.{name}_from_reference" for name in CLASSIFIERS)
+"""Columns whose floor is the distance of two sets of full-precision images."""
 
 
 def summarise(
@@ -274,10 +278,10 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     if summary["baseline"] and any(column["key"] == "excess" for column in summary["columns"]):
         lines += [
             "",
-            f"Excess left: the fd.digits that a row adds to full precision's, in percent of what {summary['baseline']} adds; "
+            f"Excess left: the distance to the training images that a row adds to full precision's, in percent of what {summary['baseline']} adds; "
             f"empty if {summary['baseline']} adds nothing.",
         ]
-    if any(column["key"] == "fd.digits_from_reference" for column in summary["columns"]):
+    if any(column["key"] in FLOORS for column in summary["columns"]):
         lines += [
             "",
             "Full precision's own distance to full precision is the floor: the distance of two sets of its images with "
