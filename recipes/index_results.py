@@ -156,6 +156,7 @@ KNOWN_TARGETS = {
     "soak",
     "soak-large",
     "terrain",
+    "terrain-speed",
     "table-correction",
     "lsq-points",
 }

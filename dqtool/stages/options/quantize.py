@@ -43,8 +43,8 @@ RECEIVERS = {
 }
 """Stages that receive options of `quantize`: each receives those that its class declares under the same name."""
 
-NOT_RECEIVED = {("distill", "batch_size")}
-"""Options that mean something else to a stage."""
+NOT_RECEIVED = {("dilate", "bits"), ("distill", "batch_size")}
+"""Options that mean something else to a stage, or that it refuses."""
 
 ALSO_EVAL = ("prompts", "conditions", "pipeline", "images", "random_conditions", "guidance")
 """Options that `eval` receives too."""
