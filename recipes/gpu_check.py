@@ -1,6 +1,9 @@
-"""Check the `cuda` runtime on a GPU and time it, in under eight minutes. Needs no network and no file but this repository.
+"""Check the `cuda` runtime on a GPU and time it, in under eight minutes. Needs no network.
 
     python recipes/gpu_check.py [--minutes 7.5] [--archs sd14,sdxl,dit-xl2] [--batch 2,8]
+
+Packages: a PyTorch for CUDA with its Triton, and diffusers, accelerate, transformers, safetensors, huggingface-hub, typer, rich,
+pyyaml, numpy, pillow with what they need. dqtool need not be installed: the script takes the one that it lies beside.
 
 Parts, in the order of what matters: kernels against int64, one layer of each shape of sd14 and every layer of digits-ddpm, whole
 networks beside half precision, blocks of the kernels, one block that learns. Every line is printed at once, and after each part
@@ -27,7 +30,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "recipes" / "results"
 START = time.perf_counter()
 
 
@@ -216,7 +222,7 @@ def digits_export() -> str:
     for words in commands:
         done = subprocess.run(
             [sys.executable, "-m", "dqtool", *words, "--quiet"], cwd=folder, stdin=subprocess.DEVNULL, check=False,
-            capture_output=True, text=True,
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"dqtool {words[0]}: {done.stderr[-300:]}")
@@ -427,6 +433,9 @@ def main() -> int:
     if reason is not None:
         print(f"gpu-check can't run here: {reason}", file=sys.stderr)
         return 4
+    from dqtool.core.device import choose_device
+
+    choose_device("cuda")  # full float32, for the baseline too
     check = Check(options.minutes, Path(options.output))
     check_results(check.path.with_suffix(".json"), [check.path.with_suffix(".md")])
     archs, batches = options.archs.split(","), [int(batch) for batch in options.batch.split(",")]

@@ -196,14 +196,13 @@ def prepared(name: str, threads: int, work: Path) -> tuple[Callable[[], Any], st
 
 def calibrated_timestep(name: str, work: Path) -> Any:
     """Return the first timestep that the export was calibrated at."""
-    import torch
 
     from dqtool.artifacts import open_artifact
     from dqtool.stages.evaluation.images import maker_of_artifact
 
     work_files = Path(f"{directory_of(name.removeprefix(f'{OURS} '), work)}.work")
     artifact = open_artifact(str(work_files / "calibrated.safetensors"), ["calibrate"])
-    return torch.tensor(maker_of_artifact(artifact, 1, 0).sampler.timesteps()[0])
+    return maker_of_artifact(artifact, 1, 0).sampler.timesteps()[0].detach().clone()
 
 
 def write(found: list[dict[str, Any]], stem: Path) -> None:

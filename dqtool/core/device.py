@@ -54,6 +54,10 @@ def choose_device(text: str) -> torch.device:
     """
     global _chosen
     _chosen = resolve_device(text)
+    if _chosen.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(_chosen)  # events, streams and graphs belong to the current device
     return _chosen
 
 
@@ -158,6 +162,8 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor on a device. A copy from main memory to a GPU takes its turn there, and nobody waits for it."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
+    if 0 in x.stride():  # an expanded tensor, which pinned memory can't take
+        x = x.contiguous()
     return x.pin_memory().to(device, non_blocking=True)  # PyTorch keeps the pinned memory until the copy is done
 
 

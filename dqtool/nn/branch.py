@@ -8,12 +8,14 @@ nor that of inputs. No engine rounds that input before the branch, so all engine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dqtool.core.dilation import broadcast_scale
 
@@ -45,7 +47,8 @@ class LowRankBranch(nn.Module):
         x, down, up = x.float(), self.down.float(), self.up.float()
         if self.geometry is None:
             return F.linear(F.linear(x, down), up)
-        return F.conv2d(F.conv2d(x, down, None, *self.geometry), up[:, :, None, None])
+        with full_float32() if x.is_cuda and not is_compiling() else nullcontext():
+            return F.conv2d(F.conv2d(x, down, None, *self.geometry), up[:, :, None, None])
 
     def weight(self, dilation: Tensor | None = None) -> Tensor:
         """Return `up · down` in the shape of the layer's weight, times `dilation` `[C_in]` if there is one; float32."""
@@ -61,6 +64,17 @@ class LowRankBranch(nn.Module):
     def extra_repr(self) -> str:
         """Return the text that `print(model)` shows."""
         return f"rank={self.down.shape[0]}"
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Let convolutions on CUDA devices keep all digits of float32 inside: PyTorch rounds them to TensorFloat-32 by default."""
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept
 
 
 def branch_shapes(shape: tuple[int, ...], rank: int) -> dict[str, tuple[tuple[int, ...], str]]:

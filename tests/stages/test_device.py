@@ -12,7 +12,7 @@ import torch
 from families import dit_pipeline
 
 from dqtool.artifacts import open_artifact
-from dqtool.core.device import device_of, place, resolve_device, to_cpu, to_device_of
+from dqtool.core.device import device_of, place, resolve_device, to_cpu, to_device, to_device_of
 from dqtool.errors import EnvironmentFault
 
 CHAIN = Path(__file__).with_name("device_chain.py")
@@ -71,3 +71,20 @@ def test_values_follow_a_network() -> None:
     assert device_of(torch.nn.SiLU()).type == "cpu"
     layer = torch.nn.Linear(2, 2)
     assert place(layer) is layer
+
+
+def test_expanded_tensors_are_written_out_before_they_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    tensors = torch.tensor(3.0).expand(4), torch.ones(2, 4, 8, 8).to(memory_format=torch.channels_last)
+
+    def pin(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(x)
+        return torch.zeros(0).set_(torch.zeros(x.numel()).untyped_storage(), 0, x.shape, x.stride()).copy_(x)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, _device, **_: to(x, "cpu"))
+    for given in tensors:
+        assert torch.equal(to_device(given, torch.device("cuda")), given)
+    assert pinned[0].is_contiguous()
+    assert pinned[1].is_contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -177,10 +177,15 @@ def _convert_attention(name: str, attn: Any, current_step: CurrentStep, kinds: d
     return "int8" if native else "float"
 
 
+def sample_of(network_class: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the sample among the arguments of a network's forward: its first parameter, wherever the caller wrote it."""
+    return args[0] if args else kwargs[list(inspect.signature(network_class.forward).parameters)[1]]  # type: ignore[attr-defined]
+
+
 def integer_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the forward of a converted network's class in float32, one step at a time."""
     original = type(network)
-    given = args[0] if args else kwargs[list(inspect.signature(original.forward).parameters)[1]]
+    given = sample_of(original, args, kwargs)
     given = given if isinstance(given, Tensor) else torch.stack(list(given))  # some networks take a list of samples
     if given.device.type not in SERVED:
         # Hooks that move the tensors of one layer after the other never move the network. It moves as a whole.

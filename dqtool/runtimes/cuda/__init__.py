@@ -32,7 +32,7 @@ from dqtool.nn.packed_form import is_quantized_tensor, keep_out_of_states, keep_
 from dqtool.nn.packed_layer import PackedLayer
 from dqtool.nn.processors import set_own
 from dqtool.nn.surgery import steps_of
-from dqtool.runtimes.cpu import joined, simulated_again, without
+from dqtool.runtimes.cpu import joined, sample_of, simulated_again, without
 from dqtool.runtimes.cpu.attention import merge_projections
 from dqtool.runtimes.cpu.blocks import fuse
 from dqtool.runtimes.cuda.attention import TABLES, AttentionTables, CudaAttnProcessor
@@ -133,7 +133,7 @@ def integer_report(network: nn.Module) -> dict[str, str]:
 def gpu_forward(network: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a converted network: its class's, with the rows of the step tables on the device of the sample."""
     original = type(network)
-    given = args[0] if args else next(iter(kwargs.values()))
+    given = sample_of(original, args, kwargs)
     leaf = next(t for t in tree_leaves(given) if isinstance(t, Tensor))
     if leaf.device.type == "cpu" and not _interpreted():
         return run_forward(_elsewhere(network, leaf.device), *args, **kwargs)

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -53,9 +54,10 @@ def half_is_faster(q: Tensor, k: Tensor, mask: Tensor | None, int8: Callable[[],
     device = _device_name(q.device)
     known = known_choices(device)
     if key not in known:
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        known[key] = Choice(device, key, _seconds(int8, q.device), _seconds(half, q.device))
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # streams and events are the current device's
+            if q.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            known[key] = Choice(device, key, _seconds(int8, q.device), _seconds(half, q.device))
         keep(device, _versions(), known.values())
     return known[key].taken != "int8"
 
