@@ -57,9 +57,12 @@ TERRAIN_ROWS = (
     ("dqtool 8/8", "8/8 default"),
     ("dqtool 4/8", "4/8 default"),
     ("dqtool 4/4", "4/4 default"),
+    ("dqtool 4/16, weights alone", "4/16"),
+    ("SDNQ int4, weights alone", "SDNQ 4"),
     ("8 bits in every layer", "8/8 uniform"),
     ("onnxruntime, dynamic int8", "onnxruntime dynamic"),
     ("onnxruntime, static int8", "onnxruntime static"),
+    ("NNCF int8", "NNCF"),
 )
 """Rows of README's table of the terrain model, and their names in the result."""
 

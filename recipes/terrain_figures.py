@@ -83,7 +83,7 @@ def write_results(rows: Sequence[Any], given: argparse.Namespace) -> None:
         "# Terrain: a consistency model that others trained",
         "",
         f"`make terrain`: height maps of 128x128 of noise that calibration did not see, over all difficulties; "
-        f"{given.samples} calibration samples, {given.passes} backward passes to measure errors. PSNR is the mean over maps, to "
+        f"{given.samples} calibration samples for one step and 128 for each of several, {given.passes} backward passes to measure errors. PSNR is the mean over maps, to "
         "full precision of the same seeds; lowest is the worst map. Range, slope and spectrum are ratios to full "
         "precision's; the spectrum has four bands, from coarse to fine. Size is that of the file. Rows of "
         "fewer maps draw every Nth of the same maps. Features is the Fréchet distance to full precision's maps by the features of "
