@@ -23,6 +23,7 @@ from typing import IO, Any
 from dqtool import errors, report
 from dqtool.bench.alone import Alone, file_bytes, time_calls
 from dqtool.bench.subject import Subject
+from dqtool.core.device import choose_device
 from dqtool.errors import DqtoolError, EnvironmentFault
 
 __all__ = ["Probe", "alone", "prepare", "probe"]
@@ -173,6 +174,7 @@ def answer(request: dict[str, Any], imported: Callable[[], object]) -> dict[str,
     import torch
 
     torch.set_num_threads(subject.threads)
+    choose_device("cpu")
     for library in contender.libraries:
         import_module(library)
     if "diffusers" in contender.libraries:

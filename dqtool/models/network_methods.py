@@ -15,6 +15,7 @@ from dqtool.artifacts import Manifest, dqtool_version, sha256_file
 from dqtool.artifacts.jsonvalues import JsonObject
 from dqtool.artifacts.records import FileRecord, LayerRecord, ModelRecord, ParametersRecord, PipelineRecord
 from dqtool.artifacts.schema import unchecked
+from dqtool.core.device import device_of
 from dqtool.errors import ArtifactError
 from dqtool.graph.tied_modules import restore_copies
 from dqtool.models.families import family_of
@@ -166,7 +167,7 @@ def float_copy(network: Any) -> Any:
         fresh.load_state_dict(restore_copies(state, family.tied_modules(config)), assign=True)
     except RuntimeError as e:
         raise ArtifactError(f"The packed tensors don't fit the network: {e}", where="config.json") from e
-    return nn.Module.to(fresh, next(iter(packed.buffers())).device, dtype).eval()
+    return nn.Module.to(fresh, device_of(network), dtype).eval()
 
 
 def to_float(network: Any) -> nn.Module:

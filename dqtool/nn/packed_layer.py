@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,11 @@ class PackedLayer(Adaptable, QuantLayer):
                 codes = self.codes().to(self.weight_scale.dtype)
                 self._expanded = codes * self.weight_scale.view(-1, *(1,) * (codes.dim() - 1))
         return self._expanded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Apply `fn` to all tensors, and forget the dequantized weight: it would stay where the layer was."""
+        self._expanded = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _weight_shape(self) -> torch.Size:
         if self.is_conv:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dqtool.artifacts.checkpoints import Checkpoints
 from dqtool.core.affine import SYMMETRIC_BITS, fake_quantize, lowest_code, search_weight
 from dqtool.core.bits import AttentionBits
-from dqtool.core.device import to_cpu
+from dqtool.core.device import device_of, to_cpu
 from dqtool.core.quantization import SOFTMAX_BITS
 from dqtool.graph.attention import own_processor
 from dqtool.nn.assignment import LayerPlan
@@ -110,7 +110,11 @@ def measure_errors(
     step, on one trajectory point. The softmax output has 8 bits at every width. `kept` and `grids` keep the products of
     finished passes and the grids of weights for an interrupted run.
     """
-    found = _Pass({})
+    found, device = _Pass({}), device_of(network)
+    tables = {
+        bits: {owner: (scale.to(device), zero_point.to(device)) for owner, (scale, zero_point) in of_bits.items()}
+        for bits, of_bits in tables.items()
+    }
     weights = _tap(network, plans, tables, widths, found)
     rounding = {
         name: _weight_errors(layer, widths, index, grids) for index, (name, layer) in enumerate(weights.items())

@@ -38,14 +38,12 @@ from dqtool.nn.branch import BRANCH
 from dqtool.nn.prediction import set_correcting
 from dqtool.runtimes import VARIABLE, runtime_name
 from dqtool.runtimes.choice import preferred
+from dqtool.runtimes.names import GPU
 
 __all__ = ["DqtoolConfig", "DqtoolQuantizer", "register", "register_in_transformers"]
 
 INTEGER = "cpu"
 """The integer runtime that works inside a network of diffusers."""
-
-GPU = "cuda"
-"""The integer runtime of networks on CUDA devices. A network that is loaded on the CPU changes to it when it moves to one."""
 
 
 class _Method(StrEnum):
@@ -305,6 +303,8 @@ def chosen_runtime(asked: str | None, device_map: Any = None, artifact: Artifact
     from dqtool.runtimes import RUNTIMES, cpu
 
     elsewhere = {str(d) for d in device_map.values()} - {"cpu"} if isinstance(device_map, dict) else set()
+    if isinstance(device_map, str) and device_map != "cpu" and torch.cuda.is_available():
+        elsewhere = {"cuda"}  # "auto", "balanced" and the like are resolved later, to GPUs
     on_gpu = bool(elsewhere) and all(d.isdigit() or d.startswith("cuda") for d in elsewhere)
     if asked == GPU or on_gpu:
         reason = RUNTIMES[GPU].engine().available()

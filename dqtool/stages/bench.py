@@ -17,7 +17,9 @@ from dqtool.artifacts.bench_report import AloneRow, BenchedModel, BenchReport, L
 from dqtool.artifacts.jsonvalues import Json
 from dqtool.bench.tables import report_lines
 from dqtool.bench.usual_bits import usual_bits
+from dqtool.core.device import choose_device
 from dqtool.errors import ArtifactError, EnvironmentFault, NumericError, UsageError
+from dqtool.runtimes.names import GPU
 from dqtool.stages.options.bench import BenchOptions
 from dqtool.stages.shared.paths import read_paths
 from dqtool.stages.shared.running import input_artifact
@@ -73,6 +75,7 @@ def bench(options: BenchOptions, settings: RunSettings) -> BenchReport | BenchPl
     batches = options.batch or _own_batches(options.arch)
     if settings.dry_run:
         return BenchPlan(names, list(batches), options.seconds, options.arch, options.artifact)
+    choose_device("cpu")  # where there is a GPU, networks would go there, and the times would be called a GPU's
     for name in names:  # before anything is written
         if (require := contender_of(name).require) is not None:
             require()
@@ -189,6 +192,8 @@ def _runtimes(asked: Sequence[str], kind: str = "dq") -> list[str]:
     for name in map(runtime_name, asked or ("auto",)):
         if name == "all":
             names.update(dict.fromkeys([*_available(kind), "auto"]))
+        elif name == GPU:
+            raise UsageError(f"The {GPU} runtime is measured on a GPU", where="--runtime", fix="Add --device cuda")
         elif name == "auto" or name in RUNTIMES:
             names[name] = None
         elif name != "none":
@@ -204,7 +209,7 @@ def _available(kind: str) -> list[str]:
     from dqtool.runtimes import READERS, RUNTIMES, pick
 
     fast = [name for name in RUNTIMES if name != "simulate"]
-    return [runtime.name for runtime, reason in pick(READERS.get(kind, fast)) if reason is None]
+    return [runtime.name for runtime, reason in pick(READERS.get(kind, fast)) if reason is None and runtime.name != GPU]
 
 
 def _own_batches(arch: str | None) -> tuple[int, ...]:

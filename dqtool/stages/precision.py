@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -143,7 +144,10 @@ def _measured_errors(
 
     kept = None if workspace is None else Checkpoints(workspace, name)
     grids = None if workspace is None else Checkpoints(workspace, f"grids of {name}")
-    return measure_errors(network, plans, tables, widths, runs(), kept, grids)
+    errors = measure_errors(network, plans, tables, widths, runs(), kept, grids)
+    del network
+    gc.collect()  # the taps make cycles, which would hold the network beside the one that is trained
+    return errors
 
 
 def points_of_passes(trajectory: Trajectory, passes: int) -> list[int]:

@@ -149,6 +149,25 @@ def test_offloading_moves_tensors_and_changes_nothing(packed: nn.Module) -> None
             assert relative_error(network(**given)[0], expected) < 0.03
 
 
+def test_group_offloading_calls_every_product(packed: nn.Module) -> None:
+    """The hooks of `enable_group_offload` for single layers, which fetch the tensors of a layer when it is called."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    ours: Any = cuda.convert(copy.deepcopy(packed))
+    given = example(packed, 1) | {"timestep": packed.timesteps[torch.tensor([1])]}  # type: ignore[index]
+    with torch.no_grad():
+        expected = ours(**given)[0]
+        hooks.apply_group_offloading(ours, torch.device("cpu"), offload_type="leaf_level")
+        products = [m for m in ours.modules() if isinstance(m, CudaProduct)]
+        hooked = [m for m in products if hasattr(m, "_diffusers_hook")]
+        called: set[int] = set()
+        for each in hooked:
+            forward = each.forward
+            each.forward = lambda *a, _f=forward, _m=each, **k: (called.add(id(_m)), _f(*a, **k))[1]
+        assert relative_error(ours(**given)[0], expected) < 0.03
+    assert hooked
+    assert called == {id(each) for each in hooked}
+
+
 @pytest.mark.parametrize("offload", ["whole", "one by one"])
 def test_a_cpu_network_changes_under_the_hooks_of_offloading(
     packed: nn.Module, monkeypatch: pytest.MonkeyPatch, offload: str

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dqtool
 from dqtool.errors import UsageError
+from dqtool.runtimes.cpu import simulated_again
 
 pytest.importorskip("peft")
 
@@ -164,6 +165,16 @@ def test_fusing_is_refused_and_changes_nothing(pipe: Any, whole: Any, tmp_path: 
         pipe.fuse_lora()
     assert np.array_equal(picture(pipe), before)
     pipe.unfuse_lora()
+    assert np.array_equal(picture(pipe), before)
+
+
+def test_a_change_of_engine_does_not_lose_a_lora(pipe: Any, whole: Any, tmp_path: Path) -> None:
+    if pipe.unet.runtime != "cpu":
+        pytest.skip("only integer networks change")
+    pipe.load_lora_weights(str(diffusers_file(tmp_path / "one.safetensors", factors(whole.unet, 1))))
+    before = picture(pipe)
+    with pytest.raises(UsageError, match="Move the pipeline first"):
+        simulated_again(pipe.unet)
     assert np.array_equal(picture(pipe), before)
 
 

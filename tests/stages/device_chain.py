@@ -46,6 +46,10 @@ def main() -> None:
     if where == "cpu":
         return
     distill(replace(trained, output=str(work / "low.safetensors"), low_memory=True), quiet)
+    measured = replace(
+        trained, output=str(work / "protected.safetensors"), iters=0, refine_iters=0, protect=20, passes=2
+    )
+    distill(measured, quiet)
     export(ExportOptions(at["distilled"], str(work / "exported")), quiet)
     evaluate(EvalOptions(str(work / "exported"), str(work / "eval.json"), metrics=metrics, samples=2), quiet)
     sample(SampleOptions(str(work / "exported"), 2, str(work / "samples.png")), quiet)

@@ -99,8 +99,10 @@ def test_auto_says_what_it_took(made: Path):
 def test_all_is_every_runtime_that_can_run_here_and_auto(made: Path):
     names = {row["contender"] for row in measure(made, runtime=("all",))["speed"]["1"]}
     able = {name for name, runtime in RUNTIMES.items() if runtime.engine().available() is None}
-    assert names == (able - {"simulate"}) | {"auto"}
+    assert names == (able - {"simulate", "cuda"}) | {"auto"}
     assert "cpu" in names
+    with pytest.raises(UsageError, match="--device cuda"):
+        _runtimes(("cuda",))
 
 
 @pytest.mark.parametrize(("kind", "names"), [("dense", {"simulate"}), ("openvino", {"openvino", "openvino-bf16"})])

@@ -46,7 +46,7 @@ class NoiseFit(NoiseCorrection):
     def __call__(self, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
         """Fit this step by comparing `prediction` with the float network's at the inputs `x` `[N, C, H, W]`."""
         with torch.no_grad():
-            exact = self.sampler.predict(self.exact, x, timestep, self.conditions, self.calls)
+            exact = self.sampler.predict(self.exact, x, timestep, self.conditions, self.calls).to(prediction.device)
         pair = [(each if self.guided is None else self.guided(each))[:, : x.shape[1]] for each in (prediction, exact)]
         self.steps[float(timestep)] = self.fit(pair[0], pair[1], x[-len(pair[0]) :])
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dqtool import report
 from dqtool.artifacts import Artifact
 from dqtool.core.allocator import FilePages, keep_freed_memory
-from dqtool.errors import EnvironmentFault
+from dqtool.errors import EnvironmentFault, UsageError
 from dqtool.graph.attention import is_attention, own_processor
 from dqtool.models.components.export_layout import weights_files
 from dqtool.models.networks.packed import exported_tensors, is_static, packed_network, plans_of
@@ -238,7 +238,16 @@ def _engine_on(device: torch.device) -> ModuleType | None:
 
 
 def simulated_again(network: nn.Module) -> nn.Module:
-    """Turn a converted network back into a packed one, in place, which simulates in the last dtype that `.to` got."""
+    """Turn a converted network back into a packed one, in place, which simulates in the last dtype that `.to` got.
+
+    Raises:
+        UsageError: LoRAs are loaded. They are in the converted network alone, and would be lost.
+    """
+    if getattr(network, "peft_config", None):
+        raise UsageError(
+            "The network has LoRAs, and changes its engine when it moves to this device",
+            fix="Move the pipeline first, then load the LoRA (`unload_lora_weights` removes it)",
+        )
     dtype, packed, rows = _dtype(network), packed_form(network), steps_of(network).rows
     take_forward(network)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_dqtool_steps"):

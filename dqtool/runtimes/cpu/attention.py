@@ -18,7 +18,7 @@ from dqtool.runtimes.cpu import library, ops
 from dqtool.runtimes.cpu.codes import Codes, CurrentStep
 from dqtool.runtimes.cpu.library import pointer
 from dqtool.runtimes.cpu.merging import merge
-from dqtool.runtimes.cpu.product import Product, plain
+from dqtool.runtimes.cpu.product import Product, hooked, plain
 
 __all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare", "merge_projections"]
 
@@ -83,7 +83,7 @@ def is_bare(attn: Any) -> bool:
     """Return whether no projection into a module's attention has something around it, such as a LoRA branch or a hook."""
     merged = (getattr(attn, name, None) for name in ("to_qkv", "to_kv"))
     return all(isinstance(each, SharedInput) or plain(each) for each in (attn.to_q, attn.to_k, attn.to_v)) and not any(
-        hasattr(each, "_hf_hook") for each in merged
+        hooked(each) for each in merged
     )
 
 

@@ -41,7 +41,12 @@ PLAIN = Epilogue()
 def plain(layer: object) -> TypeGuard[Product]:
     """Return whether a module is a product with nothing around it: no adapter, and no hook of accelerate, which fetches the tensors
     of a module when it is called."""
-    return isinstance(layer, Product) and not hasattr(layer, "_hf_hook")
+    return isinstance(layer, Product) and not hooked(layer)
+
+
+def hooked(module: object) -> bool:
+    """Return whether a hook of accelerate or of diffusers fetches a module's tensors when it is called."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
