@@ -97,7 +97,9 @@ def measure(
     trajectory = Trajectory.from_tensors(tensors)
 
     def measured() -> Errors:
-        return _measured_errors(manifest, tensors, sampler, trajectory, passes, widths, workspace)
+        found = _measured_errors(manifest, tensors, sampler, trajectory, passes, widths, workspace)
+        gc.collect()  # cycles of its hooks would keep the measured network beside the one that is trained
+        return found
 
     if manifest.file is None:
         errors = measured()
@@ -144,10 +146,7 @@ def _measured_errors(
 
     kept = None if workspace is None else Checkpoints(workspace, name)
     grids = None if workspace is None else Checkpoints(workspace, f"grids of {name}")
-    errors = measure_errors(network, plans, tables, widths, runs(), kept, grids)
-    del network
-    gc.collect()  # the taps make cycles, which would hold the network beside the one that is trained
-    return errors
+    return measure_errors(network, plans, tables, widths, runs(), kept, grids)
 
 
 def points_of_passes(trajectory: Trajectory, passes: int) -> list[int]:
