@@ -77,6 +77,7 @@ def rows_of(given: argparse.Namespace) -> list[Row]:
         found.append(Row(steps, "4/4 corrected", "as the defaults choose, predictions corrected", corrected))
         if given.iters:
             trained = ["--bits", "4/4", "--iters", str(given.iters), "--refine-iters", str(given.refine_iters)]
+            trained += ["--batch-size", "8"]
             found.append(Row(steps, "4/4 trained", "as the defaults choose, trained", trained))
         found += [Row(steps, peer, "", peer=peer) for peer in given.peers]
         found += [
@@ -106,8 +107,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration samples of one step")
     parser.add_argument("--passes", type=int, default=16, help="backward passes that measure errors")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--iters", type=int, default=60, help="training iterations of a block in the trained row")
-    parser.add_argument("--refine-iters", type=int, default=60, help="training iterations over all blocks")
+    parser.add_argument("--iters", type=int, default=100, help="training iterations of a block in the trained row")
+    parser.add_argument("--refine-iters", type=int, default=100, help="training iterations over all blocks")
     parser.add_argument(
         "--peers", nargs="*", default=["onnxruntime static", "onnxruntime dynamic", "NNCF", "SDNQ 8", "SDNQ 4"]
     )
