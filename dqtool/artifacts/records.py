@@ -65,7 +65,8 @@ class InputRecord(Record):
     """An input of the stage: its name as given, digest, and the stage that made it (None: a model).
 
     `history` lists the stages that made the input, first to last, so that an export and its results name the seeds, method
-    and passes of the whole chain. Artifacts of version 0.1.0 lack it.
+    and passes of the whole chain. Artifacts of version 0.1.0 lack it. `described` is the digest of what the input's manifest says
+    of the network, its pipeline and its sampling, which the data does not hold; a model has none.
     """
 
     written: ClassVar[frozenset[str]] = frozenset({"stage"})
@@ -74,6 +75,12 @@ class InputRecord(Record):
     sha256: Sha256
     stage: str | None = None
     history: Annotated[list[StageRecord], Bounds(0, 100)] = field(default_factory=list)
+    described: Sha256 | None = None
+
+    @property
+    def identity(self) -> str:
+        """Return the part of the input in the fingerprint of what is made of it."""
+        return self.sha256 if self.described is None else f"{self.sha256} {self.described}"
 
 
 @dataclass(frozen=True)

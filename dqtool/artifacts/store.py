@@ -66,7 +66,7 @@ def manifest_path(path: str | os.PathLike[str]) -> Path:
 def fingerprint(stage: str, code_version: int, parameters: JsonObject, inputs: Sequence[str]) -> str:
     """Return the hex digest of all that decides an artifact: two runs with the same one would write the same bytes.
 
-    `code_version` is the stage's own, raised whenever its output changes; `inputs` are the sha256 of its inputs, in
+    `code_version` is the stage's own, raised whenever its output changes; `inputs` are the identities of its inputs, in
     order. `parameters` must be plain JSON values.
     """
     identity = {
@@ -103,7 +103,15 @@ class Artifact:
         """Return how the next stage records this artifact as its input, with the stages that made it."""
         own = StageRecord(self.stage, self.manifest.version, self.manifest.parameters)
         earlier = self.manifest.inputs[0].history if self.manifest.inputs else []
-        return InputRecord(self.given, self.sha256, self.stage, [*earlier, own])
+        return InputRecord(self.given, self.sha256, self.stage, [*earlier, own], self._described())
+
+    def _described(self) -> str:
+        """Return the digest of what the manifest says of the network, its pipeline and its sampling, but for where they lie."""
+        network = {
+            name: value for name, value in json_of(self.manifest.network).items() if not name.startswith("source")
+        }
+        said = {"network": network, "pipeline": json_of(self.manifest.pipeline)}
+        return hashlib.sha256(canonical_json(said).encode()).hexdigest()
 
     def tensor_names(self, file: str | None = None) -> list[str]:
         """Return the sorted names of the tensors, read from the header without torch; `file` as in `tensors`."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plan", "quantize", "steps_of", "work_directory"]
 
+GENERIC = "generic"
+"""Family of networks whose inputs only an example tells: nothing is estimated of them before they run."""
 LARGE = 200_000_000
 """Weights of a network from which on `fast` leaves out the correction of predictions, which samples both networks."""
 
@@ -71,7 +73,7 @@ def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
     }
     if options.effort == "default" and (shorter := _shorter(options, dict(steps))):
         found["effort"] = f"{shorter}, since the network is too large for more on a CPU (--effort best takes all)"
-    if not all(stage["cached"] for stage in stages):
+    if options.family != GENERIC and not all(stage["cached"] for stage in stages):
         from dqtool.stages.planning.estimate import estimate
 
         cached = {stage["stage"] for stage in stages} - {stage["stage"] for stage in stages if not stage["cached"]}
@@ -132,7 +134,9 @@ def _calibration_of_another(options: Any, device: str) -> tuple[list[Step], str 
     earlier = os.path.join(work_directory(options.model), default_output("calibrate"))
     asked = stage_values(options, "calibrate")
     if os.path.isfile(os.path.join(options.model, "dqtool.json")):
-        others = ", ".join(f"--{name.replace('_', '-')}" for name in asked if name not in ("batch_size", "bits"))
+        others = ", ".join(
+            f"--{name.replace('_', '-')}" for name in asked if name not in ("batch_size", "bits", "seed")
+        )
         if others:
             raise UsageError(
                 "MODEL is calibrated already",
@@ -189,7 +193,7 @@ def _fitting_values(options: Any, stage: str, device: str) -> dict[str, Any]:
     from dqtool.stages.planning.training import Training, samples_that_fit, training_that_fits
     from dqtool.training.options import BkdOptions
 
-    if resolve_device(device).type != "cpu":
+    if resolve_device(device).type != "cpu" or options.family == GENERIC:
         return {}
     macs, _layers = network_size(_source(options))
     if stage == "calibrate":

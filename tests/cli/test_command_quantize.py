@@ -12,6 +12,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 from conftest import Run
+from families import dit_pipeline
 from helpers import listing, load_json, refused, tiny_pipeline
 
 from dqtool.stages.options.quantize import NOT_RECEIVED, RECEIVERS, QuantizeOptions
@@ -97,6 +98,24 @@ def test_another_width_than_the_default_reaches_every_stage_that_reads_it(tmp_pa
     found = {stage["stage"]: stage["parameters"] for stage in load_json(result.stdout)["stages"]}
     assert found["distill"]["bits"] == bits
     assert found["calibrate"].get("bits") == (None if bits == "auto" else bits)
+
+
+def test_a_network_whose_pipeline_is_named(tmp_path: Path, run: Run) -> None:
+    """The pipeline of a model without a text encoder is for `dilate` alone."""
+    dit_pipeline(tmp_path / "dit")
+    words = ("quantize", "dit/transformer", "--pipeline", "dit", "--effort", "fast", "--steps", "2", "--samples", "4")
+    result = run(*words, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "exported\n"), result.stderr
+    dry = run(*words, "--bits", "auto", "--low-rank", "2", "--target-psnr", "20", "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+
+
+def test_a_network_of_the_generic_family(tmp_path: Path, run: Run) -> None:
+    tiny_pipeline(tmp_path / "tiny")
+    words = ("quantize", "tiny", "--family", "generic", "--effort", "default", "--steps", "2", "--samples", "4")
+    result = run(*words, "--random-conditions", "--dry-run", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "estimate" not in load_json(result.stdout)
 
 
 def test_no_stage_receives_an_option_that_it_refuses() -> None:

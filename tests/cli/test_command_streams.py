@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHAIN, Run
-from helpers import listing, load_json
+from helpers import listing, load_json, tiny_pipeline
 
 from dqtool.artifacts import read_manifest
 from dqtool.stages.registry import chained_stages, default_output
@@ -99,6 +99,18 @@ class TestJson:
 
 
 class TestCache:
+    def test_another_schedule_reaches_the_stages_after_dilate(self, run: Run, tmp_path: Path):
+        """The schedule stands in manifests alone: the dilated tensors are the same."""
+        tiny_pipeline(tmp_path / "tiny")
+        told = []
+        for prediction_type in ("v_prediction", "epsilon", "epsilon"):
+            assert run("dilate", "tiny", "--prediction-type", prediction_type, cwd=tmp_path).returncode == 0
+            result = run("calibrate", "--steps", "2", "--samples", "4", "--json", cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+            manifest = json.loads((tmp_path / "calibrated.json").read_text())
+            told.append((load_json(result.stdout)["cached"], manifest["pipeline"]["scheduler"]["prediction_type"]))
+        assert told == [(False, "v_prediction"), (False, "epsilon"), (True, "epsilon")]
+
     def test_a_rerun_is_cached_and_imports_no_torch(self, made: Path):
         code = f"""
 import sys, time

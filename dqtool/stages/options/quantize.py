@@ -43,10 +43,10 @@ RECEIVERS = {
 }
 """Stages that receive options of `quantize`: each receives those that its class declares under the same name."""
 
-NOT_RECEIVED = {("dilate", "bits"), ("distill", "batch_size")}
-"""Options that mean something else to a stage, or that it refuses."""
+NOT_RECEIVED = {("dilate", "bits"), ("calibrate", "pipeline"), ("distill", "batch_size")}
+"""Options that mean something else to a stage, that it refuses, or that it finds in its input."""
 
-ALSO_EVAL = ("prompts", "conditions", "pipeline", "images", "random_conditions", "guidance")
+ALSO_EVAL = ("prompts", "conditions", "images", "random_conditions", "guidance", "batch_size")
 """Options that `eval` receives too."""
 
 OWN = (

@@ -58,7 +58,7 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
     dry = replace(settings, dry_run=True, log=[])
     plans: list[dict[str, Any]] = []
     pending = False
-    source: ModelSource | None = None
+    source: ModelSource | None = None  # None for networks of the generic family, too: their inputs are not known yet
     steps_taken, sampler = 1, None
     for name, values in steps:
         steps_taken = values.get("steps") or steps_taken
@@ -66,7 +66,7 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
         # The output of a pending stage is not there to be looked at, nor is a directory that the run would make.
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
-                source = make_options(name, values).source()
+                source = _known_source(make_options(name, values))
             elif name == "calibrate" and source is not None and not values.get("statistics"):
                 _check_conditions(source, values)
             pending = True
@@ -78,11 +78,17 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
             continue
         options = make_options(name, values)
         if name == "dilate":
-            source = options.source()
+            source = _known_source(options)
         stage_function(name)(options, dry)
         plans.append(plan_stage(dry.log[-1], options))
         pending = not plans[-1]["cached"]
     return plans
+
+
+def _known_source(options: Any) -> ModelSource | None:
+    """Return the model of `dilate`, checked; None for the generic family."""
+    source: ModelSource = options.source()
+    return None if options.family == "generic" else source
 
 
 def _check_conditions(source: ModelSource, values: Mapping[str, Any]) -> None:

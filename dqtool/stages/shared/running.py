@@ -170,7 +170,7 @@ def run_unless_cached(
     """
     if distributed.world_size() > 1 and not distributed.is_main():
         return _accompany(stage, code_version, output, parameters, inputs, settings, produce)
-    key = fingerprint(stage, code_version, parameters, [entry.sha256 for entry in inputs])
+    key = fingerprint(stage, code_version, parameters, [entry.identity for entry in inputs])
 
     def note(*, cached: bool) -> bool:
         settings.log.append(Execution(stage, output, parameters, list(inputs), cached))
@@ -240,7 +240,7 @@ def _accompany(
     if cached or settings.dry_run:
         return cached
     key = distributed.broadcast("")  # the main process holds the lock by now
-    mine = fingerprint(stage, code_version, parameters, [entry.sha256 for entry in inputs])
+    mine = fingerprint(stage, code_version, parameters, [entry.identity for entry in inputs])
     if key != mine:
         raise EnvironmentFault(
             f"This process reads other inputs than the main one (fingerprint {mine[:12]}, not {key[:12]})",
