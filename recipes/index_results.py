@@ -57,6 +57,7 @@ TERRAIN_ROWS = (
     ("dqtool 8/8", "8/8 default"),
     ("dqtool 4/8", "4/8 default"),
     ("dqtool 4/4", "4/4 default"),
+    ("dqtool 4/4, trained", "4/4 trained"),
     ("dqtool 4/16, weights alone", "4/16"),
     ("SDNQ int4, weights alone", "SDNQ 4"),
     ("8 bits in every layer", "8/8 uniform"),
@@ -99,7 +100,7 @@ def noise_of(name: str, result: Mapping[str, Any]) -> str:
     """
     if str(result.get("format", "")).startswith("dqtool-table"):
         return "0.2" if any(row.get("made_by") for row in result["rows"]) else "0.1"
-    full = result["metrics"].get("reference", {}).get("fd.digits")
+    full = result["metrics"].get("reference", {}).get(distance_name(result["metrics"]))
     model = next((model for model in MODELS if name.startswith(model)), "")
     return "0.1" if full is None or round(full, 2) in EARLIER_NOISE.get(model, ()) else "0.2"
 
@@ -168,7 +169,7 @@ KNOWN_TARGETS = {
 
 def distance_name(metrics: Mapping[str, Any]) -> str:
     """Return the name of the Fréchet distance that a report has: that of the model's own classifier."""
-    return next(name for name in ("fd.digits", "fd.garments") if name in metrics)
+    return "fd.garments" if "fd.garments" in metrics else "fd.digits"
 
 
 def reports() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -324,14 +325,14 @@ def quality_table() -> list[str]:
 
 
 def terrain_table() -> list[str]:
-    """Return the table of README.md about a model that others trained: PSNR, size and number of maps of each contender."""
+    """Return the table of README.md about a model that others trained: PSNR and size of each contender."""
     found = {row["name"]: row for row in load(RESULTS / "terrain.json")["rows"] if row["steps"] == 1}
     rows = []
     for label, name in TERRAIN_ROWS:
         row = found[name]
         size = f"{row['bytes'] / 1e6:.2f} MB"
-        rows.append([label, f"{row['psnr']:.1f} dB", f"{row['psnr_least']:.1f} dB", size, str(row["maps"])])
-    return table(["one step, untrained", "PSNR", "worst map", "file", "maps"], rows)
+        rows.append([label, f"{row['psnr']:.1f} dB", f"{row['psnr_least']:.1f} dB", size])
+    return table(["one step", "PSNR", "worst map", "file"], rows)
 
 
 def peers_table(small: Path, large: Path) -> list[str]:

@@ -63,7 +63,7 @@ def distill_work(execution: Execution, options: Any) -> Work:
     options = with_sampler_defaults(options, str(scheduler_of(calibrated).get("_class_name")))
     plans = assign_bits(layer_infos(calibrated.layers), network_spec(options, calibrated), dilated_layers(calibrated))
     plans = without_folds(calibrated, with_branches(plans, options.low_rank))
-    if options.bits != AUTO:  # which chooses its bits later: those of the plan stand in for them
+    if options.bits != AUTO:  # its bits are chosen later, and others stand in for them here
         require_branches(plans, options.low_rank)
     steps = 1 if _parameters(execution).static else _timesteps(execution.inputs[0].name)
     blocks = [block.name for block in calibrated.metrics.blocks or ()]
