@@ -122,7 +122,10 @@ def test_two_processes_train_and_correct_the_whole_network_as_one_does(task: Dis
 
     losses, slope = work()
     for seen, found in in_processes(2, work):
-        assert torch.allclose(torch.tensor(seen), torch.tensor(losses), rtol=1e-2)
+        # Smaller batches round differently, and Adam's first step has full size however small a gradient is: after it, codes
+        # at a rounding boundary differ, more on some processors than on others.
+        assert seen[0] == pytest.approx(losses[0], rel=1e-4)
+        assert seen[1:] == pytest.approx(losses[1:], rel=0.03)
         assert abs(found["prediction_slope"] - slope["prediction_slope"]) < 0.05
 
 
