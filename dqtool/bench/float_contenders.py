@@ -24,7 +24,7 @@ def load_float(subject: Subject, dtype: str, channels_last: bool = False, compil
     from dqtool.models.config_extras import apply_config_extras
 
     kind = getattr(torch, dtype)
-    network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory, torch_dtype=kind)
+    network = getattr(diffusers, subject.diffusers_class).from_pretrained(subject.float_directory, torch_dtype=kind)
     network = apply_config_extras(network, subject.config).eval().requires_grad_(False)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

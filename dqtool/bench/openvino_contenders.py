@@ -109,7 +109,7 @@ def _convert(subject: Subject) -> Any:
     from dqtool.formats.openvino import to_openvino
     from dqtool.models.config_extras import apply_config_extras
 
-    network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory)
+    network = getattr(diffusers, subject.diffusers_class).from_pretrained(subject.float_directory)
     network = apply_config_extras(network, subject.config).eval()
     example = subject.inputs(2)[0]
     leaves, structure = tree_flatten(example)

@@ -76,7 +76,9 @@ def _float_network(subject: Subject) -> nn.Module:
     from dqtool.models.config_extras import apply_config_extras
 
     prepare_float(subject)
-    network = getattr(diffusers, subject.class_name).from_pretrained(subject.float_directory, torch_dtype=torch.float32)
+    network = getattr(diffusers, subject.diffusers_class).from_pretrained(
+        subject.float_directory, torch_dtype=torch.float32
+    )
     return apply_config_extras(network, subject.config).eval().requires_grad_(False)
 
 

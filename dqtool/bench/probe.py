@@ -178,7 +178,7 @@ def answer(request: dict[str, Any], imported: Callable[[], object]) -> dict[str,
     for library in contender.libraries:
         import_module(library)
     if "diffusers" in contender.libraries:
-        getattr(import_module("diffusers"), subject.class_name)  # diffusers imports its classes on first use
+        getattr(import_module("diffusers"), subject.diffusers_class)  # diffusers imports its classes on first use
     inputs = subject.inputs(request["batch"])
     before = memory_status()
     with contextlib.suppress(OSError):

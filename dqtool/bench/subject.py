@@ -24,7 +24,7 @@ class Subject:
 
     Attributes:
         directory: the exported directory.
-        class_name: diffusers class of the network.
+        class_name: class of the network, as artifacts record it.
         config: config of the network.
         timesteps: timesteps of the export's tables.
         workspace: a folder for the files that other contenders are loaded from.
@@ -39,6 +39,13 @@ class Subject:
     workspace: str
     threads: int
     reference: str | None = None
+
+    @property
+    def diffusers_class(self) -> str:
+        """Name of the network's class in diffusers, before which artifacts of the generic family record a prefix."""
+        from dqtool.models.families.generic import PREFIX
+
+        return self.class_name.removeprefix(PREFIX)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values; `Subject(**value)` restores the subject."""

@@ -18,7 +18,7 @@ from dqtool.errors import DqtoolError, UsageError
 from dqtool.metrics import value_of
 from dqtool.stages.options.calibrate import CalibrateOptions
 from dqtool.stages.options.quantize import stage_values
-from dqtool.stages.planning.plan import plan_steps
+from dqtool.stages.planning.plan import GENERIC, plan_steps
 from dqtool.stages.registry import chained_stages, default_output, make_options
 from dqtool.stages.run import Step, run_steps, stage_named_in_errors
 from dqtool.stages.shared.settings import RunSettings
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["plan", "quantize", "steps_of", "work_directory"]
 
-GENERIC = "generic"
-"""Family of networks whose inputs only an example tells: nothing is estimated of them before they run."""
 LARGE = 200_000_000
 """Weights of a network from which on `fast` leaves out the correction of predictions, which samples both networks."""
 

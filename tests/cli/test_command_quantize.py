@@ -112,10 +112,12 @@ def test_a_network_whose_pipeline_is_named(tmp_path: Path, run: Run) -> None:
 
 def test_a_network_of_the_generic_family(tmp_path: Path, run: Run) -> None:
     tiny_pipeline(tmp_path / "tiny")
-    words = ("quantize", "tiny", "--family", "generic", "--effort", "default", "--steps", "2", "--samples", "4")
-    result = run(*words, "--random-conditions", "--dry-run", "--json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "estimate" not in load_json(result.stdout)
+    words = ("quantize", "tiny", "--family", "generic", "--random-conditions", "--steps", "2", "--samples", "4")
+    plan = run(*words, "--dry-run", "--json", cwd=tmp_path)
+    assert plan.returncode == 0, plan.stderr
+    assert "estimate" not in load_json(plan.stdout)
+    result = run(*words, "--effort", "fast", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "exported\n"), result.stderr
 
 
 def test_no_stage_receives_an_option_that_it_refuses() -> None:

@@ -84,6 +84,11 @@ def example(network: Any, batch: int = 2) -> dict[str, Any]:
     return given | {"return_dict": False}
 
 
+def at_one_step(network: Any) -> dict[str, Any]:
+    """One sample at the second step."""
+    return example(network, 1) | {"timestep": network.timesteps[torch.tensor([1])]}
+
+
 def test_networks_compute_what_the_simulation_does(packed: nn.Module) -> None:
     ours = cuda.convert(copy.deepcopy(packed))
     assert set(cuda.integer_report(ours).values()) == {"int8"}
@@ -136,7 +141,7 @@ def test_offloading_moves_tensors_and_changes_nothing(packed: nn.Module) -> None
     """The hooks of `enable_model_cpu_offload`, and those of `enable_sequential_cpu_offload`, with the CPU as the accelerator."""
     accelerate = pytest.importorskip("accelerate")
     ours: Any = cuda.convert(copy.deepcopy(packed))
-    given = example(packed, 1) | {"timestep": packed.timesteps[torch.tensor([1])]}  # type: ignore[index]
+    given = at_one_step(packed)
     with torch.no_grad():
         expected = ours(**given)[0]
         network, hook = accelerate.cpu_offload_with_hook(copy.deepcopy(ours), execution_device="cpu")
@@ -153,7 +158,7 @@ def test_group_offloading_calls_every_product(packed: nn.Module) -> None:
     """The hooks of `enable_group_offload` for single layers, which fetch the tensors of a layer when it is called."""
     hooks = pytest.importorskip("diffusers.hooks")
     ours: Any = cuda.convert(copy.deepcopy(packed))
-    given = example(packed, 1) | {"timestep": packed.timesteps[torch.tensor([1])]}  # type: ignore[index]
+    given = at_one_step(packed)
     with torch.no_grad():
         expected = ours(**given)[0]
         hooks.apply_group_offloading(ours, torch.device("cpu"), offload_type="leaf_level")

@@ -16,6 +16,9 @@ from dqtool.stages.shared.settings import Execution, RunSettings
 
 __all__ = ["plan_recipe", "plan_stage", "plan_steps", "render"]
 
+GENERIC = "generic"
+"""Family of networks whose inputs only an example tells: nothing is estimated of them before they run."""
+
 Work = dict[str, Any]
 
 
@@ -88,7 +91,7 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
 def _known_source(options: Any) -> ModelSource | None:
     """Return the model of `dilate`, checked; None for the generic family."""
     source: ModelSource = options.source()
-    return None if options.family == "generic" else source
+    return None if options.family == GENERIC else source
 
 
 def _check_conditions(source: ModelSource, values: Mapping[str, Any]) -> None:

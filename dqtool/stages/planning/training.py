@@ -8,7 +8,7 @@ __all__ = ["CPU_WORK", "Training", "samples_that_fit", "training_that_fits"]
 
 CPU_WORK = 14 * 10**12
 """Multiply-accumulates of the forward passes that calibration may take on a CPU, and as many for training, whose passes cost
-more: 45 minutes of two cores in all."""
+more. They are chosen for 45 minutes of two cores; no whole run was timed."""
 CALIBRATING = 3
 """Forward passes for each sample that is calibrated: one draws it, two measure it."""
 LEAST_BATCH, LEAST_ITERS = 8, 60
