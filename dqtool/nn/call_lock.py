@@ -12,6 +12,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -22,6 +23,8 @@ __all__ = ["CallLock", "Method", "give", "give_forward", "one_call_at_a_time", "
 
 FORWARD = "_dqtool_forward"
 """Attribute with the function that is a network's forward at present."""
+AROUND = "_dqtool_around"
+"""Attribute with the function that makes the context in which a network is called."""
 
 
 _COUNT = itertools.count()
@@ -116,9 +119,15 @@ class CallLock:
         return CallLock, ()
 
 
-def one_call_at_a_time(network: nn.Module) -> nn.Module:
-    """Serialize calls of `network`, hooks included, across threads. Modifies `network` in place and returns it."""
+def one_call_at_a_time(
+    network: nn.Module, around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> nn.Module:
+    """Serialize calls of `network`, hooks included, across threads, and run each in a context that `around` makes.
+
+    Modifies `network` in place and returns it.
+    """
     network.__dict__["_dqtool_lock"] = CallLock()
+    network.__dict__[AROUND] = around
     give(network, "_call_impl", _locked_call)
     return network
 
@@ -126,5 +135,5 @@ def one_call_at_a_time(network: nn.Module) -> nn.Module:
 def _locked_call(network: Any, *args: Any, **kwargs: Any) -> Any:
     if is_compiling():  # a compiled graph has its own step and can't hold a lock
         return type(network)._call_impl(network, *args, **kwargs)
-    with network.__dict__["_dqtool_lock"]:
+    with network.__dict__["_dqtool_lock"], network.__dict__[AROUND]():
         return type(network)._call_impl(network, *args, **kwargs)

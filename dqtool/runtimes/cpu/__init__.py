@@ -43,10 +43,12 @@ from dqtool.runtimes.cpu import library
 from dqtool.runtimes.cpu.attention import IntegerAttnProcessor, merge_projections
 from dqtool.runtimes.cpu.blocks import fuse
 from dqtool.runtimes.cpu.codes import CurrentStep
+from dqtool.runtimes.cpu.float_layer import FloatLayer
 from dqtool.runtimes.cpu.memory import choose_memory
 from dqtool.runtimes.cpu.native_product import NativeProduct
 from dqtool.runtimes.cpu.onednn_product import OnednnProduct
 from dqtool.runtimes.cpu.product import Product
+from dqtool.runtimes.cpu.threads import step_threads
 
 __all__ = ["available", "convert", "integer_report", "joined", "load", "simulated_again", "without"]
 
@@ -134,7 +136,7 @@ def convert(network: nn.Module) -> nn.Module:
     network.__dict__["_repeated_blocks"] = blocks
     give_forward(network, integer_forward)
     give(network, "_apply", integer_apply)
-    return one_call_at_a_time(network).eval()
+    return one_call_at_a_time(network, step_threads).eval()
 
 
 def integer_report(network: nn.Module) -> dict[str, str]:
@@ -147,11 +149,11 @@ def _product(name: str, layer: PackedLayer, current_step: CurrentStep, kinds: di
     try:
         integer = integer_layer(layer, keep_packed=True)
     except TypeError:  # a geometry without integer form
-        kinds[name] = "float"
-        return layer
-    product = choose_product(integer, current_step)
+        product = None
+    else:
+        product = choose_product(integer, current_step)
     kinds[name] = "float" if product is None else "int8"
-    return layer if product is None else product
+    return FloatLayer.of(layer) if product is None else product
 
 
 def choose_product(layer: IntegerLayer, current_step: CurrentStep) -> Product | None:
@@ -263,7 +265,7 @@ def simulated_again(network: nn.Module) -> nn.Module:
         network.__dict__.pop(name, None)
     steps_of(network).select(rows)  # a hook may change the form in the middle of a call
     network.runtime = "simulate"  # type: ignore[assignment]
-    return cast_unquantized(network, dtype)
+    return cast_unquantized(one_call_at_a_time(network), dtype)
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

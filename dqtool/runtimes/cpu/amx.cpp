@@ -167,42 +167,38 @@ bool conv_on_tiles(const uint8_t* in, const int8_t* w, const int32_t* sums, int 
   const i64 stripes = (Cop + stripe - 1) / stripe, image = Ho * Wo;
   const i64 in_stretch = (s.cut.tiles + 1) / 2, panels = s.count * in_stretch;
   const i64 pixels_of_one = s.cut.length / s.width * s.useful + std::min(s.cut.length % s.width, s.useful);
-  const i64 group = std::max<i64>(1, std::min<i64>(8, panels * stripes / (4 * omp_get_max_threads())));
+  const i64 group = std::max<i64>(1, std::min<i64>(8, panels * stripes / (4 * thread_count())));
   const i64 groups = (panels + group - 1) / group;
-#pragma omp parallel if (N * image * Cop * Cp * n_taps > 200000)
-  {
+  parallel_for(groups * stripes, 1, N * image * Cop * Cp * n_taps > 200000, [&](i64 item) {
     Tiles tiles;
     tiles.shape(s.cut.rows, depth);
     alignas(64) int32_t acc[PANEL * BLOCK], start[WIDEST];
     float* room = scratch_a.get<float>(PANEL * WIDEST);
-#pragma omp for schedule(dynamic, 1)
-    for (i64 item = 0; item < groups * stripes; ++item) {
-      const i64 left = item % stripes * stripe, right = std::min(Cop, left + stripe), from = item / stripes * group;
-      for (i64 j = left; j < right; ++j) start[j - left] = -zp * sums[j];
-      for (i64 panel = from; panel < std::min(panels, from + group); ++panel) {
-        const i64 stretch = panel / in_stretch, tile = panel % in_stretch * 2;
-        const bool two = tile + 1 < s.cut.tiles;
-        const uint8_t* base = in + (stretch / s.per_image * Hp * Wp + stretch % s.per_image * sy * Wp) * Cp;
-        auto codes = [&](i64 t) { return base + s.cut.first(t) * sx * Cp; };
-        const i64 rows = (two ? 2 : 1) * s.cut.rows;
-        i64 pixels[PANEL], samples[PANEL];  // destination of each row of sums; -1: dropped
-        for (i64 i = 0; i < rows; ++i) {
-          i64 t = tile + i / s.cut.rows, position = s.cut.first(t) + i % s.cut.rows;
-          bool new_one = position >= t * s.cut.rows && position % s.width < s.useful;
-          pixels[i] = new_one ? stretch * pixels_of_one + position / s.width * s.useful + position % s.width : -1;
-          samples[i] = pixels[i] / (sample_pixels ? sample_pixels : image);
-        }
-        for (i64 first = left; first < right; first += BLOCK) {
-          const i64 width = std::min<i64>(BLOCK, right - first);
-          multiply_block(codes(tile), two ? codes(tile + 1) : nullptr, sx * Cp, taps, n_taps, Cp, depth,
-                         w + first * Cp * n_taps, width, start + first - left, s.cut.rows, acc, BLOCK);
-          results.block(acc, int(rows), int(width / LANES), samples, pixels, first, left, right, room);
-        }
-        for (i64 i = 0; i < rows; ++i)
-          if (pixels[i] >= 0) results.row(pixels[i], left, right, room + i * WIDEST);
+    const i64 left = item % stripes * stripe, right = std::min(Cop, left + stripe), from = item / stripes * group;
+    for (i64 j = left; j < right; ++j) start[j - left] = -zp * sums[j];
+    for (i64 panel = from; panel < std::min(panels, from + group); ++panel) {
+      const i64 stretch = panel / in_stretch, tile = panel % in_stretch * 2;
+      const bool two = tile + 1 < s.cut.tiles;
+      const uint8_t* base = in + (stretch / s.per_image * Hp * Wp + stretch % s.per_image * sy * Wp) * Cp;
+      auto codes = [&](i64 t) { return base + s.cut.first(t) * sx * Cp; };
+      const i64 rows = (two ? 2 : 1) * s.cut.rows;
+      i64 pixels[PANEL], samples[PANEL];  // destination of each row of sums; -1: dropped
+      for (i64 i = 0; i < rows; ++i) {
+        i64 t = tile + i / s.cut.rows, position = s.cut.first(t) + i % s.cut.rows;
+        bool new_one = position >= t * s.cut.rows && position % s.width < s.useful;
+        pixels[i] = new_one ? stretch * pixels_of_one + position / s.width * s.useful + position % s.width : -1;
+        samples[i] = pixels[i] / (sample_pixels ? sample_pixels : image);
       }
+      for (i64 first = left; first < right; first += BLOCK) {
+        const i64 width = std::min<i64>(BLOCK, right - first);
+        multiply_block(codes(tile), two ? codes(tile + 1) : nullptr, sx * Cp, taps, n_taps, Cp, depth,
+                       w + first * Cp * n_taps, width, start + first - left, s.cut.rows, acc, BLOCK);
+        results.block(acc, int(rows), int(width / LANES), samples, pixels, first, left, right, room);
+      }
+      for (i64 i = 0; i < rows; ++i)
+        if (pixels[i] >= 0) results.row(pixels[i], left, right, room + i * WIDEST);
     }
-  }
+  });
   return true;
 }
 

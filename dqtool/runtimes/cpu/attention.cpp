@@ -16,8 +16,7 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
   std::vector<int32_t> starts(N * H * (Sc + Dc));
   const float *tq = tables, *tk = tables + 3 * H, *tv = tables + 6 * H, *tp = tables + 9 * H;
   i64 k_blocks = (Sc + BLOCK - 1) / BLOCK, v_blocks = (Dc + BLOCK - 1) / BLOCK, per_head = k_blocks + v_blocks;
-#pragma omp parallel for schedule(static) if (Sk * D * N * H > 16384)
-  for (i64 i = 0; i < N * H * per_head; ++i) {
+  parallel_for(N * H * per_head, even_pieces(N * H * per_head), Sk * D * N * H > 16384, [&](i64 i) {
     i64 nh = i / per_head, n = nh / H, h = nh % H, blk = i % per_head;
     int8_t* dst = packed.get() + nh * (k_bytes + v_bytes);
     int32_t* start = starts.data() + nh * (Sc + Dc);
@@ -30,12 +29,11 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
       pack_columns(v + n * v_strides[0] + h * v_strides[1] + first, v_strides[2], Sk, std::min(width, D - first), width,
                    tv[h], tv[H + h], tv[2 * H + h], 0, dst + k_bytes + first * Sp, start + Sc + first);
     }
-  }
+  });
   i64 rows = std::max<i64>(ROWS, std::min<i64>(24, 262144 / (Sc * 5) / ROWS * ROWS));
   if (RowProducts::on_tiles(Dp) || RowProducts::on_tiles(Sp)) rows = Sc * 5 * 32 <= 1 << 20 ? 32 : 16;
   i64 runs = (Sq + rows - 1) / rows;
-#pragma omp parallel for schedule(dynamic, 1) if (Sq * Sk * D * N * H > 100000)
-  for (i64 item = 0; item < N * H * runs; ++item) {
+  parallel_for(N * H * runs, 1, Sq * Sk * D * N * H > 100000, [&](i64 item) {
     i64 nh = item / runs, n = nh / H, h = nh % H, from = item % runs * rows, count = std::min(rows, Sq - from);
     uint8_t* codes = scratch_a.get<uint8_t>(rows * (Dp + Sp));
     uint8_t* probs = codes + rows * Dp;
@@ -64,6 +62,6 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
       float* row = out + ((n * Sq + from + r) * H + h) * D;
       for (i64 d = 0; d < D; ++d) row[d] = float(result[r * Dc + d]) * out_scale[h];
     }
-  }
+  });
 }
 #endif  // DQ_PRODUCTS

@@ -19,6 +19,7 @@ from dqtool.runtimes.cpu.codes import Codes, CurrentStep
 from dqtool.runtimes.cpu.library import pointer
 from dqtool.runtimes.cpu.merging import merge
 from dqtool.runtimes.cpu.product import Product, hooked, plain
+from dqtool.runtimes.cpu.threads import float_threads
 
 __all__ = ["IntegerAttnProcessor", "SharedInput", "is_bare", "merge_projections"]
 
@@ -133,7 +134,8 @@ class IntegerAttnProcessor(QuantAttnProcessor):
             return ops.attention(*operands, *self._every_step(d, scale), self.current_step.rows).to(query.dtype)
         kernels = library.get()
         if self.products is None or kernels is None:
-            return super().attend(attn, query, key, value, mask, scale)
+            with float_threads(2 * n * h * sq * sk * d):
+                return super().attend(attn, query, key, value, mask, scale)
         tables, scores, result = self._tables(d, scale)
         q, k, v = (t.float() if t.stride(-1) == 1 else t.float().contiguous() for t in (query, key, value))
         strides = [library.strides(t) for t in (q, k, v)]

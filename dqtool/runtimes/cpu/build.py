@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 SOURCES = (
+    "threads.cpp",
     "kernels.cpp",
     "tiles.cpp",
     "tiles_vnni.cpp",
@@ -50,6 +51,7 @@ FLAGS = (
     "-fno-strict-aliasing",
     "-Wno-psabi",
     "-fopenmp",
+    "-pthread",
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",

@@ -14,16 +14,11 @@
 #include <cstring>
 #include <memory>
 #include <vector>
-#include <omp.h>
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 namespace {
-
-using i64 = int64_t;
 
 // Returns e^x for |x| < 87 with a relative error below 2e-7. Free of branches, so that loops around it vectorise.
 inline float exp_(float x) {
@@ -151,20 +146,19 @@ void quantize_padded(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i
   H *= up, W *= up;
   i64 Hp = top + H + bottom, Wp = left + W + right;
   bool flat = Wp == W && Cp == C && a == nullptr && !per_channel && up == 1;
-#pragma omp parallel for schedule(static) if (N * H * W * C > 16384)
-  for (i64 i = 0; i < N * Hp; ++i) {
+  parallel_for(N * Hp, even_pieces(N * Hp), N * H * W * C > 16384, [&](i64 i) {
     i64 n = i / Hp, y = i % Hp - top;
     uint8_t* row = out + i * Wp * Cp;
     if (y < 0 || y >= H) {
       std::memset(row, zp, Wp * Cp);
-      continue;
+      return;
     }
     std::memset(row, zp, left * Cp);
     std::memset(row + (left + W) * Cp, zp, right * Cp);
     const float* src = x + (n * (H / up) + y / up) * (W / up) * C;
     if (flat) {
       fn(src, row, W * C, nullptr, nullptr, m, lo, hi, zp);
-      continue;
+      return;
     }
     for (i64 p = 0; p < W; ++p) {
       uint8_t* dst = row + (left + p) * Cp;
@@ -175,7 +169,7 @@ void quantize_padded(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i
       fn(src + p / up * C, dst, C, a ? a + n * C : nullptr, b ? b + n * C : nullptr, m, lo, hi, zp);
       for (i64 c = C; c < Cp; ++c) dst[c] = static_cast<uint8_t>(zp);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -207,8 +201,7 @@ EXPORT void dq_group_norm_quantize(const float* x, uint8_t* out, i64 N, i64 H, i
   // Chunks do not depend on the number of threads, so that sums have the same bits with any.
   i64 per = std::max<i64>(1, (pixels + 16 * 32 - 1) / (16 * 32)) * 32, chunks = std::max<i64>(1, (pixels + per - 1) / per);
   std::vector<double> sums(N * chunks * 2 * C, 0.0);
-#pragma omp parallel for schedule(static) if (N * pixels * C > 16384)
-  for (i64 i = 0; i < N * chunks; ++i) {
+  parallel_for(N * chunks, 1, N * pixels * C > 16384, [&](i64 i) {
     i64 n = i / chunks, from = (i % chunks) * per, to = std::min(pixels, from + per);
     double* sum = sums.data() + i * 2 * C;
     double* square = sum + C;
@@ -226,7 +219,7 @@ EXPORT void dq_group_norm_quantize(const float* x, uint8_t* out, i64 N, i64 H, i
       }
       for (i64 c = 0; c < C; ++c) sum[c] += part[c], square[c] += part2[c];
     }
-  }
+  });
   std::vector<float> affine(2 * N * C);
   float *a = affine.data(), *b = a + N * C;
   i64 width = C / G;
@@ -259,47 +252,42 @@ EXPORT void dq_layer_norm_quantize(const float* x, uint8_t* out, i64 N, i64 S, i
                                    const float* gamma, const float* beta, const float* extra_scale,
                                    const float* extra_shift, const float* m, int per_channel, float lo, float hi, int zp) {
   RowFn fn = row_fn(NONE, true, per_channel);
-#pragma omp parallel if (N * S * C > 16384)
-  {
+  parallel_for(N * S, even_pieces(N * S), N * S * C > 16384, [&](i64 i) {
     float* a = scratch_a.get<float>(2 * C);
     float* b = a + C;
-#pragma omp for schedule(static)
-    for (i64 i = 0; i < N * S; ++i) {
-      i64 n = i / S;
-      const float* row = x + i * C;
-      float sum = 0, square = 0;
+    i64 n = i / S;
+    const float* row = x + i * C;
+    float sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum)
-      for (i64 c = 0; c < C; ++c) sum += row[c];
-      float mean = sum / C;
+    for (i64 c = 0; c < C; ++c) sum += row[c];
+    float mean = sum / C;
 #pragma omp simd reduction(+ : square)
-      for (i64 c = 0; c < C; ++c) {
-        float d = row[c] - mean;
-        square = std::fma(d, d, square);
-      }
-      float rstd = 1.0f / std::sqrt(square / C + eps);
-      const float* es = extra_scale ? extra_scale + n * C : nullptr;
-      const float* eb = extra_scale ? extra_shift + n * C : nullptr;
-#pragma omp simd
-      for (i64 c = 0; c < C; ++c) {
-        float scale = rstd * (gamma ? gamma[c] : 1.0f), shift = (beta ? beta[c] : 0.0f) - mean * scale;
-        float e = es ? 1.0f + es[c] : 1.0f;
-        a[c] = scale * e;
-        b[c] = std::fma(shift, e, eb ? eb[c] : 0.0f);
-      }
-      uint8_t* dst = out + i * Cp;
-      fn(row, dst, C, a, b, m, lo, hi, zp);
-      for (i64 c = C; c < Cp; ++c) dst[c] = static_cast<uint8_t>(zp);
+    for (i64 c = 0; c < C; ++c) {
+      float d = row[c] - mean;
+      square = std::fma(d, d, square);
     }
-  }
+    float rstd = 1.0f / std::sqrt(square / C + eps);
+    const float* es = extra_scale ? extra_scale + n * C : nullptr;
+    const float* eb = extra_scale ? extra_shift + n * C : nullptr;
+#pragma omp simd
+    for (i64 c = 0; c < C; ++c) {
+      float scale = rstd * (gamma ? gamma[c] : 1.0f), shift = (beta ? beta[c] : 0.0f) - mean * scale;
+      float e = es ? 1.0f + es[c] : 1.0f;
+      a[c] = scale * e;
+      b[c] = std::fma(shift, e, eb ? eb[c] : 0.0f);
+    }
+    uint8_t* dst = out + i * Cp;
+    fn(row, dst, C, a, b, m, lo, hi, zp);
+    for (i64 c = C; c < Cp; ++c) dst[c] = static_cast<uint8_t>(zp);
+  });
 }
 
 // Quantizes GEGLU: from rows [M, 2 C] = (value, gate) to codes [M, Cp] of value * gelu(gate).
 EXPORT void dq_geglu_quantize(const float* x, uint8_t* out, i64 M, i64 C, i64 Cp, const float* m, int per_channel,
                               float lo, float hi, int zp) {
-#pragma omp parallel for schedule(static) if (M * C > 16384)
-  for (i64 i = 0; i < M; ++i) {
+  parallel_for(M, even_pieces(M), M * C > 16384, [&](i64 i) {
     uint8_t* dst = out + i * Cp;
     geglu_row(x + i * 2 * C, x + (i * 2 + 1) * C, dst, C, m, per_channel, lo, hi, zp);
     for (i64 c = C; c < Cp; ++c) dst[c] = static_cast<uint8_t>(zp);
-  }
+  });
 }

@@ -63,6 +63,10 @@ _SIGNATURES = {
     "dq_geglu_quantize": [_P, _P, *[_L] * 3, *_QUANTIZER],
     "dq_rotate": [_P, _P, _L, _L, _F],
     "dq_on_tiles": [_L],
+    "dq_use_mkl": [_P],
+    "dq_begin_step": [],
+    "dq_end_step": [_I],
+    "dq_float_threads": [_I],
 }
 _WEIGHT = [_P, _P, _L, _I, _P]  # int8 codes, or packed words, bytes of a row, bits, zero points
 _PRODUCTS = {
@@ -74,7 +78,13 @@ _PRODUCTS = {
     "dq_winograd_pack": [*_WEIGHT, _P, _P, *[_L] * 2, _I],
     "dq_winograd": [*[_P] * 4, *[_I] * 2, *[_L] * 7, _P, _F, _P, _L, _P, _F, _P],
 }
-_INTEGERS = ("dq_on_tiles", "dq_pack", "dq_compact", "dq_winograd_pack")  # functions that return an int
+_INTEGERS = (
+    "dq_on_tiles",
+    "dq_pack",
+    "dq_compact",
+    "dq_winograd_pack",
+    "dq_begin_step",
+)  # functions that return an int
 
 _problem: str | None = None
 
@@ -204,7 +214,17 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes = arguments
         function.restype = ctypes.c_int if name in _INTEGERS else None
     library.dq_use_amx(int(os.environ.get("DQTOOL_AMX") != "0"))
+    library.dq_use_mkl(_mkl_threads())
     return library
+
+
+def _mkl_threads() -> int | None:
+    """Return the address of the function that sets the calling thread's number of MKL threads; None where PyTorch has no MKL."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.MKL_Set_Num_Threads_Local, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def _processor_flags() -> frozenset[str]:

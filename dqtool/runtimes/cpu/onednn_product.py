@@ -17,6 +17,7 @@ from dqtool.nn.packed_form import keep_out_of_states
 from dqtool.runtimes.cpu import ops
 from dqtool.runtimes.cpu.codes import Codes, CurrentStep
 from dqtool.runtimes.cpu.product import PLAIN, Epilogue, Product, per_sample
+from dqtool.runtimes.cpu.threads import float_threads
 
 __all__ = ["OnednnProduct", "saturates"]
 
@@ -49,6 +50,11 @@ class OnednnProduct(Product):
         """See `Product.multiply`."""
         if is_compiling():
             return self._traced(codes, then)
+        with float_threads(codes.data.numel() * self.weight_scale.numel()):
+            return self._finish(self._product(codes, then), then)
+
+    def _product(self, codes: Codes, then: Epilogue) -> Tensor:
+        """Return the product with the layer's own bias, unless the epilogue replaces it."""
         onednn = torch.ops.onednn
         scale = self.scales[self.row]
         zero_point = self.zero_point()
@@ -74,7 +80,7 @@ class OnednnProduct(Product):
         if self.weight.numel():
             self.weight = torch.empty(0, dtype=torch.int8)
             keep_out_of_states(self)
-        return self._finish(out, then)
+        return out
 
     def _traced(self, codes: Codes, then: Epilogue) -> Tensor:
         own, packed = self.bias if then.bias is None else None, self.packed

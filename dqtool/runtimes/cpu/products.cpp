@@ -66,14 +66,14 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
   i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16, K = Ci * taps;
   Results order{};
   order.gates = gates;
-  int largest = 0;
+  std::atomic<int> largest = 0;
   // A strip is 16 columns: a whole cache line for each four channels. One thread packs all strips of a block, because they
   // share pages.
-#pragma omp parallel for schedule(dynamic, BLOCK / 16) reduction(max : largest) if (Co * K > 65536)
-  for (i64 strip = 0; strip < Cop / 16; ++strip) {
+  parallel_for(Cop / 16, BLOCK / 16, Co * K > 65536, [&](i64 strip) {
     i64 from = strip * 16, first = from / BLOCK * BLOCK, width = std::min<i64>(BLOCK, Cop - first);
     int8_t* block = packed + first * quads * 4 * taps + (from - first) * 4;
     int8_t* buffer = scratch_a.get<int8_t>(17 * K);
+    int largest_here = 0;
     std::memset(buffer + 16 * K, 0, size_t(K));
     const int8_t* rows[16];
     const i64 channel = order.channel(first) + from - first;
@@ -88,7 +88,7 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
         high = std::max(high, int(row[k]));
       }
       sums[from + j] = sum;
-      largest = std::max(largest, std::max(-low, high));
+      largest_here = std::max(largest_here, std::max(-low, high));
     }
     for (i64 t = 0; t < taps; ++t)
       for (i64 q = 0; q < quads; ++q) {
@@ -100,7 +100,8 @@ EXPORT int dq_pack(const int8_t* codes, const uint8_t* words, i64 row_bytes, int
           for (i64 j = 0; j < 16; ++j)
             for (i64 c = 0; c < 4; ++c) dst[j * 4 + c] = c < here ? rows[j][src + c * taps] : int8_t(0);
       }
-  }
+    for (int seen = largest; seen < largest_here && !largest.compare_exchange_weak(seen, largest_here);) {}
+  });
   return largest;
 }
 
@@ -110,9 +111,8 @@ EXPORT int dq_compact(const int8_t* packed, uint8_t* compact, int8_t* lows, i64 
 #if defined(__AVX512VNNI__)
   return 0;
 #else
-  int ok = 1;
-#pragma omp parallel for schedule(dynamic, 1) reduction(min : ok)
-  for (i64 blk = 0; blk < blocks; ++blk) {
+  std::atomic<int> ok = 1;
+  parallel_for(blocks, 1, true, [&](i64 blk) {
     const int8_t* from = packed + blk * rows * 64;
     uint8_t* to = compact + blk * rows * 32;
     int8_t low[64] = {}, high[64] = {};
@@ -126,7 +126,7 @@ EXPORT int dq_compact(const int8_t* packed, uint8_t* compact, int8_t* lows, i64 
     for (i64 r = 0; r < rows; ++r)
       for (int i = 0; i < 32; ++i)
         to[r * 32 + i] = uint8_t((from[r * 64 + i] - low[i]) | (from[r * 64 + 32 + i] - low[32 + i]) << 4);
-  }
+  });
   return ok;
 #endif
 }
@@ -155,19 +155,17 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, [[maybe_u
   std::unique_ptr<uint8_t[]> wide;
   if (bytes == 2) {
     wide.reset(new uint8_t[positions * Cp * 2]);
-#pragma omp parallel for schedule(static) if (positions * Cp > 65536)
-    for (i64 i = 0; i < positions; ++i) widen_codes(in + i * Cp, Cp, wide.get() + i * Cp * 2);
+    parallel_for(positions, even_pieces(positions), positions * Cp > 65536,
+                 [&](i64 i) { widen_codes(in + i * Cp, Cp, wide.get() + i * Cp * 2); });
     in = wide.get();
     for (i64& tap : taps) tap *= 2;
   }
-  int threads = omp_get_max_threads();
+  int threads = thread_count();
   i64 run = std::max<i64>(ROWS, std::min<i64>(96, (pixels * stripes / (4 * threads) / ROWS + 1) * ROWS));
   if (n_taps == 1 && !lows) run = std::min<i64>(run, 48);
   i64 runs = (pixels + run - 1) / run;
   i64 image = Ho * Wo;
-  bool parallel = pixels * Cop * Cp * n_taps > 200000;
-#pragma omp parallel for schedule(dynamic, 1) if (parallel)
-  for (i64 item = 0; item < runs * stripes; ++item) {
+  parallel_for(runs * stripes, 1, pixels * Cop * Cp * n_taps > 200000, [&](i64 item) {
     // Neighbouring items share pixels if the weights fit the cache, else they share weights.
     i64 left = item % stripes * stripe, right = std::min(Cop, left + stripe), from = item / stripes * run;
     i64 to = std::min(pixels, from + run);
@@ -209,7 +207,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, [[maybe_u
       }
       for (int i = 0; i < m; ++i) results.row(p + i, left, right, room + i * WIDEST);
     }
-  }
+  });
 }
 
 }  // namespace

@@ -51,9 +51,8 @@ EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_b
                             int8_t* packed, int32_t* starts, i64 Co, i64 Ci, int) {
   Weight weight{codes, words, row_bytes, bits, zero_points};
   i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16, channels = (Ci + 31) / 32 * 32;
-  int ok = 1;
-#pragma omp parallel for schedule(dynamic, BLOCK / 16) reduction(min : ok)  // strips as in dq_pack
-  for (i64 strip = 0; strip < Cop / 16; ++strip) {
+  std::atomic<int> ok = 1;
+  parallel_for(Cop / 16, BLOCK / 16, true, [&](i64 strip) {  // strips as in dq_pack
     i64 from = strip * 16, first = from / BLOCK * BLOCK, width = std::min<i64>(BLOCK, Cop - first), j = from - first;
     int8_t* base = packed + first * 16 * quads * 4 + j * 4;
     int32_t* start = starts + first * 16 + j;
@@ -75,7 +74,7 @@ EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_b
         __m512i quad = _mm512_i32gather_epi32(apart, u + x * 16 * channels + q * 4, 1);
         _mm512_storeu_si512(base + (x * quads + q) * width * 4, quad);
       }
-  }
+  });
   return ok;
 }
 
@@ -117,7 +116,7 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* start
   Epilogue e{scale, input_scale * 0.25f, bias, bias_stride, nullptr, 0, residual, post};
   i64 rows = (Ho + 1) / 2, cols = (Wo + 1) / 2, tiles = N * rows * cols;
   i64 quads = Cp / 4, Cop = (Co + 15) / 16 * 16, blocks = (Cop + BLOCK - 1) / BLOCK;
-  int threads = omp_get_max_threads();
+  int threads = thread_count();
   i64 most = std::max<i64>(2 * ROWS, std::min<i64>(72, 448 * 1024 / (16 * Cp) / ROWS * ROWS));
   bool by_columns = tiles < 2 * ROWS * threads && blocks > 1;
   i64 share = by_columns ? tiles : (tiles + threads - 1) / threads;
@@ -125,57 +124,56 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* start
   i64 size = ((share + passes - 1) / passes + ROWS - 1) / ROWS * ROWS;
   i64 groups = (tiles + size - 1) / size;
   i64 splits = by_columns ? std::min<i64>(blocks, threads) : 1;
-#pragma omp parallel for schedule(dynamic, 1) collapse(2)
-  for (i64 group = 0; group < groups; ++group)
-    for (i64 split = 0; split < splits; ++split) {
-      i64 from = group * size, count = std::min(tiles - from, size), stride = size * Cp;
-      uint8_t* v = scratch_a.get<uint8_t>(16 * stride);
-      int32_t* m = scratch_b.get<int32_t>(16 * size * BLOCK);
+  parallel_for(groups * splits, 1, true, [&](i64 item) {
+    const i64 group = item / splits, split = item % splits;
+    i64 from = group * size, count = std::min(tiles - from, size), stride = size * Cp;
+    uint8_t* v = scratch_a.get<uint8_t>(16 * stride);
+    int32_t* m = scratch_b.get<int32_t>(16 * size * BLOCK);
+    for (i64 t = 0; t < count; ++t) {
+      i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols, x = q % cols;
+      transform_input(in + ((n * Hp + 2 * y) * Wp + 2 * x) * Cp, Wp, Cp, v + t * Cp, stride);
+    }
+    for (i64 blk = split; blk < blocks; blk += splits) {
+      i64 first = blk * BLOCK, width = std::min<i64>(BLOCK, Cop - first);
+      int nb = int(width / 16);
+      for (int x = 0; x < 16; ++x) {
+        const int8_t* block = w + first * 16 * Cp + x * Cp * width;
+        const int32_t* start = starts + first * 16 + x * width;
+        for (i64 t = 0; t < count; t += ROWS) {
+          int left = int(std::min<i64>(ROWS, count - t));
+          const uint8_t* a[ROWS];
+          for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * Cp;
+          // The first tile prefetches the next transform's weights: they come from memory, and each is used once per group.
+          TILES[left - 1][nb - 1](a, 0, quads, block, start, 0, m + (x * size + t) * BLOCK, BLOCK, t ? 0 : Cp * width);
+        }
+      }
       for (i64 t = 0; t < count; ++t) {
         i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols, x = q % cols;
-        transform_input(in + ((n * Hp + 2 * y) * Wp + 2 * x) * Cp, Wp, Cp, v + t * Cp, stride);
-      }
-      for (i64 blk = split; blk < blocks; blk += splits) {
-        i64 first = blk * BLOCK, width = std::min<i64>(BLOCK, Cop - first);
-        int nb = int(width / 16);
-        for (int x = 0; x < 16; ++x) {
-          const int8_t* block = w + first * 16 * Cp + x * Cp * width;
-          const int32_t* start = starts + first * 16 + x * width;
-          for (i64 t = 0; t < count; t += ROWS) {
-            int left = int(std::min<i64>(ROWS, count - t));
-            const uint8_t* a[ROWS];
-            for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * Cp;
-            // The first tile prefetches the next transform's weights: they come from memory, and each is used once per group.
-            TILES[left - 1][nb - 1](a, 0, quads, block, start, 0, m + (x * size + t) * BLOCK, BLOCK, t ? 0 : Cp * width);
-          }
-        }
-        for (i64 t = 0; t < count; ++t) {
-          i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols, x = q % cols;
-          for (int j = 0; j < nb; ++j) {
-            const int32_t* src = m + t * BLOCK + j * 16;
-            __m512i s[2][4];
+        for (int j = 0; j < nb; ++j) {
+          const int32_t* src = m + t * BLOCK + j * 16;
+          __m512i s[2][4];
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; ++c) {
-              __m512i r0 = _mm512_load_si512(src + (0 + c) * size * BLOCK), r1 = _mm512_load_si512(src + (4 + c) * size * BLOCK);
-              __m512i r2 = _mm512_load_si512(src + (8 + c) * size * BLOCK), r3 = _mm512_load_si512(src + (12 + c) * size * BLOCK);
-              s[0][c] = _mm512_add_epi32(_mm512_add_epi32(r0, r1), r2);
-              s[1][c] = _mm512_sub_epi32(_mm512_sub_epi32(r1, r2), r3);
-            }
-            const i64 channel = first + j * 16;
-            __mmask16 mask = tail(Co - channel);
+          for (int c = 0; c < 4; ++c) {
+            __m512i r0 = _mm512_load_si512(src + (0 + c) * size * BLOCK), r1 = _mm512_load_si512(src + (4 + c) * size * BLOCK);
+            __m512i r2 = _mm512_load_si512(src + (8 + c) * size * BLOCK), r3 = _mm512_load_si512(src + (12 + c) * size * BLOCK);
+            s[0][c] = _mm512_add_epi32(_mm512_add_epi32(r0, r1), r2);
+            s[1][c] = _mm512_sub_epi32(_mm512_sub_epi32(r1, r2), r3);
+          }
+          const i64 channel = first + j * 16;
+          __mmask16 mask = tail(Co - channel);
 #pragma GCC unroll 2
-            for (int r = 0; r < 2; ++r) {
-              if (2 * y + r >= Ho) continue;
-              __m512i left = _mm512_add_epi32(_mm512_add_epi32(s[r][0], s[r][1]), s[r][2]);
-              __m512i right = _mm512_sub_epi32(_mm512_sub_epi32(s[r][1], s[r][2]), s[r][3]);
-              i64 pixel = (n * Ho + 2 * y + r) * Wo + 2 * x;
-              finish(_mm512_cvtepi32_ps(left), e, n, pixel, channel, Co, out + pixel * Co + channel, mask);
-              if (2 * x + 1 < Wo)
-                finish(_mm512_cvtepi32_ps(right), e, n, pixel + 1, channel, Co, out + (pixel + 1) * Co + channel, mask);
-            }
+          for (int r = 0; r < 2; ++r) {
+            if (2 * y + r >= Ho) continue;
+            __m512i left = _mm512_add_epi32(_mm512_add_epi32(s[r][0], s[r][1]), s[r][2]);
+            __m512i right = _mm512_sub_epi32(_mm512_sub_epi32(s[r][1], s[r][2]), s[r][3]);
+            i64 pixel = (n * Ho + 2 * y + r) * Wo + 2 * x;
+            finish(_mm512_cvtepi32_ps(left), e, n, pixel, channel, Co, out + pixel * Co + channel, mask);
+            if (2 * x + 1 < Wo)
+              finish(_mm512_cvtepi32_ps(right), e, n, pixel + 1, channel, Co, out + (pixel + 1) * Co + channel, mask);
           }
         }
       }
     }
+  });
 }
 #endif  // __AVX512VNNI__

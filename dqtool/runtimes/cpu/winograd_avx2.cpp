@@ -100,9 +100,8 @@ EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_b
                             int8_t* packed, int32_t* sums, i64 Co, i64 Ci, int largest_code) {
   Weight weight{codes, words, row_bytes, bits, zero_points};
   i64 quads = (Ci + 3) / 4, Cop = (Co + 15) / 16 * 16, channels = (Ci + 15) / 16 * 16;
-  int ok = 1;
-#pragma omp parallel for schedule(dynamic, 1) reduction(min : ok)
-  for (i64 blk = 0; blk < Cop / 16; ++blk) {
+  std::atomic<int> ok = 1;
+  parallel_for(Cop / 16, 1, true, [&](i64 blk) {
     int8_t* base = packed + blk * 256 * quads * 4;
     int8_t* u = scratch_b.get<int8_t>((16 * 16 + 9) * channels);
     int8_t* buffer = scratch_a.get<int8_t>(Ci * 9);
@@ -124,7 +123,7 @@ EXPORT int dq_winograd_pack(const int8_t* codes, const uint8_t* words, i64 row_b
       if (!window) ok = 0;
       sums[Cop * 16 + blk * 16 + x] = int32_t(window);
     }
-  }
+  });
   return ok;
 }
 
@@ -276,7 +275,7 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums,
     return convolve(in, w, sums, lows, zp, largest_code, 128, N, Hp, Wp, Cp, Ho, Wo, Co, 3, 3, 1, 1, 1, 1, 0, results);
   }
   const i64 row = wide ? 2 * Cp : Cp, steps = row / 4;  // bytes of a tile's row, and of four at a time
-  const i64 Cop = (Co + 15) / 16 * 16, blocks = Cop / 16, threads = omp_get_max_threads();
+  const i64 Cop = (Co + 15) / 16 * 16, blocks = Cop / 16, threads = thread_count();
   const bool in_call = wide || lows;
   const i64 block_bytes = 9 * Cp * BLOCK, most = in_call ? WIDE_AT_ONCE : TILES_AT_ONCE;
   const bool by_columns = tiles < 2 * ROWS * threads && blocks > 1;
@@ -284,63 +283,62 @@ EXPORT void dq_winograd(const uint8_t* in, const int8_t* w, const int32_t* sums,
   const i64 passes = std::max<i64>(1, (share + most - 1) / most);
   const i64 size = ((share + passes - 1) / passes + ROWS - 1) / ROWS * ROWS;
   const i64 groups = (tiles + size - 1) / size, splits = by_columns ? std::min<i64>(blocks, threads) : 1;
-#pragma omp parallel for schedule(dynamic, 1) collapse(2)
-  for (i64 group = 0; group < groups; ++group)
-    for (i64 split = 0; split < splits; ++split) {
-      const i64 from = group * size, count = std::min(tiles - from, size), stride = size * row + 32, plane = size * BLOCK;
-      uint8_t* v = scratch_a.get<uint8_t>(16 * stride + (in_call ? 16 * BLOCK * row + block_bytes : 0));
-      int8_t* u = reinterpret_cast<int8_t*>(v + 16 * stride);
-      int8_t* unpacked = u + 16 * BLOCK * row;
-      int32_t* m = scratch_b.get<int32_t>(16 * plane);
-      i64* samples = scratch_c.get<i64>(2 * 4 * size);  // of the results, four for each tile
-      i64* pixels = samples + 4 * size;
-      for (i64 t = 0; t < count; ++t) {
-        const i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols * 2, x = q % cols * 2;
-        const uint8_t* tile = in + ((n * Hp + y) * Wp + x) * Cp;
-        if (wide)
-          transform_words(tile, Wp, Cp, v + t * row, stride);
-        else
-          transform_input(tile, Wp, Cp, v + t * row, stride, 2 * largest_code);
-        for (i64 i = 0; i < 4; ++i) {
-          const i64 py = y + i / 2, px = x + i % 2;
-          samples[t * 4 + i] = n;
-          pixels[t * 4 + i] = py < Ho && px < Wo ? (n * Ho + py) * Wo + px : -1;
-        }
-      }
-      for (i64 blk = split; blk < blocks; blk += splits) {
-        const i64 first = blk * BLOCK, none = 0;
-        const int8_t* source = w + blk * block_bytes;
-        if (lows) {
-          unpack_codes(reinterpret_cast<const uint8_t*>(w) + blk * (block_bytes / 2), block_bytes / 64, lows + first, unpacked);
-          source = unpacked;
-        }
-        if (in_call) (wide ? transform_block : transform_bytes)(source, Cp / 4, u);
-        for (int x = 0; x < 16; ++x) {
-          const int8_t* block = in_call ? u + x * row * BLOCK : w + (blk * 16 + x) * row * BLOCK;
-          const int32_t* sum = sums + (wide ? blk : blk * 16 + x) * BLOCK;  // of nine taps, which are those of SUM_PLANE
-          const i64 window = wide ? WORDS : sums[Cop * 16 + blk * 16 + x];
-          const int offset = x == SUM_PLANE ? 4 * zp : wide ? 0 : 2 * largest_code;
-          alignas(32) int32_t start[BLOCK];
-          for (int j = 0; j < BLOCK; ++j) start[j] = -offset * sum[j];
-          for (i64 t = 0; t < count; t += ROWS) {
-            const int left = int(std::min<i64>(ROWS, count - t));
-            const uint8_t* a[ROWS];
-            for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * row;
-            tile_taps(left, 2, a, &none, 1, steps, block, start, m + x * plane + t * BLOCK, BLOCK, 0, window);
-          }
-        }
-        for (i64 t = 0; t < count; t += TOGETHER) {
-          const i64 here = std::min(TOGETHER, count - t);
-          alignas(32) int32_t acc[4 * TOGETHER * BLOCK];
-          for (i64 i = 0; i < here; ++i)
-            for (int j = 0; j < BLOCK; j += 8) transform_output(m + (t + i) * BLOCK + j, plane, acc + i * 4 * BLOCK + j);
-          const Place to{out + first, Co, true};
-          if (post != 1.0f)
-            finish_block<false>(acc, int(4 * here), 2, e, samples + 4 * t, pixels + 4 * t, first, Co, to);
-          else
-            finish_block<true>(acc, int(4 * here), 2, e, samples + 4 * t, pixels + 4 * t, first, Co, to);
-        }
+  parallel_for(groups * splits, 1, true, [&](i64 item) {
+    const i64 group = item / splits, split = item % splits;
+    const i64 from = group * size, count = std::min(tiles - from, size), stride = size * row + 32, plane = size * BLOCK;
+    uint8_t* v = scratch_a.get<uint8_t>(16 * stride + (in_call ? 16 * BLOCK * row + block_bytes : 0));
+    int8_t* u = reinterpret_cast<int8_t*>(v + 16 * stride);
+    int8_t* unpacked = u + 16 * BLOCK * row;
+    int32_t* m = scratch_b.get<int32_t>(16 * plane);
+    i64* samples = scratch_c.get<i64>(2 * 4 * size);  // of the results, four for each tile
+    i64* pixels = samples + 4 * size;
+    for (i64 t = 0; t < count; ++t) {
+      const i64 q = from + t, n = q / (rows * cols), y = q % (rows * cols) / cols * 2, x = q % cols * 2;
+      const uint8_t* tile = in + ((n * Hp + y) * Wp + x) * Cp;
+      if (wide)
+        transform_words(tile, Wp, Cp, v + t * row, stride);
+      else
+        transform_input(tile, Wp, Cp, v + t * row, stride, 2 * largest_code);
+      for (i64 i = 0; i < 4; ++i) {
+        const i64 py = y + i / 2, px = x + i % 2;
+        samples[t * 4 + i] = n;
+        pixels[t * 4 + i] = py < Ho && px < Wo ? (n * Ho + py) * Wo + px : -1;
       }
     }
+    for (i64 blk = split; blk < blocks; blk += splits) {
+      const i64 first = blk * BLOCK, none = 0;
+      const int8_t* source = w + blk * block_bytes;
+      if (lows) {
+        unpack_codes(reinterpret_cast<const uint8_t*>(w) + blk * (block_bytes / 2), block_bytes / 64, lows + first, unpacked);
+        source = unpacked;
+      }
+      if (in_call) (wide ? transform_block : transform_bytes)(source, Cp / 4, u);
+      for (int x = 0; x < 16; ++x) {
+        const int8_t* block = in_call ? u + x * row * BLOCK : w + (blk * 16 + x) * row * BLOCK;
+        const int32_t* sum = sums + (wide ? blk : blk * 16 + x) * BLOCK;  // of nine taps, which are those of SUM_PLANE
+        const i64 window = wide ? WORDS : sums[Cop * 16 + blk * 16 + x];
+        const int offset = x == SUM_PLANE ? 4 * zp : wide ? 0 : 2 * largest_code;
+        alignas(32) int32_t start[BLOCK];
+        for (int j = 0; j < BLOCK; ++j) start[j] = -offset * sum[j];
+        for (i64 t = 0; t < count; t += ROWS) {
+          const int left = int(std::min<i64>(ROWS, count - t));
+          const uint8_t* a[ROWS];
+          for (int i = 0; i < left; ++i) a[i] = v + x * stride + (t + i) * row;
+          tile_taps(left, 2, a, &none, 1, steps, block, start, m + x * plane + t * BLOCK, BLOCK, 0, window);
+        }
+      }
+      for (i64 t = 0; t < count; t += TOGETHER) {
+        const i64 here = std::min(TOGETHER, count - t);
+        alignas(32) int32_t acc[4 * TOGETHER * BLOCK];
+        for (i64 i = 0; i < here; ++i)
+          for (int j = 0; j < BLOCK; j += 8) transform_output(m + (t + i) * BLOCK + j, plane, acc + i * 4 * BLOCK + j);
+        const Place to{out + first, Co, true};
+        if (post != 1.0f)
+          finish_block<false>(acc, int(4 * here), 2, e, samples + 4 * t, pixels + 4 * t, first, Co, to);
+        else
+          finish_block<true>(acc, int(4 * here), 2, e, samples + 4 * t, pixels + 4 * t, first, Co, to);
+      }
+    }
+  });
 }
 #endif  // AVX2
