@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dqtool import report
 from dqtool.artifacts import Artifact, Manifest, Workspace
 from dqtool.artifacts.jsonvalues import Json
+from dqtool.core.bits import LayerBits
 from dqtool.core.quantization import QuantizationSpec
 from dqtool.stages.options.distill import AUTO, DistillOptions, corrects_predictions
 
@@ -20,11 +21,11 @@ __all__ = ["chosen_bits", "chosen_by_errors"]
 
 PROTECTED = (30.0, 40.0, 50.0, 60.0)
 """Percent of bytes and of bit operations that protection may add where it is the tool that decides: the first, or the least that
-is predicted to give `LEAST`, which heavy tails and few steps need."""
+is predicted to give the PSNR of `least_psnr`, which heavy tails and few steps need."""
 LEAST = 30.0
 """dB of predicted PSNR, before training, below which samples differ visibly from full precision's."""
 ENOUGH = 40.0
-"""dB of predicted PSNR from which uniform bits need no protection. There the root mean square error is a hundredth of the range."""
+"""dB of predicted PSNR that need no (more) protection: a root mean square error of a hundredth of the range."""
 LOOKS = 8
 """Backward passes of the first look, which decides whether bits need protection."""
 WEIGHTS = range(10**6, 2 * 10**8)
@@ -39,13 +40,25 @@ def chosen_by_errors(options: DistillOptions, manifest: Manifest) -> dict[str, J
     if options.protect:
         return found | {"protect": options.protect}
     if looks_first(options, manifest):
-        return found | {"protect": {"below": ENOUGH, "percent": list(PROTECTED), "looks": LOOKS, "least": LEAST}}
+        return found | {
+            "protect": {
+                "below": ENOUGH,
+                "percent": list(PROTECTED),
+                "looks": LOOKS,
+                "least": least_psnr(options.spec.bits),
+            }
+        }
     return {}
 
 
 def looks_first(options: DistillOptions, manifest: Manifest) -> bool:
     """Return whether the errors of uniform bits are measured to decide about protection."""
     return options.may_protect and weight_count(manifest) in WEIGHTS
+
+
+def least_psnr(bits: LayerBits) -> float:
+    """Return the dB of predicted PSNR that protection goes on for. 8 bits of both operands are for images that hold."""
+    return ENOUGH if min(bits.weight, bits.input) >= 8 else LEAST
 
 
 def weight_count(manifest: Manifest) -> int:
@@ -75,7 +88,7 @@ def chosen_bits(
     from dqtool.stages.precision import measure, protected_bits
 
     measured = measure(manifest, tensors, options.passes, workspace=workspace)
-    spec, about = protected_bits(measured, spec, [percent / 100 for percent in shares], LEAST)
+    spec, about = protected_bits(measured, spec, [percent / 100 for percent in shares], least_psnr(spec.bits))
     return spec, {"protected": about}
 
 

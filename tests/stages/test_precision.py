@@ -95,7 +95,8 @@ def test_bits_that_lose_the_samples_are_protected_by_default(
 ) -> None:
     def bits_of(*options: str) -> tuple[dict, list]:
         output = ("-o", "given.safetensors", "--force")
-        result = run("distill", "--bits", "4/4", *options, *UNTRAINED, *output, cwd=chain)
+        bits = () if "--bits" in options else ("--bits", "4/4")
+        result = run("distill", *bits, *options, *UNTRAINED, *output, cwd=chain)
         assert result.returncode == 0, result.stderr
         found = manifest(chain / "given.json")
         return found, [layer["bits"] for layer in found["layers"]]
@@ -109,6 +110,8 @@ def test_bits_that_lose_the_samples_are_protected_by_default(
         "looks": 8,
         "least": 30.0,
     }
+    wide = bits_of("--bits", "8/8")[0]["parameters"]["protect"]
+    assert wide["least"] == 40.0  # 8 bits are for images that hold
     monkeypatch.setattr(measured_bits, "LEAST", 1.0)
     about = bits_of()[0]["metrics"]["protected"]
     before, after = about["predicted_psnr"]

@@ -82,7 +82,7 @@ class DistillOptions:
         Option(
             "Extra bytes and bit operations, in percent, that may go to the operands which cost samples most. Default: 30 "
             "where the bits are predicted to give samples of less than 40 dB before training, up to 60 where that leaves them "
-            "below 30 dB, else 0.",
+            "below 30 dB (8/8: 40), else 0.",
             "PERCENT",
             least=0,
             show_default=False,
