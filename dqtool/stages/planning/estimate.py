@@ -8,7 +8,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from dqtool.core.cost import together_for
+from dqtool.core.cost import replayed_together, together_for
 from dqtool.report import format_seconds
 from dqtool.stages.registry import make_options
 
@@ -178,7 +178,7 @@ def _working(
     if distill is not None:
         recipe: Any = method_and_options(distill)[1]
         batch = max(getattr(recipe, "batch_size", 0), getattr(recipe, "refine_batch_size", 0))
-        replayed = LOW_MEMORY_BLOCK if distill.low_memory else TOGETHER
+        replayed = min(LOW_MEMORY_BLOCK if distill.low_memory else TOGETHER, replayed_together(macs, TOGETHER, device))
         sizes["distill"] = found.distilling(replayed, batch, together_for(macs, SAMPLED_TOGETHER, device))
     return max((size for stage, size in sizes.items() if stage not in cached), default=0)
 
