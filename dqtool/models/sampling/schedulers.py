@@ -172,7 +172,7 @@ def make_sampler(config: ForeignConfig | None, name: str | None = None, choices:
                 where="--sampler",
                 fix="Leave it out, or choose euler",
             )
-        class_name = own if own.startswith("FlowMatch") else FLOW
+        class_name = FLOW
     diffusers_class(own, "SchedulerMixin", f"{CONFIG}, key _class_name")
     if class_name != own:
         if not is_flow(config) and "beta_start" not in _parameters(own):
@@ -184,6 +184,8 @@ def make_sampler(config: ForeignConfig | None, name: str | None = None, choices:
         config = {k: v for k, v in config.items() if k not in ("_class_name", "_use_default_values")}
         if name == "plms":
             config["skip_prk_steps"] = True
+        if class_name == FLOW and "flow_shift" in config:  # the same number under another key
+            config["shift"] = config["flow_shift"]
     cls = diffusers_class(class_name, "SchedulerMixin", f"{CONFIG}, key _class_name")
     config |= {} if choices is None else choices.config(class_name)
     check_scheduler_config(cls, config, CONFIG)

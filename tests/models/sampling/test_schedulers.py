@@ -169,6 +169,28 @@ def test_flow_schedules_refuse_lists_that_they_can_not_follow() -> None:
 
 
 @pytest.mark.parametrize(
+    "own",
+    [
+        {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0},
+        {"_class_name": "FlowMatchLCMScheduler", "shift": 3.0},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0},
+    ],
+)
+def test_euler_takes_the_place_of_every_flow_scheduler_and_keeps_its_shift(own: dict[str, object]) -> None:
+    euler = make_sampler(own, "euler")
+    assert (type(euler).__name__, euler.config.shift) == ("FlowMatchEulerDiscreteScheduler", 3.0)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep"])
+def test_solvers_shift_a_flow_schedule_by_the_number_of_tokens(name: str) -> None:
+    """1024 tokens shift by mu = 0.63, and the second of two levels, one half, to e^mu / (1 + e^mu)."""
+    config = {"_class_name": f"{name}Scheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    sampler = Sampler(FAMILY, make_sampler({**config, "use_dynamic_shifting": True}), 2, tokens=1024)
+    shift = np.exp(0.5 + 0.65 * (1024 - 256) / (4096 - 256))
+    assert sampler._fresh().sigmas[1].item() == pytest.approx(shift / (1 + shift), abs=1e-3)
+
+
+@pytest.mark.parametrize(
     "own", ["CMStochasticIterativeScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "UnCLIPScheduler"]
 )
 def test_a_schedule_without_betas_takes_no_sampler_with_betas(own: str) -> None:
