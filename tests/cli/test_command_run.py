@@ -13,6 +13,7 @@ from dqtool.errors import UsageError
 from dqtool.recipe import load_recipe
 from dqtool.stages.registry import chained_stages, option_types
 from dqtool.stages.run import steps_of_recipe
+from dqtool.stages.shared.paths import WRITTEN
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPE = """\
@@ -129,6 +130,18 @@ def test_choices_that_yaml_takes_for_booleans_are_words(
     assert options_of_eval("", f"eval.correction={word}")["correction"] == word
     with pytest.raises(UsageError, match="correction needs a text, and 'false' is given.*quotes"):
         options_of_eval("correction: false")
+
+
+@pytest.mark.parametrize("option", sorted(WRITTEN))
+def test_a_bare_name_of_a_file_to_write_is_in_the_directory_of_the_run(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = option.replace("_", "-")
+    assert options_of_eval(f"{name}: a.out")[option] == "results/words/a.out"
+    assert options_of_eval("", f"eval.{name}=a.out")[option] == "results/words/a.out"
+    for path in ("./a.out", "other/a.out", "/tmp/a.out"):
+        assert options_of_eval(f"{name}: {path}")[option] == path
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
