@@ -192,7 +192,7 @@ def _fitting_values(options: Any, stage: str, device: str) -> dict[str, Any]:
     from dqtool.stages.planning.training import Training, samples_that_fit, training_that_fits
     from dqtool.training.options import BkdOptions
 
-    if resolve_device(device).type != "cpu" or options.family == "generic":
+    if resolve_device(device).type != "cpu":
         return {}
     size = network_size(PlannedNetwork.of(_dilate_options(options)))
     if size is None:
