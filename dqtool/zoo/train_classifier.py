@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dqtool.metrics.classifiers import CONFIDENT
 from dqtool.metrics.digits import DIGITS, DigitClassifier
 from dqtool.metrics.frechet import frechet_distance, statistics
 from dqtool.metrics.inception_score import inception_score
 from dqtool.zoo.data import digits
+from dqtool.zoo.fitting_classifiers import fit, save, set_reference
 
-__all__ = ["save", "train"]
+__all__ = ["train"]
 
 
 def augment(images: Tensor) -> Tensor:
@@ -65,46 +63,21 @@ def non_digits(images: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def train(seed: int, epochs: int, batch_size: int = 64, lr: float = 2e-3) -> DigitClassifier:
-    """Train from scratch and set the reference buffers; on one thread, so that a seed always gives the same weights."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
+    """Train from scratch and set the reference buffers."""
     images, labels = digits()["train"]
-    model = DigitClassifier().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-    batches = len(images) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches, pct_start=0.1)
-    start = time.time()
-    for epoch in range(1, epochs + 1):
-        running = 0.0
-        for index in torch.randperm(len(images))[: batches * batch_size].split(batch_size):
-            targets = F.one_hot(labels[index], 10).float()
-            garbage = non_digits(images, labels, batch_size // 9)
-            inputs = torch.cat([augment(images[index]), garbage])
-            targets = torch.cat([targets, torch.full((len(garbage), 10), 0.1)])
-            loss = F.cross_entropy(model(inputs)[1], targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            running += loss.item()
-        if epoch == 1 or epoch % 10 == 0 or epoch == epochs:
-            eta = (time.time() - start) / epoch * (epochs - epoch)
-            print(f"epoch {epoch}/{epochs} loss {running / batches:.4f} eta {eta:.0f} s", file=sys.stderr)
-    model.eval().requires_grad_(False)
-    mean, cov = statistics(DIGITS.features(images, model=model)[0])
-    model.reference_mean.copy_(mean)
-    model.reference_cov.copy_(cov)
+
+    def loss_of(model: DigitClassifier, index: Tensor) -> Tensor:
+        targets = F.one_hot(labels[index], 10).float()
+        garbage = non_digits(images, labels, batch_size // 9)
+        inputs = torch.cat([augment(images[index]), garbage])
+        targets = torch.cat([targets, torch.full((len(garbage), 10), 0.1)])
+        return F.cross_entropy(model(inputs)[1], targets)
+
+    model = fit(
+        DigitClassifier, loss_of, len(images), seed=seed, epochs=epochs, batch_size=batch_size, lr=lr, told_every=10
+    )
+    set_reference(DIGITS, model, images)
     return model
-
-
-def save(model: nn.Module, out: Path) -> None:
-    """Write the weights atomically, since another process may have the old file mapped."""
-    from safetensors.torch import save as to_bytes
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(to_bytes(dict(model.state_dict()), metadata={"format": "pt"}))
-    os.replace(partial, out)
 
 
 def judge(model: DigitClassifier) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dqtool.core.allocator import keep_freed_memory
-from dqtool.metrics.frechet import statistics
 from dqtool.metrics.garments import GARMENTS, GarmentClassifier
 from dqtool.zoo.data import fashion
-from dqtool.zoo.train_classifier import save
+from dqtool.zoo.fitting_classifiers import fit, save, set_reference
 
 
 def augment(images: Tensor) -> Tensor:
@@ -31,33 +29,17 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train(seed: int, epochs: int, batch_size: int = 128, lr: float = 2e-3) -> GarmentClassifier:
-    """Train from scratch and set the reference buffers; on one thread, so that a seed always gives the same weights."""
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
+    """Train from scratch and set the reference buffers."""
     images, labels = fashion()["train"]
-    model = GarmentClassifier().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-    batches = len(images) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches, pct_start=0.1)
-    start = time.time()
-    for epoch in range(1, epochs + 1):
-        running = 0.0
-        for index in torch.randperm(len(images))[: batches * batch_size].split(batch_size):
-            loss = F.cross_entropy(model(augment(images[index]))[1], labels[index], label_smoothing=0.05)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            running += loss.item()
-        eta = (time.time() - start) / epoch * (epochs - epoch)
-        print(f"epoch {epoch}/{epochs} loss {running / batches:.4f} eta {eta:.0f} s", file=sys.stderr, flush=True)
-    model.eval().requires_grad_(False)
+
+    def loss_of(model: GarmentClassifier, index: Tensor) -> Tensor:
+        return F.cross_entropy(model(augment(images[index]))[1], labels[index], label_smoothing=0.05)
+
+    model = fit(GarmentClassifier, loss_of, len(images), seed=seed, epochs=epochs, batch_size=batch_size, lr=lr)
     # The weights are stored in half precision, and the reference belongs to the stored ones.
     for parameter in model.parameters():
         parameter.copy_(parameter.half().float())
-    mean, cov = statistics(GARMENTS.features(images, model=model)[0])
-    model.reference_mean.copy_(mean)
-    model.reference_cov.copy_(cov)
+    set_reference(GARMENTS, model, images)
     return model
 
 
