@@ -161,8 +161,11 @@ class StepIndex:
         self._missed = set(self._missed)
         self._key = _register(self)
 
-    def set(self, timestep: Tensor | float | int) -> None:
+    def set(self, timestep: Tensor | float | int, table: Tensor | None = None) -> None:
         """Look up `timestep`: a scalar, or `[N]` for a batch of mixed steps.
+
+        `table` is the same table as a buffer of the network, which moves with it. A graph reads it where it is on the device of
+        the timestep: a table in main memory would be copied, and waited for, in each call.
 
         Raises:
             NumericError: a timestep is NaN or infinite. Not raised on an accelerator, where reading it would wait.
@@ -173,7 +176,9 @@ class StepIndex:
         asked = asked.reshape(1) if asked.dim() == 0 else asked[:1] if _is_expanded(asked) else asked.reshape(-1)
         if torch.compiler.is_compiling():
             # Without `table_on`, whose memory changes: what a graph reads of it, it is compiled for.
-            self.select(torch.ops.dqtool.step_rows(asked, self.timesteps.to(asked.device), self._key))
+            if table is None or table.device != asked.device or table.dtype in HALF:
+                table = self.timesteps.to(asked.device)
+            self.select(torch.ops.dqtool.step_rows(asked, table, self._key))
             return
         rows = self.find(asked)
         if rows.device.type == "cpu" and len(rows) > 1 and bool((rows == rows[:1]).all()):
@@ -297,7 +302,7 @@ def step_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     name, position = time_argument(type(module).forward)
     timestep = kwargs[name] if name in kwargs else args[position]
-    module.__dict__["_dqtool_steps"].set(timestep)
+    module.__dict__["_dqtool_steps"].set(timestep, getattr(module, "timesteps", None))
 
 
 @functools.cache

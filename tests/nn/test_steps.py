@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dqtool.errors import DqtoolWarning, NumericError
 from dqtool.nn import steps
 from dqtool.nn.steps import StepIndex, look_up, nearest_rows, step_run
+from dqtool.nn.surgery import _attach_steps
 
 TABLE = torch.tensor([900.0, 500.0, 100.0])
 EVERY = torch.arange(999.0, -1.0, -1.0)
@@ -177,6 +178,51 @@ def test_compiled_graphs_look_up_and_warn() -> None:
             found = [float(network(x, torch.tensor(float(t)))) for t in (900, 500, 100, 480)]
     assert found == [1.0, 2.0, 3.0, 2.0]
     assert ["1 of the 4 timesteps" in str(each.message) for each in caught] == [True]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_graphs_read_the_table_of_the_network(device: str) -> None:
+    """A table in main memory would be copied to a GPU, which the host waits for, in each call. Shapes stand for a GPU here."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return x * self.factor * self._dqtool_steps.rows_for(x)
+
+    network = Network().to(device)
+    _attach_steps(network, TABLE.to(device))
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=backend)
+    result = compiled(torch.ones(2, device=device), torch.tensor([500.0, 100.0], device=device))
+    assert result.shape == (2,)
+    if device == "cpu":
+        assert result.tolist() == [1.0, 2.0]
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    assert [node for node in nodes if node.target is torch.ops.dqtool.step_rows]
+    given = [node.meta["example_value"] for node in nodes if node.op == "placeholder"]
+    assert {each.device.type for each in given} == {device}
+    assert not [node for node in nodes if node.target in ("to", torch.Tensor.to)]
+
+
+def test_graphs_take_their_own_table_where_the_buffer_does_not_serve() -> None:
+    """Offloading leaves the buffer without numbers before the call, and a cast to a half type rounds it."""
+    torch._dynamo.reset()
+    index = StepIndex(torch.tensor([997.0, 996.0]))
+    found = []
+    for table in (torch.zeros(2, device="meta"), torch.tensor([996.0, 996.0], dtype=torch.bfloat16)):
+        look = torch.compile(
+            lambda t, table=table: (index.set(t, table), index.rows)[1] + 0, backend="eager", fullgraph=True
+        )
+        found.append(look(torch.tensor([996.0, 997.0])).tolist())
+    assert found == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("capturing", [False, True])
