@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dqtool.errors import DqtoolWarning, NumericError
 from dqtool.nn import steps
-from dqtool.nn.steps import StepIndex, look_up, nearest_rows, step_run
+from dqtool.nn.steps import StepIndex, calibrated_points, look_up, nearest_rows, step_run
 from dqtool.nn.surgery import _attach_steps
 
 TABLE = torch.tensor([900.0, 500.0, 100.0])
@@ -142,6 +142,36 @@ def test_rows_stay_on_the_device_of_the_timestep() -> None:
         run.indices.clear()
         index._pending.clear()
     assert index.rows.device.type == "meta" and index.rows.shape == (3,)
+
+
+def test_lookups_that_wait_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy from a GPU waits for it."""
+    index = StepIndex(TABLE)
+    index._pending = [
+        (torch.tensor([900, 480]), torch.tensor([False, True])),
+        (torch.tensor([101.5], dtype=torch.float16), torch.tensor([True])),
+    ]
+    copies = []
+    own = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda x: (copies.append(x.shape), own(x))[1])
+    with step_run() as run:
+        index.read_pending(run)
+        assert index.missed == {480.0, 101.5}
+        assert run.asked == {900.0, 480.0, 101.5}
+        assert sorted(run.missed) == [101.5, 480.0]
+        run.missed.clear()
+    assert copies == [(2, 3)]
+
+
+def test_calibrated_points_are_not_noted() -> None:
+    index = StepIndex(TABLE)
+    with step_run(), calibrated_points():
+        index.set(torch.tensor([480.0, 100.0]))
+    assert index.rows.tolist() == [1, 2]
+    assert not index._pending
+    assert not index.missed
+    with pytest.warns(DqtoolWarning, match="timestep 480"):
+        index.set(480)
 
 
 def test_copies_have_their_own_state() -> None:
