@@ -91,9 +91,12 @@ class Check:
 
     def write(self) -> None:
         """Write what was found so far."""
-        self.path.with_suffix(".json").write_text(json.dumps(self.found | {"failures": self.failures}, indent=2) + "\n")
         page = [f"# GPU check on {self.gpu}", "", f"`{self.found['command']}`, PyTorch {torch.__version__}", ""]
-        self.path.with_suffix(".md").write_text("\n".join([*page, *self.lines]) + "\n")
+        found = json.dumps(self.found | {"failures": self.failures}, indent=2)
+        for suffix, text in ((".json", found), (".md", "\n".join([*page, *self.lines]))):
+            made = self.path.with_suffix(f"{suffix}.new")  # a kill leaves the last whole file
+            made.write_text(text + "\n")
+            made.replace(self.path.with_suffix(suffix))
 
     def failed(self, what: str, error: BaseException) -> None:
         """Count and say a failure."""
