@@ -5,27 +5,31 @@
 Packages: a PyTorch for CUDA with its Triton, and diffusers, accelerate, transformers, safetensors, huggingface-hub, typer, rich,
 pyyaml, numpy, pillow with what they need. dqtool need not be installed: the script takes the one that it lies beside.
 
-Parts, in the order of what matters: kernels against int64, one layer of each shape of sd14 and every layer of digits-ddpm, whole
-networks beside half precision, blocks of the kernels, one block that learns. Every line is printed at once, and after each part
-recipes/results/gpu-check-GPU.md and .json are written: what was measured stays when the script is cut short.
+Parts, in the order of what matters: kernels against int64, codes, attention and epilogues against PyTorch, every layer of digits-ddpm
+and one layer of each shape of sd14, whole networks beside half precision, blocks of the kernels, one block that learns, compiled
+networks. With every line recipes/results/gpu-check-GPU.md and .json are written: what was measured stays when the script is cut
+short.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +39,32 @@ sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "recipes" / "results"
 START = time.perf_counter()
+DEVICE = "cuda"
+"""Device of the kernels; tests take the CPU and Triton's interpreter."""
+BLOCK_SECONDS = 90.0
+"""Longest time for the comparison of all blocks, each of which is compiled first."""
+COMPILE_SECONDS = 120.0
+"""Longest time of a contender that is compiled."""
+
+
+class OutOfTime(BaseException):
+    """A measurement took longer than it may. Not an `Exception`, which a compiler would catch and go on."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise `OutOfTime` in the context when `seconds` have passed."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Check:
@@ -42,7 +72,7 @@ class Check:
 
     def __init__(self, minutes: float, folder: Path) -> None:
         self.end = START + 60 * minutes
-        self.gpu = torch.cuda.get_device_name()
+        self.gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         self.path = folder / f"gpu-check-{re.sub(r'[^a-z0-9]+', '-', self.gpu.lower()).strip('-')}"
         self.lines: list[str] = []
         self.found: dict[str, Any] = {"format": "dqtool-result/1", "gpu": self.gpu, "torch": torch.__version__}
@@ -54,12 +84,28 @@ class Check:
         return self.end - time.perf_counter()
 
     def say(self, line: str) -> None:
-        """Print a line and keep it."""
+        """Print a line, keep it, and write the files."""
         print(f"[{time.perf_counter() - START:6.1f} s] {line}", flush=True)
         self.lines.append(line)
+        self.write()
+
+    def write(self) -> None:
+        """Write what was found so far."""
+        page = [f"# GPU check on {self.gpu}", "", f"`{self.found['command']}`, PyTorch {torch.__version__}", ""]
+        found = json.dumps(self.found | {"failures": self.failures}, indent=2)
+        for suffix, text in ((".json", found), (".md", "\n".join([*page, *self.lines]))):
+            made = self.path.with_suffix(f"{suffix}.new")  # a kill leaves the last whole file
+            made.write_text(text + "\n")
+            made.replace(self.path.with_suffix(suffix))
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """Count and say a failure."""
+        self.failures += 1
+        first = str(error).splitlines()[0][:300] if str(error) else ""
+        self.say(f"{what}FAILED: {type(error).__name__}: {first}")
 
     def part(self, title: str, run: Callable[[Check], None], needs: float) -> None:
-        """Run one part if `needs` seconds are left; a failure does not stop the others. Write the files."""
+        """Run one part if `needs` seconds are left; a failure does not stop the others."""
         self.say(f"## {title}")
         if self.left() < needs:
             self.say(f"not run: {self.left():.0f} s are left")
@@ -67,12 +113,35 @@ class Check:
             try:
                 run(self)
             except Exception as e:
-                self.failures += 1
                 traceback.print_exc()
-                self.say(f"FAILED: {type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}")
-        self.path.with_suffix(".json").write_text(json.dumps(self.found | {"failures": self.failures}, indent=2) + "\n")
-        page = [f"# GPU check on {self.gpu}", "", f"`{self.found['command']}`, PyTorch {torch.__version__}", ""]
-        self.path.with_suffix(".md").write_text("\n".join([*page, *self.lines]) + "\n")
+                self.failed("", e)
+        self.write()
+
+
+class Tally:
+    """Counts of a comparison in `check.found[name]`. An error in one case is a failure, and leaves the counts of the others."""
+
+    def __init__(self, check: Check, name: str) -> None:
+        self.check = check
+        self.counts = check.found[name] = {"cases": 0, "compared": 0, "different": 0, "errors": 0}
+
+    def add(self, what: str, layer: Any, x: Tensor, rows: list[int]) -> str:
+        """Compare a layer, and return how that went."""
+        self.counts["cases"] += 1
+        try:
+            compared, different = differences(layer, x, rows)
+        except Exception as e:
+            self.counts["errors"] += 1
+            self.check.failed(f"{what}: ", e)
+            return "failed"
+        self.counts["compared"] += compared
+        self.counts["different"] += different
+        self.check.failures += different > 0
+        return f"{compared} accumulators, {different} differ"
+
+    def __str__(self) -> str:
+        c = self.counts
+        return f"{c['cases']} cases, {c['compared']} accumulators, {c['different']} differ from int64, {c['errors']} errors"
 
 
 def layer_of(co: int, ci: int, bits: int, input_bits: int, kernel: int = 0, **geometry: Any) -> Any:
@@ -97,13 +166,13 @@ def differences(layer: Any, x: Tensor, rows: list[int]) -> tuple[int, int]:
     from dqtool.runtimes.cuda.products import CudaProduct, Glue
 
     glue = Glue()
-    glue.rows = torch.tensor(rows, device="cuda")
-    product = CudaProduct(layer, glue).to("cuda")
+    glue.rows = torch.tensor(rows, device=DEVICE)
+    product = CudaProduct(layer, glue).to(DEVICE)
     each = len(x) // len(rows)
-    got = product.accumulators(product.quantize(x.cuda()))
+    got = product.accumulators(product.quantize(x.to(DEVICE)))
     dim = 1 if layer.is_conv else -1
     codes = torch.stack([layer.input.codes(x[i : i + 1], rows[i // each], dim)[0] for i in range(len(x))])
-    c, w = codes.cuda().double(), layer.unpacked().weight.cuda().double()
+    c, w = codes.to(DEVICE).double(), layer.unpacked().weight.to(DEVICE).double()
     if layer.is_conv:
         expected = F.conv2d(c, w, None, layer.stride, layer.padding, layer.taps_dilation, layer.groups)
     else:
@@ -113,44 +182,60 @@ def differences(layer: Any, x: Tensor, rows: list[int]) -> tuple[int, int]:
 
 def check_kernels(check: Check) -> None:
     """Compare accumulators of random layers: every width, block and geometry."""
-    from dqtool.runtimes.cuda import launch
     from dqtool.runtimes.cuda.model import candidates, gpu_of
     from dqtool.runtimes.cuda.tiles import Tile
 
     torch.manual_seed(0)
-    total = wrong = 0
+    tally = Tally(check, "kernels")
     for bits in (2, 3, 4, 5, 6, 7, 8):
         for input_bits in (bits, 8):
-            count, bad = differences(layer_of(200, 330, bits, input_bits), torch.randn(3, 70, 330) * 8, [2, 0, 1])
-            total, wrong = total + count, wrong + bad
-            count, bad = differences(
-                layer_of(72, 40, bits, input_bits, 3, padding=(1, 1), stride=(2, 2)),
-                torch.randn(4, 40, 15, 9) * 8,
-                [1, 2],
-            )
-            total, wrong = total + count, wrong + bad
+            name, layer = f"{bits}/{input_bits}", layer_of(200, 330, bits, input_bits)
+            tally.add(f"linear layer {name}", layer, torch.randn(3, 70, 330) * 8, [2, 0, 1])
+            layer = layer_of(72, 40, bits, input_bits, 3, padding=(1, 1), stride=(2, 2))
+            tally.add(f"convolution {name}", layer, torch.randn(4, 40, 15, 9) * 8, [1, 2])
     for extra in ({"groups": 2}, {"taps_dilation": (2, 2)}):
-        count, bad = differences(layer_of(64, 64, 4, 4, 3, padding=(1, 1), **extra), torch.randn(2, 64, 9, 9), [0])
-        total, wrong = total + count, wrong + bad
-    check.say(f"widths and geometries: {total} accumulators, {wrong} differ from int64")
-    own = launch.product_tile
-    for bits in (4, 8, 6, 7):
-        for sizes in candidates(bits, False, gpu_of(check.gpu).warp_groups):
-            for assembly, splits in ((True, 1), (False, 1), (True, 3)):
-                tile = Tile(*sizes, splits, assembly)
-                launch.product_tile = lambda *_, tile=tile: tile
-                try:
-                    count, bad = differences(layer_of(300, 640, bits, bits), torch.randn(2, 200, 640), [1])
-                finally:
-                    launch.product_tile = own
-                wrong += bad
-                check.say(f"{bits} bits, block {tuple(tile)}: {count} accumulators, {bad} differ")
-    check.found["kernels"] = {"compared": total, "different": wrong}
-    check.failures += wrong > 0
+        layer = layer_of(64, 64, 4, 4, 3, padding=(1, 1), **extra)
+        tally.add(f"convolution with {extra}", layer, torch.randn(2, 64, 9, 9), [0])
+    check.say(f"widths and geometries: {tally}")
+    groups = gpu_of(check.gpu).warp_groups
+    each = {bits: candidates(bits, False, groups) for bits in (4, 8, 6, 7)}
+    longest = max(len(sizes) for sizes in each.values())
+    forms = ((True, 1), (False, 1), (True, 3))
+    # All widths take turns, so that a loop that is cut short has seen each.
+    blocks = [
+        (bits, Tile(*sizes[number], splits, assembly))
+        for number in range(longest)
+        for bits, sizes in each.items()
+        if number < len(sizes)
+        for assembly, splits in forms
+    ]
+    check_blocks(check, blocks)
+
+
+def check_blocks(check: Check, blocks: list[tuple[int, Any]], size: tuple[int, int, int] = (200, 300, 640)) -> None:
+    """Compare accumulators of one product (rows, columns, codes) in each of `blocks` of (bits, tile), while there is time."""
+    from dqtool.runtimes.cuda import launch
+
+    rows, columns, codes = size
+    own, tally, end = launch.product_tile, Tally(check, "blocks of kernels"), time.perf_counter() + BLOCK_SECONDS
+    for number, (bits, tile) in enumerate(blocks):
+        if check.left() < 60 or time.perf_counter() > end:
+            check.say(f"blocks: the other {len(blocks) - number} of {len(blocks)} were not compared")
+            break
+        launch.product_tile = lambda *_, tile=tile: tile
+        try:
+            done = tally.add(
+                f"block {tuple(tile)}", layer_of(columns, codes, bits, bits), torch.randn(2, rows, codes), [1]
+            )
+        finally:
+            launch.product_tile = own
+        if done != "failed":
+            check.say(f"{bits} bits, block {tuple(tile)}: {done}")
+    check.say(f"blocks: {tally}")
 
 
 def check_codes(check: Check) -> None:
-    """Compare codes after norms and activations, and attention, with PyTorch in float32."""
+    """Compare codes after norms and activations with PyTorch in float32."""
     import torch.nn.functional as F
 
     from dqtool.runtimes.cpu.codes import GELU, SILU
@@ -158,12 +243,12 @@ def check_codes(check: Check) -> None:
 
     torch.manual_seed(0)
     glue = Glue()
-    glue.rows = torch.ones(1, dtype=torch.long, device="cuda")
-    conv = CudaProduct(layer_of(64, 320, 4, 4, 3, padding=(1, 1)), glue).cuda()
-    linear = CudaProduct(layer_of(64, 320, 4, 8), glue).cuda()
-    x = torch.randn(2, 320, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
-    norm, layer_norm = nn.GroupNorm(32, 320).cuda(), nn.LayerNorm(320).cuda()
-    rows = torch.randn(2, 77, 320, device="cuda")
+    glue.rows = torch.ones(1, dtype=torch.long, device=DEVICE)
+    conv = CudaProduct(layer_of(64, 320, 4, 4, 3, padding=(1, 1)), glue).to(DEVICE)
+    linear = CudaProduct(layer_of(64, 320, 4, 8), glue).to(DEVICE)
+    x = torch.randn(2, 320, 32, 32, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    norm, layer_norm = nn.GroupNorm(32, 320).to(DEVICE), nn.LayerNorm(320).to(DEVICE)
+    rows = torch.randn(2, 77, 320, device=DEVICE)
     pairs = {
         "group norm, SiLU": (conv.group_norm(x, norm, SILU), conv.quantize(F.silu(norm(x)))),
         "layer norm": (linear.layer_norm(rows, layer_norm), linear.quantize(layer_norm(rows))),
@@ -175,14 +260,108 @@ def check_codes(check: Check) -> None:
         check.failures += int(off.max()) > 1
 
 
+def check_attention(
+    check: Check, dims: tuple[int, ...] = (40, 72, 128, 160), queries: int = 200, keys: int = 177
+) -> None:
+    """Compare attention with the simulation on the CPU: sizes of heads, both widths of probabilities, with and without a mask.
+
+    `queries` and `keys` are no multiples of a block.
+    """
+    from dqtool.runtimes.cuda.self_check import MEAN_DIFFERENCE, ROW_DIFFERENCE, attention_differences
+
+    found = check.found["attention"] = {}
+    for dim in dims:
+        for bits, probs in ((4, 8), (8, 4)):
+            for masked in (False, True):
+                name = f"heads of {dim}, q, k, v {bits}, probs {probs}{', masked' if masked else ''}"
+                try:
+                    mean, row = attention_differences(DEVICE, bits, probs, queries, keys, dim, masked)
+                except Exception as e:
+                    check.failed(f"attention, {name}: ", e)
+                    continue
+                found[name] = {"mean": mean, "worst_row": row}
+                check.failures += not (mean <= MEAN_DIFFERENCE and row <= ROW_DIFFERENCE)
+                check.say(f"attention, {name}: differs by {mean:.1e}, the worst row by {row:.1e} of the mean value")
+
+
+def check_epilogues(check: Check, rows: int = 100, width: int = 200, channels: int = 330) -> None:
+    """Compare what follows a product with float64: GEGLU into the next layer's codes; bias, gate, residual and factor."""
+    import torch.nn.functional as F
+
+    from dqtool.runtimes.cpu.codes import GEGLU, GELU, NONE
+    from dqtool.runtimes.cuda.products import CudaProduct, Glue
+
+    torch.manual_seed(0)
+    glue, row = Glue(), 1
+    glue.rows = torch.tensor([row], device=DEVICE)
+    found = check.found["epilogues"] = {}
+
+    def exact(layer: Any, x: Tensor) -> Tensor:
+        """Return the product of a layer without its bias, float64."""
+        codes = layer.input.codes(x, row, 1 if layer.is_conv else -1).double()
+        weight = layer.unpacked().weight.double() * (layer.weight_scale * layer.input.scale[row]).double().view(
+            -1, *(1,) * (layer.weight.dim() - 1)
+        )
+        return F.conv2d(codes, weight, None, layer.stride, layer.padding) if layer.is_conv else F.linear(codes, weight)
+
+    def feed(bits: int, act: int) -> str:
+        first = layer_of((2 if act == GEGLU else 1) * width, channels, bits, bits)
+        first.weight_scale.div_(4 * channels**0.5 * 2**bits)
+        second, x = layer_of(72, width, 4, bits), torch.randn(2, rows, channels)
+        y = exact(first, x) + first.bias.double()
+        if act == GEGLU:
+            value, gate = y.chunk(2, -1)
+            y = value * F.gelu(gate)
+        else:
+            y = F.gelu(y) if act == GELU else y
+        expected = second.input.codes(y.float(), row)
+        product, following = (CudaProduct(layer, glue).to(DEVICE) for layer in (first, second))
+        codes = product.feed(product.quantize(x.to(DEVICE)), following, act)
+        got = codes.data[:, :width].cpu().int() - int(following.steps[row, 2])
+        off = (got - expected.view(-1, width)).abs()
+        share, most = float((off > 0).float().mean()), int(off.max())
+        check.failures += share > 1e-3 or most > 1
+        return f"{share:.1e} of the codes differ, by {most} at most"
+
+    def finish(kernel: int) -> str:
+        layer = layer_of(72, 40, 4, 8, kernel, **({"padding": (1, 1)} if kernel else {}))
+        x = torch.randn(2, 40, 9, 7) if kernel else torch.randn(2, rows, 40)
+        y = exact(layer, x)
+        residual, gate, bias = torch.randn(y.shape), torch.randn(2, 72), torch.randn(2, 72)
+        then = {"residual": residual, "post": 0.5} | ({"bias": bias} if kernel else {"gate": gate})
+        y = y + bias[:, :, None, None].double() if kernel else (y + layer.bias.double()) * gate[:, None].double()
+        expected = (y + residual.double()) * 0.5
+        product = CudaProduct(layer, glue).to(DEVICE)
+        moved = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in then.items()}
+        got = product.multiply(product.quantize(x.to(DEVICE)), **moved)
+        off = float((got.cpu().double() - expected).abs().max() / expected.abs().max())
+        check.failures += not off < 1e-5
+        return f"differs by {off:.1e} of the largest value"
+
+    for name, run in {
+        "GEGLU into codes of 4 bits": lambda: feed(4, GEGLU),
+        "GEGLU into codes of 8 bits": lambda: feed(8, GEGLU),
+        "GELU into codes of 8 bits": lambda: feed(8, GELU),
+        "a product into codes of 4 bits": lambda: feed(4, NONE),
+        "gate, residual and factor of a linear layer": lambda: finish(0),
+        "bias of each sample, residual and factor of a convolution": lambda: finish(3),
+    }.items():
+        try:
+            found[name] = run()
+        except Exception as e:
+            check.failed(f"{name}: ", e)
+            continue
+        check.say(f"{name}: {found[name]}")
+
+
 def check_layers(check: Check, name: str, network: nn.Module, once: bool) -> None:
     """Compare accumulators of a packed network's layers at their steps; `once` takes one layer of each shape."""
     from dqtool.nn.integer import integer_layer
     from dqtool.nn.packed_layer import PackedLayer
 
     seen: set[Any] = set()
-    layers = total = wrong = 0
-    for _, layer in network.named_modules():
+    tally = Tally(check, f"integers {name}")
+    for path, layer in network.named_modules():
         if not isinstance(layer, PackedLayer):
             continue
         integer = integer_layer(layer, keep_packed=True)
@@ -194,17 +373,8 @@ def check_layers(check: Check, name: str, network: nn.Module, once: bool) -> Non
         shape = (2, channels, 8, 8) if integer.is_conv else (2, 16, channels)
         steps = integer.input.steps  # type: ignore[union-attr]
         x = torch.randn(shape) * 8 * float(integer.input.scale.mean())  # type: ignore[union-attr]
-        count, bad = differences(integer, x, [0, steps - 1])
-        layers, total, wrong = layers + 1, total + count, wrong + bad
-    check.say(f"{name}: {layers} layers, {total} accumulators, {wrong} differ from int64")
-    check.found[f"integers {name}"] = {"layers": layers, "compared": total, "different": wrong}
-    check.failures += wrong > 0
-
-
-def check_integers(check: Check) -> None:
-    """Compare every layer of digits-ddpm and one layer of each shape of sd14."""
-    check_layers(check, "digits-ddpm", packed_of(digits_export()), once=False)
-    check_layers(check, "sd14", packed_of(random_directory("sd14")), once=True)
+        tally.add(f"{name}, {path}", integer, x, [0, steps - 1])
+    check.say(f"{name}, layers: {tally}")
 
 
 def digits_export() -> str:
@@ -244,79 +414,108 @@ def packed_of(directory: str) -> Any:
     return load(directory, "simulate")
 
 
-def time_networks(check: Check, archs: list[str], batches: list[int]) -> None:
-    """Time whole networks beside half precision; contenders that matter most come first."""
-    from dqtool.artifacts import open_artifact
-    from dqtool.bench.gpu_contenders import (
-        GPU_CONTENDERS,
-        PEERS,
-        contender_network,
-        dtype_of,
-        float_network,
-        measured,
-        on_device,
-        quantized_network,
-        weight_bytes,
-    )
-    from dqtool.bench.subject import Subject
-    from dqtool.models.families import family_of
+class Networks:
+    """Networks to time, each made once."""
 
-    def subject_of(arch: str) -> Subject:
-        artifact = open_artifact(random_directory(arch), ["export"])
-        manifest = artifact.manifest
-        config = dict(manifest.network.config)
-        return Subject(str(artifact.path), manifest.network.class_name, config, [999.0, 500.0, 1.0], "", 1)
+    def __init__(self, check: Check) -> None:
+        self.check = check
+        self.results = check.found.setdefault("speed", {})
+        self.subjects: dict[str, Any] = {}
+        self.made: dict[tuple[str, str], Any] = {}
 
-    results = check.found.setdefault("speed", {})
-    subjects: dict[str, Subject] = {}
-    networks: dict[tuple[str, str], Any] = {}
+    def subject(self, arch: str) -> Any:
+        """Return the export of an architecture as a benchmark's subject."""
+        from dqtool.artifacts import open_artifact
+        from dqtool.bench.subject import Subject
 
-    def network_of(arch: str, kind: str) -> Any:
-        """Return the network of an architecture, made once: fp32, fp16 or ours."""
-        if (arch, kind) not in networks:
-            subject, start = subjects[arch], time.perf_counter()
+        if arch not in self.subjects:
+            artifact = open_artifact(random_directory(arch), ["export"])
+            wanted = artifact.manifest.network
+            times = [999.0, 500.0, 1.0]
+            self.subjects[arch] = Subject(str(artifact.path), wanted.class_name, dict(wanted.config), times, "", 1)
+        return self.subjects[arch]
+
+    def network(self, arch: str, kind: str) -> Any:
+        """Return the network of an architecture: fp32, fp16, bf16, ours, or that of another library, which changes it."""
+        from dqtool.bench.gpu_contenders import (
+            PEERS,
+            contender_network,
+            dtype_of,
+            float_network,
+            quantized_network,
+            weight_bytes,
+        )
+        from dqtool.models.families import family_of
+
+        if (arch, kind) not in self.made:
+            subject, start = self.subject(arch), time.perf_counter()
             if kind == "ours":
-                networks[arch, kind] = quantized_network(packed_of(subject.directory))
+                network = quantized_network(packed_of(subject.directory))
             else:
                 with torch.device("cuda"):
                     made = family_of(subject.class_name, subject.directory).build(subject.config)
                 network = float_network(made, dtype_of(kind))
-                networks[arch, kind] = (
-                    contender_network(kind, network) if kind in PEERS else network
-                )  # it changes the network
+                network = contender_network(kind, network) if kind in PEERS else network
+            self.made[arch, kind] = network
             torch.cuda.synchronize()
-            size = weight_bytes(networks[arch, kind])
-            results.setdefault(arch, {})[kind] = {"weight_bytes": size, "load_seconds": time.perf_counter() - start}
-            check.say(f"{arch}, {kind}: weights {size / 2**20:.0f} MiB, loaded in {time.perf_counter() - start:.1f} s")
-        return networks[arch, kind]
+            size, took = weight_bytes(network), time.perf_counter() - start
+            self.results.setdefault(arch, {})[kind] = {"weight_bytes": size, "load_seconds": took}
+            self.check.say(f"{arch}, {kind}: weights {size / 2**20:.0f} MiB, loaded in {took:.1f} s")
+        return self.made[arch, kind]
+
+    def make_room(self) -> None:
+        """Drop the networks where they take half of the memory. They are made anew when they are asked for."""
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 2:
+            self.made.clear()
+            torch.cuda.empty_cache()
+
+
+COMPILED = ("compile", "autotune", "torchao", "sdnq")
+"""Words in the names of contenders that compile for a minute or more."""
+
+
+def time_networks(check: Check, networks: Networks, archs: list[str], batches: list[int], compiled: bool) -> None:
+    """Time whole networks beside half precision: contenders that are `compiled`, or the others."""
+    from dqtool.bench.gpu_contenders import GPU_CONTENDERS
 
     # A contender on all networks before the next one: a script that is cut short still compares.
-    for name, title in GPU_CONTENDERS.items():
-        slow = any(word in name for word in ("compile", "autotune", "torchao", "sdnq"))
+    for name in GPU_CONTENDERS:
+        if any(word in name for word in COMPILED) != compiled:
+            continue
         for arch in archs:
             for batch in batches:
-                if check.left() < (90 if slow else 20):
-                    check.say(f"{arch}, batch {batch}, {name}: not run, {check.left():.0f} s are left")
+                what = f"{arch}, batch {batch}, {name}"
+                if check.left() < (60 if compiled else 20):
+                    check.say(f"{what}: not run, {check.left():.0f} s are left")
                     continue
                 try:
-                    subject = subjects.setdefault(arch, subject_of(arch))
-                    own = name in PEERS or name.startswith(("ours", "fp32", "bf16"))
-                    kind = name if name in PEERS else name.split("-")[0] if own else "fp16"
-                    inputs = [on_device(each, dtype_of(name)) for each in subject.inputs(batch)]
-                    network = network_of(arch, kind)
-                    network = network if name in PEERS else contender_network(name, network)
-                    found = measured(name, network, inputs, 1.5)
-                except Exception as e:
-                    check.say(f"{arch}, batch {batch}, {name} ({title}): FAILED {type(e).__name__}: {str(e)[:200]}")
-                    check.failures += name.startswith("ours")
-                    continue
-                row = results.setdefault(f"{arch} batch {batch}", {})
-                row[name] = dataclasses.asdict(found)
-                ratio = f", {row['fp32']['median'] / found.median:.2f}x fp32" if "fp32" in row else ""
-                check.say(
-                    f"{arch}, batch {batch}, {name}: {found.median:.2f} ms ({found.p10:.2f} to {found.p90:.2f}){ratio}, beside "
-                    f"weights {(found.peak_bytes or 0) / 2**20:.0f} MiB, first step after {found.ready:.1f} s"
-                )
+                    with limited(min(check.left() - 10, COMPILE_SECONDS)):
+                        time_network(check, networks, name, arch, batch)
+                except (Exception, OutOfTime) as e:
+                    check.failures += name.startswith("ours") and isinstance(e, Exception)
+                    check.say(f"{what}: FAILED {type(e).__name__}: {str(e)[:200]}")
+                    if compiled:
+                        torch._dynamo.reset()
+    networks.make_room()
+
+
+def time_network(check: Check, networks: Networks, name: str, arch: str, batch: int) -> None:
+    """Time one contender on one network."""
+    from dqtool.bench.gpu_contenders import PEERS, contender_network, dtype_of, measured, on_device
+
+    own = name in PEERS or name.startswith(("ours", "fp32", "bf16"))
+    kind = name if name in PEERS else name.split("-")[0] if own else "fp16"
+    inputs = [on_device(each, dtype_of(name)) for each in networks.subject(arch).inputs(batch)]
+    network = networks.network(arch, kind)
+    found = measured(name, network if name in PEERS else contender_network(name, network), inputs, 1.5)
+    row = networks.results.setdefault(f"{arch} batch {batch}", {})
+    row[name] = dataclasses.asdict(found)
+    ratio = f", {row['fp32']['median'] / found.median:.2f}x fp32" if "fp32" in row else ""
+    check.say(
+        f"{arch}, batch {batch}, {name}: {found.median:.2f} ms ({found.p10:.2f} to {found.p90:.2f}){ratio}, beside "
+        f"weights {(found.peak_bytes or 0) / 2**20:.0f} MiB, first step after {found.ready:.1f} s"
+    )
 
 
 def time_blocks(check: Check) -> None:
@@ -337,7 +536,7 @@ def time_blocks(check: Check) -> None:
         last.synchronize()
         return first.elapsed_time(last) / 20
 
-    own, found = launch.product_tile, check.found.setdefault("blocks", {})
+    own, found, end = launch.product_tile, check.found.setdefault("blocks", {}), time.perf_counter() + BLOCK_SECONDS
     for m, n, k in ((8192, 320, 320), (8192, 320, 1280), (2048, 640, 2560), (512, 4608, 1152), (2048, 3840, 1280)):
         glue = Glue()
         glue.rows, glue.dtype = torch.zeros(1, dtype=torch.long, device="cuda"), torch.float16
@@ -352,13 +551,15 @@ def time_blocks(check: Check) -> None:
             product = CudaProduct(layer_of(n, k, bits, bits), glue).cuda()
             codes = product.quantize(half.view(2, -1, k))
             for sizes in candidates(bits, False, gpu_of(check.gpu).warp_groups):
+                if check.left() < 10 or time.perf_counter() > end:
+                    break
                 launch.product_tile = lambda *_, sizes=sizes: Tile(*sizes)
                 try:
                     line[f"{bits} bits {sizes}"] = milliseconds(lambda: product.multiply(codes))  # noqa: B023
+                except Exception as e:
+                    check.failed(f"{m} x {n} x {k}, {bits} bits {sizes}: ", e)
                 finally:
                     launch.product_tile = own
-                if check.left() < 10:
-                    return
         model = estimate(gpu_of(check.gpu), m, n, k, 4, False, (128, 128, 8, 3))
         found[f"{m} x {n} x {k}"] = line | {"predicted 4 bits (128, 128, 8, 3)": model.seconds * 1e3}
         best = sorted(line.items(), key=lambda item: item[1])[:6]
@@ -442,10 +643,17 @@ def main() -> int:
     check.say(f"{check.gpu}, PyTorch {torch.__version__}, Triton {__import__('triton').__version__}")
     check.part("Kernels against int64", check_kernels, 20)
     check.part("Codes against PyTorch", check_codes, 20)
-    check.part("The same integers", check_integers, 60)
-    check.part("Speed", lambda c: time_networks(c, archs, batches), 60)
+    check.part("Attention against the simulation", check_attention, 20)
+    check.part("Epilogues against float64", check_epilogues, 20)
+    check.part(
+        "Integers of digits-ddpm", lambda c: check_layers(c, "digits-ddpm", packed_of(digits_export()), False), 60
+    )
+    check.part("Integers of sd14", lambda c: check_layers(c, "sd14", packed_of(random_directory("sd14")), True), 60)
+    networks = Networks(check)
+    check.part("Speed", lambda c: time_networks(c, networks, archs, batches, False), 60)
     check.part("Blocks", time_blocks, 30)
     check.part("Learning", learn_block, 20)
+    check.part("Speed, compiled", lambda c: time_networks(c, networks, archs, batches, True), 60)
     check.say(f"{check.failures} failures; {check.path}.md")
     return int(check.failures > 0)
 

@@ -14,12 +14,15 @@ __all__ = ["is_out_of_memory", "with_smaller_batches"]
 
 T = TypeVar("T")
 
+SAID = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Texts of other errors of PyTorch where memory ran out: of the CPU's allocator, of CUDA itself, and of its library of products."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out. PyTorch's own errors are known by name and text: it may not even be
     imported."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    return named or (isinstance(error, RuntimeError) and any(text in str(error) for text in SAID))
 
 
 def with_smaller_batches(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dqtool.core.affine import search_histogram
 from dqtool.core.bits import AttentionBits
+from dqtool.core.device import to_device
 from dqtool.core.rotation import rotate
 from dqtool.distributed import gather, rank, world_size
 from dqtool.graph.attention import PRODUCTS, attention_layout
@@ -29,6 +30,8 @@ BINS = 512
 """Bins of a histogram, which spans the step's own range."""
 PIECE = 1 << 18
 """Values counted at a time, so that intermediate results stay in the processor's cache."""
+PIECE_OFF_CPU = 1 << 24
+"""Values counted at a time on an accelerator, where launches cost more than memory: intermediate results take 0.4 GB."""
 
 
 class Rows(Protocol):
@@ -63,7 +66,8 @@ class _Recorder:
         width = ((hi - lo) / BINS).clamp(min=torch.finfo(rows.dtype).tiny)
         first = torch.arange(len(rows), dtype=torch.int32, device=rows.device)[:, None] * BINS
         counts = self.counts.setdefault(name, torch.zeros(len(rows), BINS, dtype=torch.int64, device=rows.device))
-        for part in rows.split(max(1, PIECE // len(rows)), 1):
+        piece = PIECE if rows.device.type == "cpu" else PIECE_OFF_CPU
+        for part in rows.split(max(1, piece // len(rows)), 1):
             bins = ((part - lo[:, None]) / width[:, None]).to(torch.int32).clamp_(0, BINS - 1)
             bins += first
             counts += occurrences(bins.flatten(), counts.numel()).view(len(rows), BINS)
@@ -191,6 +195,7 @@ def collect(
     recorder = _Recorder()
     handles = []
     restore: list[Callable[[], None]] = []
+    divisors: dict[str, Tensor] = {}  # each moves to the device of its layer's input once
     for info in layers:
         module = model.get_submodule(info.name)
         if info.kind == "attention":
@@ -198,9 +203,9 @@ def collect(
             restore.append(lend_processor(module, _ObservingProcessor(info.name, recorder, layout)))
         elif info.shares is None:
             channel_dim = 1 if info.kind == "conv2d" else -1
-            divisor = dilation.get(info.name)
-            if divisor is not None and info.kind == "conv2d":
-                divisor = divisor.view(-1, 1, 1)
+            if info.name in dilation:
+                divisor = dilation[info.name]
+                divisors[info.name] = divisor.view(-1, 1, 1) if info.kind == "conv2d" else divisor
 
             def hook(
                 _module: nn.Module,
@@ -208,11 +213,12 @@ def collect(
                 kwargs: dict[str, Tensor],
                 name: str = info.name,
                 channel_dim: int = channel_dim,
-                divisor: Tensor | None = divisor,
                 rotation: int = info.rotation,
             ) -> None:
                 x = input_of(args, kwargs)
-                divisor = None if divisor is None else divisor.to(x.device)
+                divisor = divisors.get(name)
+                if divisor is not None and divisor.device != x.device:
+                    divisor = divisors[name] = to_device(divisor, x.device)
                 if not recorder.counting:
                     recorder.see_channels(name, x, channel_dim)
                 x = rotate(x, rotation, channel_dim)

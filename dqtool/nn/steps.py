@@ -27,6 +27,7 @@ __all__ = [
     "TIMESTEP_NAMES",
     "StepIndex",
     "StepRun",
+    "calibrated_points",
     "look_up",
     "nearest_rows",
     "step_hook",
@@ -128,6 +129,19 @@ def step_run() -> Iterator[StepRun]:
             warnings.warn(text, DqtoolWarning, stacklevel=4)
 
 
+_CALIBRATED: ContextVar[bool] = ContextVar("dqtool_calibrated_points", default=False)
+
+
+@contextlib.contextmanager
+def calibrated_points() -> Iterator[None]:
+    """Call networks at calibrated points alone, such as those of a trajectory. No lookup is noted, so that none is read."""
+    token = _CALIBRATED.set(True)
+    try:
+        yield
+    finally:
+        _CALIBRATED.reset(token)
+
+
 class StepIndex:
     """Row of the step tables for each sample of the current batch. All layers of a network share one index.
 
@@ -161,8 +175,11 @@ class StepIndex:
         self._missed = set(self._missed)
         self._key = _register(self)
 
-    def set(self, timestep: Tensor | float | int) -> None:
+    def set(self, timestep: Tensor | float | int, table: Tensor | None = None) -> None:
         """Look up `timestep`: a scalar, or `[N]` for a batch of mixed steps.
+
+        `table` is the same table as a buffer of the network, which moves with it. A graph reads it where it is on the device of
+        the timestep: a table in main memory would be copied, and waited for, in each call.
 
         Raises:
             NumericError: a timestep is NaN or infinite. Not raised on an accelerator, where reading it would wait.
@@ -173,7 +190,9 @@ class StepIndex:
         asked = asked.reshape(1) if asked.dim() == 0 else asked[:1] if _is_expanded(asked) else asked.reshape(-1)
         if torch.compiler.is_compiling():
             # Without `table_on`, whose memory changes: what a graph reads of it, it is compiled for.
-            self.select(torch.ops.dqtool.step_rows(asked, self.timesteps.to(asked.device), self._key))
+            if table is None or table.device != asked.device or table.dtype in HALF:
+                table = self.timesteps.to(asked.device)
+            self.select(torch.ops.dqtool.step_rows(asked, table, self._key))
             return
         rows = self.find(asked)
         if rows.device.type == "cpu" and len(rows) > 1 and bool((rows == rows[:1]).all()):
@@ -187,7 +206,7 @@ class StepIndex:
                 "The timestep is not a finite number", where="the network's argument timestep", fix="Check the sampler"
             )
         rows, missed = look_up(timestep, self.table_on(timestep.device))
-        if self.static:
+        if self.static or _CALIBRATED.get():
             return rows
         run = _RUN.get()
         if run is not None:
@@ -203,9 +222,8 @@ class StepIndex:
     def read_pending(self, run: StepRun | None = None) -> None:
         """Read the results of all pending lookups and report missed timesteps to `run`, or warn where there is none."""
         pending, self._pending = self._pending, []
-        for timestep, missed in pending:
-            values = timestep.cpu().double().tolist()
-            lost = [value for value, is_missed in zip(values, missed.cpu().tolist(), strict=True) if is_missed]
+        for values, is_missed in _read_together(pending):
+            lost = [value for value, missed in zip(values, is_missed, strict=True) if missed]
             self._missed.update(lost)
             if run is not None:
                 run.asked.update(values)
@@ -297,7 +315,7 @@ def step_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     name, position = time_argument(type(module).forward)
     timestep = kwargs[name] if name in kwargs else args[position]
-    module.__dict__["_dqtool_steps"].set(timestep)
+    module.__dict__["_dqtool_steps"].set(timestep, getattr(module, "timesteps", None))
 
 
 @functools.cache
@@ -306,6 +324,20 @@ def time_argument(forward: Callable[..., Any]) -> tuple[str, int]:
     names = list(inspect.signature(forward).parameters)
     found = next((name for name in TIMESTEP_NAMES if name in names), None)
     return ("timestep", 1) if found is None else (found, names.index(found) - 1)
+
+
+def _read_together(pending: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[float], list[bool]]]:
+    """Yield timesteps and whether each is missed, lookup by lookup. What lies on one device is copied, and waited for, at once."""
+    for _, group in itertools.groupby(pending, lambda each: each[0].device):
+        entries = list(group)
+        wide = torch.float32 if entries[0][0].device.type == "mps" else torch.float64
+        both = [torch.stack([timestep.to(wide), missed.to(wide)]) for timestep, missed in entries]
+        values, missed = torch.cat(both, 1).cpu().tolist()
+        first = 0
+        for timestep, _ in entries:
+            last = first + len(timestep)
+            yield values[first:last], [bool(each) for each in missed[first:last]]
+            first = last
 
 
 def _is_expanded(timestep: Tensor) -> bool:

@@ -17,6 +17,7 @@ from dqtool.graph.roles import Roles
 from dqtool.graph.trace import Trace
 from dqtool.models.families import Family
 from dqtool.models.sampling.sampler import Sampler
+from dqtool.nn.steps import calibrated_points
 from dqtool.nn.surgery import steps_of
 from dqtool.scaling.folding import Fold
 from dqtool.scaling.learning import merge_learned
@@ -179,10 +180,11 @@ class DistillationTask:
         """Free the weights of the float network, which must not be used afterwards."""
         self.teacher.to("meta")
 
-    def predict(self, model: nn.Module, samples: Any) -> Tensor:
-        """Return the prediction of `model` at the trajectory points `samples`."""
-        x, timestep, conditions = self.trajectory.arguments(samples)
-        return self.family.predict(model, x, timestep, conditions)
+    def predict(self, model: nn.Module, samples: Any, trajectory: Trajectory | None = None) -> Tensor:
+        """Return the prediction of `model` at the points `samples` of the trajectory, or of another one with its timesteps."""
+        x, timestep, conditions = (self.trajectory if trajectory is None else trajectory).arguments(samples)
+        with calibrated_points():
+            return self.family.predict(model, x, timestep, conditions)
 
     def select_rows(self, samples: Any) -> None:
         """Select the student's step tables for these samples, before a block is called outside the network."""

@@ -135,7 +135,7 @@ def refine(task: DistillationTask, options: OnPolicyOptions, progress: Reporter)
 
 def _error(task: DistillationTask, points: Trajectory, targets: Tensor, rows: Tensor) -> Tensor:
     """Return the student's mean squared error at the points `rows`."""
-    predictions = task.family.predict(task.student, *points.arguments(rows))
+    predictions = task.predict(task.student, rows, points)
     return F.mse_loss(predictions, to_device(pick(targets, rows), predictions.device))
 
 

@@ -28,6 +28,19 @@ def test_one_sample_that_does_not_fit_is_the_environment_s_fault() -> None:
         with_smaller_batches(work, 3, "it")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+@pytest.mark.parametrize("kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
+def test_errors_of_cuda_and_its_libraries_are_known_by_their_text(kind: type[Exception], text: str) -> None:
+    assert is_out_of_memory(kind(text))
+    assert not is_out_of_memory(kind("CUDA error: an illegal memory access was encountered"))
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))

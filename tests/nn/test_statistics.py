@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dqtool.graph.trace import LayerInfo
+from dqtool.nn import statistics
 from dqtool.nn.statistics import BINS, _ObservingProcessor, _Recorder, occurrences
 
 
@@ -31,3 +33,37 @@ def test_operands_of_attention_are_counted_by_head() -> None:
     for head in range(2):
         expected = torch.histc(by_head[head].double(), BINS, *recorder.ranges["attn.q"][head].tolist())
         assert (counts[head] - expected).abs().sum() <= 4  # values at the edges of bins
+
+
+@pytest.mark.parametrize(("device", "launches"), [("cpu", 4), ("meta", 1)])
+def test_an_accelerator_counts_more_values_at_a_time(
+    device: str, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counted(values: torch.Tensor, size: int) -> torch.Tensor:
+        asked.append(len(values))
+        return torch.zeros(size, dtype=torch.int64, device=values.device)
+
+    monkeypatch.setattr(statistics, "occurrences", counted)
+    recorder, rows = _Recorder(), torch.ones(2, 2 * statistics.PIECE, device=device)
+    for recorder.counting in (False, True):
+        recorder.see("layer", rows)
+    assert asked == [4 * statistics.PIECE // launches] * launches
+
+
+def test_divisors_move_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[torch.device] = []
+
+    def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moves.append(device)
+        return torch.full(x.shape, 2.0)
+
+    monkeypatch.setattr(statistics, "to_device", moved)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    info = LayerInfo("0", "linear", (3, 3), 9)
+    x = torch.tensor([[1.0, 2.0, 4.0]])
+    elsewhere = {"0": torch.empty(3, device="meta")}
+    found = statistics.collect(network, [info], elsewhere, [lambda: network(x)] * 3)
+    assert found["0.range"].tolist() == [[0.5, 2.0]] * 3
+    assert moves == [x.device]

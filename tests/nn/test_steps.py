@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dqtool.errors import DqtoolWarning, NumericError
 from dqtool.nn import steps
-from dqtool.nn.steps import StepIndex, look_up, nearest_rows, step_run
+from dqtool.nn.steps import StepIndex, calibrated_points, look_up, nearest_rows, step_run
+from dqtool.nn.surgery import _attach_steps
 
 TABLE = torch.tensor([900.0, 500.0, 100.0])
 EVERY = torch.arange(999.0, -1.0, -1.0)
@@ -143,6 +144,36 @@ def test_rows_stay_on_the_device_of_the_timestep() -> None:
     assert index.rows.device.type == "meta" and index.rows.shape == (3,)
 
 
+def test_lookups_that_wait_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy from a GPU waits for it."""
+    index = StepIndex(TABLE)
+    index._pending = [
+        (torch.tensor([900, 480]), torch.tensor([False, True])),
+        (torch.tensor([101.5], dtype=torch.float16), torch.tensor([True])),
+    ]
+    copies = []
+    own = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda x: (copies.append(x.shape), own(x))[1])
+    with step_run() as run:
+        index.read_pending(run)
+        assert index.missed == {480.0, 101.5}
+        assert run.asked == {900.0, 480.0, 101.5}
+        assert sorted(run.missed) == [101.5, 480.0]
+        run.missed.clear()
+    assert copies == [(2, 3)]
+
+
+def test_calibrated_points_are_not_noted() -> None:
+    index = StepIndex(TABLE)
+    with step_run(), calibrated_points():
+        index.set(torch.tensor([480.0, 100.0]))
+    assert index.rows.tolist() == [1, 2]
+    assert not index._pending
+    assert not index.missed
+    with pytest.warns(DqtoolWarning, match="timestep 480"):
+        index.set(480)
+
+
 def test_copies_have_their_own_state() -> None:
     index = StepIndex(TABLE)
     for twin in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
@@ -177,6 +208,51 @@ def test_compiled_graphs_look_up_and_warn() -> None:
             found = [float(network(x, torch.tensor(float(t)))) for t in (900, 500, 100, 480)]
     assert found == [1.0, 2.0, 3.0, 2.0]
     assert ["1 of the 4 timesteps" in str(each.message) for each in caught] == [True]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_graphs_read_the_table_of_the_network(device: str) -> None:
+    """A table in main memory would be copied to a GPU, which the host waits for, in each call. Shapes stand for a GPU here."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return x * self.factor * self._dqtool_steps.rows_for(x)
+
+    network = Network().to(device)
+    _attach_steps(network, TABLE.to(device))
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=backend)
+    result = compiled(torch.ones(2, device=device), torch.tensor([500.0, 100.0], device=device))
+    assert result.shape == (2,)
+    if device == "cpu":
+        assert result.tolist() == [1.0, 2.0]
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    assert [node for node in nodes if node.target is torch.ops.dqtool.step_rows]
+    given = [node.meta["example_value"] for node in nodes if node.op == "placeholder"]
+    assert {each.device.type for each in given} == {device}
+    assert not [node for node in nodes if node.target in ("to", torch.Tensor.to)]
+
+
+def test_graphs_take_their_own_table_where_the_buffer_does_not_serve() -> None:
+    """Offloading leaves the buffer without numbers before the call, and a cast to a half type rounds it."""
+    torch._dynamo.reset()
+    index = StepIndex(torch.tensor([997.0, 996.0]))
+    found = []
+    for table in (torch.zeros(2, device="meta"), torch.tensor([996.0, 996.0], dtype=torch.bfloat16)):
+        look = torch.compile(
+            lambda t, table=table: (index.set(t, table), index.rows)[1] + 0, backend="eager", fullgraph=True
+        )
+        found.append(look(torch.tensor([996.0, 997.0])).tolist())
+    assert found == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("capturing", [False, True])

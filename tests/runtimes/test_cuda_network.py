@@ -239,7 +239,7 @@ def test_step_tables_are_read_on_the_device_alone(packed: nn.Module, monkeypatch
     told = example(packed) | {"timestep": packed.timesteps[torch.tensor([1, 1])]}  # type: ignore[index]
     from dqtool.nn.steps import StepIndex as Index
 
-    monkeypatch.setattr(Index, "set", lambda self, timestep: self.select(torch.ones(1, dtype=torch.long)))
+    monkeypatch.setattr(Index, "set", lambda self, *_: self.select(torch.ones(1, dtype=torch.long)))
     from dqtool.runtimes.cuda import launch
 
     for name in ("quantize_image", "layer_norm_codes", "multiply_codes", "attend"):

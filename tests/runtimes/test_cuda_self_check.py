@@ -39,3 +39,24 @@ def test_kernels_that_fail_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(launch, "multiply_codes", fail)
     assert fault_of("cpu") == "its kernels don't run on this device (RuntimeError: no such instruction)"
+
+
+@pytest.mark.parametrize("worst", ["one row", "not a number"])
+def test_wrong_attention_is_a_reason(worst: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = launch.attend
+
+    def wrong(*arguments: Any) -> Any:
+        out = right(*arguments)
+        out[-1, -1] = float("nan") if worst == "not a number" else 0.0
+        return out
+
+    monkeypatch.setattr(launch, "attend", wrong)
+    assert fault_of("cpu") == "its kernels compute wrong attention on this device; please report this"
+
+
+def test_attention_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(launch, "attend", fail)
+    assert fault_of("cpu") == "its kernels don't run on this device (RuntimeError: no such instruction)"

@@ -64,6 +64,10 @@ devices.resolve_device = lambda _text: DEVICE
 checkpoint._infer_device_type = lambda *_: "cpu"  # a device written in Python has no autocast
 
 
+ITERATIONS = 18
+"""Iterations of each loop: more than lookups of timesteps that are read together (`dqtool.nn.steps.PENDING`)."""
+
+
 def main() -> None:
     """Train a little by two methods, which have all four loops, and print their waits."""
     from dqtool.stages.distill import DistillOptions, distill
@@ -92,18 +96,18 @@ def main() -> None:
         return read(self)
 
     Losses.add, Losses.read = noted, outside
-    QatPartialOptions.iters = QatPartialOptions.temporal_iters = 2  # its lengths where --iters is 2
+    QatPartialOptions.iters = QatPartialOptions.temporal_iters = ITERATIONS  # its lengths where --iters is that
     torch.set_num_threads(1)
     calibrated, directory = sys.argv[1], Path(sys.argv[2])
     settings = RunSettings(quiet=True, device="cpu")
     found: dict[str, Any] = {}
     for method, more in (
-        ("bkd", {"blocks": "mid_block.resnets.0", "refine_iters": 2, "correct_noise": False}),
+        ("bkd", {"blocks": "mid_block.resnets.0", "refine_iters": ITERATIONS, "correct_noise": False}),
         ("qat-partial", {}),
     ):
         counts.clear()
         made = str(directory / f"{method}.safetensors")
-        distill(DistillOptions(calibrated, made, iters=2, batch_size=4, method=method, **more), settings)
+        distill(DistillOptions(calibrated, made, iters=ITERATIONS, batch_size=4, method=method, **more), settings)
         found[method] = {"iterations": len(counts), "waits": dict(sum(counts, Counter()))}
     print(json.dumps(found))
 

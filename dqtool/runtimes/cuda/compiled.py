@@ -71,7 +71,8 @@ def compiled_for(capability: int) -> Iterator[list[Compiled]]:
         return launch
 
     before: Any = JITFunction.__getitem__
-    before_driver: Any = driver._active  # None before the first use: asking for it would look for a GPU
+    # None before the first use: asking for `active` would look for a GPU. Triton 3.4 has no `_active`, and does not look.
+    before_driver: Any = driver._active if hasattr(driver, "_active") else driver.active
     JITFunction.__getitem__ = getitem
     driver.set_active(_Driver(capability))
     try:

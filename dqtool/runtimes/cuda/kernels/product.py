@@ -13,8 +13,11 @@ from dqtool.runtimes.cuda.kernels.arithmetic import activate, codes_of, multipli
 
 __all__ = ["product_kernel"]
 
+constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr_function
+"""Decorator of functions that the compiler calls. Triton 3.4 has it in its language alone, later ones not there."""
 
-@triton.constexpr_function
+
+@constexpr_function
 def unpacking(widths, half):
     """Return machine instructions that unpack four codes at once from bytes of planes of these `widths`, minus zero points.
 
@@ -40,7 +43,7 @@ def unpacking(widths, half):
     return "{ " + " ".join(lines) + " }"
 
 
-@triton.constexpr_function
+@constexpr_function
 def operands(planes, shifts):
     """Return the constraints of `unpacking`: a register for four bytes, four for a shift that is the same for all."""
     return ",".join(["=r", *["r"] * (planes + 1 + 4 * shifts)])
