@@ -14,13 +14,15 @@ from dqtool.artifacts.reading import read_text_file
 from dqtool.errors import DqtoolError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
-    from yaml.nodes import Node
+    from yaml.nodes import Node, ScalarNode
 
 __all__ = ["compose", "convert", "entries", "items", "listed", "nearest", "plain_value", "read_text", "text_of"]
 
 _NULL = "tag:yaml.org,2002:null"
 _BOOL = "tag:yaml.org,2002:bool"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_TEXT = "tag:yaml.org,2002:str"
+_NO_TEXT = ("true", "false")
 _BYTES = 64 << 10
 _NODES = 20_000
 _DEPTH = 32
@@ -122,14 +124,9 @@ def convert(node: Node, kind: type, where: str, name: str) -> Any:
         return [text_of(item, where, name, "a list of texts") for item in items]
     if kind not in (bool, int, float):
         return text_of(node, where, name)
-    value = _scalar(node) if isinstance(node, yaml.ScalarNode) else None
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is float and isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4, without a point, as text
-        except ValueError:
-            value = None
+    value = None
+    if isinstance(node, yaml.ScalarNode):
+        value = _scalar(node) if kind is bool else _number(node, kind)
     if type(value) is not kind:
         raise _mismatch(node, where, name, _WORDS[kind])
     return value
@@ -159,6 +156,19 @@ def _scalar(node: Node) -> Any:
         return yaml.SafeLoader("").construct_object(node)
     except Exception:  # PyYAML's constructors raise whatever Python does on a wrong text: IndexError for an empty !!int
         return None
+
+
+def _number(node: ScalarNode, kind: type) -> Any:
+    """Return a scalar as the command line reads an int or float (`kind`), else as YAML does; None if neither can.
+
+    YAML 1.1 reads 010 as 8, and 1e-4, without a point, as text.
+    """
+    if node.tag not in (*_NUMBERS, _TEXT) or len(node.value) > _NUMBER_LENGTH:
+        return None
+    try:
+        return kind(node.value)
+    except ValueError:
+        return _scalar(node)  # .inf, 0x10
 
 
 def _check_events(events: Iterable[Any], given: str) -> None:
@@ -202,23 +212,28 @@ def _count(node: Node, given: str, known: dict[int, int]) -> int:
 
 
 def text_of(node: Node, where: str, name: str, wanted: str = "a text") -> str:
-    """Return a scalar as it is written: `8`, `4/4` and `cuda:0` are texts where the command expects text.
+    """Return a scalar as it is written: `8`, `4/4`, `off` and `cuda:0` are texts where the command expects text.
+
+    YAML 1.1 has on, off, yes and no for booleans, and commands have them for choices.
 
     Raises:
-        UsageError: the node is not a scalar, or is null or a boolean.
+        UsageError: the node is not a scalar, or is null, true or false.
     """
     import yaml
 
-    if not isinstance(node, yaml.ScalarNode) or node.tag in (_NULL, _BOOL):
+    if not isinstance(node, yaml.ScalarNode):
         raise _mismatch(node, where, name, wanted)
+    if node.tag == _NULL or (node.tag == _BOOL and node.value.lower() in _NO_TEXT):
+        fix = "Leave it out, or put it into quotes if it is meant as a word" if node.value else None
+        raise _mismatch(node, where, name, wanted, fix)
     return str(node.value)
 
 
-def _mismatch(node: Node, where: str, name: str, wanted: str) -> UsageError:
+def _mismatch(node: Node, where: str, name: str, wanted: str, fix: str | None = None) -> UsageError:
     found = repr(node.value) if isinstance(node.value, str) and node.value else "nothing"
     if not isinstance(node.value, str):
         found = "a list or mapping"
-    return UsageError(f"{name} needs {wanted}, and {found} is given", where=where)
+    return UsageError(f"{name} needs {wanted}, and {found} is given", where=where, fix=fix)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -140,11 +140,16 @@ def test_faults_have_a_line(load: Load, text: str, what: str, where: str):
         ("calibrate", "steps: [1]", "a whole number, and a list"),
         ("calibrate", "steps: !!int x", "a whole number"),
         ("calibrate", "steps: !mine 3", "a whole number"),
+        ("calibrate", "steps: !!int [1]", "a whole number"),
         ("calibrate", "eta: high", "a number"),
         ("calibrate", "eta: false", "a number"),
         ("dilate", "fold: 1", "true or false"),
         ("dilate", "scaling: true", "a text"),
-        ("dilate", "scaling: null", "a text"),
+        ("dilate", "scaling: null", "a text, and 'null' is given"),
+        ("dilate", "scaling: ~", "a text, and '~' is given"),
+        ("dilate", "scaling:", "a text, and nothing is given"),
+        ("calibrate", "steps: 1e3", "a whole number, and '1e3' is given"),
+        ("calibrate", "eta: 1:30", "a number, and '1:30' is given"),
         ("distill", "bits: [4, 4]", "a text"),
         ("distill", "keep: {a: 4/4}", "a list of texts"),
         ("distill", "keep: [[a]]", "a list of texts"),
@@ -163,12 +168,28 @@ def test_values_of_another_type_have_a_line(load: Load, stage: str, line: str, w
         ("dilate", "fold: off", False),
         ("calibrate", "eta: 1", 1.0),
         ("calibrate", "seed: -3", -3),
+        ("dilate", "scaling: off", "off"),
+        ("dilate", "scaling: On", "On"),
+        ("dilate", "scaling: 'null'", "null"),
+        ("dilate", "scaling: 'true'", "true"),
+        ("dilate", "scaling: 010", "010"),
+        ("eval", "metrics: no", "no"),
+        ("distill", "keep: [yes, 'no']", ["yes", "no"]),
+        ("dilate", "fold: yes", True),
+        ("calibrate", "seed: 010", 10),
+        ("calibrate", "eta: 1e3", 1000.0),
+        ("calibrate", "eta: 010", 10.0),
+        ("calibrate", "eta: .inf", float("inf")),
+        ("calibrate", "seed: 0x10", 16),
         ("distill", "keep: a=4/4", ["a=4/4"]),
         ("eval", "metrics: fd,is", "fd,is"),
     ],
 )
 def test_values_are_read_as_the_command_line_would(load: Load, stage: str, line: str, value: Any):
     ((_, options),) = load(with_option(stage, line)).stages
+    assert list(options.values()) == [value]
+    key, _, written = line.partition(": ")
+    ((_, options),) = load(f"model: m\nstages: {{{stage}: {{}}}}\n", [f"{stage}.{key}={written}"]).stages
     assert list(options.values()) == [value]
 
 

@@ -20,6 +20,8 @@ BRANCH_COST = 16 * 32
 WORK_TOGETHER, GPU_WORK_TOGETHER = 64 * 10**9, 4 * 10**12
 """Multiply-accumulates of the samples that run together on a CPU and elsewhere: large networks gain nothing from more and need
 memory for it. On a GPU, a dozen samples of Stable Diffusion keep it busy."""
+BLOCKS = 8
+"""Blocks that share a network's work, roughly: so many more samples run together through one block at a time."""
 
 
 def samples_together(layers: Iterable[LayerRecord], most: int, device: str = "cpu") -> int:
@@ -31,6 +33,11 @@ def together_for(work: int, most: int, device: str) -> int:
     """Return `samples_together` of a network of `work` multiply-accumulates."""
     work = work or 1
     return max(1, min(most, (WORK_TOGETHER if device == "cpu" else GPU_WORK_TOGETHER) // work))
+
+
+def replayed_together(work: int, most: int, device: str) -> int:
+    """Return how many samples run together through one block at a time of a network of `work` multiply-accumulates."""
+    return together_for(work // BLOCKS, most, device)
 
 
 def bops(layers: Iterable[LayerRecord]) -> int:

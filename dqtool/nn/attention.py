@@ -86,7 +86,9 @@ class QuantAttnProcessor:
         scores = self.scores(attn, query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if mask is not None:
             scores = scores + mask
-        return self.weigh(attn, scores.softmax(-1), value).transpose(1, 2).flatten(2).to(query.dtype)
+        probs = scores.softmax(-1)
+        del scores  # takes the memory of `probs` once more
+        return self.weigh(attn, probs, value).transpose(1, 2).flatten(2).to(query.dtype)
 
     def scale_of(self, attn: Any) -> float | None:
         """Return the factor of the scores that a module states; None for `D ** -0.5`."""

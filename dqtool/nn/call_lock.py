@@ -119,14 +119,19 @@ class CallLock:
         return CallLock, ()
 
 
-def one_call_at_a_time(
-    network: nn.Module, around: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> nn.Module:
-    """Serialize calls of `network`, hooks included, across threads, and run each in a context that `around` makes.
+def _plainly(_network: nn.Module) -> AbstractContextManager[None]:
+    """Return a context that changes nothing."""
+    return nullcontext()
 
-    Modifies `network` in place and returns it.
+
+def one_call_at_a_time(
+    network: nn.Module, around: Callable[[nn.Module], AbstractContextManager[None]] = _plainly
+) -> nn.Module:
+    """Serialize calls of `network`, hooks included, across threads, and run each in the context `around(network)`.
+
+    Modifies `network` in place and returns it. A network that has a lock keeps it: it may change its form within a call.
     """
-    network.__dict__["_dqtool_lock"] = CallLock()
+    network.__dict__.setdefault("_dqtool_lock", CallLock())
     network.__dict__[AROUND] = around
     give(network, "_call_impl", _locked_call)
     return network
@@ -135,5 +140,5 @@ def one_call_at_a_time(
 def _locked_call(network: Any, *args: Any, **kwargs: Any) -> Any:
     if is_compiling():  # a compiled graph has its own step and can't hold a lock
         return type(network)._call_impl(network, *args, **kwargs)
-    with network.__dict__["_dqtool_lock"], network.__dict__[AROUND]():
+    with network.__dict__["_dqtool_lock"], network.__dict__.get(AROUND, _plainly)(network):
         return type(network)._call_impl(network, *args, **kwargs)

@@ -23,7 +23,7 @@ from dqtool.nn.attention import OPERANDS, QuantAttnProcessor
 from dqtool.nn.processors import lend_processor
 from dqtool.nn.steps import StepIndex
 
-__all__ = ["BINS", "channel_ranges", "collect", "initial_tables"]
+__all__ = ["BINS", "channel_ranges", "collect", "initial_tables", "occurrences"]
 
 BINS = 512
 """Bins of a histogram, which spans the step's own range."""
@@ -66,7 +66,7 @@ class _Recorder:
         for part in rows.split(max(1, PIECE // len(rows)), 1):
             bins = ((part - lo[:, None]) / width[:, None]).to(torch.int32).clamp_(0, BINS - 1)
             bins += first
-            counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view(len(rows), BINS)
+            counts += occurrences(bins.flatten(), counts.numel()).view(len(rows), BINS)
 
     def see_channels(self, name: str, x: Tensor, channel_dim: int) -> None:
         """Record the range `[2, C]` of each in-channel of a layer's undivided input at this step."""
@@ -74,6 +74,18 @@ class _Recorder:
         new = torch.stack([x.amin(dims), x.amax(dims)])
         old = self.channels.get(name, new)
         self.channels[name] = torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
+
+
+def occurrences(values: Tensor, size: int, on_cpu: bool | None = None) -> Tensor:
+    """Return how often each of the integers 0 to `size - 1` is among `values` `[n]` int32, as int64 `[size]`.
+
+    `on_cpu` chooses the form, by default that of the device. PyTorch's `bincount` is the faster one on a CPU, and makes the
+    host wait for a GPU, which it asks for the largest value.
+    """
+    if values.device.type == "cpu" if on_cpu is None else on_cpu:
+        return torch.bincount(values, minlength=size)
+    found = torch.zeros(size, dtype=torch.int64, device=values.device)
+    return found.index_add_(0, values, torch.ones_like(values, dtype=torch.int64))
 
 
 class _ObservingProcessor(QuantAttnProcessor):
@@ -85,7 +97,8 @@ class _ObservingProcessor(QuantAttnProcessor):
 
     def quantize(self, attn: nn.Module, name: str, x: Tensor) -> Tensor:
         """Record `x` and return it unchanged."""
-        self.recorder.see(f"{self.name}.{name}", x.transpose(0, 1).flatten(1))
+        for sample in x:  # without a copy of all probabilities
+            self.recorder.see(f"{self.name}.{name}", sample.flatten(1))
         return x
 
 

@@ -38,7 +38,8 @@ CORRECT_IMAGES = 64
 """Images that `--correct-noise` fits the prediction tables on."""
 
 TOGETHER = 256
-"""Samples that run together where a block's inputs and outputs are computed, as long as memory does not run out."""
+"""Samples that run together where a block's inputs and outputs are computed, as long as the network is small and memory does not
+run out."""
 SAMPLED_TOGETHER = 64
 """Inputs that a network gets at once where it samples, as long as it is small and memory does not run out."""
 LOW_MEMORY_BLOCK, LOW_MEMORY_NETWORK = 40, 8
@@ -165,7 +166,7 @@ def produce(
     import torch
 
     from dqtool.core.allocator import return_freed_memory
-    from dqtool.core.cost import samples_together
+    from dqtool.core.cost import replayed_together, samples_together
     from dqtool.core.device import device_of, peak_bytes, restart_peak, to_cpu
     from dqtool.core.memory import MemoryMeter, resident
     from dqtool.models.networks.checked_artifacts import checked_tensors
@@ -206,6 +207,7 @@ def produce(
     sampling = manifest.sampling
     assert sampling is not None
     trace = trace_of(manifest)
+    replayed = replayed_together(sum(layer.macs for layer in manifest.layers), TOGETHER, device_of(student).type)
     task = DistillationTask(
         family=family,
         teacher=teacher_of(manifest, tensors),
@@ -220,7 +222,7 @@ def produce(
         repair_iters=repair_iters_of(options),
         shifts=shifts,
         cache_bytes=0 if options.low_memory or together < TOGETHER else options.cache_memory << 20,
-        replay_batch=min(together, LOW_MEMORY_BLOCK if options.low_memory else TOGETHER),
+        replay_batch=min(together, LOW_MEMORY_BLOCK if options.low_memory else TOGETHER, replayed),
         network_batch=network_batch_of(options, together),
         sampled_together=samples_together(manifest.layers, SAMPLED_TOGETHER, device_of(student).type),
         strict=options.strict,

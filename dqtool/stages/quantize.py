@@ -18,7 +18,7 @@ from dqtool.errors import DqtoolError, UsageError
 from dqtool.metrics import value_of
 from dqtool.stages.options.calibrate import CalibrateOptions
 from dqtool.stages.options.quantize import stage_values
-from dqtool.stages.planning.plan import GENERIC, plan_steps
+from dqtool.stages.planning.plan import plan_steps
 from dqtool.stages.registry import chained_stages, default_output, make_options
 from dqtool.stages.run import Step, run_steps, stage_named_in_errors
 from dqtool.stages.shared.settings import RunSettings
@@ -71,7 +71,7 @@ def plan(options: Any, settings: RunSettings) -> dict[str, Any]:
     }
     if options.effort == "default" and (shorter := _shorter(options, dict(steps))):
         found["effort"] = f"{shorter}, since the network is too large for more on a CPU (--effort best takes all)"
-    if options.family != GENERIC and not all(stage["cached"] for stage in stages):
+    if not all(stage["cached"] for stage in stages):
         from dqtool.stages.planning.estimate import estimate
 
         cached = {stage["stage"] for stage in stages} - {stage["stage"] for stage in stages if not stage["cached"]}
@@ -188,12 +188,16 @@ def _fitting_values(options: Any, stage: str, device: str) -> dict[str, Any]:
     """Return fewer samples and iterations than usual for a network that is too large for them on a CPU; nothing for others."""
     from dqtool.core.device import resolve_device
     from dqtool.stages.planning.estimate import network_size
+    from dqtool.stages.planning.network import PlannedNetwork
     from dqtool.stages.planning.training import Training, samples_that_fit, training_that_fits
     from dqtool.training.options import BkdOptions
 
-    if resolve_device(device).type != "cpu" or options.family == GENERIC:
+    if resolve_device(device).type != "cpu":
         return {}
-    macs, _layers = network_size(_source(options))
+    size = network_size(PlannedNetwork.of(_dilate_options(options)))
+    if size is None:
+        return {}
+    macs, _layers = size
     if stage == "calibrate":
         usual_samples = CalibrateOptions.samples
         fitting_samples = samples_that_fit(macs, usual_samples, _least_samples(options))
@@ -239,9 +243,14 @@ def _steps(options: Any) -> int:
 
 
 def _source(options: Any) -> ModelSource:
-    model = options.apply_to or options.model
-    source: ModelSource = make_options("dilate", stage_values(options, "dilate") | {"model": model}).source()
+    source: ModelSource = _dilate_options(options).source()
     return source
+
+
+def _dilate_options(options: Any) -> Any:
+    """Return the options of `dilate` for the model that is quantized."""
+    model = options.apply_to or options.model
+    return make_options("dilate", stage_values(options, "dilate") | {"model": model})
 
 
 def _show(planned: Mapping[str, Any]) -> None:

@@ -23,9 +23,6 @@ __all__ = ["Step", "run", "run_steps", "stage_named_in_errors", "steps_of_recipe
 Step = tuple[str, dict[str, Any]]
 """A stage and its options by field name."""
 
-PLACED = ("output", "grid")
-"""Options that name a file to write: a bare name is put into the run's directory, any other path is taken as it is."""
-
 
 def run(path: str, overrides: Sequence[str], settings: RunSettings, directory: str | None = None) -> str:
     """Run a recipe in `directory` (`results/NAME` when None), which is made; returns the last artifact's path.
@@ -106,8 +103,8 @@ def steps_of_recipe(path: str, overrides: Sequence[str], directory: str | None =
     for name, given in recipe.stages:
         values = preset.get(name, {}) | {option.replace("-", "_"): value for option, value in given.items()}
         values.setdefault("output", default_output(name))
-        for key in PLACED:
-            if key in values and not os.path.dirname(values[key].rstrip("/")):
+        for key in WRITTEN & values.keys():  # a bare name is in the run's directory; other paths are taken as they are
+            if not os.path.dirname(values[key].rstrip("/")):
                 values[key] = os.path.join(work, values[key])
         values["model" if name == "dilate" else "artifact"] = previous
         if name == "eval" and recipe.stages[0][0] == "dilate":

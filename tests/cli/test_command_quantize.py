@@ -111,13 +111,22 @@ def test_a_network_whose_pipeline_is_named(tmp_path: Path, run: Run) -> None:
 
 
 def test_a_network_of_the_generic_family(tmp_path: Path, run: Run) -> None:
+    """Its plan has the size and the estimates of the same network with its adapter."""
     tiny_pipeline(tmp_path / "tiny")
-    words = ("quantize", "tiny", "--family", "generic", "--random-conditions", "--steps", "2", "--samples", "4")
-    plan = run(*words, "--dry-run", "--json", cwd=tmp_path)
-    assert plan.returncode == 0, plan.stderr
-    assert "estimate" not in load_json(plan.stdout)
+    plans = []
+    for family in ((), ("--family", "generic", "--random-conditions")):
+        words = ("quantize", "tiny", *family, "--steps", "2", "--samples", "4")
+        result = run(*words, "--dry-run", "--json", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        plans.append(load_json(result.stdout))
+    known, generic = plans
+    assert set(generic["estimate"]) == {"time", "memory", "gpus", "disk"}
+    assert generic["estimate"]["disk"] == known["estimate"]["disk"]
+    works = [next(s["work"] for s in plan["stages"] if s["stage"] == "distill") for plan in plans]
+    assert works[1]["macs"] == works[0]["macs"] > 0
     result = run(*words, "--effort", "fast", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "exported\n"), result.stderr
+    assert "time: about" in result.stderr
 
 
 def test_no_stage_receives_an_option_that_it_refuses() -> None:

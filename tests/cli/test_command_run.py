@@ -9,8 +9,11 @@ import pytest
 from conftest import Run
 from helpers import listing, load_json
 
+from dqtool.errors import UsageError
 from dqtool.recipe import load_recipe
 from dqtool.stages.registry import chained_stages, option_types
+from dqtool.stages.run import steps_of_recipe
+from dqtool.stages.shared.paths import WRITTEN
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 RECIPE = """\
@@ -109,6 +112,36 @@ def test_a_bad_option_of_a_late_stage_is_refused_before_the_first_runs(run: Run,
         assert f"{setting.split('.')[0]}: " in result.stderr
         assert problem in result.stderr
     assert listing(chain) == before
+
+
+def options_of_eval(line: str, *overrides: str) -> dict[str, object]:
+    """Options of the stage `eval` of a recipe in the working directory."""
+    Path("words.yaml").write_text(f"model: tiny\nstages:\n  eval: {{{line}}}\n")
+    ((_, options),) = steps_of_recipe("words.yaml", overrides)[1]
+    return options
+
+
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_choices_that_yaml_takes_for_booleans_are_words(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert options_of_eval(f"correction: {word}")["correction"] == word
+    assert options_of_eval("", f"eval.correction={word}")["correction"] == word
+    with pytest.raises(UsageError, match="correction needs a text, and 'false' is given.*quotes"):
+        options_of_eval("correction: false")
+
+
+@pytest.mark.parametrize("option", sorted(WRITTEN))
+def test_a_bare_name_of_a_file_to_write_is_in_the_directory_of_the_run(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = option.replace("_", "-")
+    assert options_of_eval(f"{name}: a.out")[option] == "results/words/a.out"
+    assert options_of_eval("", f"eval.{name}=a.out")[option] == "results/words/a.out"
+    for path in ("./a.out", "other/a.out", "/tmp/a.out"):
+        assert options_of_eval(f"{name}: {path}")[option] == path
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

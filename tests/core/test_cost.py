@@ -12,7 +12,7 @@ from safetensors.torch import save, save_file
 
 from dqtool.artifacts.header import DTYPES, TORCH_DTYPES
 from dqtool.artifacts.records import LayerRecord
-from dqtool.core.cost import bops, bops_ratio, file_bytes, float_bops, samples_together, size_ratio
+from dqtool.core.cost import bops, bops_ratio, file_bytes, float_bops, replayed_together, samples_together, size_ratio
 
 
 def described(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -97,3 +97,7 @@ def test_large_networks_run_few_samples_together() -> None:
     assert samples_together(large, 64) == 1
     assert samples_together(large, 64, "cuda") == 11
     assert samples_together([], 64) == 64
+    assert replayed_together(2 * 10**9, 256, "cpu") == 256
+    assert replayed_together(8_850_000_000, 256, "cpu") == 57  # 128x128 pixels, where 256 samples took 19 GB
+    assert replayed_together(8_850_000_000, 256, "cuda") == 256
+    assert replayed_together(400 * 10**9, 256, "cpu") == 1

@@ -36,8 +36,11 @@ def test_samples_of_large_networks(macs: int, samples: int) -> None:
     assert samples_that_fit(macs, 5120, 256, 14 * 10**12) == samples
 
 
+@pytest.mark.parametrize("family", [None, "generic"])
 @pytest.mark.parametrize(("device", "lowered"), [("cpu", True), ("cuda", False)])
-def test_only_the_cpu_takes_less(monkeypatch: pytest.MonkeyPatch, device: str, lowered: bool) -> None:
+def test_only_the_cpu_takes_less(
+    monkeypatch: pytest.MonkeyPatch, device: str, lowered: bool, family: str | None
+) -> None:
     import torch
 
     from dqtool.core import device as devices
@@ -45,7 +48,7 @@ def test_only_the_cpu_takes_less(monkeypatch: pytest.MonkeyPatch, device: str, l
 
     monkeypatch.setattr(estimate, "network_size", lambda _source: (8_846_954_496, 337))
     monkeypatch.setattr(devices, "resolve_device", lambda text: torch.device(text))
-    options = QuantizeOptions(model="zoo:digits-ddpm", output="out")
+    options = QuantizeOptions(model="zoo:digits-ddpm", output="out", family=family)
     steps = dict(quantize.steps_of(options, device))
     training = {key: steps["distill"].get(key) for key in ("iters", "refine_iters", "batch_size")}
     assert training == (

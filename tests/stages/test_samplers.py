@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import dit_pipeline
+from families import dit_pipeline, text_pipeline
 from helpers import tiny_pipeline
 
 from dqtool.artifacts import open_artifact
@@ -84,6 +84,17 @@ def test_ancestral_sampling_with_a_learned_variance(tmp_path: Path) -> None:
     assert found["scheduler"]["variance_type"] == "learned_range"
     assert found["figures"]["missed_timesteps"] == []
     assert found["figures"]["psnr"]["mean"] > 15
+
+
+def test_flux_is_calibrated_at_listed_timesteps(tmp_path: Path) -> None:
+    """Its schedule is shifted by the number of tokens, and a list replaces the shifted timesteps."""
+    at = dilate(DilateOptions(str(text_pipeline("flux", tmp_path / "model")), str(tmp_path / "d"), scaling="wd"), QUIET)
+    options = CalibrateOptions(at, str(tmp_path / "c"), scaling="keep", samples=6, timesteps="1000,600,200")
+    found = open_artifact(calibrate(options, QUIET))
+    assert found.manifest.sampling.as_read["timesteps"] == [1000.0, 600.0, 200.0]
+    assert found.tensors()["timesteps"].tolist() == pytest.approx([1.0, 0.6, 0.2])
+    with pytest.raises(UsageError, match="stays noisy"):
+        calibrate(CalibrateOptions(at, str(tmp_path / "c"), samples=8, steps=4, spacing="quad"), QUIET)
 
 
 def test_what_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:

@@ -318,21 +318,17 @@ class Sampler:
         scheduler = copy.deepcopy(self.scheduler)
         if self.listed is not None:
             return set_listed(scheduler, self.listed)
-        if not type(scheduler).__name__.startswith("FlowMatch"):
-            try:
-                scheduler.set_timesteps(self.steps)
-            except ValueError as e:
-                raise UsageError(
-                    f"{type(scheduler).__name__} can't take {self.steps} steps: {e}", where="--steps"
-                ) from e
-            return scheduler
         config = scheduler.config
         given: dict[str, Any] = {}
         if config.get("use_dynamic_shifting"):
             given["mu"] = _shift(config, self.tokens)
-        if self._time.linear_sigmas and not config.get("use_flow_sigmas"):
+        flow = type(scheduler).__name__.startswith("FlowMatch")
+        if flow and self._time.linear_sigmas and not config.get("use_flow_sigmas"):
             given["sigmas"] = [1 - i * (1 - 1 / self.steps) / max(1, self.steps - 1) for i in range(self.steps)]
-        scheduler.set_timesteps(self.steps, **given)
+        try:
+            scheduler.set_timesteps(self.steps, **given)
+        except ValueError as e:
+            raise UsageError(f"{type(scheduler).__name__} can't take {self.steps} steps: {e}", where="--steps") from e
         return scheduler
 
     def _given(self, timestep: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from dqtool.artifacts.jsonvalues import ForeignConfig
@@ -46,6 +47,19 @@ BARE_COMPONENT = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "
 QUADRATIC = "quad"
 SPACINGS = ("leading", "trailing", "linspace", QUADRATIC)
 """Timestep spacings: diffusers' own three, and the quadratic one of the DDIM reference code."""
+
+LISTED = "--spacing quad, --timesteps"
+"""Options that list timesteps, as errors name them."""
+
+UNSHIFTED = {
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+"""Entries of a flow scheduler's config that leave given noise levels as they are."""
 
 QUADRATIC_SPAN = 0.8
 """Share of the training steps that the quadratic spacing covers."""
@@ -102,7 +116,18 @@ class SchedulerChoices:
         return found
 
     def listed(self, scheduler: Any, steps: int) -> tuple[float, ...] | None:
-        """Return the explicit timesteps in descending order; None where the scheduler spaces them itself."""
+        """Return the explicit timesteps in descending order; None where the scheduler spaces them itself.
+
+        Raises:
+            UsageError: the spacing is quadratic, and there are fewer than two steps or the schedule is of flow matching.
+        """
+        if self.spacing == QUADRATIC and is_flow(_config(scheduler)):
+            raise UsageError(
+                "The quadratic spacing begins at 80 % of the steps, where samples of flow matching are a fifth image: a "
+                "sample that begins there as pure noise stays noisy",
+                where="--spacing quad",
+                fix="Leave it out, or list timesteps with --timesteps",
+            )
         if self.spacing == QUADRATIC:
             return quadratic_timesteps(int(scheduler.config.num_train_timesteps), steps)
         return self.timesteps
@@ -147,7 +172,7 @@ def make_sampler(config: ForeignConfig | None, name: str | None = None, choices:
                 where="--sampler",
                 fix="Leave it out, or choose euler",
             )
-        class_name = own if own.startswith("FlowMatch") else FLOW
+        class_name = FLOW
     diffusers_class(own, "SchedulerMixin", f"{CONFIG}, key _class_name")
     if class_name != own:
         if not is_flow(config) and "beta_start" not in _parameters(own):
@@ -159,6 +184,8 @@ def make_sampler(config: ForeignConfig | None, name: str | None = None, choices:
         config = {k: v for k, v in config.items() if k not in ("_class_name", "_use_default_values")}
         if name == "plms":
             config["skip_prk_steps"] = True
+        if class_name == FLOW and "flow_shift" in config:  # the same number under another key
+            config["shift"] = config["flow_shift"]
     cls = diffusers_class(class_name, "SchedulerMixin", f"{CONFIG}, key _class_name")
     config |= {} if choices is None else choices.config(class_name)
     check_scheduler_config(cls, config, CONFIG)
@@ -183,24 +210,53 @@ def set_listed(scheduler: Any, timesteps: Sequence[float]) -> Any:
     Raises:
         UsageError: schedulers of this class take no list of timesteps, or reject this list.
     """
-    if type(scheduler).__name__ == "DDIMScheduler":
+    name = type(scheduler).__name__
+    if name == "DDIMScheduler":
         from dqtool.models.sampling.listed_ddim import ListedDDIMScheduler
 
         scheduler = ListedDDIMScheduler.from_config(scheduler.config)
-    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+    flow = is_flow(_config(scheduler))
+    # Other schedulers with flow sigmas take the length of a list, and ignore its values.
+    takes_list = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    if not takes_list or (flow and not name.startswith("FlowMatch")):
+        others = "euler" if flow else "ddim, ddpm, euler, lcm"
         raise UsageError(
-            f"{type(scheduler).__name__} takes no list of timesteps",
-            where="--spacing quad, --timesteps",
-            fix="Choose another --sampler (ddim, ddpm, euler, lcm), or leave it out",
+            f"{name} takes no list of timesteps",
+            where=LISTED,
+            fix=f"Choose another --sampler ({others}), or leave it out",
         )
+    if flow:
+        return _set_levels(scheduler, timesteps)
     whole = all(float(t).is_integer() for t in timesteps)
     try:
         scheduler.set_timesteps(timesteps=[int(t) for t in timesteps] if whole else list(timesteps))
     except (ValueError, TypeError, IndexError) as e:
-        raise UsageError(
-            f"{type(scheduler).__name__} refuses these timesteps: {e}", where="--spacing quad, --timesteps"
-        ) from e
+        raise UsageError(f"{name} refuses these timesteps: {e}", where=LISTED) from e
     return scheduler
+
+
+def _set_levels(scheduler: Any, timesteps: Sequence[float]) -> Any:
+    """Return a flow scheduler like this one whose step at timestep t of T has the noise level t / T, as in training.
+
+    Given a list, diffusers would shift the levels by the model's shift and leave the timesteps as they are.
+
+    Raises:
+        UsageError: the levels don't fall, or lie outside of the schedule.
+    """
+    last = scheduler.config.num_train_timesteps
+    inverted = bool(scheduler.config.get("invert_sigmas"))
+    levels = [1 - t / last if inverted else t / last for t in timesteps]
+    if not 0 < levels[-1] <= levels[0] <= 1 or any(not after < before for before, after in pairwise(levels)):
+        needed = f"rise from at least 0 to below {last}" if inverted else f"fall from at most {last} to above 0"
+        raise UsageError(f"{type(scheduler).__name__} refuses these timesteps: they must {needed}", where=LISTED)
+    result = type(scheduler).from_config(scheduler.config, **UNSHIFTED)
+    result.set_timesteps(sigmas=levels, timesteps=list(timesteps))
+    return result
+
+
+def _config(scheduler: Any) -> ForeignConfig:
+    """Return a scheduler's config with its class."""
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def _parameters(class_name: str) -> ForeignConfig:

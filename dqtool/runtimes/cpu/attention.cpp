@@ -16,7 +16,7 @@ EXPORT void dq_attention(const float* q, const i64* q_strides, const float* k, c
   std::vector<int32_t> starts(N * H * (Sc + Dc));
   const float *tq = tables, *tk = tables + 3 * H, *tv = tables + 6 * H, *tp = tables + 9 * H;
   i64 k_blocks = (Sc + BLOCK - 1) / BLOCK, v_blocks = (Dc + BLOCK - 1) / BLOCK, per_head = k_blocks + v_blocks;
-  parallel_for(N * H * per_head, even_pieces(N * H * per_head), Sk * D * N * H > 16384, [&](i64 i) {
+  parallel_for(N * H * per_head, EVEN, Sk * D * N * H > 16384, [&](i64 i) {
     i64 nh = i / per_head, n = nh / H, h = nh % H, blk = i % per_head;
     int8_t* dst = packed.get() + nh * (k_bytes + v_bytes);
     int32_t* start = starts.data() + nh * (Sc + Dc);

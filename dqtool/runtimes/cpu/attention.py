@@ -125,15 +125,14 @@ class IntegerAttnProcessor(QuantAttnProcessor):
         n, h, sq, d = query.shape
         sk = key.shape[2]
         scale = self.scale_of(attn) if scale is None else scale
-        if value.shape[3] != d:  # the kernels have one width
-            return super().attend(attn, query, key, value, mask, scale)
+        in_float = self.products is None or value.shape[3] != d  # the kernels have one width
         if is_compiling():
-            if self.products is None or not self.compiled:
+            if in_float or not self.compiled:
                 return super().attend(attn, query, key, value, mask, scale)
             operands = (query.float(), key.float(), value.float(), None if mask is None else mask.float())
             return ops.attention(*operands, *self._every_step(d, scale), self.current_step.rows).to(query.dtype)
         kernels = library.get()
-        if self.products is None or kernels is None:
+        if in_float or kernels is None:
             with float_threads(2 * n * h * sq * sk * d):
                 return super().attend(attn, query, key, value, mask, scale)
         tables, scores, result = self._tables(d, scale)

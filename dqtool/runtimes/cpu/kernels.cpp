@@ -146,7 +146,7 @@ void quantize_padded(const float* x, uint8_t* out, i64 N, i64 H, i64 W, i64 C, i
   H *= up, W *= up;
   i64 Hp = top + H + bottom, Wp = left + W + right;
   bool flat = Wp == W && Cp == C && a == nullptr && !per_channel && up == 1;
-  parallel_for(N * Hp, even_pieces(N * Hp), N * H * W * C > 16384, [&](i64 i) {
+  parallel_for(N * Hp, EVEN, N * H * W * C > 16384, [&](i64 i) {
     i64 n = i / Hp, y = i % Hp - top;
     uint8_t* row = out + i * Wp * Cp;
     if (y < 0 || y >= H) {
@@ -201,7 +201,7 @@ EXPORT void dq_group_norm_quantize(const float* x, uint8_t* out, i64 N, i64 H, i
   // Chunks do not depend on the number of threads, so that sums have the same bits with any.
   i64 per = std::max<i64>(1, (pixels + 16 * 32 - 1) / (16 * 32)) * 32, chunks = std::max<i64>(1, (pixels + per - 1) / per);
   std::vector<double> sums(N * chunks * 2 * C, 0.0);
-  parallel_for(N * chunks, 1, N * pixels * C > 16384, [&](i64 i) {
+  parallel_for(N * chunks, EVEN, N * pixels * C > 16384, [&](i64 i) {
     i64 n = i / chunks, from = (i % chunks) * per, to = std::min(pixels, from + per);
     double* sum = sums.data() + i * 2 * C;
     double* square = sum + C;
@@ -252,7 +252,7 @@ EXPORT void dq_layer_norm_quantize(const float* x, uint8_t* out, i64 N, i64 S, i
                                    const float* gamma, const float* beta, const float* extra_scale,
                                    const float* extra_shift, const float* m, int per_channel, float lo, float hi, int zp) {
   RowFn fn = row_fn(NONE, true, per_channel);
-  parallel_for(N * S, even_pieces(N * S), N * S * C > 16384, [&](i64 i) {
+  parallel_for(N * S, EVEN, N * S * C > 16384, [&](i64 i) {
     float* a = scratch_a.get<float>(2 * C);
     float* b = a + C;
     i64 n = i / S;
@@ -285,7 +285,7 @@ EXPORT void dq_layer_norm_quantize(const float* x, uint8_t* out, i64 N, i64 S, i
 // Quantizes GEGLU: from rows [M, 2 C] = (value, gate) to codes [M, Cp] of value * gelu(gate).
 EXPORT void dq_geglu_quantize(const float* x, uint8_t* out, i64 M, i64 C, i64 Cp, const float* m, int per_channel,
                               float lo, float hi, int zp) {
-  parallel_for(M, even_pieces(M), M * C > 16384, [&](i64 i) {
+  parallel_for(M, EVEN, M * C > 16384, [&](i64 i) {
     uint8_t* dst = out + i * Cp;
     geglu_row(x + i * 2 * C, x + (i * 2 + 1) * C, dst, C, m, per_channel, lo, hi, zp);
     for (i64 c = C; c < Cp; ++c) dst[c] = static_cast<uint8_t>(zp);

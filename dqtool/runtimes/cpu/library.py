@@ -64,7 +64,7 @@ _SIGNATURES = {
     "dq_rotate": [_P, _P, _L, _L, _F],
     "dq_on_tiles": [_L],
     "dq_use_mkl": [_P],
-    "dq_begin_step": [],
+    "dq_begin_step": [_P],
     "dq_end_step": [_I],
     "dq_float_threads": [_I],
 }

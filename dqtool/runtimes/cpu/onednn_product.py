@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class OnednnProduct(Product):
         """See `Product.multiply`."""
         if is_compiling():
             return self._traced(codes, then)
-        with float_threads(codes.data.numel() * self.weight_scale.numel()):
+        positions = codes.data.numel() // self.in_channels
+        with float_threads(positions * self.out_channels * self.in_channels // self.groups * prod(self.kernel)):
             return self._finish(self._product(codes, then), then)
 
     def _product(self, codes: Codes, then: Epilogue) -> Tensor:

@@ -155,7 +155,7 @@ void convolve(const uint8_t* in, const int8_t* w, const int32_t* sums, [[maybe_u
   std::unique_ptr<uint8_t[]> wide;
   if (bytes == 2) {
     wide.reset(new uint8_t[positions * Cp * 2]);
-    parallel_for(positions, even_pieces(positions), positions * Cp > 65536,
+    parallel_for(positions, EVEN, positions * Cp > 65536,
                  [&](i64 i) { widen_codes(in + i * Cp, Cp, wide.get() + i * Cp * 2); });
     in = wide.get();
     for (i64& tap : taps) tap *= 2;

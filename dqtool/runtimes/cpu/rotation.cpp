@@ -44,7 +44,7 @@ inline void rotate_group(const float* x, float* out, float factor) {
 
 // Rotates `count` groups of `size` floats (16, 32 or 64), which lie one after the other; `x` and `out` may be the same.
 EXPORT void dq_rotate(const float* x, float* out, i64 count, i64 size, float factor) {
-  parallel_for(count, even_pieces(count), count * size > 16384, [&](i64 i) {
+  parallel_for(count, EVEN, count * size > 16384, [&](i64 i) {
     const float* from = x + i * size;
     float* to = out + i * size;
     if (size == 16) rotate_group<16>(from, to, factor);

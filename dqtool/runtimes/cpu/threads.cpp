@@ -17,6 +17,7 @@
 #include <omp.h>
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -41,6 +42,9 @@ void wait_while(std::atomic<T>& value, T old) {
   value.wait(old);
 }
 
+thread_local int in_step = 0;  // threads for the crowded step that this thread computes; 0 outside of one
+std::atomic<int> crowded_steps{0};
+
 class Pool {
  public:
   // Calls work(context, from, to) for pieces of 0 .. count - 1 on the caller and up to `threads - 1` others. Returns false, with
@@ -51,9 +55,10 @@ class Pool {
     while (started_ < threads - 1 && start_one()) ++started_;
     work_ = work, context_ = context, count_ = count, piece_ = piece, helpers_ = threads - 1;
     next_ = 0;
+    joined_ = 0;
     open_ = true;
     ++announced_;
-    announced_.notify_all();
+    for (int i = 0; i < helpers_; ++i) announced_.notify_one();
     take_pieces();
     open_ = false;
     for (int inside = inside_; inside; inside = inside_) wait_while(inside_, inside);
@@ -63,21 +68,21 @@ class Pool {
  private:
   bool start_one() {
     try {
-      std::thread([this, index = started_] { help(index); }).detach();
+      std::thread([this] { help(); }).detach();
       return true;
     } catch (const std::system_error&) {  // the system allows no more threads: the caller does what they would
       return false;
     }
   }
 
-  void help(int index) {
+  void help() {
     use_all_processors();
     for (uint32_t seen = 0;;) {
       wait_while(announced_, seen);
       seen = announced_;
       // The caller closes the loop before it reads `inside_`, so that it either sees this thread or keeps it out.
       ++inside_;
-      if (open_ && index < helpers_) take_pieces();
+      if (open_ && joined_++ < helpers_) take_pieces();
       if (--inside_ == 0) inside_.notify_all();
     }
   }
@@ -87,10 +92,9 @@ class Pool {
       work_(context_, from, std::min(count_, from + piece_));
   }
 
-  // Undoes the binding to one processor that a thread inherits from its caller where OpenMP binds its own (OMP_PROC_BIND).
+  // Undoes what a thread inherits from its caller: the binding to one processor, by the program or by OpenMP (OMP_PROC_BIND).
   static void use_all_processors() {
 #if defined(__linux__)
-    if (!omp_get_num_places()) return;
     cpu_set_t all;
     CPU_ZERO(&all);
     for (int place = 0; place < omp_get_num_places(); ++place) {
@@ -99,7 +103,8 @@ class Pool {
       for (int i = 0; i < omp_get_place_num_procs(place); ++i)
         if (ids[i] < CPU_SETSIZE) CPU_SET(ids[i], &all);
     }
-    pthread_setaffinity_np(pthread_self(), sizeof(all), &all);
+    if (omp_get_num_places() || !sched_getaffinity(getpid(), sizeof(all), &all))
+      pthread_setaffinity_np(pthread_self(), sizeof(all), &all);
 #endif
   }
 
@@ -112,46 +117,43 @@ class Pool {
   alignas(64) std::atomic<i64> next_{0};
   alignas(64) std::atomic<uint32_t> announced_{0};
   std::atomic<bool> open_{false};
-  alignas(64) std::atomic<int> inside_{0};
+  alignas(64) std::atomic<int> inside_{0}, joined_{0};
 };
 
-// The process's pool. It lives until the process ends. A forked child, which has none of its threads, starts with a new one.
-Pool*& the_pool() {
-  static Pool* pool = [] {
-    pthread_atfork(nullptr, nullptr, [] { the_pool() = new Pool; });
-    return new Pool;
-  }();
-  return pool;
-}
-
-thread_local int in_step = 0;  // threads for the crowded step that this thread computes; 0 outside of one
+// The process's pool. It lives until the process ends. A forked child has none of its threads, and starts with a new one.
+Pool* pool = [] {
+  pthread_atfork(nullptr, nullptr, [] {
+    pool = new Pool;
+    crowded_steps = in_step ? 1 : 0;
+  });
+  return new Pool;
+}();
 
 // Threads that a kernel may use.
 inline int thread_count() { return in_step ? in_step : omp_get_max_threads(); }
 
+constexpr i64 EVEN = 0;  // length of the pieces of a loop whose items take equal time
+
 // Calls work(i) for i from 0 to count - 1, in any order, on several threads if `worthwhile`. A thread takes `piece` of them at once.
 template <class Work>
 void parallel_for(i64 count, i64 piece, bool worthwhile, Work&& work) {
-  const int threads = int(std::min<i64>(thread_count(), (count + piece - 1) / piece));
   auto take = [](void* context, i64 from, i64 to) {
     auto& each = *static_cast<std::remove_reference_t<Work>*>(context);
     for (i64 i = from; i < to; ++i) each(i);
   };
+  const i64 length = piece == EVEN ? std::max<i64>(1, count / (4 * i64(thread_count()))) : piece;
+  const int threads = int(std::min<i64>(thread_count(), (count + length - 1) / length));
   if (threads < 2 || !worthwhile) return take(&work, 0, count);
   if (in_step) {
-    if (!the_pool()->run(take, &work, count, piece, threads)) take(&work, 0, count);
-    return;
-  }
+    if (!pool->run(take, &work, count, length, threads)) take(&work, 0, count);
+  } else if (piece == EVEN) {
+#pragma omp parallel for schedule(static)
+    for (i64 i = 0; i < count; ++i) work(i);
+  } else {
 #pragma omp parallel for schedule(dynamic, 1)
-  for (i64 from = 0; from < count; from += piece) take(&work, from, std::min(count, from + piece));
+    for (i64 from = 0; from < count; from += piece) take(&work, from, std::min(count, from + piece));
+  }
 }
-
-// Length of the pieces of a loop whose items take equal time.
-inline i64 even_pieces(i64 count) { return std::max<i64>(1, count / (4 * i64(thread_count()))); }
-
-}  // namespace
-
-namespace {
 
 int (*set_mkl_threads)(int) = nullptr;  // `MKL_Set_Num_Threads_Local` of PyTorch's MKL, if it has one
 
@@ -164,18 +166,21 @@ void set_pytorch_threads(int threads) {
 
 EXPORT void dq_use_mkl(int (*set_threads)(int)) { set_mkl_threads = set_threads; }
 
-// Begins a crowded step: gives the pool to the kernels that this thread calls, and one thread to PyTorch's own loops. Returns the
-// number of threads that they had, for `dq_end_step`; 0 if one has begun.
-EXPORT int dq_begin_step() {
-  if (in_step) return 0;
-  in_step = omp_get_max_threads();
+// Begins a crowded step: gives the pool to the kernels that this thread calls, and one thread to PyTorch's own loops. Writes the
+// number of threads that they had, for `dq_end_step`. Writes 0 and does nothing within a crowded step, of any thread: two would
+// take each other's helpers.
+EXPORT void dq_begin_step(int* threads) {
+  int none = 0;
+  *threads = 0;
+  if (in_step || !crowded_steps.compare_exchange_strong(none, 1)) return;
+  *threads = in_step = omp_get_max_threads();
   set_pytorch_threads(1);
-  return in_step;
 }
 
 EXPORT void dq_end_step(int threads) {
   in_step = 0;
-  set_pytorch_threads(threads);
+  crowded_steps = 0;
+  if (omp_get_max_threads() == 1) set_pytorch_threads(threads);  // else the program has set it meanwhile
 }
 
 // Gives PyTorch's own loops `threads` threads within a crowded step; 0 stands for all.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from dqtool.runtimes.cpu import library
 
@@ -16,9 +19,9 @@ __all__ = ["float_threads", "step_threads"]
 
 SECONDS = 0.1
 """Seconds of steps after which the machine is judged again."""
-LOSSES = 50
-"""Times a second that a thread loses its processor to another program on a crowded machine. An endless loop on one of two cores
-takes it 70 to 150 times from each of two threads, the system's own work on a free machine 10 to 30 times."""
+LOSSES, OF_THREAD = 60, 20
+"""Times a second that the process loses a processor to other programs on a crowded machine: so many, and so many more for each
+thread. On two cores an endless loop takes one 140 to 300 times from two threads, the system's own work 20 to 60 times."""
 LARGE = 10**9
 """Multiply-accumulates of a product in float, tens of milliseconds on one thread, from which PyTorch's threads are worth their
 busy waiting on a crowded machine."""
@@ -37,7 +40,7 @@ class Machine:
         self.seconds += seconds
         self.losses += losses
         if self.seconds >= SECONDS:
-            self.crowded = self.losses > LOSSES * threads * self.seconds
+            self.crowded = self.losses > (LOSSES + OF_THREAD * threads) * self.seconds
             self.seconds, self.losses = 0.0, 0
 
 
@@ -45,20 +48,30 @@ _machine = Machine()
 
 
 @contextmanager
-def step_threads() -> Iterator[None]:
-    """Choose the threads for one step, and learn from it for the next."""
+def step_threads(network: nn.Module) -> Iterator[None]:
+    """Choose the threads for one step of a network, and learn from it for the next."""
     kernels, threads = library.get(), torch.get_num_threads()
     if kernels is None or threads < 2:
         yield
         return
-    had = kernels.dq_begin_step() if _machine.crowded else 0
+    taken = ctypes.c_int(0)  # written by the call, so that an interrupt can't come between
     start, lost = time.monotonic(), _losses()
     try:
+        if _machine.crowded and not _has_graphs(network):
+            kernels.dq_begin_step(ctypes.byref(taken))
         yield
     finally:
-        if had:
-            kernels.dq_end_step(had)
+        if taken.value:
+            kernels.dq_end_step(taken.value)
         _machine.add(time.monotonic() - start, _losses() - lost, threads)
+
+
+def _has_graphs(network: Any) -> bool:
+    """Return whether a network has compiled parts. Another number of threads would compile them once more."""
+    forward = network.__dict__.get("forward")
+    return hasattr(forward, "_torchdynamo_orig_callable") or any(
+        module._compiled_call_impl is not None for module in network.modules()
+    )
 
 
 def _losses() -> int:
@@ -70,9 +83,9 @@ def _losses() -> int:
 def float_threads(work: int) -> Iterator[None]:
     """Give PyTorch all threads of a crowded step for a product in float of `work` multiply-accumulates, if that is much."""
     kernels = library.get() if work >= LARGE else None
-    if kernels is not None:
-        kernels.dq_float_threads(0)
     try:
+        if kernels is not None:
+            kernels.dq_float_threads(0)
         yield
     finally:
         if kernels is not None:

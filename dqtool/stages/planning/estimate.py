@@ -8,12 +8,13 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from dqtool.core.cost import together_for
+from dqtool.core.cost import replayed_together, together_for
 from dqtool.report import format_seconds
 from dqtool.stages.registry import make_options
 
 if TYPE_CHECKING:
     from dqtool.stages.planning.activations import Activations
+    from dqtool.stages.planning.network import PlannedNetwork
 
 __all__ = ["estimate", "network_size", "on_gpus"]
 
@@ -40,6 +41,8 @@ def estimate(
 ) -> dict[str, str]:
     """Return texts on time, memory and disk that the stages which are not cached will take, here and on known GPUs.
 
+    For a network that does not run on shapes they say so, and no more.
+
     Time is counted in forward passes at the rate of this machine, measured by a matrix product; on other GPUs at the float32 rates of their data sheets. The order of magnitude is
     right, the second digit is not: training, scaling and file systems differ.
 
@@ -52,14 +55,19 @@ def estimate(
     from dqtool.core.device import resolve_device
     from dqtool.stages.options.calibrate import with_steps
     from dqtool.stages.options.distill import corrects_predictions, method_and_options
+    from dqtool.stages.planning.network import PlannedNetwork
 
-    source = make_options("dilate", stages["dilate"]).source()
+    network = PlannedNetwork.of(make_options("dilate", stages["dilate"]))
+    source, activations = network.source, network.activations
+    size = network_size(network)
+    if size is None or activations is None:
+        return {"time": f"unknown, since {source.class_name} does not run on shapes alone, as a plan needs"}
+    macs, layers = size
     weights = sum(prod(entry["shape"]) for entry in source.tensor_entries().values())
-    macs, layers = network_size(source)
     calibrate, evaluate = make_options("calibrate", stages["calibrate"]), make_options("eval", stages["eval"])
     distill = make_options("distill", stages["distill"])
     _, recipe = method_and_options(distill)
-    guided = 2 if source.class_name != "UNet2DModel" else 1
+    guided = network.calls_per_step(calibrate.guidance)
     calls = with_steps(calibrate, source.scheduler).steps or 1
     samples = 0 if calibrate.statistics is not None else calibrate.samples
     images = -(-samples // calls)
@@ -79,13 +87,11 @@ def estimate(
     seconds = _seconds(left, macs, layers, rate)
     trains = bool(trained or refined)
     tensors = 4 * weights * (5 if trains else 3)
-    working = partial(
-        _working, _activations(source), macs, guided, calibrate, distill if trains else None, evaluate, cached
-    )
+    working = partial(_working, activations, macs, guided, calibrate, distill if trains else None, evaluate, cached)
     place = resolve_device(device).type
     memory = LIBRARIES + (tensors if place == "cpu" else 4 * weights) + (distill.cache_memory << 20 if trains else 0)
     there = "" if place == "cpu" else f"; on the device {tensors / 1e9:.1f} GB"
-    pairs = 4 * calibrate.samples * prod(_sample_shape(source))
+    pairs = 4 * calibrate.samples * prod(network.family.sample_shape(network.config))
     disk = 2 * 4 * weights + pairs + 2 * packed
     return {
         "time": f"about {format_seconds(seconds)} on this machine",
@@ -124,35 +130,12 @@ def _seconds(passes: Mapping[str, float], macs: int, layers: int, rate: float) -
     return START + sum(n * (macs / rate + layers * PER_LAYER / BATCH) for n in passes.values())
 
 
-def network_size(source: Any) -> tuple[int, int]:
-    """Return multiply-accumulates of one forward pass, and the number of layers."""
+def network_size(network: PlannedNetwork) -> tuple[int, int] | None:
+    """Return multiply-accumulates of one forward pass, and the number of layers; None for a network that does not run on shapes."""
     from dqtool.core.quantization import QuantizationSpec
-    from dqtool.models.components.companions import companions_of_source
-    from dqtool.models.families import family_of
-    from dqtool.stages.planning.forecast import forecast
 
-    companions = companions_of_source(source)
-    family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
-    found = forecast(source.class_name, config, QuantizationSpec.parse("4/4"), 1)
-    return found.macs, len(found.layers)
-
-
-def _activations(source: Any) -> Activations:
-    """Return the memory of the activations of a model's network, which is built and run on shapes."""
-    import torch
-
-    from dqtool.models.components.companions import companions_of_source
-    from dqtool.models.families import family_of
-    from dqtool.stages.planning.activations import activations
-
-    companions = companions_of_source(source)
-    family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
-    with torch.device("meta"):
-        network = family.build(config)
-    blocks = [block.name for block in family.graph(network, config).trace.blocks]
-    return activations(network, blocks, family.example(config))
+    found = network.forecast(QuantizationSpec.parse("4/4"), 1)
+    return None if found is None else (found.macs, len(found.layers))
 
 
 def _working(
@@ -178,15 +161,9 @@ def _working(
     if distill is not None:
         recipe: Any = method_and_options(distill)[1]
         batch = max(getattr(recipe, "batch_size", 0), getattr(recipe, "refine_batch_size", 0))
-        replayed = LOW_MEMORY_BLOCK if distill.low_memory else TOGETHER
+        replayed = min(LOW_MEMORY_BLOCK if distill.low_memory else TOGETHER, replayed_together(macs, TOGETHER, device))
         sizes["distill"] = found.distilling(replayed, batch, together_for(macs, SAMPLED_TOGETHER, device))
     return max((size for stage, size in sizes.items() if stage not in cached), default=0)
-
-
-def _sample_shape(source: Any) -> tuple[int, ...]:
-    from dqtool.models.families import family_of
-
-    return tuple(family_of(source.class_name, str(source.config_path)).sample_shape(source.config))
 
 
 def _matmul_rate(device: Any) -> float:

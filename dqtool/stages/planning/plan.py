@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from dqtool.artifacts import Manifest, read_manifest
 from dqtool.errors import DqtoolError
-from dqtool.models.sources.resolve import ModelSource
 from dqtool.report import format_seconds, table_lines
 from dqtool.stages.registry import make_options, stage_function, work_function
 from dqtool.stages.shared.settings import Execution, RunSettings
 
-__all__ = ["plan_recipe", "plan_stage", "plan_steps", "render"]
+if TYPE_CHECKING:
+    from dqtool.stages.planning.network import PlannedNetwork
 
-GENERIC = "generic"
-"""Family of networks whose inputs only an example tells: nothing is estimated of them before they run."""
+__all__ = ["plan_recipe", "plan_stage", "plan_steps", "render"]
 
 Work = dict[str, Any]
 
@@ -61,71 +61,61 @@ def plan_steps(steps: Sequence[tuple[str, dict[str, Any]]], settings: RunSetting
     dry = replace(settings, dry_run=True, log=[])
     plans: list[dict[str, Any]] = []
     pending = False
-    source: ModelSource | None = None  # None for networks of the generic family, too: their inputs are not known yet
+    network: Callable[[], PlannedNetwork] | None = None
     steps_taken, sampler = 1, None
     for name, values in steps:
         steps_taken = values.get("steps") or steps_taken
         sampler = values.get("sampler") if name == "calibrate" else sampler
+        if name == "dilate":
+            network = cache(partial(_network, values))
         # The output of a pending stage is not there to be looked at, nor is a directory that the run would make.
         if pending or not os.path.isdir(os.path.dirname(values["output"]) or "."):
             if name == "dilate":
-                source = _known_source(make_options(name, values))
-            elif name == "calibrate" and source is not None and not values.get("statistics"):
-                _check_conditions(source, values)
+                make_options(name, values).source()
+            elif name == "calibrate" and network is not None and not values.get("statistics"):
+                _check_conditions(network(), values)
             pending = True
             shown = {key: value for key, value in values.items() if key not in ("output", "artifact")}
             plan = {"stage": name, "output": values["output"], "cached": False, "parameters": shown}
-            if name == "distill" and source is not None:
-                plan["work"] = _forecast(source, values, steps_taken, sampler)
+            if name == "distill" and network is not None:
+                plan |= _forecast(network(), values, steps_taken, sampler)
             plans.append(plan)
             continue
         options = make_options(name, values)
-        if name == "dilate":
-            source = _known_source(options)
         stage_function(name)(options, dry)
         plans.append(plan_stage(dry.log[-1], options))
         pending = not plans[-1]["cached"]
     return plans
 
 
-def _known_source(options: Any) -> ModelSource | None:
-    """Return the model of `dilate`, checked; None for the generic family."""
-    source: ModelSource = options.source()
-    return None if options.family == GENERIC else source
+def _network(values: Mapping[str, Any]) -> PlannedNetwork:
+    """Return the network that the options of `dilate` name."""
+    from dqtool.stages.planning.network import PlannedNetwork
+
+    return PlannedNetwork.of(make_options("dilate", values))
 
 
-def _check_conditions(source: ModelSource, values: Mapping[str, Any]) -> None:
-    """Raise `UsageError` where nothing makes the conditions that the network of `source` takes."""
-    from dqtool.models.components.companions import companions_of_source
+def _check_conditions(network: PlannedNetwork, values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where nothing makes the conditions that a network takes."""
     from dqtool.models.conditions.external import ConditionSource
-    from dqtool.models.families import family_of
 
-    companions = companions_of_source(source)
-    family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
-    ConditionSource.of(make_options("calibrate", values)).check_there(family, config, companions)
+    source = ConditionSource.of(make_options("calibrate", values))
+    source.check_there(network.family, network.config, network.companions)
 
 
-def _forecast(source: ModelSource, values: Mapping[str, Any], steps: int, sampler: str | None) -> Work:
-    from dqtool.models.components.companions import companions_of_source
-    from dqtool.models.families import family_of
+def _forecast(network: PlannedNetwork, values: Mapping[str, Any], steps: int, sampler: str | None) -> Work:
+    """Return the entry `work` of the plan of `distill`; none for a network that does not run on shapes."""
     from dqtool.models.sampling.sampler import scheduler_class
     from dqtool.stages.options.distill import corrects_predictions, with_sampler_defaults
-    from dqtool.stages.planning.forecast import forecast
 
-    options = with_sampler_defaults(make_options("distill", values), scheduler_class(source.scheduler, sampler))
-    companions = companions_of_source(source)
-    family = family_of(source.class_name, str(source.config_path))
-    config = source.config if companions is None else {**source.config, **family.input_properties(companions)}
-    steps = 1 if options.static else steps
-    return forecast(
-        source.class_name,
-        config,
+    options = with_sampler_defaults(make_options("distill", values), scheduler_class(network.source.scheduler, sampler))
+    found = network.forecast(
         options.spec,
-        steps,
+        1 if options.static else steps,
         corrected=corrects_predictions(options),
         low_rank=options.low_rank,
-    ).to_json()
+    )
+    return {} if found is None else {"work": found.to_json()}
 
 
 def render(plan: Mapping[str, Any]) -> list[str]:

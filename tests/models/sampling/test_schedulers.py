@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from families import NETWORKS, build
 from torch import nn
 
 from dqtool.errors import UsageError
@@ -108,6 +109,85 @@ def test_choices_that_do_not_exist_are_refused() -> None:
             Sampler(FAMILY, make_sampler(LINEAR, name), 2, listed=timesteps).timesteps()
     with pytest.raises(UsageError, match="can't take 60 steps"):
         Sampler(FAMILY, make_sampler(LINEAR, "lcm"), 60).timesteps()
+
+
+FLOWS = {
+    "FLUX": {"use_dynamic_shifting": True},
+    "SD3": {"shift": 3.0},
+    "stretched": {"shift": 3.0, "shift_terminal": 0.1},
+    "karras": {"use_karras_sigmas": True},
+}
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_listed_timesteps_of_flow_matching_are_the_noise_levels_of_training(kind: str) -> None:
+    """Euler's steps of the tiny FLUX network by hand: noise level t / 1000, whatever the shift of the model."""
+    family, config = FAMILIES["FluxTransformer2DModel"], NETWORKS["flux"]
+    network, generator = build("flux"), torch.Generator().manual_seed(0)
+    given = family.conditions(config, 2, generator)
+    scheduler = make_sampler({"_class_name": "FlowMatchEulerDiscreteScheduler", **FLOWS[kind]})
+    sampler = Sampler(family, scheduler, 3, tokens=family.tokens(config), listed=(1000.0, 612.5, 200.0))
+    assert sampler.timesteps().tolist() == pytest.approx([1.0, 0.6125, 0.2])
+    x = noise = initial_noise(family.sample_shape(config), range(2), 0)
+    found = sampler.run(network, noise, given)
+    with torch.no_grad():
+        for level, after in ((1.0, 0.6125), (0.6125, 0.2), (0.2, 0.0)):
+            x = x + (after - level) * family.predict(network, x, torch.tensor(level), given)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("kind", FLOWS)
+@pytest.mark.parametrize("name", ["Euler", "LCM"])
+def test_a_flow_schedule_lists_its_own_timesteps(name: str, kind: str, inverted: bool) -> None:
+    own = {"_class_name": "FlowMatchEulerDiscreteScheduler", **FLOWS[kind], "invert_sigmas": inverted}
+    if name == "LCM":
+        own["_class_name"] = "FlowMatchLCMScheduler"
+    scheduler = make_sampler(own)
+    expected = Sampler(FAMILY, scheduler, 4, tokens=1024)._fresh()
+    listed = Sampler(FAMILY, scheduler, 4, tokens=1024, listed=expected.timesteps.tolist())._fresh()
+    torch.testing.assert_close(listed.timesteps, expected.timesteps)
+    torch.testing.assert_close(listed.sigmas, expected.sigmas)
+
+
+def test_flow_schedules_refuse_lists_that_they_can_not_follow() -> None:
+    flow = "FlowMatchEulerDiscreteScheduler"
+    solver = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+    for config, timesteps, message in (
+        ({"_class_name": flow}, (200.0, 1000.0), "must fall from at most 1000 to above 0"),
+        ({"_class_name": flow}, (1001.0, 200.0), "must fall"),
+        ({"_class_name": flow}, (1000.0, 0.0), "must fall"),
+        ({"_class_name": flow}, (1000.0, float("nan"), 200.0), "must fall"),
+        ({"_class_name": flow, "invert_sigmas": True}, (1000.0, 200.0), "must rise from at least 0 to below 1000"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, (1000.0, 200.0), "takes no list.* --sampler .euler."),
+        (solver, (900.0, 200.0), "takes no list.* --sampler .euler."),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Sampler(FAMILY, make_sampler(config), 2, listed=timesteps)
+    with pytest.raises(UsageError, match="stays noisy"):
+        SchedulerChoices("quad").listed(make_sampler({"_class_name": flow}), 4)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0},
+        {"_class_name": "FlowMatchLCMScheduler", "shift": 3.0},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0},
+    ],
+)
+def test_euler_takes_the_place_of_every_flow_scheduler_and_keeps_its_shift(own: dict[str, object]) -> None:
+    euler = make_sampler(own, "euler")
+    assert (type(euler).__name__, euler.config.shift) == ("FlowMatchEulerDiscreteScheduler", 3.0)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep"])
+def test_solvers_shift_a_flow_schedule_by_the_number_of_tokens(name: str) -> None:
+    """1024 tokens shift by mu = 0.63, and the second of two levels, one half, to e^mu / (1 + e^mu)."""
+    config = {"_class_name": f"{name}Scheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    sampler = Sampler(FAMILY, make_sampler({**config, "use_dynamic_shifting": True}), 2, tokens=1024)
+    shift = np.exp(0.5 + 0.65 * (1024 - 256) / (4096 - 256))
+    assert sampler._fresh().sigmas[1].item() == pytest.approx(shift / (1 + shift), abs=1e-3)
 
 
 @pytest.mark.parametrize(
