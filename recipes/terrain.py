@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 UNIFORM = ("8/8", "6/6", "4/8", "4/4")
+TRAINED = {1: {"4/4": 100}, 4: {"4/8": 50, "4/4": 98}}
+"""Training iterations of each block, and as many over all blocks, by number of steps and bits."""
 TOGETHER = 4
 """Maps that are sampled at once: more don't fit into the processor's caches."""
 SEED = 1
@@ -71,14 +73,16 @@ def rows_of(given: argparse.Namespace) -> list[Row]:
             )
             for bits in own
         ]
+        if not given.untrained:
+            for bits, iterations in TRAINED.get(steps, {}).items():
+                trained = ["--iters", str(iterations), "--refine-iters", str(iterations), "--batch-size", "8"]
+                found.append(
+                    Row(steps, f"{bits} trained", "as the defaults choose, trained", ["--bits", bits, *trained])
+                )
         if steps > 1:
             continue
         corrected = ["--bits", "4/4", *UNTRAINED, "--correct-noise"]
         found.append(Row(steps, "4/4 corrected", "as the defaults choose, predictions corrected", corrected))
-        if given.iters:
-            trained = ["--bits", "4/4", "--iters", str(given.iters), "--refine-iters", str(given.refine_iters)]
-            trained += ["--batch-size", "8"]
-            found.append(Row(steps, "4/4 trained", "as the defaults choose, trained", trained))
         found += [Row(steps, peer, "", peer=peer) for peer in given.peers]
         found += [
             Row(
@@ -107,8 +111,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration samples of one step")
     parser.add_argument("--passes", type=int, default=16, help="backward passes that measure errors")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--iters", type=int, default=100, help="training iterations of a block in the trained row")
-    parser.add_argument("--refine-iters", type=int, default=100, help="training iterations over all blocks")
+    parser.add_argument(
+        "--untrained", action="store_true", help="leave out the rows that take an hour of training each"
+    )
     parser.add_argument(
         "--peers", nargs="*", default=["onnxruntime static", "onnxruntime dynamic", "NNCF", "SDNQ 8", "SDNQ 4"]
     )
