@@ -21,7 +21,8 @@ SECONDS = 0.1
 """Seconds of steps after which the machine is judged again."""
 LOSSES, OF_THREAD = 60, 20
 """Times a second that the process loses a processor to other programs on a crowded machine: so many, and so many more for each
-thread. On two cores an endless loop takes one 140 to 300 times from two threads, the system's own work 20 to 60 times."""
+thread. On two cores an endless loop takes one 130 to 500 times from two threads, the system's own work 20 to 80 times. More
+cores were not measured."""
 LARGE = 10**9
 """Multiply-accumulates of a product in float, tens of milliseconds on one thread, from which PyTorch's threads are worth their
 busy waiting on a crowded machine."""

@@ -1,7 +1,8 @@
 """Runtime on NVIDIA GPUs: int8 tensor-core kernels in Triton, weights in their bits.
 
-The step is looked up on the device. No call waits for the device, and a new step compiles nothing: a network runs eagerly, under
-`torch.compile` and in CUDA graphs. Between products a network computes in the dtype that `.to` asked for; step tables, scales and
+The step is looked up on the device, and a new step compiles nothing: a network runs eagerly, under `torch.compile` and in CUDA
+graphs. No call waits for the device but one in 16 eager ones, which reads the timesteps that were not calibrated, to warn of
+them; dqtool's own sampling reads them at its end. Between products a network computes in the dtype that `.to` asked for; step tables, scales and
 multipliers stay float32.
 
 With `DQTOOL_CUDA_ON_CPU=1` and Triton's interpreter the runtime computes on the CPU, very slowly: for tests alone.
